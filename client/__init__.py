@@ -1,0 +1,1 @@
+"""The hospital: datasets, training and privacy."""

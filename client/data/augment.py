@@ -1,0 +1,111 @@
+"""Random changes of a batch of training images, a few tensor operations for the whole batch."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedward.plan.schema import Augmentation
+
+_FLIP_AXES: Final = {"vertical": 0, "horizontal": 1, "depth": 2}
+
+
+def augment(
+    images: Tensor, masks: Tensor | None, augmentation: Augmentation, generator: torch.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """Change each image at random, and its mask in the same way.
+
+    Parameters
+    ----------
+    images : Tensor
+        ``(N, C, H, W)`` or ``(N, C, H, W, D)``, floating point, on any device.
+    masks : Tensor or None
+        ``(N, H, W)`` or ``(N, H, W, D)`` label maps; their dtype is kept.
+    augmentation : Augmentation
+        Strengths; what is 0 is not done.
+    generator : torch.Generator
+        A CPU generator: the same state gives the same changes on every device.
+
+    Returns
+    -------
+    tuple
+        The changed images and masks; the very same tensors when nothing is active.
+
+    Notes
+    -----
+    `vertical` mirrors rows (axis 0), `horizontal` columns (axis 1), `depth` slices (axis 2).
+    A volume turns about a random axis. Outside, the border is repeated. Images are interpolated
+    linearly, masks by nearest neighbour. Angles and shapes are in pixels: a voxel counts as a cube.
+    """
+    if not augmentation.active or len(images) == 0:
+        return images, masks
+    if _is_geometric(augmentation):
+        size = tuple(images.shape[2:])
+        theta = _matrices(len(images), size, augmentation, generator).to(images)
+        grid = F.affine_grid(theta, [len(images), 1, *size], align_corners=False)
+        images = F.grid_sample(images, grid, "bilinear", "border", align_corners=False)
+        if masks is not None:
+            layer = masks.unsqueeze(1).to(images.dtype)
+            moved = F.grid_sample(layer, grid, "nearest", "border", align_corners=False)
+            masks = moved.squeeze(1).to(masks.dtype)
+    return _intensity(images, augmentation, generator), masks
+
+
+def _is_geometric(a: Augmentation) -> bool:
+    return bool(a.flip) or any((a.rotate, a.scale, a.shift))
+
+
+def _matrices(
+    n: int, size: tuple[int, ...], a: Augmentation, generator: torch.Generator
+) -> Tensor:
+    """``(N, d, d + 1)`` maps from output to input, in the normalised units of `affine_grid`."""
+    d = len(size)
+    draw = 2 * torch.rand(n, 5 + 2 * d, generator=generator) - 1  # all at once: one call
+    angle, zoom = math.radians(a.rotate) * draw[:, 0], 1 + a.scale * draw[:, 1]
+    turn = _rotation_2d(angle) if d == 2 else _rotation_3d(angle, draw[:, 2:4])
+    linear = turn / zoom[:, None, None]
+    for name in a.flip:
+        axis = _FLIP_AXES[name]
+        sign = torch.where(draw[:, 5 + axis] < 0, -1.0, 1.0)
+        # Mirrored after the rotation, as seen from the output.
+        linear[:, :, axis] = linear[:, :, axis] * sign[:, None]
+    sides = torch.tensor(size, dtype=torch.float32)
+    linear = linear * (sides[None, None, :] / sides[None, :, None])
+    offset = 2 * a.shift * draw[:, 5 + d :, None]
+    # affine_grid counts axes from the last: (x, y, z) is (column, row) or (slice, column, row).
+    return torch.cat([linear.flip(1, 2), offset.flip(1)], dim=2)
+
+
+def _rotation_2d(angle: Tensor) -> Tensor:
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([cos, -sin, sin, cos], dim=1).reshape(-1, 2, 2)
+
+
+def _rotation_3d(angle: Tensor, draw: Tensor) -> Tensor:
+    """Rodrigues' formula about an axis drawn uniformly on the sphere."""
+    height, around = draw[:, 0], math.pi * draw[:, 1]
+    ring = (1 - height**2).clamp_min(0).sqrt()
+    x, y, z = ring * around.cos(), ring * around.sin(), height
+    zero = torch.zeros_like(x)
+    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=1).reshape(-1, 3, 3)
+    sin, versine = angle.sin()[:, None, None], (1 - angle.cos())[:, None, None]
+    return torch.eye(3) + sin * cross + versine * (cross @ cross)
+
+
+def _intensity(images: Tensor, a: Augmentation, generator: torch.Generator) -> Tensor:
+    if a.contrast or a.brightness:
+        each = (len(images),) + (1,) * (images.dim() - 1)
+        draw = (2 * torch.rand(2, len(images), generator=generator) - 1).to(images)
+        if a.contrast:
+            mean = images.mean(dim=tuple(range(1, images.dim())), keepdim=True)
+            images = mean + (1 + a.contrast * draw[0].reshape(each)) * (images - mean)
+        if a.brightness:
+            images = images + a.brightness * draw[1].reshape(each)
+    if a.noise:
+        noise = torch.randn(images.shape, generator=generator)
+        images = images + a.noise * noise.to(images)
+    return images

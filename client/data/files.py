@@ -1,0 +1,65 @@
+"""Finding files, naming them in tables, and telling whether one has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+_DOUBLE = (".nii.gz",)
+
+
+def walk(root: Path, *, without: Sequence[str] = ()) -> list[Path]:
+    """All files under `root` in a stable order.
+
+    Hidden files and folders are skipped, and so are the top folders named in `without`. Linked
+    folders are not entered: a link to a parent would never end.
+    """
+    found: list[Path] = []
+    for folder, names, files in os.walk(root):
+        here = Path(folder)
+        skip = set(without) if here == root else set()
+        names[:] = sorted(n for n in names if not _hidden(n) and n not in skip)
+        found += [here / name for name in sorted(files) if not _hidden(name)]
+    return found
+
+
+def folders(root: Path) -> list[Path]:
+    """The visible sub-folders of `root`, sorted by name."""
+    return sorted(p for p in root.iterdir() if p.is_dir() and not _hidden(p.name))
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith((".", "__MACOSX")) or name == "Thumbs.db"
+
+
+def stem(path: Path) -> str:
+    """The file name without its suffix; ``.nii.gz`` counts as one suffix."""
+    for suffix in _DOUBLE:
+        if path.name.lower().endswith(suffix):
+            return path.name[: -len(suffix)]
+    return path.stem
+
+
+def table_keys(files: Sequence[Path], roots: Sequence[Path]) -> dict[Path, tuple[str, ...]]:
+    """The names by which a table may mean each file, the most exact first.
+
+    A path relative to one of `roots` always counts; a bare file name or stem only where no other
+    file shares it, because a row must never label another patient's image.
+    """
+    names, stems = Counter(f.name for f in files), Counter(stem(f) for f in files)
+    keys: dict[Path, tuple[str, ...]] = {}
+    for file in files:
+        exact = [file.relative_to(r).as_posix() for r in roots if file.is_relative_to(r)]
+        loose = [file.name] * (names[file.name] == 1) + [stem(file)] * (stems[stem(file)] == 1)
+        keys[file] = tuple(dict.fromkeys(exact + loose))
+    return keys
+
+
+def file_identity(path: Path, *parts: object) -> str:
+    """A digest that changes when the file's place, size or time of change does."""
+    info = path.stat()
+    text = "\0".join(str(p) for p in (path.absolute(), info.st_size, info.st_mtime_ns, *parts))
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()

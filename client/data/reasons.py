@@ -1,0 +1,44 @@
+"""The fixed set of reasons for leaving an image out; each is safe to send."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from fedward.errors import DataError
+
+NOT_READABLE: Final = "not readable"
+NOT_DICOM: Final = "not DICOM"
+NO_PIXELS: Final = "no pixel data"
+OTHER_MODALITY: Final = "other modality"
+NO_PATIENT: Final = "no patient id"
+NO_LABEL: Final = "no label"
+UNKNOWN_CLASS: Final = "unknown class"
+CONFLICTING: Final = "conflicting labels"
+NO_MASK: Final = "no mask"
+NO_IMAGE: Final = "no image"
+DUPLICATE: Final = "duplicate"
+WRONG_SHAPE: Final = "shape does not fit the task"
+MASK_SHAPE: Final = "shape of mask differs"
+MASK_POSITION: Final = "position of mask differs"
+MASK_CLASS: Final = "unknown class in mask"
+INCOMPLETE: Final = "slices missing"
+
+REASONS: Final = frozenset(
+    {
+        NOT_READABLE, NOT_DICOM, NO_PIXELS, OTHER_MODALITY, NO_PATIENT, NO_LABEL, UNKNOWN_CLASS,
+        CONFLICTING, NO_MASK, NO_IMAGE, DUPLICATE, WRONG_SHAPE, MASK_SHAPE, MASK_POSITION,
+        MASK_CLASS, INCOMPLETE,
+    }
+)  # fmt: skip
+
+
+def unusable(reason: str) -> DataError:
+    """The error with which a sample's ``load`` or ``mask`` says that the image is left out."""
+    return DataError(reason, fix="Mend the file or take it out")
+
+
+def reason_of(error: Exception) -> str:
+    """The fixed reason behind an error: its own, or "not readable" for anything else."""
+    if isinstance(error, DataError) and error.rule in REASONS:
+        return error.rule
+    return NOT_READABLE

@@ -1,0 +1,129 @@
+"""What a dataset is: where it lies, what a sample of it is, and what a prepared site holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Format = Literal["npz", "folders", "nifti", "dicom"]
+SplitName = Literal["train", "validation", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Image:
+    """One decoded image, as the modality means it (HU for CT; grey, bright is high).
+
+    Attributes
+    ----------
+    pixels : NDArray
+        ``(C, H, W)`` or ``(C, H, W, D)``, C being 1 or 3, float32.
+    spacing : tuple of float
+        Distance of neighbouring pixels in mm, one per spatial axis; 1.0 where unknown.
+    window : tuple of float or None
+        Lowest and highest displayed value that the file itself proposes (DICOM VOI), if any.
+    """
+
+    pixels: NDArray[np.float32]
+    spacing: tuple[float, ...]
+    window: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of one patient, not read yet.
+
+    Attributes
+    ----------
+    patient : str
+        The patient's key. It stays in the site's memory and goes nowhere else.
+    load : callable
+        Reads and decodes the image; raises DataError when it cannot.
+    label : tuple of int or None
+        Classification: one class index, or the 0/1 flags of a multi-label task.
+    mask : callable or None
+        Segmentation: reads the label map, ``(H, W)`` or ``(H, W, D)`` uint8.
+    site : str
+        The sub-folder (hospital) that it came from, or "".
+    split : str or None
+        The division that the data itself brings.
+    columns : mapping
+        Further columns of the label table, for ``--partition column:NAME``.
+    """
+
+    patient: str
+    load: Callable[[], Image]
+    label: tuple[int, ...] | None = None
+    mask: Callable[[], NDArray[np.uint8]] | None = None
+    site: str = ""
+    split: SplitName | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file or row that was not taken.
+
+    Attributes
+    ----------
+    reason : str
+        One of a fixed set of short reasons; safe to send.
+    name : str
+        What it was; stays at the site.
+    """
+
+    reason: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Everything that a reader took and left out."""
+
+    samples: tuple[Sample, ...]
+    left_out: tuple[LeftOut, ...] = ()
+
+
+@dataclass(frozen=True)
+class PreparedSite:
+    """A site's images, preprocessed for one plan and divided by patient.
+
+    Attributes
+    ----------
+    name : str
+        The site.
+    images : NDArray
+        ``(N, C, *size)`` float32; may be a read-only memory map.
+    targets : NDArray
+        Classification: ``(N,)`` int64 class index, or ``(N, K)`` float32 flags when multi-label.
+        Segmentation: ``(N, *size)`` uint8 label map, 0 being background.
+    patients : NDArray
+        ``(N,)`` int64, a number per patient, without meaning outside this object.
+    split : mapping
+        "train", "validation", "test" to the ``(n,)`` int64 indices of their images; no patient is
+        in two of them.
+    spacing : NDArray
+        ``(N, D)`` float32, mm per axis after preprocessing.
+    left_out : mapping
+        Reason to count.
+    synthetic : bool
+        Whether the images say of themselves that they are synthetic.
+    """
+
+    name: str
+    images: NDArray[Any]
+    targets: NDArray[Any]
+    patients: NDArray[np.int64]
+    split: Mapping[SplitName, NDArray[np.int64]]
+    spacing: NDArray[np.float32]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    synthetic: bool = False
+
+    def patients_in(self, name: SplitName) -> int:
+        """Patients of one part of the division."""
+        return len(np.unique(self.patients[self.split[name]]))

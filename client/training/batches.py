@@ -1,0 +1,125 @@
+"""Which images are in a step: shuffled epochs, or Poisson-sampled patients."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+
+
+def seed_for(*parts: object) -> int:
+    """A 63-bit seed that depends on every part and on nothing else."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def shuffled(
+    indices: Indices, batch: int, rng: np.random.Generator, *, epochs: int | None, steps: int | None
+) -> Iterator[Indices]:
+    """Batches of images for so many epochs, or for so many steps.
+
+    A last batch that is smaller than half of the others joins the one before: its gradient would
+    weigh as much as a full one's.
+    """
+    done = 0
+    for _ in range(epochs if epochs is not None else 1_000_000_000):
+        order = rng.permutation(indices)
+        for part in _parts(order, batch):
+            yield part
+            done += 1
+            if steps is not None and done == steps:
+                return
+
+
+def _parts(order: Indices, batch: int) -> list[Indices]:
+    count = max(1, round(len(order) / batch))
+    return np.array_split(order, count)
+
+
+def count_steps(images: int, batch: int, *, epochs: int | None, steps: int | None) -> int:
+    """Steps that :func:`shuffled` gives."""
+    return steps if steps is not None else max(1, round(images / batch)) * (epochs or 1)
+
+
+@dataclass(frozen=True)
+class PatientDraw:
+    """One private step's images.
+
+    Attributes
+    ----------
+    images : NDArray
+        ``(n,)`` indices of images; empty when no patient was drawn.
+    owners : NDArray
+        ``(n,)`` position of each image's patient among the drawn ones, from 0, ascending.
+    """
+
+    images: Indices
+    owners: Indices
+
+    @property
+    def patients(self) -> int:
+        """Patients drawn."""
+        return int(self.owners[-1]) + 1 if len(self.owners) else 0
+
+
+class PatientSampler:
+    """Poisson sampling of patients: each is in a step with the same chance, independently.
+
+    Parameters
+    ----------
+    indices : NDArray
+        ``(n,)`` training images.
+    patients : NDArray
+        ``(n,)`` patient number of each of these images.
+    rate : float
+        Chance of a patient to be drawn.
+    images_per_patient : int
+        Images drawn from each drawn patient, without repetition; all of them where there are fewer.
+    """
+
+    def __init__(
+        self, indices: Indices, patients: Indices, rate: float, images_per_patient: int
+    ) -> None:
+        self.rate, self.per_patient = rate, images_per_patient
+        order = np.argsort(patients, kind="stable")
+        cuts = np.flatnonzero(np.diff(patients[order])) + 1
+        self.groups: list[Indices] = np.split(indices[order], cuts) if len(indices) else []
+
+    def draw(self, rng: np.random.Generator) -> PatientDraw:
+        """Draw one step's patients and their images."""
+        chosen = np.flatnonzero(rng.random(len(self.groups)) < self.rate)
+        parts = [self._images_of(self.groups[patient], rng) for patient in chosen]
+        if not parts:
+            return PatientDraw(np.empty(0, np.int64), np.empty(0, np.int64))
+        owners = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        return PatientDraw(np.concatenate(parts), owners)
+
+    def _images_of(self, group: Indices, rng: np.random.Generator) -> Indices:
+        if len(group) <= self.per_patient:
+            return group
+        if self.per_patient == 1:
+            return group[rng.integers(len(group), size=1)]
+        return rng.choice(group, self.per_patient, replace=False)
+
+
+def chunks(draw: PatientDraw, most: int) -> Iterator[PatientDraw]:
+    """Cut a step into parts that fit in memory; a patient is never cut."""
+    start = 0
+    while start < len(draw.images):
+        end = _whole_patients(draw.owners, start, most)
+        owners = draw.owners[start:end]
+        yield PatientDraw(draw.images[start:end], owners - owners[0])
+        start = end
+
+
+def _whole_patients(owners: Indices, start: int, most: int) -> int:
+    end = min(start + most, len(owners))
+    if end == len(owners):
+        return end
+    cut = int(np.searchsorted(owners, owners[end], side="left"))
+    return cut if cut > start else int(np.searchsorted(owners, owners[start], side="right"))

@@ -1,0 +1,154 @@
+"""One round of local fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from client.training.batches import PatientSampler, chunks, count_steps, seed_for, shuffled
+from client.training.device import autocast
+from client.training.losses import Loss
+from client.training.optimizers import add_proximal, build_optimizer, rate_at, set_rate
+from client.training.private import Mode, PrivateStep
+from client.training.runtime import Runtime
+from client.training.source import Source
+from fedward.plan.schema import Plan
+from fedward.privacy import Mechanism, steps_per_round
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random sources of one site in one round."""
+
+    order: np.random.Generator
+    change: torch.Generator
+    noise: torch.Generator
+
+    @classmethod
+    def make(cls, runtime: Runtime, *parts: object) -> Draws:
+        """Seeded sources for a simulation, the system's entropy for a hospital."""
+        change, noise = torch.Generator(), torch.Generator(device=runtime.torch_device)
+        if runtime.randomness == "system":
+            change.seed()
+            noise.seed()
+            return cls(np.random.default_rng(), change, noise)
+        change.manual_seed(seed_for(*parts, "change"))
+        noise.manual_seed(seed_for(*parts, "noise"))
+        return cls(np.random.default_rng(seed_for(*parts, "order")), change, noise)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What one round's training needs.
+
+    Attributes
+    ----------
+    module : nn.Module
+        What trains (the model, or what follows its frozen leading layers).
+    source : Source
+        Inputs of ``module`` and targets.
+    indices, patients : NDArray
+        ``(n,)`` training images and the patient number of each.
+    mechanism : Mechanism or None
+        How to make the update private; None for plain training.
+    mu : float
+        FedProx' weight; 0 without.
+    """
+
+    plan: Plan
+    round: int
+    module: nn.Module
+    source: Source
+    loss: Loss
+    indices: NDArray[np.int64]
+    patients: NDArray[np.int64]
+    runtime: Runtime
+    draws: Draws
+    mechanism: Mechanism | None
+    mode: Mode
+    mu: float = 0.0
+
+    def run(self, optimizer: torch.optim.Optimizer | None = None) -> tuple[float, int]:
+        """Train; returns the mean loss and the steps taken.
+
+        Parameters
+        ----------
+        optimizer : torch.optim.Optimizer, optional
+            One to go on with; without it a fresh one, as a federated round has it.
+        """
+        self.module.train()
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        start = [p.detach().clone() for p in parameters] if self.mu else []
+        optimizer = optimizer or build_optimizer(self.plan, parameters)
+
+        def finish(step: int, steps: int, apply: Callable[[], object]) -> None:
+            set_rate(optimizer, rate_at(self.plan, self.round, step / steps))
+            add_proximal(parameters, start, self.mu) if self.mu else None
+            apply()
+
+        losses = list(self._private(optimizer, finish) if self.mechanism else self._plain(optimizer, finish))
+        seen = [value for value in losses if value is not None]
+        return (float(torch.stack(seen).mean()) if seen else 0.0), len(losses)
+
+    def _plain(
+        self, optimizer: torch.optim.Optimizer, finish: Callable[..., None]
+    ) -> Iterator[Tensor | None]:
+        training = self.plan.training
+        amount = {"epochs": training.local_epochs, "steps": training.local_steps}
+        steps = count_steps(len(self.indices), training.batch_size, **amount)
+        batches = shuffled(self.indices, training.batch_size, self.draws.order, **amount)
+        for step, batch in enumerate(batches):
+            loss = self._losses(self.module, batch).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            finish(step, steps, optimizer.step)
+            yield loss.detach()
+
+    def _private(
+        self, optimizer: torch.optim.Optimizer, finish: Callable[..., None]
+    ) -> Iterator[Tensor | None]:
+        if self.mechanism is None or self.plan.privacy.clipping_norm is None:
+            return
+        count = len(np.unique(self.patients))
+        private = PrivateStep(
+            self.module, optimizer, self.mechanism, self.plan.privacy.clipping_norm, count,
+            self.mode, self.draws.noise,
+        )  # fmt: skip
+        rate = self.mechanism.sampling_rate
+        sampler = PatientSampler(
+            self.indices, self.patients, rate, self.plan.privacy.images_per_patient
+        )
+        steps = steps_per_round(self.plan, rate)
+        try:
+            for step in range(steps):
+                loss = self._private_step(private, sampler)
+                finish(step, steps, private.apply)
+                yield loss
+        finally:
+            private.close()
+
+    def _private_step(self, private: PrivateStep, sampler: PatientSampler) -> Tensor | None:
+        draw = sampler.draw(self.draws.order)
+        if not len(draw.images):
+            private.accumulate_nobody()
+            return None
+        total, parts = torch.zeros(()), list(chunks(draw, self.runtime.physical_batch))
+        for number, part in enumerate(parts, start=1):
+            losses = self._losses(private.module, part.images)
+            owners = torch.from_numpy(part.owners).to(losses.device)
+            total = total + losses.detach().sum().cpu()
+            private.accumulate(losses, owners, last=number == len(parts))
+        return total / len(draw.images)
+
+    def _losses(self, module: nn.Module, batch: NDArray[np.int64]) -> Tensor:
+        inputs, targets = self.source.augmented(
+            batch, self.plan.preprocessing.augmentation, self.draws.change
+        )
+        with autocast(self.runtime.torch_device, private=self.mechanism is not None):
+            logits = module(inputs)
+        return self.loss(logits.float(), targets)

@@ -1,0 +1,59 @@
+"""The plan's local optimiser and its learning rate over a stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from fedward.plan.schema import Plan
+
+
+def build_optimizer(plan: Plan, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimiser, its learning rate set anew by :func:`set_rate` before each step.
+
+    A fused optimiser on a GPU and a multi-tensor one on a CPU: many small parameters would
+    otherwise cost more in Python than in arithmetic.
+    """
+    training, chosen = plan.training, list(parameters)
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(
+            chosen, lr=0.0, momentum=training.momentum, weight_decay=training.weight_decay, foreach=True
+        )
+    kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
+    return kind(chosen, lr=0.0, weight_decay=training.weight_decay, foreach=True)
+
+
+def rate_at(plan: Plan, round_: int, part: float) -> float:
+    """Learning rate in a round (from 1), ``part`` (0 to 1) of whose steps are done.
+
+    The cosine runs over the stage's rounds (Loshchilov and Hutter, 2017, arXiv:1608.03983) and
+    ends at a hundredth of the stage's rate.
+    """
+    stage, place = plan.stage_of(round_)
+    if plan.training.schedule == "constant":
+        return stage.learning_rate
+    progress = (place + part) / stage.rounds
+    return stage.learning_rate * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+@torch.no_grad()
+def add_proximal(parameters: Iterable[nn.Parameter], start: Iterable[torch.Tensor], mu: float) -> None:
+    """Add the gradient of FedProx' term, (μ/2)·‖w − wᵗ‖², to what stands in ``grad``.
+
+    Li et al., 2020, arXiv:1812.06127, equation 2. It depends on no image, so that adding it after
+    the noise costs no privacy.
+    """
+    if mu == 0.0:
+        return
+    for parameter, origin in zip(parameters, start, strict=True):
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter - origin, alpha=mu)

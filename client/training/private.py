@@ -1,0 +1,133 @@
+"""One private step: bound what each patient adds to the gradient, then add noise.
+
+Opacus computes the gradient of each image, clips and adds the noise. Ours is what makes the
+patient the unit: the images of one patient are averaged before the clipping.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
+from torch import Tensor, nn
+
+from fedward.privacy import Mechanism
+
+Mode = Literal["hooks", "functorch", "ghost"]
+
+
+class PrivateStep:
+    """Turns per-image losses into private optimiser steps.
+
+    Parameters
+    ----------
+    module : nn.Module
+        What trains; its frozen parameters must not require gradients.
+    optimizer : torch.optim.Optimizer
+        Over the trainable parameters.
+    mechanism : Mechanism
+        Noise and sampling rate.
+    clipping_norm : float
+        L2 bound on what one patient adds.
+    patients : int
+        Training patients of the site; with the rate they give the divisor of the summed gradient,
+        which must not depend on how many were drawn.
+    mode : str
+        How Opacus gets at the gradients; ``ghost`` only with one image per patient.
+    generator : torch.Generator or None
+        Source of the noise; None takes the system's entropy.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        mechanism: Mechanism,
+        clipping_norm: float,
+        patients: int,
+        mode: Mode,
+        generator: torch.Generator | None,
+    ) -> None:
+        self.mode = mode
+        self.module = _wrap(module, mode, clipping_norm)
+        kind = DPOptimizerFastGradientClipping if mode == "ghost" else DPOptimizer
+        self.optimizer = kind(
+            optimizer,
+            noise_multiplier=mechanism.noise_multiplier,
+            max_grad_norm=clipping_norm,
+            expected_batch_size=mechanism.sampling_rate * patients,
+            generator=generator,
+        )
+        self.parameters: list[nn.Parameter] = [p for p in module.parameters() if p.requires_grad]
+
+    def accumulate(self, losses: Tensor, owners: Tensor, *, last: bool) -> bool:
+        """Add one chunk of a step.
+
+        Parameters
+        ----------
+        losses : Tensor
+            ``(n,)`` loss of each image, computed through ``self.module``.
+        owners : Tensor
+            ``(n,)`` place of each image's patient in the chunk, from 0, ascending.
+        last : bool
+            Whether the step is complete with it.
+
+        Returns
+        -------
+        bool
+            Whether the noisy gradient now stands in ``grad``; call :meth:`apply` then.
+        """
+        if self.mode == "ghost":
+            DPTensorFastGradientClipping(self.module, self.optimizer, losses, "sum").backward()
+        else:
+            losses.sum().backward()
+            self._average_by_patient(owners)
+        return self._advance(last=last)
+
+    def accumulate_nobody(self) -> bool:
+        """A step for which no patient was drawn: noise alone, as the accounting assumes."""
+        for parameter in self.parameters:
+            if self.mode == "ghost":
+                parameter.grad = torch.zeros_like(parameter)
+            else:
+                parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))  # type: ignore[attr-defined]
+        return self._advance(last=True)
+
+    def apply(self) -> None:
+        """Take the optimiser's step with the noisy gradient and clear it."""
+        self.optimizer.original_optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def close(self) -> None:
+        """Take Opacus' hooks off the model again."""
+        self.module.to_standard_module()
+
+    def _advance(self, *, last: bool) -> bool:
+        self.optimizer.signal_skip_step(do_skip=not last)
+        if self.optimizer.pre_step():
+            return True
+        self.optimizer.zero_grad(set_to_none=True)
+        return False
+
+    def _average_by_patient(self, owners: Tensor) -> None:
+        counts = torch.bincount(owners)
+        if len(counts) == len(owners):
+            return
+        for parameter in self.parameters:
+            images: Tensor = parameter.grad_sample  # type: ignore[attr-defined]
+            summed = images.new_zeros((len(counts), *images.shape[1:])).index_add_(0, owners, images)
+            shape = (-1, *[1] * (images.ndim - 1))
+            parameter.grad_sample = summed / counts.to(images.dtype).view(shape)  # type: ignore[attr-defined]
+
+
+def _wrap(
+    module: nn.Module, mode: Mode, clipping_norm: float
+) -> GradSampleModule | GradSampleModuleFastGradientClipping:
+    if mode == "ghost":
+        return GradSampleModuleFastGradientClipping(
+            module, loss_reduction="sum", max_grad_norm=clipping_norm, use_ghost_clipping=True
+        )
+    return GradSampleModule(module, loss_reduction="sum", force_functorch=mode == "functorch")

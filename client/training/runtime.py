@@ -1,0 +1,53 @@
+"""How a site's trainer may use its machine; the site's business, not the plan's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from client.training.private import Mode
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Settings of the machine.
+
+    Attributes
+    ----------
+    device : str
+        ``cpu``, ``cuda`` or ``cuda:1``.
+    threads : int
+        CPU threads of one trainer.
+    randomness : str
+        ``system``: sampling and noise come from the system's entropy, as a hospital must have it.
+        ``seeded``: they follow the order's seed, so that a simulation can be repeated. Whoever
+        knows the seed can subtract the noise: never for real patients.
+    cache : Path or None
+        Folder for what is computed once and kept.
+    physical_batch : int
+        Images on the device at once; larger private steps are cut into such parts.
+    grad_sample_mode : str or None
+        Overrides the measured choice of Opacus' mode.
+    """
+
+    device: str = "cpu"
+    threads: int = 1
+    randomness: Literal["system", "seeded"] = "system"
+    cache: Path | None = None
+    physical_batch: int = 64
+    grad_sample_mode: Mode | None = None
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device as torch knows it."""
+        return torch.device(self.device)
+
+    def enter(self) -> None:
+        """Apply the settings to this process."""
+        torch.set_num_threads(self.threads)
+        if self.torch_device.type == "cuda":
+            torch.backends.cudnn.deterministic = True
+            torch.backends.cudnn.benchmark = False

@@ -1,0 +1,267 @@
+"""A site's trainer: keeps data, model and frozen features warm and answers orders.
+
+It knows nothing of the network or of Flower; what calls it may be a simulation in the same process
+or a socket.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from client.data.types import PreparedSite, SplitName
+from client.training.batches import seed_for
+from client.training.device import place
+from client.training.evaluate import evaluate
+from client.training.fit import Draws, Fit
+from client.training.losses import build_loss
+from client.training.optimizers import build_optimizer
+from client.training.private import Mode
+from client.training.runtime import Runtime
+from client.training.source import Source, digest_of
+from fedward.errors import DataError, PrivacyError
+from fedward.models import (
+    best_mode,
+    build_model,
+    freeze,
+    from_arrays,
+    split_at_trainable,
+    to_arrays,
+    trainable_names,
+)
+from fedward.plan.load import canonical, plan_hash
+from fedward.plan.schema import Plan
+from fedward.privacy import Mechanism, calibrate, epsilon_spent, steps_per_round
+from fedward.protocol import EvaluateOutcome, RoundOrder, SiteFacts, TrainOutcome
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass
+class _Prepared:
+    """The model as one stage trains it."""
+
+    names: tuple[str, ...]
+    module: nn.Module
+    source: Source
+    frozen: str
+
+
+class Trainer:
+    """Trains and evaluates one plan on one site.
+
+    Parameters
+    ----------
+    plan : Plan
+        The study.
+    site : PreparedSite
+        The site's images, prepared for this plan.
+    runtime : Runtime
+        The machine.
+    """
+
+    def __init__(self, plan: Plan, site: PreparedSite, runtime: Runtime) -> None:
+        self.plan, self.site, self.runtime = plan, site, runtime
+        self._hash = plan_hash(plan)
+        runtime.enter()
+        self._model = place(build_model(plan, seed=0), runtime.torch_device)
+        self._loss = build_loss(plan, runtime.torch_device)
+        self._prepared: _Prepared | None = None
+        self._mechanism: Mechanism | None = None
+
+    def describe(self) -> SiteFacts:
+        """What the site says of itself."""
+        return site_facts(self.plan, self.site)
+
+    def train(
+        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder, mu: float = 0.0
+    ) -> tuple[Arrays, TrainOutcome]:
+        """Train one round from the given global model.
+
+        Parameters
+        ----------
+        arrays : mapping
+            The whole model.
+        order : RoundOrder
+            Plan and round.
+        mu : float
+            FedProx' weight, 0 without.
+
+        Returns
+        -------
+        tuple
+            The arrays that train in this round's stage, and what they were made of.
+
+        Raises
+        ------
+        DataError
+            The site has too few training patients for the plan.
+        """
+        started, cpu = time.perf_counter(), time.process_time()
+        self.runtime.enter()
+        fit = self._fit(arrays, order, mu)
+        with torch.random.fork_rng(devices=_cuda(self.runtime)):
+            torch.manual_seed(seed_for(order.seed, self.site.name, order.round, "layers"))
+            loss, steps = fit.run()
+        values = to_arrays(self._model)
+        names = set(self._prepared.names) if self._prepared else set(values)
+        outcome = TrainOutcome(
+            site=self.site.name, round=order.round, patients=self.site.patients_in("train"),
+            images=len(self.site.split["train"]), steps=steps, loss=_finite(loss),
+            seconds=time.perf_counter() - started, cpu_seconds=time.process_time() - cpu,
+            **self._cost(order),
+        )  # fmt: skip
+        return {name: value for name, value in values.items() if name in names}, outcome
+
+    def train_on(
+        self, arrays: Mapping[str, NDArray[Any]], seed: int, rounds: range
+    ) -> tuple[Arrays, list[float]]:
+        """Train several rounds of one stage in one go, without private noise, as a lone site would.
+
+        The optimiser keeps its state between the rounds. Returns the whole model and the mean loss
+        of each round.
+        """
+        self.runtime.enter()
+        losses, optimizer = [], None
+        current: Mapping[str, NDArray[Any]] = arrays
+        for round_ in rounds:
+            order = self._order(round_, seed)
+            fit = self._fit(current, order, 0.0)
+            optimizer = optimizer or build_optimizer(
+                self.plan, [p for p in fit.module.parameters() if p.requires_grad]
+            )
+            with torch.random.fork_rng(devices=_cuda(self.runtime)):
+                torch.manual_seed(seed_for(seed, self.site.name, round_, "layers"))
+                losses.append(_finite(fit.run(optimizer)[0]))
+            current = to_arrays(self._model)
+        return dict(current), losses
+
+    def evaluate(
+        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder
+    ) -> tuple[Arrays, EvaluateOutcome]:
+        """Measure a model on one part of the site's patients, as counts that can be added up.
+
+        Raises
+        ------
+        DataError
+            The part holds no image.
+        """
+        started = time.perf_counter()
+        self.runtime.enter()
+        part: SplitName = order.part
+        indices = self.site.split[part]
+        if not len(indices):
+            raise DataError(f"a site needs {part} patients to be measured", fix="Change [split]")
+        prepared = self._prepare(arrays, max(1, order.round) if order.round else self.plan.rounds)
+        counts = evaluate(
+            self.plan, prepared.module, prepared.source, self.site, indices, self.runtime,
+            surface=part == "test" and "hd95" in self.plan.metrics.report,
+        )  # fmt: skip
+        outcome = EvaluateOutcome(
+            site=self.site.name, round=order.round, part=part, images=len(indices),
+            seconds=time.perf_counter() - started,
+        )  # fmt: skip
+        return counts.to_arrays(), outcome
+
+    def _order(self, round_: int, seed: int) -> RoundOrder:
+        return RoundOrder(plan=canonical(self.plan), plan_hash=self._hash, round=round_, seed=seed)
+
+    def _fit(self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder, mu: float) -> Fit:
+        indices = self.site.split["train"]
+        least = self.plan.participation.minimum_patients
+        if (patients := self.site.patients_in("train")) < min(least, 1):
+            raise DataError("a site needs training patients", value=patients, fix="Bring more data")
+        prepared = self._prepare(arrays, order.round)
+        return Fit(
+            plan=self.plan, round=order.round, module=prepared.module, source=prepared.source,
+            loss=self._loss, indices=indices, patients=self.site.patients[indices],
+            runtime=self.runtime,
+            draws=Draws.make(self.runtime, order.seed, self.site.name, order.round),
+            mechanism=self._private_mechanism(), mode=self._mode(), mu=mu,
+        )  # fmt: skip
+
+    def _prepare(self, arrays: Mapping[str, NDArray[Any]], round_: int) -> _Prepared:
+        """Load the arrays; rebuild what depends on frozen layers only when these changed."""
+        from_arrays(self._model, arrays)
+        stage, _ = self.plan.stage_of(round_)
+        names = trainable_names(self._model, stage.train)
+        frozen_names = [name for name in arrays if name not in set(names)]
+        frozen = digest_of(arrays, frozen_names)
+        if self._prepared and (self._prepared.names, self._prepared.frozen) == (names, frozen):
+            return self._prepared
+        freeze(self._model, names)
+        prefix, module = split_at_trainable(self._model, set(names))
+        if prefix is not None:
+            prefix.eval()
+        source = Source(self.site, self.runtime, prefix, frozen)
+        self._prepared = _Prepared(names, module, source, frozen)
+        return self._prepared
+
+    def _private_mechanism(self) -> Mechanism | None:
+        if not self.plan.privacy.on:
+            return None
+        if self._mechanism is None:
+            self._mechanism = calibrate(self.plan, self.site.patients_in("train"))
+        return self._mechanism
+
+    def _mode(self) -> Mode:
+        if self.runtime.grad_sample_mode is not None:
+            return self.runtime.grad_sample_mode
+        mode = best_mode(self.plan.model.name, self.runtime.torch_device.type, self.runtime.threads)
+        return "hooks" if mode == "ghost" and self.plan.privacy.images_per_patient > 1 else mode
+
+    def _cost(self, order: RoundOrder) -> dict[str, Any]:
+        mechanism, delta = self._private_mechanism(), self.plan.privacy.delta
+        if mechanism is None:
+            return {}
+        if delta is None:
+            raise PrivacyError("a private plan needs delta", fix="Set privacy.delta")
+        done = steps_per_round(self.plan, mechanism.sampling_rate) * order.round
+        cost: dict[str, Any] = {
+            "delta": delta, "noise_multiplier": mechanism.noise_multiplier,
+            "sampling_rate": mechanism.sampling_rate,
+        }  # fmt: skip
+        if order.account:
+            cost["epsilon"] = epsilon_spent(
+                mechanism.noise_multiplier, mechanism.sampling_rate, done, delta
+            )
+        return cost
+
+
+def site_facts(plan: Plan, site: PreparedSite) -> SiteFacts:
+    """What a site says of itself: counts, and nothing about a person."""
+    train = site.split["train"]
+    left = sorted(site.left_out.items())
+    sizes = {f"{part}_images": len(site.split[part]) for part in ("train", "validation", "test")}
+    people = {f"{part}_patients": site.patients_in(part) for part in ("train", "validation", "test")}
+    return SiteFacts(
+        site=site.name, patients=len(np.unique(site.patients)), images=len(site.images),
+        class_counts=_class_counts(plan, site, train), synthetic=site.synthetic,
+        left_out_reasons=tuple(reason for reason, _ in left),
+        left_out_counts=tuple(count for _, count in left), **sizes, **people,
+    )  # fmt: skip
+
+
+def _class_counts(plan: Plan, site: PreparedSite, indices: NDArray[np.int64]) -> tuple[int, ...]:
+    if plan.task.kind == "segmentation":
+        return ()
+    targets = np.asarray(site.targets[indices])
+    if plan.task.multi_label:
+        return tuple(int(count) for count in targets.sum(axis=0))
+    return tuple(int(n) for n in np.bincount(targets, minlength=len(plan.task.classes)))
+
+
+def _finite(value: float) -> float:
+    return float(np.nan_to_num(value, nan=1e9, posinf=1e9, neginf=-1e9))
+
+
+def _cuda(runtime: Runtime) -> list[int]:
+    device = runtime.torch_device
+    return [device.index or 0] if device.type == "cuda" else []

@@ -1,0 +1,117 @@
+"""Every error that Fedward raises on purpose, and the exit code a command ends with.
+
+::
+
+    FedwardError                1   anything below
+    ├── PlanError              10   the study plan breaks a rule
+    ├── DataError              11   the data cannot serve the plan
+    ├── ModelError             12   a model or its arrays do not fit
+    │   └── WeightsError       13   an initial-weights file cannot be used
+    ├── PrivacyError           14   a privacy target cannot be met
+    ├── DeviceError            15   the asked-for device is not there
+    ├── ProtocolError          16   a message is not a known, valid record
+    ├── StudyError             17   a study cannot go on (quorum, no update)
+    ├── OutputError            18   results cannot be written
+    └── Interrupted           130   Ctrl-C; what was finished is kept
+
+A message states the rule, the value that breaks it and the next step. Exit code 2 is the command
+line's own (unknown option, missing argument).
+"""
+
+from __future__ import annotations
+
+
+class FedwardError(Exception):
+    """Base of all errors raised on purpose.
+
+    Parameters
+    ----------
+    rule : str
+        What must hold, as a sentence without its full stop.
+    value : object, optional
+        What was found instead; left out of the message when None.
+    fix : str
+        What to do next, as a sentence without its full stop.
+    where : str
+        The key, argument or site that the rule is about.
+    """
+
+    exit_code = 1
+
+    def __init__(self, rule: str, *, value: object = None, fix: str = "", where: str = "") -> None:
+        self.rule, self.value, self.fix, self.where = rule, value, fix, where
+        super().__init__(self._message())
+
+    def _message(self) -> str:
+        text = f"{self.where}: {self.rule}" if self.where else self.rule
+        if self.value is not None:
+            text += f" (got {self.value!r})" if not isinstance(self.value, str) else f" (got {self.value})"
+        return f"{text}. {self.fix}." if self.fix else f"{text}."
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Worker processes send errors back; keyword-only arguments need this help.
+        return _rebuild, (type(self), self.rule, self.value, self.fix, self.where)
+
+
+def _rebuild(kind: type[FedwardError], rule: str, value: object, fix: str, where: str) -> FedwardError:
+    return kind(rule, value=value, fix=fix, where=where)
+
+
+class PlanError(FedwardError):
+    """The study plan breaks a rule."""
+
+    exit_code = 10
+
+
+class DataError(FedwardError):
+    """The data cannot serve the plan."""
+
+    exit_code = 11
+
+
+class ModelError(FedwardError):
+    """A model or its arrays do not fit."""
+
+    exit_code = 12
+
+
+class WeightsError(ModelError):
+    """An initial-weights file cannot be used."""
+
+    exit_code = 13
+
+
+class PrivacyError(FedwardError):
+    """A privacy target cannot be met."""
+
+    exit_code = 14
+
+
+class DeviceError(FedwardError):
+    """The asked-for device is not there."""
+
+    exit_code = 15
+
+
+class ProtocolError(FedwardError):
+    """A message is not a known, valid record."""
+
+    exit_code = 16
+
+
+class StudyError(FedwardError):
+    """A study cannot go on."""
+
+    exit_code = 17
+
+
+class OutputError(FedwardError):
+    """Results cannot be written."""
+
+    exit_code = 18
+
+
+class Interrupted(FedwardError):
+    """The user pressed Ctrl-C; finished work was kept."""
+
+    exit_code = 130

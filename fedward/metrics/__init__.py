@@ -1,0 +1,17 @@
+"""Figures over all sites from small counts that can be added up and name nobody.
+
+A mean of the sites' AUCs is not the AUC of all patients. Sites therefore send counts; their sum
+gives the figures of the pooled images.
+"""
+
+from fedward.metrics.classification import ClassificationCounts
+from fedward.metrics.segmentation import SegmentationCounts
+from fedward.metrics.task import Counts, counts_for, counts_from_arrays
+
+__all__ = [
+    "ClassificationCounts",
+    "Counts",
+    "SegmentationCounts",
+    "counts_for",
+    "counts_from_arrays",
+]

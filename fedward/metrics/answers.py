@@ -1,0 +1,68 @@
+"""From a classifier's probabilities to counts of its answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedward.errors import DataError, ModelError
+from fedward.metrics.checks import Floats, Ints
+
+CALIBRATION_BINS = 15
+_TINY = 1e-12
+Flags = NDArray[np.bool_]
+
+
+def probabilities(values: NDArray[Any]) -> Floats:
+    p = np.asarray(values, dtype=np.float64)
+    if p.ndim != 2 or not p.shape[1]:
+        raise ModelError("probabilities must be images x classes", value=p.shape)
+    # Written so that NaN fails it; sums of float32 may pass 1 by a rounding.
+    if not ((p >= -1e-6) & (p <= 1 + 1e-6)).all():
+        raise ModelError(
+            "probabilities must lie in 0 to 1",
+            fix="Lower the learning rate; the model has diverged",
+        )
+    return np.clip(p, 0.0, 1.0)
+
+
+def truth(targets: NDArray[Any], p: Floats) -> Flags:
+    fix = "Check the label table against the plan's classes"
+    if targets.ndim == 2:
+        if targets.shape != p.shape or not np.isin(targets, (0, 1)).all():
+            raise DataError("multi-label targets must be a 0 or 1 for each class", fix=fix)
+        return targets.astype(np.bool_)
+    if targets.shape != p.shape[:1] or targets.dtype.kind not in "iu":
+        raise DataError("targets must be one class index for each image", fix=fix)
+    if ((targets < 0) | (targets >= p.shape[1])).any():
+        raise DataError(f"class indices must lie in 0 to {p.shape[1] - 1}", fix=fix)
+    truth: Flags = targets[:, None] == np.arange(p.shape[1])
+    return truth
+
+
+def single_label(p: Floats, truth: Flags) -> tuple[Ints, Floats, Flags]:
+    k, answer = p.shape[1], p.argmax(axis=1)
+    actual = truth.argmax(axis=1)
+    confusion = np.bincount(actual * k + answer, minlength=k * k).reshape(k, k)
+    return confusion.astype(np.int64), p.max(axis=1), answer == actual
+
+
+def multi_label(p: Floats, truth: Flags) -> tuple[Ints, Floats, Flags]:
+    k, answer = p.shape[1], p >= 0.5
+    cell = np.arange(k) * 4 + truth * 2 + answer
+    confusion = np.bincount(cell.ravel(), minlength=4 * k).reshape(k, 2, 2)
+    return confusion.astype(np.int64), np.maximum(p, 1 - p).ravel(), (answer == truth).ravel()
+
+
+def calibration(confidence: Floats, right: Flags) -> Floats:
+    place = np.minimum((confidence * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
+    weights = (None, confidence, right.astype(np.float64))
+    return np.stack([np.bincount(place, w, CALIBRATION_BINS).astype(np.float64) for w in weights])
+
+
+def cross_entropy(p: Floats, truth: Flags, multi_label: bool) -> Floats:
+    of_truth = -np.log(np.maximum(np.where(truth, p, 1 - p), _TINY))
+    entropy: Floats = of_truth.mean(axis=1) if multi_label else of_truth[truth]
+    return entropy

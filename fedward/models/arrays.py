@@ -1,0 +1,224 @@
+"""A model as named arrays: what travels, what is saved, what a plan's stage trains."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from torch import nn
+
+from fedward.errors import ModelError, OutputError
+from fedward.models.registry import outline
+from fedward.plan.schema import Plan
+
+Arrays = dict[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a plan's model looks like, before any weight exists.
+
+    Attributes
+    ----------
+    parameters : int
+        Numbers that can be trained.
+    bytes : int
+        Size of one exchange of the whole model.
+    arrays : mapping
+        Name to shape and dtype, in the order of :func:`to_arrays`.
+    """
+
+    parameters: int
+    bytes: int
+    arrays: Mapping[str, tuple[tuple[int, ...], str]]
+
+
+def describe(plan: Plan) -> ModelFacts:
+    """Names, shapes and sizes of the plan's model, without making it."""
+    model = outline(plan)
+    state = model.state_dict()
+    return ModelFacts(
+        parameters=sum(p.numel() for p in model.parameters()),
+        bytes=sum(4 * tensor.numel() for tensor in state.values()),
+        arrays={name: (tuple(tensor.shape), "float32") for name, tensor in state.items()},
+    )
+
+
+def to_arrays(model: nn.Module) -> Arrays:
+    """Copy parameters and persistent buffers, in state-dict order.
+
+    Returns
+    -------
+    dict
+        Name to float32, C-contiguous array that shares no memory with the model.
+
+    Raises
+    ------
+    ModelError
+        A tensor is not of floating point.
+    """
+    return {name: _array(name, tensor) for name, tensor in model.state_dict().items()}
+
+
+def _array(name: str, tensor: torch.Tensor) -> NDArray[np.float32]:
+    if not tensor.is_floating_point():
+        raise ModelError(
+            "every exchanged tensor must be of floating point",
+            value=str(tensor.dtype),
+            fix="Use the models of the registry",
+            where=name,
+        )
+    copy = tensor.detach().to("cpu", torch.float32, copy=True)
+    return np.ascontiguousarray(copy.numpy())
+
+
+def from_arrays(
+    model: nn.Module, arrays: Mapping[str, NDArray[np.float32]], partial: bool = False
+) -> None:
+    """Copy `arrays` into the model, all of them or, after a fault, none.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place; device and dtype stay.
+    arrays : mapping
+        Name to float32 array.
+    partial : bool
+        Whether arrays of the model may be missing.
+
+    Raises
+    ------
+    ModelError
+        Names the first array that is unknown, missing, of another shape or dtype, or not finite.
+    """
+    state = model.state_dict()
+    if not partial and (missing := [name for name in state if name not in arrays]):
+        raise ModelError(
+            "the arrays must cover the whole model",
+            value=f"{len(missing)} missing",
+            fix="Send every array",
+            where=missing[0],
+        )
+    for name, array in arrays.items():
+        _check(name, array, state)
+    with torch.no_grad():
+        for name, array in arrays.items():
+            # from_numpy wants writable memory; the copy is what makes read-only arrays welcome.
+            state[name].copy_(torch.from_numpy(np.array(array)))
+
+
+def _check(name: str, array: NDArray[np.float32], state: Mapping[str, torch.Tensor]) -> None:
+    if name not in state:
+        raise ModelError(
+            "the model has no such array", fix="Build both ends from one plan", where=name
+        )
+    if array.shape != (shape := tuple(state[name].shape)):
+        raise ModelError(
+            f"the array must have shape {shape}",
+            value=array.shape,
+            fix="Build both ends from one plan",
+            where=name,
+        )
+    if array.dtype != np.float32:
+        raise ModelError(
+            "arrays must be float32", value=str(array.dtype), fix="Convert it", where=name
+        )
+    if not np.isfinite(array).all():
+        raise ModelError(
+            "arrays must be finite",
+            fix="Lower the learning rate or leave this update out",
+            where=name,
+        )
+
+
+def trainable_names(model: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
+    """Names of the parameters that match any shell-style pattern, in the model's order.
+
+    Raises
+    ------
+    ModelError
+        A pattern matches no parameter.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ModelError(
+                "every pattern must match a parameter of the model",
+                value=pattern,
+                fix=f"The names look like {names[0]} and {names[-1]}",
+                where="stages.train",
+            )
+    return tuple(n for n in names if any(fnmatchcase(n, pattern) for pattern in patterns))
+
+
+def freeze(model: nn.Module, names: Iterable[str]) -> None:
+    """Let exactly the parameters `names` be trained; all others get ``requires_grad=False``.
+
+    Raises
+    ------
+    ModelError
+        The model has no parameter of that name.
+    """
+    wanted, parameters = set(names), dict(model.named_parameters())
+    if unknown := sorted(wanted - set(parameters)):
+        raise ModelError(
+            "the model has no such parameter", fix="Take names from the model", where=unknown[0]
+        )
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in wanted)
+
+
+def save_model(
+    path: Path, arrays: Mapping[str, NDArray[np.float32]], metadata: Mapping[str, str]
+) -> None:
+    """Write arrays and metadata as one safetensors file; a reader sees all of it or none.
+
+    Raises
+    ------
+    OutputError
+        The file cannot be written.
+    """
+    content = save(
+        {name: np.ascontiguousarray(array) for name, array in arrays.items()}, dict(metadata)
+    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=path.parent, prefix=".model-", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(
+            "the model file must be writable", value=error.strerror, fix="Check space and rights"
+        ) from error
+
+
+def load_model(path: Path) -> tuple[Arrays, dict[str, str]]:
+    """Read what :func:`save_model` wrote.
+
+    Raises
+    ------
+    ModelError
+        The file is missing or is not a safetensors file.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return arrays, dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            "the model file must be a readable safetensors file",
+            value=type(error).__name__,
+            fix="Check that it was written completely",
+        ) from error

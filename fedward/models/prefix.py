@@ -1,0 +1,123 @@
+"""The frozen leading part of a model, whose output is worked out once per image and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from monai.networks.nets import DenseNet, EfficientNet, ResNet
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+
+class Chain(nn.Module):
+    """Blocks of a model, one after the other, under the names that they have in the model.
+
+    The blocks are shared, not copied, and ``chain.named_parameters()`` gives the model's own names
+    for them, so that what trains through the chain trains the model.
+
+    Parameters
+    ----------
+    steps : sequence of (str, nn.Module)
+        Dotted name in the model and the block, in the order of the forward pass.
+    """
+
+    def __init__(self, steps: Sequence[tuple[str, nn.Module]]) -> None:
+        super().__init__()
+        self.order = tuple(path for path, _ in steps)
+        for path, module in steps:
+            _place(self, path, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for path in self.order:
+            x = self.get_submodule(path)(x)
+        return x
+
+
+def _place(root: nn.Module, path: str, module: nn.Module) -> None:
+    *parents, name = path.split(".")
+    for parent in parents:
+        if parent not in root._modules:
+            root.add_module(parent, nn.Module())
+        root = root.get_submodule(parent)
+    root.add_module(name, module)
+
+
+def split_at_trainable(
+    model: nn.Module, trainable: Iterable[str]
+) -> tuple[nn.Module | None, nn.Module]:
+    """Divide a model where training starts.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any model of the registry.
+    trainable : iterable of str
+        Names of the parameters that train.
+
+    Returns
+    -------
+    prefix : nn.Module or None
+        The longest leading run of blocks in which nothing trains and nothing is random; run it
+        under ``torch.no_grad()``. None where there is none, or where the model does not divide
+        (the U-Nets: their skips reach over any cut).
+    suffix : nn.Module
+        The rest, with ``suffix(prefix(x)) == model(x)``. It shares its parameters with the model
+        and names them alike; the model itself where there is no prefix.
+    """
+    steps, names = _steps(model), set(trainable)
+    cut = next((i for i, step in enumerate(steps) if _alive(step, names)), len(steps))
+    # A prefix without parameters (padding) saves nothing; one without a suffix trains nothing.
+    useful = any(True for _, block in steps[:cut] for _ in block.parameters())
+    if not useful or cut == len(steps):
+        return None, model
+    prefix, suffix = Chain(steps[:cut]), Chain(steps[cut:])
+    prefix.train(model.training)
+    return prefix, suffix.train(model.training)
+
+
+def _alive(step: tuple[str, nn.Module], trainable: set[str]) -> bool:
+    path, block = step
+    if any(f"{path}.{name}" in trainable for name, _ in block.named_parameters()):
+        return True
+    return any(isinstance(m, _DropoutNd) and m.p > 0 for m in block.modules())
+
+
+def _steps(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    if isinstance(model, ResNet):
+        return list(_resnet(model))
+    if isinstance(model, EfficientNet):
+        return list(_efficientnet(model))
+    if isinstance(model, DenseNet):
+        return [
+            *_unrolled("features", model.features),
+            *_unrolled("class_layers", model.class_layers),
+        ]
+    if type(model).forward is nn.Sequential.forward:
+        return [step for name, child in model.named_children() for step in _unrolled(name, child)]
+    return []
+
+
+def _unrolled(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    if type(module).forward is not nn.Sequential.forward:
+        yield path, module
+        return
+    for name, child in module.named_children():
+        yield from _unrolled(f"{path}.{name}", child)
+
+
+def _resnet(model: ResNet) -> Iterator[tuple[str, nn.Module]]:
+    stem = ("conv1", "bn1", "act", *(() if model.no_max_pool else ("maxpool",)))
+    for name in (*stem, "layer1", "layer2", "layer3", "layer4", "avgpool"):
+        yield from _unrolled(name, model.get_submodule(name))
+    yield "flatten", nn.Flatten()
+    yield "fc", model.fc
+
+
+def _efficientnet(model: EfficientNet) -> Iterator[tuple[str, nn.Module]]:
+    for name in ("_conv_stem_padding", "_conv_stem", "_bn0", "_swish", "_blocks"):
+        yield from _unrolled(name, model.get_submodule(name))
+    for name in ("_conv_head_padding", "_conv_head", "_bn1", "_swish", "_avg_pooling"):
+        yield name, model.get_submodule(name)
+    yield "flatten", nn.Flatten()
+    yield "_dropout", model._dropout
+    yield "_fc", model._fc

@@ -1,0 +1,91 @@
+"""From the name in a plan to a network with weights; the one place that knows all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+from torch import nn
+
+from fedward.errors import PlanError
+from fedward.models import classifiers, segmenters
+from fedward.plan.schema import ModelName, Plan
+
+GradSampleMode = Literal["hooks", "functorch", "ghost"]
+
+_BUILDERS: dict[ModelName, Callable[[Plan], nn.Module]] = {
+    "cnn": classifiers.build_cnn,
+    "resnet18": classifiers.build_resnet,
+    "resnet34": classifiers.build_resnet,
+    "resnet50": classifiers.build_resnet,
+    "densenet121": classifiers.build_densenet,
+    "efficientnet-b0": classifiers.build_efficientnet,
+    "efficientnet-lite0": classifiers.build_lite0,
+    "unet": segmenters.build_unet,
+    "basicunet": segmenters.build_basicunet,
+    "segresnet": segmenters.build_segresnet,
+    "attention-unet": segmenters.build_attention_unet,
+}
+
+_ALL: tuple[GradSampleMode, ...] = ("hooks", "functorch", "ghost")
+GRAD_SAMPLE_MODES: Mapping[ModelName, tuple[GradSampleMode, ...]] = MappingProxyType(
+    dict.fromkeys(_BUILDERS, _ALL)
+)
+"""Opacus modes whose per-sample gradients the tests hold against a loop over single samples."""
+
+
+def build_model(plan: Plan, seed: int) -> nn.Module:
+    """Build the plan's network, with weights that depend on `seed` alone.
+
+    Parameters
+    ----------
+    plan : Plan
+        Names the architecture, its widths and dropout, the input size and channels, the classes.
+    seed : int
+        Seed of the fresh weights. The caller's random state is left as it was.
+
+    Returns
+    -------
+    nn.Module
+        On the CPU, float32, in training mode; ready for per-sample gradients.
+
+    Raises
+    ------
+    PlanError
+        The architecture has no such choice of widths or dropout, or not at this image size.
+    """
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed: that one would reseed the caller's GPUs as well.
+        torch.default_generator.manual_seed(seed)
+        model = _BUILDERS[plan.model.name](plan)
+    _check_size(plan)
+    return model.train()
+
+
+def outline(plan: Plan) -> nn.Module:
+    """The plan's network without storage (on the ``meta`` device): names, shapes, nothing else."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return _BUILDERS[plan.model.name](plan)
+
+
+def _check_size(plan: Plan) -> None:
+    shape = (2, plan.preprocessing.channels, *plan.preprocessing.size)
+    segmentation = plan.task.kind == "segmentation"
+    expected = (2, plan.task.outputs, *(plan.preprocessing.size if segmentation else ()))
+    try:
+        given = tuple(outline(plan)(torch.empty(shape, device="meta")).shape)
+    except (RuntimeError, ValueError) as error:
+        raise _size_error(plan) from error
+    if given != expected:
+        raise _size_error(plan)
+
+
+def _size_error(plan: Plan) -> PlanError:
+    return PlanError(
+        f"{plan.model.name} cannot take images of this size",
+        value="x".join(map(str, plan.preprocessing.size)),
+        fix="Make the sides larger, or multiples of 16",
+        where="preprocessing.size",
+    )

@@ -1,0 +1,244 @@
+"""Public start weights: found, verified by hash, read as tensors only, fitted to the model."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fedward.errors import WeightsError
+from fedward.plan.schema import InitialWeights, ModelName, Plan
+
+_SHORT = 12
+_PACKAGE = "package:"
+_COUNTERS = "num_batches_tracked"  # BatchNorm's; no model here keeps one
+
+
+@dataclass(frozen=True)
+class WeightsReport:
+    """What became of a weights file's tensors.
+
+    Attributes
+    ----------
+    matched : tuple of str
+        Arrays of the model that came from the file.
+    reshaped_head : tuple of str
+        Arrays of the last layer that stay fresh, because the file has other classes.
+    missing : tuple of str
+        Arrays of the model that the file has not; they stay fresh.
+    unused : tuple of str
+        Tensors of the file that the model has no place for.
+    """
+
+    matched: tuple[str, ...]
+    reshaped_head: tuple[str, ...]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+HEADS: Mapping[ModelName, str] = MappingProxyType(
+    {
+        "cnn": "fc.*",
+        "resnet18": "fc.*",
+        "resnet34": "fc.*",
+        "resnet50": "fc.*",
+        "densenet121": "class_layers.out.*",
+        "efficientnet-b0": "_fc.*",
+        "efficientnet-lite0": "_fc.*",
+        "unet": "model.2.*",
+        "basicunet": "final_conv.*",
+        "segresnet": "conv_final.2.*",
+        "attention-unet": "model.2.*",
+    }
+)
+"""Shell-style pattern of the arrays whose shape follows the number of classes."""
+
+
+def load_initial(model: nn.Module, plan: Plan, base: Path | None = None) -> WeightsReport:
+    """Load the plan's public weights into `model`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        From :func:`fedward.models.registry.build_model` and the same plan; changed in place.
+    plan : Plan
+        ``model.initial_weights`` names the file and its SHA-256. Without it nothing happens.
+    base : Path or None
+        Folder of the plan, which a relative file is relative to.
+
+    Raises
+    ------
+    WeightsError
+        The file is not there, is another one, holds more than tensors or does not fit.
+    """
+    wanted = plan.model.initial_weights
+    if wanted is None:
+        return WeightsReport((), (), tuple(model.state_dict()), ())
+    content = _read(wanted, base)
+    tensors = _tensors(content, PurePosixPath(wanted.file).suffix)
+    return _fit(model, plan.model.name, tensors)
+
+
+def _read(wanted: InitialWeights, base: Path | None) -> bytes:
+    try:
+        content = _resolve(wanted.file, base).read_bytes()
+    except OSError as error:
+        raise _error("the weights file must be readable", type(error).__name__) from error
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != wanted.sha256:
+        raise WeightsError(
+            f"the weights file must have SHA-256 {wanted.sha256[:_SHORT]}…",
+            value=f"{digest[:_SHORT]}…",
+            fix="Take the file that the plan means, or correct the plan",
+            where="model.initial_weights.sha256",
+        )
+    return content
+
+
+def _resolve(file: str, base: Path | None) -> Path:
+    if file.startswith(_PACKAGE):
+        return _in_package(file.removeprefix(_PACKAGE))
+    if Path(file).is_absolute():
+        raise _error("the weights file must be given relative to the plan")
+    if base is None:
+        raise _error("a weights file beside the plan needs the plan's folder")
+    return base / file
+
+
+def _in_package(place: str) -> Path:
+    name, _, inner = place.partition("/")
+    if not name.isidentifier() or not inner or ".." in PurePosixPath(inner).parts:
+        raise _error("a packaged weights file is written package:NAME/PATH")
+    # find_spec of a top-level name looks the package up without running any of its code.
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise _error("the package with the weights must be installed", name)
+    return Path(spec.submodule_search_locations[0]) / inner
+
+
+def _tensors(content: bytes, suffix: str) -> dict[str, Tensor]:
+    readers = {".safetensors": safetensors.torch.load, ".pth": _unpickle, ".pt": _unpickle}
+    if suffix not in readers:
+        raise _error(
+            "the weights file must end in .safetensors, .pth or .pt", suffix or "no ending"
+        )
+    try:
+        found: object = readers[suffix](content)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise _error(
+            "the weights file must hold tensors only, and completely", type(error).__name__
+        ) from error
+    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        found = found["state_dict"]
+    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+        raise _error("the weights file must hold a table of named tensors")
+    return found
+
+
+def _unpickle(content: bytes) -> object:
+    found: object = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    return found
+
+
+def _fit(model: nn.Module, name: ModelName, tensors: Mapping[str, Tensor]) -> WeightsReport:
+    state = model.state_dict()
+    mapped, unused = _renamed(name, tensors, state)
+    head = {key for key in state if fnmatchcase(key, HEADS[name])}
+    fitted = {key: _reshaped(key, tensor, state[key]) for key, tensor in mapped.items()}
+    fresh = tuple(key for key in state if key in head and key in fitted and fitted[key] is None)
+    for key, tensor in fitted.items():
+        if tensor is None and key not in head:
+            raise _misfit(key, tuple(mapped[key].shape), tuple(state[key].shape))
+    matched = {key: tensor for key, tensor in fitted.items() if tensor is not None}
+    missing = tuple(key for key in state if key not in mapped)
+    _check_cover(name, matched, [key for key in missing if key not in head])
+    with torch.no_grad():
+        for key, tensor in matched.items():
+            state[key].copy_(tensor)
+    return WeightsReport(tuple(k for k in state if k in matched), fresh, missing, unused)
+
+
+def _renamed(
+    name: ModelName, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    rename, mapped, unused = _key_map(name, state), {}, []
+    for key, tensor in tensors.items():
+        target = rename(key.removeprefix("module."))
+        if target in state:
+            mapped[target] = tensor
+        elif not key.endswith(_COUNTERS):
+            unused.append(key)
+    return mapped, tuple(unused)
+
+
+def _key_map(name: ModelName, state: Mapping[str, Tensor]) -> Callable[[str], str]:
+    if name.startswith("efficientnet"):
+        # The public files number the blocks through; MONAI keeps them in stages as well.
+        stages = dict(_stages(state))
+        return lambda key: re.sub(r"^_blocks\.(\d+)\.(?=_)", lambda m: stages.get(m[1], m[0]), key)
+    if name == "densenet121":
+        return _densenet_key
+    return lambda key: key
+
+
+def _stages(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    for key in state:
+        if found := re.match(r"_blocks\.\d+\.(\d+)\.", key):
+            yield found[1], found[0]
+
+
+def _densenet_key(key: str) -> str:
+    key = re.sub(r"^(features\.denseblock\d+\.denselayer\d+)\.(?!layers\.)", r"\1.layers.", key)
+    return re.sub(r"^classifier\.", "class_layers.out.", key)
+
+
+def _reshaped(key: str, tensor: Tensor, target: Tensor) -> Tensor | None:
+    if tensor.shape == target.shape:
+        return tensor
+    grey = tensor.ndim == target.ndim >= 4 and (tensor.shape[1], target.shape[1]) == (3, 1)
+    if grey and tensor.shape[0] == target.shape[0] and tensor.shape[2:] == target.shape[2:]:
+        # A grey image repeated over three channels would give just this sum.
+        return tensor.sum(1, keepdim=True)
+    return None
+
+
+def _check_cover(name: ModelName, matched: Mapping[str, Tensor], missing: list[str]) -> None:
+    if not matched:
+        raise _error(f"the weights file must belong to {name}", "no tensor of that model")
+    if name == "efficientnet-lite0" and missing:
+        raise WeightsError(
+            "the weights file must bring every frozen statistic",
+            value=f"{len(missing)} missing",
+            fix="Take a complete file",
+            where=missing[0],
+        )
+    for key, tensor in matched.items():
+        if not torch.isfinite(tensor).all():
+            raise WeightsError("start weights must be finite", fix="Take another file", where=key)
+
+
+def _misfit(key: str, given: tuple[int, ...], needed: tuple[int, ...]) -> WeightsError:
+    return WeightsError(
+        f"the tensor must have shape {needed}",
+        value=given,
+        fix="Take weights of this architecture, or change model.channels",
+        where=key,
+    )
+
+
+def _error(rule: str, value: str | None = None) -> WeightsError:
+    return WeightsError(
+        rule, value=value, fix="Correct the plan", where="model.initial_weights.file"
+    )

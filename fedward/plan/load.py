@@ -1,0 +1,98 @@
+"""Read a plan, give it a stable hash, write it back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fedward.errors import PlanError
+from fedward.plan.schema import Plan
+
+_FIXES = {
+    "extra_forbidden": ("this key is not known", "Remove it, or see the plan reference for its name"),
+    "missing": ("this key is required", "Add it"),
+}
+
+
+def load_plan(path: Path) -> Plan:
+    """Read and validate a TOML plan.
+
+    Raises
+    ------
+    PlanError
+        The file is missing, is not TOML, or breaks a rule; the message names the key.
+    """
+    try:
+        return parse_plan(path.read_text("utf-8"))
+    except OSError as error:
+        raise PlanError(
+            "the plan file must be readable", value=path.name, fix="Check its name"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise PlanError("the plan must be UTF-8 text", value=path.name, fix="Save it as UTF-8") from error
+
+
+def parse_plan(text: str) -> Plan:
+    """Validate the text of a TOML plan (see :func:`load_plan`)."""
+    try:
+        return plan_from(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise PlanError("the plan must be valid TOML", value=str(error), fix="Mend that line") from error
+
+
+def plan_from(value: dict[str, Any]) -> Plan:
+    """Validate a plan given as nested dictionaries (see :func:`load_plan`)."""
+    try:
+        return Plan.model_validate(value)
+    except ValidationError as error:
+        raise _plan_error(error) from None
+
+
+def _plan_error(error: ValidationError) -> PlanError:
+    first, more = error.errors()[0], error.error_count() - 1
+    context: dict[str, Any] = first.get("ctx") or {}
+    where = context.get("where") or ".".join(str(part) for part in first["loc"])
+    rule, fix = _FIXES.get(first["type"], (first["msg"].removeprefix("Value error, "), ""))
+    fix = fix or ("" if ";" in rule else "Change the value")
+    if more:
+        fix = f"{fix}. {more} more to mend after this one" if fix else f"{more} more to mend after this one"
+    value = None if first["type"] in {"missing", "value_error", "plan_rule"} else _short(first["input"])
+    return PlanError(rule, value=value, fix=fix, where=where)
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def canonical(plan: Plan) -> str:
+    """The plan as canonical JSON: every key present, sorted, no spaces.
+
+    Two files that mean the same study (order, comments, defaults left out or written) give the
+    same text.
+    """
+    return json.dumps(
+        plan.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False,
+        allow_nan=False,
+    )
+
+
+def plan_hash(plan: Plan) -> str:
+    """SHA-256 of the canonical form, 64 hexadecimal digits."""
+    return hashlib.sha256(canonical(plan).encode()).hexdigest()
+
+
+def from_canonical(text: str) -> Plan:
+    """Read a plan back from its canonical form, as a site receives it."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PlanError("a plan on the wire must be canonical JSON", fix="Send it again") from error
+    if not isinstance(value, dict):
+        raise PlanError("a plan on the wire must be an object", value=type(value).__name__)
+    return plan_from(value)

@@ -1,0 +1,149 @@
+"""Rules that hold between sections of a plan; each says which keys, which rule and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pydantic_core import PydanticCustomError
+
+if TYPE_CHECKING:
+    from fedward.plan.schema import Plan
+
+_LOSSES = {
+    "classification": {"cross_entropy", "focal"},
+    "multi-label": {"bce"},
+    "segmentation": {"dice_ce", "dice_focal"},
+}
+_SETTINGS: dict[str, set[str]] = {
+    "fedavg": set(),
+    "fedprox": {"mu"},
+    "fedavgm": {"server_learning_rate", "server_momentum"},
+    "fedadam": {"eta", "beta_1", "beta_2", "tau"},
+    "fedyogi": {"eta", "beta_1", "beta_2", "tau"},
+    "fedadagrad": {"eta", "tau"},
+    "fedmedian": set(),
+    "fedtrimmedavg": {"beta"},
+    "krum": {"malicious"},
+    "multikrum": {"malicious", "keep"},
+    "bulyan": {"malicious"},
+}
+
+
+def check(plan: Plan) -> None:
+    """Raise for the first rule that the plan breaks."""
+    for where, rule in _broken(plan):
+        raise PydanticCustomError("plan_rule", "{rule}", {"rule": rule, "where": where})
+
+
+def _broken(plan: Plan) -> Iterator[tuple[str, str]]:
+    yield from _task_rules(plan)
+    yield from _model_rules(plan)
+    yield from _stage_rules(plan)
+    yield from _strategy_rules(plan)
+    yield from _participation_rules(plan)
+
+
+def _task_rules(plan: Plan) -> Iterator[tuple[str, str]]:
+    from fedward.plan.schema import CLASSIFICATION_METRICS, SEGMENTATION_METRICS
+
+    task, segmentation = plan.task, plan.task.kind == "segmentation"
+    if len(set(task.classes)) != len(task.classes):
+        yield "task.classes", "class names must differ; rename one"
+    if not segmentation and not task.multi_label and len(task.classes) < 2:
+        yield "task.classes", "classification needs at least two classes; name the other one too"
+    if segmentation and task.multi_label:
+        yield "task.multi_label", "multi_label belongs to classification; remove it"
+    if len(plan.preprocessing.size) != task.dimensions:
+        yield (
+            "preprocessing.size",
+            f"a {task.dimensions}D task needs {task.dimensions} side lengths; write that many",
+        )
+    if "any" in task.modality and len(task.modality) > 1:
+        yield "task.modality", "`any` stands alone; list modalities, or only `any`"
+    wrong = set(plan.metrics.report) - (SEGMENTATION_METRICS if segmentation else CLASSIFICATION_METRICS)
+    if wrong:
+        yield "metrics.report", f"{task.kind} has no metric {', '.join(sorted(wrong))}; remove it"
+    if "depth" in plan.preprocessing.augmentation.flip and task.dimensions == 2:
+        yield "preprocessing.augmentation.flip", "a 2D task has no depth axis; remove `depth`"
+    kind = "multi-label" if task.multi_label else task.kind
+    if plan.training.loss not in _LOSSES[kind]:
+        yield (
+            "training.loss",
+            f"{kind} takes {' or '.join(sorted(_LOSSES[kind]))}, not {plan.training.loss}; change it",
+        )
+    weights = plan.training.class_weights
+    if weights is not None and len(weights) != task.outputs:
+        yield (
+            "training.class_weights",
+            f"{task.outputs} weights are needed, one per model output; got {len(weights)}",
+        )
+
+
+def _model_rules(plan: Plan) -> Iterator[tuple[str, str]]:
+    from fedward.plan.schema import SEGMENTERS
+
+    model, segmentation = plan.model, plan.task.kind == "segmentation"
+    if (model.name in SEGMENTERS) != segmentation:
+        yield "model.name", f"{model.name} does not do {plan.task.kind}; choose another model"
+    if model.name == "efficientnet-lite0":
+        if plan.task.dimensions == 3:
+            yield "model.name", "efficientnet-lite0 is 2D only; choose another model"
+        if model.initial_weights is None:
+            yield (
+                "model.initial_weights",
+                "efficientnet-lite0 keeps the public statistics of its weights frozen, so it needs "
+                "initial_weights; name the file and its SHA-256",
+            )
+        if plan.preprocessing.channels != 3:
+            yield "preprocessing.channels", "efficientnet-lite0 takes 3 channels; set channels = 3"
+    if model.name in SEGMENTERS:
+        levels = len(model.channels) - 1 if model.channels else 3
+        if any(side % 2**levels for side in plan.preprocessing.size):
+            yield (
+                "preprocessing.size",
+                f"{model.name} halves the image {levels} times; make each side a multiple of {2**levels}",
+            )
+
+
+def _stage_rules(plan: Plan) -> Iterator[tuple[str, str]]:
+    if plan.stages and plan.training.rounds is not None:
+        yield "training.rounds", "stages carry rounds and learning rates; remove them from [training]"
+    if not plan.stages and plan.training.rounds is None:
+        yield "training.rounds", "a plan without [[stages]] needs rounds and learning_rate; add them"
+    if len({stage.name for stage in plan.stages}) != len(plan.stages):
+        yield "stages", "stage names must differ; rename one"
+
+
+def _strategy_rules(plan: Plan) -> Iterator[tuple[str, str]]:
+    known, given = _SETTINGS[plan.strategy.name], set(plan.strategy.settings)
+    if unknown := sorted(given - known):
+        yield (
+            f"strategy.settings.{unknown[0]}",
+            f"{plan.strategy.name} knows {', '.join(sorted(known)) or 'no settings'}; remove it",
+        )
+    if plan.strategy.name == "fedprox" and "mu" not in given:
+        yield "strategy.settings.mu", "fedprox needs its proximal weight mu; add it"
+    needed = {"krum", "multikrum", "bulyan"} & {plan.strategy.name}
+    if needed and "malicious" not in given:
+        yield "strategy.settings.malicious", f"{plan.strategy.name} needs malicious, the sites it withstands; add it"
+    if any(value < 0 for value in plan.strategy.settings.values()):
+        yield "strategy.settings", "settings must not be negative"
+
+
+def _participation_rules(plan: Plan) -> Iterator[tuple[str, str]]:
+    part, malicious = plan.participation, int(plan.strategy.settings.get("malicious", 0))
+    if part.quorum is not None and part.quorum > part.sites:
+        yield "participation.quorum", "quorum must not exceed sites; lower it"
+    least = {"krum": 2 * malicious + 3, "multikrum": 2 * malicious + 3, "bulyan": 4 * malicious + 3}
+    need = least.get(plan.strategy.name, 1)
+    if part.needed < need:
+        yield (
+            "participation.quorum",
+            f"{plan.strategy.name} against {malicious} malicious sites needs {need} updates; raise quorum",
+        )
+    if plan.privacy.on and plan.training.local_epochs is None and plan.privacy.sampling_rate is None:
+        yield (
+            "privacy.sampling_rate",
+            "with local_steps the cost of privacy depends on the sampling rate; give sampling_rate",
+        )

@@ -1,0 +1,396 @@
+"""The study plan: what a coordinator writes and every site reads. Data, never code."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+ClassName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _+/-]{0,63}$")]
+
+ModelName = Literal[
+    "cnn", "resnet18", "resnet34", "resnet50", "densenet121", "efficientnet-b0",
+    "efficientnet-lite0", "unet", "basicunet", "segresnet", "attention-unet",
+]
+StrategyName = Literal[
+    "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad",
+    "fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan",
+]
+MetricName = Literal[
+    "auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity", "f1", "ece",
+    "dice", "iou", "hd95", "loss",
+]
+Modality = Literal["CR", "DX", "CT", "MR", "MG", "US", "PT", "OP", "OPT", "XC", "SM", "OT", "any"]
+
+SEGMENTERS = frozenset({"unet", "basicunet", "segresnet", "attention-unet"})
+CLASSIFICATION_METRICS = frozenset(
+    {"auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity", "f1", "ece", "loss"}
+)
+SEGMENTATION_METRICS = frozenset({"dice", "iou", "hd95", "loss"})
+
+
+class Section(BaseModel):
+    """A table of the plan: unknown keys are refused, values are not coerced, nothing changes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Study(Section):
+    """What the study is called and what it is for."""
+
+    name: Name = Field(description="short name: lower case, digits, `.`, `_`, `-`")
+    title: str = Field(default="", max_length=200, description="one line for people")
+    intended_use: str = Field(
+        default="", max_length=2000, description="what the model is for; goes into reports"
+    )
+
+
+class Task(Section):
+    """What is to be learnt."""
+
+    kind: Literal["classification", "segmentation"] = Field(description="the task")
+    dimensions: Literal[2, 3] = Field(default=2, description="2 for images, 3 for volumes")
+    classes: tuple[ClassName, ...] = Field(
+        min_length=1,
+        max_length=256,
+        description="class names in label order. Classification: index 0 is label 0, the last of "
+        "two is the positive one. Segmentation: foreground classes, label 0 is background",
+    )
+    multi_label: bool = Field(
+        default=False, description="classification: an image may carry several classes at once"
+    )
+    modality: tuple[Modality, ...] = Field(
+        default=("any",),
+        min_length=1,
+        description="DICOM modalities that the study accepts; other images are left out",
+    )
+
+    @property
+    def outputs(self) -> int:
+        """Channels that the model gives: one a class, and one for the background in segmentation."""
+        return len(self.classes) + (1 if self.kind == "segmentation" else 0)
+
+
+class Augmentation(Section):
+    """Random changes of training images; each strength 0 means off."""
+
+    flip: tuple[Literal["horizontal", "vertical", "depth"], ...] = Field(
+        default=(), description="axes that may be mirrored, each with probability 1/2"
+    )
+    rotate: float = Field(default=0.0, ge=0, le=180, description="largest rotation, degrees")
+    scale: float = Field(default=0.0, ge=0, lt=1, description="largest zoom in or out, fraction")
+    shift: float = Field(default=0.0, ge=0, lt=1, description="largest shift, fraction of the side")
+    contrast: float = Field(default=0.0, ge=0, lt=1, description="largest change of contrast")
+    brightness: float = Field(
+        default=0.0, ge=0, le=2, description="largest change of brightness, intensity units"
+    )
+    noise: float = Field(
+        default=0.0, ge=0, le=2, description="standard deviation of added noise, intensity units"
+    )
+
+    @property
+    def active(self) -> bool:
+        """Whether anything random is done at all."""
+        return bool(self.flip) or any(
+            (self.rotate, self.scale, self.shift, self.contrast, self.brightness, self.noise)
+        )
+
+
+class Preprocessing(Section):
+    """How an image becomes the model's input; the same at every site."""
+
+    size: tuple[Annotated[int, Field(ge=8, le=1024)], ...] = Field(
+        min_length=2, max_length=3, description="side lengths of the input, pixels (rows, columns[, slices])"
+    )
+    spacing: tuple[Positive, ...] | None = Field(
+        default=None,
+        description="resample to this spacing (mm, one per axis), then centre crop or pad to `size`; "
+        "without it the image is resized to `size`",
+    )
+    resize: Literal["stretch", "fit"] = Field(
+        default="stretch", description="without spacing: stretch to `size`, or fit and pad"
+    )
+    channels: Literal[1, 3] = Field(default=1, description="1 (grey) or 3 (colour, or grey repeated)")
+    window: tuple[float, float] | None = Field(
+        default=None, description="lowest and highest intensity kept (HU for CT), mapped to 0 and 1"
+    )
+    percentiles: tuple[float, float] | None = Field(
+        default=None, description="instead of a window: percentiles of each image mapped to 0 and 1"
+    )
+    intensity: Literal["unit", "zscore", "imagenet"] = Field(
+        default="zscore",
+        description="`unit`: 0 to 1; `zscore`: each image to mean 0 and deviation 1; `imagenet`: 0 "
+        "to 1, then ImageNet's mean and deviation",
+    )
+    augmentation: Augmentation = Field(default=Augmentation(), description="random changes in training")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Preprocessing:
+        if self.spacing is not None and len(self.spacing) != len(self.size):
+            raise ValueError("spacing must have one entry per entry of size; make them equally long")
+        if self.window is not None and self.percentiles is not None:
+            raise ValueError("window and percentiles exclude each other; keep one")
+        for name, pair in (("window", self.window), ("percentiles", self.percentiles)):
+            if pair is not None and not pair[0] < pair[1]:
+                raise ValueError(f"{name} must rise from low to high; swap its two values")
+        if self.percentiles and not (0 <= self.percentiles[0] and self.percentiles[1] <= 100):
+            raise ValueError("percentiles must lie within 0 and 100")
+        if self.intensity == "imagenet" and self.channels != 3:
+            raise ValueError("intensity `imagenet` needs channels = 3")
+        return self
+
+
+class Split(Section):
+    """How each site's patients are divided; by patient, never across."""
+
+    validation: Fraction = Field(default=0.1, description="share of patients for validation")
+    test: Fraction = Field(default=0.2, description="share of patients for the test")
+    seed: int = Field(default=0, ge=0, description="seed of the division")
+    given: bool = Field(
+        default=False, description="use the division that the data brings (npz files do), where it does"
+    )
+
+    @model_validator(mode="after")
+    def _leaves_training(self) -> Split:
+        if self.validation + self.test >= 1:
+            raise ValueError("validation and test together must leave patients to train on (below 1)")
+        return self
+
+
+class InitialWeights(Section):
+    """Public weights to start from; read as tensors only, never unpickled into objects."""
+
+    file: str = Field(
+        min_length=1,
+        description="path of a .safetensors or PyTorch weights file, relative to the plan, or "
+        "`package:NAME/PATH` inside an installed Python package",
+    )
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the file")
+
+
+class Model(Section):
+    """The network, by its name in the registry."""
+
+    name: ModelName = Field(description="the architecture")
+    channels: tuple[Annotated[int, Field(ge=4, le=2048)], ...] | None = Field(
+        default=None,
+        min_length=2,
+        max_length=7,
+        description="width of each level, where the architecture has a choice; none: its default",
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout, where it has some")
+    initial_weights: InitialWeights | None = Field(default=None, description="public start weights")
+
+
+class Training(Section):
+    """Local fine-tuning between two exchanges."""
+
+    rounds: int | None = Field(
+        default=None, ge=1, le=10000, description="rounds of the study; leave out with `[[stages]]`"
+    )
+    learning_rate: Positive | None = Field(
+        default=None, description="learning rate; leave out with `[[stages]]`"
+    )
+    local_epochs: int | None = Field(
+        default=None, ge=1, le=1000, description="passes over the site's data in a round"
+    )
+    local_steps: int | None = Field(
+        default=None, ge=1, le=100000, description="or: optimiser steps in a round"
+    )
+    batch_size: int = Field(
+        default=32, ge=1, le=4096, description="images in a step (with privacy: see sampling_rate)"
+    )
+    optimizer: Literal["sgd", "adam", "adamw"] = Field(default="adamw", description="local optimiser")
+    momentum: Fraction = Field(default=0.0, description="momentum of `sgd`")
+    weight_decay: float = Field(default=0.0, ge=0, description="weight decay")
+    schedule: Literal["constant", "cosine"] = Field(
+        default="cosine", description="learning rate over a stage's rounds"
+    )
+    loss: Literal["cross_entropy", "bce", "focal", "dice_ce", "dice_focal"] = Field(
+        description="`cross_entropy`, `focal` (classification); `bce` (multi-label); `dice_ce`, "
+        "`dice_focal` (segmentation)"
+    )
+    class_weights: tuple[Positive, ...] | None = Field(
+        default=None, description="weight of each class in the loss (segmentation: background first)"
+    )
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="for `cross_entropy`")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Training:
+        if (self.local_epochs is None) == (self.local_steps is None):
+            raise ValueError("exactly one of local_epochs and local_steps must be given")
+        if (self.rounds is None) != (self.learning_rate is None):
+            raise ValueError("rounds and learning_rate go together: give both, or use [[stages]]")
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError("momentum belongs to optimizer `sgd`; leave it out or change the optimiser")
+        return self
+
+
+class Stage(Section):
+    """One stage of multistage transfer learning."""
+
+    name: Name = Field(description="name of the stage")
+    rounds: int = Field(ge=1, le=10000, description="rounds of this stage")
+    learning_rate: Positive = Field(description="learning rate of this stage")
+    train: tuple[str, ...] = Field(
+        default=("*",),
+        min_length=1,
+        description="shell-style patterns over parameter names; what matches none stays frozen",
+    )
+
+
+class Strategy(Section):
+    """How the server combines the updates."""
+
+    name: StrategyName = Field(default="fedavg", description="the algorithm")
+    settings: dict[str, float | int] = Field(
+        default_factory=dict, description="its settings; see the strategies page"
+    )
+    weighting: Literal["patients", "images"] = Field(
+        default="images", description="what a site's weight counts"
+    )
+    averaging: Fraction = Field(
+        default=0.0,
+        description="keep an exponential moving average of the global models with this decay and "
+        "deliver it; needs no privacy budget, being post-processing",
+    )
+
+
+class Privacy(Section):
+    """Differential privacy of each released update."""
+
+    mechanism: Literal["dp-sgd", "none"] = Field(description="`dp-sgd`, or `none` in so many words")
+    unit: Literal["patient"] = Field(default="patient", description="whose presence is hidden")
+    epsilon: Positive | None = Field(default=None, description="target ε over the whole study, per site")
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, description="target δ")
+    clipping_norm: Positive | None = Field(
+        default=None, description="L2 bound on what one patient adds to a step's gradient"
+    )
+    sampling_rate: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None,
+        description="chance of a patient to be in a step; none: batch_size over the site's patients",
+    )
+    images_per_patient: int = Field(
+        default=1, ge=1, le=64, description="images drawn from each sampled patient in a step"
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> Privacy:
+        parts = {"epsilon": self.epsilon, "delta": self.delta, "clipping_norm": self.clipping_norm}
+        if self.mechanism == "dp-sgd" and (missing := [k for k, v in parts.items() if v is None]):
+            raise ValueError(f"mechanism `dp-sgd` needs {', '.join(missing)}; add them")
+        if self.mechanism == "none" and (
+            given := [k for k, v in {**parts, "sampling_rate": self.sampling_rate}.items() if v is not None]
+        ):
+            raise ValueError(f"mechanism `none` takes no {', '.join(given)}; remove them")
+        return self
+
+    @property
+    def on(self) -> bool:
+        """Whether updates are made private."""
+        return self.mechanism == "dp-sgd"
+
+
+class Participation(Section):
+    """Which sites a round needs and how long it waits for them."""
+
+    sites: int = Field(default=2, ge=1, le=10000, description="sites needed to start")
+    quorum: int | None = Field(
+        default=None, ge=1, description="updates that make a round count; none: half of `sites`, rounded up"
+    )
+    deadline: Positive = Field(default=3600.0, description="seconds that a round waits")
+    retries: int = Field(default=1, ge=0, le=100, description="times a round without quorum is repeated")
+    minimum_patients: int = Field(default=2, ge=1, description="patients a site must bring")
+
+    @property
+    def needed(self) -> int:
+        """Updates that make a round count."""
+        return self.quorum if self.quorum is not None else (self.sites + 1) // 2
+
+
+class Metrics(Section):
+    """What is measured, and which figure leads."""
+
+    report: tuple[MetricName, ...] = Field(min_length=1, description="figures in the report")
+    primary: MetricName = Field(description="the figure that comparisons use; one of `report`")
+    evaluate_every: int = Field(
+        default=1, ge=1, description="rounds between two evaluations on validation patients"
+    )
+
+    @model_validator(mode="after")
+    def _primary_reported(self) -> Metrics:
+        if self.primary not in self.report:
+            raise ValueError("primary must be one of the metrics in report; add it there")
+        return self
+
+
+class Plan(Section):
+    """A whole study plan.
+
+    Notes
+    -----
+    Use :func:`fedward.plan.load_plan` to read one: it turns every broken rule into a
+    :class:`fedward.errors.PlanError` that names the key.
+    """
+
+    version: Literal[1] = Field(description="version of the plan format")
+    study: Study
+    task: Task
+    preprocessing: Preprocessing
+    split: Split = Field(default=Split())
+    model: Model
+    training: Training
+    stages: tuple[Stage, ...] = Field(default=())
+    strategy: Strategy = Field(default=Strategy())
+    privacy: Privacy
+    participation: Participation = Field(default=Participation())
+    metrics: Metrics
+
+    @model_validator(mode="before")
+    @classmethod
+    def _toml_arrays(cls, value: Any) -> Any:
+        return _tuples(value)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Plan:
+        from fedward.plan.rules import check
+
+        check(self)
+        return self
+
+    @property
+    def schedule(self) -> tuple[Stage, ...]:
+        """The stages; a plan without any is one stage that trains everything."""
+        if self.stages:
+            return self.stages
+        if self.training.rounds is None or self.training.learning_rate is None:
+            raise ValueError("a plan without stages needs training.rounds")  # held by the rules
+        return (
+            Stage(name="all", rounds=self.training.rounds, learning_rate=self.training.learning_rate),
+        )
+
+    @property
+    def rounds(self) -> int:
+        """Rounds over all stages."""
+        return sum(stage.rounds for stage in self.schedule)
+
+    def stage_of(self, round_: int) -> tuple[Stage, int]:
+        """The stage of a round (from 1), and the round's place in it (from 0)."""
+        place = round_ - 1
+        for stage in self.schedule:
+            if place < stage.rounds:
+                return stage, place
+            place -= stage.rounds
+        raise ValueError(f"the plan has {self.rounds} rounds, there is no round {round_}")
+
+
+def _tuples(value: Any) -> Any:
+    # Strict mode would refuse TOML's arrays where a tuple stands and 1 where 1.0 is meant is fine.
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(_tuples(item) for item in value)
+    return value

@@ -1,0 +1,149 @@
+"""The records that cross the wire between aggregator and hospital, besides the tensors.
+
+Each is versioned, typed and strict: an unknown key, a wrong type or a value out of range is a
+:class:`fedward.errors.ProtocolError`, on either end. Nothing in them can hold a path, an
+identifier or a date: texts are plan vocabulary, site names and fixed rules.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedward.errors import ProtocolError
+from fedward.plan.load import from_canonical
+from fedward.plan.schema import Plan
+
+VERSION = 1
+SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]{0,63}$")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+Figure = Annotated[float, Field(allow_inf_nan=False)]
+Flat = dict[str, bool | int | float | str | list[int] | list[float] | list[str]]
+
+
+class Record(BaseModel):
+    """A record on the wire; flat, so that it fits Flower's config records."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    version: Literal[1] = VERSION
+
+    def to_flat(self) -> Flat:
+        """The record as scalars and lists; what is None is left out."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in self.model_dump(exclude_none=True).items()
+        }
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Any]) -> Self:
+        """Validate what arrived.
+
+        Raises
+        ------
+        ProtocolError
+            The mapping is not a valid record of this kind.
+        """
+        value = {k: tuple(v) if isinstance(v, list) else v for k, v in flat.items()}
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            first = error.errors(include_input=False, include_url=False)[0]
+            key = ".".join(str(part) for part in first["loc"])
+            raise ProtocolError(
+                f"a {cls.__name__} record must be valid: {first['msg']}",
+                fix="Run the same Fedward release on both ends",
+                where=key if key in cls.model_fields else "",
+            ) from None
+
+
+class RoundOrder(Record):
+    """Down: what a site is asked to do.
+
+    Attributes
+    ----------
+    plan : str
+        The plan in canonical form; ``plan_hash`` is its SHA-256.
+    round : int
+        From 1; 0 for an evaluation outside the rounds.
+    part : str
+        Evaluation: which part of the division.
+    seed : int
+        Base of the random draws of a simulation; a hospital draws its noise from the system.
+    account : bool
+        Whether the reply must state the privacy spent.
+    """
+
+    plan: str = Field(max_length=1_000_000)
+    plan_hash: Digest
+    round: Count
+    part: Literal["train", "validation", "test"] = "train"
+    seed: Count = 0
+    account: bool = True
+
+    @model_validator(mode="after")
+    def _hash_fits(self) -> RoundOrder:
+        if hashlib.sha256(self.plan.encode()).hexdigest() != self.plan_hash:
+            raise ValueError("the plan does not have the hash that came with it")
+        return self
+
+    def read_plan(self) -> Plan:
+        """The plan that the order carries, validated."""
+        return from_canonical(self.plan)
+
+
+class SiteFacts(Record):
+    """Up: what a site says of itself before a study."""
+
+    site: SiteName
+    patients: Count
+    images: Count
+    train_patients: Count
+    validation_patients: Count
+    test_patients: Count
+    train_images: Count
+    validation_images: Count
+    test_images: Count
+    class_counts: tuple[Count, ...] = ()
+    left_out_reasons: tuple[str, ...] = ()
+    left_out_counts: tuple[Count, ...] = ()
+    synthetic: bool = False
+
+
+class TrainOutcome(Record):
+    """Up, beside the updated arrays: what the update was made of and what it cost."""
+
+    site: SiteName
+    round: Count
+    patients: Count
+    images: Count
+    steps: Count
+    loss: Figure
+    seconds: Figure
+    cpu_seconds: Figure = 0.0
+    epsilon: Figure | None = None
+    delta: Figure | None = None
+    noise_multiplier: Figure | None = None
+    sampling_rate: Figure | None = None
+
+
+class EvaluateOutcome(Record):
+    """Up, beside the counts: what they were counted on."""
+
+    site: SiteName
+    round: Count
+    part: Literal["train", "validation", "test"]
+    images: Count
+    seconds: Figure
+
+
+class Refusal(Record):
+    """Up, in place of an outcome: a site could not or would not; never a traceback."""
+
+    site: SiteName
+    round: Count
+    rule: str = Field(max_length=500)
+    value: str = Field(default="", max_length=200)

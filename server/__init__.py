@@ -1,0 +1,1 @@
+"""The aggregator: the server application and its report."""

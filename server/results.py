@@ -1,0 +1,120 @@
+"""What a study leaves behind: the schema of ``metrics.json``."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedward.protocol import SiteFacts
+
+Figures = dict[str, float | None]
+ArmKind = Literal["federated", "alone", "pooled"]
+
+
+class Strict(BaseModel):
+    """Base of the parts: nothing unknown inside."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Failure(Strict):
+    """A site whose update did not count in a round, and why."""
+
+    site: str
+    reason: str
+
+
+class SiteRound(Strict):
+    """One site in one round."""
+
+    patients: int = Field(description="patients trained on")
+    images: int = Field(description="images trained on")
+    steps: int = Field(description="optimiser steps")
+    loss: float = Field(description="mean training loss")
+    seconds: float = Field(description="wall seconds of training at the site")
+    cpu_seconds: float = Field(default=0.0, description="CPU seconds of training at the site")
+    epsilon: float | None = Field(default=None, description="ε spent so far at δ, where accounted")
+    validation: Figures = Field(default_factory=dict, description="figures on its validation patients")
+
+
+class Round(Strict):
+    """One round of an arm."""
+
+    round: int = Field(description="from 1")
+    stage: str = Field(description="name of the stage in the plan")
+    seconds: float = Field(description="wall seconds of the round")
+    bytes_down: int = Field(default=0, description="bytes of tensors sent to the sites")
+    bytes_up: int = Field(default=0, description="bytes of tensors that came back")
+    train_loss: float | None = Field(default=None, description="mean loss, weighted by images")
+    validation: Figures = Field(
+        default_factory=dict, description="figures on all validation patients together"
+    )
+    sites: dict[str, SiteRound] = Field(default_factory=dict)
+    failures: list[Failure] = Field(default_factory=list)
+
+
+class SitePrivacy(Strict):
+    """What one site's patients were promised, and what was spent."""
+
+    epsilon: float = Field(description="ε spent at the end")
+    delta: float
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
+
+
+class TestFigures(Strict):
+    """Final test metrics of one arm."""
+
+    __test__ = False
+    per_site: dict[str, Figures] = Field(description="on each site's own test patients")
+    pooled: Figures = Field(description="on all test patients together")
+    per_class: dict[str, dict[str, float | None]] = Field(
+        default_factory=dict, description="segmentation: metric, class, figure on all together"
+    )
+    images: dict[str, int] = Field(default_factory=dict, description="test images per site")
+
+
+class Arm(Strict):
+    """One way to train the same model on the same patients."""
+
+    name: str = Field(description="e.g. `federated`, `federated, ε = 8`, `alone: site-1`, `pooled`")
+    kind: ArmKind
+    site: str | None = Field(default=None, description="`alone`: whose data it saw")
+    epsilon: float | None = Field(default=None, description="the plan's target ε; none: no privacy")
+    delta: float | None = None
+    rounds: list[Round] = Field(default_factory=list)
+    test: TestFigures | None = Field(default=None, description="none while unfinished")
+    privacy: dict[str, SitePrivacy] = Field(default_factory=dict, description="per site")
+    seconds: float = Field(default=0.0, description="wall seconds of the arm")
+
+
+class StudyResults(Strict):
+    """Everything about one study; the content of ``metrics.json``."""
+
+    schema_version: Literal[1] = 1
+    study: str
+    title: str = ""
+    complete: bool = Field(default=False, description="false: interrupted, what was finished is here")
+    synthetic: bool = Field(default=False, description="the data say that they are synthetic")
+    plan: dict[str, Any] = Field(description="the plan as it was run")
+    plan_sha256: str
+    seed: int
+    engine: str
+    device: str
+    partition: str = ""
+    primary: str = Field(description="the metric that comparisons use")
+    parameters: int = Field(description="parameters of the model")
+    weights_report: dict[str, int] = Field(
+        default_factory=dict, description="initial weights: matched, reshaped_head, missing, unused"
+    )
+    sites: list[SiteFacts] = Field(default_factory=list)
+    arms: list[Arm] = Field(default_factory=list)
+    start_up_seconds: float = Field(default=0.0, description="from the command to the first round")
+    seconds: float = Field(default=0.0, description="wall seconds of the whole run")
+    versions: dict[str, str] = Field(default_factory=dict, description="fedward, torch, flwr, …")
+
+    def arm(self, kind: ArmKind) -> Arm | None:
+        """The first arm of a kind, if there is one."""
+        return next((arm for arm in self.arms if arm.kind == kind), None)
