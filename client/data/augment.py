@@ -59,23 +59,21 @@ def _is_geometric(a: Augmentation) -> bool:
     return bool(a.flip) or any((a.rotate, a.scale, a.shift))
 
 
-def _matrices(
-    n: int, size: tuple[int, ...], a: Augmentation, generator: torch.Generator
-) -> Tensor:
+def _matrices(n: int, size: tuple[int, ...], a: Augmentation, generator: torch.Generator) -> Tensor:
     """``(N, d, d + 1)`` maps from output to input, in the normalised units of `affine_grid`."""
     d = len(size)
-    draw = 2 * torch.rand(n, 5 + 2 * d, generator=generator) - 1  # all at once: one call
+    draw = 2 * torch.rand(n, 4 + 2 * d, generator=generator) - 1  # all at once: one call
     angle, zoom = math.radians(a.rotate) * draw[:, 0], 1 + a.scale * draw[:, 1]
     turn = _rotation_2d(angle) if d == 2 else _rotation_3d(angle, draw[:, 2:4])
     linear = turn / zoom[:, None, None]
     for name in a.flip:
         axis = _FLIP_AXES[name]
-        sign = torch.where(draw[:, 5 + axis] < 0, -1.0, 1.0)
+        sign = torch.where(draw[:, 4 + axis] < 0, -1.0, 1.0)
         # Mirrored after the rotation, as seen from the output.
         linear[:, :, axis] = linear[:, :, axis] * sign[:, None]
     sides = torch.tensor(size, dtype=torch.float32)
     linear = linear * (sides[None, None, :] / sides[None, :, None])
-    offset = 2 * a.shift * draw[:, 5 + d :, None]
+    offset = 2 * a.shift * draw[:, 4 + d :, None]
     # affine_grid counts axes from the last: (x, y, z) is (column, row) or (slice, column, row).
     return torch.cat([linear.flip(1, 2), offset.flip(1)], dim=2)
 

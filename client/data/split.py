@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,8 +62,11 @@ def split_by_patient(
     tests, validations = _counts(len(pool), test, validation)
     chosen = _every(pool, tests)
     rest = [p for p in pool if p not in chosen]
-    part |= dict.fromkeys(pool, "train") | dict.fromkeys(chosen, "test")
-    part |= dict.fromkeys(_every(rest, validations), "validation")
+    assigned: list[tuple[SplitName, Iterable[str]]] = [
+        ("train", pool), ("test", chosen), ("validation", _every(rest, validations))
+    ]  # fmt: skip
+    for name, members in assigned:
+        part |= dict.fromkeys(members, name)
     parts = [part[p] for p in patients]
     return {
         name: np.array([i for i, is_in in enumerate(parts) if is_in == name], dtype=np.int64)

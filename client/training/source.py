@@ -42,7 +42,8 @@ class Source:
     ) -> None:
         self.site, self.runtime, self.prefix = site, runtime, prefix
         self.device = runtime.torch_device
-        self._digest, self._features: tuple[str, NDArray[Any] | None] = (prefix_digest, None)
+        self._digest = prefix_digest
+        self._features: NDArray[Any] | None = None
 
     def plain(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Inputs ``(n, ...)`` and targets ``(n, ...)``, without augmentation."""

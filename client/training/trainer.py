@@ -7,7 +7,7 @@ or a socket.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,28 +120,26 @@ class Trainer:
         )  # fmt: skip
         return {name: value for name, value in values.items() if name in names}, outcome
 
-    def train_on(
-        self, arrays: Mapping[str, NDArray[Any]], seed: int, rounds: range
-    ) -> tuple[Arrays, list[float]]:
-        """Train several rounds of one stage in one go, without private noise, as a lone site would.
+    def alone(
+        self, arrays: Mapping[str, NDArray[Any]], seed: int
+    ) -> Iterator[tuple[int, Arrays, float]]:
+        """Train all rounds of the plan without federation, as a lone site would.
 
-        The optimiser keeps its state between the rounds. Returns the whole model and the mean loss
-        of each round.
+        The optimiser keeps its state within a stage. Gives, after each round, its number, the
+        whole model and the mean loss.
         """
         self.runtime.enter()
-        losses, optimizer = [], None
-        current: Mapping[str, NDArray[Any]] = arrays
-        for round_ in rounds:
-            order = self._order(round_, seed)
-            fit = self._fit(current, order, 0.0)
-            optimizer = optimizer or build_optimizer(
-                self.plan, [p for p in fit.module.parameters() if p.requires_grad]
-            )
+        current, optimizer, names = dict(arrays), None, None
+        for round_ in range(1, self.plan.rounds + 1):
+            fit = self._fit(current, self._order(round_, seed), 0.0)
+            if self._prepared is None or self._prepared.names != names:
+                names = self._prepared.names if self._prepared else None
+                optimizer = build_optimizer(self.plan, [p for p in fit.module.parameters() if p.requires_grad])
             with torch.random.fork_rng(devices=_cuda(self.runtime)):
                 torch.manual_seed(seed_for(seed, self.site.name, round_, "layers"))
-                losses.append(_finite(fit.run(optimizer)[0]))
+                loss, _ = fit.run(optimizer)
             current = to_arrays(self._model)
-        return dict(current), losses
+            yield round_, current, _finite(loss)
 
     def evaluate(
         self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder

@@ -16,6 +16,7 @@ Flags = NDArray[np.bool_]
 
 
 def probabilities(values: NDArray[Any]) -> Floats:
+    """The values as ``(N, K)`` float64 in 0 to 1; raises ModelError for any others."""
     p = np.asarray(values, dtype=np.float64)
     if p.ndim != 2 or not p.shape[1]:
         raise ModelError("probabilities must be images x classes", value=p.shape)
@@ -23,12 +24,13 @@ def probabilities(values: NDArray[Any]) -> Floats:
     if not ((p >= -1e-6) & (p <= 1 + 1e-6)).all():
         raise ModelError(
             "probabilities must lie in 0 to 1",
-            fix="Lower the learning rate; the model has diverged",
+            fix="Lower the learning rate; the model may have diverged",
         )
     return np.clip(p, 0.0, 1.0)
 
 
 def truth(targets: NDArray[Any], p: Floats) -> Flags:
+    """Indices ``(N,)`` or flags ``(N, K)`` as flags ``(N, K)``; raises DataError for any others."""
     fix = "Check the label table against the plan's classes"
     if targets.ndim == 2:
         if targets.shape != p.shape or not np.isin(targets, (0, 1)).all():
@@ -38,11 +40,12 @@ def truth(targets: NDArray[Any], p: Floats) -> Flags:
         raise DataError("targets must be one class index for each image", fix=fix)
     if ((targets < 0) | (targets >= p.shape[1])).any():
         raise DataError(f"class indices must lie in 0 to {p.shape[1] - 1}", fix=fix)
-    truth: Flags = targets[:, None] == np.arange(p.shape[1])
-    return truth
+    flags: Flags = targets[:, None] == np.arange(p.shape[1])
+    return flags
 
 
 def single_label(p: Floats, truth: Flags) -> tuple[Ints, Floats, Flags]:
+    """Confusion ``(K, K)``; confidence and rightness ``(N,)`` of the likeliest class."""
     k, answer = p.shape[1], p.argmax(axis=1)
     actual = truth.argmax(axis=1)
     confusion = np.bincount(actual * k + answer, minlength=k * k).reshape(k, k)
@@ -50,6 +53,7 @@ def single_label(p: Floats, truth: Flags) -> tuple[Ints, Floats, Flags]:
 
 
 def multi_label(p: Floats, truth: Flags) -> tuple[Ints, Floats, Flags]:
+    """Confusion ``(K, 2, 2)``; confidence and rightness ``(N * K,)`` of each decision at 0.5."""
     k, answer = p.shape[1], p >= 0.5
     cell = np.arange(k) * 4 + truth * 2 + answer
     confusion = np.bincount(cell.ravel(), minlength=4 * k).reshape(k, 2, 2)
@@ -57,12 +61,14 @@ def multi_label(p: Floats, truth: Flags) -> tuple[Ints, Floats, Flags]:
 
 
 def calibration(confidence: Floats, right: Flags) -> Floats:
+    """Decisions, summed confidence and right ones in bins of equal width, ``(3, 15)``."""
     place = np.minimum((confidence * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
     weights = (None, confidence, right.astype(np.float64))
     return np.stack([np.bincount(place, w, CALIBRATION_BINS).astype(np.float64) for w in weights])
 
 
 def cross_entropy(p: Floats, truth: Flags, multi_label: bool) -> Floats:
+    """Cross-entropy of each image in nats, ``(N,)``; multi-label: mean binary one over classes."""
     of_truth = -np.log(np.maximum(np.where(truth, p, 1 - p), _TINY))
     entropy: Floats = of_truth.mean(axis=1) if multi_label else of_truth[truth]
     return entropy

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from fedward.metrics.checks import Floats, Ints
 
-BINS = 1024
-# exp(-17) is about the step of float32 below 1; further out a softmax gives 1 anyway.
-_REACH = float(np.arcsinh(17.0))
-_SMALLEST = 1e-30
+BINS = 2048
+# The least float32 above 0 is exp(-87) or so: a softmax gives nothing further out.
+_REACH = float(np.arcsinh(87.0))
+_SMALLEST = 1e-38
 
 
 def bin_of(probability: NDArray[Any]) -> Ints:

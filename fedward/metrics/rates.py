@@ -40,10 +40,7 @@ def _specificities(counts: ClassificationCounts) -> list[float | None]:
 
 
 def _auc(counts: ClassificationCounts) -> float | None:
-    pairs = zip(counts.scores[0], counts.scores[1], strict=True)
-    return _over_classes(
-        counts, [histogram.auc(negative, positive) for negative, positive in pairs]
-    )
+    return _over_classes(counts, list(map(histogram.auc, *counts.scores)))
 
 
 def _accuracy(counts: ClassificationCounts) -> float | None:

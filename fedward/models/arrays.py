@@ -135,7 +135,7 @@ def _check(name: str, array: NDArray[np.float32], state: Mapping[str, torch.Tens
     if not np.isfinite(array).all():
         raise ModelError(
             "arrays must be finite",
-            fix="Lower the learning rate or leave this update out",
+            fix="Lower the learning rate, or leave it out",
             where=name,
         )
 

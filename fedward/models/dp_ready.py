@@ -79,7 +79,8 @@ class PlainResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         inner: Tensor = self.conv1(self.act(self.norm1(x)))
-        return x + self.conv2(self.act(self.norm2(inner)))
+        out: Tensor = x + self.conv2(self.act(self.norm2(inner)))
+        return out
 
 
 class PlainBasicBlock(ResNetBlock):  # type: ignore[misc]

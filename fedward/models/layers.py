@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -41,6 +43,28 @@ class FrozenBatchNorm2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"
+
+
+class ChannelAffine(nn.Module):
+    """``scale * x + shift``, constants per channel; brings an input to the range of the weights.
+
+    Parameters
+    ----------
+    scale, shift : sequence of float
+        One entry per channel of ``(N, C, *size)``. Part of the architecture: never exchanged.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, scale: Sequence[float], shift: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(scale), persistent=False)
+        self.register_buffer("shift", torch.tensor(shift), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (-1, *(1,) * (x.ndim - 2))
+        return x * self.scale.view(shape) + self.shift.view(shape)
 
 
 class SamePad(nn.Module):

@@ -11,12 +11,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedward.errors import PlanError
+from fedward.plan.messages import plan_error
 from fedward.plan.schema import Plan
 
-_FIXES = {
-    "extra_forbidden": ("this key is not known", "Remove it, or see the plan reference for its name"),
-    "missing": ("this key is required", "Add it"),
-}
+_DEEP = ("a plan is at most a few tables deep", "Flatten its nested lists and tables")
 
 
 def load_plan(path: Path) -> Plan:
@@ -28,13 +26,15 @@ def load_plan(path: Path) -> Plan:
         The file is missing, is not TOML, or breaks a rule; the message names the key.
     """
     try:
-        return parse_plan(path.read_text("utf-8"))
+        return parse_plan(path.read_text("utf-8-sig"))
     except OSError as error:
         raise PlanError(
             "the plan file must be readable", value=path.name, fix="Check its name"
         ) from error
     except UnicodeDecodeError as error:
-        raise PlanError("the plan must be UTF-8 text", value=path.name, fix="Save it as UTF-8") from error
+        raise PlanError(
+            "the plan must be UTF-8 text", value=path.name, fix="Save it as UTF-8"
+        ) from error
 
 
 def parse_plan(text: str) -> Plan:
@@ -42,7 +42,11 @@ def parse_plan(text: str) -> Plan:
     try:
         return plan_from(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
-        raise PlanError("the plan must be valid TOML", value=str(error), fix="Mend that line") from error
+        raise PlanError(
+            "the plan must be valid TOML", value=str(error), fix="Mend that line"
+        ) from error
+    except RecursionError:
+        raise PlanError(_DEEP[0], fix=_DEEP[1]) from None
 
 
 def plan_from(value: dict[str, Any]) -> Plan:
@@ -50,24 +54,9 @@ def plan_from(value: dict[str, Any]) -> Plan:
     try:
         return Plan.model_validate(value)
     except ValidationError as error:
-        raise _plan_error(error) from None
-
-
-def _plan_error(error: ValidationError) -> PlanError:
-    first, more = error.errors()[0], error.error_count() - 1
-    context: dict[str, Any] = first.get("ctx") or {}
-    where = context.get("where") or ".".join(str(part) for part in first["loc"])
-    rule, fix = _FIXES.get(first["type"], (first["msg"].removeprefix("Value error, "), ""))
-    fix = fix or ("" if ";" in rule else "Change the value")
-    if more:
-        fix = f"{fix}. {more} more to mend after this one" if fix else f"{more} more to mend after this one"
-    value = None if first["type"] in {"missing", "value_error", "plan_rule"} else _short(first["input"])
-    return PlanError(rule, value=value, fix=fix, where=where)
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
+        raise plan_error(error) from None
+    except RecursionError:
+        raise PlanError(_DEEP[0], fix=_DEEP[1]) from None
 
 
 def canonical(plan: Plan) -> str:
@@ -77,7 +66,10 @@ def canonical(plan: Plan) -> str:
     same text.
     """
     return json.dumps(
-        plan.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False,
+        plan.model_dump(mode="json"),
+        sort_keys=True,
+        separators=(",", ":"),
+        ensure_ascii=False,
         allow_nan=False,
     )
 
@@ -93,6 +85,10 @@ def from_canonical(text: str) -> Plan:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise PlanError("a plan on the wire must be canonical JSON", fix="Send it again") from error
+    except RecursionError:
+        raise PlanError(_DEEP[0], fix=_DEEP[1]) from None
     if not isinstance(value, dict):
-        raise PlanError("a plan on the wire must be an object", value=type(value).__name__)
+        raise PlanError(
+            "a plan on the wire must be an object", value=type(value).__name__, fix="Send it again"
+        )
     return plan_from(value)

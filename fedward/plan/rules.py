@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from pydantic_core import PydanticCustomError
 
+from fedward.plan import settings
+
 if TYPE_CHECKING:
     from fedward.plan.schema import Plan
 
@@ -14,19 +16,6 @@ _LOSSES = {
     "classification": {"cross_entropy", "focal"},
     "multi-label": {"bce"},
     "segmentation": {"dice_ce", "dice_focal"},
-}
-_SETTINGS: dict[str, set[str]] = {
-    "fedavg": set(),
-    "fedprox": {"mu"},
-    "fedavgm": {"server_learning_rate", "server_momentum"},
-    "fedadam": {"eta", "beta_1", "beta_2", "tau"},
-    "fedyogi": {"eta", "beta_1", "beta_2", "tau"},
-    "fedadagrad": {"eta", "tau"},
-    "fedmedian": set(),
-    "fedtrimmedavg": {"beta"},
-    "krum": {"malicious"},
-    "multikrum": {"malicious", "keep"},
-    "bulyan": {"malicious"},
 }
 
 
@@ -61,7 +50,9 @@ def _task_rules(plan: Plan) -> Iterator[tuple[str, str]]:
         )
     if "any" in task.modality and len(task.modality) > 1:
         yield "task.modality", "`any` stands alone; list modalities, or only `any`"
-    wrong = set(plan.metrics.report) - (SEGMENTATION_METRICS if segmentation else CLASSIFICATION_METRICS)
+    wrong = set(plan.metrics.report) - (
+        SEGMENTATION_METRICS if segmentation else CLASSIFICATION_METRICS
+    )
     if wrong:
         yield "metrics.report", f"{task.kind} has no metric {', '.join(sorted(wrong))}; remove it"
     if "depth" in plan.preprocessing.augmentation.flip and task.dimensions == 2:
@@ -70,13 +61,17 @@ def _task_rules(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.training.loss not in _LOSSES[kind]:
         yield (
             "training.loss",
-            f"{kind} takes {' or '.join(sorted(_LOSSES[kind]))}, not {plan.training.loss}; change it",
+            f"{kind} takes {' or '.join(sorted(_LOSSES[kind]))}, not {plan.training.loss}; "
+            "change it",
         )
+    if plan.training.label_smoothing and plan.training.loss != "cross_entropy":
+        yield "training.label_smoothing", "label_smoothing belongs to cross_entropy; remove it"
     weights = plan.training.class_weights
     if weights is not None and len(weights) != task.outputs:
         yield (
             "training.class_weights",
-            f"{task.outputs} weights are needed, one per model output; got {len(weights)}",
+            f"the model has {task.outputs} outputs, but there are {len(weights)} weights; "
+            "write one weight per output",
         )
 
 
@@ -102,47 +97,51 @@ def _model_rules(plan: Plan) -> Iterator[tuple[str, str]]:
         if any(side % 2**levels for side in plan.preprocessing.size):
             yield (
                 "preprocessing.size",
-                f"{model.name} halves the image {levels} times; make each side a multiple of {2**levels}",
+                f"{model.name} halves the image {levels} times; "
+                f"make each side a multiple of {2**levels}",
             )
 
 
 def _stage_rules(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.stages and plan.training.rounds is not None:
-        yield "training.rounds", "stages carry rounds and learning rates; remove them from [training]"
+        yield (
+            "training.rounds",
+            "stages carry rounds and learning rates; remove them from [training]",
+        )
     if not plan.stages and plan.training.rounds is None:
-        yield "training.rounds", "a plan without [[stages]] needs rounds and learning_rate; add them"
+        yield (
+            "training.rounds",
+            "a plan without [[stages]] needs rounds and learning_rate; add them",
+        )
     if len({stage.name for stage in plan.stages}) != len(plan.stages):
         yield "stages", "stage names must differ; rename one"
 
 
 def _strategy_rules(plan: Plan) -> Iterator[tuple[str, str]]:
-    known, given = _SETTINGS[plan.strategy.name], set(plan.strategy.settings)
-    if unknown := sorted(given - known):
-        yield (
-            f"strategy.settings.{unknown[0]}",
-            f"{plan.strategy.name} knows {', '.join(sorted(known)) or 'no settings'}; remove it",
-        )
-    if plan.strategy.name == "fedprox" and "mu" not in given:
-        yield "strategy.settings.mu", "fedprox needs its proximal weight mu; add it"
-    needed = {"krum", "multikrum", "bulyan"} & {plan.strategy.name}
-    if needed and "malicious" not in given:
-        yield "strategy.settings.malicious", f"{plan.strategy.name} needs malicious, the sites it withstands; add it"
-    if any(value < 0 for value in plan.strategy.settings.values()):
-        yield "strategy.settings", "settings must not be negative"
+    yield from settings.broken(plan.strategy.name, plan.strategy.settings)
 
 
 def _participation_rules(plan: Plan) -> Iterator[tuple[str, str]]:
-    part, malicious = plan.participation, int(plan.strategy.settings.get("malicious", 0))
+    part, name, given = plan.participation, plan.strategy.name, plan.strategy.settings
+    malicious = int(given.get("malicious", 0))
     if part.quorum is not None and part.quorum > part.sites:
         yield "participation.quorum", "quorum must not exceed sites; lower it"
-    least = {"krum": 2 * malicious + 3, "multikrum": 2 * malicious + 3, "bulyan": 4 * malicious + 3}
-    need = least.get(plan.strategy.name, 1)
+    need = settings.updates_needed(name, malicious)
     if part.needed < need:
         yield (
             "participation.quorum",
-            f"{plan.strategy.name} against {malicious} malicious sites needs {need} updates; raise quorum",
+            f"{name} against {malicious} malicious sites needs {need} updates; raise quorum",
         )
-    if plan.privacy.on and plan.training.local_epochs is None and plan.privacy.sampling_rate is None:
+    if given.get("keep", 1) > part.needed:
+        yield (
+            "strategy.settings.keep",
+            f"keep must not exceed the {part.needed} updates of a quorum; lower it or raise quorum",
+        )
+    if (
+        plan.privacy.on
+        and plan.training.local_epochs is None
+        and plan.privacy.sampling_rate is None
+    ):
         yield (
             "privacy.sampling_rate",
             "with local_steps the cost of privacy depends on the sampling rate; give sampling_rate",

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from fedward.plan.settings import normal
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -12,16 +15,43 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 ClassName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _+/-]{0,63}$")]
 
 ModelName = Literal[
-    "cnn", "resnet18", "resnet34", "resnet50", "densenet121", "efficientnet-b0",
-    "efficientnet-lite0", "unet", "basicunet", "segresnet", "attention-unet",
+    "cnn",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "densenet121",
+    "efficientnet-b0",
+    "efficientnet-lite0",
+    "unet",
+    "basicunet",
+    "segresnet",
+    "attention-unet",
 ]
 StrategyName = Literal[
-    "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad",
-    "fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan",
+    "fedavg",
+    "fedprox",
+    "fedavgm",
+    "fedadam",
+    "fedyogi",
+    "fedadagrad",
+    "fedmedian",
+    "fedtrimmedavg",
+    "krum",
+    "multikrum",
+    "bulyan",
 ]
 MetricName = Literal[
-    "auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity", "f1", "ece",
-    "dice", "iou", "hd95", "loss",
+    "auc",
+    "accuracy",
+    "balanced_accuracy",
+    "sensitivity",
+    "specificity",
+    "f1",
+    "ece",
+    "dice",
+    "iou",
+    "hd95",
+    "loss",
 ]
 Modality = Literal["CR", "DX", "CT", "MR", "MG", "US", "PT", "OP", "OPT", "XC", "SM", "OT", "any"]
 
@@ -32,10 +62,22 @@ CLASSIFICATION_METRICS = frozenset(
 SEGMENTATION_METRICS = frozenset({"dice", "iou", "hd95", "loss"})
 
 
+def _whole(value: Any) -> Any:
+    # A literal compares by ==, for which True and 1.0 are 1; the plan's hash would tell them apart.
+    if type(value) is not int:
+        raise PydanticCustomError("int_type", "Input should be a valid integer")
+    return value
+
+
+def _refuse(where: str, rule: str) -> PydanticCustomError:
+    """A broken rule between the keys of one section, as :mod:`fedward.plan.rules` states them."""
+    return PydanticCustomError("plan_rule", "{rule}", {"rule": rule, "where": where})
+
+
 class Section(BaseModel):
     """A table of the plan: unknown keys are refused, values are not coerced, nothing changes."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Study(Section):
@@ -52,7 +94,9 @@ class Task(Section):
     """What is to be learnt."""
 
     kind: Literal["classification", "segmentation"] = Field(description="the task")
-    dimensions: Literal[2, 3] = Field(default=2, description="2 for images, 3 for volumes")
+    dimensions: Annotated[Literal[2, 3], BeforeValidator(_whole)] = Field(
+        default=2, description="2 for images, 3 for volumes"
+    )
     classes: tuple[ClassName, ...] = Field(
         min_length=1,
         max_length=256,
@@ -70,7 +114,7 @@ class Task(Section):
 
     @property
     def outputs(self) -> int:
-        """Channels that the model gives: one a class, and one for the background in segmentation."""
+        """Channels that the model gives: one a class, and the background in segmentation."""
         return len(self.classes) + (1 if self.kind == "segmentation" else 0)
 
 
@@ -103,17 +147,21 @@ class Preprocessing(Section):
     """How an image becomes the model's input; the same at every site."""
 
     size: tuple[Annotated[int, Field(ge=8, le=1024)], ...] = Field(
-        min_length=2, max_length=3, description="side lengths of the input, pixels (rows, columns[, slices])"
+        min_length=2,
+        max_length=3,
+        description="side lengths of the input, pixels (rows, columns[, slices])",
     )
     spacing: tuple[Positive, ...] | None = Field(
         default=None,
-        description="resample to this spacing (mm, one per axis), then centre crop or pad to `size`; "
-        "without it the image is resized to `size`",
+        description="resample to this spacing (mm, one per axis), then centre crop or pad to "
+        "`size`; without it the image is resized to `size`",
     )
     resize: Literal["stretch", "fit"] = Field(
         default="stretch", description="without spacing: stretch to `size`, or fit and pad"
     )
-    channels: Literal[1, 3] = Field(default=1, description="1 (grey) or 3 (colour, or grey repeated)")
+    channels: Annotated[Literal[1, 3], BeforeValidator(_whole)] = Field(
+        default=1, description="1 (grey) or 3 (colour, or grey repeated)"
+    )
     window: tuple[float, float] | None = Field(
         default=None, description="lowest and highest intensity kept (HU for CT), mapped to 0 and 1"
     )
@@ -125,21 +173,37 @@ class Preprocessing(Section):
         description="`unit`: 0 to 1; `zscore`: each image to mean 0 and deviation 1; `imagenet`: 0 "
         "to 1, then ImageNet's mean and deviation",
     )
-    augmentation: Augmentation = Field(default=Augmentation(), description="random changes in training")
+    augmentation: Augmentation = Field(
+        default=Augmentation(), description="random changes in training"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Preprocessing:
         if self.spacing is not None and len(self.spacing) != len(self.size):
-            raise ValueError("spacing must have one entry per entry of size; make them equally long")
+            raise _refuse(
+                "preprocessing.spacing",
+                "spacing must have one entry per entry of size; make them equally long",
+            )
         if self.window is not None and self.percentiles is not None:
-            raise ValueError("window and percentiles exclude each other; keep one")
+            raise _refuse(
+                "preprocessing.window", "window and percentiles exclude each other; keep one"
+            )
         for name, pair in (("window", self.window), ("percentiles", self.percentiles)):
             if pair is not None and not pair[0] < pair[1]:
-                raise ValueError(f"{name} must rise from low to high; swap its two values")
-        if self.percentiles and not (0 <= self.percentiles[0] and self.percentiles[1] <= 100):
-            raise ValueError("percentiles must lie within 0 and 100")
+                raise _refuse(
+                    f"preprocessing.{name}",
+                    f"{name} must rise from low to high; swap its two values",
+                )
+        if self.percentiles and not (self.percentiles[0] >= 0 and self.percentiles[1] <= 100):
+            raise _refuse(
+                "preprocessing.percentiles",
+                "percentiles must lie within 0 and 100; bring both into that range",
+            )
         if self.intensity == "imagenet" and self.channels != 3:
-            raise ValueError("intensity `imagenet` needs channels = 3")
+            raise _refuse(
+                "preprocessing.channels",
+                "intensity `imagenet` needs three channels; set channels = 3",
+            )
         return self
 
 
@@ -150,13 +214,18 @@ class Split(Section):
     test: Fraction = Field(default=0.2, description="share of patients for the test")
     seed: int = Field(default=0, ge=0, description="seed of the division")
     given: bool = Field(
-        default=False, description="use the division that the data brings (npz files do), where it does"
+        default=False,
+        description="use the division that the data brings (npz files do), where it does",
     )
 
     @model_validator(mode="after")
     def _leaves_training(self) -> Split:
         if self.validation + self.test >= 1:
-            raise ValueError("validation and test together must leave patients to train on (below 1)")
+            raise _refuse(
+                "split.test",
+                "validation and test together must leave patients to train on; "
+                "bring their sum below 1",
+            )
         return self
 
 
@@ -203,7 +272,9 @@ class Training(Section):
     batch_size: int = Field(
         default=32, ge=1, le=4096, description="images in a step (with privacy: see sampling_rate)"
     )
-    optimizer: Literal["sgd", "adam", "adamw"] = Field(default="adamw", description="local optimiser")
+    optimizer: Literal["sgd", "adam", "adamw"] = Field(
+        default="adamw", description="local optimiser"
+    )
     momentum: Fraction = Field(default=0.0, description="momentum of `sgd`")
     weight_decay: float = Field(default=0.0, ge=0, description="weight decay")
     schedule: Literal["constant", "cosine"] = Field(
@@ -214,18 +285,28 @@ class Training(Section):
         "`dice_focal` (segmentation)"
     )
     class_weights: tuple[Positive, ...] | None = Field(
-        default=None, description="weight of each class in the loss (segmentation: background first)"
+        default=None,
+        description="weight of each class in the loss (segmentation: background first)",
     )
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="for `cross_entropy`")
 
     @model_validator(mode="after")
     def _one_length(self) -> Training:
         if (self.local_epochs is None) == (self.local_steps is None):
-            raise ValueError("exactly one of local_epochs and local_steps must be given")
+            raise _refuse(
+                "training.local_epochs",
+                "exactly one of local_epochs and local_steps must be given; write one of them",
+            )
         if (self.rounds is None) != (self.learning_rate is None):
-            raise ValueError("rounds and learning_rate go together: give both, or use [[stages]]")
+            raise _refuse(
+                "training.rounds",
+                "rounds and learning_rate go together; give both, or use [[stages]]",
+            )
         if self.momentum and self.optimizer != "sgd":
-            raise ValueError("momentum belongs to optimizer `sgd`; leave it out or change the optimiser")
+            raise _refuse(
+                "training.momentum",
+                "momentum belongs to optimizer `sgd`; leave it out or change the optimiser",
+            )
         return self
 
 
@@ -247,7 +328,7 @@ class Strategy(Section):
 
     name: StrategyName = Field(default="fedavg", description="the algorithm")
     settings: dict[str, float | int] = Field(
-        default_factory=dict, description="its settings; see the strategies page"
+        default_factory=dict, description="its settings, as the table of strategies lists them"
     )
     weighting: Literal["patients", "images"] = Field(
         default="images", description="what a site's weight counts"
@@ -258,20 +339,27 @@ class Strategy(Section):
         "deliver it; needs no privacy budget, being post-processing",
     )
 
+    @field_validator("settings")
+    @classmethod
+    def _one_way_to_write(cls, value: dict[str, float | int]) -> dict[str, float | int]:
+        return {name: normal(name, number) for name, number in value.items()}
+
 
 class Privacy(Section):
     """Differential privacy of each released update."""
 
     mechanism: Literal["dp-sgd", "none"] = Field(description="`dp-sgd`, or `none` in so many words")
     unit: Literal["patient"] = Field(default="patient", description="whose presence is hidden")
-    epsilon: Positive | None = Field(default=None, description="target ε over the whole study, per site")
+    epsilon: Positive | None = Field(
+        default=None, description="target ε over the whole study, per site"
+    )
     delta: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, description="target δ")
     clipping_norm: Positive | None = Field(
         default=None, description="L2 bound on what one patient adds to a step's gradient"
     )
     sampling_rate: Annotated[float, Field(gt=0, le=1)] | None = Field(
         default=None,
-        description="chance of a patient to be in a step; none: batch_size over the site's patients",
+        description="chance of a patient to be in a step; none: batch_size over patients",
     )
     images_per_patient: int = Field(
         default=1, ge=1, le=64, description="images drawn from each sampled patient in a step"
@@ -281,11 +369,19 @@ class Privacy(Section):
     def _complete(self) -> Privacy:
         parts = {"epsilon": self.epsilon, "delta": self.delta, "clipping_norm": self.clipping_norm}
         if self.mechanism == "dp-sgd" and (missing := [k for k, v in parts.items() if v is None]):
-            raise ValueError(f"mechanism `dp-sgd` needs {', '.join(missing)}; add them")
+            raise _refuse(
+                f"privacy.{missing[0]}", f"mechanism `dp-sgd` needs {', '.join(missing)}; add them"
+            )
         if self.mechanism == "none" and (
-            given := [k for k, v in {**parts, "sampling_rate": self.sampling_rate}.items() if v is not None]
+            given := [
+                k
+                for k, v in {**parts, "sampling_rate": self.sampling_rate}.items()
+                if v is not None
+            ]
         ):
-            raise ValueError(f"mechanism `none` takes no {', '.join(given)}; remove them")
+            raise _refuse(
+                f"privacy.{given[0]}", f"mechanism `none` takes no {', '.join(given)}; remove them"
+            )
         return self
 
     @property
@@ -299,10 +395,14 @@ class Participation(Section):
 
     sites: int = Field(default=2, ge=1, le=10000, description="sites needed to start")
     quorum: int | None = Field(
-        default=None, ge=1, description="updates that make a round count; none: half of `sites`, rounded up"
+        default=None,
+        ge=1,
+        description="updates that make a round count; none: half of `sites`, rounded up",
     )
     deadline: Positive = Field(default=3600.0, description="seconds that a round waits")
-    retries: int = Field(default=1, ge=0, le=100, description="times a round without quorum is repeated")
+    retries: int = Field(
+        default=1, ge=0, le=100, description="times a round without quorum is repeated"
+    )
     minimum_patients: int = Field(default=2, ge=1, description="patients a site must bring")
 
     @property
@@ -323,7 +423,9 @@ class Metrics(Section):
     @model_validator(mode="after")
     def _primary_reported(self) -> Metrics:
         if self.primary not in self.report:
-            raise ValueError("primary must be one of the metrics in report; add it there")
+            raise _refuse(
+                "metrics.primary", "primary must be one of the metrics in report; add it there"
+            )
         return self
 
 
@@ -336,7 +438,9 @@ class Plan(Section):
     :class:`fedward.errors.PlanError` that names the key.
     """
 
-    version: Literal[1] = Field(description="version of the plan format")
+    version: Annotated[Literal[1], BeforeValidator(_whole)] = Field(
+        description="version of the plan format"
+    )
     study: Study
     task: Task
     preprocessing: Preprocessing
@@ -369,7 +473,9 @@ class Plan(Section):
         if self.training.rounds is None or self.training.learning_rate is None:
             raise ValueError("a plan without stages needs training.rounds")  # held by the rules
         return (
-            Stage(name="all", rounds=self.training.rounds, learning_rate=self.training.learning_rate),
+            Stage(
+                name="all", rounds=self.training.rounds, learning_rate=self.training.learning_rate
+            ),
         )
 
     @property

@@ -1,0 +1,49 @@
+# All targets use .venv in this checkout and make it when it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DONE := $(VENV)/.installed
+export FLWR_TELEMETRY_ENABLED := 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+SHELL := /bin/bash
+
+.PHONY: help install demo test check bench docs clean
+
+help:
+	@echo "make demo   four synthetic hospitals, two studies, one report (about five minutes the first time)"
+	@echo "make test   all checks and tests"
+	@echo "make bench  the benchmarks behind the README's numbers (takes long)"
+	@echo "make docs   write the generated reference pages anew"
+
+install: $(DONE)
+
+# torch first and with pip: a constraint on a local or CPU build then holds for all that follows.
+$(DONE): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,transfer]"
+	touch $@
+
+demo: $(DONE)
+	$(BIN)/fedward-simulate demo --out demo
+
+check: $(DONE)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+bench: $(DONE)
+	$(BIN)/python benchmarks/simulation.py
+	$(BIN)/python benchmarks/dp.py
+	$(BIN)/python benchmarks/accuracy.py
+
+docs: $(DONE)
+	$(BIN)/python -m fedward.plan.reference > docs/plan.md
+	$(BIN)/python -m server.report.reference > docs/metrics.md
+
+clean:
+	rm -rf $(VENV) demo runs

@@ -1,0 +1,213 @@
+"""DICOM pixels as the modality means them: HU for CT; grey with bright high; colour as RGB.
+
+PS3.3 sections: pixel module C.7.6.3, modality LUT C.11.1, VOI LUT C.11.2, functional groups
+C.7.6.16. Only one frame is decoded at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
+from pydicom.pixels.utils import pixel_array
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+from client.data import reasons
+from client.data.quiet import quiet
+from client.data.types import Image
+
+_GROUPS: Final = (
+    "PixelValueTransformationSequence", "FrameVOILUTSequence", "PixelMeasuresSequence",
+    "PlanePositionSequence", "PlaneOrientationSequence",
+)  # fmt: skip
+_SPACINGS: Final = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A decoded frame and where it lies.
+
+    Attributes
+    ----------
+    image : Image
+        ``(C, H, W)``; spacing between rows, then between columns.
+    position : NDArray or None
+        Centre of the first pixel, ``(3,)`` mm, DICOM patient axes (left, posterior, superior).
+    orientation : NDArray or None
+        ``(2, 3)`` unit vectors along a row (to the next column) and down a column.
+    """
+
+    image: Image
+    position: NDArray[np.float64] | None
+    orientation: NDArray[np.float64] | None
+
+
+def read_frame(path: Path, frame: int = 0) -> Frame:
+    """Decode one frame of a DICOM file.
+
+    Raises
+    ------
+    DataError
+        "no pixel data" or "not readable".
+    """
+    with quiet():
+        try:
+            header = _header(path, path.stat().st_mtime_ns)
+            if "Rows" not in header or "Columns" not in header:
+                raise reasons.unusable(reasons.NO_PIXELS)
+            pixels = pixel_array(path, index=frame, **_syntax(header))
+            return decode(header, np.asarray(pixels), frame)
+        except Exception as error:
+            # Decoders raise nearly anything, and their texts quote the file.
+            missing = isinstance(error, AttributeError) and "no pixel data" in str(error).lower()
+            reason = reasons.NO_PIXELS if missing else reasons.reason_of(error)
+            raise reasons.unusable(reason) from None
+
+
+@lru_cache(maxsize=8)
+def _header(path: Path, changed: int) -> Dataset:
+    # The header of a multi-frame file is long, and every frame asks for it again.
+    return pydicom.dcmread(path, stop_before_pixels=True, force=True)
+
+
+def _syntax(header: Dataset) -> dict[str, str]:
+    """The transfer syntax of an old file without a file meta group, from how it was parsed."""
+    if "TransferSyntaxUID" in getattr(header, "file_meta", ()):
+        return {}
+    implicit = header.original_encoding[0]
+    return {"transfer_syntax_uid": ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian}
+
+
+def decode(header: Dataset, pixels: NDArray[np.generic], frame: int = 0) -> Frame:
+    """From a frame's stored values to a :class:`Frame`.
+
+    Parameters
+    ----------
+    header : Dataset
+        The file's attributes, functional groups included.
+    pixels : NDArray
+        ``(H, W)`` or ``(H, W, 3)``, as pydicom decodes them (colour already RGB).
+    frame : int
+        Which frame of a multi-frame file this is, from 0.
+    """
+    flat = _flat(header, frame)
+    values, window = _grey(flat, pixels) if _is_grey(flat) else _colour(flat, pixels)
+    image = Image(np.ascontiguousarray(values, np.float32), _spacing(flat), window)
+    return Frame(
+        image,
+        _vector(flat, "ImagePositionPatient", (3,)),
+        _vector(flat, "ImageOrientationPatient", (2, 3)),
+    )
+
+
+def _flat(header: Dataset, frame: int) -> Dataset:
+    """The header with this frame's functional groups laid over it."""
+    flat = Dataset()
+    flat.update(header)
+    if None not in header.original_encoding:  # palettes are stored in the file's byte order
+        flat.set_original_encoding(*header.original_encoding)
+    shared = header.get("SharedFunctionalGroupsSequence") or []
+    each = header.get("PerFrameFunctionalGroupsSequence") or []
+    for groups in [*shared[:1], *each[frame : frame + 1]]:
+        for name in _GROUPS:
+            for item in (groups.get(name) or [])[:1]:
+                flat.update(item)
+    return flat
+
+
+def _is_grey(flat: Dataset) -> bool:
+    return str(flat.get("PhotometricInterpretation", "")).startswith("MONOCHROME") or (
+        int(flat.get("SamplesPerPixel", 1)) == 1
+        and flat.get("PhotometricInterpretation") != "PALETTE COLOR"
+    )
+
+
+def _colour(
+    flat: Dataset, pixels: NDArray[np.generic]
+) -> tuple[NDArray[np.float32], tuple[float, float]]:
+    if flat.get("PhotometricInterpretation") == "PALETTE COLOR":
+        pixels = apply_color_lut(pixels, flat)
+        top = 2.0 ** (8 * pixels.dtype.itemsize) - 1
+    else:
+        top = 2.0 ** int(flat.get("BitsStored", 8)) - 1
+    return np.moveaxis(pixels[..., :3], -1, 0).astype(np.float32), (0.0, top)
+
+
+def _grey(
+    flat: Dataset, pixels: NDArray[np.generic]
+) -> tuple[NDArray[np.float32], tuple[float, float] | None]:
+    values = np.asarray(apply_modality_lut(pixels, flat), np.float64)
+    window = _window(flat)
+    if flat.get("PhotometricInterpretation") == "MONOCHROME1":
+        # The stored range turned over: what the modality LUT makes of its two ends, summed.
+        ends = float(np.sum(apply_modality_lut(_stored_range(flat, pixels), flat), dtype=float))
+        values = ends - values
+        window = (ends - window[1], ends - window[0]) if window else None
+    padding = _padding(flat, pixels)
+    if padding.any() and not padding.all():
+        values[padding] = values[~padding].min()
+    return values[None].astype(np.float32), window
+
+
+def _stored_range(flat: Dataset, pixels: NDArray[np.generic]) -> NDArray[np.generic]:
+    if not np.issubdtype(pixels.dtype, np.integer):
+        return np.array([pixels.min(), pixels.max()])
+    bits = int(flat.get("BitsStored", 16))
+    low = -(2 ** (bits - 1)) if flat.get("PixelRepresentation", 0) else 0
+    return np.array([low, low + 2**bits - 1]).astype(pixels.dtype)
+
+
+def _padding(flat: Dataset, pixels: NDArray[np.generic]) -> NDArray[np.bool_]:
+    """Where the file says that there is no image (C.7.5.1.1.2)."""
+    value = flat.get("PixelPaddingValue")
+    if not isinstance(value, int):
+        return np.zeros(pixels.shape, bool)
+    limit = flat.get("PixelPaddingRangeLimit")
+    low, high = sorted((value, limit if isinstance(limit, int) else value))
+    stored = pixels.astype(np.int64)
+    return (stored >= low) & (stored <= high)
+
+
+def _window(flat: Dataset) -> tuple[float, float] | None:
+    """Lowest and highest value of the first VOI window (C.11.2.1.2), or of the first VOI LUT."""
+    centre, width = _first(flat.get("WindowCenter")), _first(flat.get("WindowWidth"))
+    if centre is not None and width is not None:
+        if str(flat.get("VOILUTFunction") or "LINEAR").upper() == "LINEAR":
+            centre, width = centre - 0.5, width - 1
+        return (centre - width / 2, centre + width / 2) if width > 0 else None
+    for item in (flat.get("VOILUTSequence") or [])[:1]:
+        entries, low, _ = (int(v) for v in item.LUTDescriptor)
+        return float(low), float(low + (entries or 65536) - 1)
+    return None
+
+
+def _first(value: object) -> float | None:
+    if isinstance(value, pydicom.multival.MultiValue):
+        value = value[0] if len(value) else None
+    if value is None or value == "":
+        return None
+    number = float(str(value))
+    return number if np.isfinite(number) else None
+
+
+def _spacing(flat: Dataset) -> tuple[float, float]:
+    for name in _SPACINGS:
+        pair = _vector(flat, name, (2,))
+        if pair is not None and (pair > 0).all():
+            return float(pair[0]), float(pair[1])
+    return 1.0, 1.0
+
+
+def _vector(flat: Dataset, name: str, shape: tuple[int, ...]) -> NDArray[np.float64] | None:
+    values = flat.get(name)
+    if values is None or len(values) != int(np.prod(shape)):
+        return None
+    vector = np.array([float(v) for v in values]).reshape(shape)
+    return vector if np.isfinite(vector).all() else None

@@ -1,0 +1,1 @@
+"""One module per kind of source; each has ``read(root, task) -> Dataset``."""

@@ -1,0 +1,210 @@
+"""Picture folders.
+
+* classification: ``CLASS/*.png`` (also ``train/CLASS/*.png`` and so on), or ``labels.csv`` with a
+  column ``image`` or ``file``, a column ``label`` or one 0/1 column per class, optionally
+  ``patient`` and ``split``;
+* segmentation: ``images/`` and ``masks/`` with the same stems.
+
+``patients.csv`` (``image``, ``patient``) names the patients; without it each image counts as one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.data import labels, reasons
+from client.data.files import folders, stem, table_keys, walk
+from client.data.readers.pictures import Picture, PictureMask, is_picture
+from client.data.tables import SPLIT_NAMES, Entry, Table, read_table
+from client.data.types import Dataset, Image, LeftOut, Sample, SplitName
+from fedward.errors import DataError
+from fedward.plan.schema import Task
+
+_KEYS = ("image", "file")
+Item = tuple[Path, Sample | str]
+
+
+def read(root: Path, task: Task) -> Dataset:
+    """Read a picture folder.
+
+    Raises
+    ------
+    DataError
+        The folder has none of the known layouts, or a table cannot be read.
+    """
+    patients = patient_table(root)
+    if task.kind == "segmentation":
+        return collect(root, _pairs(root, patients))
+    if (root / "labels.csv").is_file():
+        return labelled(root, root, is_picture, Picture, patients, task)
+    return collect(root, _classes(root, patients, task))
+
+
+def collect(root: Path, items: Iterator[Item]) -> Dataset:
+    """Samples apart from what was left out."""
+    samples: list[Sample] = []
+    left_out: list[LeftOut] = []
+    for path, item in items:
+        if isinstance(item, Sample):
+            samples.append(item)
+        else:
+            left_out.append(LeftOut(item, path.relative_to(root).as_posix()))
+    return Dataset(tuple(samples), tuple(left_out))
+
+
+def patient_table(root: Path) -> Table | None:
+    """``patients.csv``, where there is one."""
+    path = root / "patients.csv"
+    return read_table(path, _KEYS, None) if path.is_file() else None
+
+
+def patient_of(file: Path, keys: tuple[str, ...], own: str, table: Table | None) -> str:
+    """The patient of an image: the label table's word, then ``patients.csv``, then the file.
+
+    Raises
+    ------
+    DataError
+        "no patient id": there is a table, and it does not tell whose the image is.
+    """
+    if own:
+        return own
+    if table is None:
+        return keys[0]
+    entry = table.find(keys)
+    if entry is None or entry.reason or not entry.patient:
+        raise reasons.unusable(reasons.NO_PATIENT)
+    return entry.patient
+
+
+def labelled(
+    root: Path,
+    base: Path,
+    wanted: Callable[[Path], bool],
+    loader: Callable[[Path], Callable[[], Image]],
+    patients: Table | None,
+    task: Task,
+) -> Dataset:
+    """Images under `base` with the labels of ``labels.csv`` in `root`."""
+    table = read_table(root / "labels.csv", _KEYS, task)
+    files = [f for f in walk(base, without=("masks",)) if wanted(f)]
+    keys = table_keys(files, (root, base))
+    used: set[str] = set()
+
+    def items() -> Iterator[Item]:
+        for file in files:
+            entry = table.find(keys[file])
+            used.add(entry.key if entry else "")
+            yield file, _labelled(file, keys[file], entry, loader, patients)
+
+    taken = collect(root, items())
+    idle = tuple(LeftOut(reasons.NO_IMAGE, key) for key in table.entries if key not in used)
+    return Dataset(taken.samples, taken.left_out + idle)
+
+
+def _labelled(
+    file: Path,
+    keys: tuple[str, ...],
+    entry: Entry | None,
+    loader: Callable[[Path], Callable[[], Image]],
+    patients: Table | None,
+) -> Sample | str:
+    if entry is None or entry.label is None:
+        return entry.reason if entry and entry.reason else reasons.NO_LABEL
+    try:
+        patient = patient_of(file, keys, entry.patient, patients)
+    except DataError as error:
+        return reasons.reason_of(error)
+    return Sample(patient, loader(file), entry.label, split=entry.split, columns=entry.columns)
+
+
+def pairs(
+    images: Path,
+    masks: Path,
+    wanted: Callable[[Path], bool],
+    build: Callable[[Path, Path], tuple[Callable[[], Image], Callable[[], NDArray[np.uint8]]]],
+    patients: Table | None,
+) -> Iterator[Item]:
+    """Images with the mask of the same place and stem."""
+    files = [f for f in walk(images) if wanted(f)]
+    keys = table_keys(files, (images.parent, images))
+    names = Counter(_place(f, images) for f in files)
+    by_name: dict[Path, list[Path]] = {}
+    for mask in (f for f in walk(masks) if wanted(f)):
+        by_name.setdefault(_place(mask, masks), []).append(mask)
+    for file in files:
+        found = by_name.get(_place(file, images), [])
+        if not found:
+            yield file, reasons.NO_MASK
+        elif len(found) > 1 or names[_place(file, images)] > 1:
+            yield file, reasons.DUPLICATE
+        else:
+            yield file, _pair(file, keys[file], build(file, found[0]), patients)
+    for name in sorted(set(by_name) - set(names)):
+        yield by_name[name][0], reasons.NO_IMAGE
+
+
+def _place(file: Path, root: Path) -> Path:
+    return file.relative_to(root).with_name(stem(file))
+
+
+def _pair(
+    file: Path,
+    keys: tuple[str, ...],
+    parts: tuple[Callable[[], Image], Callable[[], NDArray[np.uint8]]],
+    patients: Table | None,
+) -> Sample | str:
+    try:
+        patient = patient_of(file, keys, "", patients)
+    except DataError as error:
+        return reasons.reason_of(error)
+    entry = patients.find(keys) if patients else None
+    split, columns = (entry.split, entry.columns) if entry else (None, {})
+    return Sample(patient, parts[0], mask=parts[1], split=split, columns=columns)
+
+
+def _pairs(root: Path, patients: Table | None) -> Iterator[Item]:
+    if not ((root / "images").is_dir() and (root / "masks").is_dir()):
+        raise DataError(
+            "a segmentation folder must hold images/ and masks/",
+            fix="Put masks of the same stem into masks/",
+        )
+    return pairs(
+        root / "images",
+        root / "masks",
+        is_picture,
+        lambda image, mask: (Picture(image), PictureMask(mask)),
+        patients,
+    )
+
+
+def _classes(root: Path, patients: Table | None, task: Task) -> Iterator[Item]:
+    files = [f for f in walk(root) if is_picture(f)]
+    keys = table_keys(files, (root,))
+    names = {folder.name.lower() for folder in folders(root)}
+    divided = bool(names) and names <= set(SPLIT_NAMES)
+    for file in files:
+        parts = file.relative_to(root).parts[:-1]
+        split: SplitName | None = SPLIT_NAMES[parts[0].lower()] if divided and parts else None
+        yield file, _of_class(file, keys[file], parts[divided:], split, patients, task)
+
+
+def _of_class(
+    file: Path,
+    keys: tuple[str, ...],
+    parts: tuple[str, ...],
+    split: SplitName | None,
+    patients: Table | None,
+    task: Task,
+) -> Sample | str:
+    try:
+        index = labels.class_index(parts[0] if parts else "", task)
+        patient = patient_of(file, keys, "", patients)
+    except DataError as error:
+        return reasons.reason_of(error)
+    label = labels.flags({index}, task) if task.multi_label else (index,)
+    return Sample(patient, Picture(file), label, split=split)

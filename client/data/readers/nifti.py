@@ -1,0 +1,154 @@
+"""NIfTI images (``images/``) with label maps (``labels/``) or ``labels.csv``.
+
+Volumes are turned to the closest canonical orientation: axes to the right, to the front, upwards
+(RAS). A slice of a 2D task is shown as radiologists see it: rows downwards or to the back,
+columns to the patient's left (or to the back, in a sagittal slice), which is how DICOM stores it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import nibabel as nib
+import numpy as np
+from nibabel.affines import voxel_sizes
+from numpy.typing import NDArray
+
+from client.data import reasons
+from client.data.files import file_identity
+from client.data.masks import label_map
+from client.data.quiet import quiet
+from client.data.readers import folders
+from client.data.types import Dataset, Image
+from fedward.errors import DataError
+from fedward.plan.schema import Task
+
+_MASKS: Final = ("labels", "labelsTr", "masks")
+_IMAGES: Final = ("images", "imagesTr")
+
+
+def is_nifti(path: Path) -> bool:
+    """Whether the suffix is ``.nii`` or ``.nii.gz``."""
+    return path.name.lower().endswith((".nii", ".nii.gz"))
+
+
+@dataclass(frozen=True)
+class NiftiImage:
+    """Reads an image of two or three dimensions."""
+
+    path: Path
+    dimensions: int
+
+    def __call__(self) -> Image:
+        volume, spacing, _ = _canonical(self.path)
+        values, spacing = _oriented(volume, spacing, self.dimensions)
+        return Image(np.ascontiguousarray(values[None], np.float32), spacing)
+
+    def identity(self) -> str:
+        """A digest of place, size and time of change."""
+        return file_identity(self.path, self.dimensions)
+
+
+@dataclass(frozen=True)
+class NiftiMask:
+    """Reads a label map; with `image`, the two must lie in the same place."""
+
+    path: Path
+    dimensions: int
+    image: Path | None = None
+
+    def __call__(self) -> NDArray[np.uint8]:
+        volume, spacing, affine = _canonical(self.path)
+        if self.image is not None:
+            other, _, place = _canonical(self.image, header_only=True)
+            if other.shape != volume.shape:
+                raise reasons.unusable(reasons.MASK_SHAPE)
+            if not np.allclose(affine, place, atol=0.1 * min(spacing)):
+                raise reasons.unusable(reasons.MASK_POSITION)
+        values, _ = _oriented(volume, spacing, self.dimensions)
+        return label_map(values)
+
+    def identity(self) -> str:
+        """A digest of place, size and time of change."""
+        return file_identity(self.path, self.dimensions)
+
+
+def read(root: Path, task: Task) -> Dataset:
+    """Read a NIfTI folder.
+
+    Raises
+    ------
+    DataError
+        The folder does not have the layout that the task needs.
+    """
+    patients = folders.patient_table(root)
+    images, masks = _folder(root, _IMAGES), _folder(root, _MASKS)
+    d = task.dimensions
+    if task.kind == "classification" and (root / "labels.csv").is_file():
+        return folders.labelled(
+            root, images or root, is_nifti, lambda f: NiftiImage(f, d), patients, task
+        )
+    if task.kind == "classification" or images is None or masks is None:
+        needs = "labels.csv" if task.kind == "classification" else "images/ and labels/"
+        raise DataError(
+            f"a NIfTI folder for {task.kind} must hold {needs}",
+            fix="See the data page for the layouts",
+        )
+    items = folders.pairs(
+        images, masks, is_nifti, lambda i, m: (NiftiImage(i, d), NiftiMask(m, d, i)), patients
+    )
+    return folders.collect(root, items)
+
+
+def _folder(root: Path, names: tuple[str, ...]) -> Path | None:
+    return next((root / name for name in names if (root / name).is_dir()), None)
+
+
+def oriented_volume(
+    values: NDArray[Any], affine: NDArray[np.float64]
+) -> tuple[NDArray[Any], tuple[float, ...]]:
+    """A volume turned to RAS, and its spacing in mm; `affine` maps voxels to RAS mm."""
+    turned = nib.as_closest_canonical(nib.Nifti1Image(values, affine))
+    return np.asanyarray(turned.dataobj), _voxel(turned.affine)
+
+
+def _voxel(affine: NDArray[np.float64]) -> tuple[float, ...]:
+    return tuple(float(v) or 1.0 for v in voxel_sizes(affine))
+
+
+def _canonical(
+    path: Path, header_only: bool = False
+) -> tuple[NDArray[Any], tuple[float, ...], NDArray[np.float64]]:
+    with quiet():
+        try:
+            file = nib.load(path)
+            shape = tuple(file.shape)
+            while len(shape) > 3 and shape[-1] == 1:
+                shape = shape[:-1]
+            shape += (1,) * (3 - len(shape))
+            if len(shape) != 3:
+                raise reasons.unusable(reasons.WRONG_SHAPE)
+            raw = np.broadcast_to(np.uint8(0), shape) if header_only else _values(file, shape)
+            turned = nib.as_closest_canonical(nib.Nifti1Image(raw, file.affine))
+            return np.asanyarray(turned.dataobj), _voxel(turned.affine), turned.affine
+        except Exception as error:
+            # nibabel raises nearly anything on a broken file, and its texts quote the path.
+            raise reasons.unusable(reasons.reason_of(error)) from None
+
+
+def _values(file: Any, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    return np.asarray(file.get_fdata(dtype=np.float32, caching="unchanged")).reshape(shape)
+
+
+def _oriented(
+    volume: NDArray[Any], spacing: tuple[float, ...], dimensions: int
+) -> tuple[NDArray[Any], tuple[float, ...]]:
+    if dimensions == 3:
+        return volume, spacing
+    thin = [axis for axis in range(3) if volume.shape[axis] == 1]
+    if len(thin) != 1:
+        raise reasons.unusable(reasons.WRONG_SHAPE)
+    kept = [spacing[axis] for axis in range(3) if axis != thin[0]]
+    return np.squeeze(volume, thin[0]).T[::-1, ::-1], (kept[1], kept[0])

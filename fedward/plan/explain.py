@@ -1,0 +1,246 @@
+"""What a plan means, in words that a clinician or an IT engineer follows."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+
+from fedward.plan.load import plan_hash
+from fedward.plan.schema import Plan, Stage
+from fedward.plan.settings import SUMMARIES
+
+_LABEL, _WIDTH = 15, 100
+_FLOAT32 = 4
+_UNWEIGHTED = {"fedmedian", "fedtrimmedavg", "krum", "bulyan"}
+_INTENSITY = {
+    "unit": "scaled to 0 to 1",
+    "zscore": "each image shifted and scaled to mean 0 and deviation 1",
+    "imagenet": "scaled to 0 to 1, then by ImageNet's mean and deviation",
+}
+
+
+def explain(plan: Plan, parameters: int | None = None) -> str:
+    """The plan in plain words, without markup.
+
+    Parameters
+    ----------
+    plan : Plan
+        A valid plan.
+    parameters : int, optional
+        Parameters of its model; with it the model's size and the traffic are told.
+
+    Returns
+    -------
+    str
+        Lines of at most 100 characters; the last one holds the plan's SHA-256.
+    """
+    return "\n".join(
+        line for label, text in _parts(plan, parameters) for line in _wrap(label, text)
+    )
+
+
+def _wrap(label: str, text: str) -> list[str]:
+    # Hyphens stand in names here, where a break would mislead.
+    return textwrap.wrap(
+        text,
+        _WIDTH,
+        initial_indent=label.ljust(_LABEL),
+        subsequent_indent=" " * _LABEL,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+
+
+def _parts(plan: Plan, parameters: int | None) -> Iterator[tuple[str, str]]:
+    title = f": {plan.study.title}" if plan.study.title else ""
+    yield "Study", f"{plan.study.name}{title}"
+    if plan.study.intended_use:
+        yield "Intended use", plan.study.intended_use
+    yield "Learns", _task(plan)
+    yield "From", _data(plan)
+    yield "Prepares", _preprocessing(plan)
+    if plan.preprocessing.augmentation.active:
+        yield "Augments", _augmentation(plan)
+    yield "Model", _model(plan, parameters)
+    yield from _schedule(plan)
+    yield "Each site", _site_work(plan)
+    yield "Server", _server(plan)
+    yield "Exchanges", _exchange(plan, parameters)
+    yield "Privacy", _privacy(plan)
+    yield "Sites", _participation(plan)
+    yield "Measures", _metrics(plan)
+    yield "SHA-256", plan_hash(plan)
+
+
+def count(number: int, word: str) -> str:
+    """``1 round``, ``2 rounds``, ``2 classes``, ``2 passes``."""
+    if number == 1:
+        return f"1 {word}"
+    return f"{number:,} {word}{'es' if word.endswith(('s', 'ch')) else 's'}"
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    shown = ", ".join(names[:12])
+    return shown if len(names) <= 12 else f"{shown} and {len(names) - 12} more"
+
+
+def _task(plan: Plan) -> str:
+    task, what = plan.task, "2D images" if plan.task.dimensions == 2 else "3D volumes"
+    number = count(len(task.classes), "class")
+    if task.kind == "segmentation":
+        return f"to outline {number} in {what}: {_listed(task.classes)}"
+    if task.multi_label:
+        return (
+            f"which of {number} an image shows, several at once, on {what}: {_listed(task.classes)}"
+        )
+    text = f"to tell {number} apart on {what}: {_listed(task.classes)}"
+    return f"{text}; {task.classes[-1]} is the positive one" if len(task.classes) == 2 else text
+
+
+def _data(plan: Plan) -> str:
+    kinds, split = plan.task.modality, plan.split
+    accepted = "images of any modality" if kinds == ("any",) else f"{', '.join(kinds)} images only"
+    shares = (
+        f"of each site's patients {split.validation:.0%} serve validation, {split.test:.0%} the "
+        f"test, the others training; a patient is in one part only (seed {split.seed})"
+    )
+    given = "; where the data brings its own division, that one holds" if split.given else ""
+    return f"{accepted}; {shares}{given}"
+
+
+def _preprocessing(plan: Plan) -> str:
+    prep = plan.preprocessing
+    size = " × ".join(map(str, prep.size))
+    if prep.spacing:
+        spacing = " × ".join(f"{step:g}" for step in prep.spacing)
+        shape = f"resampled to {spacing} mm, then centrally cropped or padded to {size}"
+    else:
+        shape = f"{'stretched' if prep.resize == 'stretch' else 'fitted and padded'} to {size}"
+    steps = [shape, "grey" if prep.channels == 1 else "three channels"]
+    if prep.window:
+        steps.append(f"intensities {prep.window[0]:g} to {prep.window[1]:g} kept")
+    if prep.percentiles:
+        low, high = prep.percentiles
+        steps.append(f"percentiles {low:g} to {high:g} of each image kept")
+    return "; ".join([*steps, _INTENSITY[prep.intensity]])
+
+
+def _augmentation(plan: Plan) -> str:
+    random = plan.preprocessing.augmentation
+    parts = [f"mirrored ({', '.join(random.flip)})"] if random.flip else []
+    for value, words in (
+        (random.rotate, "turned by up to {:g}°"),
+        (random.scale, "zoomed by up to {:.0%}"),
+        (random.shift, "shifted by up to {:.0%} of the side"),
+        (random.contrast, "contrast changed by up to {:.0%}"),
+        (random.brightness, "brightness changed by up to {:g}"),
+        (random.noise, "noise added with deviation {:g}"),
+    ):
+        if value:
+            parts.append(words.format(value))
+    return f"training images at random: {', '.join(parts)}"
+
+
+def _model(plan: Plan, parameters: int | None) -> str:
+    model = plan.model
+    text: str = model.name
+    if model.channels:
+        text += f" with widths {', '.join(map(str, model.channels))}"
+    if parameters is not None:
+        text += f", {count(parameters, 'parameter')}"
+    if model.dropout:
+        text += f", dropout {model.dropout:g}"
+    if model.initial_weights is None:
+        return f"{text}; starts from fresh weights"
+    return f"{text}; starts from public weights (SHA-256 {model.initial_weights.sha256[:12]}…)"
+
+
+def _schedule(plan: Plan) -> Iterator[tuple[str, str]]:
+    if not plan.stages:
+        yield "Runs", f"{count(plan.rounds, 'round')}, {_rate(plan, plan.schedule[0])}"
+        return
+    yield "Runs", f"{count(plan.rounds, 'round')} in {count(len(plan.stages), 'stage')}"
+    for stage in plan.stages:
+        what = (
+            "all parameters train" if stage.train == ("*",) else f"trains {', '.join(stage.train)}"
+        )
+        yield "", f"{stage.name}: {count(stage.rounds, 'round')}, {_rate(plan, stage)}; {what}"
+
+
+def _rate(plan: Plan, stage: Stage) -> str:
+    falls = ", falling along a cosine" if plan.training.schedule == "cosine" else ""
+    return f"learning rate {stage.learning_rate:g}{falls}"
+
+
+def _site_work(plan: Plan) -> str:
+    train = plan.training
+    how = f"{train.optimizer} on {train.loss}"
+    if plan.privacy.on:
+        return f"{_private_steps(plan)}, {how}"
+    if train.local_steps is not None:
+        images = count(train.batch_size, "image")
+        return f"{count(train.local_steps, 'step')} of {images} in a round, {how}"
+    passes = count(train.local_epochs or 1, "pass")
+    return f"{passes} over its training images in a round, in batches of {train.batch_size}, {how}"
+
+
+def _private_steps(plan: Plan) -> str:
+    rate, train = plan.privacy.sampling_rate, plan.training
+    chance = f"{rate:g}" if rate is not None else f"{train.batch_size} / its training patients"
+    if train.local_steps is not None:
+        steps = count(train.local_steps, "step")
+    else:
+        steps = f"{count(train.local_epochs or 1, 'pass')} over its patients"
+    images = count(plan.privacy.images_per_patient, "image")
+    return f"{steps} in a round; a step draws each patient with chance {chance}, {images} of each"
+
+
+def _server(plan: Plan) -> str:
+    strategy = plan.strategy
+    text = f"{strategy.name}: {SUMMARIES[strategy.name]}"
+    if strategy.name not in _UNWEIGHTED:
+        text += f", weighted by {strategy.weighting}"
+    if strategy.settings:
+        text += f" ({', '.join(f'{key} = {value:g}' for key, value in strategy.settings.items())})"
+    if strategy.averaging:
+        text += f"; delivers a moving average of the global models (decay {strategy.averaging:g})"
+    return text
+
+
+def _exchange(plan: Plan, parameters: int | None) -> str:
+    text = "model parameters and the counts of this plan's metrics; never an image, name or path"
+    if parameters is None:
+        return text
+    size = parameters * _FLOAT32 / 1e6
+    return f"{text}; at most about {size:.2g} MB each way per site and round"
+
+
+def _privacy(plan: Plan) -> str:
+    target = plan.privacy
+    if target.epsilon is None or target.delta is None or target.clipping_norm is None:
+        return "none: updates are exchanged as they are, and nothing bounds what they tell"
+    return (
+        f"each site's updates over the whole study are (ε = {target.epsilon:g}, "
+        f"δ = {target.delta:g}) differentially private for each of its patients: what one patient "
+        f"adds to a step is clipped to {target.clipping_norm:g} and Gaussian noise is added; the "
+        "noise is set from each site's own sampling rate and the planned steps. Metrics and counts "
+        "are not covered"
+    )
+
+
+def _participation(plan: Plan) -> str:
+    part = plan.participation
+    return (
+        f"starts with {count(part.sites, 'site')} that each bring at least "
+        f"{count(part.minimum_patients, 'patient')}; a round counts with "
+        f"{count(part.needed, 'update')}, waits at most {part.deadline:g} s and is repeated "
+        f"{count(part.retries, 'time')} at most"
+    )
+
+
+def _metrics(plan: Plan) -> str:
+    metrics = plan.metrics
+    every = (
+        "every round" if metrics.evaluate_every == 1 else f"every {metrics.evaluate_every} rounds"
+    )
+    return f"{', '.join(metrics.report)}; {metrics.primary} leads; on validation patients {every}"

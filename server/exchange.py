@@ -1,0 +1,97 @@
+"""Send messages to a study's sites and take their replies as they come, up to a deadline."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+_POLL_SECONDS = 0.02
+
+
+class StudyGrid(Grid):
+    """A grid that shows only the sites of one study and pulls replies promptly.
+
+    Flower's strategies send to every node that they see; another study's hospital must not be
+    among them. Flower's own ``send_and_receive`` sleeps between pulls.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's grid.
+    members : iterable of int
+        Node ids of the study's sites.
+    stop : threading.Event
+        Ends the waiting at once when set.
+    """
+
+    def __init__(self, grid: Grid, members: Iterable[int], stop: threading.Event) -> None:
+        self._grid, self._members, self._stop = grid, frozenset(members), stop
+
+    @classmethod
+    def over(cls, grid: Grid) -> StudyGrid:
+        """All nodes of a grid, without a way to stop."""
+        return cls(grid, grid.get_node_ids(), threading.Event())
+
+    def set_run(self, run: Any) -> None:
+        """Pass on."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        """Flower's run."""
+        return self._grid.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """A message from this run."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> list[int]:
+        """The study's sites that are connected now, in a stable order."""
+        return sorted(node for node in self._grid.get_node_ids() if node in self._members)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send to members only."""
+        return self._grid.push_messages(
+            [message for message in messages if message.metadata.dst_node_id in self._members]
+        )
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Replies that are there now."""
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Send, and wait for all replies or the timeout (seconds)."""
+        return list(self.replies(messages, timeout))
+
+    def replies(
+        self,
+        messages: Iterable[Message],
+        timeout: float | None = None,
+        on_reply: Callable[[Message], None] | None = None,
+    ) -> Iterator[Message]:
+        """Send, and give each reply as soon as it is there."""
+        waiting = set(self.push_messages(messages))
+        end = None if timeout is None else time.monotonic() + timeout
+        while waiting and not self._stop.is_set() and (end is None or time.monotonic() < end):
+            arrived = list(self._grid.pull_messages(waiting))
+            for reply in arrived:
+                waiting.discard(reply.metadata.reply_to_message_id)
+                if on_reply is not None:
+                    on_reply(reply)
+                yield reply
+            if not arrived:
+                self._stop.wait(_POLL_SECONDS)

@@ -1,0 +1,84 @@
+"""The arms that federation is measured against: each hospital alone, and all data in one place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from numpy.typing import NDArray
+
+from client.data.types import PreparedSite
+from client.training.trainer import Trainer
+from fedward.metrics import Counts, counts_from_arrays
+from fedward.plan.load import canonical, plan_hash
+from fedward.plan.schema import Plan
+from fedward.protocol import RoundOrder
+from server.arms import figures, test_figures
+from server.results import Arm, Round
+from simulation.local import State
+from simulation.sites import pool_sites
+from strategies.averaging import blend, decay_at
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+def lone_arm(state: State, plan: Plan, arrays: Arrays, seed: int, site: str | None) -> Arm:
+    """Train on one hospital's patients, or on all when ``site`` is None, and test everywhere.
+
+    The same model, start, rounds, local epochs and averaging as the federated study.
+    """
+    started = time.perf_counter()
+    data = pool_sites(state.sites.sites) if site is None else state.sites.by_name()[site]
+    arm = Arm(
+        name="pooled" if site is None else f"alone: {site}",
+        kind="pooled" if site is None else "alone",
+        site=site,
+    )
+    average = _train(Trainer(plan, data, state.sites.runtime), plan, arrays, seed, arm)
+    arm.test = test_figures(plan, _test(state, plan, average))
+    arm.seconds = time.perf_counter() - started
+    return arm
+
+
+def _train(trainer: Trainer, plan: Plan, arrays: Arrays, seed: int, arm: Arm) -> Arrays:
+    average, before = arrays, time.perf_counter()
+    for round_, model, loss in trainer.alone(arrays, seed):
+        average = blend(average, model, decay_at(round_, plan.strategy.averaging))
+        result = Round(round=round_, stage=plan.stage_of(round_)[0].name, seconds=0.0, train_loss=loss)
+        if round_ % plan.metrics.evaluate_every == 0 or round_ == plan.rounds:
+            result.validation = _validate(trainer, plan, average, round_)
+        result.seconds, before = time.perf_counter() - before, time.perf_counter()
+        arm.rounds.append(result)
+    return average
+
+
+def _validate(trainer: Trainer, plan: Plan, arrays: Arrays, round_: int) -> dict[str, float | None]:
+    if not len(trainer.site.split["validation"]):
+        return {}
+    counts, _ = trainer.evaluate(arrays, _order(plan, round_, "validation"))
+    return figures(plan, {trainer.site.name: counts_from_arrays(plan.task, counts)})[1]
+
+
+def _test(state: State, plan: Plan, arrays: Arrays) -> dict[str, Counts]:
+    measured = {}
+    for site in state.sites.sites:
+        if len(site.split["test"]):
+            counts, _ = state.sites.trainer_of(site, plan).evaluate(arrays, _order(plan, 0, "test"))
+            measured[site.name] = counts_from_arrays(plan.task, counts)
+    return measured
+
+
+def _order(plan: Plan, round_: int, part: Any) -> RoundOrder:
+    return RoundOrder(plan=canonical(plan), plan_hash=plan_hash(plan), round=round_, part=part)
+
+
+def shares(sites: list[PreparedSite], workers: int) -> dict[str | None, int]:
+    """Which worker trains which lone arm: the largest first, to the one with the least to do."""
+    sizes: dict[str | None, int] = {site.name: len(site.split["train"]) for site in sites}
+    sizes[None] = sum(sizes.values())
+    load, places = [0] * max(1, workers), {}
+    for name in sorted(sizes, key=lambda key: (-sizes[key], key or "")):
+        place = load.index(min(load))
+        places[name], load[place] = place, load[place] + sizes[name]
+    return places

@@ -1,0 +1,190 @@
+"""``fedward-simulate``: try a study without any hospital."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+
+import typer
+from rich.console import Console
+
+from fedward.errors import FedwardError, Interrupted
+
+app = typer.Typer(
+    help="Run a federated study on this machine.", no_args_is_help=True, add_completion=False,
+    pretty_exceptions_enable=False,
+)  # fmt: skip
+plan_app = typer.Typer(help="Work on study plans without data.", no_args_is_help=True)
+app.add_typer(plan_app, name="plan")
+
+
+class EngineName(StrEnum):
+    """Choices of --engine."""
+
+    local = "local"
+    ray = "ray"
+
+
+class FormatName(StrEnum):
+    """Choices of --format."""
+
+    auto = "auto"
+    npz = "npz"
+    folders = "folders"
+    nifti = "nifti"
+    dicom = "dicom"
+
+
+PlanFile = Annotated[Path, typer.Argument(help="The study plan (TOML).", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:INDEX.")]
+
+
+@app.command()
+def run(
+    plan: PlanFile,
+    data: Annotated[Path, typer.Option("--data", help="Folder or file of images.", show_default=False)],
+    format: Annotated[FormatName, typer.Option("--format", help="How the data lie.")] = FormatName.auto,
+    sites: Annotated[
+        int | None, typer.Option("--sites", min=1, help="Hospitals to make; none: as many as the plan needs.")
+    ] = None,
+    partition: Annotated[
+        str,
+        typer.Option(
+            "--partition",
+            help="folders | iid | dirichlet:ALPHA | shards:K | quantity:ALPHA | column:NAME.",
+        ),
+    ] = "folders",
+    engine: Annotated[EngineName, typer.Option("--engine", help="local, or Flower's ray.")] = EngineName.local,
+    device: Device = "auto",
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Also train each hospital alone and all data pooled.")
+    ] = False,
+    epsilons: Annotated[
+        str, typer.Option("--epsilons", help="Also run with these ε, such as 1,3,8 (plans with privacy).")
+    ] = "",
+    seed: Seed = 0,
+    out: Out = Path("runs/latest"),
+    as_json: AsJson = False,
+) -> None:
+    """Run a study: hospitals side by side on this machine, then the report."""
+    from fedward.plan import load_plan
+    from simulation.output import check_out
+    from simulation.study import Options, Study
+
+    options = Options(
+        data=data, out=out, format=None if format is FormatName.auto else format.value,
+        partition=partition, sites=sites, engine=engine.value, device=device, baselines=baselines,
+        epsilons=_numbers(epsilons), seed=seed, plan_folder=plan.parent,
+    )  # fmt: skip
+    loaded = load_plan(plan)
+    check_out(out)
+    _run_studies([Study(loaded, options)], out, as_json)
+
+
+@app.command()
+def demo(
+    out: Out = Path("demo"),
+    seed: Seed = 0,
+    device: Device = "auto",
+    patients: Annotated[int, typer.Option("--patients", min=20, help="Patients per hospital.")] = 60,
+    as_json: AsJson = False,
+) -> None:
+    """Four synthetic hospitals as DICOM files, two studies, one report."""
+    from simulation.demo import demo_studies
+    from simulation.output import check_out
+
+    check_out(out)
+    _run_studies(demo_studies(out, seed, device, patients, _console(as_json)), out, as_json)
+
+
+@plan_app.command("check")
+def check(plan: PlanFile, as_json: AsJson = False) -> None:
+    """Validate and explain a plan without data."""
+    from fedward.models import describe
+    from fedward.plan import load_plan, plan_hash
+    from fedward.plan.explain import explain
+
+    loaded = load_plan(plan)
+    parameters = describe(loaded).parameters
+    if as_json:
+        _print_json(
+            {"valid": True, "study": loaded.study.name, "plan_sha256": plan_hash(loaded),
+             "parameters": parameters, "rounds": loaded.rounds, "plan": loaded.model_dump(mode="json")}
+        )  # fmt: skip
+    else:
+        typer.echo(explain(loaded, parameters))
+
+
+def _run_studies(studies: list[Any], out: Path, as_json: bool) -> None:
+    from server.report import headline, summary_table
+    from simulation import flower
+    from simulation.output import write_outputs
+    from simulation.progress import StudyProgress
+
+    flower.quiet()
+    console = _console(as_json)
+    try:
+        for study in studies:
+            with StudyProgress(console, study.plan.metrics.primary) as progress:
+                study.listen, study.note = progress.listen, progress.note
+                study.run()
+    finally:
+        begun = [study for study in studies if study.results.arms]
+        if begun:
+            write_outputs(begun, out)
+    if as_json:
+        _print_json({"out": str(out), "studies": [s.results.model_dump(mode="json") for s in studies]})
+        return
+    for study in studies:
+        console.print(summary_table(study.results))
+        console.print(headline(study.results))
+    console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        values = (-1.0,)
+    if any(not 0 < value < float("inf") for value in values):
+        raise typer.BadParameter("give positive numbers with commas between, such as 1,3,8")
+    return values
+
+
+def _console(as_json: bool) -> Console:
+    # With --json, standard output holds the JSON object alone.
+    return Console(stderr=as_json)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False))
+
+
+def main() -> None:
+    """Entry point: every failure ends with its own exit code and a message, not a traceback."""
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        _fail(Interrupted("the command was interrupted", fix="Run it again"))
+    except FedwardError as error:
+        _fail(error)
+
+
+def _fail(error: FedwardError) -> None:
+    if "--json" in sys.argv:
+        _print_json({"error": type(error).__name__, "exit_code": error.exit_code, "message": str(error)})
+    typer.secho(f"error: {error}", err=True, fg="red")
+    raise SystemExit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""What the in-process engine needs of Flower's inside; every such import stands here.
+
+Flower builds a message from the identity of the running task, and gives it an id when it is
+stored. In Flower's own runtimes a task process sets both; without one, this module does.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+
+from flwr.app import Message
+from flwr.supercore.task_identity import TaskIdentity
+
+RUN_ID = 1
+SERVER_NODE = 1
+
+
+def become_server() -> None:
+    """Take the identity of a server task in this process."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SERVER_NODE
+
+
+def stamp(message: Message) -> str:
+    """Give a message its id, as the link does when it stores one."""
+    message.metadata.__dict__["_message_id"] = identifier = uuid.uuid4().hex
+    return identifier
+
+
+def quiet() -> None:
+    """Keep Flower's own log lines off the terminal; Fedward reports progress itself."""
+    logging.getLogger("flwr").setLevel(logging.ERROR)

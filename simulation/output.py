@@ -1,0 +1,79 @@
+"""What a run leaves in its folder."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedward.errors import OutputError
+from fedward.models import save_model
+from fedward.plan.load import canonical, plan_hash
+from server.report import write_metrics, write_report
+from server.results import StudyResults
+from simulation.study import Study
+
+
+def check_out(out: Path) -> None:
+    """Find out before the work whether its results can be written.
+
+    Raises
+    ------
+    OutputError
+        They cannot.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise OutputError(
+            "the output folder must be writable", value=error.strerror,
+            fix="Choose another folder with --out", where="--out",
+        ) from error  # fmt: skip
+
+
+def write_outputs(studies: Sequence[Study], out: Path) -> None:
+    """Write report, metrics, models and plans; of several studies each in a folder of its own.
+
+    Raises
+    ------
+    OutputError
+        The folder cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        results: list[StudyResults] = [study.results for study in studies]
+        write_metrics(results, out / "metrics.json")
+        for study in studies:
+            _write_study(study, out if len(studies) == 1 else out / study.plan.study.name)
+        write_report(results, out / "report.html")
+    except OSError as error:
+        raise OutputError(
+            "results must be written", value=error.strerror, fix="Free the disk, or change --out",
+            where="--out",
+        ) from error  # fmt: skip
+
+
+def _write_study(study: Study, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_text(folder / "plan.json", canonical(study.plan))
+    (folder / "plan.sha256").write_text(f"{plan_hash(study.plan)}  plan.json\n", "utf-8")
+    if study.model is not None:
+        facts = {
+            "study": study.plan.study.name, "plan_sha256": plan_hash(study.plan),
+            "classes": ",".join(study.plan.task.classes), "model": study.plan.model.name,
+            "synthetic": str(study.results.synthetic).lower(),
+            "complete": str(study.results.complete).lower(),
+        }  # fmt: skip
+        save_model(folder / "model.safetensors", study.model, facts)
+
+
+def _write_text(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

@@ -1,0 +1,237 @@
+"""A whole study on one machine: data, arms, results."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from numpy.typing import NDArray
+
+from client.data.preprocess import prepare
+from client.data.read import DatasetSpec, read_dataset
+from client.data.types import Format, PreparedSite
+from client.training.device import choose_device
+from client.training.runtime import Runtime
+from client.training.trainer import site_facts
+from fedward.errors import Interrupted, PlanError
+from fedward.models import WeightsReport, build_model, describe, load_initial, to_arrays
+from fedward.plan.load import plan_from, plan_hash
+from fedward.plan.schema import Plan
+from server.app import server_app
+from server.events import Listener, ignore
+from server.results import Arm, StudyResults
+from server.rounds import Job
+from simulation.baselines import lone_arm, shares
+from simulation.local import State, run_local
+from simulation.partition import parse_partition, partition
+from simulation.pool import Pool, cores
+from simulation.sites import SimulatedSites
+
+Engine = Literal["local", "ray"]
+Arrays = dict[str, NDArray[Any]]
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says beside the plan."""
+
+    data: Path
+    out: Path
+    format: Format | None = None
+    partition: str = "folders"
+    sites: int | None = None
+    engine: Engine = "local"
+    device: str = "auto"
+    baselines: bool = False
+    epsilons: tuple[float, ...] = ()
+    seed: int = 0
+    plan_folder: Path | None = None
+
+
+@dataclass
+class Study:
+    """One run of one plan.
+
+    Attributes
+    ----------
+    results : StudyResults
+        Grows while the study runs, so that an interrupted one keeps what is finished.
+    model : dict or None
+        The delivered model of the main arm.
+    """
+
+    plan: Plan
+    options: Options
+    listen: Listener = ignore
+    note: Note = print
+    stop: threading.Event = field(default_factory=threading.Event)
+    results: StudyResults = field(init=False)
+    model: Arrays | None = None
+
+    def __post_init__(self) -> None:
+        plan, options = self.plan, self.options
+        self.results = StudyResults(
+            study=plan.study.name, title=plan.study.title, plan=plan.model_dump(mode="json"),
+            plan_sha256=plan_hash(plan), seed=options.seed, engine=options.engine,
+            device=str(choose_device(options.device)), partition=options.partition,
+            primary=plan.metrics.primary, parameters=describe(plan).parameters, versions=_versions(),
+        )  # fmt: skip
+
+    def run(self) -> StudyResults:
+        """Prepare, train all arms, measure.
+
+        Raises
+        ------
+        Interrupted
+            Ctrl-C; ``results`` and ``model`` hold what was finished.
+        """
+        self._began = time.perf_counter()
+        sites = self._prepare()
+        self.results.sites = [site_facts(self.plan, site) for site in sites]
+        self.results.synthetic = any(site.synthetic for site in sites)
+        arrays = self._initial()
+        runtime, workers = self._machine(len(sites))
+        pool = Pool(State(SimulatedSites(sites, runtime)), workers)
+        try:
+            self._federated(pool, sites, runtime, arrays)
+            if self.options.baselines:
+                self._baselines(pool, sites, arrays)
+            self.results.complete = True
+        except KeyboardInterrupt as error:
+            self.stop.set()
+            raise Interrupted(
+                "the study was interrupted", fix="What was finished is kept; run it again for the rest"
+            ) from error
+        finally:
+            pool.close()
+            self.results.seconds = time.perf_counter() - self._began
+        return self.results
+
+    def _prepare(self) -> list[PreparedSite]:
+        options, how = self.options, parse_partition(self.options.partition)
+        folders = "folders" if how.kind == "folders" else "none"
+        self.note("reading the data")
+        dataset = read_dataset(DatasetSpec(options.data, options.format, folders), self.plan.task)
+        count = options.sites or self.plan.participation.sites
+        parts = partition(dataset.samples, options.partition, count, options.seed)
+        if len(parts) < self.plan.participation.sites:
+            raise PlanError(
+                "the plan needs more sites than the data give",
+                value=f"{len(parts)} of {self.plan.participation.sites}",
+                fix="Lower participation.sites, or bring more sites", where="participation.sites",
+            )  # fmt: skip
+        synthetic = (options.data / "synthetic.json").is_file()
+        cache, prepared = options.out / "cache", []
+        for name, samples in parts.items():
+            self.note(f"preparing {name}: {len(samples)} images")
+            site = prepare(name, samples, self.plan, cache, workers=cores())
+            prepared.append(replace(site, synthetic=synthetic))
+        return prepared
+
+    def _initial(self) -> Arrays:
+        model = build_model(self.plan, self.options.seed)
+        if self.plan.model.initial_weights is not None:
+            report: WeightsReport = load_initial(model, self.plan, self.options.plan_folder)
+            self.results.weights_report = {
+                "matched": len(report.matched), "reshaped_head": len(report.reshaped_head),
+                "missing": len(report.missing), "unused": len(report.unused),
+            }  # fmt: skip
+        return to_arrays(model)
+
+    def _machine(self, sites: int) -> tuple[Runtime, int]:
+        device = choose_device(self.options.device)
+        on_gpu = device.type == "cuda"
+        workers = 0 if on_gpu else min(cores(), sites)
+        threads = max(1, cores() // max(1, workers))
+        runtime = Runtime(
+            device=str(device), threads=threads, randomness="seeded",
+            cache=self.options.out / "cache", physical_batch=256 if on_gpu else 64,
+        )  # fmt: skip
+        return runtime, workers
+
+    def _federated(
+        self, pool: Pool, sites: Sequence[PreparedSite], runtime: Runtime, arrays: Arrays
+    ) -> None:
+        jobs = [self._job(plan, arrays) for plan in self._plans()]
+        self.results.start_up_seconds = time.perf_counter() - self._began
+        for job in jobs:
+            self.results.arms.append(job.arm)
+            try:
+                self._run(job, pool, sites, runtime)
+            finally:
+                if job.arm.rounds and self.model is None:
+                    self.model = job.average
+
+    def _run(
+        self, job: Job, pool: Pool, sites: Sequence[PreparedSite], runtime: Runtime
+    ) -> None:
+        if self.options.engine == "ray":
+            from simulation.ray import run_ray
+
+            run_ray(server_app(job), sites, runtime, self.options.out / "cache")
+        else:
+            run_local(server_app(job), pool, len(sites))
+        if job.error is not None:
+            raise job.error
+
+    def _job(self, plan: Plan, arrays: Arrays) -> Job:
+        epsilon, delta = plan.privacy.epsilon, plan.privacy.delta
+        name = "federated" if epsilon is None else f"federated, ε = {epsilon:g}"
+        arm = Arm(name=name, kind="federated", epsilon=epsilon, delta=delta)
+        return Job(plan, dict(arrays), arm, self.options.seed, self.listen, self.stop)
+
+    def _plans(self) -> list[Plan]:
+        """The plan itself first; then the same with other ε, and without privacy."""
+        plans = [self.plan]
+        if self.plan.privacy.on:
+            others = [e for e in self.options.epsilons if e != self.plan.privacy.epsilon]
+            plans += [with_privacy(self.plan, epsilon) for epsilon in others]
+            if self.options.baselines or others:
+                plans.append(with_privacy(self.plan, None))
+        elif self.options.epsilons:
+            raise PlanError(
+                "other values of epsilon need a plan with privacy", fix="Set [privacy] in the plan"
+            )
+        return plans
+
+    def _baselines(self, pool: Pool, sites: Sequence[PreparedSite], arrays: Arrays) -> None:
+        plan, places = with_privacy(self.plan, None), shares(list(sites), pool.workers)
+        waiting: dict[Future[Arm], str] = {}
+        arms: dict[str, Arm] = {}
+        for name, place in sorted(places.items(), key=lambda item: item[0] or ""):
+            self.note(f"training {'pooled data' if name is None else name + ' alone'}")
+            future = pool.submit(place, lone_arm, plan, arrays, self.options.seed, name)
+            waiting[future] = name or ""
+        while waiting:
+            done, _ = wait(waiting, timeout=0.2, return_when="FIRST_COMPLETED")
+            for future in done:
+                arms[waiting.pop(future)] = future.result()
+        self.results.arms += [arms[site.name] for site in sites] + [arms[""]]
+
+
+def with_privacy(plan: Plan, epsilon: float | None) -> Plan:
+    """The same plan with another ε, or without privacy."""
+    content = plan.model_dump(mode="python")
+    if epsilon is None:
+        content["privacy"] = {"mechanism": "none"}
+    else:
+        content["privacy"]["epsilon"] = epsilon
+    return plan_from(content)
+
+
+def _versions() -> dict[str, str]:
+    names = ("fedward", "flwr", "torch", "monai", "opacus", "pydicom")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

@@ -1,0 +1,41 @@
+"""What a strategy needs to know of a study, in one object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class StrategySettings:
+    """Settings common to all strategies, and those of the one chosen.
+
+    Attributes
+    ----------
+    values : mapping
+        The plan's ``[strategy.settings]``.
+    weight_key : str
+        Metric of a reply that weighs its update.
+    """
+
+    values: Mapping[str, float] = field(default_factory=dict)
+    weight_key: str = "num-examples"
+
+    def common(self) -> dict[str, object]:
+        """Arguments that each of Flower's strategies takes.
+
+        A study names its sites itself and waits for them itself: every node that the grid shows
+        takes part, and Flower never waits for more.
+        """
+        return {
+            "fraction_train": 1.0,
+            "fraction_evaluate": 0.0,
+            "min_train_nodes": 1,
+            "min_evaluate_nodes": 0,
+            "min_available_nodes": 1,
+            "weighted_by_key": self.weight_key,
+        }
+
+    def of(self, **names: str) -> dict[str, float]:
+        """Flower's argument names for the plan's names, for those settings that are given."""
+        return {flower: self.values[ours] for ours, flower in names.items() if ours in self.values}

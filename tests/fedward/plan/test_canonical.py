@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import tomllib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedward.errors import PlanError
+from fedward.plan import Plan, canonical, from_canonical, parse_plan, plan_from, plan_hash
+from fedward.plan.text import to_toml, toml_text
+
+Change = Callable[[str, dict[str, Any]], dict[str, Any]]
+GOLDEN = "5efbb59c9eda065e011f1fc9b2b1514adf711b06941dcb84d33db55a31c0a2c8"
+
+TIED = set(
+    [
+        "version",
+        "task.kind",
+        "task.dimensions",
+        "task.multi_label",
+        "model.name",
+        "stages",
+        "strategy.name",
+        "strategy.settings",
+        "training.local_epochs",
+        "training.local_steps",
+        "training.loss",
+        "training.momentum",
+        "training.label_smoothing",
+        "privacy.mechanism",
+        "privacy.unit",
+        "privacy.epsilon",
+        "privacy.delta",
+        "privacy.clipping_norm",
+        "privacy.sampling_rate",
+        "metrics.primary",
+        "metrics.report.0",
+        "metrics.report.1",
+    ]
+)
+
+
+def _shuffled(table: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    items = list(table.items())
+    rng.shuffle(items)
+    return {k: _shuffled(v, rng) if isinstance(v, dict) else v for k, v in items}
+
+
+def test_the_hash_of_a_plan_is_the_one_on_record(classification: str) -> None:
+    # A change here means that every hash that a site has signed off changes with it.
+    assert plan_hash(parse_plan(classification)) == GOLDEN
+
+
+def test_the_hash_is_that_of_sorted_compact_json(segmentation: str) -> None:
+    plan = parse_plan(segmentation)
+    expected = json.dumps(
+        plan.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False
+    )
+    assert canonical(plan) == expected
+    assert plan_hash(plan) == hashlib.sha256(expected.encode()).hexdigest()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_order_does_not_change_the_hash(seed: int, classification: str) -> None:
+    plan = tomllib.loads(classification)
+    assert plan_hash(plan_from(_shuffled(plan, random.Random(seed)))) == GOLDEN
+
+
+def test_comments_and_spaces_do_not_change_the_hash(classification: str) -> None:
+    text = classification.replace("\n", "  # a comment\n").replace(" = ", "=")
+    assert plan_hash(parse_plan(text)) == GOLDEN
+
+
+def test_written_out_defaults_do_not_change_the_hash(classification: str) -> None:
+    assert plan_hash(parse_plan(to_toml(parse_plan(classification)))) == GOLDEN
+
+
+def test_another_way_to_write_a_number_does_not_change_the_hash(
+    classification: str, change: Change
+) -> None:
+    def hashed(**changes: Any) -> str:
+        return plan_hash(plan_from(change(classification, changes)))
+
+    assert hashed(**{"training.learning_rate": 0.001}) == GOLDEN
+    assert hashed(**{"training.weight_decay": 0}) == GOLDEN
+    mu = {"strategy.name": "fedprox", "strategy.settings.mu": 1}
+    assert hashed(**mu) == hashed(**{**mu, "strategy.settings.mu": 1.0})
+    malicious = {"strategy.name": "krum", "participation.sites": 5}
+    assert hashed(**malicious, **{"strategy.settings.malicious": 0}) == hashed(
+        **malicious, **{"strategy.settings.malicious": 0.0}
+    )
+
+
+def _leaves(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, item in items:
+        if isinstance(item, dict | list) and item:
+            yield from _leaves(item, (*path, key))
+        else:
+            yield (*path, key)
+
+
+def _other(value: Any) -> list[Any]:
+    """Values near this one, some of which the schema allows in its place."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [value + 1, value - 1, value + 2, value - 2, value + 8]
+    if isinstance(value, float):
+        return [value + 0.125, value / 2]
+    if isinstance(value, str):
+        return [value + "x", "f" * 64, "adam", "constant", "fit", "unit", "patients", "iou", "CT"]
+    if isinstance(value, list):
+        return [["horizontal"], [{"name": "a", "rounds": 1, "learning_rate": 0.5}]]
+    if isinstance(value, dict):
+        return [{"mu": 0.5}]
+    return [1, 0.5, [16, 32], [0.0, 1.0], [1.0, 1.0], {"file": "w", "sha256": "0" * 64}]
+
+
+@pytest.mark.parametrize("base", ["classification", "segmentation"])
+def test_any_value_changes_the_hash(base: str, request: pytest.FixtureRequest) -> None:
+    plan = parse_plan(request.getfixturevalue(base))
+    before, kept = plan_hash(plan), []
+    for path in _leaves(plan.model_dump(mode="json")):
+        hashes = {plan_hash(other) for other in _neighbours(plan, path)}
+        assert before not in hashes, path
+        if not hashes:
+            kept.append(".".join(map(str, path)))
+    # What no single change can alter: the rules tie it to another key, or it has one value only.
+    assert set(kept) <= TIED
+
+
+def _neighbours(plan: Plan, path: tuple[str | int, ...]) -> Iterator[Plan]:
+    value: Any = plan.model_dump(mode="json")
+    for key in path:
+        value = value[key]
+    for other in (other for other in _other(value) if other != value):
+        dump: Any = plan.model_dump(mode="json")
+        table = dump
+        for key in path[:-1]:
+            table = table[key]
+        table[path[-1]] = other
+        try:
+            yield plan_from(dump)
+        except PlanError:
+            continue
+
+
+NUMBERS = st.fixed_dictionaries(
+    {
+        "training.rounds": st.integers(1, 10_000),
+        "training.learning_rate": st.floats(1e-12, 1e6),
+        "training.batch_size": st.integers(1, 4096),
+        "training.weight_decay": st.floats(0, 1e300),
+        "training.class_weights": st.lists(st.floats(1e-300, 1e300), min_size=2, max_size=2),
+        "split.seed": st.integers(0, 2**80),
+        "split.validation": st.floats(0, 0.4),
+        "split.test": st.floats(0, 0.5),
+        "preprocessing.augmentation.rotate": st.floats(0, 180),
+        "preprocessing.augmentation.noise": st.floats(0, 2),
+        "participation.deadline": st.floats(1e-3, 1e12),
+        "privacy": st.fixed_dictionaries(
+            {
+                "mechanism": st.just("dp-sgd"),
+                "epsilon": st.floats(1e-6, 1e6),
+                "delta": st.floats(1e-12, 0.5),
+                "clipping_norm": st.floats(1e-6, 1e6),
+                "sampling_rate": st.floats(1e-9, 1),
+                "images_per_patient": st.integers(1, 64),
+            }
+        ),
+    }
+)
+
+
+@given(numbers=NUMBERS, title=st.text(st.characters(codec="utf-8"), max_size=200))
+def test_canonical_and_toml_read_back_as_the_same_plan(numbers: dict[str, Any], title: str) -> None:
+    plan = plan_from(_with(numbers, title))
+    again = from_canonical(canonical(plan))
+    assert again == plan
+    assert canonical(again) == canonical(plan)
+    assert parse_plan(to_toml(plan)) == plan
+
+
+def _with(numbers: dict[str, Any], title: str) -> dict[str, Any]:
+    plan: dict[str, Any] = {
+        "version": 1,
+        "study": {"name": "any", "title": title},
+        "task": {"kind": "classification", "classes": ["a", "b"]},
+        "preprocessing": {"size": [32, 32]},
+        "model": {"name": "cnn"},
+        "training": {"local_epochs": 1, "loss": "cross_entropy"},
+        "metrics": {"report": ["auc"], "primary": "auc"},
+    }
+    for path, value in numbers.items():
+        *parents, key = path.split(".")
+        table = plan
+        for parent in parents:
+            table = table.setdefault(parent, {})
+        table[key] = value
+    return plan
+
+
+def test_stages_and_weights_read_back_from_toml(classification: str, change: Change) -> None:
+    stage = {"name": "head", "rounds": 2, "learning_rate": 0.01, "train": ["head.*", 'odd"[a]']}
+    plan = plan_from(
+        change(
+            classification,
+            {
+                "training.rounds": None,
+                "training.learning_rate": None,
+                "stages": [stage, {**stage, "name": "all"}],
+                "model.initial_weights": {"file": "a\\b\x7f\n.pth", "sha256": "a" * 64},
+            },
+        )
+    )
+    assert parse_plan(to_toml(plan)) == plan
+
+
+def test_keys_that_toml_would_misread_are_quoted() -> None:
+    value = {"a b": {"c.d": 1, "": [1.5, True]}, "é": ["x"]}
+    assert tomllib.loads(toml_text(value)) == value

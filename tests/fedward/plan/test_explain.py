@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fedward.plan import parse_plan, plan_from, plan_hash
+from fedward.plan.explain import count, explain
+
+Change = Callable[[str, dict[str, Any]], dict[str, Any]]
+
+
+def _joined(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_a_classification_plan_is_told_in_words(classification: str) -> None:
+    plan = parse_plan(classification)
+    text = _joined(explain(plan, 24_001))
+    for words in (
+        "chest",
+        "to tell 2 classes apart on 2D images: normal, pneumonia; pneumonia is the positive one",
+        "10% serve validation, 20% the test",
+        "stretched to 32 × 32",
+        "24,001 parameters",
+        "3 rounds, learning rate 0.001",
+        "1 pass over its training images in a round, in batches of 32",
+        "fedavg",
+        "0.096 MB each way",
+        "none: updates are exchanged as they are",
+        "starts with 2 sites",
+        "a round counts with 1 update, waits at most 3600 s",
+        plan_hash(plan),
+    ):
+        assert words in text
+
+
+def test_a_private_plan_says_what_epsilon_covers(segmentation: str) -> None:
+    text = _joined(explain(parse_plan(segmentation)))
+    for words in (
+        "to outline 1 class in 2D images: lung",
+        "10 steps in a round; a step draws each patient with chance 0.1, 1 image of each",
+        "(ε = 8, δ = 0.0001)",
+        "clipped to 1 ",
+        "Metrics and counts are not covered",
+    ):
+        assert words in text
+    assert "parameters;" not in text
+
+
+def test_without_a_sampling_rate_the_chance_is_told_as_a_share(
+    segmentation: str, change: Change
+) -> None:
+    plan = plan_from(
+        change(
+            segmentation,
+            {
+                "privacy.sampling_rate": None,
+                "training.local_steps": None,
+                "training.local_epochs": 2,
+            },
+        )
+    )
+    text = _joined(explain(plan))
+    assert "2 passes over its patients in a round" in text
+    assert "with chance 32 / its training patients" in text
+
+
+def test_stages_weights_and_settings_are_told(classification: str, change: Change) -> None:
+    stage = {"name": "head", "rounds": 1, "learning_rate": 0.5, "train": ["head.*"]}
+    plan = plan_from(
+        change(
+            classification,
+            {
+                "training.rounds": None,
+                "training.learning_rate": None,
+                "stages": [stage, {**stage, "name": "all", "train": ["*"]}],
+                "model.initial_weights": {"file": "w.pth", "sha256": "ab" * 32},
+                "strategy.name": "fedprox",
+                "strategy.settings.mu": 0.1,
+                "preprocessing.augmentation": {"flip": ["horizontal"], "rotate": 10},
+                "preprocessing.percentiles": [1, 99],
+            },
+        )
+    )
+    text = _joined(explain(plan))
+    for words in (
+        "2 rounds in 2 stages",
+        "head: 1 round, learning rate 0.5, falling along a cosine; trains head.*",
+        "all: 1 round, learning rate 0.5, falling along a cosine; all parameters train",
+        "SHA-256 abababababab…",
+        "(mu = 0.1)",
+        "mirrored (horizontal), turned by up to 10°",
+        "percentiles 1 to 99",
+    ):
+        assert words in text
+
+
+@pytest.mark.parametrize("base", ["classification", "segmentation"])
+def test_lines_are_plain_and_short(base: str, request: pytest.FixtureRequest) -> None:
+    text = explain(parse_plan(request.getfixturevalue(base)), 1_000_000)
+    assert all(len(line) <= 100 for line in text.splitlines())
+    assert "[/" not in text and "\x1b" not in text and "None" not in text
+
+
+def test_counts_agree_with_their_words() -> None:
+    assert [count(1, "class"), count(2, "class"), count(1000, "pass"), count(0, "site")] == [
+        "1 class", "2 classes", "1,000 passes", "0 sites",
+    ]  # fmt: skip

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from flwr.serverapp import strategy as flower
+
+from fedward.plan.settings import SETTINGS, normal, updates_needed
+
+FLOWER = {
+    "fedavgm": (flower.FedAvgM, {}),
+    "fedadam": (flower.FedAdam, {}),
+    "fedyogi": (flower.FedYogi, {}),
+    "fedadagrad": (flower.FedAdagrad, {}),
+    "fedtrimmedavg": (flower.FedTrimmedAvg, {}),
+    "multikrum": (flower.MultiKrum, {"keep": "num_nodes_to_select"}),
+}
+
+
+@pytest.mark.parametrize("name", FLOWER)
+def test_defaults_are_those_of_flower(name: str) -> None:
+    kind, names = FLOWER[name]
+    parameters = inspect.signature(kind).parameters
+    for key, setting in SETTINGS[name].items():  # type: ignore[index]
+        if setting.default is not None:
+            assert parameters[names.get(key, key)].default == setting.default
+
+
+@pytest.mark.parametrize("malicious", [0, 1, 2, 5])
+def test_updates_needed_follow_the_papers(malicious: int) -> None:
+    assert updates_needed("krum", malicious) == 2 * malicious + 3
+    assert updates_needed("multikrum", malicious) == 2 * malicious + 3
+    assert updates_needed("bulyan", malicious) == 4 * malicious + 3
+    assert updates_needed("fedavg", malicious) == 1
+
+
+def test_limits_hold_at_their_ends() -> None:
+    beta = SETTINGS["fedtrimmedavg"]["beta"]
+    assert beta.allows(0) and beta.allows(0.499) and not beta.allows(0.5) and not beta.allows(-1e-9)
+    tau = SETTINGS["fedadam"]["tau"]
+    assert tau.allows(1e-9) and not tau.allows(0)
+    keep = SETTINGS["multikrum"]["keep"]
+    assert keep.allows(1) and not keep.allows(0) and not keep.allows(1.5)
+
+
+def test_numbers_have_one_form() -> None:
+    assert normal("mu", 1) == 1.0 and isinstance(normal("mu", 1), float)
+    assert isinstance(normal("malicious", 2.0), int)
+    assert normal("malicious", 0.5) == 0.5
