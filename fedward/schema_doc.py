@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import BaseModel
@@ -32,8 +33,17 @@ _LIMITS = (
 )
 
 
-def fields_table(model: type[BaseModel]) -> list[str]:
+def fields_table(
+    model: type[BaseModel], meanings: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
     """A Markdown table with a row per field of a model.
+
+    Parameters
+    ----------
+    model : type
+        The model.
+    meanings : mapping
+        What a key means, for keys that the model itself does not describe.
 
     Returns
     -------
@@ -44,13 +54,15 @@ def fields_table(model: type[BaseModel]) -> list[str]:
     return [
         "| key | type | default | limits | meaning |",
         "|---|---|---|---|---|",
-        *(_row(name, model, schema) for name in model.model_fields),
+        *(_row(name, model, schema, meanings.get(name, "")) for name in model.model_fields),
     ]
 
 
 def summary(model: type[BaseModel]) -> str:
     """What a model's docstring says first."""
-    return " ".join(inspect.cleandoc(model.__doc__ or "").split("\n\n")[0].split())
+    return " ".join(inspect.cleandoc(model.__doc__ or "").split("\n\n")[0].split()).replace(
+        "``", "`"
+    )
 
 
 def anchor(name: str) -> str:
@@ -58,14 +70,14 @@ def anchor(name: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name).lower()
 
 
-def _row(name: str, model: type[BaseModel], schema: Schema) -> str:
+def _row(name: str, model: type[BaseModel], schema: Schema, meaning: str) -> str:
     field = schema["properties"][name]
     cells = (
         f"`{name}`",
         _type(field),
         "required" if model.model_fields[name].is_required() else _default(field),
         "; ".join(dict.fromkeys(_limits(field))),
-        field.get("description") or _linked_summary(field, schema),
+        field.get("description") or meaning or _linked_summary(field, schema),
     )
     return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
 

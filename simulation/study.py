@@ -19,7 +19,7 @@ from client.data.types import Format, PreparedSite
 from client.training.device import choose_device
 from client.training.runtime import Runtime
 from client.training.trainer import site_facts
-from fedward.errors import Interrupted, PlanError
+from fedward.errors import Interrupted, PlanError, StudyError
 from fedward.models import WeightsReport, build_model, describe, load_initial, to_arrays
 from fedward.plan.load import plan_from, plan_hash
 from fedward.plan.schema import Plan
@@ -173,13 +173,16 @@ class Study:
         self, job: Job, pool: Pool, sites: Sequence[PreparedSite], runtime: Runtime
     ) -> None:
         if self.options.engine == "ray":
-            from simulation.ray import run_ray
+            from simulation.ray_engine import run_ray
 
-            run_ray(server_app(job), sites, runtime, self.options.out / "cache")
+            run_ray(server_app(job), sites, runtime, self.options.out / "cache", self.stop)
         else:
             run_local(server_app(job), pool, len(sites))
         if job.error is not None:
             raise job.error
+        if not job.complete:
+            raise StudyError("the engine must run the study to its end", value=self.options.engine,
+                             fix="See the engine's log above, or use --engine local")
 
     def _job(self, plan: Plan, arrays: Arrays) -> Job:
         epsilon, delta = plan.privacy.epsilon, plan.privacy.delta

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pydicom
@@ -77,7 +77,7 @@ def _header(path: Path, changed: int) -> Dataset:
     return pydicom.dcmread(path, stop_before_pixels=True, force=True)
 
 
-def _syntax(header: Dataset) -> dict[str, str]:
+def _syntax(header: Dataset) -> dict[str, Any]:
     """The transfer syntax of an old file without a file meta group, from how it was parsed."""
     if "TransferSyntaxUID" in getattr(header, "file_meta", ()):
         return {}

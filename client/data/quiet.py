@@ -18,7 +18,7 @@ _depth = 0
 _outer: warnings.catch_warnings[None] | None = None
 
 for _name in ("pydicom", "nibabel.global", "PIL"):
-    logging.getLogger(_name).addHandler(logging.NullHandler())
+    logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
     logging.getLogger(_name).propagate = False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -124,13 +125,14 @@ class Fit:
             self.indices, self.patients, rate, self.plan.privacy.images_per_patient
         )
         steps = steps_per_round(self.plan, rate)
-        try:
+        with warnings.catch_warnings():
+            # Images need no gradient, which torch finds worth a warning at Opacus' hooks.
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
             for step in range(steps):
                 loss = self._private_step(private, sampler)
                 finish(step, steps, private.apply)
                 yield loss
-        finally:
-            private.close()
+        private.close()
 
     def _private_step(self, private: PrivateStep, sampler: PatientSampler) -> Tensor | None:
         draw = sampler.draw(self.draws.order)

@@ -1,1 +1,32 @@
 """The study's networks: built from a plan, private by construction, exchanged as named arrays."""
+
+from fedward.models.arrays import (
+    ModelFacts,
+    describe,
+    freeze,
+    from_arrays,
+    load_model,
+    save_model,
+    to_arrays,
+    trainable_names,
+)
+from fedward.models.modes import best_mode
+from fedward.models.prefix import split_at_trainable
+from fedward.models.registry import build_model
+from fedward.models.weights import WeightsReport, load_initial
+
+__all__ = [
+    "ModelFacts",
+    "WeightsReport",
+    "best_mode",
+    "build_model",
+    "describe",
+    "freeze",
+    "from_arrays",
+    "load_initial",
+    "load_model",
+    "save_model",
+    "split_at_trainable",
+    "to_arrays",
+    "trainable_names",
+]

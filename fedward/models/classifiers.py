@@ -19,7 +19,7 @@ from fedward.models.dp_ready import (
 from fedward.models.layers import ChannelAffine, FrozenBatchNorm2d, SamePad
 from fedward.plan.schema import Plan
 
-_CNN_CHANNELS = (16, 32, 32)
+_CNN_CHANNELS = (12, 24, 32)
 _RESNET_CHANNELS = (64, 128, 256, 512)
 _RESNETS = {
     "resnet18": (PlainBasicBlock, (2, 2, 2, 2)),

@@ -74,10 +74,10 @@ class Scanner:
 
 
 SCANNERS = (
-    Scanner("CR", 10, "MONOCHROME2", 1, 0, 96, 96, 3.6, 0.05, 0.7, 1.0, 2, 0.2),
-    Scanner("DX", 12, "MONOCHROME1", 1, 0, 104, 96, 3.4, 0.03, 0.4, 0.8, 1, 0.35),
-    Scanner("CT", 16, "MONOCHROME2", 0.5, -1024, 96, 96, 3.8, 0.07, 0.9, 1.0, 4, 0.5),
-    Scanner("CR", 8, "MONOCHROME2", 16, 100, 88, 92, 4.0, 0.04, 0.6, 1.35, 3, 0.65, True),
+    Scanner("CR", 10, "MONOCHROME2", 1, 0, 96, 96, 3.2, 0.05, 0.7, 1.0, 2, 0.2),
+    Scanner("DX", 12, "MONOCHROME1", 1, 0, 104, 96, 3.05, 0.03, 0.4, 0.8, 1, 0.35),
+    Scanner("CT", 16, "MONOCHROME2", 0.5, -1024, 96, 96, 3.4, 0.07, 0.9, 1.0, 4, 0.5),
+    Scanner("CR", 8, "MONOCHROME2", 16, 100, 88, 92, 3.6, 0.04, 0.6, 1.35, 3, 0.65, True),
 )
 
 

@@ -101,7 +101,7 @@ def _file(root: Path) -> Path:
 def _arrays(file: Path) -> Mapping[str, NDArray[Any]]:
     wanted = ("images", "labels", "masks", "patients", "synthetic")
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        with file.open("rb") as raw, np.load(raw, allow_pickle=False) as archive:
             arrays = {k: archive[k] for k in archive.files if k.split("_")[-1] in wanted}
     except Exception:
         # zipfile, zlib and numpy each have errors of their own, with the path in the text.

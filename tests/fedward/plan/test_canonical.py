@@ -18,32 +18,18 @@ from fedward.plan.text import to_toml, toml_text
 Change = Callable[[str, dict[str, Any]], dict[str, Any]]
 GOLDEN = "5efbb59c9eda065e011f1fc9b2b1514adf711b06941dcb84d33db55a31c0a2c8"
 
-TIED = set(
-    [
-        "version",
-        "task.kind",
-        "task.dimensions",
-        "task.multi_label",
-        "model.name",
-        "stages",
-        "strategy.name",
-        "strategy.settings",
-        "training.local_epochs",
-        "training.local_steps",
-        "training.loss",
-        "training.momentum",
-        "training.label_smoothing",
-        "privacy.mechanism",
-        "privacy.unit",
-        "privacy.epsilon",
-        "privacy.delta",
-        "privacy.clipping_norm",
-        "privacy.sampling_rate",
-        "metrics.primary",
-        "metrics.report.0",
-        "metrics.report.1",
-    ]
-)
+TIED = {
+    "version",
+    *(f"task.{key}" for key in ("kind", "dimensions", "multi_label")),
+    "model.name",
+    "stages",
+    *(f"strategy.{key}" for key in ("name", "settings")),
+    *(f"training.{key}" for key in ("local_epochs", "local_steps", "loss")),
+    *(f"training.{key}" for key in ("momentum", "label_smoothing")),
+    *(f"privacy.{key}" for key in ("mechanism", "unit", "epsilon", "delta")),
+    *(f"privacy.{key}" for key in ("clipping_norm", "sampling_rate")),
+    *(f"metrics.{key}" for key in ("primary", "report.0", "report.1")),
+}
 
 
 def _shuffled(table: dict[str, Any], rng: random.Random) -> dict[str, Any]:

@@ -1,0 +1,288 @@
+"""The pictures of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from server.report.numbers import (
+    LOWER_IS_BETTER,
+    finite,
+    of_kind,
+    ordered,
+    own,
+    together,
+    together_mean,
+)
+from server.report.svg import INK, LINE, MUTED, PAPER, VARIABLES, WARN, draw
+from server.report.words import counted, epsilon, figure, metric_name, runs
+from server.results import Arm, StudyResults
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_PRIVATE = (
+    ("--private-1", "s", "■"),
+    ("--private-2", "^", "▲"),
+    ("--private-3", "v", "▼"),
+    ("--private-4", "P", "✚"),
+)
+_DASHES = ("solid", (0, (5, 1.6)), (0, (1.4, 1.6)), (0, (5, 1.6, 1.4, 1.6)))
+
+
+@dataclass(frozen=True)
+class Look:
+    """How an arm is drawn, in every chart of a study.
+
+    Attributes
+    ----------
+    variable : str
+        The style sheet's colour.
+    dash : object
+        matplotlib's line style.
+    border : str
+        The nearest CSS border style, for legends.
+    marker, symbol : str
+        matplotlib's marker, and the character like it for legends.
+    """
+
+    variable: str
+    dash: object = "solid"
+    border: str = "solid"
+    marker: str = "o"
+    symbol: str = "●"
+    thin: bool = False
+
+    @property
+    def colour(self) -> str:
+        """The colour to hand to matplotlib."""
+        return VARIABLES[self.variable]
+
+
+def looks(results: StudyResults) -> dict[str, Look]:
+    """How each arm is drawn, by its name."""
+    found, private = {}, 0
+    for arm in ordered(results.arms):
+        if arm.kind == "alone":
+            found[arm.name] = Look("--alone", marker="", symbol="", thin=True)
+        elif arm.kind == "pooled":
+            found[arm.name] = Look("--pooled", _DASHES[2], "dotted", "D", "◆")
+        elif arm.epsilon is None:
+            found[arm.name] = Look("--federated")
+        else:
+            variable, marker, symbol = _PRIVATE[private % len(_PRIVATE)]
+            found[arm.name] = Look(variable, _DASHES[1], "dashed", marker, symbol)
+            private += 1
+    return found
+
+
+def comparison(results: StudyResults, name: str) -> str:
+    """A line per way to train: each site's own test, their mean, all test patients together."""
+    alone = [arm for arm in of_kind(results, "alone") if arm.test]
+    others = [arm for arm in ordered(results.arms) if arm.test and arm.kind != "alone"]
+    groups = ([("hospitals alone", alone)] if alone else []) + [(arm.name, [arm]) for arm in others]
+    look, metric = looks(results), results.primary
+
+    def plot(axes: Axes) -> None:
+        for place, (_, arms) in enumerate(groups):
+            _group(axes, place, arms, metric, look[arms[0].name].colour)
+        axes.set_yticks(range(len(groups)), [label for label, _ in groups], color=INK)
+        axes.set_ylim(len(groups) - 0.45, -0.55)
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="x")
+        axes.margins(x=0.06)
+        axes.set_xlabel(metric_name(metric))
+
+    told = "; ".join(
+        f"{label} {figure(together_mean(arms, metric), metric)}" for label, arms in groups
+    )
+    words = f"{metric_name(metric)} on all test patients together: {told}."
+    return draw(plot, name=name, words=words, height=0.75 + 0.42 * len(groups))
+
+
+def _group(axes: Axes, place: int, arms: Sequence[Arm], metric: str, colour: str) -> None:
+    homes = [value for arm in arms for value in own(arm, metric).values() if value is not None]
+    whole = together_mean(arms, metric)
+    if homes:
+        axes.plot([min(homes), max(homes)], [place] * 2, color=LINE, linewidth=5, zorder=1)
+        axes.plot(
+            homes, [place] * len(homes), "o", markersize=5.5, markerfacecolor=PAPER,
+            markeredgecolor=colour, markeredgewidth=1.2, zorder=3,
+        )  # fmt: skip
+    if whole is not None:
+        axes.plot(
+            [whole], [place], "D", markersize=8, color=colour, markeredgecolor=PAPER, zorder=4
+        )
+        axes.annotate(
+            figure(whole, metric), (whole, place), xytext=(0, 7.5), textcoords="offset points",
+            ha="center", va="bottom", fontsize=8.5, fontweight="bold", color=INK,
+        )  # fmt: skip
+
+
+def learning(results: StudyResults, name: str) -> str | None:
+    """The primary metric on validation patients, by round; none where no arm has such figures."""
+    curves = {
+        arm.name: [
+            (round_.round, finite(round_.validation.get(results.primary))) for round_ in arm.rounds
+        ]
+        for arm in ordered(results.arms)
+    }
+    what = f"{metric_name(results.primary)}, validation patients"
+    return _curves(results, curves, what, name)
+
+
+def losses(results: StudyResults, name: str) -> str | None:
+    """The training loss, by round; none where no arm has it."""
+    curves = {
+        arm.name: [(round_.round, finite(round_.train_loss)) for round_ in arm.rounds]
+        for arm in ordered(results.arms)
+    }
+    return _curves(results, curves, "training loss", name)
+
+
+def _curves(
+    results: StudyResults, curves: dict[str, list[tuple[int, float | None]]], what: str, name: str
+) -> str | None:
+    points = {
+        arm: [(x, y) for x, y in curve if y is not None]
+        for arm, curve in curves.items()
+        if any(y is not None for _, y in curve)
+    }
+    if not points:
+        return None
+    look = looks(results)
+
+    def plot(axes: Axes) -> None:
+        _stages(axes, results)
+        for arm, curve in points.items():
+            _line(axes, curve, look[arm])
+        axes.grid(axis="y")
+        axes.locator_params(axis="x", integer=True)
+        axes.set_xlabel("round")
+        axes.set_title(what, loc="left", fontsize=9.5, color=INK)
+
+    ends = "; ".join(f"{arm} ends at {curve[-1][1]:.3f}" for arm, curve in points.items())
+    return draw(plot, name=name, words=f"{what}, by round: {ends}.")
+
+
+def _line(axes: Axes, curve: list[tuple[int, float]], look: Look) -> None:
+    axes.plot(
+        *zip(*curve, strict=True), color=look.colour, linestyle=look.dash,
+        linewidth=1.0 if look.thin else 1.7, marker=look.marker or ("o" if len(curve) == 1 else ""),
+        markersize=4.0, markevery=max(1, len(curve) // 12), zorder=2 if look.thin else 3,
+    )  # fmt: skip
+
+
+def _stages(axes: Axes, results: StudyResults) -> None:
+    """A line where a stage of the schedule begins, from the longest arm."""
+    rounds = max((arm.rounds for arm in results.arms), key=len, default=[])
+    for before, after in pairwise(rounds):
+        if before.stage != after.stage:
+            axes.axvline(after.round - 0.5, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
+            axes.annotate(
+                after.stage, (after.round - 0.5, 0.0), xycoords=("data", "axes fraction"),
+                xytext=(3, 3), textcoords="offset points", fontsize=8, color=MUTED,
+            )  # fmt: skip
+
+
+def privacy_curve(results: StudyResults, name: str) -> str | None:
+    """Primary metric over ε, with the bounds; none with fewer than two private federated arms."""
+    metric = results.primary
+    federated = [arm for arm in of_kind(results, "federated") if together(arm, metric) is not None]
+    points = sorted(
+        (arm.epsilon, together(arm, metric) or 0.0) for arm in federated if arm.epsilon is not None
+    )
+    if len({x for x, _ in points}) < 2:
+        return None
+    levels = [
+        (label, value, colour, dash)
+        for label, value, colour, dash in (
+            ("federated, no privacy", _plain(federated, metric), "--federated", _DASHES[1]),
+            ("pooled", _plain(of_kind(results, "pooled"), metric), "--pooled", _DASHES[2]),
+            (
+                "hospitals alone, mean",
+                together_mean(of_kind(results, "alone"), metric),
+                "--alone",
+                _DASHES[3],
+            ),
+        )
+        if value is not None
+    ]
+
+    def plot(axes: Axes) -> None:
+        for _, value, variable, dash in levels:
+            axes.axhline(value, color=VARIABLES[variable], linestyle=dash, linewidth=1.5)
+        axes.plot(*zip(*points, strict=True), "-o", color=VARIABLES["--private-1"], markersize=6)
+        for x, y in points:
+            axes.annotate(
+                figure(y, metric), (x, y), xytext=(0, -7), textcoords="offset points",
+                ha="center", va="top", fontsize=8.5, color=INK,
+            )  # fmt: skip
+        _epsilon_axis(axes, [x for x, _ in points])
+        axes.margins(x=0.12, y=0.18)
+        axes.grid(axis="y")
+        axes.set_title(
+            f"{metric_name(metric)}, all test patients together",
+            loc="left",
+            fontsize=9.5,
+            color=INK,
+        )
+
+    told = [f"{epsilon(x)} {figure(y, metric)}" for x, y in points]
+    told += [f"{label} {figure(value, metric)}" for label, value, *_ in levels]
+    return draw(plot, name=name, words=f"{metric_name(metric)} over ε: {'; '.join(told)}.")
+
+
+def _plain(arms: Sequence[Arm], metric: str) -> float | None:
+    return next((together(arm, metric) for arm in arms if arm.epsilon is None), None)
+
+
+def _epsilon_axis(axes: Axes, values: list[float]) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(values, [f"{value:g}" for value in values])
+    axes.minorticks_off()
+    axes.set_xlabel("ε, stronger privacy to the left")
+
+
+def participation(arm: Arm, sites: Sequence[str], name: str) -> str | None:
+    """Which site's update counted in which round; none where every site's always did."""
+    failed = {(f.site, round_.round) for round_ in arm.rounds for f in round_.failures}
+    counted_ = {(site, round_.round) for round_ in arm.rounds for site in round_.sites} - failed
+    if not arm.rounds or len(counted_) == len(sites) * len(arm.rounds):
+        return None
+    places = {site: place for place, site in enumerate(sites)}
+
+    def plot(axes: Axes) -> None:
+        _marks(axes, counted_, places, "s", VARIABLES["--federated"])
+        _marks(axes, failed, places, "x", WARN)
+        axes.set_yticks(range(len(sites)), list(sites), color=INK)
+        axes.set_ylim(len(sites) - 0.4, -0.6)
+        axes.set_xlim(arm.rounds[0].round - 0.8, arm.rounds[-1].round + 0.8)
+        axes.spines["left"].set_visible(False)
+        axes.locator_params(axis="x", integer=True)
+        axes.set_xlabel("round")
+
+    told = "; ".join(
+        f"{site} missed rounds {runs(lost)}"
+        for site in sites
+        if (lost := [r.round for r in arm.rounds if (site, r.round) not in counted_])
+    )
+    words = f"{arm.name}, {counted(len(arm.rounds), 'round')}: {told}."
+    return draw(plot, name=name, words=words, height=0.7 + 0.28 * len(sites))
+
+
+def _marks(
+    axes: Axes, which: set[tuple[str, int]], places: dict[str, int], marker: str, colour: str
+) -> None:
+    points = sorted((round_, places[site]) for site, round_ in which if site in places)
+    if points:
+        axes.plot(
+            *zip(*points, strict=True), marker, color=colour, markersize=7, markeredgewidth=1.8
+        )
+
+
+def direction(metric: str) -> str:
+    """Which way is better, for captions."""
+    return "lower is better" if metric in LOWER_IS_BETTER else "higher is better"

@@ -1,0 +1,245 @@
+"""The page: ``report.html``, whole in itself."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from fedward.plan.text import toml_text
+from server.report import charts, site_tables, tables, words
+from server.report.charts import Look
+from server.report.files import write_text
+from server.report.numbers import of_kind, ordered, site_names, together, together_mean
+from server.results import Arm, StudyResults
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One of the large figures at the top of a study."""
+
+    label: str
+    value: str
+    variable: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A picture and what stands under it."""
+
+    svg: Markup
+    caption: str
+
+
+@dataclass(frozen=True)
+class StudyPage:
+    """What the template shows of one study."""
+
+    id: str
+    results: StudyResults
+    headline: str
+    tiles: Sequence[Tile]
+    facts: Sequence[tuple[str, str]]
+    looks: Mapping[str, Look]
+    comparison: Chart | None
+    direction: str
+    primary: tables.Table
+    metrics: tables.Table
+    classes: Sequence[tables.Table]
+    curves: Sequence[Chart]
+    privacy: tables.Table | None
+    privacy_words: Sequence[tuple[str, str]]
+    privacy_curve: Chart | None
+    sites: tables.Table | None
+    participation: tables.Table | None
+    participation_words: str
+    participation_charts: Sequence[Chart]
+    cost: tables.Table | None
+    rounds: Sequence[tables.Table]
+    weights: Sequence[tuple[str, str]]
+    plan: str
+    intended_use: str
+    unfinished: Sequence[str]
+
+
+def write_report(
+    results: Sequence[StudyResults], path: Path, *, extra_notes: Sequence[str] = ()
+) -> None:
+    """Write one self-contained page about one or several studies.
+
+    Parameters
+    ----------
+    results : sequence of StudyResults
+        In the order to show.
+    path : Path
+        The HTML file; replaced as a whole.
+    extra_notes : sequence of str
+        Further remarks, a paragraph each, as plain text.
+
+    Raises
+    ------
+    OutputError
+        The file cannot be written.
+    """
+    write_text(path, render(results, extra_notes=extra_notes))
+
+
+def render(results: Sequence[StudyResults], *, extra_notes: Sequence[str] = ()) -> str:
+    """The page's HTML; the same results give the same text."""
+    environment = Environment(
+        loader=PackageLoader("server.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style = resources.files("server.report").joinpath("templates", "report.css").read_text("utf-8")
+    return environment.get_template("report.html.jinja").render(
+        style=Markup(style),
+        studies=[_study(f"study-{place}", one) for place, one in enumerate(results, 1)],
+        synthetic=[one.title or one.study for one in results if one.synthetic],
+        notes=list(extra_notes),
+        words=words,
+    )
+
+
+def _study(name: str, results: StudyResults) -> StudyPage:
+    return StudyPage(
+        id=name,
+        results=results,
+        headline=words.headline(results),
+        tiles=_tiles(results),
+        facts=_facts(results),
+        looks=charts.looks(results),
+        comparison=_comparison(name, results),
+        direction=charts.direction(results.primary),
+        primary=tables.primary_table(results),
+        metrics=tables.metrics_table(results),
+        classes=tables.class_tables(results),
+        curves=_curves(name, results),
+        privacy=tables.privacy_table(results),
+        privacy_words=words.privacy_words(results),
+        privacy_curve=_privacy_curve(name, results),
+        sites=site_tables.sites_table(results),
+        participation=site_tables.participation_table(results),
+        participation_words=_participation_words(results),
+        participation_charts=_participation(name, results),
+        cost=site_tables.cost_table(results),
+        rounds=[site_tables.rounds_table(results, arm) for arm in _with_rounds(results)],
+        weights=_weights(results),
+        plan=toml_text(_shown(results.plan)),
+        intended_use=str(results.plan.get("study", {}).get("intended_use", "")),
+        unfinished=[arm.name for arm in ordered(results.arms) if arm.test is None],
+    )
+
+
+def _with_rounds(results: StudyResults) -> list[Arm]:
+    return [arm for arm in ordered(results.arms) if arm.rounds]
+
+
+def _tiles(results: StudyResults) -> list[Tile]:
+    metric, look = results.primary, charts.looks(results)
+    alone = [arm for arm in of_kind(results, "alone") if arm.test]
+    found = [("hospitals alone, mean", together_mean(alone, metric), "--alone")] if alone else []
+    found += [
+        (arm.name, together(arm, metric), look[arm.name].variable)
+        for arm in ordered(results.arms)
+        if arm.kind != "alone" and arm.test
+    ]
+    return [Tile(label, words.figure(value, metric), colour) for label, value, colour in found]
+
+
+def _facts(results: StudyResults) -> list[tuple[str, str]]:
+    model = str(results.plan.get("model", {}).get("name", ""))
+    pairs = [
+        ("sites", str(len(site_names(results)))),
+        ("patients", f"{sum(facts.patients for facts in results.sites):,}"),
+        ("images", f"{sum(facts.images for facts in results.sites):,}"),
+        ("model", f"{model}, {results.parameters:,} parameters".removeprefix(", ")),
+        ("partition", results.partition),
+        ("engine", f"{results.engine} on {results.device}"),
+        ("seed", str(results.seed)),
+        ("time", words.duration(results.seconds)),
+        ("start-up", words.duration(results.start_up_seconds)),
+    ]
+    return [(label, value) for label, value in pairs if value]
+
+
+def _picture(svg: str | None, caption: str) -> Chart | None:
+    # Drawn by this package from escaped texts.
+    return None if svg is None else Chart(Markup(svg), caption)
+
+
+def _comparison(name: str, results: StudyResults) -> Chart | None:
+    if not any(arm.test for arm in results.arms):
+        return None
+    caption = (
+        f"{words.metric_name(results.primary)}: diamonds, all test patients together (hospitals "
+        "alone: their mean); circles, each site's own test patients."
+    )
+    return _picture(charts.comparison(results, f"{name}-comparison"), caption)
+
+
+def _curves(name: str, results: StudyResults) -> list[Chart]:
+    drawn = (
+        _picture(
+            charts.learning(results, f"{name}-learning"), "On the validation patients of all sites."
+        ),
+        _picture(charts.losses(results, f"{name}-losses"), "Mean training loss of the round."),
+    )
+    return [chart for chart in drawn if chart]
+
+
+def _privacy_curve(name: str, results: StudyResults) -> Chart | None:
+    caption = (
+        "What privacy costs: each point is a federated model trained for that ε. Dashed: federated "
+        "without privacy; dotted: pooled data; dash-dotted: the mean of the hospitals alone."
+    )
+    return _picture(charts.privacy_curve(results, f"{name}-epsilon"), caption)
+
+
+def _participation(name: str, results: StudyResults) -> list[Chart]:
+    sites, found = site_names(results), []
+    for place, arm in enumerate(of_kind(results, "federated")):
+        drawn = charts.participation(arm, sites, f"{name}-sites-{place}")
+        chart = _picture(drawn, f"{arm.name}: squares, updates that counted; crosses, failures.")
+        found += [chart] if chart else []
+    return found
+
+
+def _participation_words(results: StudyResults) -> str:
+    sites = site_names(results)
+    arms = [arm for arm in of_kind(results, "federated") if arm.rounds]
+    whole = [arm.name for arm in arms if site_tables.always_there(arm, sites)]
+    if not arms or len(whole) == len(arms):
+        return "Every site's update counted in every round." if arms else ""
+    failures = sum(len(round_.failures) for arm in arms for round_ in arm.rounds)
+    text = (
+        f"{words.counted(failures, 'failure')} cost a site its own update in that round; the "
+        "rounds went on without it."
+    )
+    return f"{text} Nothing was missing in: {'; '.join(whole)}." if whole else text
+
+
+def _weights(results: StudyResults) -> list[tuple[str, str]]:
+    labels = {"reshaped_head": "head of another shape, made anew", "unused": "not used"}
+    return [
+        (labels.get(key, key.replace("_", " ")), f"{value:,}")
+        for key, value in results.weights_report.items()
+    ]
+
+
+def _shown(plan: dict[str, Any]) -> dict[str, Any]:
+    """The plan without the folder of its weights, which would tell about a machine."""
+    shown = copy.deepcopy(plan)
+    weights = shown.get("model", {}).get("initial_weights")
+    if weights and re.match(r"[/\\~]|[A-Za-z]:[/\\]|\.\.", weights.get("file", "")):
+        weights["file"] = f"…/{PurePosixPath(weights['file'].replace(chr(92), '/')).name}"
+    return shown

@@ -1,0 +1,118 @@
+"""The table that a run ends with in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.table import Table
+from rich.text import Text
+
+from server.report.numbers import best, of_kind, own_mean, together, together_mean
+from server.report.words import NOTHING, duration, figure, metric_name
+from server.results import Arm, StudyResults
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One arm, or the hospitals alone on average.
+
+    Attributes
+    ----------
+    own : float or None
+        Primary metric on the sites' own test patients, mean over sites.
+    together : float or None
+        Primary metric on all test patients together.
+    is_mean : bool
+        Whether it averages the arms above it; never the best of a column.
+    """
+
+    name: str
+    own: float | None
+    together: float | None
+    epsilon: float | None
+    seconds: float
+    finished: bool
+    is_mean: bool = False
+
+
+def summary_rows(results: StudyResults) -> list[SummaryRow]:
+    """Hospitals alone, their mean, federated, pooled."""
+    return list(_rows(results))
+
+
+def _rows(results: StudyResults) -> Iterator[SummaryRow]:
+    alone = of_kind(results, "alone")
+    for arm in alone:
+        yield _row(results, arm)
+    if len(alone) > 1:
+        yield SummaryRow(
+            "hospitals alone, mean",
+            own_mean(alone, results.primary),
+            together_mean(alone, results.primary),
+            None,
+            sum(arm.seconds for arm in alone),
+            finished=all(arm.test for arm in alone),
+            is_mean=True,
+        )
+    for arm in (*of_kind(results, "federated"), *of_kind(results, "pooled")):
+        yield _row(results, arm)
+
+
+def _row(results: StudyResults, arm: Arm) -> SummaryRow:
+    return SummaryRow(
+        arm.name,
+        own_mean([arm], results.primary),
+        together(arm, results.primary),
+        arm.epsilon,
+        arm.seconds,
+        finished=arm.test is not None,
+    )
+
+
+def summary_table(results: StudyResults) -> Table:
+    """The arms on the primary metric, for the terminal.
+
+    Returns
+    -------
+    rich.table.Table
+        Rows: each hospital alone, their mean, federated with and without privacy, pooled. Columns:
+        mean over the sites' own test patients, all test patients together, ε, seconds.
+    """
+    table = Table(title=Text(_title(results)), title_justify="left", header_style="bold")
+    name = metric_name(results.primary)
+    table.add_column("trained")
+    for column in (f"{name}, own test", f"{name}, all together", "ε", "time"):
+        table.add_column(column, justify="right")
+    rows = summary_rows(results)
+    real = [row for row in rows if not row.is_mean]
+    bests = (
+        best((row.own for row in real), results.primary),
+        best((row.together for row in real), results.primary),
+    )
+    for row in rows:
+        table.add_row(*_cells(row, results.primary, bests))
+    return table
+
+
+def _title(results: StudyResults) -> str:
+    marks = ["synthetic data"] if results.synthetic else []
+    marks += [] if results.complete else ["interrupted"]
+    name = results.title or results.study
+    return f"{name} ({', '.join(marks)})" if marks else name
+
+
+def _cells(row: SummaryRow, metric: str, bests: tuple[float | None, float | None]) -> list[Text]:
+    def shown(value: float | None, top: float | None) -> Text:
+        if not row.finished and value is None:
+            return Text("unfinished", style="dim")
+        lead = value is not None and value == top and not row.is_mean
+        return Text(figure(value, metric), style="bold green" if lead else "")
+
+    return [
+        Text(row.name, style="italic" if row.is_mean else ""),
+        shown(row.own, bests[0]),
+        shown(row.together, bests[1]),
+        Text(NOTHING if row.epsilon is None else f"{row.epsilon:g}"),
+        Text(duration(row.seconds)),
+    ]
