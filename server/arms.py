@@ -24,7 +24,9 @@ def add_up(counts: Mapping[str, Counts]) -> Counts:
     return reduce(lambda one, other: one + other, parts)  # type: ignore[no-any-return]
 
 
-def test_figures(plan: Plan, counts: Mapping[str, Counts]) -> TestFigures:
+def test_figures(
+    plan: Plan, counts: Mapping[str, Counts], images: Mapping[str, int]
+) -> TestFigures:
     """The final test metrics of an arm."""
     per_site, pooled = figures(plan, counts)
     per_class: dict[str, dict[str, float | None]] = {}
@@ -35,5 +37,5 @@ def test_figures(plan: Plan, counts: Mapping[str, Counts]) -> TestFigures:
                 per_class[name] = dict(
                     zip(plan.task.classes, total.per_class(name), strict=True)  # type: ignore[arg-type]
                 )
-    images = {site: one.images for site, one in sorted(counts.items())}
-    return TestFigures(per_site=per_site, pooled=pooled, per_class=per_class, images=images)
+    measured = {site: images[site] for site in per_site}
+    return TestFigures(per_site=per_site, pooled=pooled, per_class=per_class, images=measured)

@@ -264,7 +264,8 @@ class StudyRun:
     def _test(self) -> Any:
         sites = {site for site, facts in self.job.facts.items() if facts.test_images}
         counts = self._measure(0, "test", sites)
-        return test_figures(self.plan, counts) if counts else None
+        images = {site: facts.test_images for site, facts in self.job.facts.items()}
+        return test_figures(self.plan, counts, images) if counts else None
 
     def _measure(self, round_: int, part: str, sites: set[str]) -> dict[str, Counts]:
         order = self._order(round_, part=part)

@@ -36,7 +36,8 @@ def lone_arm(state: State, plan: Plan, arrays: Arrays, seed: int, site: str | No
         site=site,
     )
     average = _train(Trainer(plan, data, state.sites.runtime), plan, arrays, seed, arm)
-    arm.test = test_figures(plan, _test(state, plan, average))
+    images = {one.name: len(one.split["test"]) for one in state.sites.sites}
+    arm.test = test_figures(plan, _test(state, plan, average), images)
     arm.seconds = time.perf_counter() - started
     return arm
 

@@ -68,10 +68,13 @@ class FileRows:
 
     def finish(self) -> NDArray[Any]:
         """All rows as one read-only memory map."""
-        with self._file:
-            self._write_header(self._last, self._count)
-            _to_disk(self._file)
+        self._write_header(self._last, self._count)
+        _to_disk(self._file)
         return _map(self._path)
+
+    def close(self) -> None:
+        """Let go of the file; what is unfinished stays so."""
+        self._file.close()
 
     def _write_header(self, row: NDArray[Any], count: int) -> None:
         self._file.seek(0)

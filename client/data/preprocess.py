@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -16,34 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.data import cache as store
-from client.data import geometry, intensity, reasons
+from client.data import reasons
 from client.data.quiet import quiet
 from client.data.split import split_by_patient
-from client.data.types import SPLITS, Image, PreparedSite, Sample
+from client.data.transform import Prepared, prepare_image
+from client.data.types import SPLITS, PreparedSite, Sample
 from fedward.errors import DataError
 from fedward.plan.schema import Plan, Preprocessing, Task
 
 _VERSION: Final = 1  # raise it when the arithmetic changes, so that old entries are not used
 _ARRAYS: Final = ("images", "targets", "patients", "spacing", "part")
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """One image as the model takes it.
-
-    Attributes
-    ----------
-    pixels : NDArray
-        ``(C, *size)`` float32.
-    mask : NDArray or None
-        ``(*size)`` uint8.
-    spacing : tuple of float
-        mm per axis.
-    """
-
-    pixels: NDArray[np.float32]
-    mask: NDArray[np.uint8] | None
-    spacing: tuple[float, ...]
 
 
 def prepare(
@@ -92,44 +74,6 @@ def prepare(
     if found is None:
         raise DataError("a prepared dataset must stay in its cache", fix="Start again")
     return _site(name, found.arrays, found.meta)
-
-
-def prepare_image(
-    image: Image, mask: NDArray[np.uint8] | None, task: Task, prep: Preprocessing
-) -> Prepared:
-    """Preprocess one decoded image and its mask.
-
-    Raises
-    ------
-    DataError
-        The image is left out; the rule is one of :data:`client.data.reasons.REASONS`.
-    """
-    shape = image.pixels.shape[1:]
-    if len(shape) != task.dimensions or len(image.pixels) not in (1, 3) or 0 in shape:
-        raise reasons.unusable(reasons.WRONG_SHAPE)
-    if mask is not None and mask.shape != shape:
-        raise reasons.unusable(reasons.MASK_SHAPE)
-    labels = None if mask is None else _labels(mask, task)[None]
-    image = Image(intensity.finite(image.pixels), image.spacing, image.window)
-    pixels, mapped = intensity.to_unit(image, prep)
-    pixels = intensity.to_channels(pixels, prep.channels)
-    grid = geometry.grid_for(shape, image.spacing, prep)
-    content = geometry.crop(geometry.resample(pixels, grid), prep.size)
-    content, black = intensity.finish(content, mapped, prep)
-    out = geometry.pad(content, prep.size, black).astype(np.float32)
-    if labels is not None:
-        labels = geometry.crop(geometry.resample(labels, grid, nearest=True), prep.size)
-        labels = geometry.pad(labels, prep.size, np.zeros(1, np.uint8))[0]
-    return Prepared(out, labels, grid.spacing)
-
-
-def _labels(mask: NDArray[np.uint8], task: Task) -> NDArray[np.uint8]:
-    # With one class, 255 is as good a foreground as 1: that is how editors store masks.
-    if len(task.classes) == 1:
-        return np.asarray(mask != 0, np.uint8)
-    if mask.max() > len(task.classes):
-        raise reasons.unusable(reasons.MASK_CLASS)
-    return mask
 
 
 def _known(samples: Sequence[Sample]) -> None:
@@ -239,11 +183,12 @@ def _site(name: str, arrays: Any, meta: Any) -> PreparedSite:
 
 
 def _fill(cache: Path, key: str, samples: Sequence[Sample], plan: Plan, workers: int) -> None:
-    with store.building(cache) as temporary:
-        images = store.FileRows(temporary / "images.npy")
+    segmentation = plan.task.kind == "segmentation"
+    with store.building(cache) as temporary, ExitStack() as stack:
+        images = stack.enter_context(closing(store.FileRows(temporary / "images.npy")))
         masks: store.Rows = store.MemoryRows()
-        if plan.task.kind == "segmentation":
-            masks = store.FileRows(temporary / "targets.npy")
+        if segmentation:
+            masks = stack.enter_context(closing(store.FileRows(temporary / "targets.npy")))
         arrays, meta = _build(samples, plan, workers, images, masks)
         small = {k: a for k, a in arrays.items() if not isinstance(a, np.memmap)}
         store.publish(temporary, cache / key, small, meta)

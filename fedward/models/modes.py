@@ -1,14 +1,12 @@
-"""Which of Opacus' ways to a gradient per image is fastest; measured, see benchmarks/dp.py."""
+"""Which of Opacus's ways to per-sample gradients to take; measured, see ``benchmarks/dp.py``."""
 
 from __future__ import annotations
 
-from typing import Literal
-
+from fedward.models.registry import GRAD_SAMPLE_MODES, GradSampleMode
 from fedward.plan.schema import ModelName
 
-Mode = Literal["hooks", "functorch", "ghost"]
+_MANY_WEIGHTS = frozenset({"resnet18", "resnet34", "resnet50"})
 
 
-def best_mode(model_name: ModelName, device_type: str, threads: int) -> Mode:
-    """The measured default for a model on a device with so many CPU threads."""
+def best_mode(model_name: ModelName, device_type: str, threads: int) -> GradSampleMode:
     return "hooks"

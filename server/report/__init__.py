@@ -2,7 +2,7 @@
 
 from server.report.metrics import read_metrics, write_metrics
 from server.report.page import write_report
+from server.report.sentences import headline
 from server.report.table import summary_table
-from server.report.words import headline
 
 __all__ = ["headline", "read_metrics", "summary_table", "write_metrics", "write_report"]

@@ -3,79 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from server.report.looks import DASHES, looks
 from server.report.numbers import (
     LOWER_IS_BETTER,
-    finite,
     of_kind,
     ordered,
     own,
     together,
     together_mean,
 )
-from server.report.svg import INK, LINE, MUTED, PAPER, VARIABLES, WARN, draw
+from server.report.svg import INK, LINE, PAPER, VARIABLES, WARN, draw
 from server.report.words import counted, epsilon, figure, metric_name, runs
 from server.results import Arm, StudyResults
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_PRIVATE = (
-    ("--private-1", "s", "■"),
-    ("--private-2", "^", "▲"),
-    ("--private-3", "v", "▼"),
-    ("--private-4", "P", "✚"),
-)
-_DASHES = ("solid", (0, (5, 1.6)), (0, (1.4, 1.6)), (0, (5, 1.6, 1.4, 1.6)))
-
-
-@dataclass(frozen=True)
-class Look:
-    """How an arm is drawn, in every chart of a study.
-
-    Attributes
-    ----------
-    variable : str
-        The style sheet's colour.
-    dash : object
-        matplotlib's line style.
-    border : str
-        The nearest CSS border style, for legends.
-    marker, symbol : str
-        matplotlib's marker, and the character like it for legends.
-    """
-
-    variable: str
-    dash: object = "solid"
-    border: str = "solid"
-    marker: str = "o"
-    symbol: str = "●"
-    thin: bool = False
-
-    @property
-    def colour(self) -> str:
-        """The colour to hand to matplotlib."""
-        return VARIABLES[self.variable]
-
-
-def looks(results: StudyResults) -> dict[str, Look]:
-    """How each arm is drawn, by its name."""
-    found, private = {}, 0
-    for arm in ordered(results.arms):
-        if arm.kind == "alone":
-            found[arm.name] = Look("--alone", marker="", symbol="", thin=True)
-        elif arm.kind == "pooled":
-            found[arm.name] = Look("--pooled", _DASHES[2], "dotted", "D", "◆")
-        elif arm.epsilon is None:
-            found[arm.name] = Look("--federated")
-        else:
-            variable, marker, symbol = _PRIVATE[private % len(_PRIVATE)]
-            found[arm.name] = Look(variable, _DASHES[1], "dashed", marker, symbol)
-            private += 1
-    return found
 
 
 def comparison(results: StudyResults, name: str) -> str:
@@ -121,72 +65,6 @@ def _group(axes: Axes, place: int, arms: Sequence[Arm], metric: str, colour: str
         )  # fmt: skip
 
 
-def learning(results: StudyResults, name: str) -> str | None:
-    """The primary metric on validation patients, by round; none where no arm has such figures."""
-    curves = {
-        arm.name: [
-            (round_.round, finite(round_.validation.get(results.primary))) for round_ in arm.rounds
-        ]
-        for arm in ordered(results.arms)
-    }
-    what = f"{metric_name(results.primary)}, validation patients"
-    return _curves(results, curves, what, name)
-
-
-def losses(results: StudyResults, name: str) -> str | None:
-    """The training loss, by round; none where no arm has it."""
-    curves = {
-        arm.name: [(round_.round, finite(round_.train_loss)) for round_ in arm.rounds]
-        for arm in ordered(results.arms)
-    }
-    return _curves(results, curves, "training loss", name)
-
-
-def _curves(
-    results: StudyResults, curves: dict[str, list[tuple[int, float | None]]], what: str, name: str
-) -> str | None:
-    points = {
-        arm: [(x, y) for x, y in curve if y is not None]
-        for arm, curve in curves.items()
-        if any(y is not None for _, y in curve)
-    }
-    if not points:
-        return None
-    look = looks(results)
-
-    def plot(axes: Axes) -> None:
-        _stages(axes, results)
-        for arm, curve in points.items():
-            _line(axes, curve, look[arm])
-        axes.grid(axis="y")
-        axes.locator_params(axis="x", integer=True)
-        axes.set_xlabel("round")
-        axes.set_title(what, loc="left", fontsize=9.5, color=INK)
-
-    ends = "; ".join(f"{arm} ends at {curve[-1][1]:.3f}" for arm, curve in points.items())
-    return draw(plot, name=name, words=f"{what}, by round: {ends}.")
-
-
-def _line(axes: Axes, curve: list[tuple[int, float]], look: Look) -> None:
-    axes.plot(
-        *zip(*curve, strict=True), color=look.colour, linestyle=look.dash,
-        linewidth=1.0 if look.thin else 1.7, marker=look.marker or ("o" if len(curve) == 1 else ""),
-        markersize=4.0, markevery=max(1, len(curve) // 12), zorder=2 if look.thin else 3,
-    )  # fmt: skip
-
-
-def _stages(axes: Axes, results: StudyResults) -> None:
-    """A line where a stage of the schedule begins, from the longest arm."""
-    rounds = max((arm.rounds for arm in results.arms), key=len, default=[])
-    for before, after in pairwise(rounds):
-        if before.stage != after.stage:
-            axes.axvline(after.round - 0.5, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
-            axes.annotate(
-                after.stage, (after.round - 0.5, 0.0), xycoords=("data", "axes fraction"),
-                xytext=(3, 3), textcoords="offset points", fontsize=8, color=MUTED,
-            )  # fmt: skip
-
-
 def privacy_curve(results: StudyResults, name: str) -> str | None:
     """Primary metric over ε, with the bounds; none with fewer than two private federated arms."""
     metric = results.primary
@@ -199,13 +77,13 @@ def privacy_curve(results: StudyResults, name: str) -> str | None:
     levels = [
         (label, value, colour, dash)
         for label, value, colour, dash in (
-            ("federated, no privacy", _plain(federated, metric), "--federated", _DASHES[1]),
-            ("pooled", _plain(of_kind(results, "pooled"), metric), "--pooled", _DASHES[2]),
+            ("federated, no privacy", _plain(federated, metric), "--federated", DASHES[1]),
+            ("pooled", _plain(of_kind(results, "pooled"), metric), "--pooled", DASHES[2]),
             (
                 "hospitals alone, mean",
                 together_mean(of_kind(results, "alone"), metric),
                 "--alone",
-                _DASHES[3],
+                DASHES[3],
             ),
         )
         if value is not None
@@ -248,8 +126,8 @@ def _epsilon_axis(axes: Axes, values: list[float]) -> None:
 
 def participation(arm: Arm, sites: Sequence[str], name: str) -> str | None:
     """Which site's update counted in which round; none where every site's always did."""
-    failed = {(f.site, round_.round) for round_ in arm.rounds for f in round_.failures}
-    counted_ = {(site, round_.round) for round_ in arm.rounds for site in round_.sites} - failed
+    counted_ = {(site, round_.round) for round_ in arm.rounds for site in round_.sites}
+    failed = {(f.site, round_.round) for round_ in arm.rounds for f in round_.failures} - counted_
     if not arm.rounds or len(counted_) == len(sites) * len(arm.rounds):
         return None
     places = {site: place for place, site in enumerate(sites)}

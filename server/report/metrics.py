@@ -56,11 +56,16 @@ def read_metrics(path: Path) -> list[StudyResults]:
 
 def _study(value: Any, name: str) -> StudyResults:
     try:
-        return StudyResults.model_validate(value)
+        return _validate(value)
     except ValidationError as error:
         if not _put_nan(value, error):
             raise _refusal(error, name) from None
-    return StudyResults.model_validate(value)
+    return _validate(value)
+
+
+def _validate(value: Any) -> StudyResults:
+    # From JSON, since the records inside are strict and only there take a list for a tuple.
+    return StudyResults.model_validate_json(json.dumps(value))
 
 
 def _put_nan(value: Any, error: ValidationError) -> bool:

@@ -14,9 +14,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fedward.plan.text import toml_text
-from server.report import charts, site_tables, tables, words
-from server.report.charts import Look
+from server.report import charts, curves, sentences, site_tables, tables, words
 from server.report.files import write_text
+from server.report.looks import Look, looks
 from server.report.numbers import of_kind, ordered, site_names, together, together_mean
 from server.results import Arm, StudyResults
 
@@ -114,10 +114,10 @@ def _study(name: str, results: StudyResults) -> StudyPage:
     return StudyPage(
         id=name,
         results=results,
-        headline=words.headline(results),
+        headline=sentences.headline(results),
         tiles=_tiles(results),
         facts=_facts(results),
-        looks=charts.looks(results),
+        looks=looks(results),
         comparison=_comparison(name, results),
         direction=charts.direction(results.primary),
         primary=tables.primary_table(results),
@@ -125,7 +125,7 @@ def _study(name: str, results: StudyResults) -> StudyPage:
         classes=tables.class_tables(results),
         curves=_curves(name, results),
         privacy=tables.privacy_table(results),
-        privacy_words=words.privacy_words(results),
+        privacy_words=sentences.privacy_words(results),
         privacy_curve=_privacy_curve(name, results),
         sites=site_tables.sites_table(results),
         participation=site_tables.participation_table(results),
@@ -145,7 +145,7 @@ def _with_rounds(results: StudyResults) -> list[Arm]:
 
 
 def _tiles(results: StudyResults) -> list[Tile]:
-    metric, look = results.primary, charts.looks(results)
+    metric, look = results.primary, looks(results)
     alone = [arm for arm in of_kind(results, "alone") if arm.test]
     found = [("hospitals alone, mean", together_mean(alone, metric), "--alone")] if alone else []
     found += [
@@ -190,9 +190,10 @@ def _comparison(name: str, results: StudyResults) -> Chart | None:
 def _curves(name: str, results: StudyResults) -> list[Chart]:
     drawn = (
         _picture(
-            charts.learning(results, f"{name}-learning"), "On the validation patients of all sites."
+            curves.learning(results, f"{name}-learning"),
+            "Shared models on the validation patients of all sites, a hospital alone on its own.",
         ),
-        _picture(charts.losses(results, f"{name}-losses"), "Mean training loss of the round."),
+        _picture(curves.losses(results, f"{name}-losses"), "Mean training loss of the round."),
     )
     return [chart for chart in drawn if chart]
 
@@ -220,10 +221,10 @@ def _participation_words(results: StudyResults) -> str:
     whole = [arm.name for arm in arms if site_tables.always_there(arm, sites)]
     if not arms or len(whole) == len(arms):
         return "Every site's update counted in every round." if arms else ""
-    failures = sum(len(round_.failures) for arm in arms for round_ in arm.rounds)
+    missed = sum(len(set(sites) - set(r.sites)) for arm in arms for r in arm.rounds)
     text = (
-        f"{words.counted(failures, 'failure')} cost a site its own update in that round; the "
-        "rounds went on without it."
+        f"{words.counted(missed, 'update')} did not count; the rounds went on with those of the "
+        "other sites."
     )
     return f"{text} Nothing was missing in: {'; '.join(whole)}." if whole else text
 

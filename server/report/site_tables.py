@@ -71,7 +71,7 @@ def _class_names(results: StudyResults) -> list[str]:
 
 def always_there(arm: Arm, sites: Sequence[str]) -> bool:
     """Whether every site's update counted in every round of an arm."""
-    return all(set(sites) <= set(r.sites) and not r.failures for r in arm.rounds)
+    return all(set(sites) <= set(round_.sites) for round_ in arm.rounds)
 
 
 def participation_table(results: StudyResults) -> Table | None:
@@ -94,11 +94,11 @@ def _site_record(arm: Arm, site: str) -> list[Cell]:
         for failure in round_.failures:
             if failure.site == site:
                 reasons[failure.reason].append(round_.round)
-    failed = {number for numbers in reasons.values() for number in numbers}
-    took_part = sum(site in r.sites and r.round not in failed for r in arm.rounds)
+    failed = [number for numbers in reasons.values() for number in numbers]
+    took_part = sum(site in r.sites for r in arm.rounds)
     absent = [r.round for r in arm.rounds if site not in r.sites and r.round not in failed]
     why = [f"{reason} ({_in_rounds(numbers)})" for reason, numbers in reasons.items()]
-    why += [f"not asked or no answer ({_in_rounds(absent)})"] if absent else []
+    why += [f"not asked ({_in_rounds(absent)})"] if absent else []
     return [
         Cell(site),
         Cell(f"{took_part} of {len(arm.rounds)}"),
@@ -153,7 +153,7 @@ def rounds_table(results: StudyResults, arm: Arm) -> Table:
 
 
 def _round_cells(round_: Round, metric: str, staged: bool) -> list[Cell]:
-    failed = list(dict.fromkeys(failure.site for failure in round_.failures))
+    failed = list(dict.fromkeys(f.site for f in round_.failures if f.site not in round_.sites))
     texts = (
         *([round_.stage] if staged else []),
         duration(round_.seconds),
@@ -161,7 +161,7 @@ def _round_cells(round_: Round, metric: str, staged: bool) -> list[Cell]:
         size(round_.bytes_up),
         figure(finite(round_.train_loss)),
         figure(finite(round_.validation.get(metric)), metric),
-        str(sum(site not in failed for site in round_.sites)),
+        str(len(round_.sites)),
         listed(failed) if failed else NOTHING,
     )
     return [Cell(text) for text in texts]

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from server.report.numbers import (
     at_site,
     best,
+    finite,
     mean,
-    of_kind,
     ordered,
     own,
     own_mean,
@@ -145,7 +145,11 @@ def class_tables(results: StudyResults) -> list[Table]:
 
 
 def _class_table(arms: Sequence[Arm], metric: str) -> Table:
-    figures = {arm.name: arm.test.per_class.get(metric, {}) for arm in arms if arm.test}
+    figures = {
+        arm.name: {k: finite(v) for k, v in arm.test.per_class.get(metric, {}).items()}
+        for arm in arms
+        if arm.test
+    }
     classes = list(dict.fromkeys(name for values in figures.values() for name in values))
     tops = {name: best((v.get(name) for v in figures.values()), metric) for name in classes}
     rows = [
@@ -184,9 +188,3 @@ def privacy_table(results: StudyResults) -> Table | None:
     columns = ["site", "target ε", "ε spent", "δ", "noise multiplier", "sampling rate", "steps"]
     caption = "Privacy spent, by site"
     return Table(caption, "trained", columns, rows, frozenset({0})) if rows else None
-
-
-def best_alone(results: StudyResults) -> float | None:
-    """The best of the hospitals alone on all test patients together."""
-    metric = results.primary
-    return best((together(arm, metric) for arm in of_kind(results, "alone")), metric)

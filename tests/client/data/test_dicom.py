@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -16,6 +18,7 @@ from pydicom.data import get_testdata_file
 from client.data.read import DatasetSpec, read_dataset
 from fedward.errors import DataError
 
+ROOT = str(Path(__file__).parents[3])
 STORED = np.arange(48, dtype=np.uint16).reshape(6, 8) * 50
 
 
@@ -35,15 +38,13 @@ def test_files_are_found_by_what_they_are(tmp_path, make_dicom, make_plan):
     (tmp_path / "b" / "notes.txt").write_text("hello")
     (tmp_path / "b" / "broken.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\x02\x00garbage")
     (tmp_path / "b" / "empty.dcm").write_bytes(b"")
-    (tmp_path / "b" / "plan").write_bytes(open(get_testdata_file("rtplan.dcm"), "rb").read())
+    shutil.copy(get_testdata_file("rtplan.dcm"), tmp_path / "b" / "plan")
     labels(tmp_path, "PatientID,label\nP1,sick\n")
-    plan = make_plan(task={"modality": ["CT", "RTPLAN"][:1]})
+    plan = make_plan(task={"modality": ["CT"]})
     dataset = read_dataset(DatasetSpec(tmp_path, "dicom"), plan.task)
     assert len(dataset.samples) == 2
-    found = reasons(dataset)
-    assert found.pop("no pixel data") >= 1
-    assert found == {"other modality": 1, "no patient id": 1, "not DICOM": 2} or found == {
-        "other modality": 1, "no patient id": 1, "not DICOM": 2, "not readable": 1,
+    assert reasons(dataset) == {
+        "other modality": 1, "no patient id": 1, "not DICOM": 2, "no pixel data": 2,
     }  # fmt: skip
 
 
@@ -267,6 +268,6 @@ def test_nothing_is_printed_about_odd_files(tmp_path, make_dicom):
     )
     done = subprocess.run(
         [sys.executable, "-W", "always", "-c", program, str(tmp_path)],
-        env={"PYTHONPATH": "."}, capture_output=True, text=True, check=True,
+        env={"PYTHONPATH": ROOT}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout + done.stderr == ""

