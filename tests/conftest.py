@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from client.data.types import PreparedSite
-from fedward.plan import Plan, plan_from
+from fedward.plan import Plan, canonical, plan_from, plan_hash
+from fedward.protocol import RoundOrder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BASE: dict[str, Any] = {
@@ -85,6 +86,16 @@ def make_site() -> Callable[..., PreparedSite]:
             name=name, images=images, targets=labels, patients=owner.astype(np.int64), split=split,
             spacing=np.ones((count, 2), np.float32),
         )  # fmt: skip
+
+    return build
+
+
+@pytest.fixture
+def make_order() -> Callable[..., RoundOrder]:
+    """Builds the order of a round."""
+
+    def build(plan: Plan, round: int = 1, **more: Any) -> RoundOrder:
+        return RoundOrder(plan=canonical(plan), plan_hash=plan_hash(plan), round=round, **more)
 
     return build
 

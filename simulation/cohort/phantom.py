@@ -150,15 +150,15 @@ def _opacities(
 ) -> tuple[Blob, ...]:
     spots: list[Blob] = []
     # Now and then hardly visible, so that no model finds every patient.
-    mild = random.random() < 0.12
-    severity = 0.2 if mild else random.uniform(0.6, 1.5)
+    mild = random.random() < 0.15
+    severity = 0.2 if mild else random.uniform(0.9, 1.7)
     for _ in range(random.integers(2, 5)):
         x, y, width, height = lungs[random.integers(2)]
         turn, far = random.uniform(0, 2 * np.pi), np.sqrt(random.uniform(0, 0.6))
         cx, cy = x + far * width * np.cos(turn), y + far * height * np.sin(turn) * 0.8
         for _ in range(random.integers(2, 5)):
             dx, dy = random.normal(0, 0.05, 2)
-            radius, peak = random.uniform(0.045, 0.1), severity * random.uniform(0.12, 0.26)
+            radius, peak = random.uniform(0.06, 0.12), severity * random.uniform(0.12, 0.26)
             spots.append(Blob(cx + dx, cy + dy, radius, peak))
     return tuple(spots)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image as Pillow
 
 from client.data.preprocess import prepare
@@ -118,6 +119,14 @@ def test_workers_change_nothing(make_plan):
     one, many = (prepare("x", cohort(bad=(7,)), make_plan(), workers=w) for w in (1, 4))
     np.testing.assert_array_equal(one.images, many.images)
     assert all((one.split[s] == many.split[s]).all() for s in SPLITS)
+
+
+def test_the_number_of_torch_threads_is_as_before(make_plan):
+    before = torch.get_num_threads()
+    prepare("x", cohort(), make_plan(size=(24, 24)), workers=2)
+    with pytest.raises(DataError):
+        prepare("x", cohort(2, bad=(0, 1)), make_plan())
+    assert torch.get_num_threads() == before
 
 
 # --- cache -------------------------------------------------------------------------------------

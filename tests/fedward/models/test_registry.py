@@ -36,20 +36,11 @@ def test_model_fits_its_plan_and_is_private(
     outputs = 4 if name in SEGMENTERS else 3
     assert out.shape == (2, outputs, *(images.shape[2:] if name in SEGMENTERS else ()))
     assert torch.isfinite(out).all()
+    assert torch.equal(out, model(images)), "something is random although dropout is 0"
     ModuleValidator.validate(model, strict=True)
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     assert not any(getattr(m, "inplace", False) for m in model.modules())
     assert model.training and all(p.dtype == torch.float32 for p in model.parameters())
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_one_sample_does_not_see_the_others(
-    plan_for: Any, images_for: Any, name: ModelName
-) -> None:
-    plan = plan_for(name, **_small(name))
-    model, images = build_model(plan, seed=0).double(), images_for(plan).double()
-    together, alone = model(images), torch.cat([model(image[None]) for image in images])
-    torch.testing.assert_close(together, alone)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -70,7 +61,7 @@ def test_weights_follow_the_seed_and_leave_the_random_state(plan_for: Any, name:
         ("resnet18", (4, 8, 8, 16)),
         ("unet", (4, 8, 12)),
         ("basicunet", (4, 4, 8, 8, 16, 4)),
-        ("segresnet", (4, 8, 16, 32, 64)),
+        ("segresnet", (4, 8, 16)),
         ("attention-unet", (4, 8)),
     ],
 )
@@ -102,19 +93,23 @@ def test_channels_without_a_place_are_refused(
         build_model(plan_for(name, size=(32, 32), channels=channels), 0)
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if n not in (*RESNETS, "efficientnet-lite0")])
+DROPPING: tuple[ModelName, ...] = (
+    "cnn",
+    "densenet121",
+    "efficientnet-b0",
+    "unet",
+    "basicunet",
+    "segresnet",
+    "attention-unet",
+)
+
+
+@pytest.mark.parametrize("name", DROPPING)
 def test_dropout_acts_in_training_only(plan_for: Any, images_for: Any, name: ModelName) -> None:
     plan = plan_for(name, dropout=0.5)
     model, images = build_model(plan, 0), images_for(plan)
     assert not torch.equal(model(images), model(images))
     model.eval()
-    assert torch.equal(model(images), model(images))
-
-
-@pytest.mark.parametrize("name", [n for n in MODELS if n not in (*RESNETS,)])
-def test_nothing_is_random_without_dropout(plan_for: Any, images_for: Any, name: ModelName) -> None:
-    plan = plan_for(name)
-    model, images = build_model(plan, 0), images_for(plan)
     assert torch.equal(model(images), model(images))
 
 
@@ -124,7 +119,7 @@ def test_dropout_without_a_place_is_refused(plan_for: Any, name: ModelName) -> N
         build_model(plan_for(name, dropout=0.1), 0)
 
 
-@pytest.mark.parametrize("size", [(21, 34), (64, 48), (224, 65)])
+@pytest.mark.parametrize("size", [(21, 34), (96, 65)])
 @pytest.mark.parametrize("name", ["cnn", "efficientnet-b0", "efficientnet-lite0"])
 def test_odd_sizes_keep_their_place(
     plan_for: Any, images_for: Any, name: ModelName, size: tuple[int, int]

@@ -54,3 +54,11 @@ def test_links_lead_somewhere() -> None:
     assert set(re.findall(r"\(#([^)]+)\)", text)) <= anchors
     for page in re.findall(r"\(([a-z]+\.md)\)", text):
         assert (PAGE.parent / page).is_file()
+
+
+def test_every_privacy_key_is_explained() -> None:
+    text = (PAGE.parent / "privacy.md").read_text("utf-8")
+    for key in set(schema.Privacy.model_fields) - {"mechanism", "unit"}:
+        assert f"`{key}`" in text or f"`privacy.{key}`" in text or key in {"epsilon", "delta"}
+    for page in re.findall(r"\(([a-z]+\.md)\)", text):
+        assert (PAGE.parent / page).is_file()

@@ -9,6 +9,7 @@ import pytest
 
 from fedward.plan import plan_from, plan_hash
 from fedward.protocol import SiteFacts
+from server.report.page import render
 from server.results import (
     Arm,
     Failure,
