@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from opacus.accountants import PRVAccountant
 from opacus.accountants.utils import get_noise_multiplier
 
 from fedward.errors import PrivacyError
 from fedward.plan.schema import Plan
+
+
+_MOST_NOISE = 1e6
 
 
 @dataclass(frozen=True)
@@ -80,40 +83,66 @@ def calibrate(plan: Plan, patients: int) -> Mechanism:
 
 @lru_cache(maxsize=256)
 def noise_for(epsilon: float, delta: float, rate: float, steps: int) -> float:
-    """The smallest noise multiplier, to one part in five hundred, that keeps to (ε, δ).
-
-    Rényi accounting, quick and never below the true cost, gives the upper end of the search; the
-    tight accountant then needs few tries.
+    """A noise multiplier with which so many steps cost at most ε at δ, and hardly less.
 
     Raises
     ------
     PrivacyError
-        No finite noise reaches the target.
+        No sensible noise reaches the target.
     """
-    try:
-        with _quiet():
-            high = float(
-                get_noise_multiplier(
-                    target_epsilon=epsilon, target_delta=delta, sample_rate=rate, steps=steps,
-                    accountant="rdp", epsilon_tolerance=epsilon / 100,
-                )
-            )  # fmt: skip
-    except (ValueError, RuntimeError) as error:
+    cost = partial(_cost_of, rate=rate, steps=steps, delta=delta)
+    noise = _tighten(_safe_start(epsilon, delta, rate, steps), cost, epsilon)
+    if noise > _MOST_NOISE:
         raise PrivacyError(
             "the target must be reachable with finite noise",
             value=f"epsilon {epsilon}, delta {delta}, {steps} steps at rate {rate:.4g}",
             fix="Raise epsilon or delta, or plan fewer steps",
             where="privacy",
-        ) from error
-    while epsilon_spent(high, rate, steps, delta) > epsilon:
-        high *= 1.05
-    low = 0.8 * high
-    while high - low > high / 500:
-        middle = (low + high) / 2
-        if epsilon_spent(middle, rate, steps, delta) <= epsilon:
-            high = middle
-        else:
-            low = middle
+        )
+    return noise
+
+
+def _cost_of(noise: float, rate: float, steps: int, delta: float) -> float:
+    return epsilon_spent(noise, rate, steps, delta)
+
+
+def _safe_start(epsilon: float, delta: float, rate: float, steps: int) -> float:
+    """Noise that is surely enough: Rényi accounting's, or the Gaussian mechanism's bound.
+
+    The tight accountant needs ever more memory the smaller the noise, so the search comes from
+    above. The Gaussian bound (Dwork and Roth, 2014, theorem A.1) ignores the sampling.
+    """
+    try:
+        with _quiet():
+            return float(
+                get_noise_multiplier(
+                    target_epsilon=epsilon, target_delta=delta, sample_rate=rate, steps=steps,
+                    accountant="rdp", epsilon_tolerance=epsilon / 3,
+                )
+            )  # fmt: skip
+    except (ValueError, RuntimeError):
+        return math.sqrt(2 * math.log(1.25 / delta) * steps) / min(epsilon, 1.0)
+
+
+def _tighten(start: float, cost: Callable[[float], float], epsilon: float) -> float:
+    """The smallest noise whose cost lies within half a percent under the target.
+
+    Cost falls with noise nearly as a power, so a secant in logarithms needs few of its costly
+    evaluations; the bracket keeps it safe.
+    """
+    low, high = 0.0, math.inf
+    noise, slope, before = start, 1.0, None
+    for _ in range(40):
+        spent = cost(noise)
+        if 0.995 * epsilon <= spent <= epsilon:
+            return noise
+        low, high = (low, noise) if spent <= epsilon else (noise, high)
+        if before is not None and before[0] != noise and before[1] != spent:
+            slope = -math.log(spent / before[1]) / math.log(noise / before[0])
+        before = (noise, spent)
+        guess = noise * (spent / (0.998 * epsilon)) ** (1.0 / max(slope, 0.2))
+        inside = low < guess < high
+        noise = guess if inside else (low + high) / 2 if math.isfinite(high) else 2 * noise
     return high
 
 

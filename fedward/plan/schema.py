@@ -350,7 +350,7 @@ class Privacy(Section):
 
     mechanism: Literal["dp-sgd", "none"] = Field(description="`dp-sgd`, or `none` in so many words")
     unit: Literal["patient"] = Field(default="patient", description="whose presence is hidden")
-    epsilon: Positive | None = Field(
+    epsilon: Annotated[float, Field(gt=0, le=100)] | None = Field(
         default=None, description="target ε over the whole study, per site"
     )
     delta: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, description="target δ")

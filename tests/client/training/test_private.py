@@ -177,7 +177,7 @@ def test_an_outlier_moves_the_model_no_further_than_the_bound(
     plan = make_plan(
         training={"learning_rate": 1.0, "rounds": 1, "local_epochs": None, "local_steps": 1,
                   "optimizer": "sgd", "schedule": "constant"},
-        privacy={"mechanism": "dp-sgd", "epsilon": 1e6, "delta": 0.5, "clipping_norm": 0.01,
+        privacy={"mechanism": "dp-sgd", "epsilon": 50.0, "delta": 0.1, "clipping_norm": 0.01,
                  "sampling_rate": 1.0},
     )  # fmt: skip
     site, start = make_site(), to_arrays(build_model(plan, 0))

@@ -154,7 +154,7 @@ NUMBERS = st.fixed_dictionaries(
         "privacy": st.fixed_dictionaries(
             {
                 "mechanism": st.just("dp-sgd"),
-                "epsilon": st.floats(1e-6, 1e6),
+                "epsilon": st.floats(1e-6, 100),
                 "delta": st.floats(1e-12, 0.5),
                 "clipping_norm": st.floats(1e-6, 1e6),
                 "sampling_rate": st.floats(1e-9, 1),
