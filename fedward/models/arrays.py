@@ -78,7 +78,7 @@ def _array(name: str, tensor: torch.Tensor) -> NDArray[np.float32]:
             where=name,
         )
     copy = tensor.detach().to("cpu", torch.float32, copy=True)
-    return np.ascontiguousarray(copy.numpy())
+    return np.asarray(copy.numpy(), order="C")
 
 
 def from_arrays(
@@ -188,20 +188,29 @@ def save_model(
         The file cannot be written.
     """
     content = save(
-        {name: np.ascontiguousarray(array) for name, array in arrays.items()}, dict(metadata)
+        {name: np.asarray(array, order="C") for name, array in arrays.items()}, dict(metadata)
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=path.parent, prefix=".model-", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        _write_whole(path, content)
     except OSError as error:
         raise OutputError(
             "the model file must be writable", value=error.strerror, fix="Check space and rights"
         ) from error
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    with NamedTemporaryFile(dir=path.parent, prefix=".model-", delete=False) as file:
+        temporary = Path(file.name)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def load_model(path: Path) -> tuple[Arrays, dict[str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedward.models.registry import GRAD_SAMPLE_MODES, GradSampleMode
+from fedward.models.registry import GradSampleMode
 from fedward.plan.schema import ModelName
 
 _MANY_WEIGHTS = frozenset({"resnet18", "resnet34", "resnet50"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Literal
 
@@ -71,21 +72,23 @@ def outline(plan: Plan) -> nn.Module:
 
 
 def _check_size(plan: Plan) -> None:
-    shape = (2, plan.preprocessing.channels, *plan.preprocessing.size)
-    segmentation = plan.task.kind == "segmentation"
-    expected = (2, plan.task.outputs, *(plan.preprocessing.size if segmentation else ()))
-    try:
-        given = tuple(outline(plan)(torch.empty(shape, device="meta")).shape)
-    except (RuntimeError, ValueError) as error:
-        raise _size_error(plan) from error
-    if given != expected:
-        raise _size_error(plan)
-
-
-def _size_error(plan: Plan) -> PlanError:
-    return PlanError(
+    size, segmentation = plan.preprocessing.size, plan.task.kind == "segmentation"
+    expected = (2, plan.task.outputs, *(size if segmentation else ()))
+    if _output_shape(plan.model_dump_json()) == expected:
+        return
+    raise PlanError(
         f"{plan.model.name} cannot take images of this size",
         value="x".join(map(str, plan.preprocessing.size)),
         fix="Make the sides larger, or multiples of 16",
         where="preprocessing.size",
     )
+
+
+@lru_cache(maxsize=64)  # a simulation builds one plan's model for every site
+def _output_shape(plan_json: str) -> tuple[int, ...] | None:
+    plan = Plan.model_validate_json(plan_json)
+    shape = (2, plan.preprocessing.channels, *plan.preprocessing.size)
+    try:
+        return tuple(outline(plan)(torch.empty(shape, device="meta")).shape)
+    except (RuntimeError, ValueError):
+        return None

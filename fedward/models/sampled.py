@@ -9,7 +9,7 @@ Opacus's public :func:`opacus.grad_sample.register_grad_sampler`:
   the diagonal is kept (twenty times a plain step for EfficientNet): here it stays grouped;
 - large maps are unfolded ninefold: here only where the map is small and the matrix product wins.
 
-The figures are in the performance page and come from ``benchmarks/dp.py``.
+``benchmarks/dp.py`` measures it.
 """
 
 from __future__ import annotations
@@ -165,8 +165,7 @@ def _norm_samples(layer: nn.GroupNorm, activations: list[Tensor], backprops: Ten
     samples = _bias_samples(layer, backprops)
     if layer.weight.requires_grad:
         normal = functional.group_norm(activations[0], layer.num_groups, eps=layer.eps)
-        flat, back = normal.flatten(2), backprops.flatten(2)
-        samples[layer.weight] = torch.einsum("ncs,ncs->nc", flat, back)
+        samples[layer.weight] = (normal * backprops).flatten(2).sum(2)
     return samples
 
 

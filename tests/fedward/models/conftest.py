@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from fedward.models.registry import build_model
 from fedward.plan.schema import SEGMENTERS, ModelName, Plan
 
 LITE0 = {
@@ -65,6 +69,21 @@ def make_plan(
 def plan_for_fixture() -> MakePlan:
     """`make_plan`, for tests."""
     return make_plan
+
+
+@functools.cache
+def _built(plan_json: str, seed: int) -> nn.Module:
+    return build_model(Plan.model_validate_json(plan_json), seed)
+
+
+@pytest.fixture(name="built")
+def built_fixture() -> Callable[..., nn.Module]:
+    """``build_model`` that builds each model once for all tests and gives out copies."""
+
+    def built(plan: Plan, seed: int = 0) -> nn.Module:
+        return copy.deepcopy(_built(plan.model_dump_json(), seed))
+
+    return built
 
 
 @pytest.fixture(autouse=True)

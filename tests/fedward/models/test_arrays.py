@@ -22,17 +22,16 @@ from fedward.models.arrays import (
     to_arrays,
     trainable_names,
 )
-from fedward.models.registry import build_model
 from fedward.plan.schema import ModelName
 
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_round_trip_and_description(plan_for: Any, name: ModelName) -> None:
+def test_round_trip_and_description(plan_for: Any, built: Any, name: ModelName) -> None:
     small = {"channels": (4, 4, 8, 8)} if name.startswith("resnet") else {}
     plan = plan_for(name, **small)
-    one, other = build_model(plan, 1), build_model(plan, 2)
+    one, other = built(plan, 0), built(plan, 1)
     sent = to_arrays(one)
     from_arrays(other, sent)
     for key, tensor in one.state_dict().items():
@@ -45,8 +44,8 @@ def test_round_trip_and_description(plan_for: Any, name: ModelName) -> None:
     assert all(array.flags.c_contiguous for array in sent.values())
 
 
-def test_arrays_share_no_memory(plan_for: Any) -> None:
-    model = build_model(plan_for(), 0)
+def test_arrays_share_no_memory(plan_for: Any, built: Any) -> None:
+    model = built(plan_for(), 0)
     arrays_ = to_arrays(model)
     before = arrays_["fc.bias"].copy()
     with torch.no_grad():
@@ -65,9 +64,9 @@ def test_arrays_share_no_memory(plan_for: Any) -> None:
     ],
 )
 def test_a_wrong_array_is_named_and_nothing_changes(
-    plan_for: Any, change: dict[str, Any], message: str
+    plan_for: Any, built: Any, change: dict[str, Any], message: str
 ) -> None:
-    model = build_model(plan_for(), 0)
+    model = built(plan_for(), 0)
     before = to_arrays(model)
     shifted = {key: array + 1 for key, array in before.items()}
     with pytest.raises(ModelError, match=message):
@@ -76,8 +75,8 @@ def test_a_wrong_array_is_named_and_nothing_changes(
     assert all(np.array_equal(before[key], after[key]) for key in before)
 
 
-def test_a_missing_array_is_refused_unless_partial(plan_for: Any) -> None:
-    model = build_model(plan_for(), 0)
+def test_a_missing_array_is_refused_unless_partial(plan_for: Any, built: Any) -> None:
+    model = built(plan_for(), 0)
     only = {"fc.bias": np.full(2, 5, np.float32)}
     only["fc.bias"].flags.writeable = False
     with pytest.raises(ModelError, match="must cover the whole model"):
@@ -91,8 +90,8 @@ def test_whole_numbers_cannot_be_exchanged() -> None:
         to_arrays(torch.nn.BatchNorm2d(3))
 
 
-def test_patterns_choose_parameters(plan_for: Any) -> None:
-    model = build_model(plan_for(), 0)
+def test_patterns_choose_parameters(plan_for: Any, built: Any) -> None:
+    model = built(plan_for(), 0)
     names = [name for name, _ in model.named_parameters()]
     assert trainable_names(model, ["*"]) == tuple(names)
     assert trainable_names(model, ["fc.*", "level2.*"]) == tuple(
@@ -102,8 +101,8 @@ def test_patterns_choose_parameters(plan_for: Any) -> None:
         trainable_names(model, ["fc.*", "head.*"])
 
 
-def test_freeze_leaves_just_the_named_ones(plan_for: Any) -> None:
-    model = build_model(plan_for(), 0)
+def test_freeze_leaves_just_the_named_ones(plan_for: Any, built: Any) -> None:
+    model = built(plan_for(), 0)
     freeze(model, ["fc.weight"])
     assert [n for n, p in model.named_parameters() if p.requires_grad] == ["fc.weight"]
     freeze(model, ["fc.bias"])

@@ -9,7 +9,7 @@ import torch
 from opacus.grad_sample.utils import wrap_model
 from torch import Tensor, nn
 
-from fedward.models.registry import GRAD_SAMPLE_MODES, build_model
+from fedward.models.registry import GRAD_SAMPLE_MODES
 from fedward.models.sampled import sampled
 from fedward.plan.schema import ModelName
 
@@ -44,17 +44,17 @@ def _by_loop(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize(("name", "dimensions", "mode"), CELLS)
 def test_mode_gives_every_samples_gradient(
-    plan_for: Any, images_for: Any, name: ModelName, dimensions: int, mode: str
+    plan_for: Any, built: Any, images_for: Any, name: ModelName, dimensions: int, mode: str
 ) -> None:
     size = (32, 32) if name == "basicunet" else None
     plan = plan_for(name, dimensions=dimensions, size=size, **SMALL.get(name, {}))
-    model = build_model(plan, seed=0).double()
+    model = built(plan, seed=0).double()
     images = images_for(plan, count=2).double()
     expected = _by_loop(model, images)
     if mode == "sampled":
         model = sampled(model)
     wrapped = wrap_model(model, "hooks" if mode == "sampled" else mode, loss_reduction="sum")
-    _weighted(wrapped(images)).sum().backward()
+    torch.autograd.backward(_weighted(wrapped(images)).sum())
     if mode == "ghost":
         norms = torch.stack([g.flatten(1).norm(dim=1) for g in expected]).norm(dim=0)
         torch.testing.assert_close(wrapped.get_norm_sample(), norms)

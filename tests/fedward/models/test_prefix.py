@@ -11,7 +11,6 @@ from torch import nn
 
 from fedward.models.arrays import freeze, trainable_names
 from fedward.models.prefix import Chain, split_at_trainable
-from fedward.models.registry import build_model
 from fedward.models.weights import HEADS
 from fedward.plan.schema import SEGMENTERS, ModelName
 
@@ -22,10 +21,10 @@ SMALL = {name: {"channels": (4, 4, 8, 8)} for name in ("resnet18", "resnet34", "
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
 @pytest.mark.parametrize("name", DIVISIBLE)
 def test_suffix_of_prefix_is_the_model(
-    plan_for: Any, images_for: Any, name: ModelName, share: float
+    plan_for: Any, built: Any, images_for: Any, name: ModelName, share: float
 ) -> None:
     plan = plan_for(name, **SMALL.get(name, {}))
-    model, images = build_model(plan, 0), images_for(plan)
+    model, images = built(plan, 0), images_for(plan)
     names = [n for n, _ in model.named_parameters()]
     trainable = set(names[round(share * (len(names) - 1)) :])
     prefix, suffix = split_at_trainable(model, trainable)
@@ -40,46 +39,47 @@ def test_suffix_of_prefix_is_the_model(
     assert all(parameters[n] is p for n, p in suffix.named_parameters())
 
 
-def test_lite0_cuts_block_by_block(plan_for: Any) -> None:
-    model = build_model(plan_for("efficientnet-lite0"), 0)
+def test_lite0_cuts_block_by_block(plan_for: Any, built: Any) -> None:
+    model = built(plan_for("efficientnet-lite0"), 0)
     prefix, suffix = split_at_trainable(model, trainable_names(model, ["_blocks.5.*", "_fc.*"]))
     assert isinstance(prefix, Chain) and isinstance(suffix, Chain)
     assert prefix.order[-1] == "_blocks.4.10"
     assert suffix.order[:2] == ("_blocks.5.11", "_blocks.5.12")
 
 
-def test_dropout_ends_the_prefix(plan_for: Any) -> None:
-    model = build_model(plan_for("densenet121", dropout=0.2), 0)
+def test_dropout_ends_the_prefix(plan_for: Any, built: Any) -> None:
+    model = built(plan_for("densenet121", dropout=0.2), 0)
     prefix, _ = split_at_trainable(model, trainable_names(model, ["class_layers.*"]))
     assert isinstance(prefix, Chain)
     assert prefix.order == ("features.conv0", "features.norm0", "features.relu0", "features.pool0")
 
 
 @pytest.mark.parametrize("name", sorted(SEGMENTERS))
-def test_a_unet_stays_whole(plan_for: Any, name: ModelName) -> None:
-    model = build_model(plan_for(name), 0)
+def test_a_unet_stays_whole(plan_for: Any, built: Any, name: ModelName) -> None:
+    model = built(plan_for(name), 0)
     prefix, suffix = split_at_trainable(model, trainable_names(model, [HEADS[name]]))
     assert prefix is None and suffix is model
 
 
-def test_nothing_to_train_is_no_cut(plan_for: Any) -> None:
-    model = build_model(plan_for(), 0)
+def test_nothing_to_train_is_no_cut(plan_for: Any, built: Any) -> None:
+    model = built(plan_for(), 0)
     assert split_at_trainable(model, set()) == (None, model)
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
-def test_training_the_suffix_privately_trains_the_model(plan_for: Any, images_for: Any) -> None:
+def test_training_the_suffix_privately_trains_the_model(
+    plan_for: Any, built: Any, images_for: Any
+) -> None:
     plan = plan_for("efficientnet-lite0")
-    model, images = build_model(plan, 0), images_for(plan)
+    model, images = built(plan, 0), images_for(plan)
     names = trainable_names(model, ["_conv_head.*", "_fc.*"])
     freeze(model, names)
     prefix, suffix = split_at_trainable(model, names)
     assert prefix is not None
     with torch.no_grad():
         features = prefix(images)
-    nn.functional.cross_entropy(
-        GradSampleModule(suffix)(features), torch.tensor([0, 1, 0])
-    ).backward()
+    out = GradSampleModule(suffix)(features)
+    torch.autograd.backward(nn.functional.cross_entropy(out, torch.tensor([0, 1, 0])))
     sampled = {
         n for n, p in model.named_parameters() if getattr(p, "grad_sample", None) is not None
     }

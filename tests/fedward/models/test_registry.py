@@ -28,10 +28,10 @@ def test_every_model_of_the_plan_has_its_modes() -> None:
 
 @pytest.mark.parametrize(("name", "dimensions"), CELLS)
 def test_model_fits_its_plan_and_is_private(
-    plan_for: Any, images_for: Any, name: ModelName, dimensions: int
+    plan_for: Any, built: Any, images_for: Any, name: ModelName, dimensions: int
 ) -> None:
     plan = plan_for(name, dimensions=dimensions, classes=3, **_small(name))
-    model, images = build_model(plan, seed=0), images_for(plan, count=2)
+    model, images = built(plan, seed=0), images_for(plan, count=2)
     out = model(images)
     outputs = 4 if name in SEGMENTERS else 3
     assert out.shape == (2, outputs, *(images.shape[2:] if name in SEGMENTERS else ()))
@@ -44,11 +44,17 @@ def test_model_fits_its_plan_and_is_private(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_weights_follow_the_seed_and_leave_the_random_state(plan_for: Any, name: ModelName) -> None:
+def test_weights_follow_the_seed_and_leave_the_random_state(
+    plan_for: Any, built: Any, name: ModelName
+) -> None:
     plan = plan_for(name, **_small(name))
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    one, again, other = (build_model(plan, seed).state_dict() for seed in (1, 1, 2))
+    one, again, other = (
+        build_model(plan, 0).state_dict(),
+        built(plan, 0).state_dict(),
+        built(plan, 1).state_dict(),
+    )
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(one[key], again[key]) for key in one)
     assert not all(torch.equal(one[key], other[key]) for key in one)
@@ -65,9 +71,11 @@ def test_weights_follow_the_seed_and_leave_the_random_state(plan_for: Any, name:
         ("attention-unet", (4, 8)),
     ],
 )
-def test_channels_are_used(plan_for: Any, name: ModelName, channels: tuple[int, ...]) -> None:
-    default = build_model(plan_for(name, size=(32, 32)), 0)
-    chosen = build_model(plan_for(name, size=(32, 32), channels=channels), 0)
+def test_channels_are_used(
+    plan_for: Any, built: Any, name: ModelName, channels: tuple[int, ...]
+) -> None:
+    default = built(plan_for(name, size=(32, 32)), 0)
+    chosen = built(plan_for(name, size=(32, 32), channels=channels), 0)
     widths = [m.out_channels for m in chosen.modules() if isinstance(m, nn.Conv2d)]
     assert set(channels) <= set(widths)
     assert sum(p.numel() for p in chosen.parameters()) < sum(
@@ -105,9 +113,11 @@ DROPPING: tuple[ModelName, ...] = (
 
 
 @pytest.mark.parametrize("name", DROPPING)
-def test_dropout_acts_in_training_only(plan_for: Any, images_for: Any, name: ModelName) -> None:
+def test_dropout_acts_in_training_only(
+    plan_for: Any, built: Any, images_for: Any, name: ModelName
+) -> None:
     plan = plan_for(name, dropout=0.5)
-    model, images = build_model(plan, 0), images_for(plan)
+    model, images = built(plan, 0), images_for(plan)
     assert not torch.equal(model(images), model(images))
     model.eval()
     assert torch.equal(model(images), model(images))
@@ -119,13 +129,13 @@ def test_dropout_without_a_place_is_refused(plan_for: Any, name: ModelName) -> N
         build_model(plan_for(name, dropout=0.1), 0)
 
 
-@pytest.mark.parametrize("size", [(21, 34), (96, 65)])
+@pytest.mark.parametrize("size", [(45, 34)])
 @pytest.mark.parametrize("name", ["cnn", "efficientnet-b0", "efficientnet-lite0"])
 def test_odd_sizes_keep_their_place(
-    plan_for: Any, images_for: Any, name: ModelName, size: tuple[int, int]
+    plan_for: Any, built: Any, images_for: Any, name: ModelName, size: tuple[int, int]
 ) -> None:
     plan = plan_for(name, size=size)
-    assert build_model(plan, 0)(images_for(plan, count=1)).shape == (1, 2)
+    assert built(plan, 0)(images_for(plan, count=1)).shape == (1, 2)
 
 
 def test_a_size_that_the_model_cannot_take_is_refused(plan_for: Any) -> None:
@@ -133,6 +143,6 @@ def test_a_size_that_the_model_cannot_take_is_refused(plan_for: Any) -> None:
         build_model(plan_for("basicunet", size=(8, 8)), 0)
 
 
-def test_default_cnn_is_small(plan_for: Any) -> None:
-    model = build_model(plan_for("cnn", size=(28, 28)), 0)
+def test_default_cnn_is_small(plan_for: Any, built: Any) -> None:
+    model = built(plan_for("cnn", size=(28, 28)), 0)
     assert sum(p.numel() for p in model.parameters()) < 26_000

