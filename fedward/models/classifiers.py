@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from monai.networks.blocks import Convolution
+from monai.networks.blocks import Convolution, MemoryEfficientSwish
 from monai.networks.layers.factories import Pool
 from monai.networks.nets import DenseNet121, EfficientNet, EfficientNetBN, ResNet
 from torch import nn
@@ -149,7 +149,7 @@ def _lite_input(plan: Plan) -> ChannelAffine:
 def _lite_layer(layer: nn.Module) -> nn.Module:
     if isinstance(layer, nn.BatchNorm2d):
         return FrozenBatchNorm2d(layer.num_features, layer.eps)
-    return nn.ReLU6() if type(layer).__name__ == "MemoryEfficientSwish" else layer
+    return nn.ReLU6() if isinstance(layer, MemoryEfficientSwish) else layer
 
 
 def _padded_for_any_size(model: nn.Module) -> nn.Module:
