@@ -80,7 +80,7 @@ def _train(trainer: Trainer, order: RoundOrder, message: Message) -> RecordDict:
     return RecordDict(
         {
             "arrays": _arrays(arrays),
-            "metrics": MetricRecord({"num-examples": weight, "loss": outcome.loss}),
+            "metrics": MetricRecord({"num-examples": weight}),
             "outcome": _config(outcome),
         }
     )

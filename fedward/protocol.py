@@ -121,7 +121,7 @@ class TrainOutcome(Record):
     patients: Count
     images: Count
     steps: Count
-    loss: Figure
+    loss: Figure | None = None
     seconds: Figure
     cpu_seconds: Figure = 0.0
     epsilon: Figure | None = None

@@ -31,7 +31,9 @@ class SiteRound(Strict):
     patients: int = Field(description="patients trained on")
     images: int = Field(description="images trained on")
     steps: int = Field(description="optimiser steps")
-    loss: float = Field(description="mean training loss")
+    loss: float | None = Field(
+        default=None, description="mean training loss; not released by private training"
+    )
     seconds: float = Field(description="wall seconds of training at the site")
     cpu_seconds: float = Field(default=0.0, description="CPU seconds of training at the site")
     epsilon: float | None = Field(default=None, description="ε spent so far at δ, where accounted")
@@ -106,6 +108,9 @@ class StudyResults(Strict):
     partition: str = ""
     primary: str = Field(description="the metric that comparisons use")
     parameters: int = Field(description="parameters of the model")
+    left_out: dict[str, int] = Field(
+        default_factory=dict, description="files and rows that no hospital got: reason, count"
+    )
     weights_report: dict[str, int] = Field(
         default_factory=dict, description="initial weights: matched, reshaped_head, missing, unused"
     )

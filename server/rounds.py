@@ -221,10 +221,9 @@ class StudyRun:
                     epsilon=out.epsilon, delta=out.delta, noise_multiplier=out.noise_multiplier,
                     sampling_rate=out.sampling_rate, steps=out.steps * result.round,
                 )  # fmt: skip
-        total = sum(site.images for site in result.sites.values())
-        if total:
-            weighted = sum(site.loss * site.images for site in result.sites.values())
-            result.train_loss = weighted / total
+        told = [(site.loss, site.images) for site in result.sites.values() if site.loss is not None]
+        if total := sum(images for _, images in told):
+            result.train_loss = sum(loss * images for loss, images in told) / total
 
     def _aggregate(self, stage: Stage, place: int, updates: list[Update]) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
@@ -119,6 +120,7 @@ class Study:
         folders = "folders" if how.kind == "folders" else "none"
         self.note("reading the data")
         dataset = read_dataset(DatasetSpec(options.data, options.format, folders), self.plan.task)
+        self.results.left_out = dict(Counter(one.reason for one in dataset.left_out))
         count = options.sites or self.plan.participation.sites
         parts = partition(dataset.samples, options.partition, count, options.seed)
         if len(parts) < self.plan.participation.sites:
@@ -132,7 +134,7 @@ class Study:
         for name, samples in parts.items():
             self.note(f"preparing {name}: {len(samples)} images")
             site = prepare(name, samples, self.plan, cache, workers=cores())
-            prepared.append(replace(site, synthetic=synthetic))
+            prepared.append(replace(site, synthetic=synthetic or site.synthetic))
         return prepared
 
     def _initial(self) -> Arrays:

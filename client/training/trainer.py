@@ -32,6 +32,7 @@ from fedward.models import (
     build_model,
     freeze,
     from_arrays,
+    sampled,
     split_at_trainable,
     to_arrays,
     trainable_names,
@@ -71,10 +72,14 @@ class Trainer:
         self.plan, self.site, self.runtime = plan, site, runtime
         self._hash = plan_hash(plan)
         runtime.enter()
-        self._model = place(build_model(plan, seed=0), runtime.torch_device)
+        self._model = place(self._build(), runtime.torch_device)
         self._loss = build_loss(plan, runtime.torch_device)
         self._prepared: _Prepared | None = None
         self._mechanism: Mechanism | None = None
+
+    def _build(self) -> nn.Module:
+        model = build_model(self.plan, seed=0)
+        return sampled(model) if self.plan.privacy.on and self._mode() == "hooks" else model
 
     def describe(self) -> SiteFacts:
         """What the site says of itself."""
@@ -114,7 +119,9 @@ class Trainer:
         names = set(self._prepared.names) if self._prepared else set(values)
         outcome = TrainOutcome(
             site=self.site.name, round=order.round, patients=self.site.patients_in("train"),
-            images=len(self.site.split["train"]), steps=steps, loss=_finite(loss),
+            images=len(self.site.split["train"]), steps=steps,
+            # An exact loss on training patients is a release that ε would not cover.
+            loss=None if self.plan.privacy.on else _finite(loss),
             seconds=time.perf_counter() - started, cpu_seconds=time.process_time() - cpu,
             **self._cost(order),
         )  # fmt: skip

@@ -13,6 +13,7 @@ from fedward.models.arrays import (
 from fedward.models.modes import best_mode
 from fedward.models.prefix import split_at_trainable
 from fedward.models.registry import build_model
+from fedward.models.sampled import sampled
 from fedward.models.weights import WeightsReport, load_initial
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "from_arrays",
     "load_initial",
     "load_model",
+    "sampled",
     "save_model",
     "split_at_trainable",
     "to_arrays",

@@ -17,6 +17,7 @@ from fedward.models.dp_ready import (
     replace,
 )
 from fedward.models.layers import ChannelAffine, FrozenBatchNorm2d, SamePad
+from fedward.models.taps import with_taps
 from fedward.plan.schema import Plan
 
 _CNN_CHANNELS = (12, 24, 32)
@@ -133,7 +134,8 @@ def build_lite0(plan: Plan) -> nn.Module:
     padded = make_private(_padded_for_any_size(model))
     same_pad = padded.get_submodule("_conv_stem_padding")
     padded.add_module("_conv_stem_padding", nn.Sequential(_lite_input(plan), same_pad))
-    return padded
+    taps = plan.model.taps
+    return padded if taps is None else with_taps(padded, taps, plan.task.outputs)
 
 
 def _lite_input(plan: Plan) -> ChannelAffine:

@@ -92,8 +92,14 @@ def _model_rules(plan: Plan) -> Iterator[tuple[str, str]]:
             )
         if plan.preprocessing.channels != 3:
             yield "preprocessing.channels", "efficientnet-lite0 takes 3 channels; set channels = 3"
+    if model.taps is not None and model.name != "efficientnet-lite0":
+        yield "model.taps", f"{model.name} has no taps; remove them"
+    if model.taps is not None and list(model.taps) != sorted(set(model.taps)):
+        yield "model.taps", "taps must rise from block to block; sort them and name each once"
     if model.name in SEGMENTERS:
-        levels = len(model.channels) - 1 if model.channels else 3
+        # BasicUNet takes a sixth width for its last, full-size layer.
+        spare = 2 if model.name == "basicunet" else 1
+        levels = len(model.channels) - spare if model.channels else 4 if spare == 2 else 3
         if any(side % 2**levels for side in plan.preprocessing.size):
             yield (
                 "preprocessing.size",

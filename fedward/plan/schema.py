@@ -250,6 +250,12 @@ class Model(Section):
         max_length=7,
         description="width of each level, where the architecture has a choice; none: its default",
     )
+    taps: tuple[Annotated[int, Field(ge=0, le=15)], ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="efficientnet-lite0: blocks (0 to 15, ascending) whose pooled outputs the head "
+        "reads; the network ends after the last of them; none: the usual head",
+    )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout, where it has some")
     initial_weights: InitialWeights | None = Field(default=None, description="public start weights")
 
