@@ -65,7 +65,9 @@ def _answer(sites: Sites, message: Message, context: Context, handle: Handler) -
     except Exception as error:
         # What went wrong may quote a path or an identifier: the log stays here, the class goes.
         _LOG.exception("an unexpected error stopped the site in round %d", round_)
-        content = _refusal(site, round_, "an unexpected error stopped the site", type(error).__name__)
+        content = _refusal(
+            site, round_, "an unexpected error stopped the site", type(error).__name__
+        )
     return Message(content, reply_to=message)
 
 

@@ -45,7 +45,11 @@ class FedwardError(Exception):
     def _message(self) -> str:
         text = f"{self.where}: {self.rule}" if self.where else self.rule
         if self.value is not None:
-            text += f" (got {self.value!r})" if not isinstance(self.value, str) else f" (got {self.value})"
+            text += (
+                f" (got {self.value!r})"
+                if not isinstance(self.value, str)
+                else f" (got {self.value})"
+            )
         return f"{text}. {self.fix}." if self.fix else f"{text}."
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -53,7 +57,9 @@ class FedwardError(Exception):
         return _rebuild, (type(self), self.rule, self.value, self.fix, self.where)
 
 
-def _rebuild(kind: type[FedwardError], rule: str, value: object, fix: str, where: str) -> FedwardError:
+def _rebuild(
+    kind: type[FedwardError], rule: str, value: object, fix: str, where: str
+) -> FedwardError:
     return kind(rule, value=value, fix=fix, where=where)
 
 

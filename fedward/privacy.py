@@ -2,7 +2,8 @@
 
 The mechanism is DP-SGD (Abadi et al., 2016, arXiv:1607.00133) with the patient as the unit: each
 step draws every patient with the same chance, bounds what one patient adds to the gradient, and
-adds Gaussian noise. Opacus' PRV accountant (Gopi et al., 2021, arXiv:2106.02848) composes the steps.
+adds Gaussian noise. Opacus' PRV accountant (Gopi et al., 2021, arXiv:2106.02848) composes the
+steps.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from opacus.accountants.utils import get_noise_multiplier
 
 from fedward.errors import PrivacyError
 from fedward.plan.schema import Plan
-
 
 _MOST_NOISE = 1e6
 
@@ -75,7 +75,9 @@ def calibrate(plan: Plan, patients: int) -> Mechanism:
     """
     target = plan.privacy
     if target.epsilon is None or target.delta is None:
-        raise PrivacyError("a plan without privacy has no noise to calibrate", fix="Set privacy.epsilon")
+        raise PrivacyError(
+            "a plan without privacy has no noise to calibrate", fix="Set privacy.epsilon"
+        )
     rate = sampling_rate(plan, patients)
     steps = steps_per_round(plan, rate) * plan.rounds
     return Mechanism(noise_for(target.epsilon, target.delta, rate, steps), rate, steps)

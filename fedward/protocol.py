@@ -17,7 +17,6 @@ from fedward.errors import ProtocolError
 from fedward.plan.load import from_canonical
 from fedward.plan.schema import Plan
 
-VERSION = 1
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]{0,63}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
@@ -29,7 +28,7 @@ class Record(BaseModel):
     """A record on the wire; flat, so that it fits Flower's config records."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-    version: Literal[1] = VERSION
+    version: Literal[1] = 1
 
     def to_flat(self) -> Flat:
         """The record as scalars and lists; what is None is left out."""

@@ -24,7 +24,7 @@ def server_app(*jobs: Job) -> ServerApp:
             try:
                 StudyRun(job, grid).run()
             except FedwardError as error:
-                # Flower would log it with a traceback and end its runtime; who started the job asks.
+                # Flower would log a traceback and end its runtime; who started the job asks.
                 job.error = error
                 return
 

@@ -34,8 +34,6 @@ def test_figures(
     if isinstance(total, SegmentationCounts):
         for name in ("dice", "iou", "hd95"):
             if name in plan.metrics.report:
-                per_class[name] = dict(
-                    zip(plan.task.classes, total.per_class(name), strict=True)  # type: ignore[arg-type]
-                )
+                per_class[name] = dict(zip(plan.task.classes, total.per_class(name), strict=True))
     measured = {site: images[site] for site in per_site}
     return TestFigures(per_site=per_site, pooled=pooled, per_class=per_class, images=measured)

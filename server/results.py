@@ -37,7 +37,9 @@ class SiteRound(Strict):
     seconds: float = Field(description="wall seconds of training at the site")
     cpu_seconds: float = Field(default=0.0, description="CPU seconds of training at the site")
     epsilon: float | None = Field(default=None, description="ε spent so far at δ, where accounted")
-    validation: Figures = Field(default_factory=dict, description="figures on its validation patients")
+    validation: Figures = Field(
+        default_factory=dict, description="figures on its validation patients"
+    )
 
 
 class Round(Strict):
@@ -98,7 +100,9 @@ class StudyResults(Strict):
     schema_version: Literal[1] = 1
     study: str
     title: str = ""
-    complete: bool = Field(default=False, description="false: interrupted, what was finished is here")
+    complete: bool = Field(
+        default=False, description="false: interrupted, what was finished is here"
+    )
     synthetic: bool = Field(default=False, description="the data say that they are synthetic")
     plan: dict[str, Any] = Field(description="the plan as it was run")
     plan_sha256: str

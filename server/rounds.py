@@ -11,7 +11,7 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.exception import AppExitException
+from flwr.app.exception import AppExitException
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
@@ -231,7 +231,9 @@ class StudyRun:
                 place + 1, [update.message for update in updates]
             )
         except AppExitException as error:
-            raise StudyError("the updates must be combinable", value=type(error).__name__) from error
+            raise StudyError(
+                "the updates must be combinable", value=type(error).__name__
+            ) from error
         if arrays is None:
             raise StudyError(
                 "the strategy must find enough updates", value=len(updates), fix="Raise the quorum"
@@ -298,4 +300,3 @@ def _record(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
 
 def _size(content: RecordDict) -> int:
     return sum(len(a.data) for record in content.array_records.values() for a in record.values())
-

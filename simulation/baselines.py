@@ -46,7 +46,9 @@ def _train(trainer: Trainer, plan: Plan, arrays: Arrays, seed: int, arm: Arm) ->
     average, before = arrays, time.perf_counter()
     for round_, model, loss in trainer.alone(arrays, seed):
         average = blend(average, model, decay_at(round_, plan.strategy.averaging))
-        result = Round(round=round_, stage=plan.stage_of(round_)[0].name, seconds=0.0, train_loss=loss)
+        result = Round(
+            round=round_, stage=plan.stage_of(round_)[0].name, seconds=0.0, train_loss=loss
+        )
         if round_ % plan.metrics.evaluate_every == 0 or round_ == plan.rounds:
             result.validation = _validate(trainer, plan, average, round_)
         result.seconds, before = time.perf_counter() - before, time.perf_counter()

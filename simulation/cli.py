@@ -14,6 +14,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 import typer
 from rich.console import Console
 
+from client.data.types import Format
 from fedward.errors import FedwardError, Interrupted
 
 app = typer.Typer(
@@ -41,6 +42,12 @@ class FormatName(StrEnum):
     dicom = "dicom"
 
 
+_FORMATS: dict[FormatName, Format] = {
+    FormatName.npz: "npz",
+    FormatName.folders: "folders",
+    FormatName.nifti: "nifti",
+    FormatName.dicom: "dicom",
+}
 PlanFile = Annotated[Path, typer.Argument(help="The study plan (TOML).", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
@@ -51,10 +58,15 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:I
 @app.command()
 def run(
     plan: PlanFile,
-    data: Annotated[Path, typer.Option("--data", help="Folder or file of images.", show_default=False)],
-    format: Annotated[FormatName, typer.Option("--format", help="How the data lie.")] = FormatName.auto,
+    data: Annotated[
+        Path, typer.Option("--data", help="Folder or file of images.", show_default=False)
+    ],
+    format: Annotated[
+        FormatName, typer.Option("--format", help="How the data lie.")
+    ] = FormatName.auto,
     sites: Annotated[
-        int | None, typer.Option("--sites", min=1, help="Hospitals to make; none: as many as the plan needs.")
+        int | None,
+        typer.Option("--sites", min=1, help="Hospitals to make; none: as many as the plan needs."),
     ] = None,
     partition: Annotated[
         str,
@@ -63,13 +75,19 @@ def run(
             help="folders | iid | dirichlet:ALPHA | shards:K | quantity:ALPHA | column:NAME.",
         ),
     ] = "folders",
-    engine: Annotated[EngineName, typer.Option("--engine", help="local, or Flower's ray.")] = EngineName.local,
+    engine: Annotated[
+        EngineName, typer.Option("--engine", help="local, or Flower's ray.")
+    ] = EngineName.local,
     device: Device = "auto",
     baselines: Annotated[
-        bool, typer.Option("--baselines", help="Also train each hospital alone and all data pooled.")
+        bool,
+        typer.Option("--baselines", help="Also train each hospital alone and all data pooled."),
     ] = False,
     epsilons: Annotated[
-        str, typer.Option("--epsilons", help="Also run with these ε, such as 1,3,8 (plans with privacy).")
+        str,
+        typer.Option(
+            "--epsilons", help="Also run with these ε, such as 1,3,8 (plans with privacy)."
+        ),
     ] = "",
     seed: Seed = 0,
     out: Out = Path("runs/latest"),
@@ -81,7 +99,7 @@ def run(
     from simulation.study import Options, Study
 
     options = Options(
-        data=data, out=out, format=None if format is FormatName.auto else format.value,
+        data=data, out=out, format=None if format is FormatName.auto else _FORMATS[format],
         partition=partition, sites=sites, engine=engine.value, device=device, baselines=baselines,
         epsilons=_numbers(epsilons), seed=seed, plan_folder=plan.parent,
     )  # fmt: skip
@@ -95,7 +113,9 @@ def demo(
     out: Out = Path("demo"),
     seed: Seed = 0,
     device: Device = "auto",
-    patients: Annotated[int, typer.Option("--patients", min=20, help="Patients per hospital.")] = 60,
+    patients: Annotated[
+        int, typer.Option("--patients", min=20, help="Patients per hospital.")
+    ] = 60,
     as_json: AsJson = False,
 ) -> None:
     """Four synthetic hospitals as DICOM files, two studies, one report."""
@@ -118,7 +138,8 @@ def check(plan: PlanFile, as_json: AsJson = False) -> None:
     if as_json:
         _print_json(
             {"valid": True, "study": loaded.study.name, "plan_sha256": plan_hash(loaded),
-             "parameters": parameters, "rounds": loaded.rounds, "plan": loaded.model_dump(mode="json")}
+             "parameters": parameters, "rounds": loaded.rounds,
+             "plan": loaded.model_dump(mode="json")}
         )  # fmt: skip
     else:
         typer.echo(explain(loaded, parameters))
@@ -142,7 +163,9 @@ def _run_studies(studies: list[Any], out: Path, as_json: bool) -> None:
         if begun:
             write_outputs(begun, out)
     if as_json:
-        _print_json({"out": str(out), "studies": [s.results.model_dump(mode="json") for s in studies]})
+        _print_json(
+            {"out": str(out), "studies": [s.results.model_dump(mode="json") for s in studies]}
+        )
         return
     for study in studies:
         console.print(summary_table(study.results))
@@ -181,7 +204,9 @@ def main() -> None:
 
 def _fail(error: FedwardError) -> None:
     if "--json" in sys.argv:
-        _print_json({"error": type(error).__name__, "exit_code": error.exit_code, "message": str(error)})
+        _print_json(
+            {"error": type(error).__name__, "exit_code": error.exit_code, "message": str(error)}
+        )
     typer.secho(f"error: {error}", err=True, fg="red")
     raise SystemExit(error.exit_code)
 

@@ -40,9 +40,7 @@ class Pool:
         for future in [executor.submit(os.getpid) for executor in self._executors]:
             future.result()
 
-    def submit(
-        self, place: int, task: Callable[..., Result], *arguments: object
-    ) -> Future[Result]:
+    def submit(self, place: int, task: Callable[..., Result], *arguments: object) -> Future[Result]:
         """Run ``task(state, *arguments)`` in the worker of that place."""
         if not self._executors:
             return _at_once(task, self._state, *arguments)

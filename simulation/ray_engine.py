@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flwr.app import Context
@@ -72,7 +73,7 @@ def store_sites(sites: Sequence[PreparedSite], folder: Path) -> None:
         target = folder / f"site-{place}"
         target.mkdir(parents=True, exist_ok=True)
         np.save(target / "images.npy", site.images)
-        facts = {f"split_{part}": site.split[part] for part in SPLITS}
+        facts: dict[str, Any] = {f"split_{part}": site.split[part] for part in SPLITS}
         np.savez(
             target / "rest.npz", targets=site.targets, patients=site.patients,
             spacing=site.spacing, synthetic=np.array(site.synthetic),
@@ -99,7 +100,11 @@ def load_site(folder: Path, name: str) -> PreparedSite:
 
 
 def run_ray(
-    app: ServerApp, sites: Sequence[PreparedSite], runtime: Runtime, cache: Path, stop: threading.Event
+    app: ServerApp,
+    sites: Sequence[PreparedSite],
+    runtime: Runtime,
+    cache: Path,
+    stop: threading.Event,
 ) -> None:
     """Run a server application on Ray: as many actors side by side as cores or GPUs allow."""
     os.environ.update({key: os.environ.get(key, value) for key, value in _QUIET.items()})
@@ -108,8 +113,13 @@ def run_ray(
     folder = (cache / "ray").resolve()
     store_sites(sites, folder)
     on_gpu = runtime.torch_device.type == "cuda"
-    stored = StoredSites(folder, [site.name for site in sites], replace(runtime, cache=cache.resolve()))
-    resources = {"num_cpus": float(runtime.threads), "num_gpus": 1.0 if on_gpu else 0.0}
+    stored = StoredSites(
+        folder, [site.name for site in sites], replace(runtime, cache=cache.resolve())
+    )
+    resources: dict[str, Any] = {
+        "num_cpus": float(runtime.threads),
+        "num_gpus": 1.0 if on_gpu else 0.0,
+    }
     try:
         run_simulation(
             server_app=app,
@@ -117,8 +127,8 @@ def run_ray(
             num_supernodes=len(sites),
             backend_config={
                 "client_resources": resources,
-                "init_args": {"num_cpus": cores(), "include_dashboard": False, "log_to_driver": False,
-                              "logging_level": "error"},
+                "init_args": {"num_cpus": cores(), "include_dashboard": False,
+                              "log_to_driver": False, "logging_level": "error"},
             },
         )  # fmt: skip
     except KeyboardInterrupt:

@@ -82,7 +82,8 @@ class Study:
             study=plan.study.name, title=plan.study.title, plan=plan.model_dump(mode="json"),
             plan_sha256=plan_hash(plan), seed=options.seed, engine=options.engine,
             device=str(choose_device(options.device)), partition=options.partition,
-            primary=plan.metrics.primary, parameters=describe(plan).parameters, versions=_versions(),
+            primary=plan.metrics.primary, parameters=describe(plan).parameters,
+            versions=_versions(),
         )  # fmt: skip
 
     def run(self) -> StudyResults:
@@ -108,7 +109,8 @@ class Study:
         except KeyboardInterrupt as error:
             self.stop.set()
             raise Interrupted(
-                "the study was interrupted", fix="What was finished is kept; run it again for the rest"
+                "the study was interrupted",
+                fix="What was finished is kept; run it again for the rest",
             ) from error
         finally:
             pool.close()
@@ -117,7 +119,7 @@ class Study:
 
     def _prepare(self) -> list[PreparedSite]:
         options, how = self.options, parse_partition(self.options.partition)
-        folders = "folders" if how.kind == "folders" else "none"
+        folders: Literal["none", "folders"] = "folders" if how.kind == "folders" else "none"
         self.note("reading the data")
         dataset = read_dataset(DatasetSpec(options.data, options.format, folders), self.plan.task)
         self.results.left_out = dict(Counter(one.reason for one in dataset.left_out))
@@ -171,9 +173,7 @@ class Study:
                 if job.arm.rounds and self.model is None:
                     self.model = job.average
 
-    def _run(
-        self, job: Job, pool: Pool, sites: Sequence[PreparedSite], runtime: Runtime
-    ) -> None:
+    def _run(self, job: Job, pool: Pool, sites: Sequence[PreparedSite], runtime: Runtime) -> None:
         if self.options.engine == "ray":
             from simulation.ray_engine import run_ray
 
@@ -183,8 +183,11 @@ class Study:
         if job.error is not None:
             raise job.error
         if not job.complete:
-            raise StudyError("the engine must run the study to its end", value=self.options.engine,
-                             fix="See the engine's log above, or use --engine local")
+            raise StudyError(
+                "the engine must run the study to its end",
+                value=self.options.engine,
+                fix="See the engine's log above, or use --engine local",
+            )
 
     def _job(self, plan: Plan, arrays: Arrays) -> Job:
         epsilon, delta = plan.privacy.epsilon, plan.privacy.delta

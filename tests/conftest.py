@@ -69,7 +69,11 @@ def make_site() -> Callable[..., PreparedSite]:
     """Builds a prepared site whose positives have a bright corner."""
 
     def build(
-        name: str = "site-1", patients: int = 40, images_per_patient: int = 1, seed: int = 0, size: int = 16
+        name: str = "site-1",
+        patients: int = 40,
+        images_per_patient: int = 1,
+        seed: int = 0,
+        size: int = 16,
     ) -> PreparedSite:
         rng = np.random.default_rng(seed)
         count = patients * images_per_patient
@@ -79,7 +83,8 @@ def make_site() -> Callable[..., PreparedSite]:
         images[labels == 1, :, : size // 2, : size // 2] += 1.0
         part = owner % 10
         split = {
-            "train": np.flatnonzero(part < 6), "validation": np.flatnonzero((part >= 6) & (part < 8)),
+            "train": np.flatnonzero(part < 6),
+            "validation": np.flatnonzero((part >= 6) & (part < 8)),
             "test": np.flatnonzero(part >= 8),
         }  # fmt: skip
         return PreparedSite(

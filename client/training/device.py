@@ -23,7 +23,9 @@ def choose_device(text: str) -> torch.device:
     name, _, index = text.partition(":")
     if name not in {"cpu", "cuda"} or (index and not (name == "cuda" and index.isdecimal())):
         raise DeviceError(
-            "the device must be auto, cpu, cuda or cuda:INDEX", value=text, fix="Choose one of these"
+            "the device must be auto, cpu, cuda or cuda:INDEX",
+            value=text,
+            fix="Choose one of these",
         )
     if name == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise DeviceError(
@@ -46,10 +48,10 @@ def autocast(device: torch.device, *, private: bool) -> AbstractContextManager[o
 
 def place(module: nn.Module, device: torch.device) -> nn.Module:
     """Move a model to its device, in the layout that convolutions prefer there."""
-    for parameter in module.parameters():
-        if device.type == "cuda" and parameter.ndim == 4:
-            return module.to(device, memory_format=torch.channels_last)
-    return module.to(device)
+    moved = module.to(device)
+    if device.type == "cuda" and any(parameter.ndim == 4 for parameter in module.parameters()):
+        moved = moved.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return moved
 
 
 def place_batch(batch: Tensor, device: torch.device) -> Tensor:

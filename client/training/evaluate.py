@@ -47,7 +47,7 @@ def evaluate(
         with autocast(runtime.torch_device, private=False):
             logits = module(inputs).float()
         counts = _count(plan, logits, site, batch, surface=surface)
-        total = counts if total is None else total + counts  # type: ignore[operator]
+        total = counts if total is None else total + counts  # type: ignore[operator, arg-type]
     if total is None:
         raise ValueError("nothing to evaluate on")
     return total
@@ -62,5 +62,7 @@ def _count(
         return SegmentationCounts.from_masks(
             guess, targets, len(plan.task.classes), site.spacing[batch], hd95=surface
         )
-    scores = torch.sigmoid(logits) if plan.task.multi_label else torch.softmax(logits.double(), dim=1)
+    scores = (
+        torch.sigmoid(logits) if plan.task.multi_label else torch.softmax(logits.double(), dim=1)
+    )
     return ClassificationCounts.from_scores(scores.double().cpu().numpy(), targets)

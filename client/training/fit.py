@@ -92,7 +92,9 @@ class Fit:
             add_proximal(parameters, start, self.mu) if self.mu else None
             apply()
 
-        losses = list(self._private(optimizer, finish) if self.mechanism else self._plain(optimizer, finish))
+        losses = list(
+            self._private(optimizer, finish) if self.mechanism else self._plain(optimizer, finish)
+        )
         seen = [value for value in losses if value is not None]
         return (float(torch.stack(seen).mean()) if seen else 0.0), len(losses)
 

@@ -79,7 +79,7 @@ class _Segmentation:
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         hot = functional.one_hot(targets.long(), logits.shape[1]).movedim(-1, 1).to(logits.dtype)
         overlap: Tensor = self.dice(logits, hot)
-        return overlap.flatten(1).mean(dim=1) + self._voxels(logits, targets, hot)
+        return torch.add(overlap.flatten(1).mean(dim=1), self._voxels(logits, targets, hot))
 
     def _voxels(self, logits: Tensor, targets: Tensor, hot: Tensor) -> Tensor:
         if self.focal is None:
@@ -88,4 +88,5 @@ class _Segmentation:
         values = self.focal(logits, hot)
         if self.weight is not None:
             values = values * self.weight.view(1, -1, *[1] * (values.ndim - 2))
-        return values.sum(dim=1).flatten(1).mean(dim=1)
+        total: Tensor = values.sum(dim=1).flatten(1).mean(dim=1)
+        return total

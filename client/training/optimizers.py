@@ -20,7 +20,11 @@ def build_optimizer(plan: Plan, parameters: Iterable[nn.Parameter]) -> torch.opt
     training, chosen = plan.training, list(parameters)
     if training.optimizer == "sgd":
         return torch.optim.SGD(
-            chosen, lr=0.0, momentum=training.momentum, weight_decay=training.weight_decay, foreach=True
+            chosen,
+            lr=0.0,
+            momentum=training.momentum,
+            weight_decay=training.weight_decay,
+            foreach=True,
         )
     kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
     return kind(chosen, lr=0.0, weight_decay=training.weight_decay, foreach=True)
@@ -46,7 +50,9 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 @torch.no_grad()
-def add_proximal(parameters: Iterable[nn.Parameter], start: Iterable[torch.Tensor], mu: float) -> None:
+def add_proximal(
+    parameters: Iterable[nn.Parameter], start: Iterable[torch.Tensor], mu: float
+) -> None:
     """Add the gradient of FedProx' term, (μ/2)·‖w − wᵗ‖², to what stands in ``grad``.
 
     Li et al., 2020, arXiv:1812.06127, equation 2. It depends on no image, so that adding it after

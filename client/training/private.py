@@ -83,7 +83,7 @@ class PrivateStep:
         if self.mode == "ghost":
             DPTensorFastGradientClipping(self.module, self.optimizer, losses, "sum").backward()
         else:
-            losses.sum().backward()
+            torch.autograd.backward(losses.sum())
             self._average_by_patient(owners)
         return self._advance(last=last)
 
@@ -118,7 +118,9 @@ class PrivateStep:
             return
         for parameter in self.parameters:
             images: Tensor = parameter.grad_sample  # type: ignore[attr-defined]
-            summed = images.new_zeros((len(counts), *images.shape[1:])).index_add_(0, owners, images)
+            summed = images.new_zeros((len(counts), *images.shape[1:])).index_add_(
+                0, owners, images
+            )
             shape = (-1, *[1] * (images.ndim - 1))
             parameter.grad_sample = summed / counts.to(images.dtype).view(shape)  # type: ignore[attr-defined]
 

@@ -65,7 +65,9 @@ class Source:
         return self._through(images), targets if changed is None else changed
 
     def _images(self, indices: NDArray[np.int64]) -> Tensor:
-        return place_batch(torch.from_numpy(np.ascontiguousarray(self.site.images[indices])), self.device)
+        return place_batch(
+            torch.from_numpy(np.ascontiguousarray(self.site.images[indices])), self.device
+        )
 
     def _targets(self, indices: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(self.site.targets[indices])).to(self.device)
@@ -88,7 +90,10 @@ class Source:
     def _compute(self) -> NDArray[Any]:
         batch, count = self.runtime.physical_batch, len(self.site.images)
         parts = [
-            self._through(self._images(np.arange(start, min(start + batch, count)))).float().cpu().numpy()
+            self._through(self._images(np.arange(start, min(start + batch, count))))
+            .float()
+            .cpu()
+            .numpy()
             for start in range(0, count, batch)
         ]
         return np.concatenate(parts)

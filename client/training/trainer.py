@@ -141,7 +141,9 @@ class Trainer:
             fit = self._fit(current, self._order(round_, seed), 0.0)
             if self._prepared is None or self._prepared.names != names:
                 names = self._prepared.names if self._prepared else None
-                optimizer = build_optimizer(self.plan, [p for p in fit.module.parameters() if p.requires_grad])
+                optimizer = build_optimizer(
+                    self.plan, [p for p in fit.module.parameters() if p.requires_grad]
+                )
             with torch.random.fork_rng(devices=_cuda(self.runtime)):
                 torch.manual_seed(seed_for(seed, self.site.name, round_, "layers"))
                 loss, _ = fit.run(optimizer)
@@ -244,8 +246,12 @@ def site_facts(plan: Plan, site: PreparedSite) -> SiteFacts:
     """What a site says of itself: counts, and nothing about a person."""
     train = site.split["train"]
     left = sorted(site.left_out.items())
-    sizes = {f"{part}_images": len(site.split[part]) for part in ("train", "validation", "test")}
-    people = {f"{part}_patients": site.patients_in(part) for part in ("train", "validation", "test")}
+    sizes: dict[str, Any] = {
+        f"{part}_images": len(site.split[part]) for part in ("train", "validation", "test")
+    }
+    people: dict[str, Any] = {
+        f"{part}_patients": site.patients_in(part) for part in ("train", "validation", "test")
+    }
     return SiteFacts(
         site=site.name, patients=len(np.unique(site.patients)), images=len(site.images),
         class_counts=_class_counts(plan, site, train), synthetic=site.synthetic,

@@ -66,7 +66,7 @@ class PooledTaps(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, sum(widths), H, W)`` to ``(N, sum(widths))``."""
-        parts = x.mean(dim=(2, 3)).split(self.widths, dim=1)
+        parts = torch.split(x.mean(dim=(2, 3)), list(self.widths), dim=1)
         joined = torch.cat([functional.layer_norm(p, p.shape[1:]) for p in parts], dim=1)
         scaled: Tensor = joined * (FEATURE_LENGTH / sum(self.widths) ** 0.5)
         return scaled

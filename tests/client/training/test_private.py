@@ -63,9 +63,7 @@ def test_gradient_is_the_sum_of_clipped_patients(mode: Mode) -> None:
     module, norm = model(), 0.7
     expected = by_hand(model(), images, labels, [0, 1, 2, 3, 4], norm)
     private = step_for(module, norm, 0.0, mode, patients=10)
-    assert private.accumulate(
-        losses_of(private.module, images, labels), torch.arange(5), last=True
-    )
+    assert private.accumulate(losses_of(private.module, images, labels), torch.arange(5), last=True)
     for parameter, sum_ in zip(module.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, sum_ / 10, rtol=1e-4, atol=1e-6)
     private.close()

@@ -21,7 +21,6 @@ from fedward.metrics import counts_from_arrays
 from fedward.models import build_model, to_arrays
 from fedward.plan import Plan
 from fedward.privacy import epsilon_spent
-from fedward.protocol import RoundOrder
 
 SEEDED = Runtime(randomness="seeded")
 PRIVATE = {"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-3, "clipping_norm": 1.0}
@@ -107,7 +106,9 @@ def test_cached_features_give_the_same_update_as_the_whole_model(
     cached, _ = Trainer(plan, site, runtime).train(start, make_order(plan))
     assert len(list(tmp_path.glob("features-*.npy"))) == 1
     reread, _ = Trainer(plan, site, runtime).train(start, make_order(plan))
-    monkeypatch.setattr("client.training.trainer.split_at_trainable", lambda model, names: (None, model))
+    monkeypatch.setattr(
+        "client.training.trainer.split_at_trainable", lambda model, names: (None, model)
+    )
     whole, _ = Trainer(plan, site, SEEDED).train(start, make_order(plan))
     assert equal(cached, reread)
     for name, value in whole.items():
@@ -134,7 +135,9 @@ def test_fedprox_term_is_the_gradient_of_half_mu_times_the_squared_distance(
         logits = model(torch.from_numpy(site.images[np.sort(order)]))
         targets = torch.from_numpy(site.targets[np.sort(order)])
         loss = torch.nn.functional.cross_entropy(logits, targets)
-        distance = sum(((p - o) ** 2).sum() for p, o in zip(model.parameters(), origin, strict=True))
+        distance = sum(
+            ((p - o) ** 2).sum() for p, o in zip(model.parameters(), origin, strict=True)
+        )
         gradients = torch.autograd.grad(loss + mu / 2 * distance, list(model.parameters()))
         with torch.no_grad():
             for parameter, gradient in zip(model.parameters(), gradients, strict=True):
