@@ -42,6 +42,19 @@ def lone_arm(state: State, plan: Plan, arrays: Arrays, seed: int, site: str | No
     return arm
 
 
+def as_many_images(plan: Plan, sites: int) -> Plan:
+    """The plan for pooled data: so many steps that it sees as many images as the sites together.
+
+    With local epochs that is so by itself.
+    """
+    steps = plan.training.local_steps
+    if steps is None:
+        return plan
+    return plan.model_copy(
+        update={"training": plan.training.model_copy(update={"local_steps": steps * sites})}
+    )
+
+
 def _train(trainer: Trainer, plan: Plan, arrays: Arrays, seed: int, arm: Arm) -> Arrays:
     average, before = arrays, time.perf_counter()
     for round_, model, loss in trainer.alone(arrays, seed):

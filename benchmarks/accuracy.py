@@ -1,0 +1,218 @@
+"""What the shipped plans reach on real images; writes ``benchmarks/accuracy.md``.
+
+Run ``python benchmarks/accuracy.py --data FOLDER`` where FOLDER holds ``pneumonia``, ``covid-ct``,
+``lungs`` and ``hippocampus``. Each study runs with three seeds (model, partition, sampling and
+noise). A finished run is kept and not repeated while its plan stays the same; ``--only NAME`` runs
+one study, ``--fresh`` forgets what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+
+from fedward.plan import load_plan, plan_hash
+from server.report import read_metrics, write_metrics
+from server.results import Arm, StudyResults
+from simulation import flower
+from simulation.pool import cores
+from simulation.study import Options, Study
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parent
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One study on one set of images.
+
+    Attributes
+    ----------
+    goal : float or None
+        Points (of 100) that federation may stay below pooled training.
+    plain : float or None
+        What a plain FedAvg script reached before there was a Fedward.
+    private : dict
+        ε to what a plain private script reached.
+    """
+
+    plan: str
+    data: str
+    partition: str
+    sites: int
+    goal: float | None
+    plain: float | None
+    private: dict[float, float]
+    epsilons: tuple[float, ...] = ()
+
+
+CASES = (
+    Case("pneumonia", "pneumonia", "dirichlet:0.5", 5, 0.5, 0.957, {}),
+    Case("covid-ct", "covid-ct", "folders", 3, None, 0.703, {}),
+    Case("lungs", "lungs", "folders", 7, 2.0, 0.911, {}),
+    Case("hippocampus", "hippocampus", "iid", 4, 1.0, 0.822, {}),
+    Case("pneumonia-transfer", "pneumonia", "dirichlet:0.5", 5, None, 0.961,
+         {8: 0.957, 3: 0.946, 1: 0.937}, (8.0, 3.0, 1.0)),
+    Case("covid-ct-transfer", "covid-ct", "folders", 3, None, 0.807,
+         {8: 0.745, 3: 0.726}, (8.0, 3.0, 1.0)),
+)  # fmt: skip
+
+
+def run_case(case: Case, seed: int, data: Path, out: Path, fresh: bool) -> StudyResults:
+    """Run one study with one seed, or take what an earlier call left."""
+    path = REPOSITORY / "studies" / f"{case.plan}.toml"
+    plan = load_plan(path)
+    folder = out / f"{case.plan}-seed{seed}"
+    if not fresh and (folder / "metrics.json").exists():
+        kept = read_metrics(folder / "metrics.json")[0]
+        if kept.plan_sha256 == plan_hash(plan) and kept.complete:
+            return kept
+    options = Options(
+        data=data / case.data, out=folder, partition=case.partition, sites=case.sites,
+        baselines=not case.epsilons, epsilons=case.epsilons, seed=seed, plan_folder=path.parent,
+    )  # fmt: skip
+    started = time.perf_counter()
+    study = Study(plan, options, note=lambda text: None)
+    results = study.run()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_metrics([results], folder / "metrics.json")
+    print(f"{case.plan}, seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
+    return results
+
+
+def own(arm: Arm, primary: str) -> float:
+    """Mean over the sites of the figure on each site's own test patients."""
+    if arm.test is None:
+        raise ValueError("the arm is not finished")
+    values = arm.test.per_site
+    sites = [arm.site] if arm.site else sorted(values)
+    found = [values[site][primary] for site in sites]
+    return statistics.mean(value for value in found if value is not None)
+
+
+def together(arm: Arm, primary: str) -> float:
+    """The figure on all test patients together."""
+    value = None if arm.test is None else arm.test.pooled[primary]
+    if value is None:
+        raise ValueError("the arm is not finished")
+    return value
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation over the seeds."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.3f} ± {deviation:.3f}"
+
+
+def rows(case: Case, runs: Sequence[StudyResults]) -> list[str]:
+    """Table rows of one study."""
+    primary = runs[0].primary
+    lines = []
+    for place, arm in enumerate(runs[0].arms):
+        if arm.kind == "alone":
+            continue
+        arms = [run.arms[place] for run in runs]
+        lines.append(_row(case, arm.name, arms, primary))
+    alone = [[arm for arm in run.arms if arm.kind == "alone"] for run in runs]
+    if alone[0]:
+        everywhere = [statistics.mean(together(a, primary) for a in arms) for arms in alone]
+        at_home = [statistics.mean(own(a, primary) for a in arms) for arms in alone]
+        seconds = [sum(a.seconds for a in arms) for arms in alone]
+        lines.append(
+            f"| {case.plan} | hospitals alone, mean | {spread(everywhere)} | {spread(at_home)} | – "
+            f"| {statistics.mean(seconds):.0f} |"
+        )
+    return lines
+
+
+def _row(case: Case, name: str, arms: Sequence[Arm], primary: str) -> str:
+    baseline = case.private.get(arms[0].epsilon or 0.0) if arms[0].epsilon else case.plain
+    shown = f"{baseline:.3f}" if baseline and arms[0].kind == "federated" else "–"
+    return (
+        f"| {case.plan} | {name} | {spread([together(a, primary) for a in arms])} "
+        f"| {spread([own(a, primary) for a in arms])} | {shown} "
+        f"| {statistics.mean(a.seconds for a in arms):.0f} |"
+    )
+
+
+def verdict(case: Case, runs: Sequence[StudyResults]) -> str:
+    """In words: the distance to pooled training, to the goal, and the price of privacy."""
+    primary, parts = runs[0].primary, []
+    plain = [
+        next(a for a in run.arms if a.kind == "federated" and a.epsilon is None) for run in runs
+    ]
+    mean = statistics.mean(together(a, primary) for a in plain)
+    if pooled := [run.arm("pooled") for run in runs if run.arm("pooled")]:
+        gap = 100 * (statistics.mean(together(a, primary) for a in pooled if a) - mean)
+        goal = (
+            f"; goal {case.goal} → {'met' if gap <= case.goal else 'missed'}" if case.goal else ""
+        )
+        parts.append(f"{gap:.1f} points below pooled{goal}")
+    for epsilon in sorted({a.epsilon for run in runs for a in run.arms if a.epsilon}, reverse=True):
+        arms = [next(a for a in run.arms if a.epsilon == epsilon) for run in runs]
+        cost = 100 * (mean - statistics.mean(together(a, primary) for a in arms))
+        parts.append(f"ε = {epsilon:g} costs {cost:.1f} points")
+    return f"- **{case.plan}** ({runs[0].primary}, {len(runs)} seeds): " + "; ".join(parts) + "."
+
+
+def write_page(done: dict[Case, list[StudyResults]], path: Path) -> None:
+    """Write the page; notes after the marker are kept."""
+    marker = "<!-- notes -->"
+    notes = path.read_text("utf-8").partition(marker)[2] if path.exists() else "\n"
+    lines = [
+        "# Accuracy of the shipped plans", "",
+        "Written by `python benchmarks/accuracy.py`. Mean ± standard deviation over the seeds; AUC "
+        "for classification, Dice for segmentation. *Together*: all test patients of all sites. "
+        "*Own*: mean over the sites of each site's own test patients (for hospitals alone: its own "
+        "model). *Plain script*: the best that plain FedAvg or FedProx code, or plain private code "
+        "at that ε, reached on the same images. Seconds are wall time of the arm.", "",
+        f"Machine: {platform.machine()}, {cores()} cores, Python {platform.python_version()}.",
+        "", "| plan | arm | together | own | plain script | seconds |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for case, runs in done.items():
+        lines += rows(case, runs)
+    lines += ["", "## In words", ""] + [verdict(case, runs) for case, runs in done.items()]
+    lines += ["", "## Settings", ""]
+    lines += [
+        f"- `studies/{case.plan}.toml`, plan SHA-256 `{runs[0].plan_sha256[:16]}…`, partition "
+        f"`{case.partition}`, {case.sites} sites, {runs[0].parameters:,} parameters, seeds "
+        f"{', '.join(str(run.seed) for run in runs)}"
+        for case, runs in done.items()
+    ]
+    path.write_text("\n".join(lines) + f"\n\n{marker}{notes}", "utf-8")
+
+
+def main() -> None:
+    """Run what is asked for and write the page after each study."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared" / "data")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "runs" / "accuracy")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", action="append", choices=[case.plan for case in CASES])
+    parser.add_argument("--fresh", action="store_true")
+    options = parser.parse_args()
+    if not options.data.is_dir():
+        raise SystemExit("the images are not here; name their folder with --data")
+    flower.quiet()
+    done: dict[Case, list[StudyResults]] = {}
+    # Seeds outside: an interrupted call leaves something of every study.
+    for seed in range(options.seeds):
+        for case in CASES:
+            wanted = not options.only or case.plan in options.only
+            if wanted or (options.out / f"{case.plan}-seed{seed}" / "metrics.json").exists():
+                fresh = options.fresh and wanted
+                run = run_case(case, seed, options.data, options.out, fresh)
+                done.setdefault(case, []).append(run)
+                write_page(done, HERE / "accuracy.md")
+
+
+if __name__ == "__main__":
+    main()
