@@ -21,6 +21,8 @@ from client.training.source import Source
 from fedward.plan.schema import Plan
 from fedward.privacy import Mechanism, steps_per_round
 
+_GRADIENT_FLOATS = 32_000_000  # what the gradients of all images of a part may take: 128 MB
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -141,13 +143,20 @@ class Fit:
         if not len(draw.images):
             private.accumulate_nobody()
             return None
-        total, parts = torch.zeros(()), list(chunks(draw, self.runtime.physical_batch))
+        total, parts = torch.zeros(()), list(chunks(draw, self._at_once()))
         for number, part in enumerate(parts, start=1):
             losses = self._losses(private.module, part.images)
             owners = torch.from_numpy(part.owners).to(losses.device)
             total = total + losses.detach().sum().cpu()
             private.accumulate(losses, owners, last=number == len(parts))
         return total / len(draw.images)
+
+    def _at_once(self) -> int:
+        """Images on the device at once: more where only a small end of the model runs."""
+        if self.source.prefix is None:
+            return self.runtime.physical_batch
+        trained = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+        return max(self.runtime.physical_batch, min(4096, _GRADIENT_FLOATS // trained))
 
     def _losses(self, module: nn.Module, batch: NDArray[np.int64]) -> Tensor:
         inputs, targets = self.source.augmented(
