@@ -12,12 +12,16 @@ import argparse
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+HERE = Path(__file__).resolve().parent
+# Run as a script, this folder comes first, and its simulation.py would hide the package.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != HERE]
 
 from fedward.plan import load_plan, plan_hash
 from server.report import read_metrics, write_metrics
@@ -26,7 +30,6 @@ from simulation import flower
 from simulation.pool import cores
 from simulation.study import Options, Study
 
-HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
 
 

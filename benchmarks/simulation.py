@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-
 HERE = Path(__file__).resolve().parent
+# Run as a script, this folder comes first, and this file would hide the package of its name.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != HERE]
 SITES, IMAGES, SIZE = 4, 2400, 28
 CONTENDERS = ("bare loop, 1 thread", "bare loop, all cores", "local", "ray", "plain Flower")
 PLAN: dict[str, Any] = {

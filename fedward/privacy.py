@@ -16,12 +16,18 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 from opacus.accountants import PRVAccountant
+from opacus.accountants.analysis.prv import (
+    PoissonSubsampledGaussianPRV,
+    compute_safe_domain_size,
+)
 from opacus.accountants.utils import get_noise_multiplier
 
 from fedward.errors import PrivacyError
 from fedward.plan.schema import Plan
 
 _MOST_NOISE = 1e6
+_ERROR = 0.01  # that the accountant may make in ε, always upwards
+_MOST_POINTS = 2**25  # of its grid; more would take gigabytes
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,10 @@ def noise_for(epsilon: float, delta: float, rate: float, steps: int) -> float:
 
 
 def _cost_of(noise: float, rate: float, steps: int, delta: float) -> float:
-    return epsilon_spent(noise, rate, steps, delta)
+    try:
+        return epsilon_spent(noise, rate, steps, delta)
+    except PrivacyError:
+        return math.inf  # so little noise that the accountant cannot follow
 
 
 def _safe_start(epsilon: float, delta: float, rate: float, steps: int) -> float:
@@ -122,7 +131,7 @@ def _safe_start(epsilon: float, delta: float, rate: float, steps: int) -> float:
                     accountant="rdp", epsilon_tolerance=epsilon / 3,
                 )
             )  # fmt: skip
-    except (ValueError, RuntimeError):
+    except (ValueError, RuntimeError, ArithmeticError):
         return math.sqrt(2 * math.log(1.25 / delta) * steps) / min(epsilon, 1.0)
 
 
@@ -135,13 +144,15 @@ def _tighten(start: float, cost: Callable[[float], float], epsilon: float) -> fl
     low, high = 0.0, math.inf
     noise, slope, before = start, 1.0, None
     for _ in range(40):
+        if noise > _MOST_NOISE:
+            break
         spent = cost(noise)
         if 0.995 * epsilon <= spent <= epsilon:
             return noise
         low, high = (low, noise) if spent <= epsilon else (noise, high)
-        if before is not None and before[0] != noise and before[1] != spent:
+        if before is not None and before[0] != noise and before[1] != spent < math.inf:
             slope = -math.log(spent / before[1]) / math.log(noise / before[0])
-        before = (noise, spent)
+        before = (noise, spent) if spent < math.inf else before
         guess = noise * (spent / (0.998 * epsilon)) ** (1.0 / max(slope, 0.2))
         inside = low < guess < high
         noise = guess if inside else (low + high) / 2 if math.isfinite(high) else 2 * noise
@@ -150,13 +161,36 @@ def _tighten(start: float, cost: Callable[[float], float], epsilon: float) -> fl
 
 @lru_cache(maxsize=4096)
 def epsilon_spent(noise_multiplier: float, rate: float, steps: int, delta: float) -> float:
-    """ε that so many steps have cost at δ (an upper bound)."""
+    """ε that so many steps have cost at δ (an upper bound).
+
+    Raises
+    ------
+    PrivacyError
+        There is so little noise, or so many steps, that no accountant can follow.
+    """
     if steps == 0:
         return 0.0
     accountant = PRVAccountant()
     accountant.history = [(noise_multiplier, rate, steps)]
-    with _quiet():
-        return float(accountant.get_epsilon(delta))
+    try:
+        with _quiet():
+            if _points(noise_multiplier, rate, steps, delta) <= _MOST_POINTS:
+                return float(accountant.get_epsilon(delta, eps_error=_ERROR))
+    except (ValueError, RuntimeError, ArithmeticError):
+        pass  # numbers out of the range of floats: said below
+    raise PrivacyError(
+        "the cost of a study must be within what can be accounted",
+        value=f"noise {noise_multiplier:.4g}, {steps} steps at rate {rate:.4g}, delta {delta}",
+        fix="Plan fewer steps, or a larger delta",
+        where="privacy",
+    )
+
+
+def _points(noise: float, rate: float, steps: int, delta: float) -> float:
+    """Points of the accountant's grid (Gopi et al., 2021, section 5)."""
+    prv, error = PoissonSubsampledGaussianPRV(rate, noise), delta / 1000
+    half = compute_safe_domain_size([prv], [steps], _ERROR, error)
+    return float(2 * half / _ERROR * math.sqrt(steps * math.log(12 / error) / 2))
 
 
 @contextmanager

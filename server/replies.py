@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, Message
+from flwr.app import Array, ArrayRecord, Message
 from numpy.typing import NDArray
 
 from fedward.errors import FedwardError, ProtocolError
@@ -51,23 +52,27 @@ def read_facts(message: Message) -> SiteFacts | Bad:
 
 
 def read_update(message: Message, site: str, round_: int, expected: Shapes) -> Update | Bad:
-    """Check an update: its site and round, its names, shapes, dtypes and values."""
+    """Check an update: its site and round, its weight, its names, shapes, dtypes and values."""
     try:
         outcome = TrainOutcome.from_flat(_config(message, "outcome"))
         _same(outcome.site, site, outcome.round, round_)
-        return Update(message, outcome, _check_arrays(_record(message, "arrays"), expected))
+        size = _check_arrays(_record(message, "arrays"), expected)
+        _check_weight(message, outcome)
+        return Update(message, outcome, size)
     except FedwardError as error:
         return Bad(str(error))
 
 
-def read_counts(message: Message, site: str, task: Task) -> Measured | Bad:
+def read_counts(message: Message, site: str, round_: int, part: str, task: Task) -> Measured | Bad:
     """Check the counts of an evaluation."""
     try:
         outcome = EvaluateOutcome.from_flat(_config(message, "outcome"))
-        _same(outcome.site, site, 0, 0)
+        _same(outcome.site, site, outcome.round, round_)
+        if outcome.part != part:
+            raise ProtocolError("a reply must be for the part that was asked", value=outcome.part)
         record = _record(message, "counts")
-        counts = counts_from_arrays(task, {name: record[name].numpy() for name in record})
-        return Measured(outcome, counts)
+        arrays = {name: _decoded(array) for name, array in record.items()}
+        return Measured(outcome, counts_from_arrays(task, arrays))
     except FedwardError as error:
         return Bad(str(error))
 
@@ -85,8 +90,9 @@ def _config(message: Message, key: str) -> dict[str, Any]:
 
 
 def _record(message: Message, key: str) -> ArrayRecord:
-    if key not in message.content.array_records:
-        raise ProtocolError("a reply must carry its arrays", value=key)
+    # Flower's strategies refuse the whole round when one reply carries a record too many.
+    if list(message.content.array_records) != [key]:
+        raise ProtocolError("a reply must carry its arrays, and only these", value=key)
     return message.content.array_records[key]
 
 
@@ -97,15 +103,36 @@ def _same(site: str, asked: str, round_: int, asked_round: int) -> None:
         raise ProtocolError("a reply must be for the round that was asked", value=round_)
 
 
+def _check_weight(message: Message, outcome: TrainOutcome) -> None:
+    records = {name: dict(record) for name, record in message.content.metric_records.items()}
+    weight = records.get("metrics", {}).get("num-examples")
+    if list(records) != ["metrics"] or list(records["metrics"]) != ["num-examples"]:
+        raise ProtocolError("an update must carry its weight, and nothing else to average")
+    if not isinstance(weight, int | float) or not math.isfinite(weight) or weight <= 0:
+        raise ProtocolError("an update's weight must be a number above 0")
+    if weight not in (outcome.patients, outcome.images):
+        raise ProtocolError("an update's weight must be what it was made of")
+
+
 def _check_arrays(record: ArrayRecord, expected: Shapes) -> int:
     if list(record.keys()) != list(expected.keys()):
         raise ProtocolError("an update must hold exactly the arrays that train, in their order")
     for name, reference in expected.items():
-        array = record[name]
-        if tuple(array.shape) != reference.shape or array.dtype != str(reference.dtype):
+        value = _decoded(record[name])
+        if value.shape != reference.shape or value.dtype != reference.dtype:
             raise ProtocolError(
                 "an update's arrays must have the model's shapes and dtypes", value=name
             )
-        if not np.isfinite(array.numpy()).all():
+        if not np.isfinite(value).all():
             raise ProtocolError("an update must be finite", value=name)
     return sum(len(array.data) for array in record.values())
+
+
+def _decoded(array: Array) -> NDArray[Any]:
+    try:
+        value: object = array.numpy()
+    except Exception as error:  # bytes from outside break this parser in undocumented ways
+        raise ProtocolError("an array must be readable", value=type(error).__name__) from error
+    if not isinstance(value, np.ndarray):
+        raise ProtocolError("an array must be readable", value="an archive")
+    return value

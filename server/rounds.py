@@ -116,10 +116,11 @@ class StudyRun:
         refused: set[str] = set()
         for reply in everyone.replies(asked, self.plan.participation.deadline):
             facts = read_facts(reply)
-            if isinstance(facts, Bad):
-                _LOG.warning("a site cannot take part: %s", facts.reason)
-                refused.add(facts.reason)
-            elif facts.patients >= self.plan.participation.minimum_patients:
+            reason = facts.reason if isinstance(facts, Bad) else self._objection(facts)
+            if isinstance(facts, Bad) or reason:
+                _LOG.warning("a site cannot take part: %s", reason)
+                refused.add(reason)
+            else:
                 self._nodes[reply.metadata.src_node_id] = facts.site
                 self.job.facts[facts.site] = facts
         if len(self._nodes) < self.plan.participation.sites and not self.job.stop.is_set():
@@ -133,6 +134,12 @@ class StudyRun:
         self._grid = StudyGrid(self._everyone, self._nodes, self.job.stop)
         sites = tuple(sorted(self._nodes.values()))
         self.job.listen(StudyStarted(self.job.arm.name, self.plan.rounds, sites))
+
+    def _objection(self, facts: SiteFacts) -> str:
+        if facts.site in self._nodes.values():
+            return "two sites of one study cannot have the same name"
+        least = self.plan.participation.minimum_patients
+        return f"a site needs {least} patients" if facts.patients < least else ""
 
     def _wait_for_nodes(self) -> list[int]:
         end = time.monotonic() + self.plan.participation.deadline
@@ -162,12 +169,16 @@ class StudyRun:
         self, round_: int, stage: Stage, place: int, names: Iterable[str], result: Round
     ) -> list[Update]:
         expected = {name: self.job.arrays[name] for name in names}
+        updates: dict[str, Update] = {}
         for _ in range(self.plan.participation.retries + 1):
-            messages = self._train_messages(round_, stage, place, expected)
+            messages = self._train_messages(round_, stage, place, expected, updates)
             result.bytes_down += sum(_size(message.content) for message in messages)
-            updates = self._collect(messages, round_, expected, result)
+            failures = self._collect(messages, round_, expected, updates)
+            result.failures = [Failure(site=s, reason=r) for s, r in sorted(failures.items())]
             if len(updates) >= self.plan.participation.needed or self.job.stop.is_set():
-                return updates
+                ordered = [updates[site] for site in sorted(updates)]
+                self._note(ordered, result)
+                return ordered
         raise StudyError(
             "a round needs its quorum of updates",
             value=f"{len(updates)} of {self.plan.participation.needed} in round {round_}; "
@@ -177,12 +188,22 @@ class StudyRun:
         )
 
     def _train_messages(
-        self, round_: int, stage: Stage, place: int, expected: Mapping[str, NDArray[Any]]
+        self,
+        round_: int,
+        stage: Stage,
+        place: int,
+        expected: Mapping[str, NDArray[Any]],
+        there: Mapping[str, Update],
     ) -> list[Message]:
+        # A repeated round asks only whose update is missing: training twice would cost privacy.
+        missing = [node for node, site in self._nodes.items() if site not in there]
+        grid = StudyGrid(self._everyone, missing, self.job.stop)
+        if not grid.get_node_ids():  # Flower would wait for one without end
+            return []
         account = round_ % self.plan.metrics.evaluate_every == 0 or round_ == self.plan.rounds
         messages = list(
             self._strategy_of(stage).configure_train(
-                place + 1, _record(expected), self._order(round_, account=account), self._grid
+                place + 1, _record(expected), self._order(round_, account=account), grid
             )
         )
         frozen = {name: value for name, value in self.job.arrays.items() if name not in expected}
@@ -191,25 +212,29 @@ class StudyRun:
         return messages
 
     def _collect(
-        self, messages: list[Message], round_: int, expected: Mapping[str, Any], result: Round
-    ) -> list[Update]:
-        updates, silent = [], {m.metadata.dst_node_id for m in messages}
+        self,
+        messages: list[Message],
+        round_: int,
+        expected: Mapping[str, Any],
+        updates: dict[str, Update],
+    ) -> dict[str, str]:
+        """Add the valid updates; give the reason of each site that has none."""
+        asked = {self._nodes[message.metadata.dst_node_id] for message in messages}
+        missing = set(self._nodes.values()) - set(updates)
+        failures = {s: "no answer in time" if s in asked else "not connected" for s in missing}
         for reply in self._grid.replies(messages, self.plan.participation.deadline):
-            node = reply.metadata.src_node_id
-            silent.discard(node)
-            update = read_update(reply, self._nodes[node], round_, expected)
-            self._tell(round_, self._nodes[node], "train")
+            site = self._nodes[reply.metadata.src_node_id]
+            update = read_update(reply, site, round_, expected)
+            self._tell(round_, site, "train")
             if isinstance(update, Bad):
-                result.failures.append(Failure(site=self._nodes[node], reason=update.reason))
+                failures[site] = update.reason
             else:
-                updates.append(update)
-        for node in sorted(silent):
-            result.failures.append(Failure(site=self._nodes[node], reason="no answer in time"))
-        self._note(updates, result)
-        return sorted(updates, key=lambda update: update.outcome.site)
+                updates[site] = update
+                failures.pop(site, None)
+        return failures
 
     def _note(self, updates: Iterable[Update], result: Round) -> None:
-        for update in sorted(updates, key=lambda update: update.outcome.site):
+        for update in updates:
             out = update.outcome
             result.bytes_up += update.size
             result.sites[out.site] = SiteRound(
@@ -276,7 +301,7 @@ class StudyRun:
         counts: dict[str, Counts] = {}
         for reply in self._grid.replies(messages, self.plan.participation.deadline):
             site = self._nodes[reply.metadata.src_node_id]
-            measured = read_counts(reply, site, self.plan.task)
+            measured = read_counts(reply, site, round_, part, self.plan.task)
             self._tell(round_, site, part)
             if isinstance(measured, Measured):
                 counts[site] = measured.counts

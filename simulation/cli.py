@@ -94,16 +94,18 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a study: hospitals side by side on this machine, then the report."""
+    # What is wrong with the command or the plan shows before the slow imports.
     from fedward.plan import load_plan
+
+    others, loaded = _numbers(epsilons), load_plan(plan)
     from simulation.output import check_out
     from simulation.study import Options, Study
 
     options = Options(
         data=data, out=out, format=None if format is FormatName.auto else _FORMATS[format],
         partition=partition, sites=sites, engine=engine.value, device=device, baselines=baselines,
-        epsilons=_numbers(epsilons), seed=seed, plan_folder=plan.parent,
+        epsilons=others, seed=seed, plan_folder=plan.parent,
     )  # fmt: skip
-    loaded = load_plan(plan)
     check_out(out)
     _run_studies([Study(loaded, options)], out, as_json)
 
@@ -115,7 +117,7 @@ def demo(
     device: Device = "auto",
     patients: Annotated[
         int, typer.Option("--patients", min=20, help="Patients per hospital.")
-    ] = 60,
+    ] = 80,
     as_json: AsJson = False,
 ) -> None:
     """Four synthetic hospitals as DICOM files, two studies, one report."""
@@ -129,11 +131,12 @@ def demo(
 @plan_app.command("check")
 def check(plan: PlanFile, as_json: AsJson = False) -> None:
     """Validate and explain a plan without data."""
-    from fedward.models import describe
     from fedward.plan import load_plan, plan_hash
     from fedward.plan.explain import explain
 
     loaded = load_plan(plan)
+    from fedward.models import describe
+
     parameters = describe(loaded).parameters
     if as_json:
         _print_json(

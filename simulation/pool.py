@@ -6,9 +6,12 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -24,7 +27,7 @@ class Pool:
     """Workers that share one state, made before they start.
 
     On Linux they are forked, so that prepared images are shared and nothing is imported again.
-    Each worker is a pool of one: work for a site goes to the worker that has it warm.
+    Work for a site goes to the worker that has it warm.
 
     Parameters
     ----------
@@ -36,37 +39,87 @@ class Pool:
 
     def __init__(self, state: object, workers: int) -> None:
         self._state, self.workers = state, workers
-        self._executors = [self._start() for _ in range(workers)]
-        for future in [executor.submit(os.getpid) for executor in self._executors]:
+        self._workers = [_Worker(state) for _ in range(workers)]
+        for future in [worker.submit(_ready) for worker in self._workers]:
             future.result()
 
     def submit(self, place: int, task: Callable[..., Result], *arguments: object) -> Future[Result]:
         """Run ``task(state, *arguments)`` in the worker of that place."""
-        if not self._executors:
+        if not self._workers:
             return _at_once(task, self._state, *arguments)
-        index = place % len(self._executors)
-        try:
-            return self._executors[index].submit(_run, task, *arguments)
-        except BrokenProcessPool:
-            # A worker that was killed costs its running task; the next one gets a fresh worker.
-            self._executors[index] = self._start()
-            return self._executors[index].submit(_run, task, *arguments)
+        return self._workers[place % len(self._workers)].submit(task, *arguments)
 
     def close(self) -> None:
         """End the workers, also those at work."""
-        for executor in self._executors:
-            processes = list((executor._processes or {}).values())
-            executor.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
-                process.terminate()
-            for process in processes:
-                process.join(5)
+        for worker in self._workers:
+            worker.close()
 
-    def _start(self) -> ProcessPoolExecutor:
-        method = "fork" if sys.platform == "linux" else "spawn"
-        return ProcessPoolExecutor(
-            1, multiprocessing.get_context(method), initializer=_enter, initargs=(self._state,)
-        )
+
+class _Worker:
+    """One process, and the tasks that wait for it.
+
+    They wait here and not at the process, so that its death costs only the task that it was at.
+    """
+
+    def __init__(self, state: object) -> None:
+        self._state, self._executor = state, _start(state)
+        self._waiting: deque[tuple[Future[Any], tuple[Any, ...]]] = deque()
+        self._lock, self._busy = threading.Lock(), False
+
+    def submit(self, *call: Any) -> Future[Any]:
+        promise: Future[Any] = Future()
+        with self._lock:
+            self._waiting.append((promise, call))
+            idle, self._busy = not self._busy, True
+        if idle:
+            self._next()
+        return promise
+
+    def close(self) -> None:
+        with self._lock:
+            for promise, _ in self._waiting:
+                promise.cancel()
+            self._waiting.clear()
+            executor = self._executor
+        processes = list((executor._processes or {}).values())
+        executor.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join(5)
+
+    def _next(self) -> None:
+        with self._lock:
+            if not self._waiting:
+                self._busy = False
+                return
+            promise, call = self._waiting.popleft()
+            try:
+                running = self._executor.submit(_run, *call)
+            except BrokenProcessPool:
+                self._executor = _start(self._state)
+                running = self._executor.submit(_run, *call)
+        running.add_done_callback(partial(self._done, promise))
+
+    def _done(self, promise: Future[Any], finished: Future[Any]) -> None:
+        if finished.cancelled():
+            promise.cancel()
+        elif error := finished.exception():
+            promise.set_exception(error)
+        else:
+            promise.set_result(finished.result())
+        self._next()
+
+
+def _start(state: object) -> ProcessPoolExecutor:
+    method = "fork" if sys.platform == "linux" else "spawn"
+    return ProcessPoolExecutor(
+        1, multiprocessing.get_context(method), initializer=_enter, initargs=(state,)
+    )
+
+
+def _ready(state: object) -> int:
+    return os.getpid()
 
 
 def _enter(state: object) -> None:

@@ -16,9 +16,10 @@ from fedward.plan import Plan, canonical, from_canonical, parse_plan, plan_from,
 from fedward.plan.text import to_toml, toml_text
 
 Change = Callable[[str, dict[str, Any]], dict[str, Any]]
-GOLDEN = "5efbb59c9eda065e011f1fc9b2b1514adf711b06941dcb84d33db55a31c0a2c8"
+GOLDEN = "001f92db487db392ac4cd7ce4535e4a7e59fa119e4eea8d6e92342ac4dd0dbde"
 
 TIED = {
+    "model.taps",
     "version",
     *(f"task.{key}" for key in ("kind", "dimensions", "multi_label")),
     "model.name",

@@ -1,0 +1,77 @@
+"""The commands of the README, as they stand there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from server.results import StudyResults
+from simulation.cohort import write_cohort
+from simulation.demo import KINDS
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ".venv/bin/fedward-simulate"
+BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+LINES = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder with the shipped plans, and with a small copy of what ``make demo`` writes."""
+    shutil.copytree(ROOT / "studies", tmp_path / "studies")
+    for kind in KINDS:
+        write_cohort(tmp_path / "demo" / f"cohort-{kind}", 0, kind, 20, 4)
+    return tmp_path
+
+
+def hasten(checkout: Path) -> None:
+    """Two rounds instead of many; everything else of the plans stays."""
+    for plan in (checkout / "studies").glob("demo-*.toml"):
+        text = re.sub(r"^rounds = \d+$", "rounds = 2", plan.read_text("utf-8"), flags=re.MULTILINE)
+        plan.write_text(text, "utf-8")
+
+
+def run(line: str, folder: Path) -> str:
+    """Run one line of the README from a folder; what it printed."""
+    program, *arguments = shlex.split(line)
+    assert program == PROGRAM, "a README line that this test cannot run"
+    done = subprocess.run(
+        [sys.executable, "-m", "simulation.cli", *arguments], cwd=folder, text=True,
+        capture_output=True, timeout=240, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_the_commands_of_the_readme_work(checkout: Path) -> None:
+    assert len(LINES) >= 3
+    hasten(checkout)
+    for line in LINES:
+        printed = run(line, checkout)
+        if " run " in line:
+            out = checkout / line.split("--out ")[1].split()[0]
+            results = StudyResults.model_validate_json((out / "metrics.json").read_text("utf-8"))
+            assert results.complete and results.synthetic
+            assert "synthetic data" in printed and "report.html" in printed
+            assert (out / "model.safetensors").is_file() and (out / "cache").is_dir()
+        else:
+            assert "SHA-256" in printed
+
+
+def test_the_make_targets_of_the_readme_exist() -> None:
+    readme, makefile = (
+        (ROOT / "README.md").read_text("utf-8"),
+        (ROOT / "Makefile").read_text("utf-8"),
+    )
+    named = set(re.findall(r"`?make ([a-z]+)`?$|`make ([a-z]+)", readme, re.MULTILINE))
+    for target in {first or second for first, second in named}:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

@@ -1,0 +1,156 @@
+"""Records on the wire: they come back as they went, and nothing else gets in or is quoted."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedward.errors import PlanError, ProtocolError
+from fedward.plan import canonical, plan_hash
+from fedward.protocol import EvaluateOutcome, Record, Refusal, RoundOrder, SiteFacts, TrainOutcome
+
+NAMES = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._ -]{0,63}\Z")
+COUNTS = st.integers(0, 2**60)
+FIGURES = st.floats(allow_nan=False, allow_infinity=False)
+MAYBE = st.none() | FIGURES
+PARTS = st.sampled_from(["train", "validation", "test"])
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=200)
+SECRET = "DOE^JANE-1.2.840.113619"
+
+RECORDS: dict[type[Record], st.SearchStrategy[Record]] = {
+    SiteFacts: st.builds(
+        SiteFacts, site=NAMES, synthetic=st.booleans(),
+        **dict.fromkeys(
+            [f"{p}{k}" for k in ("patients", "images") for p in ("", "train_", "validation_", "test_")],
+            COUNTS,
+        ),
+        class_counts=st.lists(COUNTS, max_size=5).map(tuple),
+        left_out_reasons=st.lists(TEXTS, max_size=3).map(tuple),
+        left_out_counts=st.lists(COUNTS, max_size=3).map(tuple),
+    ),
+    TrainOutcome: st.builds(
+        TrainOutcome, site=NAMES, round=COUNTS, patients=COUNTS, images=COUNTS, steps=COUNTS,
+        loss=MAYBE, seconds=FIGURES, cpu_seconds=FIGURES, epsilon=MAYBE, delta=MAYBE,
+        noise_multiplier=MAYBE, sampling_rate=MAYBE,
+    ),
+    EvaluateOutcome: st.builds(
+        EvaluateOutcome, site=NAMES, round=COUNTS, part=PARTS, images=COUNTS, seconds=FIGURES
+    ),
+    Refusal: st.builds(Refusal, site=NAMES, round=COUNTS, rule=TEXTS, value=TEXTS),
+}  # fmt: skip
+EXAMPLES: list[Record] = [
+    SiteFacts(
+        site="a", patients=1, images=1, train_patients=1, validation_patients=0, test_patients=0,
+        train_images=1, validation_images=0, test_images=0, class_counts=(1, 0),
+    ),
+    TrainOutcome(site="a", round=1, patients=1, images=1, steps=1, seconds=0.5),
+    EvaluateOutcome(site="a", round=1, part="test", images=1, seconds=0.5),
+    Refusal(site="a", round=1, rule="no"),
+]  # fmt: skip
+one_of_each = pytest.mark.parametrize("record", EXAMPLES, ids=lambda r: type(r).__name__)
+
+
+@pytest.mark.parametrize("kind", RECORDS, ids=lambda kind: kind.__name__)
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_record_comes_back_as_it_went(kind: type[Record], data: st.DataObject) -> None:
+    record = data.draw(RECORDS[kind])
+    flat = record.to_flat()
+    assert kind.from_flat(flat) == record
+    assert None not in flat.values()
+    assert all(isinstance(v, bool | int | float | str | list) for v in flat.values())
+
+
+def test_an_order_comes_back_with_its_plan(make_plan: Any) -> None:
+    plan = make_plan()
+    order = RoundOrder(
+        plan=canonical(plan), plan_hash=plan_hash(plan), round=3, part="test", seed=4
+    )
+    again = RoundOrder.from_flat(order.to_flat())
+    assert again == order
+    assert again.read_plan() == plan
+
+
+def refuse(kind: type[Record], flat: dict[str, Any]) -> str:
+    with pytest.raises(ProtocolError) as caught:
+        kind.from_flat(flat)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+    return str(caught.value)
+
+
+@one_of_each
+def test_an_unknown_key_is_refused_and_not_quoted(record: Record) -> None:
+    told = refuse(type(record), {**record.to_flat(), SECRET: SECRET})
+    assert SECRET not in told
+    assert type(record).__name__ in told
+
+
+@one_of_each
+def test_a_missing_key_is_named(record: Record) -> None:
+    for key, field in type(record).model_fields.items():
+        if field.is_required():
+            flat = {k: v for k, v in record.to_flat().items() if k != key}
+            assert refuse(type(record), flat).startswith(f"{key}:")
+
+
+@one_of_each
+def test_a_wrong_type_is_refused_and_not_quoted(record: Record) -> None:
+    for key, value in record.to_flat().items():
+        wrong: list[Any] = [b"x", None, {"a": 1}, [SECRET, 1]]
+        wrong += [f"../{SECRET}"] if key in {"site", "part"} else []
+        wrong += [SECRET] if not isinstance(value, str) else [7]
+        for other in wrong:
+            told = refuse(type(record), {**record.to_flat(), key: other})
+            assert SECRET not in told
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_figures_are_finite(value: float) -> None:
+    for key in ("loss", "seconds", "cpu_seconds", "epsilon", "delta"):
+        assert refuse(TrainOutcome, {**EXAMPLES[1].to_flat(), key: value}).startswith(key)
+
+
+@pytest.mark.parametrize("value", [-1, True, 1.0, "1"])
+def test_counts_are_whole_and_not_negative(value: object) -> None:
+    refuse(TrainOutcome, {**EXAMPLES[1].to_flat(), "patients": value})
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_another_version_is_refused(version: object) -> None:
+    refuse(Refusal, {**EXAMPLES[3].to_flat(), "version": version})
+
+
+@pytest.mark.parametrize("name", ["", ".x", "a/b", "a\nb", "x" * 65, "Süd", "a\n", "../a"])
+def test_a_site_name_is_short_and_plain(name: str) -> None:
+    refuse(Refusal, {**EXAMPLES[3].to_flat(), "site": name})
+
+
+def test_texts_have_a_limit() -> None:
+    refuse(Refusal, {**EXAMPLES[3].to_flat(), "rule": "x" * 501})
+    refuse(Refusal, {**EXAMPLES[3].to_flat(), "value": "x" * 201})
+
+
+def test_a_plan_with_another_hash_is_refused(make_plan: Any) -> None:
+    plan = make_plan()
+    flat = RoundOrder(plan=canonical(plan), plan_hash=plan_hash(plan), round=1).to_flat()
+    told = refuse(RoundOrder, {**flat, "plan": canonical(plan) + " "})
+    assert "hash" in told
+    assert canonical(plan) not in told
+    refuse(RoundOrder, {**flat, "plan_hash": "A" * 64})
+    refuse(RoundOrder, {**flat, "part": "all"})
+    assert get_args(RoundOrder.model_fields["part"].annotation) == ("train", "validation", "test")
+
+
+def test_what_is_hashed_must_be_a_plan() -> None:
+    import hashlib
+
+    for text in ("", "[]", "{}", "{", "null", "[" * 100_000):
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        order = RoundOrder.from_flat({"plan": text, "plan_hash": digest, "round": 1})
+        with pytest.raises(PlanError):
+            order.read_plan()

@@ -1,0 +1,124 @@
+"""What a site answers is not trusted: bytes, weights and records of every wrong kind."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from fedward.metrics import ClassificationCounts
+from fedward.plan.schema import Task
+from fedward.protocol import EvaluateOutcome, TrainOutcome
+from server.replies import Bad, Measured, Update, read_counts, read_update
+from simulation import flower
+
+EXPECTED = {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float32)}
+OUTCOME = TrainOutcome(site="x", round=1, patients=5, images=9, steps=2, seconds=0.1)
+
+
+@pytest.fixture(autouse=True)
+def _identity() -> None:
+    flower.become_server()
+
+
+def reply(**changes: Any) -> Message:
+    content: dict[str, Any] = {
+        "arrays": ArrayRecord({name: Array(value) for name, value in EXPECTED.items()}),
+        "metrics": MetricRecord({"num-examples": 9}),
+        "outcome": ConfigRecord(OUTCOME.to_flat()),  # type: ignore[arg-type]
+        **changes,
+    }
+    records = {name: record for name, record in content.items() if record is not None}
+    return Message(RecordDict(records), 1, "train")
+
+
+def with_bytes(data: bytes, shape: tuple[int, ...] = (2, 3), stype: str = "numpy.ndarray") -> Any:
+    record = ArrayRecord({name: Array(value) for name, value in EXPECTED.items()})
+    record["a"] = Array("float32", shape, stype, data)
+    return record
+
+
+def saved(value: Any, *, archive: bool = False) -> bytes:
+    file = BytesIO()
+    if archive:
+        np.savez(file, value)
+    else:
+        np.save(file, value)
+    return file.getvalue()
+
+
+def test_a_right_update_is_taken() -> None:
+    update = read_update(reply(), "x", 1, EXPECTED)
+    assert isinstance(update, Update)
+    assert update.outcome == OUTCOME
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"", b"junk", b"\x93NUMPY", b"PK\x03\x04", saved(EXPECTED["a"])[:-3],
+        saved(EXPECTED["a"], archive=True), saved(np.ones((3, 2), np.float32)),
+        saved(np.ones((2, 3))), saved(np.array(["x"])), saved(np.full((2, 3), np.inf, np.float32)),
+        saved(EXPECTED["a"]).replace(b"(2, 3)", b"(9, 9)"),
+        b"\x80\x04cos\nsystem\n(S'true'\ntR.",
+    ],
+)  # fmt: skip
+def test_bytes_that_are_not_what_the_record_says_are_refused(data: bytes) -> None:
+    assert isinstance(read_update(reply(arrays=with_bytes(data)), "x", 1, EXPECTED), Bad)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"arrays": None}, {"metrics": None}, {"outcome": None},
+        {"more": ArrayRecord({"a": Array(EXPECTED["a"])})},
+        {"more": MetricRecord({"num-examples": 1})},
+        {"metrics": MetricRecord({"num-examples": 0})},
+        {"metrics": MetricRecord({"num-examples": -9})},
+        {"metrics": MetricRecord({"num-examples": float("nan")})},
+        {"metrics": MetricRecord({"num-examples": float("inf")})},
+        {"metrics": MetricRecord({"num-examples": 10**9})},
+        {"metrics": MetricRecord({"num-examples": [9, 9]})},
+        {"metrics": MetricRecord({"num-examples": 9, "accuracy": 1.0})},
+        {"metrics": MetricRecord({"other": 9})},
+        {"outcome": ConfigRecord({"site": "x"})},
+        {"outcome": ConfigRecord({**OUTCOME.to_flat(), "path": "/data"})},  # type: ignore[dict-item]
+        {"arrays": with_bytes(saved(EXPECTED["a"]), stype="torch")},
+    ],
+)  # fmt: skip
+def test_records_that_would_spoil_the_round_are_refused(changes: dict[str, Any]) -> None:
+    bad = read_update(reply(**changes), "x", 1, EXPECTED)
+    assert isinstance(bad, Bad)
+    assert "/data" not in bad.reason
+
+
+def counts_reply(part: str = "test", round_: int = 0, site: str = "x", **arrays: Any) -> Message:
+    scores, truth = np.array([[0.2, 0.8], [0.7, 0.3]]), np.array([1, 0])
+    counts = ClassificationCounts.from_scores(scores, truth)
+    outcome = EvaluateOutcome.model_validate(
+        {"site": site, "round": round_, "part": part, "images": 2, "seconds": 0.0}
+    )
+    named = {**counts.to_arrays(), **arrays}
+    record = ArrayRecord({n: v if isinstance(v, Array) else Array(v) for n, v in named.items()})
+    content = {"counts": record, "outcome": ConfigRecord(outcome.to_flat())}  # type: ignore[arg-type]
+    return Message(RecordDict(content), 1, "evaluate")  # type: ignore[arg-type]
+
+
+def test_counts_are_held_against_what_was_asked() -> None:
+    task = Task(kind="classification", classes=("no", "yes"))
+    assert isinstance(read_counts(counts_reply(), "x", 0, "test", task), Measured)
+    three = Task(kind="classification", classes=("a", "b", "c"))
+    junk = Array("float64", (2,), "numpy.ndarray", b"junk")
+    for message, site, round_, part, for_task in (
+        (counts_reply(), "y", 0, "test", task),
+        (counts_reply(), "x", 1, "test", task),
+        (counts_reply(), "x", 0, "validation", task),
+        (counts_reply(), "x", 0, "test", three),
+        (counts_reply(loss=junk), "x", 0, "test", task),
+        (counts_reply(loss=np.array([np.nan, 2.0])), "x", 0, "test", task),
+        (counts_reply(more=np.zeros(2)), "x", 0, "test", task),
+    ):
+        assert isinstance(read_counts(message, site, round_, part, for_task), Bad)

@@ -1,0 +1,295 @@
+"""The command itself, as a user's shell runs it: its files, its exit codes, its Ctrl-C."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from fedward.plan import load_plan, plan_hash
+from server.results import StudyResults
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = [sys.executable, "-m", "simulation.cli"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "FLWR_TELEMETRY_ENABLED": "0"}
+DIVIDED = ("--partition", "iid", "--sites", "2", "--device", "cpu")
+DP_SGD = 'mechanism = "dp-sgd"\nepsilon = 8\ndelta = 1e-3\nclipping_norm = 1.0'
+pytestmark = pytest.mark.integration
+
+
+def simulate(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command in a folder of its own."""
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], cwd=folder, env=ENVIRONMENT, text=True,
+        capture_output=True, timeout=240, check=False,
+    )  # fmt: skip
+
+
+# Starting costs seconds, so the cases of one test share a start; each still ends as a process.
+FORKING = """
+import json, os, sys
+import fedward.models, server.report, simulation.output, simulation.study
+from simulation.cli import main
+for number, line in enumerate(sys.stdin):
+    if (child := os.fork()) == 0:
+        sys.argv[1:] = json.loads(line)
+        for stream, end in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{number}.{end}", os.O_CREAT | os.O_WRONLY), stream)
+        main()
+        raise SystemExit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(status)
+"""
+
+
+def simulate_each(
+    *commands: tuple[object, ...], folder: Path
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run several commands, each in a process forked from one that has imported everything."""
+    lines = [json.dumps([str(argument) for argument in command]) for command in commands]
+    parent = subprocess.run(
+        [sys.executable, "-c", FORKING], input="\n".join(lines), cwd=folder, env=ENVIRONMENT,
+        text=True, capture_output=True, timeout=240, check=True,
+    )  # fmt: skip
+    codes = [int(code) for code in parent.stdout.split()]
+    return [
+        subprocess.CompletedProcess(
+            [], code, (folder / f"{i}.out").read_text(), (folder / f"{i}.err").read_text()
+        )
+        for i, code in enumerate(codes)
+    ]
+
+
+def change(plan: Path, old: str, new: str) -> None:
+    """Edit a plan; the old text must be there."""
+    text = plan.read_text("utf-8")
+    assert old in text
+    plan.write_text(text.replace(old, new), "utf-8")
+
+
+def read_results(out: Path) -> StudyResults:
+    """What ``metrics.json`` says, held against its schema."""
+    return StudyResults.model_validate_json((out / "metrics.json").read_text("utf-8"))
+
+
+def check_model(out: Path, plan: Path, complete: bool) -> None:
+    """The delivered model opens, is not empty, and says which plan it came from."""
+    with safe_open(out / "model.safetensors", "np") as file:
+        facts = file.metadata()
+        assert all(file.get_tensor(name).size for name in file.keys())  # noqa: SIM118
+    assert facts["plan_sha256"] == plan_hash(load_plan(plan))
+    assert facts["classes"] == "no,yes"
+    assert facts["complete"] == str(complete).lower()
+
+
+def test_a_run_leaves_report_metrics_model_and_plan(
+    npz_data: Path, plan_file: Path, tmp_path: Path
+) -> None:
+    done = simulate(
+        "run", plan_file, "--data", npz_data, *DIVIDED, "--out", "out/here", folder=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "federated: round 2 of 2" in done.stdout
+    assert "Report: out/here/report.html" in done.stdout
+    out = tmp_path / "out" / "here"
+    results = read_results(out)
+    assert results.complete and results.partition == "iid"
+    assert [arm.kind for arm in results.arms] == ["federated"]
+    assert [round_.round for round_ in results.arms[0].rounds] == [1, 2]
+    assert results.arms[0].rounds[0].bytes_up > 0
+    assert set(results.arms[0].test.per_site) == {"site-1", "site-2"}  # type: ignore[union-attr]
+    report = (out / "report.html").read_text("utf-8")
+    assert "site-2" in report and "<script src" not in report and "http://" not in report
+    told, name = (out / "plan.sha256").read_text("utf-8").split()
+    assert hashlib.sha256((out / name).read_bytes()).hexdigest() == told == results.plan_sha256
+    check_model(out, plan_file, complete=True)
+
+
+def test_json_is_one_object_on_standard_output_with_all_arms(
+    npz_data: Path, plan_file: Path, tmp_path: Path
+) -> None:
+    done = simulate(
+        "run", plan_file, "--data", npz_data, *DIVIDED, "--baselines", "--json", folder=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert done.stdout.count("\n") == 1
+    assert told["out"] == "runs/latest"
+    results = StudyResults.model_validate_json(json.dumps(told["studies"][0]))
+    assert results == read_results(tmp_path / "runs" / "latest")
+    assert [arm.name for arm in results.arms] == [
+        "federated", "alone: site-1", "alone: site-2", "pooled",
+    ]  # fmt: skip
+    assert all(arm.test is not None and len(arm.rounds) == 2 for arm in results.arms)
+    assert "federated: round 1 of 2" in done.stderr
+
+
+def test_other_epsilons_run_beside_a_private_plan(
+    npz_data: Path, plan_file: Path, tmp_path: Path
+) -> None:
+    change(plan_file, 'mechanism = "none"', DP_SGD)
+    change(plan_file, "rounds = 2", "rounds = 1")
+    done = simulate(
+        "run", plan_file, "--data", npz_data, *DIVIDED, "--epsilons", "8,3", folder=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    arms = read_results(tmp_path / "runs" / "latest").arms
+    assert [arm.epsilon for arm in arms] == [8, 3, None]
+    noise = [arm.privacy["site-1"].noise_multiplier for arm in arms[:2]]
+    assert noise[0] < noise[1]
+    for arm in arms[:2]:
+        assert all(0 < spent.epsilon <= (arm.epsilon or 0) for spent in arm.privacy.values())
+
+
+WEIGHTS = f'[model.initial_weights]\nfile = "w.pt"\nsha256 = "{"0" * 64}"\n[training]'
+# The plan's change, the arguments, the exit code of docs/errors.md, what the message says.
+FAILURES: list[tuple[tuple[str, str] | None, tuple[str, ...], int, str]] = [
+    (None, ("--epsilons", "1,3"), 10, "[privacy]"),
+    (None, ("--sites", "1"), 10, "participation.sites"),
+    (None, ("--data", "nothing"), 11, "data"),
+    (None, ("--partition", "alphabet"), 11, "alphabet"),
+    (None, ("--partition", "folders"), 11, "folder"),
+    (None, ("--format", "dicom"), 11, "labels.csv"),
+    (("[training]", WEIGHTS), (), 13, "model.initial_weights.file"),
+    (None, ("--device", "cuda:99"), 15, "cuda:99"),
+    (None, ("--device", "abacus"), 15, "abacus"),
+    (("sites = 2", "sites = 2\nminimum_patients = 9999"), (), 17, "0 of 2"),
+    (None, ("--out", "plan.toml/out"), 18, "--out"),
+]  # fmt: skip
+
+
+def test_each_failure_has_its_exit_code_and_no_traceback(
+    npz_data: Path, plan_file: Path, tmp_path: Path
+) -> None:
+    text, commands = plan_file.read_text("utf-8"), []
+    for number, (edit, arguments, _, _) in enumerate(FAILURES):
+        plan = tmp_path / f"plan-{number}.toml"
+        plan.write_text(text, "utf-8")
+        if edit:
+            change(plan, *edit)
+        commands.append(("run", plan, "--data", npz_data, *DIVIDED, *arguments))
+    for failure, done in zip(FAILURES, simulate_each(*commands, folder=tmp_path), strict=True):
+        _, _, code, says = failure
+        assert done.returncode == code, (failure, done.stderr)
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith("error: ") and says in last, (failure, done.stderr)
+        assert "Traceback" not in done.stdout + done.stderr
+        assert str(tmp_path) not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "arguments", "code", "says"),
+    [
+        pytest.param("rounds = 2", "round = 2", (), 10, "training.round", id="unknown key"),
+        pytest.param("sites", "sites", ("--epsilons", "much"), 2, "1,3,8", id="no number"),
+        pytest.param("sites", "sites", ("--epsilon", "1"), 2, "--epsilon", id="no option"),
+    ],
+)
+def test_a_wrong_command_or_plan_fails_before_the_slow_imports(
+    old: str, new: str, arguments: tuple[str, ...], code: int, says: str,
+    npz_data: Path, plan_file: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    change(plan_file, old, new)
+    done = simulate("run", plan_file, "--data", npz_data, *arguments, folder=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_failure_with_json_is_an_object_too(tmp_path: Path) -> None:
+    done = simulate("plan", "check", "none.toml", "--json", folder=tmp_path)
+    told: dict[str, Any] = json.loads(done.stdout)
+    assert (told["error"], told["exit_code"], done.returncode) == ("PlanError", 10, 10)
+    assert told["message"] in done.stderr
+
+
+def test_plan_check_explains_and_tells_the_hash(plan_file: Path, tmp_path: Path) -> None:
+    check = ("plan", "check", plan_file)
+    text, asked = simulate_each(check, (*check, "--json"), folder=tmp_path)
+    assert text.returncode == asked.returncode == 0, text.stderr
+    sha = plan_hash(load_plan(plan_file))
+    assert sha in text.stdout and "no, yes" in text.stdout
+    told = json.loads(asked.stdout)
+    assert told["valid"] is True and told["plan_sha256"] == sha and told["rounds"] == 2
+    assert told["parameters"] > 0 and told["plan"]["privacy"]["mechanism"] == "none"
+
+
+def _group_is_gone(group: int, seconds: float = 10) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.fixture
+def _signals() -> Iterator[None]:
+    """A shell's background job ignores Ctrl-C, and so would what the tests start from one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def _interrupt_after(words: str, *arguments: object, folder: Path) -> tuple[int, str]:
+    """Start the command, press Ctrl-C once it said the words; its exit code and errors.
+
+    A terminal sends the signal to the whole group, workers included.
+    """
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, arguments)], cwd=folder, env=ENVIRONMENT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        assert any(words in line for line in process.stdout), f"never said: {words}"
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert _group_is_gone(process.pid), "a worker outlived the command"
+        return process.returncode, errors
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+@pytest.mark.usefixtures("_signals")
+def test_ctrl_c_keeps_finished_rounds_and_leaves_no_process(
+    npz_data: Path, plan_file: Path, tmp_path: Path
+) -> None:
+    change(plan_file, "rounds = 2", "rounds = 5000")
+    code, errors = _interrupt_after(
+        "round 1 of 5000", "run", plan_file, "--data", npz_data, *DIVIDED, folder=tmp_path
+    )
+    assert code == 130, errors
+    assert "interrupted" in errors and "Traceback" not in errors
+    out = tmp_path / "runs" / "latest"
+    results = read_results(out)
+    assert not results.complete
+    assert 1 <= len(results.arms[0].rounds) < 5000
+    assert (out / "report.html").is_file() and (out / "plan.json").is_file()
+    check_model(out, plan_file, complete=False)
+
+
+@pytest.mark.usefixtures("_signals")
+def test_ctrl_c_before_the_first_round_ends_cleanly(
+    npz_data: Path, plan_file: Path, tmp_path: Path
+) -> None:
+    code, errors = _interrupt_after(
+        "reading the data", "run", plan_file, "--data", npz_data, *DIVIDED, folder=tmp_path
+    )
+    assert code == 130, errors
+    assert "Traceback" not in errors

@@ -1,0 +1,212 @@
+"""Every strategy by name, through real Flower messages, against arithmetic written out in numpy."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from numpy.typing import NDArray
+
+from fedward.errors import PlanError
+from fedward.plan.schema import StrategyName
+from server.exchange import StudyGrid
+from simulation import flower
+from simulation.local import LocalGrid
+from simulation.pool import Pool
+from strategies.registry import STRATEGIES, build_strategy
+from strategies.settings import StrategySettings
+
+Model = dict[str, NDArray[np.float32]]
+Values = NDArray[np.float64]
+SITES, SHAPES = 7, {"w": (3, 4), "b": (5,)}
+WEIGHTS = np.array([10.0, 20.0, 5.0, 40.0, 15.0, 30.0, 25.0])
+
+
+@pytest.fixture(autouse=True)
+def _identity() -> None:
+    flower.become_server()
+
+
+def flat(model: Model) -> Values:
+    return np.concatenate([value.ravel() for value in model.values()]).astype(np.float64)
+
+
+def random_model(seed: int, scale: float = 1.0) -> Model:
+    rng = np.random.default_rng(seed)
+    return {n: (scale * rng.normal(size=s)).astype(np.float32) for n, s in SHAPES.items()}
+
+
+def updates_of(model: Model, round_: int) -> list[Model]:
+    """Each site's model: the shared one, moved a little; the last site is an outlier."""
+    moved = []
+    for site in range(SITES):
+        step = random_model(100 * round_ + site, 8.0 if site == SITES - 1 else 0.3)
+        moved.append({name: value + step[name] for name, value in model.items()})
+    return moved
+
+
+def record(model: Model) -> ArrayRecord:
+    return ArrayRecord({name: Array(value) for name, value in model.items()})
+
+
+def reply(update: Model, weight: float, ask: Message) -> Message:
+    content = {"arrays": record(update), "metrics": MetricRecord({"num-examples": weight})}
+    return Message(RecordDict(content), reply_to=ask)  # type: ignore[arg-type]
+
+
+def run(name: str, settings: dict[str, float]) -> list[tuple[Model, list[Model], Model]]:
+    """Two rounds: (model before, updates, model after) of each."""
+    strategy = build_strategy(name, StrategySettings(values=settings))
+    grid = StudyGrid(
+        nodes := LocalGrid(Pool(None, 0), SITES), nodes.get_node_ids(), threading.Event()
+    )
+    model, rounds = random_model(0), []
+    for round_ in (1, 2):
+        asked = list(strategy.configure_train(round_, record(model), ConfigRecord({}), grid))
+        assert sorted(m.metadata.dst_node_id for m in asked) == grid.get_node_ids()
+        for message in asked:
+            flower.stamp(message)
+        updates = updates_of(model, round_)
+        replies = [reply(u, w, a) for u, w, a in zip(updates, WEIGHTS, asked, strict=True)]
+        arrays, _ = strategy.aggregate_train(round_, replies)
+        assert arrays is not None
+        after = {key: array.numpy() for key, array in arrays.items()}
+        rounds.append((model, updates, after))
+        model = {key: value.astype(np.float32) for key, value in after.items()}
+    return rounds
+
+
+def stacked(updates: Iterable[Model]) -> Values:
+    return np.stack([flat(update) for update in updates])
+
+
+def mean(updates: Sequence[Model], weights: Values = WEIGHTS) -> Values:
+    return np.asarray((weights[:, None] * stacked(updates)).sum(0) / weights.sum())
+
+
+class Averaged:
+    """Weighted mean."""
+
+    def __call__(self, before: Values, updates: list[Model], round_: int) -> Values:
+        return mean(updates)
+
+
+class Momentum:
+    """v = m v + (w - mean); w - lr v."""
+
+    velocity: Values | float = 0.0
+
+    def __call__(self, before: Values, updates: list[Model], round_: int) -> Values:
+        self.velocity = 0.6 * self.velocity + (before - mean(updates))
+        return np.asarray(before - 0.5 * self.velocity)
+
+
+class Adaptive:
+    """Reddi et al., 2021, algorithm 2, with Flower's bias correction for Adam."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.m, self.v = kind, np.zeros(17), np.zeros(17)
+
+    def __call__(self, before: Values, updates: list[Model], round_: int) -> Values:
+        delta, eta, tau = mean(updates) - before, 0.2, 0.01
+        beta_1 = 0.0 if self.kind == "adagrad" else 0.8
+        self.m = beta_1 * self.m + (1 - beta_1) * delta
+        if self.kind == "adagrad":
+            self.v = self.v + delta**2
+        elif self.kind == "yogi":
+            self.v = self.v - 0.1 * delta**2 * np.sign(self.v - delta**2)
+        else:
+            self.v = 0.9 * self.v + 0.1 * delta**2
+            eta *= np.sqrt(1 - 0.9 ** (round_ + 1)) / (1 - 0.8 ** (round_ + 1))
+        return np.asarray(before + eta * self.m / (np.sqrt(self.v) + tau))
+
+
+def median(before: Values, updates: list[Model], round_: int) -> Values:
+    return np.asarray(np.sort(stacked(updates), axis=0)[SITES // 2])
+
+
+def trimmed(before: Values, updates: list[Model], round_: int) -> Values:
+    return np.asarray(np.sort(stacked(updates), axis=0)[2:-2].mean(axis=0))  # int(0.3 * 7) = 2
+
+
+def krum_order(updates: list[Model], malicious: int) -> list[int]:
+    points, scores = stacked(updates), []
+    for site, point in enumerate(points):
+        others = np.delete(points, site, axis=0)
+        distances = np.sort(((others - point) ** 2).sum(axis=1))
+        scores.append(distances[: SITES - malicious - 2].sum())
+    return [int(i) for i in np.argsort(scores)]
+
+
+def krum(before: Values, updates: list[Model], round_: int) -> Values:
+    return flat(updates[krum_order(updates, 2)[0]])
+
+
+def multikrum(before: Values, updates: list[Model], round_: int) -> Values:
+    best = krum_order(updates, 2)[:3]
+    return mean([updates[i] for i in best], WEIGHTS[best])
+
+
+def bulyan(before: Values, updates: list[Model], round_: int) -> Values:
+    kept = stacked([updates[i] for i in krum_order(updates, 1)[: SITES - 2]])
+    middle = np.median(kept, axis=0)
+    out = np.empty_like(middle)
+    for place in range(len(out)):
+        near = sorted(kept[:, place], key=lambda value: abs(value - middle[place]))
+        out[place] = np.mean(near[: SITES - 4])
+    return out
+
+
+MOMENTS = {"eta": 0.2, "beta_1": 0.8, "beta_2": 0.9, "tau": 0.01}
+CASES: dict[str, tuple[dict[str, float], Callable[[], Callable[..., Values]]]] = {
+    "fedavg": ({}, Averaged),
+    "fedprox": ({"mu": 0.1}, Averaged),
+    "fedavgm": ({"server_learning_rate": 0.5, "server_momentum": 0.6}, Momentum),
+    "fedadam": (MOMENTS, lambda: Adaptive("adam")),
+    "fedyogi": (MOMENTS, lambda: Adaptive("yogi")),
+    "fedadagrad": ({"eta": 0.2, "tau": 0.01}, lambda: Adaptive("adagrad")),
+    "fedmedian": ({}, lambda: median),
+    "fedtrimmedavg": ({"beta": 0.3}, lambda: trimmed),
+    "krum": ({"malicious": 2}, lambda: krum),
+    "multikrum": ({"malicious": 2, "keep": 3}, lambda: multikrum),
+    "bulyan": ({"malicious": 1}, lambda: bulyan),
+}
+
+
+def test_every_strategy_of_the_plan_is_there_and_tested() -> None:
+    assert set(STRATEGIES) == set(get_args(StrategyName)) == set(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_rounds_equal_the_arithmetic(name: str) -> None:
+    settings, make = CASES[name]
+    rule = make()
+    for round_, (before, updates, after) in enumerate(run(name, settings), start=1):
+        expected = rule(flat(before), updates, round_)
+        np.testing.assert_allclose(flat(after), expected, rtol=2e-5, atol=2e-5)
+        assert list(after) == list(SHAPES)
+        assert all(after[key].shape == shape for key, shape in SHAPES.items())
+
+
+def test_robust_strategies_leave_the_outlier_out() -> None:
+    for name in ("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan"):
+        before, updates, after = run(name, CASES[name][0])[0]
+        outlier = np.abs(flat(updates[-1]) - flat(before)).max()
+        assert np.abs(flat(after) - flat(before)).max() < outlier / 5
+
+
+def test_fedprox_tells_the_sites_its_weight() -> None:
+    strategy = build_strategy("fedprox", StrategySettings(values={"mu": 0.25}))
+    nodes = LocalGrid(Pool(None, 0), 2)
+    grid: Any = StudyGrid(nodes, nodes.get_node_ids(), threading.Event())
+    for message in strategy.configure_train(1, record(random_model(0)), ConfigRecord({}), grid):
+        assert message.content.config_records["config"]["proximal-mu"] == 0.25
+
+
+def test_an_unknown_name_is_a_plan_error() -> None:
+    with pytest.raises(PlanError, match="fedsomething"):
+        build_strategy("fedsomething", StrategySettings())
