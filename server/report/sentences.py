@@ -118,8 +118,8 @@ def privacy_words(results: StudyResults) -> list[tuple[str, str]]:
         ),
         (
             "They do not cover",
-            "the thresholded metrics, the training loss and the counts of patients, images and "
-            "classes in this report, which were computed exactly. Each arm is a release of its "
+            "the thresholded metrics and the counts of patients, images and classes in this "
+            "report, which were computed exactly. Each arm is a release of its "
             "own: on the same patients their ε add up.",
         ),
     ]

@@ -84,7 +84,7 @@ def test_it_describes_trains_and_evaluates(ask: Callable[..., RecordDict], plan:
     told = EvaluateOutcome.from_flat(dict(measured.config_records["outcome"]))
     assert (told.part, told.images) == ("test", 8)
     counts = {name: array.numpy() for name, array in measured.array_records["counts"].items()}
-    assert counts_from_arrays(plan.task, counts).images == 8
+    assert counts_from_arrays(plan.task, counts).to_arrays()["loss"][1] == 8
 
 
 def test_the_proximal_weight_of_the_strategy_is_applied(

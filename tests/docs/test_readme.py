@@ -26,7 +26,8 @@ pytestmark = pytest.mark.integration
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A folder with the shipped plans, and with a small copy of what ``make demo`` writes."""
-    shutil.copytree(ROOT / "studies", tmp_path / "studies")
+    for plans in ("studies", "simulation/plans"):
+        shutil.copytree(ROOT / plans, tmp_path / plans)
     for kind in KINDS:
         write_cohort(tmp_path / "demo" / f"cohort-{kind}", 0, kind, 20, 4)
     return tmp_path
@@ -34,7 +35,7 @@ def checkout(tmp_path: Path) -> Path:
 
 def hasten(checkout: Path) -> None:
     """Two rounds instead of many; everything else of the plans stays."""
-    for plan in (checkout / "studies").glob("demo-*.toml"):
+    for plan in (checkout / "simulation" / "plans").glob("*.toml"):
         text = re.sub(r"^rounds = \d+$", "rounds = 2", plan.read_text("utf-8"), flags=re.MULTILINE)
         plan.write_text(text, "utf-8")
 

@@ -25,7 +25,11 @@ RECORDS: dict[type[Record], st.SearchStrategy[Record]] = {
     SiteFacts: st.builds(
         SiteFacts, site=NAMES, synthetic=st.booleans(),
         **dict.fromkeys(
-            [f"{p}{k}" for k in ("patients", "images") for p in ("", "train_", "validation_", "test_")],
+            [
+                part + kind
+                for kind in ("patients", "images")
+                for part in ("", "train_", "validation_", "test_")
+            ],
             COUNTS,
         ),
         class_counts=st.lists(COUNTS, max_size=5).map(tuple),

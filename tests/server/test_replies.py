@@ -85,7 +85,7 @@ def test_bytes_that_are_not_what_the_record_says_are_refused(data: bytes) -> Non
         {"metrics": MetricRecord({"num-examples": 9, "accuracy": 1.0})},
         {"metrics": MetricRecord({"other": 9})},
         {"outcome": ConfigRecord({"site": "x"})},
-        {"outcome": ConfigRecord({**OUTCOME.to_flat(), "path": "/data"})},  # type: ignore[dict-item]
+        {"outcome": ConfigRecord({**OUTCOME.to_flat(), "path": "/data"})},
         {"arrays": with_bytes(saved(EXPECTED["a"]), stype="torch")},
     ],
 )  # fmt: skip

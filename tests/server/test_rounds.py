@@ -19,7 +19,7 @@ from flwr.app import Context, Message
 from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, roc_auc_score
 
-from client.data.types import PreparedSite
+from client.data.types import PreparedSite, SplitName
 from client.training.runtime import Runtime
 from client.training.trainer import Trainer
 from fedward.errors import StudyError
@@ -28,7 +28,7 @@ from fedward.models import build_model, to_arrays
 from fedward.plan import Plan
 from fedward.protocol import RoundOrder, TrainOutcome
 from server.events import Event, RoundEnded, SiteAnswered, StudyStarted
-from server.results import Arm
+from server.results import Arm, Figures
 from server.rounds import Job, StudyRun
 from simulation import flower
 from simulation.local import LocalGrid, State
@@ -156,7 +156,7 @@ def endless_loss(arrays: Arrays, outcome: TrainOutcome) -> tuple[Arrays, TrainOu
     return arrays, outcome.model_copy(update={"loss": float("nan")})
 
 
-FAULTS = {
+FAULTS: dict[Fault, str] = {
     raises: "an unexpected error stopped the site (got RuntimeError).",
     not_a_number: "an update must be finite",
     wrong_shape: "an update's arrays must have the model's shapes and dtypes",
@@ -358,16 +358,18 @@ def test_pooled_figures_are_those_of_all_predictions_at_once(
     model = build_model(plan, 0)
     model.load_state_dict({name: torch.from_numpy(v.copy()) for name, v in job.average.items()})
     model.eval()
-    for part, figures in (
-        ("validation", job.arm.rounds[-1].validation), ("test", job.arm.test.pooled),  # type: ignore[union-attr]
-    ):  # fmt: skip
+    assert job.arm.test is not None
+    told: dict[SplitName, Figures] = {
+        "validation": job.arm.rounds[-1].validation,
+        "test": job.arm.test.pooled,
+    }
+    for part, figures in told.items():
         images = np.concatenate([s.images[s.split[part]] for s in sites])
         truth = np.concatenate([s.targets[s.split[part]] for s in sites])
         with torch.no_grad():
             scores = model(torch.from_numpy(images)).softmax(1)[:, 1].numpy()
         assert figures["auc"] == pytest.approx(roc_auc_score(truth, scores), abs=2e-3)
         assert figures["accuracy"] == pytest.approx(accuracy_score(truth, scores > 0.5))
-    assert job.arm.test is not None
     assert job.arm.test.images == {s.name: len(s.split["test"]) for s in sites}
     counts = [
         counts_from_arrays(

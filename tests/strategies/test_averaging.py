@@ -30,7 +30,7 @@ def test_what_does_not_change_stays_bit_identical(value: np.ndarray, decay: floa
 def test_counts_and_no_decay_take_the_newest() -> None:
     before, new = {"n": np.array([1, 2])}, {"n": np.array([3, 5])}
     np.testing.assert_array_equal(blend(before, new, 0.9)["n"], [3, 5])
-    halves = {"w": np.float32([1, 2])}, {"w": np.float32([0, 7])}
+    halves = {"w": np.array([1.0, 2.0])}, {"w": np.array([0.0, 7.0])}
     np.testing.assert_array_equal(blend(*halves, 0.0)["w"], [0, 7])
 
 
@@ -42,7 +42,7 @@ def test_decay_rises_to_what_was_asked_and_never_above(step: int, decay: float) 
 
 
 def test_the_start_is_forgotten() -> None:
-    models = [np.float64([100.0])] + [np.float64([1.0])] * 60
+    models = [np.array([100.0])] + [np.array([1.0])] * 60
     average = {"w": models[0]}
     for step, model in enumerate(models, start=1):
         average = blend(average, {"w": model}, decay_at(step, 0.9))

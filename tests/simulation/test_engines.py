@@ -1,0 +1,108 @@
+"""The same study gives the same model, bit for bit, however its sites are run."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from client.data.types import PreparedSite
+from client.training.runtime import Runtime
+from fedward.models import build_model, to_arrays
+from fedward.plan import Plan
+from server.app import server_app
+from server.results import Arm
+from server.rounds import Job
+from simulation.local import State, run_local
+from simulation.pool import Pool
+from simulation.ray_engine import load_site, run_ray, store_sites
+from simulation.sites import SimulatedSites
+
+pytestmark = pytest.mark.integration
+SEEDED = Runtime(randomness="seeded")
+PRIVATE = {"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-3, "clipping_norm": 1.0}
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def sites(make_site: Make) -> list[PreparedSite]:
+    return [make_site(f"site-{i}", patients=20 + 10 * i, seed=i) for i in range(1, 4)]
+
+
+def job_of(plan: Plan) -> Job:
+    arrays = to_arrays(build_model(plan, 0))
+    return Job(plan, arrays, Arm(name="test", kind="federated"), seed=5)
+
+
+def local(plan: Plan, sites: list[PreparedSite], workers: int) -> Job:
+    job, pool = job_of(plan), Pool(State(SimulatedSites(sites, SEEDED)), workers)
+    try:
+        run_local(server_app(job), pool, len(sites))
+    finally:
+        pool.close()
+    assert job.error is None
+    assert job.complete
+    return job
+
+
+def assert_same(one: Job, other: Job) -> None:
+    for name, value in one.arrays.items():
+        assert np.array_equal(value, other.arrays[name]), name
+    assert one.arm.test == other.arm.test
+    assert one.arm.privacy == other.arm.privacy
+    for left, right in zip(one.arm.rounds, other.arm.rounds, strict=True):
+        assert left.validation == right.validation
+        assert left.train_loss == right.train_loss
+        assert list(left.sites) == list(right.sites)
+
+
+@pytest.mark.parametrize("privacy", [{"mechanism": "none"}, PRIVATE], ids=["plain", "private"])
+def test_workers_do_not_change_the_model(
+    make_plan: Make, sites: list[PreparedSite], privacy: dict[str, Any]
+) -> None:
+    plan = make_plan(privacy=privacy, participation={"sites": 3})
+    here, *others = [local(plan, sites, workers) for workers in (0, 1, 2)]
+    for other in others:
+        assert_same(here, other)
+    assert bool(here.arm.privacy) == plan.privacy.on
+    assert all(site.epsilon <= 8.0 for site in here.arm.privacy.values())
+
+
+def test_a_stored_site_comes_back_as_it_was(make_site: Make, tmp_path: Path) -> None:
+    site: PreparedSite = make_site()
+    store_sites([site], tmp_path)
+    again = load_site(tmp_path / "site-0", site.name)
+    for field in ("images", "targets", "patients", "spacing"):
+        np.testing.assert_array_equal(getattr(again, field), getattr(site, field))
+    for part in ("train", "validation", "test"):
+        np.testing.assert_array_equal(again.split[part], site.split[part])
+    assert (again.name, again.left_out, again.synthetic) == (site.name, {}, False)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ray_gives_the_same_models_and_survives_a_site_that_raises(
+    make_plan: Make, sites: list[PreparedSite], tmp_path: Path
+) -> None:
+    plain = make_plan(participation={"sites": 3})
+    private = make_plan(privacy=PRIVATE, participation={"sites": 3})
+    # A site without a validation patient cannot be measured; one without training ones must raise.
+    empty = {**sites[2].split, "train": np.zeros(0, np.int64)}
+    broken = PreparedSite(**{**vars(sites[2]), "split": empty})
+    lame = make_plan(participation={"sites": 3, "quorum": 2, "retries": 0})
+    stop = threading.Event()
+    jobs = [job_of(plain), job_of(private)]
+    run_ray(server_app(*jobs), sites, SEEDED, tmp_path / "whole", stop)
+    for job, plan in zip(jobs, (plain, private), strict=True):
+        assert job.complete
+        assert_same(local(plan, sites, 0), job)
+    failing = job_of(lame)
+    run_ray(server_app(failing), [*sites[:2], broken], SEEDED, tmp_path / "broken", stop)
+    assert failing.complete
+    for round_ in failing.arm.rounds:
+        assert [failure.site for failure in round_.failures] == ["site-3"]
+        assert "needs training patients" in round_.failures[0].reason
+        assert list(round_.sites) == ["site-1", "site-2"]
