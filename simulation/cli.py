@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from enum import StrEnum
@@ -155,6 +156,7 @@ def _run_studies(studies: list[Any], out: Path, as_json: bool) -> None:
     from simulation.progress import StudyProgress
 
     flower.quiet()
+    _log_to(out / "run.log")
     console = _console(as_json)
     try:
         for study in studies:
@@ -174,6 +176,14 @@ def _run_studies(studies: list[Any], out: Path, as_json: bool) -> None:
         console.print(summary_table(study.results))
         console.print(headline(study.results))
     console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _log_to(path: Path) -> None:
+    """Details of what went wrong at a site, for the machine's owner; made when there are any."""
+    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("fedward")
+    logger.handlers, logger.propagate = [handler], False
 
 
 def _numbers(text: str) -> tuple[float, ...]:
