@@ -107,7 +107,8 @@ def noise_for(epsilon: float, delta: float, rate: float, steps: int) -> float:
             fix="Raise epsilon or delta, or plan fewer steps",
             where="privacy",
         )
-    return noise
+    # Upwards to six places: the accountant's last digits differ from machine to machine.
+    return math.ceil(noise * 1e6) / 1e6
 
 
 def _cost_of(noise: float, rate: float, steps: int, delta: float) -> float:
