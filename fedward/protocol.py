@@ -17,7 +17,8 @@ from fedward.errors import ProtocolError
 from fedward.plan.load import from_canonical
 from fedward.plan.schema import Plan
 
-SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]{0,63}$")]
+SITE_NAME = r"^\w[\w. -]{0,63}$"
+SiteName = Annotated[str, Field(pattern=SITE_NAME)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 Figure = Annotated[float, Field(allow_inf_nan=False)]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,10 +21,11 @@ from client.data.types import Format, PreparedSite
 from client.training.device import choose_device
 from client.training.runtime import Runtime
 from client.training.trainer import site_facts
-from fedward.errors import Interrupted, PlanError, StudyError
+from fedward.errors import DataError, Interrupted, PlanError, StudyError
 from fedward.models import WeightsReport, build_model, describe, load_initial, to_arrays
 from fedward.plan.load import plan_from, plan_hash
 from fedward.plan.schema import Plan
+from fedward.protocol import SITE_NAME
 from server.app import server_app
 from server.events import Listener, ignore
 from server.results import Arm, StudyResults
@@ -125,6 +127,7 @@ class Study:
         self.results.left_out = dict(Counter(one.reason for one in dataset.left_out))
         count = options.sites or self.plan.participation.sites
         parts = partition(dataset.samples, options.partition, count, options.seed)
+        _check_names(parts)
         if len(parts) < self.plan.participation.sites:
             raise PlanError(
                 "the plan needs more sites than the data give",
@@ -222,6 +225,15 @@ class Study:
             for future in done:
                 arms[waiting.pop(future)] = future.result()
         self.results.arms += [arms[site.name] for site in sites] + [arms[""]]
+
+
+def _check_names(names: Iterable[str]) -> None:
+    for name in names:
+        if not re.fullmatch(SITE_NAME, name):
+            raise DataError(
+                "a site's name has letters, digits, blanks, `.`, `_` or `-`, 64 at most",
+                value=name, fix="Rename the folder or the column's value", where="--partition",
+            )  # fmt: skip
 
 
 def with_privacy(plan: Plan, epsilon: float | None) -> Plan:

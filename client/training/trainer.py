@@ -26,7 +26,7 @@ from client.training.optimizers import build_optimizer
 from client.training.private import Mode
 from client.training.runtime import Runtime
 from client.training.source import Source, digest_of
-from fedward.errors import DataError, PrivacyError
+from fedward.errors import DataError, PrivacyError, ProtocolError
 from fedward.models import (
     best_mode,
     build_model,
@@ -76,6 +76,7 @@ class Trainer:
         self._loss = build_loss(plan, runtime.torch_device)
         self._prepared: _Prepared | None = None
         self._mechanism: Mechanism | None = None
+        self._released: tuple[int, tuple[Arrays, TrainOutcome]] | None = None
 
     def _build(self) -> nn.Module:
         model = build_model(self.plan, seed=0)
@@ -108,7 +109,30 @@ class Trainer:
         ------
         DataError
             The site has too few training patients for the plan.
+        ProtocolError
+            The plan has no such round.
+        PrivacyError
+            A private round before the last one; the last one again gives the same update again.
         """
+        if not 1 <= order.round <= self.plan.rounds:
+            raise ProtocolError(
+                f"the plan has rounds 1 to {self.plan.rounds}",
+                value=order.round,
+                fix="Order one of these",
+            )
+        if not self.plan.privacy.on:
+            return self._train(arrays, order, mu)
+        # A second update for the same round would be a second release that ε does not count.
+        released = self._released
+        if released is not None and order.round < released[0]:
+            raise PrivacyError("a private round is trained once", value=order.round, fix="Go on")
+        if released is None or order.round > released[0]:
+            released = self._released = (order.round, self._train(arrays, order, mu))
+        return released[1]
+
+    def _train(
+        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder, mu: float
+    ) -> tuple[Arrays, TrainOutcome]:
         started, cpu = time.perf_counter(), time.process_time()
         self.runtime.enter()
         fit = self._fit(arrays, order, mu)

@@ -129,7 +129,7 @@ def test_another_version_is_refused(version: object) -> None:
     refuse(Refusal, {**EXAMPLES[3].to_flat(), "version": version})
 
 
-@pytest.mark.parametrize("name", ["", ".x", "a/b", "a\nb", "x" * 65, "Süd", "a\n", "../a"])
+@pytest.mark.parametrize("name", ["", ".x", "a/b", "a\nb", "x" * 65, "a\n", "../a"])
 def test_a_site_name_is_short_and_plain(name: str) -> None:
     refuse(Refusal, {**EXAMPLES[3].to_flat(), "site": name})
 

@@ -16,7 +16,7 @@ from client.training.fit import Draws
 from client.training.optimizers import rate_at
 from client.training.runtime import Runtime
 from client.training.trainer import Trainer
-from fedward.errors import DataError, ModelError
+from fedward.errors import DataError, ModelError, PrivacyError, ProtocolError
 from fedward.metrics import counts_from_arrays
 from fedward.models import build_model, to_arrays
 from fedward.plan import Plan
@@ -52,12 +52,36 @@ def test_a_hospital_never_repeats_its_noise(
     make_plan: Make, make_site: Make, make_order: Make
 ) -> None:
     plan = make_plan(privacy=PRIVATE)
-    start, trainer = to_arrays(build_model(plan, 0)), Trainer(plan, make_site(), Runtime())
-    first, _ = trainer.train(start, make_order(plan))
-    second, _ = trainer.train(start, make_order(plan))
+    start, site = to_arrays(build_model(plan, 0)), make_site()
+    first, _ = Trainer(plan, site, Runtime()).train(start, make_order(plan))
+    second, _ = Trainer(plan, site, Runtime()).train(start, make_order(plan))
     assert not equal(first, second)
     draws = [Draws.make(Runtime(), 0, "site", 1) for _ in range(2)]
     assert len({draw.noise.initial_seed() for draw in draws}) == 2
+
+
+def test_a_private_round_is_released_once(
+    make_plan: Make, make_site: Make, make_order: Make
+) -> None:
+    plan = make_plan(privacy=PRIVATE)
+    start, trainer = to_arrays(build_model(plan, 0)), Trainer(plan, make_site(), Runtime())
+    first, outcome = trainer.train(start, make_order(plan, round=1))
+    again, repeated = trainer.train(start, make_order(plan, round=1, seed=9))
+    assert equal(first, again)
+    assert outcome == repeated
+    trainer.train(start, make_order(plan, round=2))
+    with pytest.raises(PrivacyError, match="trained once"):
+        trainer.train(start, make_order(plan, round=1))
+
+
+@pytest.mark.parametrize("round_", [0, 3, 10**9])
+def test_a_round_outside_the_plan_is_refused(
+    make_plan: Make, make_site: Make, make_order: Make, round_: int
+) -> None:
+    plan = make_plan()
+    trainer = Trainer(plan, make_site(), SEEDED)
+    with pytest.raises(ProtocolError, match="rounds 1 to 2"):
+        trainer.train(to_arrays(build_model(plan, 0)), make_order(plan, round=round_))
 
 
 def test_training_learns(make_plan: Make, make_site: Make, make_order: Make) -> None:
