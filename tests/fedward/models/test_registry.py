@@ -139,8 +139,10 @@ def test_odd_sizes_keep_their_place(
 
 
 def test_a_size_that_the_model_cannot_take_is_refused(plan_for: Any) -> None:
-    with pytest.raises(PlanError, match=r"basicunet cannot take images of this size \(got 8x8\)"):
-        build_model(plan_for("basicunet", size=(8, 8)), 0)
+    with pytest.raises(
+        PlanError, match=r"densenet121 cannot take images of this size \(got 16x16\)"
+    ):
+        build_model(plan_for("densenet121", size=(16, 16)), 0)
 
 
 def test_default_cnn_is_small(plan_for: Any, built: Any) -> None:

