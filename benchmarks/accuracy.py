@@ -69,15 +69,21 @@ CASES = (
 )  # fmt: skip
 
 
-def run_case(case: Case, seed: int, data: Path, out: Path, fresh: bool) -> StudyResults:
-    """Run one study with one seed, or take what an earlier call left."""
+def kept_case(case: Case, seed: int, out: Path) -> StudyResults | None:
+    """What an earlier call left, if it is complete and its plan is still the same."""
+    path = out / f"{case.plan}-seed{seed}" / "metrics.json"
+    if not path.exists():
+        return None
+    kept = read_metrics(path)[0]
+    same = kept.plan_sha256 == plan_hash(load_plan(REPOSITORY / "studies" / f"{case.plan}.toml"))
+    return kept if same and kept.complete else None
+
+
+def run_case(case: Case, seed: int, data: Path, out: Path) -> StudyResults:
+    """Run one study with one seed."""
     path = REPOSITORY / "studies" / f"{case.plan}.toml"
     plan = load_plan(path)
     folder = out / f"{case.plan}-seed{seed}"
-    if not fresh and (folder / "metrics.json").exists():
-        kept = read_metrics(folder / "metrics.json")[0]
-        if kept.plan_sha256 == plan_hash(plan) and kept.complete:
-            return kept
     options = Options(
         data=data / case.data, out=folder, partition=case.partition, sites=case.sites,
         baselines=not case.epsilons, epsilons=case.epsilons, seed=seed, plan_folder=path.parent,
@@ -210,9 +216,10 @@ def main() -> None:
     for seed in range(options.seeds):
         for case in CASES:
             wanted = not options.only or case.plan in options.only
-            if wanted or (options.out / f"{case.plan}-seed{seed}" / "metrics.json").exists():
-                fresh = options.fresh and wanted
-                run = run_case(case, seed, options.data, options.out, fresh)
+            run = None if options.fresh and wanted else kept_case(case, seed, options.out)
+            if run is None and wanted:
+                run = run_case(case, seed, options.data, options.out)
+            if run is not None:
                 done.setdefault(case, []).append(run)
                 write_page(done, HERE / "accuracy.md")
 

@@ -26,7 +26,8 @@ Arrays = Mapping[str, NDArray[Any]]
 def lone_arm(state: State, plan: Plan, arrays: Arrays, seed: int, site: str | None) -> Arm:
     """Train on one hospital's patients, or on all when ``site`` is None, and test everywhere.
 
-    The same model, start, rounds, local epochs and averaging as the federated study.
+    The same model, start, rounds, local epochs and averaging as the federated study; with local
+    steps, pooled data get the steps of all sites.
     """
     started = time.perf_counter()
     data = pool_sites(state.sites.sites) if site is None else state.sites.by_name()[site]
@@ -35,7 +36,8 @@ def lone_arm(state: State, plan: Plan, arrays: Arrays, seed: int, site: str | No
         kind="pooled" if site is None else "alone",
         site=site,
     )
-    average = _train(Trainer(plan, data, state.sites.runtime), plan, arrays, seed, arm)
+    own = as_many_images(plan, len(state.sites.sites)) if site is None else plan
+    average = _train(Trainer(own, data, state.sites.runtime), own, arrays, seed, arm)
     images = {one.name: len(one.split["test"]) for one in state.sites.sites}
     arm.test = test_figures(plan, _test(state, plan, average), images)
     arm.seconds = time.perf_counter() - started

@@ -13,7 +13,7 @@ from client.training.runtime import Runtime
 from client.training.trainer import Trainer
 from fedward.metrics import counts_from_arrays
 from fedward.models import build_model, to_arrays
-from simulation.baselines import lone_arm, shares
+from simulation.baselines import as_many_images, lone_arm, shares
 from simulation.local import State
 from simulation.sites import SimulatedSites, pool_sites
 
@@ -73,3 +73,10 @@ def test_arms_are_shared_out_evenly(sites: list[PreparedSite], workers: int) -> 
     assert set(places.values()) == set(range(min(max(1, workers), 3)))
     if workers == 2:
         assert places["site-2"] == places["site-3"] != places[None]
+
+
+def test_pooled_data_see_as_many_images_as_the_sites_together(make_plan: Any) -> None:
+    steps = make_plan(training={"local_epochs": None, "local_steps": 3})
+    assert as_many_images(steps, 4).training.local_steps == 12
+    epochs = make_plan()
+    assert as_many_images(epochs, 4) == epochs
