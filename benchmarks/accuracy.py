@@ -116,9 +116,9 @@ def together(arm: Arm, primary: str) -> float:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation over the seeds."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.3f} ± {deviation:.3f}"
+    """Mean and standard deviation over the seeds; of one seed its figure alone."""
+    mean = statistics.mean(values)
+    return f"{mean:.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{mean:.3f}"
 
 
 def rows(case: Case, runs: Sequence[StudyResults]) -> list[str]:
@@ -169,7 +169,7 @@ def verdict(case: Case, runs: Sequence[StudyResults]) -> str:
         arms = [next(a for a in run.arms if a.epsilon == epsilon) for run in runs]
         cost = 100 * (mean - statistics.mean(together(a, primary) for a in arms))
         parts.append(f"ε = {epsilon:g} costs {cost:.1f} points")
-    return f"- **{case.plan}** ({runs[0].primary}, {len(runs)} seeds): " + "; ".join(parts) + "."
+    return f"- **{case.plan}** ({runs[0].primary}, seeds: {len(runs)}): " + "; ".join(parts) + "."
 
 
 def write_page(done: dict[Case, list[StudyResults]], path: Path) -> None:
