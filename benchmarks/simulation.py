@@ -257,6 +257,10 @@ def page(found: dict[str, dict[str, Any]], rounds: int) -> str:
     ]
     start = found["local"]["start"]
     lines += ["", f"`local` was ready for its first round {start:.2f} s after its imports."]
+    lines += [
+        "",
+        "Ray's CPU seconds leave out its background processes, which are not its children.",
+    ]
     return "\n".join(lines) + "\n"
 
 
