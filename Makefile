@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .PHONY: help install demo test check bench docs clean
 
 help:
-	@echo "make demo   four synthetic hospitals, two studies, one report (about five minutes the first time)"
+	@echo "make demo   four synthetic hospitals, two studies, one report (a minute, and the first time the install)"
 	@echo "make test   all checks and tests"
 	@echo "make bench  the benchmarks behind the README's numbers (takes long)"
 	@echo "make docs   write the generated reference pages anew"

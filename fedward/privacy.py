@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -173,12 +173,10 @@ def epsilon_spent(noise_multiplier: float, rate: float, steps: int, delta: float
         return 0.0
     accountant = PRVAccountant()
     accountant.history = [(noise_multiplier, rate, steps)]
-    try:
-        with _quiet():
-            if _points(noise_multiplier, rate, steps, delta) <= _MOST_POINTS:
-                return float(accountant.get_epsilon(delta, eps_error=_ERROR))
-    except (ValueError, RuntimeError, ArithmeticError):
-        pass  # numbers out of the range of floats: said below
+    # Numbers out of the range of floats end in the same error as a grid that is too large.
+    with suppress(ValueError, RuntimeError, ArithmeticError), _quiet():
+        if _points(noise_multiplier, rate, steps, delta) <= _MOST_POINTS:
+            return float(accountant.get_epsilon(delta, eps_error=_ERROR))
     raise PrivacyError(
         "the cost of a study must be within what can be accounted",
         value=f"noise {noise_multiplier:.4g}, {steps} steps at rate {rate:.4g}, delta {delta}",
