@@ -49,6 +49,27 @@ class Frame:
     orientation: NDArray[np.float64] | None
 
 
+@dataclass(frozen=True)
+class Place:
+    """Size and place of a frame; `position` and `orientation` as in :class:`Frame`.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Rows and columns.
+    spacing : tuple of float
+        mm between rows, then between columns.
+    instance : str
+        The file's SOPInstanceUID; stays in memory.
+    """
+
+    shape: tuple[int, int]
+    spacing: tuple[float, float]
+    position: NDArray[np.float64] | None
+    orientation: NDArray[np.float64] | None
+    instance: str
+
+
 def read_frame(path: Path, frame: int = 0) -> Frame:
     """Decode one frame of a DICOM file.
 
@@ -69,6 +90,36 @@ def read_frame(path: Path, frame: int = 0) -> Frame:
             missing = isinstance(error, AttributeError) and "no pixel data" in str(error).lower()
             reason = reasons.NO_PIXELS if missing else reasons.reason_of(error)
             raise reasons.unusable(reason) from None
+
+
+def read_place(path: Path, frame: int = 0) -> Place:
+    """Where a frame lies, without decoding it.
+
+    Raises
+    ------
+    DataError
+        "no pixel data" or "not readable".
+    """
+    with quiet():
+        try:
+            header = _header(path, path.stat().st_mtime_ns)
+            if "Rows" not in header or "Columns" not in header:
+                raise reasons.unusable(reasons.NO_PIXELS)
+            return place_of(header, frame)
+        except Exception as error:
+            raise reasons.unusable(reasons.reason_of(error)) from None
+
+
+def place_of(header: Dataset, frame: int) -> Place:
+    """Where a frame of a file with these attributes lies."""
+    flat = _flat(header, frame)
+    return Place(
+        (int(header.Rows), int(header.Columns)),
+        _spacing(flat),
+        _vector(flat, "ImagePositionPatient", (3,)),
+        _vector(flat, "ImageOrientationPatient", (2, 3)),
+        str(header.get("SOPInstanceUID") or ""),
+    )
 
 
 @lru_cache(maxsize=8)

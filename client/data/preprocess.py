@@ -25,7 +25,7 @@ from client.data.types import SPLITS, PreparedSite, Sample
 from fedward.errors import DataError
 from fedward.plan.schema import Plan, Preprocessing, Task
 
-_VERSION: Final = 1  # raise it when the arithmetic changes, so that old entries are not used
+_VERSION: Final = 2  # raise it when the arithmetic changes, so that old entries are not used
 _ARRAYS: Final = ("images", "targets", "patients", "spacing", "part")
 
 

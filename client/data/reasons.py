@@ -22,12 +22,16 @@ MASK_SHAPE: Final = "shape of mask differs"
 MASK_POSITION: Final = "position of mask differs"
 MASK_CLASS: Final = "unknown class in mask"
 INCOMPLETE: Final = "slices missing"
+UNEVEN: Final = "slices uneven"
+DUPLICATE_SLICES: Final = "duplicate slices"
+SCOUT: Final = "scout or localizer"
+TILTED: Final = "gantry tilt"
 
 REASONS: Final = frozenset(
     {
         NOT_READABLE, NOT_DICOM, NO_PIXELS, OTHER_MODALITY, NO_PATIENT, NO_LABEL, UNKNOWN_CLASS,
         CONFLICTING, NO_MASK, NO_IMAGE, DUPLICATE, WRONG_SHAPE, MASK_SHAPE, MASK_POSITION,
-        MASK_CLASS, INCOMPLETE,
+        MASK_CLASS, INCOMPLETE, UNEVEN, DUPLICATE_SLICES, SCOUT, TILTED,
     }
 )  # fmt: skip
 

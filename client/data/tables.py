@@ -1,4 +1,4 @@
-"""Label and patient tables (CSV) that lie beside the images."""
+"""Label and patient tables (CSV or XLSX) that lie beside the images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+import openpyxl
+
 from client.data import labels, reasons
+from client.data.quiet import quiet
 from client.data.types import SplitName
 from fedward.errors import DataError
 from fedward.plan.schema import Task
@@ -49,7 +52,7 @@ def read_table(path: Path, columns: Sequence[str], task: Task | None) -> Table:
     Parameters
     ----------
     path : Path
-        CSV with a header; comma, semicolon or tab; UTF-8 or Latin-1.
+        CSV with a header (comma, semicolon or tab; UTF-8 or Latin-1), or XLSX (its first sheet).
     task : Task or None
         What the labels are for; None for a table without labels.
 
@@ -75,6 +78,37 @@ def read_table(path: Path, columns: Sequence[str], task: Task | None) -> Table:
 
 
 def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
+    table = _workbook(path) if path.suffix.lower() == ".xlsx" else _separated(path)
+    if not table:
+        raise DataError("must have a header row", where=path.name, fix="Add the column names")
+    return table[0], table[1:]
+
+
+def _workbook(path: Path) -> list[list[str]]:
+    """The filled rows of a workbook's first sheet, as text."""
+    try:
+        with quiet():
+            book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+            try:
+                rows = [[_text(cell) for cell in row] for row in book.worksheets[0].values]
+            finally:
+                book.close()
+    except Exception:
+        # openpyxl raises nearly anything on a broken workbook, and its texts may quote a cell.
+        raise DataError(
+            "must be a readable XLSX workbook", where=path.name, fix="Save it again, or as CSV"
+        ) from None
+    return [row for row in rows if any(row)]
+
+
+def _text(cell: object) -> str:
+    if cell is None:
+        return ""
+    # A workbook keeps 1 and an id made of digits as floating-point numbers.
+    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
+
+
+def _separated(path: Path) -> list[list[str]]:
     try:
         raw = path.read_bytes()
         try:
@@ -83,15 +117,12 @@ def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
             text = raw.decode("latin-1")
         first = text.split("\n", 1)[0]
         delimiter = max(",;\t", key=first.count)
-        table = [row for row in csv.reader(text.splitlines(), delimiter=delimiter) if any(row)]
+        return [row for row in csv.reader(text.splitlines(), delimiter=delimiter) if any(row)]
     except (OSError, csv.Error):
         # The error's own text may quote a row.
         raise DataError(
             "must be a readable CSV file", where=path.name, fix="Save it as UTF-8 CSV"
         ) from None
-    if not table:
-        raise DataError("must have a header row", where=path.name, fix="Add the column names")
-    return table[0], table[1:]
 
 
 def _entry(

@@ -46,6 +46,8 @@ def prepare_image(
         raise reasons.unusable(reasons.WRONG_SHAPE)
     if mask is not None and mask.shape != shape:
         raise reasons.unusable(reasons.MASK_SHAPE)
+    if image.tilt and prep.gantry_tilt == "refuse":
+        raise reasons.unusable(reasons.TILTED)
     labels = None if mask is None else _labels(mask, task)[None]
     image = Image(intensity.finite(image.pixels), image.spacing, image.window)
     pixels, mapped = intensity.to_unit(image, prep)

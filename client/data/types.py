@@ -26,11 +26,14 @@ class Image:
         Distance of neighbouring pixels in mm, one per spatial axis; 1.0 where unknown.
     window : tuple of float or None
         Lowest and highest displayed value that the file itself proposes (DICOM VOI), if any.
+    tilt : float
+        Degrees by which the scanner's gantry leant; the volume has been made upright already.
     """
 
     pixels: NDArray[np.float32]
     spacing: tuple[float, ...]
     window: tuple[float, float] | None = None
+    tilt: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,11 @@ class Preprocessing(Section):
         description="`unit`: 0 to 1; `zscore`: each image to mean 0 and deviation 1; `imagenet`: 0 "
         "to 1, then ImageNet's mean and deviation",
     )
+    gantry_tilt: Literal["refuse", "correct"] = Field(
+        default="refuse",
+        description="volumes from a leaning gantry: leave them out, or set them upright by moving "
+        "each slice (linear)",
+    )
     augmentation: Augmentation = Field(
         default=Augmentation(), description="random changes in training"
     )

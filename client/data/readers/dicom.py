@@ -1,14 +1,15 @@
 """Trees of DICOM files, as an archive exports them.
 
 Files are found by what they are, not by suffix. Labels come from ``labels.csv``, keyed by one of
-SOPInstanceUID, SeriesInstanceUID, StudyInstanceUID, AccessionNumber, PatientID or file; masks from
-``masks/`` (PNG or NIfTI, named by the image's file stem or SOPInstanceUID; volumes by series UID).
-In a 2D task each frame is an image; in a 3D task each series is a volume.
+SOPInstanceUID, SeriesInstanceUID, StudyInstanceUID, AccessionNumber, PatientID or file (or from
+``labels.xlsx``); masks from ``masks/`` (PNG or NIfTI, named by the image's file stem or
+SOPInstanceUID; volumes by series UID) or from DICOM segmentations anywhere in the tree. In a 2D
+task each frame is an image; in a 3D task each stack of slices of a series is a volume.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,7 +17,13 @@ from typing import Final
 from client.data import reasons
 from client.data.decode import read_frame
 from client.data.files import file_identity, stem, table_keys, walk
-from client.data.readers.dicom_headers import KEYS, Header, read_headers
+from client.data.readers.dicom_headers import KEYS, Header, is_dicom, read_headers
+from client.data.readers.dicom_masks import (
+    SegmentationFile,
+    SegmentedFrame,
+    SegmentedVolume,
+    read_segmentation,
+)
 from client.data.readers.dicom_volumes import stack
 from client.data.readers.nifti import NiftiMask, is_nifti
 from client.data.readers.pictures import PictureMask, is_picture
@@ -25,7 +32,7 @@ from client.data.types import Dataset, Image, LeftOut, Sample
 from fedward.errors import DataError
 from fedward.plan.schema import Task
 
-_TABLES: Final = ("labels.csv", "patients.csv")
+_TABLES: Final = ("labels.csv", "labels.xlsx", "patients.csv")
 Frames = tuple[tuple[Path, int], ...]
 
 
@@ -64,13 +71,14 @@ def read(root: Path, task: Task) -> Dataset:
     Raises
     ------
     DataError
-        A classification task finds no ``labels.csv``, a segmentation task no ``masks/``.
+        A classification task finds no table of labels, a segmentation task no masks of any kind.
     """
     base = root / "images" if (root / "images").is_dir() else root
     files = [f for f in walk(base, without=("masks",)) if f.name not in _TABLES]
-    headers, left_out = read_headers(files, root, task)
+    headers, found, left_out = read_headers(files, root, task)
+    masks = _masks(root, task, found, left_out)
     samples: list[Sample] = []
-    for name, item in _items(root, base, headers, task):
+    for name, item in _items(root, base, headers, masks, task):
         if isinstance(item, Sample):
             samples.append(item)
         else:
@@ -78,11 +86,18 @@ def read(root: Path, task: Task) -> Dataset:
     return Dataset(tuple(samples), tuple(left_out))
 
 
+@dataclass(frozen=True)
+class _Masks:
+    """Mask files by name, and segmentations by the series that they refer to."""
+
+    named: dict[str, Path]
+    segmented: dict[str, tuple[SegmentationFile, ...]]
+
+
 def _items(
-    root: Path, base: Path, headers: list[Header], task: Task
+    root: Path, base: Path, headers: list[Header], masks: _Masks, task: Task
 ) -> Iterator[tuple[str, Sample | str]]:
     table = _table(root, task)
-    masks = _masks(root, task)
     keys = table_keys([h.path for h in headers], (root, base))
     groups = [(h,) for h in headers] if task.dimensions == 2 else _series(headers)
     for group in groups:
@@ -95,37 +110,64 @@ def _items(
 
 
 def _series(headers: list[Header]) -> list[tuple[Header, ...]]:
-    groups: dict[tuple[str, str], list[Header]] = {}
+    """The slices of each volume: a series may hold several stacks, in other planes or times."""
+    groups: dict[tuple[str, ...], list[Header]] = {}
     for header in headers:
         uid = header.keys["seriesinstanceuid"] or str(header.path)
-        groups.setdefault((header.patient, uid), []).append(header)
-    return [tuple(group) for group in groups.values()]
+        # A multi-frame object is a stack of its own.
+        own = str(header.path) if header.frames > 1 else ""
+        groups.setdefault((header.patient, uid, header.plane, own), []).append(header)
+    return [part for group in groups.values() for part in _takes(group)]
+
+
+def _takes(group: list[Header]) -> Iterator[tuple[Header, ...]]:
+    # Some scanners number each slice as an acquisition, so it counts only where places repeat.
+    places = [header.position for header in group if header.position]
+    if len(set(places)) == len(places) or len({header.take for header in group}) == 1:
+        yield tuple(group)
+        return
+    takes: dict[str, list[Header]] = {}
+    for header in group:
+        takes.setdefault(header.take, []).append(header)
+    yield from (tuple(take) for take in takes.values())
 
 
 def _table(root: Path, task: Task) -> Table | None:
     if task.kind == "segmentation":
         return None
-    if not (root / "labels.csv").is_file():
+    table = next((root / n for n in _TABLES[:2] if (root / n).is_file()), None)
+    if table is None:
         raise DataError(
-            "DICOM files for classification need a labels.csv",
+            "DICOM files for classification need a labels.csv or labels.xlsx",
             fix="Write one with a column PatientID, StudyInstanceUID, SeriesInstanceUID, "
             "SOPInstanceUID, AccessionNumber or file, and a column label",
         )
-    return read_table(root / "labels.csv", KEYS, task)
+    return read_table(table, KEYS, task)
 
 
-def _masks(root: Path, task: Task) -> dict[str, Path]:
+def _masks(root: Path, task: Task, found: list[Path], left_out: list[LeftOut]) -> _Masks:
     if task.kind == "classification":
-        return {}
-    if not (root / "masks").is_dir():
+        return _Masks({}, {})
+    inside = walk(root / "masks") if (root / "masks").is_dir() else []
+    named = {stem(f): f for f in inside if is_picture(f) or is_nifti(f)}
+    objects = [*found, *(f for f in inside if f not in named.values() and is_dicom(f))]
+    segmented: dict[str, tuple[SegmentationFile, ...]] = {}
+    for path in objects:
+        try:
+            one = read_segmentation(path, task)
+            segmented[one.series] = (*segmented.get(one.series, ()), one)
+        except DataError as error:
+            left_out.append(LeftOut(reasons.reason_of(error), path.relative_to(root).as_posix()))
+    if not named and not objects:
         raise DataError(
-            "DICOM files for segmentation need a folder masks",
-            fix="Put PNG or NIfTI masks there, named by file stem or SOPInstanceUID",
+            "DICOM files for segmentation need masks",
+            fix="Put PNG or NIfTI masks named by file stem or SOPInstanceUID into a folder masks, "
+            "or DICOM segmentations anywhere",
         )
-    return {stem(f): f for f in walk(root / "masks") if is_picture(f) or is_nifti(f)}
+    return _Masks(named, segmented)
 
 
-def _loads(group: tuple[Header, ...], task: Task) -> Iterator[Callable[[], Image]]:
+def _loads(group: tuple[Header, ...], task: Task) -> Iterator[DicomFrame | DicomVolume]:
     frames = tuple((h.path, k) for h in group for k in range(h.frames))
     if task.dimensions == 3:
         yield DicomVolume(frames)
@@ -163,17 +205,18 @@ def _columns(group: tuple[Header, ...]) -> dict[str, str]:
     return {"synthetic": "yes"} if any(h.synthetic for h in group) else {}
 
 
-def _masked(
-    group: tuple[Header, ...], masks: dict[str, Path], task: Task
-) -> Iterator[Sample | str]:
-    header = group[0]
-    volume = task.dimensions == 3
+def _masked(group: tuple[Header, ...], masks: _Masks, task: Task) -> Iterator[Sample | str]:
+    objects = masks.segmented.get(group[0].keys["seriesinstanceuid"])
+    if objects is not None:
+        yield from _segmented(group, objects, task)
+        return
+    header, volume = group[0], task.dimensions == 3
     names = (
         [header.keys["seriesinstanceuid"], header.path.parent.name]
         if volume
         else [header.keys["sopinstanceuid"], stem(header.path)]
     )
-    mask = next((masks[name] for name in names if name in masks), None)
+    mask = next((masks.named[name] for name in names if name in masks.named), None)
     if mask is None or (volume and not is_nifti(mask)):
         yield reasons.NO_MASK
     elif not volume and header.frames > 1:
@@ -182,3 +225,15 @@ def _masked(
         read_mask = NiftiMask(mask, task.dimensions) if is_nifti(mask) else PictureMask(mask)
         load = next(_loads(group, task))
         yield Sample(header.patient, load, mask=read_mask, columns=_columns(group))
+
+
+def _segmented(
+    group: tuple[Header, ...], objects: tuple[SegmentationFile, ...], task: Task
+) -> Iterator[Sample | str]:
+    for load in _loads(group, task):
+        mask: SegmentedVolume | SegmentedFrame
+        if isinstance(load, DicomVolume):
+            mask = SegmentedVolume(objects, load.frames)
+        else:
+            mask = SegmentedFrame(objects, load.path, load.frame)
+        yield Sample(group[0].patient, load, mask=mask, columns=_columns(group))

@@ -11,6 +11,7 @@ import pydicom
 
 from client.data import reasons
 from client.data.quiet import quiet
+from client.data.readers.dicom_masks import SEGMENTATION
 from client.data.types import LeftOut
 from fedward.errors import DataError
 from fedward.plan.schema import Task
@@ -22,6 +23,8 @@ KEYS: Final[tuple[str, ...]] = (
 _TAGS: Final = [
     "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "AccessionNumber", "PatientID",
     "IssuerOfPatientID", "Modality", "Rows", "Columns", "NumberOfFrames", "SyntheticData",
+    "SOPClassUID", "ImageType", "ImageOrientationPatient", "ImagePositionPatient",
+    "PixelSpacing", "AcquisitionNumber", "EchoNumbers", "TemporalPositionIdentifier",
 ]  # fmt: skip
 _PIXELS: Final = frozenset(  # tags (7FE0,0008), (7FE0,0009), (7FE0,0010) in either byte order
     bytes.fromhex(tag)
@@ -47,6 +50,12 @@ class Header:
         At least 1.
     synthetic : bool
         Whether the file says so (0008,001C).
+    plane : str
+        Size, spacing and orientation: what the slices of one volume share.
+    position : str
+        Where the first pixel lies; "" where that is unknown or differs between frames.
+    take : str
+        Acquisition, echo and time: what tells slices in one place apart.
     """
 
     path: Path
@@ -55,6 +64,9 @@ class Header:
     modality: str
     frames: int
     synthetic: bool
+    plane: str = ""
+    position: str = ""
+    take: str = ""
 
 
 def is_dicom(path: Path) -> bool:
@@ -69,16 +81,28 @@ def is_dicom(path: Path) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Segmentation:
+    """A DICOM segmentation found among the files."""
+
+    path: Path
+
+
 def read_headers(
     files: Sequence[Path], root: Path, task: Task
-) -> tuple[list[Header], list[LeftOut]]:
+) -> tuple[list[Header], list[Path], list[LeftOut]]:
+    """The images among files, the segmentations if the task is one, and what was left out."""
     headers: list[Header] = []
+    masks: list[Path] = []
     left_out: list[LeftOut] = []
     seen: set[str] = set()
     with quiet():
         for file in files:
             try:
                 header = _header(file, task)
+                if isinstance(header, Segmentation):
+                    masks.append(file)
+                    continue
                 uid = header.keys["sopinstanceuid"]
                 if uid in seen:
                     raise reasons.unusable(reasons.DUPLICATE)
@@ -87,10 +111,10 @@ def read_headers(
             except DataError as error:
                 name = file.relative_to(root).as_posix()
                 left_out.append(LeftOut(reasons.reason_of(error), name))
-    return headers, left_out
+    return headers, masks, left_out
 
 
-def _header(path: Path, task: Task) -> Header:
+def _header(path: Path, task: Task) -> Header | Segmentation:
     if not is_dicom(path):
         raise reasons.unusable(reasons.NOT_DICOM)
     try:
@@ -102,16 +126,42 @@ def _header(path: Path, task: Task) -> Header:
     except Exception:
         # pydicom raises nearly anything on a broken file, and its texts quote values.
         raise reasons.unusable(reasons.NOT_READABLE) from None
+    if words["sopclassuid"] == SEGMENTATION and task.kind == "segmentation":
+        return Segmentation(path)
     if not (words["rows"] and words["columns"] and pixels_next):
         raise reasons.unusable(reasons.NO_PIXELS)
     if "any" not in task.modality and words["modality"] not in task.modality:
         raise reasons.unusable(reasons.OTHER_MODALITY)
+    if _scout(tags):
+        raise reasons.unusable(reasons.SCOUT)
     if not words["patientid"]:
         raise reasons.unusable(reasons.NO_PATIENT)
     patient = "\\".join((words["issuerofpatientid"], words["patientid"]))
     keys = {name: words[name] for name in KEYS if name in words}
     synthetic = words["syntheticdata"].upper() == "YES"
-    return Header(path, patient, keys, words["modality"], max(frames, 1), synthetic)
+    plane = (words["rows"], words["columns"], *_rounded(tags, "PixelSpacing", 3))
+    return Header(
+        path, patient, keys, words["modality"], max(frames, 1), synthetic,
+        plane=repr((*plane, *_rounded(tags, "ImageOrientationPatient", 2))),
+        position=repr(place) if (place := _rounded(tags, "ImagePositionPatient", 2)) else "",
+        take=repr([words[n] for n in ("acquisitionnumber", "echonumbers",
+                                      "temporalpositionidentifier")]),
+    )  # fmt: skip
+
+
+def _scout(tags: pydicom.FileDataset) -> bool:
+    """Whether the third value of ImageType says so, or a later one (C.8.2.1.1.1)."""
+    values = tags.get("ImageType") or ()
+    kinds = {str(v).upper() for v in ([values] if isinstance(values, str) else values)}
+    return bool(kinds & {"LOCALIZER", "SCOUT"})
+
+
+def _rounded(tags: pydicom.FileDataset, name: str, digits: int) -> tuple[float, ...]:
+    try:
+        # 0.0 is added so that -0.0 and 0.0 are one plane.
+        return tuple(round(float(v), digits) + 0.0 for v in tags.get(name) or ())
+    except (TypeError, ValueError):
+        return ()
 
 
 def _deflated(header: pydicom.FileDataset) -> bool:

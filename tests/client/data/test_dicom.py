@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import openpyxl
 import pydicom
 import pytest
 from PIL import Image as Pillow
@@ -65,6 +66,33 @@ def test_labels_by_each_key(tmp_path, make_dicom, make_plan, column, value):
     dataset = read_dataset(DatasetSpec(tmp_path), make_plan().task)
     assert [(s.label, s.columns) for s in dataset.samples] == [((1,), {"Ward": "W3"})]
     assert reasons(dataset) == {"no label": 1}
+
+
+@pytest.mark.parametrize(("key", "value"), [("PatientID", 4711), ("AccessionNumber", "A 7")])
+def test_labels_from_a_workbook(tmp_path, make_dicom, make_plan, key, value):
+    make_dicom(tmp_path / "x.dcm", STORED, PatientID="4711", AccessionNumber="A 7")
+    book = openpyxl.Workbook()
+    for row in ((key, "note", "label"), (value, None, "sick"), (None, None, None)):
+        book.active.append(row)
+    book.save(tmp_path / "labels.xlsx")
+    (sample,) = read_dataset(DatasetSpec(tmp_path), make_plan().task).samples
+    assert sample.label == (make_plan().task.classes.index("sick"),)
+
+
+def test_rows_of_a_workbook_that_disagree_and_a_broken_one(tmp_path, make_dicom, make_plan):
+    make_dicom(tmp_path / "x.dcm", STORED, PatientID="4711")
+    make_dicom(tmp_path / "y.dcm", STORED, PatientID="4712")
+    book = openpyxl.Workbook()
+    rows = (("PatientID", "label"), (4711, "sick"), (4711.0, "healthy"), (4712, "sick"))
+    for row in rows:
+        book.active.append(row)
+    book.save(tmp_path / "labels.xlsx")
+    dataset = read_dataset(DatasetSpec(tmp_path), make_plan().task)
+    assert reasons(dataset) == {"conflicting labels": 1}
+    (tmp_path / "labels.xlsx").write_bytes(b"PK no workbook 4711")
+    with pytest.raises(DataError, match="readable XLSX") as caught:
+        read_dataset(DatasetSpec(tmp_path, "dicom"), make_plan().task)
+    assert "4711" not in str(caught.value)
 
 
 def test_labels_with_a_column_per_class_and_conflicts(tmp_path, make_dicom, make_plan):

@@ -16,10 +16,11 @@ from fedward.plan import Plan, canonical, from_canonical, parse_plan, plan_from,
 from fedward.plan.text import to_toml, toml_text
 
 Change = Callable[[str, dict[str, Any]], dict[str, Any]]
-GOLDEN = "001f92db487db392ac4cd7ce4535e4a7e59fa119e4eea8d6e92342ac4dd0dbde"
+GOLDEN = "167118243fdcb6821f7b86898a44135b31b16343801ca55dd108e84a99008f05"
 
 TIED = {
     "model.taps",
+    "preprocessing.gantry_tilt",
     "version",
     *(f"task.{key}" for key in ("kind", "dimensions", "multi_label")),
     "model.name",

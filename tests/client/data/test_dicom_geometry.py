@@ -1,0 +1,184 @@
+"""Stacks of slices: which ones make a volume, and where its voxels lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from client.data.decode import read_frame
+from client.data.read import DatasetSpec, read_dataset
+from client.data.readers.dicom_volumes import geometry, stack
+from client.data.transform import prepare_image
+from fedward.errors import DataError
+
+AXIAL = (np.array([1.0, 0, 0]), np.array([0, 1.0, 0]))
+_TURN = 0.3
+OBLIQUE = (
+    np.array([np.cos(_TURN), np.sin(_TURN), 0]),
+    np.array([-np.sin(_TURN) * np.cos(0.2), np.cos(_TURN) * np.cos(0.2), np.sin(0.2)]),
+)
+
+
+def write(
+    folder: Path,
+    make_dicom: Any,
+    values: np.ndarray,
+    *,
+    plane: Any = AXIAL,
+    gap: float = 2.5,
+    aside: Any = (0.0, 0.0, 0.0),
+    heights: Any = None,
+    **tags: Any,
+) -> list[Path]:
+    """A CT series ``(D, H, W)`` whose file names and instance numbers say nothing of the place."""
+    along, down = plane
+    normal = np.cross(along, down)
+    order = np.random.default_rng(3).permutation(len(values))
+    paths = []
+    for name, k in enumerate(order):
+        height = gap * k if heights is None else heights[k]
+        corner = np.array([-20.0, 15.0, 40.0]) + normal * height + np.array(aside) * k
+        paths.append(make_dicom(
+            folder / f"{name:03d}.dcm", values[k], **{
+                "SOPClassUID": "1.2.840.10008.5.1.4.1.1.2", "SeriesInstanceUID": "1.2.77",
+                "StudyInstanceUID": "1.2.76", "FrameOfReferenceUID": "1.2.78",
+                "PixelSpacing": [0.7, 0.9], "ImageOrientationPatient": [*along, *down],
+                "ImagePositionPatient": [round(float(v), 6) for v in corner],
+                "RescaleSlope": 1, "RescaleIntercept": -1024, "InstanceNumber": name + 1, **tags,
+            },
+        ))  # fmt: skip
+    return paths
+
+
+def voxels(count: int = 7, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 2000, (count, 10, 12)).astype(np.int16)
+
+
+def volumes(folder: Path, make_plan: Any) -> list[Any]:
+    (folder / "labels.csv").write_text("PatientID,label\nP1,sick\n")
+    return list(read_dataset(DatasetSpec(folder, "dicom"), make_plan(size=(8, 8, 8)).task).samples)
+
+
+def refusal(sample: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        sample.load()
+    return caught.value.rule
+
+
+@pytest.mark.parametrize("plane", [AXIAL, OBLIQUE], ids=["axial", "oblique"])
+def test_a_volume_is_that_of_an_independent_reader(tmp_path, make_dicom, make_plan, plane):
+    write(tmp_path / "s", make_dicom, voxels(), plane=plane)
+    (sample,) = volumes(tmp_path, make_plan)
+    image = sample.load()
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(tmp_path / "s")))
+    # RAI in ITK's words names where axes come from: the axes then run to left, back and top.
+    other = sitk.DICOMOrient(reader.Execute(), "RAS")
+    np.testing.assert_allclose(image.pixels[0], sitk.GetArrayFromImage(other).transpose(2, 1, 0))
+    assert image.spacing == pytest.approx(other.GetSpacing(), abs=1e-4)
+    assert image.tilt == 0
+
+
+def test_world_places_are_those_of_an_independent_reader(tmp_path, make_dicom):
+    paths = write(tmp_path / "s", make_dicom, voxels(), plane=OBLIQUE)
+    frames = [read_frame(path) for path in paths]
+    affine = geometry(frames, frames[0].image.spacing).affine
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(tmp_path / "s")))
+    other = reader.Execute()
+    for row, column, place in ((0, 0, 0), (9, 11, 6), (3, 7, 2)):
+        left, back, up = other.TransformIndexToPhysicalPoint((column, row, place))
+        found = affine @ [row, column, place, 1]
+        np.testing.assert_allclose(found[:3], [-left, -back, up], atol=1e-3)
+
+
+def test_scouts_are_left_out(tmp_path, make_dicom, make_plan):
+    write(tmp_path / "s", make_dicom, voxels())
+    make_dicom(tmp_path / "scout.dcm", voxels(1)[0], ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    (tmp_path / "labels.csv").write_text("PatientID,label\nP1,sick\n")
+    dataset = read_dataset(DatasetSpec(tmp_path, "dicom"), make_plan(size=(8, 8, 8)).task)
+    assert len(dataset.samples) == 1
+    assert [item.reason for item in dataset.left_out] == ["scout or localizer"]
+
+
+def test_planes_of_one_series_are_volumes_of_their_own(tmp_path, make_dicom, make_plan):
+    axial, other = voxels(5, 1), voxels(6, 2)
+    write(tmp_path / "a", make_dicom, axial)
+    write(tmp_path / "b", make_dicom, other, plane=OBLIQUE)
+    depths = sorted(sample.load().pixels.shape[-1] for sample in volumes(tmp_path, make_plan))
+    assert depths == [5, 6]
+
+
+def test_times_of_one_series_are_volumes_of_their_own(tmp_path, make_dicom, make_plan):
+    early, late = voxels(5, 1), voxels(5, 2)
+    write(tmp_path / "a", make_dicom, early, AcquisitionNumber=1)
+    write(tmp_path / "b", make_dicom, late, AcquisitionNumber=2)
+    means = sorted(float(sample.load().pixels.mean()) for sample in volumes(tmp_path, make_plan))
+    assert means == pytest.approx(sorted([early.mean() - 1024, late.mean() - 1024]))
+
+
+def test_an_acquisition_number_per_slice_divides_nothing(tmp_path, make_dicom, make_plan):
+    for k, path in enumerate(write(tmp_path / "s", make_dicom, voxels())):
+        import pydicom
+
+        file = pydicom.dcmread(path)
+        file.AcquisitionNumber = k + 1
+        file.save_as(path)
+    (sample,) = volumes(tmp_path, make_plan)
+    assert sample.load().pixels.shape[-1] == 7
+
+
+def test_the_same_slice_twice_counts_once_and_another_in_its_place_is_refused(
+    tmp_path, make_dicom, make_plan
+):
+    values = voxels(4)
+    write(tmp_path / "same" / "s", make_dicom, np.concatenate([values, values[1:2]]),
+          heights=[0, 2, 4, 6, 2])  # fmt: skip
+    (sample,) = volumes(tmp_path / "same", make_plan)
+    np.testing.assert_array_equal(sample.load().pixels.shape, (1, 12, 10, 4))
+    write(tmp_path / "other" / "s", make_dicom, voxels(5), heights=[0, 2, 4, 6, 2])
+    (sample,) = volumes(tmp_path / "other", make_plan)
+    assert refusal(sample) == "duplicate slices"
+
+
+@pytest.mark.parametrize(
+    ("heights", "reason"),
+    [([0, 2, 4, 8, 10], "slices missing"), ([0, 2, 4.7, 6, 8], "slices uneven")],
+)
+def test_gaps_and_uneven_distances(tmp_path, make_dicom, make_plan, heights, reason):
+    write(tmp_path / "s", make_dicom, voxels(5), heights=heights)
+    (sample,) = volumes(tmp_path, make_plan)
+    assert refusal(sample) == reason
+
+
+def test_a_leaning_gantry_is_refused_or_set_upright(tmp_path, make_dicom, make_plan):
+    # A ball, scanned by a gantry whose slices are pushed to the back by two pixels each.
+    depth, rows, columns = 13, 48, 40
+    z, y, x = np.mgrid[:depth, :rows, :columns].astype(float)
+
+    def ball(shift: np.ndarray) -> np.ndarray:
+        far = ((z - 6) * 2.5) ** 2 + ((y + shift - 24) * 0.7) ** 2 + ((x - 20) * 0.9) ** 2
+        return np.where(far < 10**2, 1000, 0).astype(np.int16)
+
+    steps = 2.0 * (np.arange(depth) - 6)[:, None, None]
+    write(tmp_path / "s", make_dicom, ball(steps), aside=(0, 2 * 0.7, 0))
+    (sample,) = volumes(tmp_path, make_plan)
+    image = sample.load()
+    assert image.tilt == pytest.approx(np.degrees(np.arctan2(1.4, 2.5)), abs=1e-3)
+    upright = ball(np.zeros_like(steps)).transpose(2, 1, 0)[::-1, ::-1] - 1024.0
+    assert np.mean(np.abs(image.pixels[0] - upright) > 1) < 0.002
+    plan = make_plan(size=(8, 8, 8))
+    with pytest.raises(DataError, match="gantry tilt"):
+        prepare_image(image, None, plan.task, plan.preprocessing)
+    correct = plan.preprocessing.model_copy(update={"gantry_tilt": "correct"})
+    assert prepare_image(image, None, plan.task, correct).pixels.shape == (1, 8, 8, 8)
+
+
+def test_one_slice_is_no_volume(tmp_path, make_dicom):
+    frame = read_frame(write(tmp_path, make_dicom, voxels(1))[0])
+    with pytest.raises(DataError, match="shape does not fit"):
+        stack([frame])

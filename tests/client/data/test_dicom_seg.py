@@ -1,0 +1,190 @@
+"""DICOM segmentations, written by highdicom, as label maps of the images they refer to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import highdicom as hd
+import numpy as np
+import pydicom
+import pytest
+from pydicom.sr.codedict import codes
+
+from client.data.read import DatasetSpec, read_dataset
+from fedward.errors import DataError
+
+ROWS, COLUMNS = 10, 12
+AXIAL = [1, 0, 0, 0, 1, 0]
+
+
+def write_ct(folder: Path, make_dicom: Any, count: int = 5, series: str = "1.2.77") -> list[Any]:
+    """A CT series in order of position; file names and instance numbers are in another one."""
+    values = np.random.default_rng(0).integers(0, 900, (count, ROWS, COLUMNS)).astype(np.int16)
+    names = np.random.default_rng(4).permutation(count)
+    for k in range(count):
+        make_dicom(
+            folder / f"{names[k]:03d}.dcm", values[k], SOPClassUID=pydicom.uid.CTImageStorage,
+            SeriesInstanceUID=series, StudyInstanceUID="1.2.76", FrameOfReferenceUID="1.2.78",
+            PixelSpacing=[0.7, 0.9], SliceThickness=2.5, ImageOrientationPatient=AXIAL,
+            ImagePositionPatient=[-20, 15, 40 + 2.5 * k], InstanceNumber=int(names[k]) + 1,
+            PatientName="", PatientBirthDate="", PatientSex="", StudyID="1", StudyDate="20200101",
+            StudyTime="101010", ReferringPhysicianName="", AccessionNumber="",
+        )  # fmt: skip
+    files = [pydicom.dcmread(path) for path in folder.glob("*.dcm")]
+    return sorted(files, key=lambda file: float(file.ImagePositionPatient[2]))
+
+
+def write_seg(
+    path: Path, images: list[Any], masks: np.ndarray, names: list[str], **more: Any
+) -> Any:
+    """Masks ``(D, H, W, S)`` as a segmentation with these segment labels."""
+    kind = more.pop("kind", hd.seg.SegmentationTypeValues.BINARY)
+    tool = hd.AlgorithmIdentificationSequence("t", codes.DCM.ArtificialIntelligence, "1")
+    described = [
+        hd.seg.SegmentDescription(
+            number, name, codes.SCT.Tissue, codes.SCT.Tissue,
+            hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC, tool,
+        )
+        for number, name in enumerate(names, start=1)
+    ]  # fmt: skip
+    seg = hd.seg.Segmentation(
+        images, masks, kind, described, hd.UID(), 2, hd.UID(), 1, "m", "m", "1", "1", **more
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    seg.save_as(path)
+    return seg
+
+
+def blobs(count: int = 5, classes: int = 2) -> np.ndarray:
+    """Separate masks ``(D, H, W, S)`` without symmetry; slice 1 is empty."""
+    masks = np.zeros((count, ROWS, COLUMNS, classes), np.uint8)
+    for k in range(count):
+        for s in range(classes):
+            if k != 1:
+                masks[k, 1 + k : 4 + k, 1 + 5 * s : 4 + 5 * s + k % 2, s] = 1
+    return masks
+
+
+def expected_volume(masks: np.ndarray) -> np.ndarray:
+    """Independently: axial slices to RAS, where columns run to the left and rows to the back."""
+    labels = (masks * np.arange(1, masks.shape[-1] + 1)).max(axis=-1)
+    return labels.transpose(2, 1, 0)[::-1, ::-1]
+
+
+@pytest.fixture
+def volume_of(make_plan):
+    def find(root: Path, classes: tuple[str, ...] = ("front", "back")) -> Any:
+        plan = make_plan("segmentation", size=(8, 8, 8))
+        task = plan.task.model_copy(update={"classes": classes})
+        return read_dataset(DatasetSpec(root, "dicom"), task)
+
+    return find
+
+
+def test_a_binary_segmentation_of_a_volume(tmp_path, make_dicom, volume_of):
+    images, masks = write_ct(tmp_path / "ct", make_dicom), blobs()
+    write_seg(tmp_path / "seg" / "s.dcm", images, masks, ["Front", "BACK"])
+    (sample,) = volume_of(tmp_path).samples
+    np.testing.assert_array_equal(sample.mask(), expected_volume(masks))
+    assert sample.mask().shape == sample.load().pixels.shape[1:]
+
+
+def test_segments_go_by_label_not_by_number(tmp_path, make_dicom, volume_of):
+    images, masks = write_ct(tmp_path / "ct", make_dicom), blobs(classes=3)
+    write_seg(tmp_path / "s.dcm", images, masks, ["other", "back", "front"])
+    (sample,) = volume_of(tmp_path).samples
+    np.testing.assert_array_equal(sample.mask(), expected_volume(masks[..., [2, 1]]))
+
+
+def test_each_slice_of_a_2d_task_finds_its_own_frame(tmp_path, make_dicom, make_plan):
+    images, masks = write_ct(tmp_path / "ct", make_dicom), blobs(classes=1)
+    write_seg(tmp_path / "s.dcm", images, masks, ["anything"])
+    task = make_plan("segmentation").task.model_copy(update={"classes": ("lung",)})
+    dataset = read_dataset(DatasetSpec(tmp_path, "dicom"), task)
+    assert len(dataset.samples) == 5
+    place = {tuple(image.pixel_array.ravel()): k for k, image in enumerate(images)}
+    for sample in dataset.samples:
+        k = place[tuple(sample.load().pixels[0].astype(np.int16).ravel())]
+        np.testing.assert_array_equal(sample.mask(), masks[k, ..., 0])
+
+
+def test_a_fractional_segmentation_is_cut_at_half(tmp_path, make_dicom, volume_of):
+    images = write_ct(tmp_path / "ct", make_dicom)
+    share = np.random.default_rng(1).random((5, ROWS, COLUMNS, 1))
+    share[np.abs(share - 0.5) < 0.01] = 0.9
+    write_seg(
+        tmp_path / "s.dcm", images, share, ["front"],
+        kind=hd.seg.SegmentationTypeValues.FRACTIONAL, max_fractional_value=200,
+    )  # fmt: skip
+    (sample,) = volume_of(tmp_path).samples
+    np.testing.assert_array_equal(sample.mask(), expected_volume((share >= 0.5).astype(np.uint8)))
+
+
+def test_frames_without_a_reference_go_by_place(tmp_path, make_dicom, volume_of):
+    images, masks = write_ct(tmp_path / "ct", make_dicom), blobs()
+    write_seg(tmp_path / "s.dcm", images, masks, ["front", "back"])
+    seg = pydicom.dcmread(tmp_path / "s.dcm")
+    for group in seg.PerFrameFunctionalGroupsSequence:
+        del group.DerivationImageSequence
+    seg.save_as(tmp_path / "s.dcm")
+    (sample,) = volume_of(tmp_path).samples
+    np.testing.assert_array_equal(sample.mask(), expected_volume(masks))
+
+
+def test_a_frame_that_lies_elsewhere_than_its_image_is_refused(tmp_path, make_dicom, volume_of):
+    images = write_ct(tmp_path / "ct", make_dicom)
+    write_seg(tmp_path / "s.dcm", images, blobs(), ["front", "back"])
+    seg = pydicom.dcmread(tmp_path / "s.dcm")
+    for group in seg.PerFrameFunctionalGroupsSequence:
+        group.PlanePositionSequence[0].ImagePositionPatient[0] += 3
+    seg.save_as(tmp_path / "s.dcm")
+    (sample,) = volume_of(tmp_path).samples
+    with pytest.raises(DataError, match="position of mask differs"):
+        sample.mask()
+
+
+def test_two_files_of_one_series_are_laid_together(tmp_path, make_dicom, volume_of):
+    images, masks = write_ct(tmp_path / "ct", make_dicom), blobs()
+    write_seg(tmp_path / "masks" / "a.dcm", images, masks[..., :1], ["front"])
+    write_seg(tmp_path / "masks" / "b.dcm", images, masks[..., 1:], ["back"])
+    (sample,) = volume_of(tmp_path).samples
+    np.testing.assert_array_equal(sample.mask(), expected_volume(masks))
+
+
+def test_a_series_without_segmentation_and_a_foreign_one_are_counted(
+    tmp_path, make_dicom, volume_of
+):
+    images = write_ct(tmp_path / "ct", make_dicom)
+    write_ct(tmp_path / "other", make_dicom, series="1.2.99")
+    write_seg(tmp_path / "a.dcm", images, blobs(), ["front", "back"])
+    write_seg(tmp_path / "b.dcm", images, blobs(), ["liver", "spleen"])
+    (tmp_path / "c.dcm").write_bytes((tmp_path / "a.dcm").read_bytes()[:900])
+    dataset = volume_of(tmp_path)
+    assert len(dataset.samples) == 1
+    assert sorted(item.reason for item in dataset.left_out) == [
+        "no mask", "not readable", "unknown class in mask"
+    ]  # fmt: skip
+
+
+def test_a_leaning_stack_and_its_segmentation_move_together(tmp_path, make_dicom, volume_of):
+    images, masks = write_ct(tmp_path / "ct", make_dicom), blobs()
+    write_seg(tmp_path / "s.dcm", images, masks, ["front", "back"])
+    for file in (*(tmp_path / "ct").glob("*"), tmp_path / "s.dcm"):
+        data = pydicom.dcmread(file)
+        places = [data] if "ImagePositionPatient" in data else [
+            group.PlanePositionSequence[0] for group in data.PerFrameFunctionalGroupsSequence
+        ]  # fmt: skip
+        for place in places:
+            height = (float(place.ImagePositionPatient[2]) - 40) / 2.5
+            place.ImagePositionPatient[1] = 15 + 0.7 * height
+        data.save_as(file)
+    (sample,) = volume_of(tmp_path).samples
+    assert sample.load().tilt > 0
+    moved = np.zeros_like(masks)  # one row a slice, about the middle one
+    for k in range(5):
+        by = k - 2
+        rows = np.arange(ROWS)
+        inside = (rows - by >= 0) & (rows - by < ROWS)
+        moved[k, rows[inside]] = masks[k, rows[inside] - by]
+    np.testing.assert_array_equal(sample.mask(), expected_volume(moved))
