@@ -44,6 +44,7 @@ bench: $(DONE)
 docs: $(DONE)
 	$(BIN)/python -m fedward.plan.reference > docs/plan.md
 	$(BIN)/python -m server.report.reference > docs/metrics.md
+	$(BIN)/python -m client.reference > docs/site.md
 
 clean:
 	rm -rf $(VENV) demo runs

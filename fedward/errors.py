@@ -12,6 +12,7 @@
     ├── ProtocolError          16   a message is not a known, valid record
     ├── StudyError             17   a study cannot go on (quorum, no update)
     ├── OutputError            18   results cannot be written
+    ├── ConfigError            19   the site's configuration breaks a rule
     └── Interrupted           130   Ctrl-C; what was finished is kept
 
 A message states the rule, the value that breaks it and the next step. Exit code 2 is the command
@@ -115,6 +116,12 @@ class OutputError(FedwardError):
     """Results cannot be written."""
 
     exit_code = 18
+
+
+class ConfigError(FedwardError):
+    """The site's configuration breaks a rule."""
+
+    exit_code = 19
 
 
 class Interrupted(FedwardError):

@@ -27,6 +27,7 @@ _GROUPS: Final = (
     "PixelValueTransformationSequence", "FrameVOILUTSequence", "PixelMeasuresSequence",
     "PlanePositionSequence", "PlaneOrientationSequence",
 )  # fmt: skip
+_LARGEST: Final = 2 << 30  # bytes of one decoded frame: a square of 16,000 pixels
 _SPACINGS: Final = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
 
 
@@ -83,6 +84,8 @@ def read_frame(path: Path, frame: int = 0) -> Frame:
             header = _header(path, path.stat().st_mtime_ns)
             if "Rows" not in header or "Columns" not in header:
                 raise reasons.unusable(reasons.NO_PIXELS)
+            if frame_bytes(header) > _LARGEST:
+                raise reasons.unusable(reasons.TOO_LARGE)
             pixels = pixel_array(path, index=frame, **_syntax(header))
             return decode(header, np.asarray(pixels), frame)
         except Exception as error:
@@ -90,6 +93,13 @@ def read_frame(path: Path, frame: int = 0) -> Frame:
             missing = isinstance(error, AttributeError) and "no pixel data" in str(error).lower()
             reason = reasons.NO_PIXELS if missing else reasons.reason_of(error)
             raise reasons.unusable(reason) from None
+
+
+def frame_bytes(header: Dataset) -> int:
+    """Bytes that one decoded frame takes, by what the file declares of itself."""
+    sides = int(header.get("Rows") or 0) * int(header.get("Columns") or 0)
+    # Values are worked on as 8 bytes each, whatever they are stored in.
+    return sides * int(header.get("SamplesPerPixel") or 1) * 8
 
 
 def read_place(path: Path, frame: int = 0) -> Place:

@@ -5,25 +5,31 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from client.data.types import Sample
 
 _DOUBLE = (".nii.gz",)
 
 
 def walk(root: Path, *, without: Sequence[str] = ()) -> list[Path]:
-    """All files under `root` in a stable order.
+    """All regular files under `root` in a stable order.
 
     Hidden files and folders are skipped, and so are the top folders named in `without`. Linked
     folders are not entered: a link to a parent would never end.
     """
-    found: list[Path] = []
+    # To open a pipe would wait for ever.
+    return [path for path in find(root, without=without) if path.is_file()]
+
+
+def find(root: Path, *, without: Sequence[str] = ()) -> Iterator[Path]:
+    """The same and whatever else lies there, one after another, in the memory of one folder."""
     for folder, names, files in os.walk(root):
         here = Path(folder)
         skip = set(without) if here == root else set()
         names[:] = sorted(n for n in names if not _hidden(n) and n not in skip)
-        found += [here / name for name in sorted(files) if not _hidden(name)]
-    return found
+        yield from (here / name for name in sorted(files) if not _hidden(name))
 
 
 def folders(root: Path) -> list[Path]:
@@ -56,6 +62,12 @@ def table_keys(files: Sequence[Path], roots: Sequence[Path]) -> dict[Path, tuple
         loose = [file.name] * (names[file.name] == 1) + [stem(file)] * (stems[stem(file)] == 1)
         keys[file] = tuple(dict.fromkeys(exact + loose))
     return keys
+
+
+def paths_of(sample: Sample) -> tuple[Path, ...]:
+    """The files that a sample's image is read from; none for one that is in memory."""
+    one, several = getattr(sample.load, "path", None), getattr(sample.load, "frames", ())
+    return (one,) if one is not None else tuple(path for path, _ in several)
 
 
 def file_identity(path: Path, *parts: object) -> str:

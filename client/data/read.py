@@ -12,7 +12,7 @@ from typing import Final, Literal
 from client.data.files import folders, walk
 from client.data.readers import dicom, nifti, npz
 from client.data.readers import folders as pictures
-from client.data.readers.dicom_headers import is_dicom
+from client.data.readers.dicom_files import is_dicom
 from client.data.readers.pictures import is_picture
 from client.data.types import Dataset, Format, LeftOut, Sample
 from fedward.errors import DataError

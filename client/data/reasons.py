@@ -26,12 +26,19 @@ UNEVEN: Final = "slices uneven"
 DUPLICATE_SLICES: Final = "duplicate slices"
 SCOUT: Final = "scout or localizer"
 TILTED: Final = "gantry tilt"
+TOO_LARGE: Final = "too large"
+CHANGED: Final = "changed while read"
+NOT_PERMITTED: Final = "not permitted"
+NOT_A_FILE: Final = "not a file"
+DECODER_FAILED: Final = "decoder failed"
+OTHER_FORMAT: Final = "other format"
 
 REASONS: Final = frozenset(
     {
         NOT_READABLE, NOT_DICOM, NO_PIXELS, OTHER_MODALITY, NO_PATIENT, NO_LABEL, UNKNOWN_CLASS,
         CONFLICTING, NO_MASK, NO_IMAGE, DUPLICATE, WRONG_SHAPE, MASK_SHAPE, MASK_POSITION,
         MASK_CLASS, INCOMPLETE, UNEVEN, DUPLICATE_SLICES, SCOUT, TILTED,
+        TOO_LARGE, CHANGED, NOT_PERMITTED, NOT_A_FILE, DECODER_FAILED, OTHER_FORMAT,
     }
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""From what pydantic says to what a coordinator understands: rule and next step."""
+"""From what pydantic says to what its reader understands: rule and next step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from fedward.errors import PlanError
+from fedward.errors import FedwardError, PlanError
 
 _TYPES = {
     "string_type": ("must be text", "Write it in quotes"),
@@ -22,7 +22,7 @@ _TYPES = {
     "model_type": ("must be a table", "Write it as a [section]"),
     "extra_forbidden": (
         "this key is not known",
-        "Remove it, or see the plan reference for its name",
+        "Remove it, or see the reference page for its name",
     ),
     "missing": ("this key is required", "Add it"),
     "too_short": ("must have at least {min_length} entries", "Add what is missing"),
@@ -40,15 +40,20 @@ _WITHOUT_VALUE = {"missing", "value_error", "plan_rule"}
 _UNION_TAGS = {"float", "int"}
 
 
-def plan_error(error: ValidationError) -> PlanError:
-    """The first thing that is wrong, and how many more there are."""
+def plan_error(error: ValidationError) -> FedwardError:
+    """The first thing that is wrong in a plan, and how many more there are."""
+    return schema_error(error, PlanError)
+
+
+def schema_error(error: ValidationError, kind: type[FedwardError]) -> FedwardError:
+    """The same as an error of another kind."""
     errors = error.errors()
     first, more = errors[0], len({_where(one) for one in errors}) - 1
     rule, fix = _rule(first)
     if more:
         fix = f"{fix}. {more} more to mend after this one"
     value = None if first["type"] in _WITHOUT_VALUE else _short(first["input"])
-    return PlanError(rule, value=value, fix=fix, where=_where(first))
+    return kind(rule, value=value, fix=fix, where=_where(first))
 
 
 def _rule(first: ErrorDetails) -> tuple[str, str]:

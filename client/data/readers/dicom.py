@@ -17,7 +17,8 @@ from typing import Final
 from client.data import reasons
 from client.data.decode import read_frame
 from client.data.files import file_identity, stem, table_keys, walk
-from client.data.readers.dicom_headers import KEYS, Header, is_dicom, read_headers
+from client.data.readers.dicom_files import is_dicom
+from client.data.readers.dicom_headers import KEYS, Header, read_headers
 from client.data.readers.dicom_masks import (
     SegmentationFile,
     SegmentedFrame,

@@ -11,7 +11,7 @@ import pydicom
 
 from client.data import reasons
 from client.data.quiet import quiet
-from client.data.readers.dicom_masks import SEGMENTATION
+from client.data.readers.dicom_files import SEGMENTATION, is_dicom
 from client.data.types import LeftOut
 from fedward.errors import DataError
 from fedward.plan.schema import Task
@@ -67,18 +67,6 @@ class Header:
     plane: str = ""
     position: str = ""
     take: str = ""
-
-
-def is_dicom(path: Path) -> bool:
-    """Whether the file starts as DICOM does: after a preamble, or with group 2 or 8 at once."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(132)
-    except OSError:
-        return False
-    return start[128:] == b"DICM" or (
-        start[:2] in (b"\x02\x00", b"\x08\x00") and start[3:4] == b"\x00" and len(start) == 132
-    )
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from client.data.quiet import quiet
 from client.data.readers.dicom_volumes import geometry
 from fedward.plan.schema import Task
 
-SEGMENTATION: Final = "1.2.840.10008.5.1.4.1.1.66.4"
 _HALF: Final = 0.5  # of the largest value of a fractional segmentation counts as foreground
 _NEAR: Final = 0.25  # of a pixel that a frame may be away from its image's place
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -122,6 +123,13 @@ def test_each_frame_is_an_image_of_the_same_patient(tmp_path, make_dicom, make_p
     assert len({s.load.identity() for s in samples}) == 3
     for sample, frame in zip(samples, frames, strict=True):
         np.testing.assert_array_equal(sample.load().pixels[0], frame)
+
+
+def test_a_pipe_among_the_files_stops_nothing(tmp_path, make_dicom, make_plan):
+    make_dicom(tmp_path / "x.dcm", STORED, PatientID="P1")
+    os.mkfifo(tmp_path / "pipe.dcm")
+    labels(tmp_path, "PatientID,label\nP1,sick\n")
+    assert len(read_dataset(DatasetSpec(tmp_path), make_plan().task).samples) == 1
 
 
 def test_an_instance_exported_twice_counts_once(tmp_path, make_dicom, make_plan):

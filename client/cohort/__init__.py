@@ -1,0 +1,1 @@
+"""What an index says about a dataset as a whole."""

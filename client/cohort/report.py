@@ -1,0 +1,200 @@
+"""What a dataset holds, what was left out of it and why, and what is risky about it.
+
+All of it is counts and words of the standard; a report names no person and no file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from client.cohort.risks import Risk, find_risks
+from client.config import DatasetSection
+from client.data.files import paths_of
+from client.data.read import DatasetSpec, read_dataset
+from client.data.split import split_by_patient
+from client.data.types import Dataset, Sample
+from client.index.extract import Extractor
+from client.index.store import Index
+from fedward.errors import DataError
+from fedward.plan.schema import Split
+
+Counts = dict[str, int]
+_WORD: Final = re.compile(r"[A-Za-z0-9 _.,()/&+-]{1,64}")
+_NUMBER: Final = re.compile(r"\d{5,}|\d{4}-\d{2}")  # what could be a date, an id or part of one
+_IMAGES: Final = "reason = '' AND rows > 0 AND format IN ('dicom', 'nifti', 'picture')"
+
+
+class Range(BaseModel):
+    """Lowest and highest pixel of a modality, as the modality means it."""
+
+    model_config = ConfigDict(extra="forbid")
+    lowest: float
+    highest: float
+
+
+class DatasetReport(BaseModel):
+    """The answer of ``fedward-client data report``."""
+
+    model_config = ConfigDict(extra="forbid")
+    dataset: str
+    files: int = Field(description="files in the dataset, whatever they are")
+    instances: int = Field(description="files with an image that could be decoded")
+    patients: int = Field(description="patients of these, where files name one")
+    studies: int
+    series: int
+    modality: Counts = Field(description="instances by modality; the next ones likewise")
+    body_part: Counts
+    manufacturer: Counts
+    object_type: Counts
+    transfer_syntax: Counts
+    size: Counts = Field(description="rows x columns")
+    spacing: Counts = Field(description="mm between rows x columns")
+    intensity: dict[str, Range] = Field(description="range of the pixels by modality")
+    samples: int = Field(description="images or volumes that a study could use")
+    sample_patients: int = Field(description="patients of these")
+    images_by_class: Counts = Field(description="classification: samples of each class")
+    patients_by_class: Counts = Field(description="classification: patients with each class")
+    split: Counts = Field(description="patients of each part, by the usual division")
+    left_out: Counts = Field(description="files and rows that cannot serve, by reason")
+    risks: list[Risk]
+
+
+def make_report(
+    name: str, dataset: DatasetSection, index: Index, extract: Extractor
+) -> DatasetReport:
+    """Count what is in an index, and what a study could make of it.
+
+    Raises
+    ------
+    DataError
+        The dataset has no table of labels, or a broken one.
+    """
+    found = _fit(_read(dataset), index, extract)
+    left_out = _left_out(found, index, extract)
+    files = sum(1 for _ in index.connection.execute("SELECT 1 FROM files"))
+    return DatasetReport(
+        dataset=name, files=files, instances=_number(index, "count(*)"),
+        patients=_distinct(index, "patient"), studies=_distinct(index, "study"),
+        series=_distinct(index, "series"), modality=_by(index, "modality"),
+        body_part=_by(index, "body_part"), manufacturer=_by(index, "manufacturer"),
+        object_type=_by(index, "object_type"), transfer_syntax=_by(index, "syntax"),
+        size=_by(index, "rows || ' x ' || columns"), spacing=_spacings(index),
+        intensity=_ranges(index), samples=len(found.samples),
+        sample_patients=len({sample.patient for sample in found.samples}),
+        images_by_class=_classes(dataset, [sample.label for sample in found.samples]),
+        patients_by_class=_patients_by_class(dataset, found.samples),
+        split=_split(found.samples), left_out=dict(sorted(left_out.items())),
+        risks=find_risks(dataset, found, index, left_out),
+    )  # fmt: skip
+
+
+def _read(dataset: DatasetSection) -> Dataset:
+    try:
+        return read_dataset(DatasetSpec(dataset.root, dataset.format), dataset.as_task())
+    except DataError as error:
+        if error.rule.startswith("the dataset must hold images"):
+            return Dataset(())  # an empty dataset is worth a report too
+        raise
+
+
+def _fit(found: Dataset, index: Index, extract: Extractor) -> Dataset:
+    """Without the samples of which a file could not be decoded when it was indexed."""
+
+    def fits(sample: Sample) -> bool:
+        names = [extract.name(path) for path in paths_of(sample) if path != extract.root]
+        return not any(index.reason(name) for name in names)
+
+    return Dataset(tuple(filter(fits, found.samples)), found.left_out)
+
+
+def _left_out(found: Dataset, index: Index, extract: Extractor) -> Counter[str]:
+    """By file: what the scan said of its pixels leads, then what the reader says of its use."""
+    sql = index.connection.execute
+    counts = Counter(dict(sql("SELECT reason, count(*) FROM files WHERE reason != '' GROUP BY 1")))
+    for item in found.left_out:
+        if not index.reason(extract.name(extract.root / item.name)):
+            counts[item.reason] += 1
+    return counts
+
+
+def _number(index: Index, what: str) -> int:
+    row = index.connection.execute(f"SELECT {what} FROM files WHERE {_IMAGES}").fetchone()
+    return int(row[0])
+
+
+def _distinct(index: Index, column: str) -> int:
+    return _number(index, f"count(DISTINCT nullif({column}, ''))")
+
+
+def _by(index: Index, column: str) -> Counts:
+    rows = index.connection.execute(
+        f"SELECT {column}, count(*) FROM files WHERE {_IMAGES} GROUP BY 1 ORDER BY 2 DESC, 1"
+    )
+    counts: Counter[str] = Counter()
+    for value, count in rows:
+        counts[safe_word(str(value))] += count
+    return dict(counts.most_common())
+
+
+def safe_word(text: str) -> str:
+    """A free text as it may be shown: "other" when it could hold an id or a date."""
+    if not text:
+        return "not stated"
+    return text if _WORD.fullmatch(text) and not _NUMBER.search(text) else "other"
+
+
+def _spacings(index: Index) -> Counts:
+    counts: Counter[str] = Counter()
+    rows = index.connection.execute(
+        f"SELECT spacing, count(*) FROM files WHERE {_IMAGES} GROUP BY 1"
+    )
+    for text, count in rows:
+        sides = [float(side) for side in text.strip("[]").split(",") if side.strip()]
+        counts[" x ".join(f"{side:.3g}" for side in sides)] += count
+    return dict(counts.most_common())
+
+
+def _ranges(index: Index) -> dict[str, Range]:
+    rows = index.connection.execute(
+        f"SELECT modality, min(low), max(high) FROM files WHERE {_IMAGES} AND low IS NOT NULL "
+        "GROUP BY 1 ORDER BY 1"
+    )
+    return {safe_word(m): Range(lowest=low, highest=high) for m, low, high in rows}
+
+
+def _classes(dataset: DatasetSection, labels: Iterable[tuple[int, ...] | None]) -> Counts:
+    if dataset.task == "segmentation":
+        return {}
+    counts = dict.fromkeys(dataset.classes, 0)
+    for label in labels:
+        for k in _set(dataset, label):
+            counts[dataset.classes[k]] += 1
+    return counts
+
+
+def _set(dataset: DatasetSection, label: tuple[int, ...] | None) -> list[int]:
+    if label is None:
+        return []
+    return [k for k, flag in enumerate(label) if flag] if dataset.multi_label else list(label)
+
+
+def _patients_by_class(dataset: DatasetSection, samples: Iterable[Sample]) -> Counts:
+    patients: Mapping[str, set[int]] = defaultdict(set)
+    for sample in samples:
+        patients[sample.patient].update(_set(dataset, sample.label))
+    if dataset.task == "segmentation":
+        return {}
+    return {c: sum(k in of for of in patients.values()) for k, c in enumerate(dataset.classes)}
+
+
+def _split(samples: tuple[Sample, ...]) -> Counts:
+    if len({sample.patient for sample in samples}) < 2:
+        return {}
+    patients = [sample.patient for sample in samples]
+    parts = split_by_patient(patients, [sample.split for sample in samples], Split())
+    return {part: len({patients[k] for k in indices}) for part, indices in parts.items()}

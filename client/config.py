@@ -1,0 +1,163 @@
+"""``site.toml``: what a hospital says about itself and its datasets."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from client.data.types import Format
+from fedward.errors import ConfigError
+from fedward.plan.messages import schema_error
+from fedward.plan.schema import Task
+from fedward.protocol import SITE_NAME
+
+DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+
+
+class Section(BaseModel):
+    """Base of the tables: nothing unknown inside, nothing changed afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SiteSection(Section):
+    """The hospital."""
+
+    name: str = Field(pattern=SITE_NAME, description="the site's name, as studies know it")
+    state: Path = Field(
+        default=Path("state"),
+        description="folder for the index and the site's secret; only its owner can read it",
+    )
+
+
+class PatientSection(Section):
+    """What patient ids mean."""
+
+    shared_ids: tuple[str, ...] = Field(
+        default=("anon", "anonymous", "anonymized", "unknown", "none", "0"),
+        description="ids (any case) that stand for nobody in particular; the report counts them",
+    )
+
+
+class DatasetSection(Section):
+    """One dataset."""
+
+    root: Path = Field(description="folder (or npz file) of the images; never written to")
+    format: Format | None = Field(
+        default=None, description="how the data lie; without it the folder is looked at"
+    )
+    task: Literal["classification", "segmentation"] = Field(description="what the labels are for")
+    dimensions: Literal[2, 3] = Field(default=2, description="2 for images, 3 for volumes")
+    classes: tuple[str, ...] = Field(
+        min_length=1, description="class names in label order, as in a study plan"
+    )
+    multi_label: bool = Field(
+        default=False, description="an image may carry several classes at once"
+    )
+    modality: tuple[str, ...] = Field(
+        default=("any",), description="DICOM modalities that belong to the dataset"
+    )
+    minimum_patients: int = Field(
+        default=10, ge=1, description="fewer patients, in all or of a class, are a risk"
+    )
+    patients: PatientSection = Field(default=PatientSection(), description="patient ids")
+
+    def as_task(self) -> Task:
+        """The dataset's labels, in the words of a plan."""
+        return Task.model_validate({
+            "kind": self.task, "dimensions": self.dimensions, "classes": self.classes,
+            "multi_label": self.multi_label, "modality": self.modality,
+        })  # fmt: skip
+
+
+class SiteConfig(Section):
+    """The whole file."""
+
+    version: Literal[1] = Field(description="of this file's format")
+    site: SiteSection = Field(description="the hospital")
+    datasets: dict[DatasetName, DatasetSection] = Field(
+        min_length=1, description="one table per dataset, `[datasets.NAME]`"
+    )
+
+    def dataset(self, name: str) -> DatasetSection:
+        """A dataset by its name.
+
+        Raises
+        ------
+        ConfigError
+            There is none of that name.
+        """
+        if name not in self.datasets:
+            raise ConfigError(
+                f"the dataset must be one of {', '.join(sorted(self.datasets))}",
+                value=name, fix="Name one of these, or add it to site.toml", where="datasets",
+            )  # fmt: skip
+        return self.datasets[name]
+
+
+def load_config(path: Path) -> SiteConfig:
+    """Read and validate ``site.toml``; relative paths in it are relative to its folder.
+
+    Raises
+    ------
+    ConfigError
+        The file is missing, is not TOML, or breaks a rule; the message names the key.
+    """
+    try:
+        content = tomllib.loads(path.read_text("utf-8-sig"))
+    except (OSError, UnicodeDecodeError):
+        raise ConfigError(
+            "the site's configuration must be a readable UTF-8 file",
+            value=path.name, fix="Give its place with --config",
+        ) from None  # fmt: skip
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(
+            "the site's configuration must be valid TOML", value=str(error), fix="Mend that line"
+        ) from None
+    return config_from(content, path.absolute().parent)
+
+
+def config_from(content: dict[str, Any], folder: Path) -> SiteConfig:
+    """Validate a configuration given as nested dictionaries (see :func:`load_config`)."""
+    try:
+        raw = SiteConfig.model_validate(content)
+        placed = {name: _placed(one, folder) for name, one in raw.datasets.items()}
+        for name, one in placed.items():
+            _check_task(name, one)
+    except ValidationError as error:
+        raise schema_error(error, ConfigError) from None
+    state = folder / raw.site.state
+    for name, one in placed.items():
+        _check_place(name, one.root, state)
+    site = raw.site.model_copy(update={"state": state})
+    return raw.model_copy(update={"site": site, "datasets": placed})
+
+
+def _placed(dataset: DatasetSection, folder: Path) -> DatasetSection:
+    return dataset.model_copy(update={"root": folder / dataset.root})
+
+
+def _check_task(name: str, dataset: DatasetSection) -> None:
+    try:
+        dataset.as_task()
+    except ValidationError as error:
+        wrong = schema_error(error, ConfigError)
+        raise ConfigError(
+            wrong.rule, value=wrong.value, fix=wrong.fix, where=f"datasets.{name}.{wrong.where}"
+        ) from None
+
+
+def _check_place(name: str, root: Path, state: Path) -> None:
+    if not root.exists():
+        raise ConfigError(
+            "the dataset must exist", fix="Check the path and the mount",
+            where=f"datasets.{name}.root",
+        )  # fmt: skip
+    if state.resolve().is_relative_to(root.resolve()):
+        raise ConfigError(
+            "the state folder must not lie inside a dataset", fix="Put it elsewhere",
+            where="site.state",
+        )  # fmt: skip
