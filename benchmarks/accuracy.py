@@ -97,14 +97,22 @@ def run_case(case: Case, seed: int, data: Path, out: Path) -> StudyResults:
     return results
 
 
-def own(arm: Arm, primary: str) -> float:
-    """Mean over the sites of the figure on each site's own test patients."""
+def own(arm: Arm, primary: str) -> float | None:
+    """Mean over the sites of the figure on each site's own test patients.
+
+    None where no site has one, such as an AUC of test patients who are all healthy.
+    """
     if arm.test is None:
         raise ValueError("the arm is not finished")
     values = arm.test.per_site
     sites = [arm.site] if arm.site else sorted(values)
     found = [values[site][primary] for site in sites]
-    return statistics.mean(value for value in found if value is not None)
+    return _mean(found)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return statistics.mean(there) if there else None
 
 
 def together(arm: Arm, primary: str) -> float:
@@ -115,8 +123,11 @@ def together(arm: Arm, primary: str) -> float:
     return value
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(found: Sequence[float | None]) -> str:
     """Mean and standard deviation over the seeds; of one seed its figure alone."""
+    values = [value for value in found if value is not None]
+    if not values:
+        return "–"
     mean = statistics.mean(values)
     return f"{mean:.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{mean:.3f}"
 
@@ -133,7 +144,7 @@ def rows(case: Case, runs: Sequence[StudyResults]) -> list[str]:
     alone = [[arm for arm in run.arms if arm.kind == "alone"] for run in runs]
     if alone[0]:
         everywhere = [statistics.mean(together(a, primary) for a in arms) for arms in alone]
-        at_home = [statistics.mean(own(a, primary) for a in arms) for arms in alone]
+        at_home = [_mean([own(a, primary) for a in arms]) for arms in alone]
         seconds = [sum(a.seconds for a in arms) for arms in alone]
         lines.append(
             f"| {case.plan} | hospitals alone, mean | {spread(everywhere)} | {spread(at_home)} | – "

@@ -88,8 +88,11 @@ def read_frame(path: Path, frame: int = 0) -> Frame:
                 raise reasons.unusable(reasons.TOO_LARGE)
             pixels = pixel_array(path, index=frame, **_syntax(header))
             return decode(header, np.asarray(pixels), frame)
-        except Exception as error:
-            # Decoders raise nearly anything, and their texts quote the file.
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            # Decoders raise nearly anything, a Rust one its panics, which are no Exception; and
+            # their texts quote the file.
             missing = isinstance(error, AttributeError) and "no pixel data" in str(error).lower()
             reason = reasons.NO_PIXELS if missing else reasons.reason_of(error)
             raise reasons.unusable(reason) from None

@@ -48,7 +48,7 @@ def unusable(reason: str) -> DataError:
     return DataError(reason, fix="Mend the file or take it out")
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """The fixed reason behind an error: its own, or "not readable" for anything else."""
     if isinstance(error, DataError) and error.rule in REASONS:
         return error.rule

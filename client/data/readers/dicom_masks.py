@@ -208,7 +208,9 @@ def _inside(path: Path, header: Dataset, index: int) -> NDArray[np.bool_]:
     with quiet():
         try:
             values: NDArray[Any] = np.asarray(pixel_array(path, index=index))
-        except Exception:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # a decoder's panic is no Exception
             raise reasons.unusable(reasons.NOT_READABLE) from None
     if str(header.get("SegmentationType", "")).upper() == "FRACTIONAL":
         return values >= _HALF * int(header.get("MaximumFractionalValue", 255))

@@ -1,0 +1,146 @@
+"""Broken and odd DICOM: an image or a counted reason, whatever the bytes.
+
+``FEDWARD_FUZZ`` multiplies the number of cases.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.data import get_testdata_file
+
+from client.data.decode import read_frame
+from client.data.quiet import quiet
+from client.data.readers.dicom_headers import read_headers
+from client.data.reasons import REASONS
+from fedward.errors import DataError
+
+TIMES = int(os.environ.get("FEDWARD_FUZZ", "1"))
+# One of each way to store pixels; small, so that thousands of cases take seconds.
+SEEDS = (
+    "CT_small.dcm", "MR_small_RLE.dcm", "MR_small_bigendian.dcm", "SC_rgb_jpeg_gdcm.dcm",
+    "JPEG2000.dcm", "MR_small_jpeg_ls_lossless.dcm", "examples_palette.dcm", "image_dfl.dcm",
+    "liver_1frame.dcm", "SC_ybr_full_422_uncompressed.dcm", "emri_small.dcm",
+)  # fmt: skip
+
+
+def mutated(content: bytes, rng: random.Random) -> bytes:
+    """The content with a few bytes changed, or a piece cut, doubled, moved or put in."""
+    data = bytearray(content)
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        # Most of what matters is in the header; the pixels get their share.
+        top = min(len(data), 2500) if rng.random() < 0.7 else len(data)
+        at, length = rng.randrange(max(1, top)), rng.choice((1, 2, 4, 32, 400))
+        match rng.randrange(5):
+            case 0:
+                data[at : at + 1] = bytes([rng.randrange(256)])
+            case 1:
+                del data[at : at + length]
+            case 2:
+                data[at:at] = data[at : at + length]
+            case 3:
+                data[at : at + length] = rng.choice((b"\xff", b"\x00")) * length
+            case _:
+                del data[at:]
+        if not data:
+            return b""
+    return bytes(data)
+
+
+def any_task(make_plan: Any) -> Any:
+    """A task that takes every modality."""
+    return make_plan().task.model_copy(update={"modality": ("any",)})
+
+
+def outcome(path: Path, task: object) -> str:
+    """What becomes of a file; raises only what no file may cause."""
+    headers, _, left_out = read_headers([path], path.parent, task)  # type: ignore[arg-type]
+    for item in left_out:
+        assert item.reason in REASONS
+    for header in headers:
+        try:
+            image = read_frame(path, 0).image
+        except DataError as error:
+            assert error.rule in REASONS
+            return "reason"
+        assert image.pixels.ndim == 3 and image.pixels.dtype == np.float32
+        assert len(image.spacing) == 2 and header.frames >= 1
+        return "image"
+    return "reason"
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", SEEDS)
+def test_changed_bytes_end_in_an_image_or_a_reason(tmp_path, make_plan, name):
+    content = Path(get_testdata_file(name)).read_bytes()[:400_000]
+    task = any_task(make_plan)
+    rng, path, ends = random.Random(name), tmp_path / "x.dcm", {"image": 0, "reason": 0}
+    for _ in range(100 * TIMES):
+        path.write_bytes(mutated(content, rng))
+        began = time.monotonic()
+        ends[outcome(path, task)] += 1
+        assert time.monotonic() - began < 20
+    assert ends["image"] + ends["reason"] == 100 * TIMES
+    assert [file.name for file in tmp_path.iterdir()] == ["x.dcm"]
+
+
+ODD = {
+    "Rows": (0, 1, 65535, 60000, ""), "Columns": (0, 1, 65535, 60000),
+    "BitsAllocated": (1, 8, 16, 32, 7, 0), "BitsStored": (0, 1, 12, 16, 40),
+    "HighBit": (0, 15, 99), "PixelRepresentation": (0, 1, 7),
+    "SamplesPerPixel": (0, 1, 3, 4, 200), "NumberOfFrames": (0, -3, 1, 2, 1_000_000, "x"),
+    "PhotometricInterpretation": ("MONOCHROME1", "PALETTE COLOR", "RGB", "YBR_FULL", "NONE", ""),
+    "RescaleSlope": (0, 1e300, -1), "RescaleIntercept": (1e300, -1024), "WindowWidth": (0, -5, 1),
+    "WindowCenter": (0, 1e300), "PixelSpacing": ([0, 0], [1, 2], [-1, 1]),
+    "ImageOrientationPatient": ([0] * 6, [1, 0, 0, 1, 0, 0], [1e300] * 6),
+    "ImagePositionPatient": ([1e300] * 3, [0, 0, 0]), "PixelPaddingValue": (0, 65535),
+    "ImageType": ("", ["A", "B", "LOCALIZER"]), "PatientID": ("", "x" * 64), "Modality": ("", "CT"),
+}  # fmt: skip
+
+
+@pytest.mark.integration
+def test_odd_attributes_end_in_an_image_or_a_reason(tmp_path, make_plan):
+    base, task = get_testdata_file("CT_small.dcm"), any_task(make_plan)
+    rng, path, ends = random.Random(3), tmp_path / "x.dcm", set()
+    for _ in range(600 * TIMES):
+        with quiet():
+            file = pydicom.dcmread(base)
+            for name in rng.sample(sorted(ODD), rng.choice((1, 2, 3, 6))):
+                try:
+                    setattr(file, name, rng.choice(ODD[name]))
+                    if rng.random() < 0.1:
+                        delattr(file, name)
+                except (ValueError, TypeError):
+                    continue  # pydicom itself refuses to write this value
+            try:
+                file.save_as(path)
+            except Exception:
+                continue
+        ends.add(outcome(path, task))
+    assert ends == {"image", "reason"}
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
+    file = pydicom.dcmread(get_testdata_file("CT_small.dcm"))
+    file.Rows = file.Columns = 60_000
+    file.save_as(tmp_path / "x.dcm")
+    began = time.monotonic()
+    with pytest.raises(DataError, match="too large"):
+        read_frame(tmp_path / "x.dcm")
+    assert time.monotonic() - began < 2
+
+
+def test_a_panic_of_a_decoder_is_a_reason(tmp_path):
+    # One more byte than the rows and columns have room for: the RLE decoder panics over it.
+    file = pydicom.dcmread(get_testdata_file("MR_small_RLE.dcm"))
+    file.Rows -= 1
+    file.save_as(tmp_path / "x.dcm")
+    with pytest.raises(DataError, match="not readable"):
+        read_frame(tmp_path / "x.dcm")
