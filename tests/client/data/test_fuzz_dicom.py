@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import struct
 import time
 from pathlib import Path
 from typing import Any
@@ -144,3 +145,17 @@ def test_a_panic_of_a_decoder_is_a_reason(tmp_path):
     file.save_as(tmp_path / "x.dcm")
     with pytest.raises(DataError, match="not readable"):
         read_frame(tmp_path / "x.dcm")
+
+
+@pytest.mark.parametrize(("levels", "end"), [(50, "image"), (300, "reason"), (3000, "reason")])
+def test_a_deep_nest_is_bounded(tmp_path, make_plan, levels, end):
+    raw = Path(get_testdata_file("CT_small.dcm")).read_bytes()
+    at = raw.index(struct.pack("<HH", 0x0010, 0x0010))  # before PatientName
+    start = struct.pack("<HH2sHI", 0x0008, 0x1140, b"SQ", 0, 0xFFFFFFFF)
+    start += struct.pack("<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF)
+    stop = struct.pack("<HHI", 0xFFFE, 0xE00D, 0) + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
+    path = tmp_path / "x.dcm"
+    path.write_bytes(raw[:at] + start * levels + stop * levels + raw[at:])
+    began = time.monotonic()
+    assert outcome(path, any_task(make_plan)) == end
+    assert time.monotonic() - began < 10
