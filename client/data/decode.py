@@ -21,6 +21,7 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from client.data import reasons
 from client.data.quiet import quiet
+from client.data.readers.dicom_files import check_inflated, is_deflated
 from client.data.types import Image
 
 _GROUPS: Final = (
@@ -86,7 +87,7 @@ def read_frame(path: Path, frame: int = 0) -> Frame:
                 raise reasons.unusable(reasons.NO_PIXELS)
             if frame_bytes(header) > _LARGEST:
                 raise reasons.unusable(reasons.TOO_LARGE)
-            pixels = pixel_array(path, index=frame, **_syntax(header))
+            pixels = pixel_array(_source(path, header), index=frame, **_syntax(header))
             return decode(header, np.asarray(pixels), frame)
         except (KeyboardInterrupt, SystemExit):
             raise
@@ -138,7 +139,35 @@ def place_of(header: Dataset, frame: int) -> Place:
 @lru_cache(maxsize=8)
 def _header(path: Path, changed: int) -> Dataset:
     # The header of a multi-frame file is long, and every frame asks for it again.
+    check_inflated(path)
     return pydicom.dcmread(path, stop_before_pixels=True, force=True)
+
+
+def _source(path: Path, header: Dataset) -> Path | Dataset:
+    # pydicom looks for the pixels of a file where they would lie, were nothing deflated; and of
+    # one-bit pixels that are cut off it makes the rest from memory as it finds it.
+    if not (is_deflated(header) or header.get("BitsAllocated") == 1):
+        return path
+    whole = pydicom.dcmread(path, force=True)
+    check_length(whole)
+    return whole
+
+
+def check_length(whole: Dataset) -> None:
+    """Refuse uncompressed pixels that are shorter than the header says.
+
+    Raises
+    ------
+    DataError
+        "not readable".
+    """
+    syntax = getattr(whole, "file_meta", Dataset()).get("TransferSyntaxUID")
+    if syntax is not None and syntax.is_compressed and not is_deflated(whole):
+        return
+    bits = int(whole.Rows) * int(whole.Columns) * int(whole.get("SamplesPerPixel") or 1)
+    bits *= int(whole.get("NumberOfFrames") or 1) * int(whole.BitsAllocated)
+    if len(whole.get("PixelData") or b"") < -(-bits // 8):
+        raise reasons.unusable(reasons.NOT_READABLE)
 
 
 def _syntax(header: Dataset) -> dict[str, Any]:

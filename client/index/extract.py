@@ -19,7 +19,7 @@ from PIL import Image as Pillow
 from client.data import reasons
 from client.data.decode import frame_bytes, read_frame
 from client.data.quiet import quiet
-from client.data.readers.dicom_files import is_dicom, is_segmentation
+from client.data.readers.dicom_files import check_inflated, is_dicom, is_segmentation
 from client.data.types import Format
 from client.index.facts import FileFacts
 from client.secret import Pseudonyms
@@ -105,6 +105,7 @@ class Extractor:
         return replace(facts, reason=wrong)
 
     def _dicom(self, path: Path, facts: FileFacts) -> FileFacts:
+        check_inflated(path)
         header = pydicom.dcmread(path, stop_before_pixels=True, force=True)
         facts = replace(facts, **self._who(header), **_what(header))
         if is_segmentation(header):

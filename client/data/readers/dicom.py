@@ -22,6 +22,7 @@ from client.data.readers.dicom_headers import KEYS, Header, read_headers
 from client.data.readers.dicom_masks import (
     SegmentationFile,
     SegmentedFrame,
+    SegmentedSeries,
     SegmentedVolume,
     read_segmentation,
 )
@@ -100,14 +101,16 @@ def _items(
 ) -> Iterator[tuple[str, Sample | str]]:
     table = _table(root, task)
     keys = table_keys([h.path for h in headers], (root, base))
-    groups = [(h,) for h in headers] if task.dimensions == 2 else _series(headers)
+    stacks = _series(headers) if task.dimensions == 3 or masks.segmented else []
+    series = _segmented_series(stacks, masks)
+    groups = [(h,) for h in headers] if task.dimensions == 2 else stacks
     for group in groups:
         first = group[0]
         name = first.path.relative_to(root).as_posix()
         if table is not None:
             yield from ((name, item) for item in _labelled(group, keys, table, task))
         else:
-            yield from ((name, item) for item in _masked(group, masks, task))
+            yield from ((name, item) for item in _masked(group, masks, series, task))
 
 
 def _series(headers: list[Header]) -> list[tuple[Header, ...]]:
@@ -168,8 +171,12 @@ def _masks(root: Path, task: Task, found: list[Path], left_out: list[LeftOut]) -
     return _Masks(named, segmented)
 
 
+def _frames(group: tuple[Header, ...]) -> Frames:
+    return tuple((h.path, k) for h in group for k in range(h.frames))
+
+
 def _loads(group: tuple[Header, ...], task: Task) -> Iterator[DicomFrame | DicomVolume]:
-    frames = tuple((h.path, k) for h in group for k in range(h.frames))
+    frames = _frames(group)
     if task.dimensions == 3:
         yield DicomVolume(frames)
     else:
@@ -206,10 +213,28 @@ def _columns(group: tuple[Header, ...]) -> dict[str, str]:
     return {"synthetic": "yes"} if any(h.synthetic for h in group) else {}
 
 
-def _masked(group: tuple[Header, ...], masks: _Masks, task: Task) -> Iterator[Sample | str]:
-    objects = masks.segmented.get(group[0].keys["seriesinstanceuid"])
-    if objects is not None:
-        yield from _segmented(group, objects, task)
+def _segmented_series(
+    stacks: list[tuple[Header, ...]], masks: _Masks
+) -> dict[Path, SegmentedSeries]:
+    """The segmented stack of slices that each file belongs to."""
+    found: dict[Path, SegmentedSeries] = {}
+    instances: dict[str, set[str]] = {}
+    for part in stacks:
+        of_series = instances.setdefault(part[0].keys["seriesinstanceuid"], set())
+        of_series |= {header.keys["sopinstanceuid"] for header in part}
+    for part in stacks:
+        uid = part[0].keys["seriesinstanceuid"]
+        if uid in masks.segmented:
+            one = SegmentedSeries(masks.segmented[uid], _frames(part), frozenset(instances[uid]))
+            found |= dict.fromkeys([header.path for header in part], one)
+    return found
+
+
+def _masked(
+    group: tuple[Header, ...], masks: _Masks, series: dict[Path, SegmentedSeries], task: Task
+) -> Iterator[Sample | str]:
+    if group[0].path in series:
+        yield from _segmented(group, series[group[0].path], task)
         return
     header, volume = group[0], task.dimensions == 3
     names = (
@@ -229,12 +254,12 @@ def _masked(group: tuple[Header, ...], masks: _Masks, task: Task) -> Iterator[Sa
 
 
 def _segmented(
-    group: tuple[Header, ...], objects: tuple[SegmentationFile, ...], task: Task
+    group: tuple[Header, ...], series: SegmentedSeries, task: Task
 ) -> Iterator[Sample | str]:
     for load in _loads(group, task):
         mask: SegmentedVolume | SegmentedFrame
         if isinstance(load, DicomVolume):
-            mask = SegmentedVolume(objects, load.frames)
+            mask = SegmentedVolume(series)
         else:
-            mask = SegmentedFrame(objects, load.path, load.frame)
+            mask = SegmentedFrame(series, load.path, load.frame)
         yield Sample(group[0].patient, load, mask=mask, columns=_columns(group))

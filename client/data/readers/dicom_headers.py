@@ -11,7 +11,7 @@ import pydicom
 
 from client.data import reasons
 from client.data.quiet import quiet
-from client.data.readers.dicom_files import SEGMENTATION, is_dicom
+from client.data.readers.dicom_files import NO_PICTURES, SEGMENTATION, check_inflated, is_dicom
 from client.data.types import LeftOut
 from fedward.errors import DataError
 from fedward.plan.schema import Task
@@ -106,18 +106,21 @@ def _header(path: Path, task: Task) -> Header | Segmentation:
     if not is_dicom(path):
         raise reasons.unusable(reasons.NOT_DICOM)
     try:
+        check_inflated(path)
         with path.open("rb") as file:
             tags = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS, force=True)
             pixels_next = file.read(4) in _PIXELS or _deflated(tags)
         words = {name.lower(): str(tags.get(name) or "").strip() for name in _TAGS}
         frames = int(tags.get("NumberOfFrames") or 1)
-    except Exception:
+    except Exception as error:
         # pydicom raises nearly anything on a broken file, and its texts quote values.
-        raise reasons.unusable(reasons.NOT_READABLE) from None
+        raise reasons.unusable(reasons.reason_of(error)) from None
     if words["sopclassuid"] == SEGMENTATION and task.kind == "segmentation":
         return Segmentation(path)
     if not (words["rows"] and words["columns"] and pixels_next):
         raise reasons.unusable(reasons.NO_PIXELS)
+    if words["sopclassuid"] in NO_PICTURES:
+        raise reasons.unusable(reasons.OTHER_MODALITY)
     if "any" not in task.modality and words["modality"] not in task.modality:
         raise reasons.unusable(reasons.OTHER_MODALITY)
     if _scout(tags):

@@ -15,14 +15,17 @@ from pydicom.dataset import Dataset
 from pydicom.pixels.utils import pixel_array
 
 from client.data import reasons
-from client.data.decode import Place, place_of, read_place
+from client.data.decode import Place, check_length, place_of, read_place
 from client.data.files import file_identity
 from client.data.quiet import quiet
+from client.data.readers.dicom_files import check_inflated, is_deflated
 from client.data.readers.dicom_volumes import geometry
 from fedward.plan.schema import Task
 
 _HALF: Final = 0.5  # of the largest value of a fractional segmentation counts as foreground
 _NEAR: Final = 0.25  # of a pixel that a frame may be away from its image's place
+_PARALLEL: Final = 0.999  # cosine of the normals of two planes that count as parallel
+_FRACTION: Final = ["SegmentationType", "MaximumFractionalValue"]
 
 Segments = tuple[tuple[int, int], ...]
 Frames = tuple[tuple[Path, int], ...]
@@ -60,6 +63,7 @@ def read_segmentation(path: Path, task: Task) -> SegmentationFile:
     """
     with quiet():
         try:
+            check_inflated(path)
             header = pydicom.dcmread(path, stop_before_pixels=True)
             series = str(header.ReferencedSeriesSequence[0].SeriesInstanceUID)
             found = [(int(s.SegmentNumber), str(s.SegmentLabel)) for s in header.SegmentSequence]
@@ -79,46 +83,69 @@ def _known(label: str, names: Sequence[str]) -> bool:
 
 
 @dataclass(frozen=True)
-class SegmentedFrame:
-    """Reads the label map ``(H, W)`` of one frame; 0 where no segment has a frame for it."""
+class SegmentedSeries:
+    """The segmentations of a stack of slices, and the slices.
+
+    Attributes
+    ----------
+    files : tuple of SegmentationFile
+        All that refer to the series.
+    frames : tuple
+        File and frame of each slice of the stack.
+    instances : frozenset of str
+        SOPInstanceUIDs of the whole series: a frame made from one of these is of no other.
+    """
 
     files: tuple[SegmentationFile, ...]
-    path: Path
-    frame: int
-
-    def __call__(self) -> NDArray[np.uint8]:
-        return _labels(self.files, read_place(self.path, self.frame), self.frame)
+    frames: Frames
+    instances: frozenset[str]
 
     def identity(self) -> str:
         """A digest of place, size and time of change of every file."""
         parts = [file_identity(f.path, f.segments) for f in self.files]
-        return "".join([*parts, file_identity(self.path, self.frame)])
+        return "".join([*parts, *(file_identity(path, frame) for path, frame in self.frames)])
+
+
+@dataclass(frozen=True)
+class SegmentedFrame:
+    """Reads the label map ``(H, W)`` of one frame; 0 where no segment has a frame for it."""
+
+    series: SegmentedSeries
+    path: Path
+    frame: int
+
+    def __call__(self) -> NDArray[np.uint8]:
+        series = self.series
+        parts = _aligned(series, series.identity())
+        return _labels(parts, series.frames.index((self.path, self.frame)))
+
+    def identity(self) -> str:
+        """A digest of place, size and time of change of every file."""
+        return self.series.identity() + file_identity(self.path, self.frame)
 
 
 @dataclass(frozen=True)
 class SegmentedVolume:
     """Reads the label map ``(x, y, z)`` of a series, in the grid of its volume."""
 
-    files: tuple[SegmentationFile, ...]
-    frames: Frames
+    series: SegmentedSeries
 
     def __call__(self) -> NDArray[np.uint8]:
-        places: dict[tuple[float, ...], tuple[Place, int]] = {}
-        for path, frame in self.frames:
-            place = read_place(path, frame)
+        parts = _aligned(self.series, self.series.identity())
+        kept: dict[tuple[float, ...], int] = {}
+        for number, place in enumerate(parts.places):
             if place.position is None:
                 raise reasons.unusable(reasons.MASK_POSITION)
-            places.setdefault(tuple(np.round(place.position, 3)), (place, frame))
-        kept = list(places.values())
-        layout = geometry([place for place, _ in kept], kept[0][0].spacing)
-        maps = [_labels(self.files, place, frame) for place, frame in kept]
-        volume, _ = layout.volume(maps, labels=True)
+            kept.setdefault(tuple(np.round(place.position, 3)), number)
+        chosen = list(kept.values())
+        places = [parts.places[k] for k in chosen]
+        layout = geometry(places, places[0].spacing)
+        volume, _ = layout.volume([_labels(parts, k) for k in chosen], labels=True)
         return np.ascontiguousarray(volume, np.uint8)
 
     def identity(self) -> str:
         """A digest of place, size and time of change of every file."""
-        parts = [file_identity(f.path, f.segments) for f in self.files]
-        return "".join([*parts, *(file_identity(path, frame) for path, frame in self.frames)])
+        return self.series.identity()
 
 
 @dataclass(frozen=True)
@@ -130,30 +157,87 @@ class _Layer:
     source: tuple[str, int] | None
 
 
-def _labels(files: Sequence[SegmentationFile], place: Place, frame: int) -> NDArray[np.uint8]:
-    labels = np.zeros(place.shape, np.uint8)
-    for file in files:
-        header, layers = _layers(file.path, file.path.stat().st_mtime_ns)
+@dataclass(frozen=True)
+class _Aligned:
+    """For each slice, in the order of the series' frames: file, frame in it, and label."""
+
+    places: tuple[Place, ...]
+    parts: tuple[tuple[tuple[Path, int, int], ...], ...]
+
+
+@lru_cache(maxsize=4)
+def _aligned(series: SegmentedSeries, changed: str) -> _Aligned:
+    """Find the slice of every frame.
+
+    Raises
+    ------
+    DataError
+        "position of mask differs": a frame lies in the plane of a slice but not on it, or no
+        frame belongs to any slice; an empty mask would be taken for a healthy patient.
+    """
+    places = tuple(read_place(path, frame) for path, frame in series.frames)
+    found: list[list[tuple[Path, int, int]]] = [[] for _ in places]
+    for file in series.files:
         of_class = dict(file.segments)
-        for index, layer in enumerate(layers):
+        for index, layer in enumerate(_layers(file.path, file.path.stat().st_mtime_ns)):
             label = of_class.get(layer.segment)
-            if label is None or not _is_of(layer, place, frame):
+            if label is None:
                 continue
-            inside = _inside(file.path, header, index)
-            if inside.shape != labels.shape:
-                raise reasons.unusable(reasons.MASK_SHAPE)
-            # Where two segments overlap, the later class stands.
-            labels = np.where(inside, np.maximum(labels, label), labels).astype(np.uint8)
+            for number in _slices_of(layer, places, series):
+                found[number].append((file.path, index, label))
+    if not any(found):
+        raise reasons.unusable(reasons.MASK_POSITION)
+    return _Aligned(places, tuple(map(tuple, found)))
+
+
+def _slices_of(layer: _Layer, places: tuple[Place, ...], series: SegmentedSeries) -> list[int]:
+    """The slices that a frame is of: by the image it names if that is here, else by place."""
+    named = layer.source is not None and layer.source[0] in series.instances
+    found = [
+        number
+        for number, (place, (_, frame)) in enumerate(zip(places, series.frames, strict=True))
+        if (layer.source == (place.instance, frame) if named else _in_plane(layer.place, place))
+    ]
+    for number in found:
+        if not (_same_place(layer.place, places[number], must_say=not named)):
+            raise reasons.unusable(reasons.MASK_POSITION)
+    return found
+
+
+def _in_plane(one: Place, other: Place) -> bool:
+    """Whether a frame lies in the plane of a slice, wherever in it and however turned."""
+    if one.position is None or other.position is None or other.orientation is None:
+        return False
+    normal = np.cross(other.orientation[0], other.orientation[1])
+    if one.orientation is not None:
+        turned = np.cross(one.orientation[0], one.orientation[1])
+        if abs(float(turned @ normal)) < _PARALLEL:
+            return False
+    away = abs(float((one.position - other.position) @ normal))
+    return away <= _NEAR * min(other.spacing)
+
+
+def _labels(aligned: _Aligned, number: int) -> NDArray[np.uint8]:
+    shape = aligned.places[number].shape
+    labels = np.zeros(shape, np.uint8)
+    for path, index, label in aligned.parts[number]:
+        inside = _inside(path, index)
+        if inside.shape != shape:
+            raise reasons.unusable(reasons.MASK_SHAPE)
+        # Where two segments overlap, the later class stands.
+        labels = np.where(inside, np.maximum(labels, label), labels).astype(np.uint8)
     return labels
 
 
 @lru_cache(maxsize=8)
-def _layers(path: Path, changed: int) -> tuple[Dataset, tuple[_Layer, ...]]:
+def _layers(path: Path, changed: int) -> tuple[_Layer, ...]:
     with quiet():
         try:
-            header = pydicom.dcmread(path, stop_before_pixels=True)
-            groups = header.PerFrameFunctionalGroupsSequence
-            return header, tuple(_layer(header, group, k) for k, group in enumerate(groups))
+            check_inflated(path)
+            whole = pydicom.dcmread(path)
+            check_length(whole)
+            groups = whole.PerFrameFunctionalGroupsSequence
+            return tuple(_layer(whole, group, k) for k, group in enumerate(groups))
         except Exception:
             raise reasons.unusable(reasons.NOT_READABLE) from None
 
@@ -179,35 +263,26 @@ def _source(group: Dataset) -> tuple[str, int] | None:
     return str(images[0].ReferencedSOPInstanceUID), int(first) - 1
 
 
-def _is_of(layer: _Layer, place: Place, frame: int) -> bool:
-    """Whether a frame is of this image: by reference where there is one, else by place."""
-    if layer.source is not None:
-        if layer.source != (place.instance, frame):
-            return False
-        if not _same_place(layer.place, place):
-            raise reasons.unusable(reasons.MASK_POSITION)
-        return True
-    return _has_place(layer.place) and _has_place(place) and _same_place(layer.place, place)
-
-
 def _has_place(place: Place) -> bool:
     return place.position is not None and place.orientation is not None
 
 
-def _same_place(one: Place, other: Place) -> bool:
-    """Whether two frames share their corner and their axes; True where either does not say."""
+def _same_place(one: Place, other: Place, *, must_say: bool) -> bool:
+    """Whether two frames share corner, axes and spacing; `must_say`: both have to tell."""
     if not (_has_place(one) and _has_place(other)):
-        return True
+        return not must_say
     near = _NEAR * min(other.spacing)
     corner = np.allclose(one.position, other.position, atol=near)  # type: ignore[arg-type]
     turned = np.allclose(one.orientation, other.orientation, atol=1e-2)  # type: ignore[arg-type]
-    return bool(corner and turned)
+    return bool(corner and turned and np.allclose(one.spacing, other.spacing, rtol=1e-2))
 
 
-def _inside(path: Path, header: Dataset, index: int) -> NDArray[np.bool_]:
+def _inside(path: Path, index: int) -> NDArray[np.bool_]:
     with quiet():
         try:
-            values: NDArray[Any] = np.asarray(pixel_array(path, index=index))
+            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_FRACTION)
+            source = pydicom.dcmread(path) if is_deflated(header) else path
+            values: NDArray[Any] = np.asarray(pixel_array(source, index=index))
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException:  # a decoder's panic is no Exception

@@ -125,6 +125,17 @@ def test_each_frame_is_an_image_of_the_same_patient(tmp_path, make_dicom, make_p
         np.testing.assert_array_equal(sample.load().pixels[0], frame)
 
 
+@pytest.mark.parametrize("kind", ["SegmentationStorage", "RTDoseStorage"])
+def test_labels_and_doses_are_no_pictures(tmp_path, make_dicom, make_plan, kind):
+    make_dicom(tmp_path / "x.dcm", STORED, PatientID="P1")
+    make_dicom(tmp_path / "y.dcm", STORED, PatientID="P1", SOPClassUID=getattr(pydicom.uid, kind))
+    labels(tmp_path, "PatientID,label\nP1,sick\n")
+    task = make_plan().task.model_copy(update={"modality": ("any",)})
+    dataset = read_dataset(DatasetSpec(tmp_path), task)
+    assert len(dataset.samples) == 1
+    assert reasons(dataset) == {"other modality": 1}
+
+
 def test_a_pipe_among_the_files_stops_nothing(tmp_path, make_dicom, make_plan):
     make_dicom(tmp_path / "x.dcm", STORED, PatientID="P1")
     os.mkfifo(tmp_path / "pipe.dcm")

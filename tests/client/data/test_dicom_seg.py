@@ -188,3 +188,85 @@ def test_a_leaning_stack_and_its_segmentation_move_together(tmp_path, make_dicom
         inside = (rows - by >= 0) & (rows - by < ROWS)
         moved[k, rows[inside]] = masks[k, rows[inside] - by]
     np.testing.assert_array_equal(sample.mask(), expected_volume(moved))
+
+
+# --- wrong places and cut pixels: never an empty or made-up mask --------------------------------
+
+
+def change(path: Path, edit: Any) -> None:
+    """Edit the segmentation, and each of its frames."""
+    seg = pydicom.dcmread(path)
+    for group in seg.PerFrameFunctionalGroupsSequence:
+        edit(seg, group)
+    seg.save_as(path)
+
+
+def without_reference(_: Any, group: Any) -> None:
+    del group.DerivationImageSequence
+
+
+def shift(axis: int, by: float) -> Any:
+    def edit(seg: Any, group: Any) -> None:
+        without_reference(seg, group)
+        group.PlanePositionSequence[0].ImagePositionPatient[axis] += by
+
+    return edit
+
+
+def flip(seg: Any, group: Any) -> None:
+    without_reference(seg, group)
+    shared = seg.SharedFunctionalGroupsSequence[0]
+    shared.PlaneOrientationSequence[0].ImageOrientationPatient = [1, 0, 0, 0, -1, 0]
+
+
+def double(seg: Any, _: Any) -> None:
+    seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing = [1.4, 1.8]
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize(
+    "edit", [shift(0, 300), shift(2, 300), flip, double], ids=["aside", "above", "flip", "spacing"]
+)
+def test_frames_in_another_place_are_refused(tmp_path, make_dicom, make_plan, edit, dimensions):
+    images = write_ct(tmp_path / "ct", make_dicom)
+    write_seg(tmp_path / "s.dcm", images, blobs(), ["front", "back"])
+    change(tmp_path / "s.dcm", edit)
+    plan = make_plan("segmentation", size=(8,) * dimensions)
+    task = plan.task.model_copy(update={"classes": ("front", "back"), "dimensions": dimensions})
+    dataset = read_dataset(DatasetSpec(tmp_path, "dicom"), task)
+    assert dataset.samples
+    for sample in dataset.samples:
+        with pytest.raises(DataError, match="position of mask differs"):
+            sample.mask()
+
+
+def test_a_reference_to_images_that_are_not_here_gives_way_to_the_place(
+    tmp_path, make_dicom, volume_of
+):
+    images, masks = write_ct(tmp_path / "ct", make_dicom), blobs()
+    write_seg(tmp_path / "s.dcm", images, masks, ["front", "back"])
+
+    def rename(_: Any, group: Any) -> None:
+        source = group.DerivationImageSequence[0].SourceImageSequence[0]
+        source.ReferencedSOPInstanceUID = pydicom.uid.generate_uid()
+
+    change(tmp_path / "s.dcm", rename)
+    (sample,) = volume_of(tmp_path).samples
+    np.testing.assert_array_equal(sample.mask(), expected_volume(masks))
+
+
+@pytest.mark.parametrize("cut", [1, 60])
+def test_cut_pixels_are_not_made_up(tmp_path, make_dicom, volume_of, cut):
+    images = write_ct(tmp_path / "ct", make_dicom)
+    write_seg(tmp_path / "s.dcm", images, blobs(), ["front", "back"])
+    whole = pydicom.dcmread(tmp_path / "s.dcm")
+    whole.PixelData = whole.PixelData[: -2 * cut]
+    whole.save_as(tmp_path / "s.dcm")
+    (sample,) = volume_of(tmp_path).samples
+    with pytest.raises(DataError, match="not readable"):
+        sample.mask()
+    raw = (tmp_path / "s.dcm").read_bytes()
+    (tmp_path / "s.dcm").write_bytes(raw[: -2 * cut])
+    (sample,) = volume_of(tmp_path).samples
+    with pytest.raises(DataError, match="not readable"):
+        sample.mask()
