@@ -12,15 +12,13 @@ from typing import Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from client.cohort.build import classes_of, usable, why_left_out
 from client.cohort.risks import Risk, find_risks
 from client.config import DatasetSection
-from client.data.files import paths_of
-from client.data.read import DatasetSpec, read_dataset
 from client.data.split import split_by_patient
-from client.data.types import Dataset, Sample
+from client.data.types import Sample
 from client.index.extract import Extractor
 from client.index.store import Index
-from fedward.errors import DataError
 from fedward.plan.schema import Split
 
 Counts = dict[str, int]
@@ -30,11 +28,13 @@ _IMAGES: Final = "reason = '' AND rows > 0 AND format IN ('dicom', 'nifti', 'pic
 
 
 class Range(BaseModel):
-    """Lowest and highest pixel of a modality, as the modality means it."""
+    """Pixels of a modality, as the modality means them (HU for CT)."""
 
     model_config = ConfigDict(extra="forbid")
-    lowest: float
-    highest: float
+    lowest: float = Field(description="of all images")
+    highest: float = Field(description="of all images")
+    typical_lowest: float = Field(description="median over images of each one's lowest pixel")
+    typical_highest: float = Field(description="median over images of each one's highest pixel")
 
 
 class DatasetReport(BaseModel):
@@ -74,8 +74,8 @@ def make_report(
     DataError
         The dataset has no table of labels, or a broken one.
     """
-    found = _fit(_read(dataset), index, extract)
-    left_out = _left_out(found, index, extract)
+    found = usable(dataset, index, extract)
+    left_out = why_left_out(dataset, found, index, extract)
     files = sum(1 for _ in index.connection.execute("SELECT 1 FROM files"))
     return DatasetReport(
         dataset=name, files=files, instances=_number(index, "count(*)"),
@@ -91,35 +91,6 @@ def make_report(
         split=_split(found.samples), left_out=dict(sorted(left_out.items())),
         risks=find_risks(dataset, found, index, left_out),
     )  # fmt: skip
-
-
-def _read(dataset: DatasetSection) -> Dataset:
-    try:
-        return read_dataset(DatasetSpec(dataset.root, dataset.format), dataset.as_task())
-    except DataError as error:
-        if error.rule.startswith("the dataset must hold images"):
-            return Dataset(())  # an empty dataset is worth a report too
-        raise
-
-
-def _fit(found: Dataset, index: Index, extract: Extractor) -> Dataset:
-    """Without the samples of which a file could not be decoded when it was indexed."""
-
-    def fits(sample: Sample) -> bool:
-        names = [extract.name(path) for path in paths_of(sample) if path != extract.root]
-        return not any(index.reason(name) for name in names)
-
-    return Dataset(tuple(filter(fits, found.samples)), found.left_out)
-
-
-def _left_out(found: Dataset, index: Index, extract: Extractor) -> Counter[str]:
-    """By file: what the scan said of its pixels leads, then what the reader says of its use."""
-    sql = index.connection.execute
-    counts = Counter(dict(sql("SELECT reason, count(*) FROM files WHERE reason != '' GROUP BY 1")))
-    for item in found.left_out:
-        if not index.reason(extract.name(extract.root / item.name)):
-            counts[item.reason] += 1
-    return counts
 
 
 def _number(index: Index, what: str) -> int:
@@ -161,10 +132,25 @@ def _spacings(index: Index) -> Counts:
 
 def _ranges(index: Index) -> dict[str, Range]:
     rows = index.connection.execute(
-        f"SELECT modality, min(low), max(high) FROM files WHERE {_IMAGES} AND low IS NOT NULL "
-        "GROUP BY 1 ORDER BY 1"
-    )
-    return {safe_word(m): Range(lowest=low, highest=high) for m, low, high in rows}
+        f"SELECT modality, min(low), max(high), count(*) FROM files WHERE {_IMAGES} "
+        "AND low IS NOT NULL GROUP BY 1 ORDER BY 1"
+    ).fetchall()
+    return {
+        safe_word(modality): Range(
+            lowest=low, highest=high, typical_lowest=_median(index, "low", modality, count),
+            typical_highest=_median(index, "high", modality, count),
+        )
+        for modality, low, high, count in rows
+    }  # fmt: skip
+
+
+def _median(index: Index, column: str, modality: str, count: int) -> float:
+    """The lower median, found by the database."""
+    row = index.connection.execute(
+        f"SELECT {column} FROM files WHERE {_IMAGES} AND low IS NOT NULL AND modality = ? "
+        f"ORDER BY 1 LIMIT 1 OFFSET ?", (modality, (count - 1) // 2),
+    ).fetchone()  # fmt: skip
+    return float(row[0])
 
 
 def _classes(dataset: DatasetSection, labels: Iterable[tuple[int, ...] | None]) -> Counts:
@@ -172,21 +158,15 @@ def _classes(dataset: DatasetSection, labels: Iterable[tuple[int, ...] | None]) 
         return {}
     counts = dict.fromkeys(dataset.classes, 0)
     for label in labels:
-        for k in _set(dataset, label):
+        for k in classes_of(dataset, label):
             counts[dataset.classes[k]] += 1
     return counts
-
-
-def _set(dataset: DatasetSection, label: tuple[int, ...] | None) -> list[int]:
-    if label is None:
-        return []
-    return [k for k, flag in enumerate(label) if flag] if dataset.multi_label else list(label)
 
 
 def _patients_by_class(dataset: DatasetSection, samples: Iterable[Sample]) -> Counts:
     patients: Mapping[str, set[int]] = defaultdict(set)
     for sample in samples:
-        patients[sample.patient].update(_set(dataset, sample.label))
+        patients[sample.patient].update(classes_of(dataset, sample.label))
     if dataset.task == "segmentation":
         return {}
     return {c: sum(k in of for of in patients.values()) for k, c in enumerate(dataset.classes)}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from client.cohort.build import classes_of
 from client.config import DatasetSection
 from client.data import reasons
 from client.data.types import Dataset
@@ -20,6 +23,10 @@ class Risk(BaseModel):
     model_config = ConfigDict(extra="forbid")
     rule: str = Field(description="what should hold")
     count: int = Field(description="how often it does not")
+    severity: Literal["high", "medium", "low"] = Field(
+        description="high: spoils a study or a patient's privacy; medium: costs images; "
+        "low: worth a look"
+    )
     fix: str = Field(description="what to do")
 
 
@@ -28,39 +35,65 @@ def find_risks(
 ) -> list[Risk]:
     """All risks that are there, none that is not."""
     risks = [
-        *_of_patients(dataset, found), *_of_copies(index), *_of_ids(index),
+        *_of_patients(dataset, found), *_of_classes(dataset, found), *_of_copies(index),
+        *_of_ids(index), *_of_series(index), *_of_labels(left_out),
+    ]  # fmt: skip
+    return [risk for risk in risks if risk.count]
+
+
+def _of_labels(left_out: Counter[str]) -> list[Risk]:
+    return [
         Risk(
-            rule="every image has a label", count=left_out[reasons.NO_LABEL],
+            rule="every image has a label", count=left_out[reasons.NO_LABEL], severity="medium",
             fix="Complete the table, or accept that they are left out",
         ),
         Risk(
             rule="every label and every mask has an image", count=left_out[reasons.NO_IMAGE],
-            fix="Export the missing images",
+            severity="medium", fix="Export the missing images",
         ),
         Risk(
             rule="the rows of one image agree", count=left_out[reasons.CONFLICTING],
-            fix="Decide which label holds; they are left out until then",
+            severity="medium", fix="Decide which label holds; they are left out until then",
         ),
     ]  # fmt: skip
-    return [risk for risk in risks if risk.count]
 
 
 def _of_patients(dataset: DatasetSection, found: Dataset) -> list[Risk]:
     labels: dict[str, set[tuple[int, ...]]] = defaultdict(set)
     for sample in found.samples:
         labels[sample.patient] |= {sample.label} if sample.label is not None else set()
-    missing = max(0, dataset.minimum_patients - len({s.patient for s in found.samples}))
+    missing = max(0, dataset.minimum_patients - len(labels))
     return [
         Risk(
             rule="all images of a patient have the same label",
-            count=sum(len(of) > 1 for of in labels.values()),
+            count=sum(len(of) > 1 for of in labels.values()), severity="low",
             fix="Right for findings that come and go; else see the table",
         ),
         Risk(
             rule=f"there are at least {dataset.minimum_patients} patients", count=missing,
-            fix="Bring more patients, or lower minimum_patients",
+            severity="high", fix="Bring more patients, or lower minimum_patients",
         ),
     ]  # fmt: skip
+
+
+def _of_classes(dataset: DatasetSection, found: Dataset) -> Iterator[Risk]:
+    if dataset.task == "segmentation":
+        return
+    patients: dict[int, set[str]] = defaultdict(set)
+    for sample in found.samples:
+        for k in classes_of(dataset, sample.label):
+            patients[k].add(sample.patient)
+    few = [k for k in range(len(dataset.classes)) if len(patients[k]) < dataset.minimum_patients]
+    empty = sum(not patients[k] for k in few)
+    yield Risk(
+        rule="every class has patients", count=empty, severity="high",
+        fix="Check the spelling of the class in the table, or bring some",
+    )  # fmt: skip
+    yield Risk(
+        rule=f"every class has at least {dataset.minimum_patients} patients",
+        count=len(few) - empty, severity="low",
+        fix="Expect unsure figures for it, or bring more patients",
+    )  # fmt: skip
 
 
 def _of_copies(index: Index) -> list[Risk]:
@@ -72,13 +105,26 @@ def _of_copies(index: Index) -> list[Risk]:
     ).fetchone()
     return [
         Risk(
-            rule="no two files show the same pixels", count=int(within),
+            rule="no two files show the same pixels", count=int(within), severity="low",
             fix="Take the copies out",
         ),
         Risk(
             rule="no two patients share an image, or a test would leak", count=int(across),
-            fix="Find out whose images these are; one person may have two ids",
+            severity="high", fix="Find out whose images these are; one person may have two ids",
         ),
+    ]  # fmt: skip
+
+
+def _of_series(index: Index) -> list[Risk]:
+    row = index.connection.execute(
+        f"SELECT count(*) FROM (SELECT 1 FROM files WHERE {_OF_IMAGES} AND series != '' "
+        "GROUP BY series HAVING count(DISTINCT spacing) > 1)"
+    ).fetchone()
+    return [
+        Risk(
+            rule="the images of a series have one spacing", count=int(row[0]), severity="low",
+            fix="Volumes are divided by it; see that none falls apart",
+        )
     ]  # fmt: skip
 
 
@@ -90,15 +136,15 @@ def _of_ids(index: Index) -> list[Risk]:
     return [
         Risk(
             rule="a patient id stands for one patient", count=count("nobody = 'shared'"),
-            fix="Give each patient an id of its own; these count as one patient",
+            severity="high", fix="Give each patient an id of its own; these count as one patient",
         ),
         Risk(
             rule="every image names its patient", count=count("nobody = 'missing' AND rows > 0"),
-            fix="Fill in PatientID; they are left out until then",
+            severity="medium", fix="Fill in PatientID; they are left out until then",
         ),
         Risk(
             rule="no text is burnt into the pixels",
-            count=count("burned_in = 'YES' AND rows > 0"),
+            count=count("burned_in = 'YES' AND rows > 0"), severity="high",
             fix="Look at these images; a name in the pixels can be learnt",
         ),
     ]  # fmt: skip

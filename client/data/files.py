@@ -8,8 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from client.data.types import Sample
-
 _DOUBLE = (".nii.gz",)
 
 
@@ -62,12 +60,6 @@ def table_keys(files: Sequence[Path], roots: Sequence[Path]) -> dict[Path, tuple
         loose = [file.name] * (names[file.name] == 1) + [stem(file)] * (stems[stem(file)] == 1)
         keys[file] = tuple(dict.fromkeys(exact + loose))
     return keys
-
-
-def paths_of(sample: Sample) -> tuple[Path, ...]:
-    """The files that a sample's image is read from; none for one that is in memory."""
-    one, several = getattr(sample.load, "path", None), getattr(sample.load, "frames", ())
-    return (one,) if one is not None else tuple(path for path, _ in several)
 
 
 def file_identity(path: Path, *parts: object) -> str:

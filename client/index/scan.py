@@ -155,10 +155,11 @@ class _Scan:
         for connection in wait(list(busy), timeout=0.2):
             worker = busy[connection]  # type: ignore[index]
             path = worker.path
-            facts = worker.take()
-            self._keep(facts or self._lost(worker, path))
+            said = worker.take()
+            if said != "ready":
+                self._keep(said or self._lost(worker, path))
         for worker in self.workers:
-            if worker.path and time.monotonic() - worker.since > self.limits.seconds:
+            if worker.is_late(self.limits.seconds):
                 self._keep(self._lost(worker, worker.path))
         self._write_sometimes()
 

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from client.index.extract import Extractor
 from client.index.facts import FileFacts
 
 # Spawned, not forked: a worker must not share SQLite's file handles or another worker's pipe.
 _CONTEXT: Final = multiprocessing.get_context("spawn")
+_START: Final = 60.0  # seconds that a process may take to start on a busy machine
 
 
 @dataclass
@@ -33,13 +34,16 @@ class Worker:
     path : Path or None
         The file it is at; None while it waits for one.
     since : float
-        When it was given that file.
+        When it began with that file, or with starting.
+    ready : bool
+        Whether it has started; until then its time is its own, not the file's.
     """
 
     extract: Extractor
     memory: int
     path: Path | None = None
     since: float = 0.0
+    ready: bool = False
     connection: Connection = field(init=False)
     process: SpawnProcess = field(init=False)
 
@@ -54,7 +58,7 @@ class Worker:
         )
         self.process.start()
         theirs.close()
-        self.path = None
+        self.path, self.ready = None, False
 
     def give(self, path: Path) -> bool:
         """Give it a file; False when the process is gone."""
@@ -65,14 +69,22 @@ class Worker:
             return False
         return True
 
-    def take(self) -> FileFacts | None:
-        """What it found; None when it died over the file."""
+    def take(self) -> FileFacts | Literal["ready"] | None:
+        """What it found, or that it has started; None when it died."""
         try:
-            facts: FileFacts = self.connection.recv()
+            said: FileFacts | Literal["ready"] = self.connection.recv()
         except (EOFError, OSError):
             return None
-        self.path = None
-        return facts
+        if isinstance(said, FileFacts):
+            self.path = None
+        else:
+            self.ready, self.since = True, time.monotonic()
+        return said
+
+    def is_late(self, seconds: float) -> bool:
+        """Whether its file, or its start, takes longer than it may."""
+        limit = seconds if self.ready else max(seconds, _START)
+        return self.path is not None and time.monotonic() - self.since > limit
 
     def end(self) -> None:
         """Kill the process: it holds nothing that could be lost."""
@@ -86,6 +98,7 @@ def _serve(connection: Connection, extract: Extractor, memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     try:
+        connection.send("ready")
         while True:
             connection.send(extract(Path(os.fsdecode(connection.recv_bytes()))))
     except (EOFError, OSError):

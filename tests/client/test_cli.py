@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import os
+import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pydicom
 import pytest
+from PIL import Image as Pillow
 
 from client.cohort.report import safe_word
 
@@ -43,7 +51,15 @@ def test_index_then_report(site, export):
     assert made["left_out"] == {
         "no pixel data": 1, "not DICOM": 2, "not a file": 2, "not readable": 1, "too large": 1,
     }  # fmt: skip
-    assert made["risks"] == []
+    assert [(risk["rule"], risk["count"]) for risk in made["risks"]] == [
+        ("every class has at least 4 patients", 2)
+    ]
+    images = [pydicom.dcmread(path).pixel_array for path in export.glob("MRN*/*.dcm")]
+    assert made["intensity"]["DX"] == {
+        "lowest": min(int(i.min()) for i in images), "highest": max(int(i.max()) for i in images),
+        "typical_lowest": statistics.median_low([int(i.min()) for i in images]),
+        "typical_highest": statistics.median_low([int(i.max()) for i in images]),
+    }  # fmt: skip
     shown = run(site, "report", "chest")
     assert "12 x 10" in shown.stdout
     for done in (first, second, shown):
@@ -52,15 +68,16 @@ def test_index_then_report(site, export):
 
 @pytest.mark.integration
 def test_risks_are_counted(site, export, dx):
-    import numpy as np
-    import pydicom
-
     same = pydicom.dcmread(export / "MRN47110" / "DOE^JANE-0.dcm").pixel_array
     dx(export / "r1.dcm", same, PatientID="MRN47113", BurnedInAnnotation="YES")
     dx(export / "r2.dcm", np.ones((9, 9)), PatientID="ANON")
     dx(export / "r3.dcm", np.ones((8, 9)), PatientID="")
+    dx(export / "r4.dcm", np.ones((7, 9)), PatientID="MRN47112", PixelSpacing=[0.7, 0.7],
+       SeriesInstanceUID="1.2.826.0.99.4711.2")  # fmt: skip
+    dx(export / "r5.dcm", np.ones((7, 8)), PatientID="MRN47112", PixelSpacing=[0.8, 0.8],
+       SeriesInstanceUID="1.2.826.0.99.4711.2")  # fmt: skip
     with (export / "labels.csv").open("a") as table:
-        table.write("MRN47111,well\n")
+        table.write("MRN47111,well\nMRN47999,sick\n/MRN47998,sick\n")
     made = json.loads(run(site, "report", "chest", "--json").stdout)
     risks = {risk["rule"]: risk["count"] for risk in made["risks"]}
     assert risks == {
@@ -71,8 +88,111 @@ def test_risks_are_counted(site, export, dx):
         "no text is burnt into the pixels": 1,
         "every image has a label": 1,
         "the rows of one image agree": 2,
+        "every class has at least 4 patients": 2,
+        "the images of a series have one spacing": 1,
+        "every label and every mask has an image": 2,
     }
+    severity = {risk["rule"]: risk["severity"] for risk in made["risks"]}
+    assert severity["no two patients share an image, or a test would leak"] == "high"
+    assert severity["every image has a label"] == "medium"
     assert made["left_out"]["conflicting labels"] == 2
+
+
+PLAN = """
+version = 1
+[study]
+name = "chests"
+[task]
+kind = "classification"
+classes = ["well", "sick"]
+modality = ["CR", "DX"]
+[preprocessing]
+size = [16, 16]
+intensity = "unit"
+[model]
+name = "cnn"
+channels = [4, 8]
+[training]
+rounds = 3
+learning_rate = 0.01
+local_epochs = 1
+batch_size = 2
+loss = "cross_entropy"
+[privacy]
+mechanism = "dp-sgd"
+epsilon = 8.0
+delta = 1e-3
+clipping_norm = 1.0
+[metrics]
+report = ["auc"]
+primary = "auc"
+"""
+
+
+@pytest.mark.integration
+def test_freeze_then_preview_then_check(site, export, tmp_path):
+    frozen = run(site, "freeze", "chest", "--json")
+    assert frozen.returncode == 0, frozen.stderr
+    made = json.loads(frozen.stdout)
+    assert (made["patients"], made["images"], made["files"]) == (6, 12, 12)
+    assert made["images_by_class"] == {"well": 6, "sick": 6}
+    assert made["bytes"] == sum(path.stat().st_size for path in export.glob("MRN*/*.dcm"))
+    assert "indexing for the first time" in frozen.stderr
+    shown = run(site, "freeze", "chest")
+    assert made["cohort"] in shown.stdout and "looking for changes" in shown.stderr
+
+    page = tmp_path / "page.html"
+    drawn = run(site, "preview", "chest", "--out", str(page), "--cohort", "latest", "--json")
+    assert json.loads(drawn.stdout) == {"dataset": "chest", "shown": 12, "left_out": {}}
+    html = page.read_text("utf-8")
+    assert page.stat().st_mode & 0o777 == 0o600
+    assert "Do not pass it on" in html and "<script" not in html and "http:" not in html
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
+    assert len(pictures) == 12
+    assert Pillow.open(io.BytesIO(base64.b64decode(pictures[0]))).size == (256, 256)
+    assert html.count("<figcaption>sick</figcaption>") == 6
+
+    (tmp_path / "study.toml").write_text(PLAN)
+    checked = run(site, "check", "chest", "--plan", str(tmp_path / "study.toml"), "--json")
+    assert checked.returncode == 0, checked.stderr
+    answer = json.loads(checked.stdout)
+    assert answer["can_serve"] and answer["cost"]["seconds"] > 0
+    assert answer["privacy"]["epsilon"] <= 8.0
+    seen = json.dumps(json.loads((tmp_path / "state" / "cohorts" / f"{made['cohort']}.json")
+                                 .read_text()))  # fmt: skip
+    for planted in PLANTED:
+        assert planted not in seen + html
+    for done in (frozen, shown, drawn, checked):
+        quiet_about_people(done)
+
+
+@pytest.mark.integration
+def test_a_plan_that_does_not_fit_ends_with_11(site, tmp_path):
+    (tmp_path / "study.toml").write_text(PLAN.replace('"well", "sick"', '"sick", "well"'))
+    done = run(site, "check", "chest", "--plan", str(tmp_path / "study.toml"))
+    assert done.returncode == 11
+    assert "cannot serve" in done.stdout and "order" in done.stdout
+    quiet_about_people(done)
+
+
+@pytest.mark.integration
+def test_a_page_is_never_written_into_the_dataset(site, export):
+    before = sorted(export.rglob("*"))
+    done = run(site, "preview", "chest", "--out", str(export / "page.html"))
+    assert done.returncode == 18
+    assert "must not lie inside the dataset" in done.stderr
+    assert sorted(export.rglob("*")) == before
+    quiet_about_people(done)
+
+
+def test_the_configuration_may_come_from_the_environment(tmp_path):
+    command = [sys.executable, "-m", "client.cli", "data", "index"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "FEDWARD_SITE": str(tmp_path / "elsewhere.toml")},
+    )  # fmt: skip
+    assert done.returncode == 19
+    assert "elsewhere.toml" in done.stderr
 
 
 @pytest.mark.parametrize(("words", "code"), [(("report", "none"), 19), (("report",), 2)])

@@ -1,0 +1,181 @@
+"""A frozen cohort opened again, after every byte of it was found unchanged."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from client.cohort.freeze import CohortFile, FileRecord, Item, cohorts_folder, load, save
+from client.cohort.restore import Restorer
+from client.config import SiteConfig
+from client.data.files import find
+from client.data.read import DatasetSpec, read_dataset
+from client.data.types import Dataset, Sample
+from client.index.extract import Extractor
+from client.secret import Pseudonyms
+from fedward.errors import DataError, OutputError
+from fedward.plan.schema import Task
+
+_CHUNK: Final = 1 << 20
+_HASH: Final = re.compile(r"[0-9a-f]{4,64}")
+_THREADS: Final = 4  # SHA-256 lets go of Python's lock; more would only wait for the disk
+
+
+@dataclass(frozen=True)
+class FrozenCohort:
+    """A cohort to train on.
+
+    Attributes
+    ----------
+    name : str
+        The dataset's and the start of the hash.
+    sha256 : str
+        Of the content.
+    task : Task
+        What its labels are for.
+    dataset : Dataset
+        Samples, whose patients are keyed hashes and whose identities are of content alone.
+    rehashed : int
+        Files that were read again because their times or sizes had changed.
+    """
+
+    name: str
+    sha256: str
+    task: Task
+    dataset: Dataset
+    rehashed: int
+
+
+def open_cohort(
+    config: SiteConfig, name: str, which: str = "latest", *, secret: bytes
+) -> FrozenCohort:
+    """Open a frozen cohort and make sure that nothing of it has changed.
+
+    Parameters
+    ----------
+    config : SiteConfig
+        The site.
+    name : str
+        The dataset.
+    which : str
+        The start of the cohort's hash (4 digits or more), or "latest".
+    secret : bytes
+        The site's.
+
+    Raises
+    ------
+    DataError
+        There is no such cohort, or a file of it is gone or has another byte.
+    """
+    cohort = load(_choose(config.site.state, name, which))
+    extract = Extractor(config.dataset(name).root, cohort.format, secret)
+    paths, now = _verify(cohort, extract)
+    if now != cohort.files:
+        _remember(cohort, now, config.site.state)
+    restorer = Restorer(
+        paths, {key: record.sha256 for key, record in cohort.files.items()}, cohort.series,
+        cohort.task.dimensions, Pseudonyms(secret), _archive(cohort, extract.root),
+    )  # fmt: skip
+    samples = tuple(_sample(item, restorer) for item in cohort.items)
+    again = sum(now[key] != record for key, record in cohort.files.items())
+    return FrozenCohort(cohort.name, cohort.sha256, cohort.task, Dataset(samples), again)
+
+
+def _choose(state: Path, name: str, which: str) -> Path:
+    if which != "latest" and not _HASH.fullmatch(which):
+        raise DataError(
+            'a cohort is named by "latest" or the start of its hash', value=which[:70], where=name,
+            fix="Give 4 to 64 of its hexadecimal digits",
+        )  # fmt: skip
+    start = "" if which == "latest" else which[:12]
+    of_name = re.compile(re.escape(f"{name}-{start}") + r"[0-9a-f]*\.json")
+    found = [p for p in cohorts_folder(state).iterdir() if of_name.fullmatch(p.name)]
+    if len(which) > 12:
+        found = [path for path in found if load(path).sha256.startswith(which)]
+    if not found:
+        raise DataError("a cohort must be frozen before it is used", fix="Freeze it", where=name)
+    if which != "latest" and len(found) > 1:
+        raise DataError("a hash must mean one cohort", fix="Give more digits", where=name)
+    return max(found, key=lambda path: path.stat().st_mtime_ns)
+
+
+def _verify(
+    cohort: CohortFile, extract: Extractor
+) -> tuple[dict[str, Path], dict[str, FileRecord]]:
+    """Where the cohort's files lie, and what they are now."""
+    paths = _places(cohort.files, extract)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        keys = list(paths)
+        found = pool.map(lambda key: _look(paths[key], cohort.files[key]), keys)
+        now = {key: record for key, record in zip(keys, found, strict=True) if record}
+    gone = len(cohort.files) - len(paths)
+    changed = len(paths) - len(now)
+    if gone or changed:
+        raise DataError(
+            "a frozen cohort must not have changed",
+            value=f"of {len(cohort.files)} files {changed} changed, {gone} gone",
+            fix="Freeze it again, or restore the files", where=cohort.name,
+        )  # fmt: skip
+    return paths, now
+
+
+def _places(wanted: Mapping[str, FileRecord], extract: Extractor) -> dict[str, Path]:
+    root = extract.root
+    files: Iterable[Path] = [root] if root.is_file() else find(root)
+    named = ((extract.name(path), path) for path in files)
+    return {name: path for name, path in named if name in wanted}
+
+
+def _look(path: Path, known: FileRecord) -> FileRecord | None:
+    """The file as it is, read again only where its times or size differ; None: other content."""
+    try:
+        now = _stamp(path)
+        if now == (known.size, known.modified, known.changed):
+            return known
+        if now[0] != known.size or _digest(path) != known.sha256 or _stamp(path) != now:
+            return None
+    except OSError:
+        return None
+    return FileRecord(sha256=known.sha256, size=now[0], modified=now[1], changed=now[2])
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    info = path.stat()
+    return info.st_size, info.st_mtime_ns, info.st_ctime_ns
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _remember(cohort: CohortFile, now: dict[str, FileRecord], state: Path) -> None:
+    """So that a tree that was copied is read whole once, not at every start."""
+    path = cohorts_folder(state) / f"{cohort.name}.json"
+    with suppress(OutputError, OSError):  # without it the next start is slower, nothing else
+        save(
+            cohort.model_copy(update={"files": now}), state, modified=path.stat().st_mtime_ns
+        )  # fmt: skip
+
+
+def _archive(cohort: CohortFile, root: Path) -> tuple[Sample, ...]:
+    if cohort.format != "npz":
+        return ()
+    return read_dataset(DatasetSpec(root, "npz"), cohort.task).samples
+
+
+def _sample(item: Item, restorer: Restorer) -> Sample:
+    return Sample(
+        item.patient, restorer.image(item.image), item.label,
+        mask=restorer.mask(item.mask) if item.mask is not None else None, split=item.split,
+        columns={"synthetic": "yes"} if item.synthetic else {},
+    )  # fmt: skip

@@ -1,0 +1,141 @@
+"""What the commands share: the site, its indexes, and how answers are printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from fedward.errors import DataError
+
+if TYPE_CHECKING:
+    from client.cohort.frozen import FrozenCohort
+    from client.config import DatasetSection, SiteConfig
+    from client.data.types import Sample
+    from client.index.extract import Extractor
+    from client.index.scan import Summary
+    from client.index.store import Index
+
+
+@dataclass(frozen=True)
+class Work:
+    """A dataset that a command works on, its index brought up to date.
+
+    Attributes
+    ----------
+    site : SiteConfig
+        The hospital.
+    name : str
+        The dataset.
+    index : Index
+        Open.
+    extract : Extractor
+        Knows the files' names in the index.
+    """
+
+    site: SiteConfig
+    name: str
+    index: Index
+    extract: Extractor
+
+    @property
+    def dataset(self) -> DatasetSection:
+        """The dataset's configuration."""
+        return self.site.dataset(self.name)
+
+    def open_cohort(self, which: str) -> FrozenCohort:
+        """One of the dataset's frozen cohorts.
+
+        Raises
+        ------
+        DataError
+            It has changed, or its labels are not those that the configuration now tells of.
+        """
+        from client.cohort.frozen import open_cohort
+
+        with busy(f"{self.name}: verifying the frozen cohort"):
+            cohort = open_cohort(self.site, self.name, which, secret=self.extract.secret)
+        if cohort.task != self.dataset.as_task():
+            raise DataError(
+                "a frozen cohort must have the task and classes of its dataset in site.toml",
+                fix="Freeze it again, or put them back", where=cohort.name,
+            )  # fmt: skip
+        return cohort
+
+    def samples(self, which: str | None) -> tuple[str, tuple[Sample, ...]]:
+        """The name and the samples of a frozen cohort; "" and the usable ones without any."""
+        from client.cohort.build import usable
+
+        if which is not None:
+            cohort = self.open_cohort(which)
+            return cohort.name, cohort.dataset.samples
+        with busy(f"{self.name}: reading headers and labels"):
+            return "", usable(self.dataset, self.index, self.extract).samples
+
+
+def load_site(path: Path) -> SiteConfig:
+    """The site's configuration."""
+    from client.config import load_config
+
+    return load_config(path)
+
+
+@contextmanager
+def work_on(site: SiteConfig, name: str) -> Iterator[Work]:
+    """Index what is new, then give what a command needs."""
+    from client.index.store import open_index
+
+    scan_dataset(site, name)
+    with open_index(site.site.state, name) as found:
+        yield Work(site, name, found, extractor(site, name))
+
+
+def scan_dataset(site: SiteConfig, name: str) -> Summary:
+    """Bring a dataset's index up to date, and say how far that is."""
+    from client.index.scan import scan
+    from client.index.store import open_index
+
+    extract = extractor(site, name)
+    with open_index(site.site.state, name) as found:
+        first = "indexing for the first time" if not found.count() else "looking for changes"
+        typer.echo(f"{name}: {first}", err=True)
+        with busy(f"{name}: indexing") as tell:
+            return scan(
+                extract, found,
+                listen=lambda s: tell(f"{name}: {s.new} files read, {s.unchanged} known"),
+            )  # fmt: skip
+
+
+def extractor(site: SiteConfig, name: str) -> Extractor:
+    """What reads the files of a dataset."""
+    from client.data.read import detect
+    from client.index.extract import Extractor
+    from client.secret import site_secret
+
+    dataset = site.dataset(name)
+    shared = frozenset(one.lower() for one in dataset.patients.shared_ids)
+    format = dataset.format or detect(dataset.root)
+    return Extractor(dataset.root, format, site_secret(site.site.state), shared)
+
+
+@contextmanager
+def busy(text: str) -> Iterator[Callable[[str], None]]:
+    """A line on standard error that moves while something takes its time."""
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(),
+        console=Console(stderr=True), transient=True,
+    ) as progress:  # fmt: skip
+        shown = progress.add_task(text)
+        yield lambda now: progress.update(shown, description=now)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One object on standard output."""
+    typer.echo(json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False))

@@ -1,0 +1,180 @@
+"""Can these images serve this plan: each question answered both ways, each figure worked out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from client.cohort.budget import cost_findings, privacy_finding
+from client.cohort.check import check_plan
+from client.cohort.cost import Cost, Room, prepared_bytes, training_bytes
+from client.config import DatasetSection
+from client.data.types import Image, Sample
+from fedward.models import describe
+from fedward.privacy import calibrate
+
+RNG = np.random.default_rng(0)
+PRIVATE = {"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-3, "clipping_norm": 1.0}
+
+
+def chests(patients=40, images=1, side=20, low=0.0):
+    made = []
+    for k in range(patients * images):
+        values = (low + RNG.random((1, side, side))).astype(np.float32)
+        made.append(Sample(f"p{k // images}", lambda v=values: Image(v, (1.0, 1.0)),
+                           (k // images % 2,)))  # fmt: skip
+    return made
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return DatasetSection(root=tmp_path, task="classification", classes=("no", "yes"))
+
+
+@pytest.fixture
+def checked(tmp_path, dataset, make_plan):
+    def run(samples, dataset=dataset, modality="", measure=False, **changes):
+        plan = make_plan(**{"split": {"given": False}, **changes})
+        words = [modality] * len(samples)
+        made = check_plan("chest", "", dataset, samples, words, plan, Room(tmp_path, "cpu"),
+                          measure=measure)  # fmt: skip
+        return made, {one.name: one for one in made.findings}
+
+    return run
+
+
+def test_what_fits_is_said_to_fit(checked):
+    made, found = checked(chests())
+    assert made.can_serve
+    assert {one.status for one in made.findings if one.name != "privacy"} == {"pass"}
+    assert made.patients == {"train": 28, "validation": 4, "test": 8}
+    assert made.patients_by_class == {"no": 20, "yes": 20}
+    assert found["privacy"].status == "warn" and made.privacy is None
+    assert all(one.fix for one in made.findings if one.status != "pass")
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "words"),
+    [
+        ({"task": {"classes": ["yes", "no"]}}, "classes", "order"),
+        ({"task": {"classes": ["no", "maybe"]}}, "classes", "plan's names"),
+        ({"task": {"multi_label": True}, "training": {"loss": "bce"}}, "task", "another dataset"),
+        ({"preprocessing": {"size": [1024, 8]}, "model": {"name": "densenet121", "channels": None}},
+         "model", "larger"),
+        ({"participation": {"minimum_patients": 41}}, "patients", "more patients"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_fails_with_a_next_step(checked, changes, name, words):
+    made, found = checked(chests(), **changes)
+    assert not made.can_serve
+    assert found[name].status == "fail" and words in found[name].fix
+
+
+def test_modalities_that_the_plan_refuses_are_left_out(checked):
+    made, found = checked(chests(), modality="MR", task={"modality": ["CT"]})
+    assert found["modality"].status == "fail" and not made.can_serve
+    made, found = checked(chests(), modality="CT", task={"modality": ["CT"]})
+    assert found["modality"].status == "pass" and made.can_serve
+
+
+def test_the_sites_own_minimum_counts_too(checked, dataset):
+    strict = dataset.model_copy(update={"minimum_patients": 41})
+    _, found = checked(chests(), dataset=strict)
+    assert found["patients"].status == "fail"
+    assert found["patients of each class"].status == "warn"
+    _, found = checked([s for s in chests() if s.label == (0,)])
+    assert found["patients of each class"].status == "fail"
+    assert "yes" in found["patients of each class"].fix
+
+
+def test_small_images_and_a_window_beside_them_are_warned_of(checked):
+    made, found = checked(chests(side=12), preprocessing={"window": [100.0, 200.0]})
+    assert found["image size"].found.startswith("16 of 16")
+    assert found["image size"].status == found["window"].status == "warn"
+    assert made.can_serve
+    spaced = {"spacing": [2.0, 2.0]}  # 20 pixels of 1 mm are 10 of 2 mm
+    assert checked(chests(), preprocessing=spaced)[1]["image size"].status == "warn"
+
+
+def test_the_budget_is_what_the_accountant_says(make_plan):
+    plan = make_plan(privacy=PRIVATE)
+    one, budget = privacy_finding(plan, 28)
+    mechanism = calibrate(plan, 28)
+    assert one.status == "pass"
+    assert budget.noise_multiplier == mechanism.noise_multiplier
+    assert (budget.sampling_rate, budget.steps) == (8 / 28, 2 * 4)  # ceil(28 / 8) a round
+    assert 0.95 * 8 <= budget.epsilon <= 8
+    # Independently, by another accountant's bound.
+    from opacus.accountants import RDPAccountant
+
+    accountant = RDPAccountant()
+    accountant.history = [(budget.noise_multiplier, budget.sampling_rate, budget.steps)]
+    assert budget.epsilon <= accountant.get_epsilon(1e-3) <= 1.5 * budget.epsilon
+    loose, _ = privacy_finding(make_plan(privacy=PRIVATE | {"delta": 0.1}), 28)
+    assert loose.status == "warn" and "delta" in loose.fix
+    whole, _ = privacy_finding(make_plan(privacy=PRIVATE | {"sampling_rate": 1.0}), 28)
+    assert whole.status == "warn" and "sampling_rate" in whole.fix
+
+
+def test_bytes_are_worked_out(make_plan):
+    plan = make_plan()
+    assert prepared_bytes(plan, 40) == 40 * (16 * 16 * 4 + 8)
+    p = describe(plan).parameters
+    # Weights, gradients, two moments of AdamW, a batch of eight.
+    assert training_bytes(plan, 8) == 4 * (p + p + 2 * p + 8 * 256)
+    private = make_plan(privacy=PRIVATE, training={"optimizer": "sgd"})
+    # A gradient of each of the eight images and their sum; one number of SGD's.
+    assert training_bytes(private, 8) == 4 * (p + 9 * p + p + 8 * 256)
+
+
+def test_a_machine_without_room_fails():
+    cost = Cost(
+        prepared_bytes=10**9, free_disk_bytes=10**8, parameters=1, training_bytes=10**10,
+        memory_bytes=10**9, device="cpu", steps=100, seconds_per_step=2.0, seconds=200.0,
+    )  # fmt: skip
+    found = {one.name: one for one in cost_findings(cost)}
+    assert found["disk"].status == found["memory"].status == "fail"
+    assert "3 min" in found["time"].found and "1 GB" in found["disk"].found
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("private", [False, True])
+def test_time_comes_from_real_steps(checked, private):
+    more = {"privacy": PRIVATE} if private else {}
+    made, found = checked(chests(), measure=True, **more)
+    cost = made.cost
+    assert cost.steps == 2 * (4 if private else round(28 / 8))
+    assert cost.seconds == pytest.approx(cost.steps * cost.seconds_per_step)
+    assert 0 < cost.seconds_per_step < 5
+    assert found["time"].status == "pass"
+
+
+@pytest.mark.integration
+def test_stages_are_timed_each(checked):
+    stages = [
+        {"name": "head", "rounds": 1, "learning_rate": 0.1, "train": ["fc*"]},
+        {"name": "all", "rounds": 2, "learning_rate": 0.1},
+    ]
+    training = {"rounds": None, "learning_rate": None}
+    made, _ = checked(chests(), measure=True, stages=stages, training=training)
+    assert made.cost.steps == 3 * round(28 / 8) and made.cost.seconds > 0
+    stages[0]["train"] = ["head*"]
+    made, found = checked(chests(), stages=stages, training=training)
+    assert found["model"].status == "fail" and "fc" in found["model"].fix
+
+
+def test_masks_are_looked_at(checked, tmp_path):
+    lungs = DatasetSection(root=tmp_path, task="segmentation", classes=("lung", "heart"))
+    image = Image(RNG.random((1, 20, 20)).astype(np.float32), (1.0, 1.0))
+    mask = np.zeros((20, 20), np.uint8)
+    mask[5:15, 5:15] = 1
+    samples = [Sample(f"p{k}", lambda: image, mask=lambda: mask) for k in range(20)]
+    samples[0] = Sample("p0", lambda: image, mask=lambda: mask[:-1])
+    made, found = checked(
+        samples, dataset=lungs, task={"kind": "segmentation", "classes": ["lung", "heart"]},
+        model={"name": "unet", "channels": [4, 8]}, training={"loss": "dice_ce"},
+        metrics={"report": ["dice"], "primary": "dice"},
+    )  # fmt: skip
+    assert found["masks"].status == "warn" and "heart" in found["masks"].fix
+    assert "shape of mask differs: 1" in found["preprocessing"].found
+    assert made.cost.prepared_bytes == 20 * (256 * 4 + 256)

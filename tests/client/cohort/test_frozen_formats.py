@@ -1,0 +1,192 @@
+"""Whatever the format, an opened cohort reads what the reader would, and its file names nobody."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import highdicom as hd
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image as Pillow
+from pydicom.sr.codedict import codes
+
+from client.cohort.build import usable
+from client.cohort.freeze import make_cohort, save
+from client.cohort.frozen import open_cohort
+from client.secret import site_secret
+from fedward.errors import DataError
+
+SITE = """
+version = 1
+[site]
+name = "st-mary"
+[datasets.one]
+root = "data-doe"
+format = "{format}"
+task = "{task}"
+dimensions = {dimensions}
+classes = {classes}
+"""
+RNG = np.random.default_rng(3)
+
+
+def grey(*shape: int) -> np.ndarray:
+    return RNG.integers(0, 255, shape).astype(np.uint8)
+
+
+def npz(root: Path) -> None:
+    root.mkdir()
+    np.savez(
+        root / "DOE.npz", train_images=grey(6, 9, 8), train_labels=np.arange(6)[:, None] % 2,
+        test_images=grey(2, 9, 8), test_labels=np.array([[0], [1]]),
+    )  # fmt: skip
+
+
+def folders(root: Path) -> None:
+    for kind in ("well", "sick"):
+        (root / kind).mkdir(parents=True)
+        for k in range(3):
+            Pillow.fromarray(grey(9, 8)).save(root / kind / f"DOE-{k}.png")
+
+
+def masked_folders(root: Path) -> None:
+    for kind, values in (("images", 255), ("masks", 2)):
+        (root / kind).mkdir(parents=True)
+        for k in range(3):
+            Pillow.fromarray((grey(9, 8) % values).astype(np.uint8)).save(root / kind / f"D{k}.png")
+
+
+def nifti(root: Path) -> None:
+    for kind, values in (("images", 255), ("labels", 2)):
+        (root / kind).mkdir(parents=True)
+        for k in range(3):
+            volume = (grey(6, 5, 4) % values).astype(np.int16)
+            nib.save(nib.Nifti1Image(volume, np.diag([-1, 2, 3, 1])), root / kind / f"D{k}.nii.gz")
+
+
+def ct(root: Path, patient: str, series: str, take: int) -> list[Any]:
+    """Four slices; another `take` lies in the same places."""
+    made = []
+    for k in range(4):
+        file = pydicom.Dataset()
+        file.SOPClassUID, file.SOPInstanceUID = pydicom.uid.CTImageStorage, hd.UID()
+        file.PatientID, file.PatientName, file.PatientBirthDate = patient, "DOE^JANE", "19550712"
+        file.PatientSex, file.StudyID, file.AccessionNumber = "", "1", "ACC99123"
+        file.StudyInstanceUID, file.SeriesInstanceUID = "1.2.826.0.99.4711", series
+        file.FrameOfReferenceUID, file.Modality = "1.2.826.0.99.4711.5", "CT"
+        file.StudyDate, file.StudyTime, file.ReferringPhysicianName = "19550712", "101010", ""
+        file.Rows, file.Columns, file.SamplesPerPixel = 7, 6, 1
+        file.PhotometricInterpretation = "MONOCHROME2"
+        file.BitsAllocated = file.BitsStored = 16
+        file.HighBit, file.PixelRepresentation = 15, 1
+        file.PixelSpacing, file.SliceThickness = [0.7, 0.9], 2.5
+        file.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+        file.ImagePositionPatient = [-20, 15, 40 + 2.5 * k]
+        file.AcquisitionNumber, file.InstanceNumber = take, 4 * take + k
+        file.PixelData = RNG.integers(0, 900, (7, 6)).astype(np.int16).tobytes()
+        file.file_meta = pydicom.dataset.FileMetaDataset()
+        file.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+        path = root / patient / f"{series[-1]}-{take}-{k}.dcm"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file.save_as(path, enforce_file_format=True)
+        made.append(pydicom.dcmread(path))
+    return made
+
+
+def segmentation(path: Path, images: list[Any]) -> None:
+    """A DICOM-SEG of one segment, another one in each slice."""
+    masks = np.zeros((4, 7, 6), np.uint8)
+    for k in range(4):
+        masks[k, k : k + 3, 1:5] = 1
+    tool = hd.AlgorithmIdentificationSequence("t", codes.DCM.ArtificialIntelligence, "1")
+    described = hd.seg.SegmentDescription(
+        1, "lung", codes.SCT.Tissue, codes.SCT.Tissue,
+        hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC, tool,
+    )  # fmt: skip
+    hd.seg.Segmentation(
+        images, masks, hd.seg.SegmentationTypeValues.BINARY, [described], hd.UID(), 2, hd.UID(), 1,
+        "m", "m", "1", "1",
+    ).save_as(path)  # fmt: skip
+
+
+def scans(root: Path) -> None:
+    for k in range(2):
+        images = ct(root, f"MRN4711{k}", f"1.2.826.0.99.4711.9.{k}", 1)
+        segmentation(root / f"MRN4711{k}" / "seg.dcm", images)
+
+
+CASES = {
+    "npz": (npz, "npz", "classification", 2, 8, 2),
+    "folders": (folders, "folders", "classification", 2, 6, 6),
+    "masked folders": (masked_folders, "folders", "segmentation", 2, 3, 6),
+    "nifti": (nifti, "nifti", "segmentation", 3, 3, 6),
+    "dicom volumes": (scans, "dicom", "segmentation", 3, 2, 10),
+    "dicom slices": (scans, "dicom", "segmentation", 2, 8, 10),
+}
+
+
+def write_site(folder: Path, format: str, task: str, dimensions: int) -> Path:
+    classes = '["lung"]' if task == "segmentation" else '["well", "sick"]'
+    path = folder / "site.toml"
+    path.write_text(SITE.format(format=format, task=task, dimensions=dimensions, classes=classes))
+    return path
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("case", CASES)
+def test_an_opened_cohort_reads_what_the_reader_does(tmp_path, working, case):
+    write, format, task, dimensions, count, files = CASES[case]
+    write(tmp_path / "data-doe")
+    site = write_site(tmp_path, format, task, dimensions)
+    with working(site, "one") as work:
+        found = usable(work.dataset, work.index, work.extract)
+        cohort = make_cohort("one", work.dataset, found, work.index, work.extract)
+        path = save(cohort, work.site.site.state)
+        opened = open_cohort(work.site, "one", secret=site_secret(work.site.site.state))
+    assert len(opened.dataset.samples) == len(found.samples) == count
+    assert len(cohort.files) == (1 if format == "npz" else files)
+    for one, other in zip(opened.dataset.samples, found.samples, strict=True):
+        assert (one.label, one.split) == (other.label, other.split)
+        image, wanted = one.load(), other.load()
+        np.testing.assert_array_equal(image.pixels, wanted.pixels)
+        assert (image.spacing, image.window) == (wanted.spacing, wanted.window)
+        if task == "segmentation":
+            np.testing.assert_array_equal(one.mask(), other.mask())
+            assert one.mask().any()
+    groups = {}
+    for one, other in zip(opened.dataset.samples, found.samples, strict=True):
+        assert groups.setdefault(one.patient, other.patient) == other.patient
+    identities = [one.load.identity() for one in opened.dataset.samples]
+    assert len(set(identities)) == count
+    if case == "dicom slices":
+        series = {id(one.mask.load.series) for one in opened.dataset.samples}
+        assert len(series) == 2  # shared, or memory would grow with the square of the slices
+    text = path.read_text()
+    for planted in ("DOE", "MRN4711", "1.2.826.0.99", "19550712", "ACC99123", "data-doe"):
+        assert planted not in text
+
+
+@pytest.mark.integration
+def test_a_mask_of_another_time_is_never_taken(tmp_path, working):
+    # Two times in one series, in the same places; the segmentation names slices of the first.
+    root = tmp_path / "data-doe"
+    first = ct(root, "MRN47110", "1.2.826.0.99.4711.9.0", 1)
+    ct(root, "MRN47110", "1.2.826.0.99.4711.9.0", 2)
+    segmentation(root / "seg.dcm", first)
+    site = write_site(tmp_path, "dicom", "segmentation", 3)
+    with working(site, "one") as work:
+        found = usable(work.dataset, work.index, work.extract)
+        save(
+            make_cohort("one", work.dataset, found, work.index, work.extract), work.site.site.state
+        )
+        opened = open_cohort(work.site, "one", secret=site_secret(work.site.site.state))
+    outcomes = []
+    for sample in opened.dataset.samples:
+        try:
+            outcomes.append(int(sample.mask().sum()))
+        except DataError as error:
+            outcomes.append(error.rule)
+    assert sorted(map(str, outcomes)) == ["48", "position of mask differs"]

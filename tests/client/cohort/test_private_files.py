@@ -1,0 +1,31 @@
+"""Files for the site's own eyes."""
+
+from __future__ import annotations
+
+import pytest
+
+from client.cohort.private import write_private
+from fedward.errors import OutputError
+
+
+def test_a_file_is_replaced_whole_and_for_its_owner_only(tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text("old")
+    path.chmod(0o644)
+    write_private(path, b"new", modified=10**18)
+    assert path.read_bytes() == b"new"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.stat().st_mtime_ns == 10**18
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_is_replaced_and_what_it_led_to_stays(tmp_path):
+    (tmp_path / "other").write_text("untouched")
+    (tmp_path / "page.html").symlink_to(tmp_path / "other")
+    write_private(tmp_path / "page.html", b"new")
+    assert (tmp_path / "other").read_text() == "untouched"
+
+
+def test_a_folder_that_is_missing_is_an_output_error(tmp_path):
+    with pytest.raises(OutputError, match="must be writable"):
+        write_private(tmp_path / "none" / "page.html", b"new")
