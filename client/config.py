@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from client.data.types import Format
 from fedward.errors import ConfigError
@@ -14,20 +23,38 @@ from fedward.plan.messages import schema_error
 from fedward.plan.schema import Task
 from fedward.protocol import SITE_NAME
 
+
+def _whole(value: Any) -> Any:
+    # A literal compares by ==, for which True and 1.0 are 1.
+    if type(value) is not int:
+        raise PydanticCustomError("int_type", "Input should be a valid integer")
+    return value
+
+
 DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+Place = Annotated[Path, Field(strict=False)]
+PatientId = Annotated[str, Field(min_length=1, max_length=64)]
 
 
 class Section(BaseModel):
-    """Base of the tables: nothing unknown inside, nothing changed afterwards."""
+    """Base of the tables: nothing unknown inside, no value converted, nothing changed later."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _toml_arrays(cls, value: Any) -> Any:
+        # Strict as it is, TOML has no other way to write a tuple.
+        if not isinstance(value, dict):
+            return value
+        return {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
 
 
 class SiteSection(Section):
     """The hospital."""
 
     name: str = Field(pattern=SITE_NAME, description="the site's name, as studies know it")
-    state: Path = Field(
+    state: Place = Field(
         default=Path("state"),
         description="folder for the index and the site's secret; only its owner can read it",
     )
@@ -36,7 +63,7 @@ class SiteSection(Section):
 class PatientSection(Section):
     """What patient ids mean."""
 
-    shared_ids: tuple[str, ...] = Field(
+    shared_ids: tuple[PatientId, ...] = Field(
         default=("anon", "anonymous", "anonymized", "unknown", "none", "0"),
         description="ids (any case) that stand for nobody in particular; the report counts them",
     )
@@ -45,12 +72,14 @@ class PatientSection(Section):
 class DatasetSection(Section):
     """One dataset."""
 
-    root: Path = Field(description="folder (or npz file) of the images; never written to")
+    root: Place = Field(description="folder (or npz file) of the images; never written to")
     format: Format | None = Field(
         default=None, description="how the data lie; without it the folder is looked at"
     )
     task: Literal["classification", "segmentation"] = Field(description="what the labels are for")
-    dimensions: Literal[2, 3] = Field(default=2, description="2 for images, 3 for volumes")
+    dimensions: Annotated[Literal[2, 3], BeforeValidator(_whole)] = Field(
+        default=2, description="2 for images, 3 for volumes"
+    )
     classes: tuple[str, ...] = Field(
         min_length=1, description="class names in label order, as in a study plan"
     )
@@ -76,7 +105,9 @@ class DatasetSection(Section):
 class SiteConfig(Section):
     """The whole file."""
 
-    version: Literal[1] = Field(description="of this file's format")
+    version: Annotated[Literal[1], BeforeValidator(_whole)] = Field(
+        description="of this file's format"
+    )
     site: SiteSection = Field(description="the hospital")
     datasets: dict[DatasetName, DatasetSection] = Field(
         min_length=1, description="one table per dataset, `[datasets.NAME]`"
@@ -117,6 +148,11 @@ def load_config(path: Path) -> SiteConfig:
         raise ConfigError(
             "the site's configuration must be valid TOML", value=str(error), fix="Mend that line"
         ) from None
+    except RecursionError:
+        raise ConfigError(
+            "the site's configuration is at most a few tables deep",
+            fix="Flatten its nested lists and tables",
+        ) from None
     return config_from(content, path.absolute().parent)
 
 
@@ -148,6 +184,21 @@ def _check_task(name: str, dataset: DatasetSection) -> None:
         raise ConfigError(
             wrong.rule, value=wrong.value, fix=wrong.fix, where=f"datasets.{name}.{wrong.where}"
         ) from None
+    for key, rule, fix in _broken(dataset):
+        raise ConfigError(rule, fix=fix, where=f"datasets.{name}.{key}")
+
+
+def _broken(dataset: DatasetSection) -> Iterator[tuple[str, str, str]]:
+    """Rules between keys, which a plan has too: no plan could be served otherwise."""
+    segmentation = dataset.task == "segmentation"
+    if len(set(dataset.classes)) != len(dataset.classes):
+        yield "classes", "class names must differ", "Rename one"
+    if not segmentation and not dataset.multi_label and len(dataset.classes) < 2:
+        yield "classes", "classification needs at least two classes", "Name the other one too"
+    if segmentation and dataset.multi_label:
+        yield "multi_label", "multi_label belongs to classification", "Remove it"
+    if "any" in dataset.modality and len(dataset.modality) > 1:
+        yield "modality", "`any` stands alone", "List modalities, or only `any`"
 
 
 def _check_place(name: str, root: Path, state: Path) -> None:

@@ -91,3 +91,13 @@ def _make(path: Path) -> None:
         os.link(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    # All hashes hang on the secret: it must not be lost to a power cut after they are written.
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -22,12 +22,31 @@ def walk(root: Path, *, without: Sequence[str] = ()) -> list[Path]:
 
 
 def find(root: Path, *, without: Sequence[str] = ()) -> Iterator[Path]:
-    """The same and whatever else lies there, one after another, in the memory of one folder."""
-    for folder, names, files in os.walk(root):
-        here = Path(folder)
-        skip = set(without) if here == root else set()
-        names[:] = sorted(n for n in names if not _hidden(n) and n not in skip)
-        yield from (here / name for name in sorted(files) if not _hidden(name))
+    """The same and whatever else lies there, one after another, in the memory of one folder.
+
+    A folder that cannot be listed comes in place of what is in it.
+    """
+    waiting = [root]  # no recursion: a tree may be deeper than Python's stack
+    while waiting:
+        folder = waiting.pop()
+        try:
+            with os.scandir(folder) as entries:
+                found = sorted((e.name, _kind(e)) for e in entries if not _hidden(e.name))
+        except OSError:
+            yield folder
+            continue
+        skip = set(without) if folder is root else set()
+        yield from (folder / name for name, kind in found if kind == "file")
+        below = [folder / name for name, kind in found if kind == "folder" and name not in skip]
+        waiting += reversed(below)
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    try:
+        folder = entry.is_dir()
+    except OSError:
+        return "file"
+    return ("link" if entry.is_symlink() else "folder") if folder else "file"
 
 
 def folders(root: Path) -> list[Path]:

@@ -49,7 +49,12 @@ def unusable(reason: str) -> DataError:
 
 
 def reason_of(error: BaseException) -> str:
-    """The fixed reason behind an error: its own, or "not readable" for anything else."""
+    """The fixed reason behind an error: its own, or "not readable" for anything else.
+
+    A process that ran out of the memory that it may take met something "too large".
+    """
     if isinstance(error, DataError) and error.rule in REASONS:
         return error.rule
+    if isinstance(error, MemoryError):
+        return TOO_LARGE
     return NOT_READABLE

@@ -19,7 +19,8 @@ class FileFacts:
     size : int
         Bytes.
     modified, changed : int
-        Times of the last change of content and of the entry, ns.
+        Times of the last change of content and of the entry, ns; `modified` is -1 where the file
+        could not be read to its end, which the next scan tries again.
     digest : str
         SHA-256 of the content, hex; "" when it could not be read.
     format : str
@@ -34,17 +35,18 @@ class FileFacts:
     nobody : str
         "missing" or "shared" when the patient id stands for nobody, else "".
     modality, body_part, manufacturer, syntax, photometric : str
-        As DICOM says; "" when absent. Text that is not a DICOM code string is cut to 64 characters.
+        As DICOM says; "" when absent. "other" for a code that is none, and for a manufacturer with
+        a caret or five digits in a row, since it could be a name or a number of somebody.
     object_type : str
         Name of the SOP class, such as "CT Image Storage"; "" when absent.
     image_type : str
-        The values of ImageType with ``\\`` between.
+        The first 16 values of ImageType with ``\\`` between.
     rows, columns, frames : int
         Size; slices of a volume are its frames. 0 when unknown.
     bits : int
         Bits stored.
     spacing : tuple of float
-        mm per axis, as in :class:`client.data.types.Image`; empty when unknown.
+        mm per axis, as in :class:`client.data.types.Image`, of the first frame; empty when unknown.
     thickness : float
         Slice thickness, mm; 0 when unknown.
     burned_in : str

@@ -6,6 +6,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -96,6 +97,7 @@ class _Scan:
     def __init__(self, extract: Extractor, index: Index, limits: Limits, listen: Listen) -> None:
         self.extract, self.index, self.limits, self.listen = extract, index, limits, listen
         self.summary, self.number = Summary(), index.next_scan()
+        self.settings = extract.settings
         self.found: list[FileFacts] = []
         self.seen: list[str] = []
         self.workers: list[Worker] = []
@@ -133,7 +135,7 @@ class _Scan:
                 known = (info.st_size, info.st_mtime_ns, info.st_ctime_ns)
             except OSError:
                 known = (0, 0, 0)
-            if self.index.is_known(name, *known):
+            if self.index.is_known(name, *known, self.settings):
                 self.seen.append(name)
                 self.summary.unchanged += 1
                 self._write_sometimes()
@@ -146,29 +148,34 @@ class _Scan:
                 if worker.path is None:
                     return worker
             if len(self.workers) < self.limits.workers:
-                self.workers.append(Worker(self.extract, self.limits.memory))
+                self.workers.append(Worker(self.extract, self.limits.memory, self.limits.seconds))
                 return self.workers[-1]
             self._listen_to_workers()
 
     def _listen_to_workers(self) -> None:
         busy = {worker.connection: worker for worker in self.workers if worker.path}
         for connection in wait(list(busy), timeout=0.2):
-            worker = busy[connection]  # type: ignore[index]
-            path = worker.path
-            said = worker.take()
-            if said != "ready":
-                self._keep(said or self._lost(worker, path))
+            self._hear(busy[connection])  # type: ignore[index]
         for worker in self.workers:
-            if worker.is_late(self.limits.seconds):
+            if worker.path and worker.late:
                 self._keep(self._lost(worker, worker.path))
         self._write_sometimes()
 
-    def _lost(self, worker: Worker, path: Path | None) -> FileFacts:
+    def _hear(self, worker: Worker) -> None:
+        path = worker.path
+        try:
+            facts = worker.take()
+        except (EOFError, OSError):
+            facts = None if path is None else self._lost(worker, path)
+        if facts is not None:
+            self._keep(facts)
+
+    def _lost(self, worker: Worker, path: Path) -> FileFacts:
         """The file that a worker hung or died over; another worker takes its place."""
         worker.end()
         worker.start()
-        facts = FileFacts(self.extract.name(path or self.extract.root), 0, 0, 0)
-        if path is not None and path.exists():
+        facts = FileFacts(self.extract.name(path), 0, 0, 0)
+        with suppress(OSError):  # it may be gone by now
             info = path.stat()
             facts = replace(
                 facts, size=info.st_size, modified=info.st_mtime_ns, changed=info.st_ctime_ns
@@ -187,6 +194,6 @@ class _Scan:
             self._write()
 
     def _write(self) -> None:
-        self.index.put(self.found, self.seen, self.number)
+        self.index.put(self.found, self.seen, self.number, self.settings)
         self.found, self.seen, self.written = [], [], time.monotonic()
         self.listen(self.summary)

@@ -7,6 +7,7 @@ import math
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import astuple, fields
 from pathlib import Path
 from types import TracebackType
@@ -15,9 +16,21 @@ from typing import Any, Final, Self
 from client.index.facts import FileFacts
 from fedward.errors import OutputError
 
-_VERSION: Final = 1
+_VERSION: Final = 2
 _COLUMNS: Final = tuple(field.name for field in fields(FileFacts))
 _KINDS: Final = {"int": "INTEGER", "bool": "INTEGER", "float": "REAL"}
+_TYPED: Final = ", ".join(
+    f"{f.name} {_KINDS.get(str(f.type), 'TEXT')}{' PRIMARY KEY' * (f.name == 'path')}"
+    for f in fields(FileFacts)
+)
+_SCHEMA: Final = (
+    f"CREATE TABLE IF NOT EXISTS files ({_TYPED}, scan INTEGER, settings TEXT) WITHOUT ROWID",
+    *(
+        f"CREATE INDEX IF NOT EXISTS by_{column} ON files ({column})"
+        for column in ("patient", "series", "instance", "pixels")
+    ),
+    f"PRAGMA user_version = {_VERSION}",
+)
 
 
 class Index:
@@ -39,7 +52,8 @@ class Index:
     def __init__(self, state: Path, name: str) -> None:
         folder = state / "index"
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            state.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
             path = folder / f"{name}.sqlite"
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
             self.connection = sqlite3.connect(path, isolation_level=None)
@@ -54,17 +68,25 @@ class Index:
         sql = self.connection.execute
         sql("PRAGMA journal_mode = WAL")
         sql("PRAGMA synchronous = NORMAL")
-        version = sql("PRAGMA user_version").fetchone()[0]
-        if version not in (0, _VERSION):
-            raise sqlite3.DatabaseError("another version")
-        typed = ", ".join(
-            f"{f.name} {_KINDS.get(str(f.type), 'TEXT')}{' PRIMARY KEY' * (f.name == 'path')}"
-            for f in fields(FileFacts)
-        )
-        sql(f"CREATE TABLE IF NOT EXISTS files ({typed}, scan INTEGER) WITHOUT ROWID")
-        for column in ("patient", "series", "instance", "pixels"):
-            sql(f"CREATE INDEX IF NOT EXISTS by_{column} ON files ({column})")
-        sql(f"PRAGMA user_version = {_VERSION}")
+        with self._transaction():
+            version = sql("PRAGMA user_version").fetchone()[0]
+            if version > _VERSION:
+                raise sqlite3.DatabaseError("of a later release")
+            if version < _VERSION:
+                sql("DROP TABLE IF EXISTS files")  # the next scan reads all files again
+            for statement in _SCHEMA:
+                sql(statement)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        try:
+            self.connection.execute("BEGIN IMMEDIATE")
+            yield
+            self.connection.execute("COMMIT")
+        finally:
+            # Ctrl-C may fall in here too; what was begun must not stand in the next one's way.
+            if self.connection.in_transaction:
+                self.connection.execute("ROLLBACK")
 
     def __enter__(self) -> Self:
         return self
@@ -80,39 +102,69 @@ class Index:
         last = self.connection.execute("SELECT max(scan) FROM files").fetchone()[0]
         return int(last or 0) + 1
 
-    def is_known(self, path: str, size: int, modified: int, changed: int) -> bool:
-        """Whether the file was read before and has not changed since."""
+    def is_known(
+        self, path: str, size: int, modified: int, changed: int, settings: str = ""
+    ) -> bool:
+        """Whether the file was read before, with the same settings, and is as it was."""
         row = self.connection.execute(
-            "SELECT size, modified, changed FROM files WHERE path = ?", (path,)
+            "SELECT size, modified, changed, settings FROM files WHERE path = ?", (path,)
         ).fetchone()
-        return bool(row == (size, modified, changed))
+        return bool(row == (size, modified, changed, settings))
 
-    def put(self, found: Iterable[FileFacts], seen: Iterable[str], scan: int) -> None:
-        """Write new facts and mark known files as seen, in one transaction."""
+    def put(
+        self, found: Iterable[FileFacts], seen: Iterable[str], scan: int, settings: str = ""
+    ) -> None:
+        """Write new facts and mark known files as seen, in one transaction.
+
+        Parameters
+        ----------
+        found : iterable of FileFacts
+            Files that were read.
+        seen : iterable of str
+            Names of files that are as they were.
+        scan : int
+            Of which scan; see `next_scan`.
+        settings : str
+            Under which `found` were read; see `is_known`.
+
+        Raises
+        ------
+        OutputError
+            The index cannot be written; nothing of it is.
+        """
         sql = self.connection
-        marks = ", ".join("?" * (len(_COLUMNS) + 1))
-        sql.execute("BEGIN")
+        marks = ", ".join("?" * (len(_COLUMNS) + 2))
+        into = f"INSERT OR REPLACE INTO files ({', '.join(_COLUMNS)}, scan, settings)"
         try:
-            sql.executemany(
-                f"INSERT OR REPLACE INTO files ({', '.join(_COLUMNS)}, scan) VALUES ({marks})",
-                ((*_row(one), scan) for one in found),
-            )
-            sql.executemany("UPDATE files SET scan = ? WHERE path = ?", ((scan, p) for p in seen))
-            sql.execute("COMMIT")
+            with self._transaction():
+                sql.executemany(
+                    f"{into} VALUES ({marks})", ((*_row(one), scan, settings) for one in found)
+                )
+                sql.executemany(
+                    "UPDATE files SET scan = ? WHERE path = ?", ((scan, p) for p in seen)
+                )
         except sqlite3.Error:
-            sql.execute("ROLLBACK")
             raise OutputError(
                 "the index must be writable", fix="Free some space and index again"
             ) from None
 
     def drop_before(self, scan: int) -> int:
         """Remove the files that a finished scan did not meet; returns how many."""
-        return self.connection.execute("DELETE FROM files WHERE scan < ?", (scan,)).rowcount
+        with self._transaction():
+            return self.connection.execute("DELETE FROM files WHERE scan < ?", (scan,)).rowcount
 
-    def facts(self) -> Iterator[FileFacts]:
-        """All files, one after another."""
-        for row in self.connection.execute(f"SELECT {', '.join(_COLUMNS)} FROM files"):
-            yield _facts(row)
+    def facts(self, reason: str | None = None) -> Iterator[FileFacts]:
+        """Files, one after another.
+
+        Parameters
+        ----------
+        reason : str, optional
+            Only those that cannot serve for this reason; "" for those that can.
+        """
+        rows = self.connection.execute(
+            f"SELECT {', '.join(_COLUMNS)} FROM files WHERE reason = coalesce(?, reason)", (reason,)
+        )
+        yield from map(_facts, rows)
 
     def reason(self, path: str) -> str:
         """Why a file cannot serve; "" when it can, or is not known."""

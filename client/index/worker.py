@@ -11,14 +11,15 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 from client.index.extract import Extractor
 from client.index.facts import FileFacts
 
 # Spawned, not forked: a worker must not share SQLite's file handles or another worker's pipe.
 _CONTEXT: Final = multiprocessing.get_context("spawn")
-_START: Final = 60.0  # seconds that a process may take to start on a busy machine
+_START: Final = 120.0  # seconds in which a process must have begun
+_GRACE: Final = 10.0  # seconds more than the parent allows, after which a worker ends by itself
 
 
 @dataclass
@@ -31,16 +32,19 @@ class Worker:
         What it does.
     memory : int
         Bytes of address space that it may take.
+    seconds : float
+        For one file, before it is killed.
     path : Path or None
         The file it is at; None while it waits for one.
     since : float
-        When it began with that file, or with starting.
+        When it began with that file.
     ready : bool
-        Whether it has started; until then its time is its own, not the file's.
+        Whether the process runs by now: its start is not the file's time.
     """
 
     extract: Extractor
     memory: int
+    seconds: float
     path: Path | None = None
     since: float = 0.0
     ready: bool = False
@@ -54,37 +58,42 @@ class Worker:
         """Start the process, or another one in its place."""
         self.connection, theirs = _CONTEXT.Pipe()
         self.process = _CONTEXT.Process(
-            target=_serve, args=(theirs, self.extract, self.memory), daemon=True
+            target=_serve, args=(theirs, self.extract, self.memory, self.seconds), daemon=True
         )
         self.process.start()
         theirs.close()
         self.path, self.ready = None, False
 
-    def give(self, path: Path) -> bool:
-        """Give it a file; False when the process is gone."""
-        self.path, self.since = path, time.monotonic()
+    def give(self, path: Path) -> None:
+        """Give it a file."""
         try:
             self.connection.send_bytes(os.fsencode(path))
-        except OSError:
-            return False
-        return True
+        except OSError:  # it died while it had nothing to do, which is no file's fault
+            self.end()
+            self.start()
+            self.connection.send_bytes(os.fsencode(path))
+        self.path, self.since = path, time.monotonic()
 
-    def take(self) -> FileFacts | Literal["ready"] | None:
-        """What it found, or that it has started; None when it died."""
-        try:
-            said: FileFacts | Literal["ready"] = self.connection.recv()
-        except (EOFError, OSError):
-            return None
-        if isinstance(said, FileFacts):
-            self.path = None
-        else:
-            self.ready, self.since = True, time.monotonic()
-        return said
-
-    def is_late(self, seconds: float) -> bool:
-        """Whether its file, or its start, takes longer than it may."""
-        limit = seconds if self.ready else max(seconds, _START)
+    @property
+    def late(self) -> bool:
+        """Whether it has been at its file for too long."""
+        limit = self.seconds if self.ready else _START
         return self.path is not None and time.monotonic() - self.since > limit
+
+    def take(self) -> FileFacts | None:
+        """What it found; None when it is only ready to begin.
+
+        Raises
+        ------
+        EOFError, OSError
+            It died over the file.
+        """
+        facts: FileFacts | None = self.connection.recv()
+        if facts is None:
+            self.since, self.ready = time.monotonic(), True
+        else:
+            self.path = None
+        return facts
 
     def end(self) -> None:
         """Kill the process: it holds nothing that could be lost."""
@@ -93,13 +102,28 @@ class Worker:
         self.connection.close()
 
 
-def _serve(connection: Connection, extract: Extractor, memory: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+def _serve(connection: Connection, extract: Extractor, memory: int, seconds: float) -> None:
+    _confine(memory)
     try:
-        connection.send("ready")
+        connection.send(None)
         while True:
-            connection.send(extract(Path(os.fsdecode(connection.recv_bytes()))))
+            path = Path(os.fsdecode(connection.recv_bytes()))
+            # If the parent is killed, nobody else ends a decoder that hangs.
+            signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE)
+            facts = extract(path)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            connection.send(facts)
     except (EOFError, OSError):
         return  # the parent is gone
+
+
+def _confine(memory: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would hold someone's image
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    # Native decoders print what they meet, and that may be a name.
+    silence = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(silence, stream)
+    os.close(silence)

@@ -31,6 +31,35 @@ def test_paths_are_relative_to_the_file(site: Path, export: Path) -> None:
         ("ward-7-doe", "elsewhere", "datasets.chest.root", "must exist"),
         ("[site]", '[site]\nstate = "ward-7-doe/state"', "site.state", "inside a dataset"),
         ("[site]", "[site", "TOML", "valid"),
+        ("version = 1", "version = true", "version", "whole number"),
+        ("minimum_patients = 4", "minimum_patients = 4.0", "datasets.chest.min", "whole number"),
+        ("minimum_patients = 4", 'multi_label = "yes"', "datasets.chest.multi", "true or false"),
+        ("minimum_patients = 4", "dimensions = 2.0", "datasets.chest.dimen", "whole number"),
+        ("minimum_patients = 4", 'colour = "red"', "datasets.chest.colour", "not known"),
+        ('["DX"]', '"DX"', "datasets.chest.modality", "must be a list"),
+        ('["well", "sick"]', '["well", "well"]', "datasets.chest.classes", "differ"),
+        ('["well", "sick"]', '["sick"]', "datasets.chest.classes", "at least two"),
+        (
+            '= "classification"',
+            '= "segmentation"\nmulti_label = true',
+            "chest.multi_label",
+            "belongs",
+        ),
+        ('["DX"]', '["DX", "any"]', "datasets.chest.modality", "stands alone"),
+        ('["well", "sick"]', "[1, 2]", "datasets.chest.classes", "must be text"),
+        ("[datasets.chest]", '[datasets."a/b"]', "datasets", "must match"),
+        (
+            "minimum_patients = 4",
+            '[datasets.chest.patients]\nshared_ids = [""]',
+            "datasets.chest.patients.shared_ids",
+            "at least 1",
+        ),
+        (
+            "minimum_patients = 4",
+            "[datasets.chest.patients]\nshared_ids = [0]",
+            "datasets.chest.patients.shared_ids",
+            "must be text",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(site: Path, old: str, new: str, where: str, rule: str) -> None:
@@ -42,6 +71,20 @@ def test_what_is_wrong_is_named(site: Path, old: str, new: str, where: str, rule
     assert where in str(caught.value)
     assert rule in str(caught.value)
     assert "ward-7-doe" not in str(caught.value)
+
+
+def test_a_bottomless_file_is_refused(site: Path) -> None:
+    site.write_text("version = " + "[" * 5000 + "]" * 5000)
+    with pytest.raises(ConfigError, match="a few tables deep"):
+        load_config(site)
+
+
+def test_a_linked_state_folder_does_not_hide_that_it_lies_in_a_dataset(
+    site: Path, export: Path
+) -> None:
+    (site.parent / "state").symlink_to(export)
+    with pytest.raises(ConfigError, match="inside a dataset"):
+        load_config(site)
 
 
 def test_a_missing_file_is_named_without_its_folder(tmp_path: Path) -> None:

@@ -136,13 +136,13 @@ def test_a_killed_scan_goes_on_where_it_was(tmp_path, export, dx):
     code = (
         "import sys; from pathlib import Path\n"
         "from client.index.extract import Extractor\n"
-        "from client.index.scan import Limits, scan\n"
+        "from client.index.scan import scan\n"
         "from client.index.store import open_index\n"
         "from client.secret import site_secret\n"
         "if __name__ == '__main__':\n"
         "    state, root = Path(sys.argv[1]), Path(sys.argv[2])\n"
         "    with open_index(state, 'chest') as index:\n"
-        "        scan(Extractor(root, 'dicom', site_secret(state)), index, Limits(workers=2))\n"
+        "        scan(Extractor(root, 'dicom', site_secret(state), frozenset({'anon'})), index)\n"
     )
     (tmp_path / "scan.py").write_text(code)
     here = str(Path(__file__).parents[3])

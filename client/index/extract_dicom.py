@@ -1,0 +1,128 @@
+"""The facts of a DICOM file: whose it is by keyed hashes, what it shows in DICOM's own words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pydicom
+
+from client.data import reasons
+from client.data.decode import frame_bytes, read_frame
+from client.data.readers.dicom_files import check_inflated, is_segmentation
+from client.index.extract_images import LARGEST, measured
+from client.index.facts import FileFacts
+from client.secret import Pseudonyms
+from fedward.errors import DataError
+
+_CODE: Final = re.compile(r"[A-Za-z0-9 _-]{1,16}")  # a code string (PS3.5, 6.2), leniently
+_NUMBER: Final = re.compile(r"[0-9]{5}")  # could be a date, or part of an id
+_VALUES: Final = 16  # of ImageType
+_WHO: Final = (
+    "PatientID", "IssuerOfPatientID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID",
+    "AccessionNumber",
+)  # fmt: skip
+
+
+def dicom_facts(
+    path: Path, facts: FileFacts, hashed: Pseudonyms, shared_ids: Collection[str]
+) -> FileFacts:
+    """Read header and frames of a DICOM file, one frame after another.
+
+    Raises
+    ------
+    DataError
+        "too large", when a deflated file would fill the memory.
+    Exception
+        Whatever pydicom raises on a broken header.
+    """
+    check_inflated(path)
+    header = pydicom.dcmread(path, stop_before_pixels=True, force=True)
+    facts = replace(facts, **_who(header, hashed, shared_ids), **_what(header))
+    if is_segmentation(header):
+        return facts
+    if not (facts.rows and facts.columns):
+        return replace(facts, reason=reasons.NO_PIXELS)
+    if frame_bytes(header) * facts.frames > LARGEST:
+        return replace(facts, reason=reasons.TOO_LARGE)
+    try:
+        frames = (read_frame(path, k).image for k in range(facts.frames))
+        return measured(facts, ((i.pixels, i.spacing) for i in frames))
+    except DataError as error:
+        return replace(facts, reason=reasons.reason_of(error))
+
+
+def _who(
+    header: pydicom.Dataset, hashed: Pseudonyms, shared_ids: Collection[str]
+) -> dict[str, Any]:
+    text = {key: str(header.get(key) or "").strip() for key in _WHO}
+    patient = text["PatientID"]
+    shared = "shared" if patient.lower() in shared_ids else ""
+    return {
+        "patient": hashed("patient", text["IssuerOfPatientID"], patient) if patient else "",
+        "patientid": hashed("patientid", patient),
+        "study": hashed("studyinstanceuid", text["StudyInstanceUID"]),
+        "series": hashed("seriesinstanceuid", text["SeriesInstanceUID"]),
+        "instance": hashed("sopinstanceuid", text["SOPInstanceUID"]),
+        "accession": hashed("accessionnumber", text["AccessionNumber"]),
+        "nobody": shared if patient else "missing",
+    }
+
+
+def _what(header: pydicom.Dataset) -> dict[str, Any]:
+    meta = getattr(header, "file_meta", {})
+    image_type = header.get("ImageType") or ()
+    words = [image_type] if isinstance(image_type, str) else image_type
+    return {
+        "modality": _code(header.get("Modality")),
+        "body_part": _code(header.get("BodyPartExamined")),
+        "manufacturer": _words(header.get("Manufacturer")),
+        "syntax": _uid_name(meta.get("TransferSyntaxUID")),
+        "photometric": _code(header.get("PhotometricInterpretation")),
+        "object_type": _uid_name(header.get("SOPClassUID")),
+        "image_type": "\\".join(_code(word) for word in list(words)[:_VALUES]),
+        "rows": _count(header.get("Rows")), "columns": _count(header.get("Columns")),
+        "frames": max(1, _count(header.get("NumberOfFrames"))),
+        "bits": _count(header.get("BitsStored")),
+        "thickness": _positive(header.get("SliceThickness")),
+        "burned_in": _code(header.get("BurnedInAnnotation")),
+        "synthetic": str(header.get("SyntheticData") or "").upper() == "YES",
+    }  # fmt: skip
+
+
+def _code(value: object) -> str:
+    """A code as it is; "other" for what is none, which could be anybody's name or number."""
+    text = str(value or "").strip()
+    return text if not text or (_CODE.fullmatch(text) and not _NUMBER.search(text)) else "other"
+
+
+def _words(value: object) -> str:
+    text = str(value or "").strip()[:64]
+    return "other" if "^" in text or _NUMBER.search(text) else text
+
+
+def _uid_name(value: object) -> str:
+    """The standard's name of a UID; a private one is nobody's business, so it is only called so."""
+    if not value:
+        return ""
+    uid = pydicom.uid.UID(str(value))
+    return uid.name if uid.name != uid else "private"
+
+
+def _count(value: object) -> int:
+    try:
+        return max(0, int(str(value or 0)))
+    except ValueError:
+        return 0
+
+
+def _positive(value: object) -> float:
+    try:
+        number = float(str(value or 0))
+    except ValueError:
+        return 0.0
+    return number if np.isfinite(number) and number > 0 else 0.0
