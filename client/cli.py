@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import typer
 
 from client.commands.data import data_app
-from client.commands.work import print_json
-from fedward.errors import FedwardError, Interrupted
+from fedward.console import run_command
 
 app = typer.Typer(
     help="Work with a hospital's images, at the hospital.", no_args_is_help=True,
@@ -23,22 +20,8 @@ def _top() -> None:
 
 
 def main() -> None:
-    """Entry point: every failure ends with its own exit code and a message, not a traceback."""
-    try:
-        app(standalone_mode=True)
-    except KeyboardInterrupt:
-        _fail(Interrupted("the command was interrupted", fix="Run it again"))
-    except FedwardError as error:
-        _fail(error)
-
-
-def _fail(error: FedwardError) -> None:
-    if "--json" in sys.argv:
-        print_json(
-            {"error": type(error).__name__, "exit_code": error.exit_code, "message": str(error)}
-        )
-    typer.secho(f"error: {error}", err=True, fg="red")
-    raise SystemExit(error.exit_code)
+    """Entry point."""
+    run_command(app)
 
 
 if __name__ == "__main__":

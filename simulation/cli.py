@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +14,7 @@ import typer
 from rich.console import Console
 
 from client.data.types import Format
-from fedward.errors import FedwardError, Interrupted
+from fedward.console import print_json, run_command
 
 app = typer.Typer(
     help="Run a federated study on this machine.", no_args_is_help=True, add_completion=False,
@@ -140,7 +138,7 @@ def check(plan: PlanFile, as_json: AsJson = False) -> None:
 
     parameters = describe(loaded).parameters
     if as_json:
-        _print_json(
+        print_json(
             {"valid": True, "study": loaded.study.name, "plan_sha256": plan_hash(loaded),
              "parameters": parameters, "rounds": loaded.rounds,
              "plan": loaded.model_dump(mode="json")}
@@ -168,7 +166,7 @@ def _run_studies(studies: list[Any], out: Path, as_json: bool) -> None:
         if begun:
             write_outputs(begun, out)
     if as_json:
-        _print_json(
+        print_json(
             {"out": str(out), "studies": [s.results.model_dump(mode="json") for s in studies]}
         )
         return
@@ -201,27 +199,9 @@ def _console(as_json: bool) -> Console:
     return Console(stderr=as_json)
 
 
-def _print_json(value: dict[str, Any]) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False))
-
-
 def main() -> None:
-    """Entry point: every failure ends with its own exit code and a message, not a traceback."""
-    try:
-        app(standalone_mode=True)
-    except KeyboardInterrupt:
-        _fail(Interrupted("the command was interrupted", fix="Run it again"))
-    except FedwardError as error:
-        _fail(error)
-
-
-def _fail(error: FedwardError) -> None:
-    if "--json" in sys.argv:
-        _print_json(
-            {"error": type(error).__name__, "exit_code": error.exit_code, "message": str(error)}
-        )
-    typer.secho(f"error: {error}", err=True, fg="red")
-    raise SystemExit(error.exit_code)
+    """Entry point."""
+    run_command(app)
 
 
 if __name__ == "__main__":

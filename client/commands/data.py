@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 
 from client.commands.tables import check_table, cohort_table, report_tables, scan_table
-from client.commands.work import busy, load_site, print_json, scan_dataset, work_on
+from client.commands.work import busy, load_site, scan_dataset, work_on
+from fedward.console import print_json
 from fedward.errors import DataError
 
 if TYPE_CHECKING:

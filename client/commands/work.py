@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -134,8 +133,3 @@ def busy(text: str) -> Iterator[Callable[[str], None]]:
     ) as progress:  # fmt: skip
         shown = progress.add_task(text)
         yield lambda now: progress.update(shown, description=now)
-
-
-def print_json(value: dict[str, Any]) -> None:
-    """One object on standard output."""
-    typer.echo(json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False))

@@ -1,0 +1,43 @@
+"""How every Fedward command ends: its own exit code and a message, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import typer
+
+from fedward.errors import FedwardError, Interrupted
+
+
+def run_command(app: Callable[..., Any]) -> None:
+    """Run a command line; a failure is printed and ends with its exit code.
+
+    Parameters
+    ----------
+    app : callable
+        A typer application.
+    """
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        fail(Interrupted("the command was interrupted", fix="Run it again"))
+    except FedwardError as error:
+        fail(error)
+
+
+def fail(error: FedwardError) -> NoReturn:
+    """Tell the user, and any program that asked with ``--json``, and end."""
+    if "--json" in sys.argv:
+        print_json(
+            {"error": type(error).__name__, "exit_code": error.exit_code, "message": str(error)}
+        )
+    typer.secho(f"error: {error}", err=True, fg="red")
+    raise SystemExit(error.exit_code)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on standard output, on one line."""
+    typer.echo(json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False))
