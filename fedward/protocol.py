@@ -22,6 +22,10 @@ SiteName = Annotated[str, Field(pattern=SITE_NAME)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 Figure = Annotated[float, Field(allow_inf_nan=False)]
+STUDY_ID = r"^[a-z0-9][a-z0-9-]{0,63}$"
+RefusalKind = Literal[
+    "policy", "pending", "paused", "budget", "privacy", "data", "protocol", "busy", "error"
+]
 Flat = dict[str, bool | int | float | str | list[int] | list[float] | list[str]]
 
 
@@ -75,6 +79,12 @@ class RoundOrder(Record):
         Base of the random draws of a simulation; a hospital draws its noise from the system.
     account : bool
         Whether the reply must state the privacy spent.
+    study : str
+        Between hospitals: the study's id; "" in a simulation, and so the next two.
+    coordinator : str
+        Base64 of the coordinator's Ed25519 public key.
+    signature : str
+        Base64 of its signature over study and plan (see :mod:`fedward.signing`).
     """
 
     plan: str = Field(max_length=1_000_000)
@@ -83,6 +93,9 @@ class RoundOrder(Record):
     part: Literal["train", "validation", "test"] = "train"
     seed: Count = 0
     account: bool = True
+    study: str = Field(default="", pattern=rf"^$|{STUDY_ID}")
+    coordinator: str = Field(default="", max_length=64)
+    signature: str = Field(default="", max_length=128)
 
     @model_validator(mode="after")
     def _hash_fits(self) -> RoundOrder:
@@ -141,9 +154,14 @@ class EvaluateOutcome(Record):
 
 
 class Refusal(Record):
-    """Up, in place of an outcome: a site could not or would not; never a traceback."""
+    """Up, in place of an outcome: a site could not or would not; never a traceback.
+
+    ``kind`` says whose turn it is: a hospital's officer (policy, pending, paused), the privacy
+    budget, the data, or whoever runs the software.
+    """
 
     site: SiteName
+    kind: RefusalKind = "error"
     round: Count
     rule: str = Field(max_length=500)
     value: str = Field(default="", max_length=200)

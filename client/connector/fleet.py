@@ -1,0 +1,278 @@
+"""A hospital's node on a Flower SuperLink: every Flower-internal import of the connector.
+
+Stock Flower ends its process when the link breaks and starts another per message; here the link is
+an object that fails with an error, and is made again.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+
+import httpx
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import Message
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    PullObjectRequest,
+    PushObjectRequest,
+)
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.error import FlowerError
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from fedward.errors import FedwardError, ProtocolError
+
+HEARTBEAT_SECONDS: Final = 10.0
+_ACTIVATION_FAILED: Final = 2004
+_RUN_OVER: Final = frozenset({2007, 2008, 18})
+_UPLOAD_SECONDS: Final = 60.0
+_MOST_OBJECTS: Final = 200_000
+
+
+class LinkDown(FedwardError):
+    """The aggregator cannot be reached now; later it may."""
+
+
+class LinkRefused(FedwardError):
+    """The aggregator does not know this site's key (any more), or this clock is wrong."""
+
+
+class LeaseHeld(FedwardError):
+    """The aggregator thinks that this site is connected already; that lapses."""
+
+
+class RunOver(FedwardError):
+    """The run that a message belongs to has ended."""
+
+
+class Fleet:
+    """A node's connection.
+
+    Parameters
+    ----------
+    address : str
+        ``host:port``.
+    ca : bytes
+        PEM of the authority that the aggregator's certificate comes from.
+    key : EllipticCurvePrivateKey
+        The site's.
+    most_bytes : int
+        Of one message; more is not taken.
+    """
+
+    def __init__(
+        self, address: str, ca: bytes, key: ec.EllipticCurvePrivateKey, most_bytes: int
+    ) -> None:
+        self._public, self._most = public_key_to_bytes(key.public_key()), most_bytes
+        self._client = FleetHttpClient.from_server_address(
+            address, False, ca,
+            [
+                RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+                NodeAuthHttpInterceptor(key, key.public_key()),
+            ],
+        )  # fmt: skip
+        self.node = Node()
+
+    def activate(self, known_as: int = 0) -> int:
+        """Come online; gives the node's id.
+
+        Parameters
+        ----------
+        known_as : int
+            The id from an earlier connection. Whoever was killed is still online for the
+            aggregator; with the id, a heartbeat takes the place over at once.
+
+        Raises
+        ------
+        LinkDown, LinkRefused, LeaseHeld
+            It cannot, now or at all.
+        """
+        request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=HEARTBEAT_SECONDS)
+        try:
+            self.node = Node(node_id=int(self._call("ActivateNode", request).node_id))
+        except LeaseHeld:
+            if not known_as:
+                raise
+            self.node = Node(node_id=known_as)
+            self.beat()
+        return int(self.node.node_id)
+
+    def beat(self) -> None:
+        """Say that the site is there.
+
+        Raises
+        ------
+        LinkDown, LinkRefused
+            The aggregator does not hear it, or does not know it.
+        """
+        request = SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=HEARTBEAT_SECONDS)
+        if not self._call("SendNodeHeartbeat", request).success:
+            raise LinkRefused("the aggregator must know this site", fix="Enrol the site again")
+
+    def pull(self) -> Message | None:
+        """The next message for this site, or None.
+
+        Raises
+        ------
+        ProtocolError
+            It is too large or damaged; it is lost.
+        RunOver
+            Its run ended meanwhile.
+        LinkDown, LinkRefused
+            The connection broke.
+        """
+        answer = self._call("PullMessages", PullMessagesRequest(node=self.node))
+        if not answer.messages_list:
+            return None
+        envelope = message_from_proto(answer.messages_list[0])
+        identifier, run = envelope.metadata.message_id, envelope.metadata.run_id
+        wanted = [t.object_id for t in iterate_object_tree(answer.message_object_trees[0])]
+        contents = self._objects(wanted, run)
+        request = ConfirmMessageReceivedRequest(
+            node=self.node, run_id=run, message_object_id=identifier
+        )
+        self._call("ConfirmMessageReceived", request)
+        return _inflated(identifier, contents)
+
+    def push(self, reply: Message) -> int:
+        """Send a reply; gives the bytes that went.
+
+        Raises
+        ------
+        RunOver
+            Nobody waits for it any more.
+        LinkDown, LinkRefused
+            The connection broke; it may be sent again.
+        """
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        run, sent = reply.metadata.run_id, 0
+        with no_object_id_recompute():
+            tree, objects = get_object_tree(reply), get_all_nested_objects(reply)
+            answer = self._call(
+                "PushMessages",
+                PushMessagesRequest(
+                    node=self.node,
+                    messages_list=[message_to_proto(remove_content_from_message(reply))],
+                    message_object_trees=[tree], clientapp_runtime_list=[0.0],
+                ),
+            )  # fmt: skip
+            for identifier in answer.objects_to_push:
+                content = objects[identifier].deflate()
+                sent += len(content)
+                request = PushObjectRequest(
+                    node=self.node, run_id=run, object_id=identifier, object_content=content,
+                    session_id=answer.session_id,
+                )  # fmt: skip
+                self._call("PushObject", request)
+        return sent
+
+    def close(self) -> None:
+        """Sign off, as far as anybody listens."""
+        try:
+            self._call("DeactivateNode", DeactivateNodeRequest(node_id=self.node.node_id))
+        except FedwardError:
+            return
+        finally:
+            self._client.close()
+
+    def drop(self) -> None:
+        """Let go of the sockets without signing off."""
+        self._client.close()
+
+    def _objects(self, wanted: list[str], run: int) -> dict[str, bytes]:
+        if len(wanted) > _MOST_OBJECTS:
+            raise ProtocolError("a message has a bounded number of parts", value=len(wanted))
+        contents: dict[str, bytes] = {}
+        total = 0
+        for identifier in dict.fromkeys(wanted):
+            contents[identifier] = self._object(identifier, run)
+            total += len(contents[identifier])
+            if total > self._most:
+                raise ProtocolError(
+                    f"a message has at most {self._most} bytes", fix="Raise server.max_download_mib"
+                )
+        return contents
+
+    def _object(self, identifier: str, run: int) -> bytes:
+        request = PullObjectRequest(node=self.node, run_id=run, object_id=identifier)
+        end, pause = time.monotonic() + _UPLOAD_SECONDS, 0.005
+        while time.monotonic() < end:
+            answer = self._call("PullObject", request)
+            if answer.object_available:
+                return bytes(answer.object_content)
+            if not answer.object_found:
+                break
+            # The message is announced before its parts have arrived at the aggregator.
+            time.sleep(pause)
+            pause = min(2 * pause, 0.2)
+        raise RunOver("a message must be complete", fix="Wait for the next one")
+
+    def _call(self, name: str, request: Any) -> Any:
+        with _translated():
+            return getattr(self._client, name)(request)
+
+
+def _inflated(identifier: str, contents: dict[str, bytes]) -> Message:
+    try:
+        message = inflate_object_from_contents(identifier, contents)
+    except Exception as error:  # bytes from outside break this parser in undocumented ways
+        raise ProtocolError("a message must be readable", value=type(error).__name__) from None
+    if not isinstance(message, Message):
+        raise ProtocolError("a message must be a message", value=type(message).__name__)
+    message.metadata.__dict__["_message_id"] = identifier
+    return message
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except httpx.HTTPStatusError as error:
+        raise _meaning(error.response) from None
+    except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError) as error:
+        raise LinkDown(
+            "the aggregator must be reachable", value=type(error).__name__,
+            fix="Check network, proxy and certificate with `fedward-client doctor`",
+        ) from None  # fmt: skip
+
+
+def _meaning(response: httpx.Response) -> FedwardError:
+    known = FlowerError.from_json(response.text)
+    code = int(known.code) if known else 0
+    if code == _ACTIVATION_FAILED:
+        return LeaseHeld("a site connects once", fix="Wait until the old connection lapses")
+    if response.status_code in (401, 403) and not code:
+        return LinkRefused(
+            "the aggregator must know this site's key, and both clocks must agree",
+            value=response.status_code, fix="Send the public key to the coordinator, set the clock",
+        )  # fmt: skip
+    if code in _RUN_OVER:
+        return RunOver("the run must go on", fix="Nothing; the reply is not needed")
+    return LinkDown(
+        "the aggregator must accept the call", value=code or response.status_code, fix="Wait"
+    )

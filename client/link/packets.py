@@ -1,0 +1,131 @@
+"""Orders and answers on the socket: a record, and tensors in chunks with their size and digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from client.link.trainer_pb2 import Head, Part
+from fedward.errors import ProtocolError
+
+CHUNK: Final = 1 << 20
+MOST_BYTES: Final = 4 << 30
+_MOST_RECORD: Final = 2 << 20
+
+Arrays = dict[str, NDArray[Any]]
+Kind = Literal["order", "facts", "update", "counts", "refusal"]
+
+
+@dataclass(frozen=True)
+class Packet:
+    """What crosses the socket in one direction.
+
+    Attributes
+    ----------
+    kind : str
+        Which record it is.
+    record : dict
+        The record, flat.
+    arrays : dict
+        Named tensors; may be empty.
+    mu : float
+        Down: weight of the proximal term.
+    lease : str
+        Down: who asks.
+    """
+
+    kind: str
+    record: dict[str, Any]
+    arrays: Arrays = field(default_factory=dict)
+    mu: float = 0.0
+    lease: str = ""
+
+
+def to_parts(packet: Packet) -> Iterator[Part]:
+    """A packet as messages of at most a mebibyte and a bit."""
+    tensors = _pack(packet.arrays) if packet.arrays else b""
+    yield Part(
+        head=Head(
+            lease=packet.lease, kind=packet.kind, mu=packet.mu,
+            record=json.dumps(packet.record, allow_nan=False),
+            tensor_bytes=len(tensors), tensor_sha256=hashlib.sha256(tensors).digest(),
+        )
+    )  # fmt: skip
+    view = memoryview(tensors)
+    for start in range(0, len(view), CHUNK):
+        yield Part(chunk=bytes(view[start : start + CHUNK]))
+
+
+def from_parts(parts: Iterable[Part], most_bytes: int = MOST_BYTES) -> Packet:
+    """Put a packet together again.
+
+    Raises
+    ------
+    ProtocolError
+        It has no head, is larger or smaller than it says, or is damaged.
+    """
+    stream = iter(parts)
+    first = next(stream, None)
+    if first is None or first.WhichOneof("body") != "head":
+        raise _broken("a packet must begin with its head")
+    head = first.head
+    if head.tensor_bytes > most_bytes:
+        raise _broken(f"a packet holds at most {most_bytes} bytes of tensors", head.tensor_bytes)
+    tensors = _gather(stream, head)
+    return Packet(
+        kind=head.kind, record=_record(head.record), arrays=_unpack(tensors), mu=head.mu,
+        lease=head.lease,
+    )  # fmt: skip
+
+
+def _gather(stream: Iterator[Part], head: Head) -> bytes:
+    digest, found = hashlib.sha256(), bytearray()
+    for part in stream:
+        if part.WhichOneof("body") != "chunk":
+            raise _broken("a packet has one head")
+        found += part.chunk
+        digest.update(part.chunk)
+        if len(found) > head.tensor_bytes:
+            raise _broken("a packet holds the bytes that its head declares", len(found))
+    if len(found) != head.tensor_bytes:
+        raise _broken("a packet holds the bytes that its head declares", len(found))
+    if digest.digest() != head.tensor_sha256:
+        raise _broken("a packet's tensors must have the digest that came with them")
+    return bytes(found)
+
+
+def _record(text: str) -> dict[str, Any]:
+    if len(text) > _MOST_RECORD:
+        raise _broken(f"a record has at most {_MOST_RECORD} bytes", len(text))
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise _broken("a record must be a JSON object")
+    return value
+
+
+def _pack(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    return save({name: np.ascontiguousarray(value) for name, value in arrays.items()})
+
+
+def _unpack(tensors: bytes) -> Arrays:
+    if not tensors:
+        return {}
+    try:
+        return dict(load(tensors))
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise _broken("tensors must be in the safetensors format", type(error).__name__) from None
+
+
+def _broken(rule: str, value: object = None) -> ProtocolError:
+    return ProtocolError(rule, value=value, fix="Run the same Fedward release in both processes")

@@ -1,0 +1,1 @@
+"""Everything on the server that touches Flower's internals; pinned to one Flower release."""

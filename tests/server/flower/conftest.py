@@ -1,0 +1,151 @@
+"""A real SuperLink over TLS, behind its guard."""
+
+from __future__ import annotations
+
+import datetime as dt
+import ipaddress
+import os
+import secrets
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from server.flower.superlink import LinkSettings
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def write_certificates(folder: Path) -> None:
+    """ca.pem, server.pem, server.key for 127.0.0.1, by hand."""
+    now = dt.datetime.now(dt.UTC)
+    ca_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test authority")])
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+
+    def build(subject: x509.Name, public: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(issuer)
+            .public_key(public)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - dt.timedelta(days=1))
+            .not_valid_after(now + dt.timedelta(days=1))
+        )
+
+    ca = build(issuer, ca_key.public_key()).add_extension(x509.BasicConstraints(True, None), True)
+    names = x509.SubjectAlternativeName(
+        [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    )
+    leaf = build(name, key.public_key()).add_extension(names, False)
+    pem = serialization.Encoding.PEM
+    (folder / "ca.pem").write_bytes(ca.sign(ca_key, hashes.SHA256()).public_bytes(pem))
+    (folder / "server.pem").write_bytes(leaf.sign(ca_key, hashes.SHA256()).public_bytes(pem))
+    (folder / "server.key").write_bytes(
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+
+
+@dataclass
+class Superlink:
+    """A SuperLink process that a test may kill and start again."""
+
+    settings: LinkSettings
+    home: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.settings.port}"
+
+    @property
+    def ca(self) -> bytes:
+        return self.settings.ca.read_bytes()
+
+    @property
+    def control_secret(self) -> bytes:
+        return self.settings.control_secret.read_bytes()
+
+    @property
+    def runtime_secret(self) -> bytes:
+        return self.settings.runtime_secret.read_bytes()
+
+    def start(self) -> None:
+        environment = {**os.environ, "FLWR_HOME": str(self.home), "FLWR_TELEMETRY_ENABLED": "0"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "server.flower.superlink", *self.settings.command()],
+            env=environment,
+        )
+        self._wait_until_ready()
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def _wait_until_ready(self) -> None:
+        context = ssl.create_default_context(cafile=str(self.settings.ca))
+        for _ in range(600):
+            try:
+                with socket.create_connection(("127.0.0.1", self.settings.port)) as raw:
+                    context.wrap_socket(raw, server_hostname="localhost").close()
+                return
+            except OSError:
+                assert self.process is not None
+                assert self.process.poll() is None, "the SuperLink ended"
+                time.sleep(0.05)
+        raise AssertionError("the SuperLink does not come up")
+
+
+def build_superlink(folder: Path) -> Superlink:
+    write_certificates(folder)
+    for name in ("control.secret", "runtime.secret"):
+        (folder / name).write_text(secrets.token_hex(32))
+    return Superlink(
+        LinkSettings(
+            host="127.0.0.1", port=free_port(), certificate=folder / "server.pem",
+            key=folder / "server.key", ca=folder / "ca.pem", database=folder / "flower.db",
+            control_secret=folder / "control.secret", runtime_secret=folder / "runtime.secret",
+        ),
+        folder / "flwr",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def superlink(tmp_path: Path) -> Iterator[Superlink]:
+    made = build_superlink(tmp_path)
+    made.start()
+    yield made
+    if made.process and made.process.poll() is None:
+        made.process.terminate()
+        made.process.wait(20)
+
+
+@pytest.fixture
+def new_key() -> Callable[[], tuple[ec.EllipticCurvePrivateKey, bytes]]:
+    """A site's key and its public half as PEM."""
+
+    def make() -> tuple[ec.EllipticCurvePrivateKey, bytes]:
+        key = ec.generate_private_key(ec.SECP384R1())
+        public = key.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+        return key, public
+
+    return make

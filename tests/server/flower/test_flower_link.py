@@ -1,0 +1,128 @@
+"""Enrol, start, send, answer: against a real SuperLink."""
+
+from __future__ import annotations
+
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+
+from client.connector.fleet import Fleet, LeaseHeld, LinkRefused, RunOver
+from fedward.errors import StudyError
+from server.exchange import StudyGrid
+from server.flower.control import Link
+from server.flower.runtime import RunSession
+
+pytestmark = pytest.mark.integration
+NewKey = Callable[[], tuple[Any, bytes]]
+
+
+def test_a_message_goes_there_and_back_and_only_fleet_calls_pass(
+    superlink: Any, new_key: NewKey, tmp_path: Any
+) -> None:
+    link = Link(superlink.address, superlink.ca, superlink.control_secret)
+    key, public = new_key()
+    node = link.register(public, "north")
+    session = RunSession(link, superlink.runtime_secret, tmp_path / "lock")
+    fleet = Fleet(superlink.address, superlink.ca, key, 1 << 30)
+    assert fleet.activate() == node
+    assert [(n.node_id, n.status) for n in link.nodes()] == [(node, "online")]
+
+    value = np.random.default_rng(0).normal(size=2_000_000).astype(np.float32)
+
+    def answer() -> None:
+        while (message := fleet.pull()) is None:
+            time.sleep(0.02)
+        got = message.content.array_records["arrays"]["w"].numpy()
+        doubled = ArrayRecord({"w": Array(got * 2)})
+        fleet.push(Message(RecordDict({"arrays": doubled}), reply_to=message))
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    content = RecordDict(
+        {"arrays": ArrayRecord({"w": Array(value)}), "config": ConfigRecord({"x": 1})}
+    )
+    grid = StudyGrid(session.grid, [node], threading.Event())
+    (reply,) = grid.replies([Message(content, node, MessageType.TRAIN)], 60)
+    thread.join()
+    np.testing.assert_array_equal(reply.content.array_records["arrays"]["w"].numpy(), value * 2)
+
+    context = ssl.create_default_context(cadata=superlink.ca.decode())
+    with httpx.Client(base_url=f"https://{superlink.address}", verify=context) as anyone:
+        closed = ("/v1/control/list-nodes", "/v1/control/start-run", "/docs", "/openapi.json")
+        for path in (*closed, "/v1/fleet/register-node", "/v1/fleet/get-fab", "/v1/nothing"):
+            assert anyone.post(path).status_code == 404, path
+        wrong = {"x-fedward-control": "0" * 64}
+        assert anyone.post("/v1/control/list-nodes", headers=wrong).status_code == 404
+        assert anyone.get("/health").status_code == 200
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"https://{superlink.address}/health")
+    fleet.close()
+    session.close(complete=True)
+
+
+def test_who_may_connect(superlink: Any, new_key: NewKey, tmp_path: Any) -> None:
+    link = Link(superlink.address, superlink.ca, superlink.control_secret)
+    key, public = new_key()
+    node = link.register(public, "north")
+    with pytest.raises(StudyError, match="use"):
+        link.register(public, "again")
+    with pytest.raises(StudyError, match="public key"):
+        link.register(b"no key", "bad")
+    stranger = Fleet(superlink.address, superlink.ca, new_key()[0], 1 << 20)
+    with pytest.raises((LeaseHeld, LinkRefused)):
+        stranger.activate()
+
+    first = Fleet(superlink.address, superlink.ca, key, 1 << 20)
+    first.activate()
+    second = Fleet(superlink.address, superlink.ca, key, 1 << 20)
+    with pytest.raises(LeaseHeld):
+        second.activate()
+    assert second.activate(known_as=node) == node
+    with pytest.raises(LinkRefused):
+        stranger.activate(known_as=node)
+    link.remove(node)
+    with pytest.raises(LinkRefused):
+        second.beat()
+    with pytest.raises(LinkRefused):
+        second.pull()
+
+
+def test_a_killed_superlink_comes_back_with_the_run(
+    superlink: Any, new_key: NewKey, tmp_path: Any
+) -> None:
+    link = Link(superlink.address, superlink.ca, superlink.control_secret)
+    key, public = new_key()
+    node = link.register(public, "north")
+    session = RunSession(link, superlink.runtime_secret, tmp_path / "lock")
+    fleet = Fleet(superlink.address, superlink.ca, key, 1 << 20)
+    fleet.activate()
+    order = RecordDict({"config": ConfigRecord({"x": 1})})
+    (identifier,) = session.grid.push_messages([Message(order, node, MessageType.QUERY)])
+    message = fleet.pull()
+    assert message is not None
+
+    superlink.kill()
+    superlink.start()
+
+    fleet.push(Message(RecordDict({"config": ConfigRecord({"y": 2})}), reply_to=message))
+    replies = list(session.grid.pull_messages([identifier]))
+    assert dict(replies[0].content.config_records["config"]) == {"y": 2}
+
+    (identifier,) = session.grid.push_messages([Message(order, node, MessageType.QUERY)])
+    message = fleet.pull()
+    assert message is not None
+    link.stop_run(session.run_id)
+    with pytest.raises(RunOver):
+        fleet.push(Message(RecordDict({"config": ConfigRecord({"y": 2})}), reply_to=message))
+    # A new run may start where another was left unclaimed.
+    link.start_run()
+    again = RunSession(link, superlink.runtime_secret, tmp_path / "lock")
+    assert again.run_id != session.run_id
+    again.close(complete=True)
