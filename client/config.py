@@ -7,17 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
+from client.daemon.settings import ServerSection, TrainerSection
 from client.data.types import Format
+from client.section import Place, Section
 from fedward.errors import ConfigError
 from fedward.plan.messages import schema_error
 from fedward.plan.schema import Task
@@ -32,22 +27,7 @@ def _whole(value: Any) -> Any:
 
 
 DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
-Place = Annotated[Path, Field(strict=False)]
 PatientId = Annotated[str, Field(min_length=1, max_length=64)]
-
-
-class Section(BaseModel):
-    """Base of the tables: nothing unknown inside, no value converted, nothing changed later."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _toml_arrays(cls, value: Any) -> Any:
-        # Strict as it is, TOML has no other way to write a tuple.
-        if not isinstance(value, dict):
-            return value
-        return {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
 
 
 class SiteSection(Section):
@@ -112,6 +92,12 @@ class SiteConfig(Section):
     datasets: dict[DatasetName, DatasetSection] = Field(
         min_length=1, description="one table per dataset, `[datasets.NAME]`"
     )
+    server: ServerSection | None = Field(
+        default=None, description="the aggregator; only the daemon needs it"
+    )
+    trainer: TrainerSection = Field(
+        default=TrainerSection(), description="the process that reads the images"
+    )
 
     def dataset(self, name: str) -> DatasetSection:
         """A dataset by its name.
@@ -129,8 +115,15 @@ class SiteConfig(Section):
         return self.datasets[name]
 
 
-def load_config(path: Path) -> SiteConfig:
+def load_config(path: Path, *, datasets_here: bool = True) -> SiteConfig:
     """Read and validate ``site.toml``; relative paths in it are relative to its folder.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    datasets_here : bool
+        Whether the datasets must exist; for the connector they must not.
 
     Raises
     ------
@@ -153,10 +146,10 @@ def load_config(path: Path) -> SiteConfig:
             "the site's configuration is at most a few tables deep",
             fix="Flatten its nested lists and tables",
         ) from None
-    return config_from(content, path.absolute().parent)
+    return config_from(content, path.absolute().parent, datasets_here=datasets_here)
 
 
-def config_from(content: dict[str, Any], folder: Path) -> SiteConfig:
+def config_from(content: dict[str, Any], folder: Path, *, datasets_here: bool = True) -> SiteConfig:
     """Validate a configuration given as nested dictionaries (see :func:`load_config`)."""
     try:
         raw = SiteConfig.model_validate(content)
@@ -167,9 +160,35 @@ def config_from(content: dict[str, Any], folder: Path) -> SiteConfig:
         raise schema_error(error, ConfigError) from None
     state = folder / raw.site.state
     for name, one in placed.items():
-        _check_place(name, one.root, state)
-    site = raw.site.model_copy(update={"state": state})
-    return raw.model_copy(update={"site": site, "datasets": placed})
+        _check_place(name, one.root, state, here=datasets_here)
+    made = raw.model_copy(
+        update={
+            "site": raw.site.model_copy(update={"state": state}),
+            "datasets": placed,
+            "server": raw.server and _placed_server(raw.server, folder),
+            "trainer": raw.trainer.model_copy(update={"socket": folder / raw.trainer.socket}),
+        }
+    )
+    _check_apart(made)
+    return made
+
+
+def _placed_server(server: ServerSection, folder: Path) -> ServerSection:
+    return server.model_copy(update={"ca": folder / server.ca, "state": folder / server.state})
+
+
+def _check_apart(config: SiteConfig) -> None:
+    """What the connector may see must not lie where the images or the secrets are."""
+    hidden = [config.site.state, *(one.root for one in config.datasets.values())]
+    seen = {"trainer.socket": config.trainer.socket.parent}
+    if config.server is not None:
+        seen |= {"server.state": config.server.state, "server.ca": config.server.ca}
+    for where, place in seen.items():
+        if any(place.resolve().is_relative_to(one.resolve()) for one in hidden):
+            raise ConfigError(
+                "what the connector needs must lie outside datasets and the site's state",
+                fix="Put it elsewhere", where=where,
+            )  # fmt: skip
 
 
 def _placed(dataset: DatasetSection, folder: Path) -> DatasetSection:
@@ -201,8 +220,8 @@ def _broken(dataset: DatasetSection) -> Iterator[tuple[str, str, str]]:
         yield "modality", "`any` stands alone", "List modalities, or only `any`"
 
 
-def _check_place(name: str, root: Path, state: Path) -> None:
-    if not root.exists():
+def _check_place(name: str, root: Path, state: Path, *, here: bool) -> None:
+    if here and not root.exists():
         raise ConfigError(
             "the dataset must exist", fix="Check the path and the mount",
             where=f"datasets.{name}.root",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from client.config import DatasetSection, PatientSection, SiteConfig, SiteSection
+from client.daemon.settings import ServerSection, TrainerSection
 from fedward.schema_doc import fields_table
 
 _HEAD = """# The site's configuration: `site.toml`
@@ -34,6 +35,8 @@ def page() -> str:
         ("The file", "", SiteConfig), ("Site section", "[site]", SiteSection),
         ("Dataset section", "[datasets.NAME]", DatasetSection),
         ("Patient section", "[datasets.NAME.patients]", PatientSection),
+        ("Server section", "[server]", ServerSection),
+        ("Trainer section", "[trainer]", TrainerSection),
     )  # fmt: skip
     lines = [_HEAD]
     for title, name, model in parts:

@@ -1,0 +1,1 @@
+"""A hospital's two processes, kept apart and kept running."""

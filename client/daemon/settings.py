@@ -1,0 +1,61 @@
+"""The parts of ``site.toml`` that the daemon needs: the aggregator, and the two processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from client.section import Place, Section
+
+Address = Annotated[str, Field(pattern=r"^[^\s/]+:[0-9]{1,5}$", max_length=260)]
+Mebibytes = Annotated[int, Field(ge=1, le=4096)]
+
+
+class ServerSection(Section):
+    """The aggregator, and the process that talks to it."""
+
+    address: Address = Field(description="host and port of the aggregator, `host:port`")
+    ca: Place = Field(description="certificate authority of the aggregator, PEM")
+    state: Place = Field(
+        default=Path("connector"),
+        description="the connector's own folder: the site's key, and messages in hand; it must lie "
+        "outside datasets and the site's state",
+    )
+    proxy: str = Field(
+        default="", description="HTTP proxy, `http://host:port`; else the environment's"
+    )
+    user: str = Field(
+        default="",
+        description="user that the connector runs as when the daemon is started by root",
+    )
+    max_download_mib: Mebibytes = Field(default=1024, description="largest message taken, MiB")
+    retry_seconds: float = Field(
+        default=60.0, gt=0.0, le=3600.0, description="longest pause before the link is tried again"
+    )
+    idle_seconds: float = Field(
+        default=2.0, gt=0.0, le=60.0, description="pause between questions while nothing runs"
+    )
+
+
+class TrainerSection(Section):
+    """The process that reads the images."""
+
+    socket: Place = Field(
+        default=Path("run/trainer.sock"),
+        description="Unix socket between the two processes; its folder must lie outside datasets "
+        "and the site's state",
+    )
+    group: str = Field(
+        default="", description="group that may connect to the socket; without it, the owner alone"
+    )
+    device: str = Field(
+        default="auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="where to train"
+    )
+    threads: int = Field(default=0, ge=0, le=1024, description="CPU threads; 0: all cores")
+    physical_batch: int = Field(default=64, ge=1, description="images on the device at once")
+    allow_networked_trainer: bool = Field(
+        default=False,
+        description="train although the trainer has a network; status and audit then shout it",
+    )

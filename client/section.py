@@ -1,0 +1,24 @@
+"""What the tables of ``site.toml`` have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Place = Annotated[Path, Field(strict=False)]
+
+
+class Section(BaseModel):
+    """Base of the tables: nothing unknown inside, no value converted, nothing changed later."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _toml_arrays(cls, value: Any) -> Any:
+        # Strict as it is, TOML has no other way to write a tuple.
+        if not isinstance(value, dict):
+            return value
+        return {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
