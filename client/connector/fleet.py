@@ -16,7 +16,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import (
@@ -31,6 +31,7 @@ from flwr.proto.message_pb2 import (
     PullObjectRequest,
     PushObjectRequest,
 )
+from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.error import FlowerError
 from flwr.supercore.inflatable.inflatable_object import (
@@ -235,6 +236,26 @@ class Fleet:
     def _call(self, name: str, request: Any) -> Any:
         with _translated():
             return getattr(self._client, name)(request)
+
+
+def seal(message: Message) -> bytes:
+    """What a reply to a message needs, as bytes for a file."""
+    return bytes(message_to_proto(remove_content_from_message(message)).SerializeToString())
+
+
+def reply_to(sealed: bytes, content: RecordDict) -> Message:
+    """A reply to a message that was sealed.
+
+    Raises
+    ------
+    ProtocolError
+        The bytes are no message.
+    """
+    try:
+        envelope = message_from_proto(MessageProto.FromString(sealed))
+    except Exception as error:
+        raise ProtocolError("a kept message must be readable", value=type(error).__name__) from None
+    return Message(content, reply_to=envelope)
 
 
 def _inflated(identifier: str, contents: dict[str, bytes]) -> Message:

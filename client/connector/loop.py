@@ -1,0 +1,274 @@
+"""The connector: keeps the link to the aggregator, and carries orders to the trainer and back."""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import Message
+
+from client.connector import fleet as links
+from client.connector.fleet import HEARTBEAT_SECONDS, Fleet, LeaseHeld, LinkDown, LinkRefused
+from client.connector.spool import InHand, Spool
+from client.connector.translate import refusal, to_order, to_reply
+from client.daemon.settings import ServerSection
+from client.link.caller import Caller, TrainerGone, TrainerTaken
+from client.link.packets import Packet
+from fedward.errors import FedwardError, ProtocolError
+
+_LOG = logging.getLogger("fedward.connector")
+_BUSY_SECONDS: Final = 0.1
+_BUSY_FOR: Final = 60.0
+_PAIRS: Final = 4
+
+
+@dataclass
+class LinkState:
+    """What ``fedward-client status`` tells about the link; holds nothing secret."""
+
+    state: str = "starting"
+    since: float = 0.0
+    last_error: str = ""
+    node_id: str = ""
+    trainer: str = "starting"
+    isolation: str = ""
+    messages: int = 0
+    bytes_up: int = 0
+
+
+@dataclass
+class Connector:
+    """A hospital's connector.
+
+    Attributes
+    ----------
+    site : str
+        The site's name.
+    server : ServerSection
+        The aggregator.
+    socket : Path
+        The trainer's.
+    key : EllipticCurvePrivateKey
+        The site's.
+    isolation : str
+        What the process found when it tried to read the images.
+    stop : threading.Event
+        Ends it.
+    """
+
+    site: str
+    server: ServerSection
+    socket: Path
+    key: ec.EllipticCurvePrivateKey
+    isolation: str
+    version: str
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self._spool = Spool(self.server.state / "spool")
+        self._state = LinkState(isolation=self.isolation, since=time.time())
+        self._replies: queue.SimpleQueue[tuple[InHand, Packet]] = queue.SimpleQueue()
+        self._unsent: list[tuple[InHand, Packet]] = []
+        self._pool = ThreadPoolExecutor(_PAIRS, "order")
+        self._in_hand: set[str] = set()
+        self._caller: Caller | None = None
+        self._calling = threading.Lock()
+        self._busy_until = 0.0
+
+    def run(self) -> None:
+        """Work until stopped; a broken link or trainer is waited for, for ever."""
+        for left in self._spool.left():
+            self._take(left)
+        attempt = 0
+        while not self.stop.is_set():
+            began = time.monotonic()
+            try:
+                self._connected()
+            except FedwardError as error:
+                self._tell(_state_of(error), error)
+            if time.monotonic() - began > self.server.retry_seconds:
+                attempt = 0
+            attempt += 1
+            self.stop.wait(_pause(attempt, self.server.retry_seconds))
+        self._tell("stopped")
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._caller:
+            self._caller.close()
+
+    def _connected(self) -> None:
+        """One connection, from its making to its break."""
+        ca = self.server.ca.read_bytes()
+        fleet = Fleet(self.server.address, ca, self.key, self.server.max_download_mib << 20)
+        broken: queue.SimpleQueue[FedwardError] = queue.SimpleQueue()
+        quiet = threading.Event()
+        try:
+            self._remember(fleet.activate(self._known_as()))
+            self._tell("online")
+            threading.Thread(
+                target=_beat, args=(fleet, quiet, broken), daemon=True, name="heartbeat"
+            ).start()
+            while not self.stop.is_set() and broken.empty():
+                if not self._turn(fleet):
+                    self._rest()
+            if not broken.empty():
+                raise broken.get()
+            fleet.close()
+        finally:
+            quiet.set()
+            fleet.drop()
+
+    def _turn(self, fleet: Fleet) -> bool:
+        """Send what is ready and take what waits; whether there was anything."""
+        while not self._replies.empty():
+            self._unsent.append(self._replies.get())
+        sent = bool(self._unsent)
+        while self._unsent:
+            self._send(fleet, *self._unsent[0])
+            self._unsent.pop(0)
+        try:
+            message = fleet.pull()
+        except links.RunOver:
+            return True
+        except ProtocolError as error:
+            self._garbage(error)
+            return True
+        if message is not None:
+            self._accept(message)
+        return sent or message is not None
+
+    def _accept(self, message: Message) -> None:
+        self._state.messages += 1
+        identifier = message.metadata.message_id[:64]
+        try:
+            what, order = to_order(message)
+        except ProtocolError as error:
+            # The trainer hears of it, so that its audit log has it; then the asker does.
+            what, order = "describe", Packet("order", {"unreadable": error.rule})
+        self._take(InHand(identifier, links.seal(message), what, order), keep=True)
+
+    def _take(self, message: InHand, *, keep: bool = False) -> None:
+        if message.name in self._in_hand:
+            return
+        self._in_hand.add(message.name)
+        self._busy_until = time.monotonic() + _BUSY_FOR
+        if keep:
+            self._spool.put(message)
+        self._pool.submit(self._ask, message)
+
+    def _ask(self, message: InHand) -> None:
+        try:
+            answer = self._caller_now().ask(message.what, message.order)
+        except FedwardError as error:
+            _LOG.warning("the trainer gave no answer: %s", error.rule)
+            answer = refusal(self.site, message.order, error)
+        except Exception as error:
+            _LOG.exception("an order could not be handed on")
+            answer = refusal(
+                self.site, message.order,
+                FedwardError("an unexpected error stopped the connector", value=type(error)),
+            )  # fmt: skip
+        self._replies.put((message, answer))
+
+    def _send(self, fleet: Fleet, message: InHand, answer: Packet) -> None:
+        try:
+            content = to_reply(answer, message.order)
+        except FedwardError as error:
+            content = to_reply(refusal(self.site, message.order, error), message.order)
+        with suppress(links.RunOver):
+            self._state.bytes_up += fleet.push(links.reply_to(message.envelope, content))
+        self._in_hand.discard(message.name)
+        self._spool.drop(message.name)
+        self._busy_until = time.monotonic() + _BUSY_FOR
+        self._tell("online")
+
+    def _garbage(self, error: ProtocolError) -> None:
+        _LOG.warning("a message could not be read: %s", error.rule)
+        with suppress(FedwardError):
+            self._caller_now().ask("describe", Packet("order", {"unreadable": error.rule}))
+
+    def _caller_now(self) -> Caller:
+        """The trainer, waited for while it starts again."""
+        with self._calling:
+            end = time.monotonic() + self.server.retry_seconds
+            while self._caller is None or self._caller.gone.is_set():
+                try:
+                    self._caller = Caller(self.socket, self.version, self.isolation)
+                    self._state.trainer = "attached"
+                except (TrainerGone, TrainerTaken):
+                    self._state.trainer = "gone"
+                    if time.monotonic() > end or self.stop.wait(0.2):
+                        raise
+            return self._caller
+
+    def _rest(self) -> None:
+        busy = time.monotonic() < self._busy_until or bool(self._in_hand)
+        end = time.monotonic() + (_BUSY_SECONDS if busy else self.server.idle_seconds)
+        while time.monotonic() < end and not self.stop.wait(0.02) and self._replies.empty():
+            continue
+
+    def _tell(self, state: str, error: FedwardError | None = None) -> None:
+        if state != self._state.state:
+            self._state.since = time.time()
+            if error:
+                _LOG.warning("%s", error)
+            else:
+                _LOG.info("the link is %s", state)
+        self._state.state = state
+        self._state.last_error = str(error) if error else self._state.last_error
+        _write_state(self.socket.parent / "link.json", asdict(self._state))
+
+    def _known_as(self) -> int:
+        with suppress(OSError, ValueError):
+            return int((self.server.state / "node").read_text())
+        return 0
+
+    def _remember(self, node: int) -> None:
+        self._state.node_id = str(node)
+        with suppress(OSError):
+            (self.server.state / "node").write_text(str(node))
+
+
+def _beat(fleet: Fleet, quiet: threading.Event, broken: queue.SimpleQueue[FedwardError]) -> None:
+    """Heartbeats until the connection ends; one that fails three times ends it."""
+    failed = 0
+    while not quiet.wait(HEARTBEAT_SECONDS * random.uniform(0.4, 0.6)):
+        try:
+            fleet.beat()
+            failed = 0
+        except LinkDown as error:
+            failed += 1
+            if failed == 3:
+                broken.put(error)
+                return
+        except FedwardError as error:
+            broken.put(error)
+            return
+
+
+def _state_of(error: FedwardError) -> str:
+    return {LinkRefused: "refused", LeaseHeld: "waiting for an old connection to lapse"}.get(
+        type(error), "down"
+    )
+
+
+def _pause(attempt: int, most: float) -> float:
+    """Full jitter over an exponential back-off, so that hospitals do not come back at once."""
+    return random.uniform(0.1, 1.0) * min(most, 0.25 * 2.0 ** min(attempt, 16))
+
+
+def _write_state(path: Path, state: dict[str, Any]) -> None:
+    part = path.with_suffix(".part")
+    with suppress(OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        part.write_text(json.dumps(state))
+        part.replace(path)

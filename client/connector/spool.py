@@ -1,0 +1,96 @@
+"""Messages in hand, on disk: whoever kills the connector does not lose a round."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from client.link.packets import Packet
+
+_MOST: Final = 16
+
+
+@dataclass(frozen=True)
+class InHand:
+    """A message that has no answer yet.
+
+    Attributes
+    ----------
+    name : str
+        Of its files.
+    envelope : bytes
+        What a reply to it needs.
+    what : str
+        describe, train or evaluate.
+    order : Packet
+        For the trainer.
+    """
+
+    name: str
+    envelope: bytes
+    what: str
+    order: Packet
+
+
+class Spool:
+    """A folder of messages in hand.
+
+    Parameters
+    ----------
+    folder : Path
+        Made when it is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def put(self, message: InHand) -> None:
+        """Keep a message; a full disk only means that it is not kept."""
+        head = {
+            "envelope": message.envelope.hex(), "what": message.what,
+            "record": message.order.record, "mu": message.order.mu,
+        }  # fmt: skip
+        with suppress(OSError):
+            if message.order.arrays:
+                self._write(f"{message.name}.safetensors", save(message.order.arrays))
+            self._write(f"{message.name}.json", json.dumps(head).encode())
+
+    def drop(self, name: str) -> None:
+        """Forget a message that was answered."""
+        for ending in ("json", "safetensors"):
+            with suppress(OSError):
+                (self._folder / f"{name}.{ending}").unlink(missing_ok=True)
+
+    def left(self) -> Iterator[InHand]:
+        """What an earlier process left behind, oldest first; damaged ones are dropped."""
+        found = sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+        for path in found[-_MOST:]:
+            try:
+                yield self._read(path)
+            except (OSError, ValueError, KeyError, SafetensorError):
+                self.drop(path.stem)
+
+    def _read(self, path: Path) -> InHand:
+        head = json.loads(path.read_bytes())
+        tensors = path.with_suffix(".safetensors")
+        arrays = dict(load(tensors.read_bytes())) if tensors.exists() else {}
+        order = Packet("order", dict(head["record"]), arrays, float(head["mu"]))
+        return InHand(path.stem, bytes.fromhex(head["envelope"]), str(head["what"]), order)
+
+    def _write(self, name: str, content: bytes) -> None:
+        path = self._folder / name
+        part = path.with_suffix(path.suffix + ".part")
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)

@@ -1,0 +1,98 @@
+"""Between Flower's messages and the socket's packets."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from client.link.packets import Arrays, Packet
+from fedward.errors import FedwardError, ProtocolError
+from fedward.protocol import Refusal, RoundOrder, TrainOutcome
+
+_WHAT: Final = {"query": "describe", "train": "train", "evaluate": "evaluate"}
+_ADDED_BY_STRATEGIES: Final = ("server-round", "proximal-mu")
+
+
+def to_order(message: Message) -> tuple[str, Packet]:
+    """What a message asks for: describe, train or evaluate, and the packet for the trainer.
+
+    Raises
+    ------
+    ProtocolError
+        It is none of ours.
+    """
+    if message.has_error() or not message.has_content():
+        raise ProtocolError("a message must have content")
+    what = _WHAT.get(message.metadata.message_type.split(".")[0])
+    configs = message.content.config_records
+    if what is None or list(configs) != ["config"] or message.content.metric_records:
+        raise ProtocolError("a message must carry one order of a known kind")
+    config = dict(configs["config"])
+    mu = config.get("proximal-mu", 0.0)
+    if not isinstance(mu, float | int):
+        raise ProtocolError("a proximal weight must be a number")
+    record = {key: value for key, value in config.items() if key not in _ADDED_BY_STRATEGIES}
+    if any(isinstance(value, bytes) for value in record.values()):
+        raise ProtocolError("an order holds no bytes")
+    return what, Packet("order", record, _arrays_of(message), float(mu))
+
+
+def to_reply(packet: Packet, order: Packet) -> RecordDict:
+    """The trainer's answer as the content of a reply."""
+    config = ConfigRecord({key: value for key, value in packet.record.items() if value is not None})
+    match packet.kind:
+        case "facts":
+            return RecordDict({"facts": config})
+        case "counts":
+            return RecordDict({"counts": _record(packet.arrays), "outcome": config})
+        case "update":
+            weight = MetricRecord({"num-examples": _weight(packet, order)})
+            return RecordDict(
+                {"arrays": _record(packet.arrays), "metrics": weight, "outcome": config}
+            )
+        case "refusal":
+            return RecordDict({"refusal": config})
+    raise ProtocolError("an answer must be of a known kind", value=packet.kind)
+
+
+def refusal(site: str, order: Packet | None, error: FedwardError) -> Packet:
+    """A refusal by the connector itself."""
+    round_ = order.record.get("round", 0) if order else 0
+    made = Refusal(
+        site=site, kind="protocol" if isinstance(error, ProtocolError) else "error",
+        round=round_ if isinstance(round_, int) and round_ >= 0 else 0, rule=error.rule[:500],
+    )  # fmt: skip
+    return Packet("refusal", dict(made.to_flat()))
+
+
+def _weight(packet: Packet, order: Packet) -> float:
+    outcome = TrainOutcome.from_flat(packet.record)
+    plan = RoundOrder.from_flat(order.record).read_plan()
+    return float(outcome.patients if plan.strategy.weighting == "patients" else outcome.images)
+
+
+def _arrays_of(message: Message) -> Arrays:
+    """All arrays of a message, whose names must differ."""
+    found: Arrays = {}
+    for record in message.content.array_records.values():
+        for name, array in record.items():
+            if name in found:
+                raise ProtocolError("a model's arrays must have different names")
+            found[name] = _decoded(array)
+    return found
+
+
+def _decoded(array: Array) -> Any:
+    try:
+        value: Any = array.numpy()
+        bad = value.dtype.kind not in "fiub"
+    except Exception as error:  # bytes from outside break this parser in undocumented ways
+        raise ProtocolError("an array must be readable", value=type(error).__name__) from None
+    if bad:
+        raise ProtocolError("an array must hold numbers", value=str(value.dtype)[:20])
+    return value
+
+
+def _record(arrays: Arrays) -> ArrayRecord:
+    return ArrayRecord({name: Array(value) for name, value in arrays.items()})
