@@ -1,0 +1,79 @@
+"""A strategy that forgot and was reminded goes on as if it had not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from strategies.memory import folds, memory_of, remember
+from strategies.registry import STRATEGIES, build_strategy
+from strategies.settings import StrategySettings
+
+SETTINGS: dict[str, dict[str, float]] = {
+    "fedavgm": {"server_learning_rate": 0.7, "server_momentum": 0.9},
+    "fedadam": {"eta": 0.1, "tau": 1e-3, "beta_1": 0.9, "beta_2": 0.99},
+    "fedyogi": {"eta": 0.1, "tau": 1e-3, "beta_1": 0.9, "beta_2": 0.99},
+    "fedadagrad": {"eta": 0.1, "tau": 1e-3},
+}
+NAMES = ("w", "b")
+
+
+class OneNode:
+    """As much of a grid as a strategy asks for."""
+
+    def get_node_ids(self) -> list[int]:
+        return [7]
+
+
+def record(arrays: dict[str, Any]) -> ArrayRecord:
+    return ArrayRecord({name: Array(value) for name, value in arrays.items()})
+
+
+def turn(strategy: Any, round_: int, arrays: dict[str, Any], update: dict[str, Any]) -> Any:
+    list(strategy.configure_train(round_, record(arrays), ConfigRecord(), OneNode()))
+    content = RecordDict({"arrays": record(update), "metrics": MetricRecord({"num-examples": 3.0})})
+    reply = Message(content, dst_node_id=7, message_type="train")
+    new, _ = strategy.aggregate_train(round_, [reply])
+    return {name: array.numpy().astype(np.float32) for name, array in new.items()}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_reminded_strategy_goes_on_bit_for_bit(name: str) -> None:
+    from simulation import flower
+
+    flower.become_server()
+    rng = np.random.default_rng(0)
+
+    def draw() -> dict[str, Any]:
+        return {n: rng.normal(size=(3, 2)).astype(np.float32) for n in NAMES}
+
+    settings = StrategySettings(values=SETTINGS[name])
+    arrays, updates = draw(), [draw() for _ in range(4)]
+    whole = build_strategy(name, settings)
+    broken = build_strategy(name, settings)
+    straight, resumed = arrays, arrays
+    for round_, update in enumerate(updates, 1):
+        straight = turn(whole, round_, straight, update)
+        memory = memory_of(broken, NAMES)
+        assert bool(memory) == (round_ > 1)
+        broken = build_strategy(name, settings)
+        remember(broken, memory, NAMES)
+        resumed = turn(broken, round_, resumed, update)
+        for n in NAMES:
+            np.testing.assert_array_equal(resumed[n], straight[n])
+
+
+def test_which_need_every_update() -> None:
+    apart = {name for name in STRATEGIES if not folds(_of(name))}
+    assert apart == {"fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan"}
+
+
+def _of(name: str) -> Any:
+    values = {**SETTINGS.get(name, {}), **({"mu": 0.1} if name == "fedprox" else {})}
+    values |= {"beta": 0.2} if name == "fedtrimmedavg" else {}
+    values |= {"malicious": 1} if name in ("krum", "multikrum", "bulyan") else {}
+    values |= {"keep": 1} if name == "multikrum" else {}
+    return build_strategy(name, StrategySettings(values=values))
