@@ -36,7 +36,57 @@ class RoundEnded:
     rounds: int
 
 
-Event = StudyStarted | SiteAnswered | RoundEnded
+@dataclass(frozen=True)
+class SiteJoined:
+    """A site was described and takes part from now on."""
+
+    arm: str
+    round: int
+    site: str
+
+
+@dataclass(frozen=True)
+class SiteRefused:
+    """A site does not take part, and why."""
+
+    arm: str
+    round: int
+    site: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SiteQuarantined:
+    """A site's updates broke the rules again and again; it is asked no more."""
+
+    arm: str
+    round: int
+    site: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class StudyPaused:
+    """Too few sites; the study waits."""
+
+    arm: str
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class StudyResumed:
+    """Enough sites again."""
+
+    arm: str
+    round: int
+
+
+Event = (
+    StudyStarted | SiteAnswered | RoundEnded | SiteJoined | SiteRefused | SiteQuarantined
+    | StudyPaused | StudyResumed
+)  # fmt: skip
 Listener = Callable[[Event], None]
 
 

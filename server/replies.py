@@ -21,11 +21,12 @@ Shapes = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Update:
-    """A valid update of one site."""
+    """A valid update of one site; ``message`` is None once its arrays are folded in."""
 
-    message: Message
+    message: Message | None
     outcome: TrainOutcome
     size: int
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Bad:
-    """A reply that does not count, and why, in words that name no file and no person."""
+    """A reply that does not count, and why, in words that name no file and no person.
+
+    ``kind`` is the refusal's, or ``invalid`` for an answer that breaks a rule.
+    """
 
     reason: str
+    kind: str = "invalid"
 
 
 def read_facts(message: Message) -> SiteFacts | Bad:
@@ -48,19 +53,46 @@ def read_facts(message: Message) -> SiteFacts | Bad:
     try:
         return SiteFacts.from_flat(_config(message, "facts"))
     except FedwardError as error:
-        return Bad(str(error))
+        return _bad(error)
 
 
-def read_update(message: Message, site: str, round_: int, expected: Shapes) -> Update | Bad:
-    """Check an update: its site and round, its weight, its names, shapes, dtypes and values."""
+def read_update(
+    message: Message,
+    site: str,
+    round_: int,
+    expected: Shapes,
+    facts: SiteFacts | None = None,
+    most_change: float = math.inf,
+) -> Update | Bad:
+    """Check an update.
+
+    Its site and round, its weight, its names, shapes, dtypes and values; that it claims no more
+    patients and images than the site described; that it lies within a distance of the model.
+
+    Parameters
+    ----------
+    message : Message
+        The reply.
+    site : str
+        Who was asked.
+    round_ : int
+        For which round.
+    expected : mapping
+        The arrays that were sent.
+    facts : SiteFacts or None
+        What the site said of itself.
+    most_change : float
+        Largest L2 norm of the change, in units of the model's own (at least 1).
+    """
     try:
         outcome = TrainOutcome.from_flat(_config(message, "outcome"))
         _same(outcome.site, site, outcome.round, round_)
-        size = _check_arrays(_record(message, "arrays"), expected)
-        _check_weight(message, outcome)
-        return Update(message, outcome, size)
+        size = _check_arrays(_record(message, "arrays"), expected, most_change)
+        weight = _check_weight(message, outcome)
+        _check_claims(outcome, facts)
+        return Update(message, outcome, size, weight)
     except FedwardError as error:
-        return Bad(str(error))
+        return _bad(error)
 
 
 def read_counts(message: Message, site: str, round_: int, part: str, task: Task) -> Measured | Bad:
@@ -74,16 +106,30 @@ def read_counts(message: Message, site: str, round_: int, part: str, task: Task)
         arrays = {name: _decoded(array) for name, array in record.items()}
         return Measured(outcome, counts_from_arrays(task, arrays))
     except FedwardError as error:
-        return Bad(str(error))
+        return _bad(error)
+
+
+class _Refused(ProtocolError):
+    """A site's refusal on its way to whoever asked."""
+
+    kind = "error"
+
+
+def _bad(error: FedwardError) -> Bad:
+    return Bad(str(error), error.kind if isinstance(error, _Refused) else "invalid")
 
 
 def _config(message: Message, key: str) -> dict[str, Any]:
     if message.has_error():
-        raise ProtocolError("the site's application failed", value=f"code {message.error.code}")
+        failed = _Refused("the site's application failed", value=f"code {message.error.code}")
+        failed.kind = "silent"
+        raise failed
     content = message.content
     if "refusal" in content.config_records:
         refusal = Refusal.from_flat(dict(content.config_records["refusal"]))
-        raise ProtocolError(refusal.rule, value=refusal.value or None)
+        refused = _Refused(refusal.rule, value=refusal.value or None)
+        refused.kind = refusal.kind
+        raise refused
     if key not in content.config_records:
         raise ProtocolError("a reply must carry its record", value=key)
     return dict(content.config_records[key])
@@ -103,7 +149,7 @@ def _same(site: str, asked: str, round_: int, asked_round: int) -> None:
         raise ProtocolError("a reply must be for the round that was asked", value=round_)
 
 
-def _check_weight(message: Message, outcome: TrainOutcome) -> None:
+def _check_weight(message: Message, outcome: TrainOutcome) -> float:
     records = {name: dict(record) for name, record in message.content.metric_records.items()}
     weight = records.get("metrics", {}).get("num-examples")
     if list(records) != ["metrics"] or list(records["metrics"]) != ["num-examples"]:
@@ -112,11 +158,25 @@ def _check_weight(message: Message, outcome: TrainOutcome) -> None:
         raise ProtocolError("an update's weight must be a number above 0")
     if weight not in (outcome.patients, outcome.images):
         raise ProtocolError("an update's weight must be what it was made of")
+    return float(weight)
 
 
-def _check_arrays(record: ArrayRecord, expected: Shapes) -> int:
+def _check_claims(outcome: TrainOutcome, facts: SiteFacts | None) -> None:
+    if facts is None:
+        return
+    for what in ("patients", "images"):
+        claimed, described = getattr(outcome, what), getattr(facts, f"train_{what}")
+        if claimed > described:
+            raise ProtocolError(
+                f"an update must not claim more {what} than its site described",
+                value=f"{claimed} of {described}",
+            )
+
+
+def _check_arrays(record: ArrayRecord, expected: Shapes, most_change: float) -> int:
     if list(record.keys()) != list(expected.keys()):
         raise ProtocolError("an update must hold exactly the arrays that train, in their order")
+    change = size = 0.0
     for name, reference in expected.items():
         value = _decoded(record[name])
         if value.shape != reference.shape or value.dtype != reference.dtype:
@@ -125,7 +185,18 @@ def _check_arrays(record: ArrayRecord, expected: Shapes) -> int:
             )
         if not np.isfinite(value).all():
             raise ProtocolError("an update must be finite", value=name)
+        change += _square(np.subtract(value, reference, dtype=np.float64))
+        size += _square(reference.astype(np.float64))
+    if math.sqrt(change) > most_change * max(1.0, math.sqrt(size)):
+        raise ProtocolError(
+            "an update must lie within a distance of the model",
+            value=f"{math.sqrt(change) / max(1.0, math.sqrt(size)):.3g} times the model's norm",
+        )
     return sum(len(array.data) for array in record.values())
+
+
+def _square(values: NDArray[np.float64]) -> float:
+    return float(np.vdot(values, values))
 
 
 def _decoded(array: Array) -> NDArray[Any]:

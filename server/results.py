@@ -23,6 +23,9 @@ class Failure(Strict):
 
     site: str
     reason: str
+    kind: str = Field(
+        default="", description="a refusal's kind (policy, budget, …), `invalid` or `silent`"
+    )
 
 
 class SiteRound(Strict):

@@ -3,68 +3,38 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.app.exception import AppExitException
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
-from fedward.errors import FedwardError, StudyError
+from fedward.errors import StudyError
 from fedward.metrics import Counts
 from fedward.models import build_model, trainable_names
 from fedward.plan.load import canonical, plan_hash
-from fedward.plan.schema import Plan, Stage
-from fedward.protocol import RoundOrder, SiteFacts
+from fedward.plan.schema import Stage
+from fedward.protocol import RoundOrder
 from server.arms import figures, test_figures
-from server.events import Listener, RoundEnded, SiteAnswered, StudyStarted, ignore
+from server.events import RoundEnded, SiteAnswered, StudyPaused, StudyResumed
 from server.exchange import StudyGrid
-from server.replies import Bad, Measured, Update, read_counts, read_facts, read_update
-from server.results import Arm, Failure, Round, SitePrivacy, SiteRound
+from server.gather import Gathered, record_of, size_of
+from server.job import Job
+from server.members import Members
+from server.replies import Bad, Measured, Update, read_counts, read_update
+from server.results import Failure, Round, SitePrivacy, SiteRound
 from strategies.averaging import blend, decay_at
+from strategies.memory import folds, memory_of, remember
 from strategies.registry import build_strategy
 from strategies.settings import StrategySettings
 
+__all__ = ["Job", "StudyRun"]
 _LOG = logging.getLogger("fedward.server")
-Arrays = dict[str, NDArray[Any]]
-
-
-@dataclass
-class Job:
-    """A study to run, and what stands of it after each round.
-
-    Attributes
-    ----------
-    plan : Plan
-        What to do.
-    arrays : dict
-        The global model that the next round starts from.
-    average : dict
-        The model that is delivered: the moving average, or the same as ``arrays``.
-    arm : Arm
-        Results so far.
-    stop : threading.Event
-        Ends the study at the next occasion.
-    """
-
-    plan: Plan
-    arrays: Arrays
-    arm: Arm
-    seed: int = 0
-    listen: Listener = ignore
-    stop: threading.Event = field(default_factory=threading.Event)
-    average: Arrays = field(default_factory=dict)
-    facts: dict[str, SiteFacts] = field(default_factory=dict)
-    complete: bool = False
-    error: FedwardError | None = None
-
-    def __post_init__(self) -> None:
-        self.average = self.average or dict(self.arrays)
+_LOOK_AGAIN: Final = 0.5
 
 
 class StudyRun:
@@ -82,106 +52,87 @@ class StudyRun:
         self.job, self.plan = job, job.plan
         self._canonical, self._hash = canonical(job.plan), plan_hash(job.plan)
         self._everyone = grid
-        self._nodes: dict[int, str] = {}
-        self._grid = StudyGrid(grid, (), job.stop)
+        self._members = Members(job, grid, lambda: self._order(0))
         self._model = build_model(job.plan, seed=0)
         self._strategy: tuple[str, Strategy] | None = None
 
     def run(self) -> None:
-        """Enrol, train all rounds, test.
+        """Enrol, train the rounds that are missing, test.
 
         Raises
         ------
         StudyError
-            Too few sites, or a round without quorum after its retries.
+            Too few sites, or a round without quorum after its retries; not where the job is
+            patient, which waits instead.
         """
-        started = time.perf_counter()
+        started = time.perf_counter() - self.job.arm.seconds
         try:
-            self._enrol()
-            for round_ in range(len(self.job.arm.rounds) + 1, self.plan.rounds + 1):
+            self._patiently(self._members.enrol)
+            while self.job.round <= self.plan.rounds:
+                self._patiently(self._round)
+                self.job.arm.seconds = time.perf_counter() - started
                 if self.job.stop.is_set():
                     return
-                self._round(round_)
-            self.job.arm.test = self._test()
-            self.job.complete = self.job.arm.test is not None
+            self._patiently(self._finish)
         finally:
             self.job.arm.seconds = time.perf_counter() - started
 
-    def _enrol(self) -> None:
-        nodes = self._wait_for_nodes()
-        everyone = StudyGrid(self._everyone, nodes, self.job.stop)
-        order = self._order(0)
-        record = RecordDict({"config": order})
-        asked = [Message(record, node, MessageType.QUERY) for node in nodes]
-        refused: set[str] = set()
-        for reply in everyone.replies(asked, self.plan.participation.deadline):
-            facts = read_facts(reply)
-            reason = facts.reason if isinstance(facts, Bad) else self._objection(facts)
-            if isinstance(facts, Bad) or reason:
-                _LOG.warning("a site cannot take part: %s", reason)
-                refused.add(reason)
-            else:
-                self._nodes[reply.metadata.src_node_id] = facts.site
-                self.job.facts[facts.site] = facts
-        if len(self._nodes) < self.plan.participation.sites and not self.job.stop.is_set():
-            raise StudyError(
-                "a study needs the planned number of sites",
-                value=f"{len(self._nodes)} of {self.plan.participation.sites}"
-                + (f"; refused: {'; '.join(sorted(refused))}" if refused else ""),
-                fix="Wait for more sites, or lower participation.sites",
-                where="participation.sites",
-            )
-        self._grid = StudyGrid(self._everyone, self._nodes, self.job.stop)
-        sites = tuple(sorted(self._nodes.values()))
-        self.job.listen(StudyStarted(self.job.arm.name, self.plan.rounds, sites))
-
-    def _objection(self, facts: SiteFacts) -> str:
-        if facts.site in self._nodes.values():
-            return "two sites of one study cannot have the same name"
-        least = self.plan.participation.minimum_patients
-        return f"a site needs {least} patients" if facts.patients < least else ""
-
-    def _wait_for_nodes(self) -> list[int]:
-        end = time.monotonic() + self.plan.participation.deadline
+    def _patiently(self, step: Any) -> None:
+        """Do a step; a patient job that lacks sites waits for them and does it again."""
         while not self.job.stop.is_set():
-            nodes = sorted(self._everyone.get_node_ids())
-            if len(nodes) >= self.plan.participation.sites or time.monotonic() > end:
-                return nodes
-            self.job.stop.wait(0.05)
-        return []
+            try:
+                step()
+                return
+            except StudyError as error:
+                if not self.job.patient:
+                    raise
+                self._wait(str(error))
 
-    def _round(self, round_: int) -> None:
-        started = time.perf_counter()
+    def _wait(self, reason: str) -> None:
+        name, round_ = self.job.arm.name, self.job.round
+        self.job.listen(StudyPaused(name, round_, reason))
+        pause = _LOOK_AGAIN
+        while not self.job.stop.wait(pause):
+            self._members.refresh(self.plan.participation.deadline)
+            if self._members.connected() >= self.plan.participation.needed:
+                self.job.listen(StudyResumed(name, round_))
+                return
+            pause = min(2 * pause, 10.0)
+
+    def _round(self) -> None:
+        started, round_ = time.perf_counter(), self.job.round
         stage, place = self.plan.stage_of(round_)
         result = Round(round=round_, stage=stage.name, seconds=0.0)
+        if self.job.members:
+            self._members.refresh(self.plan.participation.deadline)
         names = trainable_names(self._model, stage.train)
-        updates = self._updates(round_, stage, place, names, result)
+        gathered = self._updates(round_, stage, place, names, result)
         if self.job.stop.is_set():
             return
-        self._aggregate(stage, place, updates)
+        self._aggregate(stage, place, gathered, names)
         if round_ % self.plan.metrics.evaluate_every == 0 or round_ == self.plan.rounds:
             self._validate(round_, result)
         result.seconds = time.perf_counter() - started
         self.job.arm.rounds.append(result)
+        self.job.save(self.job)
         self.job.listen(RoundEnded(self.job.arm.name, result, self.plan.rounds))
 
     def _updates(
         self, round_: int, stage: Stage, place: int, names: Iterable[str], result: Round
-    ) -> list[Update]:
+    ) -> Gathered:
         expected = {name: self.job.arrays[name] for name in names}
-        updates: dict[str, Update] = {}
+        gathered = Gathered(fold=folds(self._strategy_of(stage)))
+        needed = self.plan.participation.needed
         for _ in range(self.plan.participation.retries + 1):
-            messages = self._train_messages(round_, stage, place, expected, updates)
-            result.bytes_down += sum(_size(message.content) for message in messages)
-            failures = self._collect(messages, round_, expected, updates)
-            result.failures = [Failure(site=s, reason=r) for s, r in sorted(failures.items())]
-            if len(updates) >= self.plan.participation.needed or self.job.stop.is_set():
-                ordered = [updates[site] for site in sorted(updates)]
-                self._note(ordered, result)
-                return ordered
+            messages = self._train_messages(round_, stage, place, expected, gathered)
+            result.bytes_down += sum(size_of(message.content) for message in messages)
+            result.failures = self._collect(messages, round_, expected, gathered)
+            if len(gathered.updates) >= needed or self.job.stop.is_set():
+                self._note(gathered.ordered(), result)
+                return gathered
         raise StudyError(
             "a round needs its quorum of updates",
-            value=f"{len(updates)} of {self.plan.participation.needed} in round {round_}; "
+            value=f"{len(gathered.updates)} of {needed} in round {round_}; "
             + "; ".join(f"{failure.site}: {failure.reason}" for failure in result.failures[-5:]),
             fix="Bring the sites back, or lower participation.quorum",
             where="participation.quorum",
@@ -193,22 +144,25 @@ class StudyRun:
         stage: Stage,
         place: int,
         expected: Mapping[str, NDArray[Any]],
-        there: Mapping[str, Update],
+        there: Gathered,
     ) -> list[Message]:
         # A repeated round asks only whose update is missing: training twice would cost privacy.
-        missing = [node for node, site in self._nodes.items() if site not in there]
+        nodes = self._members.nodes
+        missing = [node for node, site in nodes.items() if site not in there.updates]
         grid = StudyGrid(self._everyone, missing, self.job.stop)
         if not grid.get_node_ids():  # Flower would wait for one without end
             return []
         account = round_ % self.plan.metrics.evaluate_every == 0 or round_ == self.plan.rounds
         messages = list(
             self._strategy_of(stage).configure_train(
-                place + 1, _record(expected), self._order(round_, account=account), grid
+                place + 1, record_of(expected), self._order(round_, account=account), grid
             )
         )
         frozen = {name: value for name, value in self.job.arrays.items() if name not in expected}
         for message in messages:
-            message.content["frozen"] = _record(frozen)
+            message.content["frozen"] = record_of(frozen)
+            # Nobody shall train for a round that is over.
+            message.metadata.ttl = self.plan.participation.deadline
         return messages
 
     def _collect(
@@ -216,22 +170,33 @@ class StudyRun:
         messages: list[Message],
         round_: int,
         expected: Mapping[str, Any],
-        updates: dict[str, Update],
-    ) -> dict[str, str]:
-        """Add the valid updates; give the reason of each site that has none."""
-        asked = {self._nodes[message.metadata.dst_node_id] for message in messages}
-        missing = set(self._nodes.values()) - set(updates)
-        failures = {s: "no answer in time" if s in asked else "not connected" for s in missing}
-        for reply in self._grid.replies(messages, self.plan.participation.deadline):
-            site = self._nodes[reply.metadata.src_node_id]
-            update = read_update(reply, site, round_, expected)
+        gathered: Gathered,
+    ) -> list[Failure]:
+        """Add the valid updates; give why each site that has none has none."""
+        nodes = dict(self._members.nodes)
+        asked = {nodes[message.metadata.dst_node_id] for message in messages}
+        failures = {
+            site: Bad("no answer in time" if site in asked else "not connected", "silent")
+            for site in {*nodes.values(), *self.job.members.values()} - set(gathered.updates)
+        }
+        deadline = self.plan.participation.deadline
+        for reply in self._members.grid.replies(messages, deadline):
+            site = nodes[reply.metadata.src_node_id]
+            update = read_update(
+                reply, site, round_, expected, self.job.facts.get(site), self.job.most_change
+            )
             self._tell(round_, site, "train")
             if isinstance(update, Bad):
-                failures[site] = update.reason
+                failures[site] = update
+                self._members.note(site, update)
             else:
-                updates[site] = update
+                gathered.add(site, update)
                 failures.pop(site, None)
-        return failures
+                self._members.note(site, None)
+        return [
+            Failure(site=site, reason=bad.reason, kind=bad.kind)
+            for site, bad in sorted(failures.items())
+        ]
 
     def _note(self, updates: Iterable[Update], result: Round) -> None:
         for update in updates:
@@ -250,32 +215,38 @@ class StudyRun:
         if total := sum(images for _, images in told):
             result.train_loss = sum(loss * images for loss, images in told) / total
 
-    def _aggregate(self, stage: Stage, place: int, updates: list[Update]) -> None:
+    def _aggregate(
+        self, stage: Stage, place: int, gathered: Gathered, names: Iterable[str]
+    ) -> None:
+        strategy = self._strategy_of(stage)
+        node = next(iter(self._members.nodes), 0)
         try:
-            arrays, _ = self._strategy_of(stage).aggregate_train(
-                place + 1, [update.message for update in updates]
-            )
+            arrays, _ = strategy.aggregate_train(place + 1, gathered.messages(node))
         except AppExitException as error:
             raise StudyError(
                 "the updates must be combinable", value=type(error).__name__
             ) from error
         if arrays is None:
             raise StudyError(
-                "the strategy must find enough updates", value=len(updates), fix="Raise the quorum"
-            )
+                "the strategy must find enough updates", value=len(gathered.updates),
+                fix="Raise the quorum",
+            )  # fmt: skip
         new = dict(self.job.arrays)
         for name, array in arrays.items():
             new[name] = array.numpy().astype(self.job.arrays[name].dtype)
         self.job.arrays = new
-        step = len(self.job.arm.rounds) + 1
-        decay = decay_at(step, self.plan.strategy.averaging)
+        self.job.memory, self.job.memory_stage = memory_of(strategy, tuple(names)), stage.name
+        decay = decay_at(self.job.round, self.plan.strategy.averaging)
         self.job.average = blend(self.job.average, new, decay)
 
     def _strategy_of(self, stage: Stage) -> Strategy:
         # Momentum over arrays of another stage would move layers that no longer train.
         if self._strategy is None or self._strategy[0] != stage.name:
             settings = StrategySettings(values=self.plan.strategy.settings)
-            self._strategy = (stage.name, build_strategy(self.plan.strategy.name, settings))
+            strategy = build_strategy(self.plan.strategy.name, settings)
+            if self.job.memory_stage == stage.name:
+                remember(strategy, self.job.memory, trainable_names(self._model, stage.train))
+            self._strategy = (stage.name, strategy)
         return self._strategy[1]
 
     def _validate(self, round_: int, result: Round) -> None:
@@ -287,20 +258,31 @@ class StudyRun:
             if site in result.sites:
                 result.sites[site].validation = values
 
-    def _test(self) -> Any:
-        sites = {site for site, facts in self.job.facts.items() if facts.test_images}
-        counts = self._measure(0, "test", sites)
-        images = {site: facts.test_images for site, facts in self.job.facts.items()}
-        return test_figures(self.plan, counts, images) if counts else None
+    def _finish(self) -> None:
+        """Measure the model on the test patients; then the study is complete."""
+        facts = self.job.facts
+        images = {site: one.test_images for site, one in facts.items()}
+        counts = self._measure(0, "test", {site for site, number in images.items() if number})
+        if self.job.stop.is_set():
+            return
+        if self.job.patient and any(images.values()) and not counts:
+            raise StudyError("a study needs a site to be tested on", fix="Bring a site back")
+        self.job.arm.test = test_figures(self.plan, counts, images) if counts else None
+        self.job.complete = self.job.arm.test is not None
+        self.job.save(self.job)
 
     def _measure(self, round_: int, part: str, sites: set[str]) -> dict[str, Counts]:
         order = self._order(round_, part=part)
-        content = RecordDict({"arrays": _record(self.job.average), "config": order})
-        members = [node for node in self._grid.get_node_ids() if self._nodes[node] in sites]
+        content = RecordDict({"arrays": record_of(self.job.average), "config": order})
+        nodes = dict(self._members.nodes)
+        members = [node for node in self._members.grid.get_node_ids() if nodes[node] in sites]
         messages = [Message(content, node, MessageType.EVALUATE) for node in members]
+        deadline = self.plan.participation.deadline
+        for message in messages:
+            message.metadata.ttl = deadline
         counts: dict[str, Counts] = {}
-        for reply in self._grid.replies(messages, self.plan.participation.deadline):
-            site = self._nodes[reply.metadata.src_node_id]
+        for reply in self._members.grid.replies(messages, deadline):
+            site = nodes[reply.metadata.src_node_id]
             measured = read_counts(reply, site, round_, part, self.plan.task)
             self._tell(round_, site, part)
             if isinstance(measured, Measured):
@@ -310,18 +292,13 @@ class StudyRun:
         return counts
 
     def _order(self, round_: int, **more: Any) -> ConfigRecord:
+        signed = self.job.signed
         order = RoundOrder(
-            plan=self._canonical, plan_hash=self._hash, round=round_, seed=self.job.seed, **more
-        )
+            plan=self._canonical, plan_hash=self._hash, round=round_, seed=self.job.seed,
+            study=signed.get("study", ""), coordinator=signed.get("coordinator", ""),
+            signature=signed.get("signature", ""), **more,
+        )  # fmt: skip
         return ConfigRecord(order.to_flat())  # type: ignore[arg-type]
 
     def _tell(self, round_: int, site: str, what: str) -> None:
         self.job.listen(SiteAnswered(self.job.arm.name, round_, site, what))
-
-
-def _record(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
-    return ArrayRecord({name: Array(value) for name, value in arrays.items()})
-
-
-def _size(content: RecordDict) -> int:
-    return sum(len(a.data) for record in content.array_records.values() for a in record.values())

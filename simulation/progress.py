@@ -66,7 +66,7 @@ class StudyProgress:
             self._bars[event.arm] = self._progress.add_task(event.arm, total=event.rounds, state="")
         elif isinstance(event, SiteAnswered):
             self._answered(event)
-        else:
+        elif isinstance(event, RoundEnded):
             self._ended(event)
 
     def _answered(self, event: SiteAnswered) -> None:

@@ -1,0 +1,90 @@
+"""A study to run, and what stands of it after each round."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.typing import NDArray
+
+from fedward.errors import FedwardError
+from fedward.plan.schema import Plan
+from fedward.protocol import SiteFacts
+from server.events import Listener, ignore
+from server.results import Arm
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def _nothing(job: Job) -> None:
+    """Keep nothing."""
+
+
+@dataclass
+class Job:
+    """A study to run, and what stands of it after each round.
+
+    Attributes
+    ----------
+    plan : Plan
+        What to do.
+    arrays : dict
+        The global model that the next round starts from.
+    arm : Arm
+        Results so far.
+    seed : int
+        Of the random draws of a simulation.
+    listen : callable
+        Hears what happens.
+    stop : threading.Event
+        Ends the study at the next occasion.
+    average : dict
+        The model that is delivered: the moving average, or the same as ``arrays``.
+    facts : dict
+        What the sites said of themselves.
+    members : mapping
+        Between hospitals: node ids of the study's sites and their names. Empty: every node of
+        the grid, which says itself who it is.
+    signed : mapping
+        What shows the hospitals who asks (see :mod:`fedward.signing`).
+    memory, memory_stage : dict, str
+        What the strategy remembers, and in which stage.
+    save : callable
+        Called after each round, before anybody hears that it ended.
+    patient : bool
+        Whether too few sites make the study wait instead of fail.
+    ask_again_seconds : float
+        After which a site that refused is asked again.
+    most_change : float
+        Largest change that an update may make, in units of the model's norm.
+    """
+
+    plan: Plan
+    arrays: Arrays
+    arm: Arm
+    seed: int = 0
+    listen: Listener = ignore
+    stop: threading.Event = field(default_factory=threading.Event)
+    average: Arrays = field(default_factory=dict)
+    facts: dict[str, SiteFacts] = field(default_factory=dict)
+    members: Mapping[int, str] = field(default_factory=dict)
+    signed: Mapping[str, str] = field(default_factory=dict)
+    memory: Arrays = field(default_factory=dict)
+    memory_stage: str = ""
+    save: Callable[[Job], None] = _nothing
+    patient: bool = False
+    ask_again_seconds: float = math.inf
+    most_change: float = 1000.0
+    complete: bool = False
+    error: FedwardError | None = None
+
+    def __post_init__(self) -> None:
+        self.average = self.average or dict(self.arrays)
+
+    @property
+    def round(self) -> int:
+        """The round that runs or comes next, from 1."""
+        return len(self.arm.rounds) + 1
