@@ -38,6 +38,11 @@ class SiteSection(Section):
         default=Path("state"),
         description="folder for the index and the site's secret; only its owner can read it",
     )
+    cache_gib: float = Field(
+        default=50.0, gt=0, allow_inf_nan=False,
+        description="GiB that prepared images may take in the state folder; those that were used "
+        "longest ago make room",
+    )  # fmt: skip
 
 
 class PatientSection(Section):

@@ -56,10 +56,20 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:I
 
 @app.command()
 def run(
+    context: typer.Context,
     plan: PlanFile,
     data: Annotated[
-        Path, typer.Option("--data", help="Folder or file of images.", show_default=False)
-    ],
+        Path | None, typer.Option("--data", help="Folder or file of images.", show_default=False)
+    ] = None,
+    site: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--site",
+            metavar="SITE.TOML[:DATASET]",
+            help="Or, repeated: a hospital's configuration, for its latest frozen cohort.",
+            show_default=False,
+        ),
+    ] = None,
     format: Annotated[
         FormatName, typer.Option("--format", help="How the data lie.")
     ] = FormatName.auto,
@@ -88,22 +98,29 @@ def run(
             "--epsilons", help="Also run with these ε, such as 1,3,8 (plans with privacy)."
         ),
     ] = "",
+    cache_gib: Annotated[
+        float | None,
+        typer.Option("--cache-gib", min=0.001, help="GiB that prepared images may take."),
+    ] = None,
     seed: Seed = 0,
     out: Out = Path("runs/latest"),
     as_json: AsJson = False,
 ) -> None:
     """Run a study: hospitals side by side on this machine, then the report."""
     # What is wrong with the command or the plan shows before the slow imports.
+    _one_source(context)
     from fedward.plan import load_plan
 
     others, loaded = _numbers(epsilons), load_plan(plan)
+    from simulation.options import Hospital, Options
     from simulation.output import check_out
-    from simulation.study import Options, Study
+    from simulation.study import Study
 
     options = Options(
         data=data, out=out, format=None if format is FormatName.auto else _FORMATS[format],
         partition=partition, sites=sites, engine=engine.value, device=device, baselines=baselines,
-        epsilons=others, seed=seed, plan_folder=plan.parent,
+        epsilons=others, seed=seed, plan_folder=plan.parent, cache_gib=cache_gib,
+        hospitals=tuple(map(Hospital.parse, site or ())),
     )  # fmt: skip
     check_out(out)
     _run_studies([Study(loaded, options)], out, as_json)
@@ -182,6 +199,22 @@ def _log_to(path: Path) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("fedward")
     logger.handlers, logger.propagate = [handler], False
+
+
+def _one_source(context: typer.Context) -> None:
+    """Either one dataset to divide or hospitals that bring their own."""
+    given = {name for name, value in context.params.items() if _is_given(context, name, value)}
+    if ("data" in given) == ("site" in given):
+        raise typer.BadParameter("give either --data, or --site for each hospital")
+    others = sorted(given & {"format", "sites", "partition", "cache_gib"})
+    if "site" in given and others:
+        option = others[0].replace("_", "-")
+        raise typer.BadParameter(f"--{option} is about --data; a frozen cohort is taken as it is")
+
+
+def _is_given(context: typer.Context, name: str, value: object) -> bool:
+    source = context.get_parameter_source(name)
+    return bool(value) and source is not None and source.name != "DEFAULT"
 
 
 def _numbers(text: str) -> tuple[float, ...]:

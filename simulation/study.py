@@ -3,59 +3,38 @@
 from __future__ import annotations
 
 import importlib.metadata
-import re
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 from numpy.typing import NDArray
 
-from client.data.preprocess import prepare
-from client.data.read import DatasetSpec, read_dataset
-from client.data.types import Format, PreparedSite
+from client.cohort.training import preparers
+from client.data.types import PreparedSite
 from client.training.device import choose_device
 from client.training.runtime import Runtime
 from client.training.trainer import site_facts
-from fedward.errors import DataError, Interrupted, PlanError, StudyError
+from client.workers import Limits
+from fedward.errors import Interrupted, PlanError, StudyError
 from fedward.models import WeightsReport, build_model, describe, load_initial, to_arrays
 from fedward.plan.load import plan_from, plan_hash
 from fedward.plan.schema import Plan
-from fedward.protocol import SITE_NAME
 from server.app import server_app
 from server.events import Listener, ignore
 from server.results import Arm, StudyResults
 from server.rounds import Job
 from simulation.baselines import lone_arm, shares
 from simulation.local import State, run_local
-from simulation.partition import parse_partition, partition
+from simulation.options import Options as Options
 from simulation.pool import Pool, cores
+from simulation.prepare import divided_sites, frozen_sites
 from simulation.sites import SimulatedSites
 
-Engine = Literal["local", "ray"]
 Arrays = dict[str, NDArray[Any]]
 Note = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line says beside the plan."""
-
-    data: Path
-    out: Path
-    format: Format | None = None
-    partition: str = "folders"
-    sites: int | None = None
-    engine: Engine = "local"
-    device: str = "auto"
-    baselines: bool = False
-    epsilons: tuple[float, ...] = ()
-    seed: int = 0
-    plan_folder: Path | None = None
 
 
 @dataclass
@@ -83,7 +62,7 @@ class Study:
         self.results = StudyResults(
             study=plan.study.name, title=plan.study.title, plan=plan.model_dump(mode="json"),
             plan_sha256=plan_hash(plan), seed=options.seed, engine=options.engine,
-            device=str(choose_device(options.device)), partition=options.partition,
+            device=str(choose_device(options.device)), partition=options.division,
             primary=plan.metrics.primary, parameters=describe(plan).parameters,
             versions=_versions(),
         )  # fmt: skip
@@ -120,27 +99,12 @@ class Study:
         return self.results
 
     def _prepare(self) -> list[PreparedSite]:
-        options, how = self.options, parse_partition(self.options.partition)
-        folders: Literal["none", "folders"] = "folders" if how.kind == "folders" else "none"
-        self.note("reading the data")
-        dataset = read_dataset(DatasetSpec(options.data, options.format, folders), self.plan.task)
-        self.results.left_out = dict(Counter(one.reason for one in dataset.left_out))
-        count = options.sites or self.plan.participation.sites
-        parts = partition(dataset.samples, options.partition, count, options.seed)
-        _check_names(parts)
-        if len(parts) < self.plan.participation.sites:
-            raise PlanError(
-                "the plan needs more sites than the data give",
-                value=f"{len(parts)} of {self.plan.participation.sites}",
-                fix="Lower participation.sites, or bring more sites", where="participation.sites",
-            )  # fmt: skip
-        synthetic = (options.data / "synthetic.json").is_file()
-        cache, prepared = options.out / "cache", []
-        for name, samples in parts.items():
-            self.note(f"preparing {name}: {len(samples)} images")
-            site = prepare(name, samples, self.plan, cache, workers=cores())
-            prepared.append(replace(site, synthetic=synthetic or site.synthetic))
-        return prepared
+        with preparers(Limits(workers=cores())) as crew:
+            if self.options.hospitals:
+                return frozen_sites(self.plan, self.options, crew, self.note)
+            sites, left_out = divided_sites(self.plan, self.options, crew, self.note)
+        self.results.left_out = left_out
+        return sites
 
     def _initial(self) -> Arrays:
         model = build_model(self.plan, self.options.seed)
@@ -225,15 +189,6 @@ class Study:
             for future in done:
                 arms[waiting.pop(future)] = future.result()
         self.results.arms += [arms[site.name] for site in sites] + [arms[""]]
-
-
-def _check_names(names: Iterable[str]) -> None:
-    for name in names:
-        if not re.fullmatch(SITE_NAME, name):
-            raise DataError(
-                "a site's name has letters, digits, blanks, `.`, `_` or `-`, 64 at most",
-                value=name, fix="Rename the folder or the column's value", where="--partition",
-            )  # fmt: skip
 
 
 def with_privacy(plan: Plan, epsilon: float | None) -> Plan:

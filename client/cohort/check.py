@@ -58,7 +58,7 @@ def check_plan(
     measure : bool
         Whether to train a step or two to see how long it takes.
     """
-    findings = [*task_findings(dataset, plan), model_finding(plan)]
+    findings = [*task_findings(dataset.as_task(), plan), model_finding(plan)]
     fits = all(one.status != "fail" for one in findings)
     taken = _of_modality(samples, modalities, plan)
     findings.append(modality_finding(plan, len(samples), taken))

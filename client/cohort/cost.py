@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from client.cohort.probe import Probe, as_site
+from client.data.preprocess import prepared_bytes
 from client.training.batches import count_steps
 from client.training.device import choose_device
 from client.training.runtime import Runtime
@@ -96,14 +97,6 @@ def expect(
         device=str(choose_device(room.device)), steps=steps, seconds=seconds,
         seconds_per_step=None if seconds is None else seconds / steps,
     )  # fmt: skip
-
-
-def prepared_bytes(plan: Plan, images: int) -> int:
-    """Bytes of prepared images (float32) and their labels or masks."""
-    pixels = int(np.prod(plan.preprocessing.size))
-    target = 4 * len(plan.task.classes) if plan.task.multi_label else 8
-    target = pixels if plan.task.kind == "segmentation" else target
-    return images * (4 * plan.preprocessing.channels * pixels + target)
 
 
 def training_bytes(plan: Plan, in_step: int) -> int:

@@ -15,9 +15,9 @@ from fedward.models import build_model, trainable_names
 from fedward.plan.schema import Plan, Task
 
 
-def task_findings(dataset: DatasetSection, plan: Plan) -> Iterator[Finding]:
+def task_findings(ours: Task, plan: Plan) -> Iterator[Finding]:
     """Whether the dataset's labels are those that the plan is about."""
-    ours, theirs = dataset.as_task(), plan.task
+    theirs = plan.task
     same = (ours.kind, ours.dimensions, ours.multi_label) == (
         theirs.kind, theirs.dimensions, theirs.multi_label,
     )  # fmt: skip

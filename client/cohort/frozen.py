@@ -43,6 +43,10 @@ class FrozenCohort:
         Samples, whose patients are keyed hashes and whose identities are of content alone.
     rehashed : int
         Files that were read again because their times or sizes had changed.
+    root : Path
+        Of the dataset.
+    stamps : mapping
+        Files with the size and the times with which their content was found right.
     """
 
     name: str
@@ -50,6 +54,24 @@ class FrozenCohort:
     task: Task
     dataset: Dataset
     rehashed: int
+    root: Path
+    stamps: Mapping[Path, tuple[int, int, int]]
+
+    def verify(self) -> None:
+        """Look again whether every file is as it was when the cohort was opened.
+
+        Raises
+        ------
+        DataError
+            One is not.
+        """
+        changed = sum(not _is_as(path, stamp) for path, stamp in self.stamps.items())
+        if changed:
+            raise DataError(
+                "a frozen cohort must hold still while it is read",
+                value=f"of {len(self.stamps)} files {changed} changed", fix="Start again",
+                where=self.name,
+            )  # fmt: skip
 
 
 def open_cohort(
@@ -84,7 +106,10 @@ def open_cohort(
     )  # fmt: skip
     samples = tuple(_sample(item, restorer) for item in cohort.items)
     again = sum(now[key] != record for key, record in cohort.files.items())
-    return FrozenCohort(cohort.name, cohort.sha256, cohort.task, Dataset(samples), again)
+    stamps = {paths[key]: (one.size, one.modified, one.changed) for key, one in now.items()}
+    return FrozenCohort(
+        cohort.name, cohort.sha256, cohort.task, Dataset(samples), again, extract.root, stamps
+    )  # fmt: skip
 
 
 def _choose(state: Path, name: str, which: str) -> Path:
@@ -143,6 +168,13 @@ def _look(path: Path, known: FileRecord) -> FileRecord | None:
     except OSError:
         return None
     return FileRecord(sha256=known.sha256, size=now[0], modified=now[1], changed=now[2])
+
+
+def _is_as(path: Path, stamp: tuple[int, int, int]) -> bool:
+    try:
+        return _stamp(path) == stamp
+    except OSError:
+        return False
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

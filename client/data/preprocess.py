@@ -5,37 +5,62 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
-from functools import partial
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from client.data import cache as store
 from client.data import reasons
-from client.data.quiet import quiet
+from client.data.one import Job, Outcome, one_torch_thread, prepare_sample
+from client.data.readers.npz import ArrayImage
 from client.data.split import split_by_patient
-from client.data.transform import Prepared, prepare_image
 from client.data.types import SPLITS, PreparedSite, Sample
+from client.workers import Crew
 from fedward.errors import DataError
-from fedward.plan.schema import Plan, Preprocessing, Task
+from fedward.plan.schema import Plan
 
-_VERSION: Final = 2  # raise it when the arithmetic changes, so that old entries are not used
+_VERSION: Final = 3  # raise it when the arithmetic changes, so that old entries are not used
+_FOR_SLICE: Final = 0.5  # seconds that a volume may take for each of its slices
 _ARRAYS: Final = ("images", "targets", "patients", "spacing", "part")
 
 
+@dataclass(frozen=True)
+class Means:
+    """What a preparation may use beside this process.
+
+    Attributes
+    ----------
+    threads : int
+        That decode in this process (the codecs release Python's lock for most of their work);
+        without `crew` only.
+    crew : Crew, optional
+        Processes that decode instead: what hangs or dies costs its sample and nothing else.
+    cache_bytes : int, optional
+        That the cache may take; entries used longest ago make room.
+    verify : callable, optional
+        Called when all is decoded and before it is kept; raises when a file was changed meanwhile.
+    """
+
+    threads: int = 1
+    crew: Crew[Job, Outcome] | None = None
+    cache_bytes: int | None = None
+    verify: Callable[[], None] | None = None
+
+
+_ALONE: Final = Means()
+
+
 def prepare(
-    name: str,
-    samples: Sequence[Sample],
-    plan: Plan,
-    cache: Path | None = None,
-    workers: int = 1,
-) -> PreparedSite:
+    name: str, samples: Sequence[Sample], plan: Plan, cache: Path | None = None,
+    means: Means = _ALONE,
+) -> PreparedSite:  # fmt: skip
     """Decode and preprocess a site's samples and divide them by patient.
 
     Parameters
@@ -49,15 +74,15 @@ def prepare(
     cache : Path, optional
         Folder for prepared arrays; what is there already for the same samples and settings is
         memory-mapped instead of being made again.
-    workers : int
-        Threads that decode (the codecs release Python's lock for most of their work).
+    means : Means, optional
+        Threads, processes, and bounds.
 
     Raises
     ------
     DataError
         No image could be used, or too few patients are left to divide.
     OutputError
-        The cache cannot be written.
+        The cache cannot be written, or has no room.
 
     Notes
     -----
@@ -66,12 +91,9 @@ def prepare(
     _known(samples)
     key = _key(samples, plan) if cache is not None else None
     if cache is None or key is None:
-        arrays, meta = _build(samples, plan, workers, store.MemoryRows(), store.MemoryRows())
+        arrays, meta = _build(samples, plan, means, store.MemoryRows(), store.MemoryRows())
         return _site(name, arrays, meta)
-    found = store.load(cache / key, _ARRAYS)
-    if found is None:
-        _fill(cache, key, samples, plan, workers)
-        found = store.load(cache / key, _ARRAYS)
+    found = store.load(cache / key, _ARRAYS) or _fill(cache / key, samples, plan, means)
     if found is None:
         raise DataError("a prepared dataset must stay in its cache", fix="Start again")
     return _site(name, found.arrays, found.meta)
@@ -83,12 +105,12 @@ def _known(samples: Sequence[Sample]) -> None:
 
 
 def _build(
-    samples: Sequence[Sample], plan: Plan, workers: int, images: store.Rows, masks: store.Rows
+    samples: Sequence[Sample], plan: Plan, means: Means, images: store.Rows, masks: store.Rows
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     kept: list[Sample] = []
     spacing: list[tuple[float, ...]] = []
     left_out: Counter[str] = Counter()
-    for sample, item in zip(samples, _prepared(samples, plan, workers), strict=True):
+    for sample, item in zip(samples, _prepared(samples, plan, means), strict=True):
         if isinstance(item, str):
             left_out[item] += 1
             continue
@@ -110,43 +132,31 @@ def _build(
     return arrays, {"left_out": dict(left_out), "synthetic": synthetic}
 
 
-def _prepared(samples: Sequence[Sample], plan: Plan, workers: int) -> Iterator[Prepared | str]:
-    one = partial(_one, task=plan.task, prep=plan.preprocessing)
-    with quiet(), _one_torch_thread():
-        if workers <= 1:
-            yield from map(one, samples)
+def _prepared(samples: Sequence[Sample], plan: Plan, means: Means) -> Iterator[Outcome]:
+    jobs = (Job(sample, plan.task, plan.preprocessing) for sample in samples)
+    if means.crew is not None and not _in_memory(samples[0]):
+        for outcome in means.crew.in_order(jobs, _patience):
+            yield reasons.DECODER_FAILED if outcome is None else outcome
+        return
+    with one_torch_thread():
+        if means.threads <= 1:
+            yield from map(prepare_sample, jobs)
             return
         # In portions: all at once would decode faster than they are taken, and fill the memory.
-        size = 8 * workers
-        with ThreadPoolExecutor(workers) as pool:
-            for start in range(0, len(samples), size):
-                yield from pool.map(one, samples[start : start + size])
+        with ThreadPoolExecutor(means.threads) as pool:
+            while portion := list(islice(jobs, 8 * means.threads)):
+                yield from pool.map(prepare_sample, portion)
 
 
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    # Images are small: handing a part of each to other threads cost 25 times the work itself on
-    # two busy cores. `workers` is the way to use more of them.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _in_memory(sample: Sample) -> bool:
+    """Whether there is nothing to decode, and a process would only be sent a copy."""
+    return isinstance(getattr(sample.load, "load", sample.load), ArrayImage)
 
 
-def _one(sample: Sample, task: Task, prep: Preprocessing) -> Prepared | str:
-    try:
-        if task.kind == "segmentation" and sample.mask is None:
-            return reasons.NO_MASK
-        if task.kind == "classification" and sample.label is None:
-            return reasons.NO_LABEL
-        image = sample.load()
-        mask = sample.mask() if sample.mask is not None else None
-        return prepare_image(image, mask, task, prep)
-    except Exception as error:
-        # One bad file must not stop a site, whatever its decoder raises.
-        return reasons.reason_of(error)
+def _patience(job: Job) -> float:
+    """Seconds beside those for one file: a volume is read from many."""
+    load = getattr(job.sample.load, "load", job.sample.load)
+    return _FOR_SLICE * len(getattr(load, "frames", ()))
 
 
 def _targets(kept: Sequence[Sample], plan: Plan) -> NDArray[Any]:
@@ -195,16 +205,32 @@ def _site(name: str, arrays: Any, meta: Any) -> PreparedSite:
     )
 
 
-def _fill(cache: Path, key: str, samples: Sequence[Sample], plan: Plan, workers: int) -> None:
+def _fill(place: Path, samples: Sequence[Sample], plan: Plan, means: Means) -> store.Stored | None:
     segmentation = plan.task.kind == "segmentation"
-    with store.building(cache) as temporary, ExitStack() as stack:
-        images = stack.enter_context(closing(store.FileRows(temporary / "images.npy")))
-        masks: store.Rows = store.MemoryRows()
-        if segmentation:
-            masks = stack.enter_context(closing(store.FileRows(temporary / "targets.npy")))
-        arrays, meta = _build(samples, plan, workers, images, masks)
+    size = prepared_bytes(plan, len(samples))
+    with store.building(place, size, means.cache_bytes) as temporary, ExitStack() as stack:
+        if found := store.load(place, _ARRAYS):  # another process made it meanwhile
+            return found
+
+        def rows(name: str) -> store.FileRows:
+            return stack.enter_context(
+                closing(store.FileRows(temporary / f"{name}.npy", len(samples)))
+            )
+
+        masks: store.Rows = rows("targets") if segmentation else store.MemoryRows()
+        arrays, meta = _build(samples, plan, means, rows("images"), masks)
+        if means.verify is not None:
+            means.verify()
         small = {k: a for k, a in arrays.items() if not isinstance(a, np.memmap)}
-        store.publish(temporary, cache / key, small, meta)
+        return store.publish(temporary, place, small, meta, _ARRAYS)
+
+
+def prepared_bytes(plan: Plan, images: int) -> int:
+    """Bytes of prepared images (float32) and their labels or masks."""
+    pixels = int(np.prod(plan.preprocessing.size))
+    target = 4 * len(plan.task.classes) if plan.task.multi_label else 8
+    target = pixels if plan.task.kind == "segmentation" else target
+    return images * (4 * plan.preprocessing.channels * pixels + target)
 
 
 def _key(samples: Sequence[Sample], plan: Plan) -> str | None:

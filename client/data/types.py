@@ -115,6 +115,8 @@ class PreparedSite:
         Reason to count.
     synthetic : bool
         Whether the images say of themselves that they are synthetic.
+    cohort : str
+        SHA-256 of the frozen cohort that they are of; "" for what is not frozen.
     """
 
     name: str
@@ -125,6 +127,7 @@ class PreparedSite:
     spacing: NDArray[np.float32]
     left_out: Mapping[str, int] = field(default_factory=dict)
     synthetic: bool = False
+    cohort: str = ""
 
     def patients_in(self, name: SplitName) -> int:
         """Patients of one part of the division."""

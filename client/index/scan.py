@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,32 +16,14 @@ from client.data.files import find
 from client.index.extract import Extractor
 from client.index.facts import FileFacts
 from client.index.store import Index
-from client.index.worker import Worker
+from client.workers import Limits, Worker
 from fedward.errors import Interrupted
 
 _BATCH: Final = 200  # files in a transaction
 _PATIENCE: Final = 2.0  # seconds after which what was found is written, however little
 
 Listen = Callable[["Summary"], None]
-
-
-@dataclass
-class Limits:
-    """What reading may take.
-
-    Attributes
-    ----------
-    workers : int
-        Processes.
-    seconds : float
-        For one file; a decoder that takes longer is killed.
-    memory : int
-        Bytes of address space of one process.
-    """
-
-    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
-    seconds: float = 60.0
-    memory: int = 6 << 30
+_Reader = Worker[Path, FileFacts]
 
 
 @dataclass
@@ -100,7 +81,7 @@ class _Scan:
         self.settings = extract.settings
         self.found: list[FileFacts] = []
         self.seen: list[str] = []
-        self.workers: list[Worker] = []
+        self.workers: list[_Reader] = []
         self.written = time.monotonic()
 
     def run(self) -> Summary:
@@ -108,7 +89,7 @@ class _Scan:
         try:
             for path in self._unknown():
                 self._free().give(path)
-            while any(worker.path for worker in self.workers):
+            while any(worker.item for worker in self.workers):
                 self._listen_to_workers()
             self._write()
             self.summary.gone = self.index.drop_before(self.number)
@@ -142,10 +123,10 @@ class _Scan:
             else:
                 yield path
 
-    def _free(self) -> Worker:
+    def _free(self) -> _Reader:
         while True:
             for worker in self.workers:
-                if worker.path is None:
+                if worker.item is None:
                     return worker
             if len(self.workers) < self.limits.workers:
                 self.workers.append(Worker(self.extract, self.limits.memory, self.limits.seconds))
@@ -153,16 +134,16 @@ class _Scan:
             self._listen_to_workers()
 
     def _listen_to_workers(self) -> None:
-        busy = {worker.connection: worker for worker in self.workers if worker.path}
+        busy = {worker.connection: worker for worker in self.workers if worker.item}
         for connection in wait(list(busy), timeout=0.2):
             self._hear(busy[connection])  # type: ignore[index]
         for worker in self.workers:
-            if worker.path and worker.late:
-                self._keep(self._lost(worker, worker.path))
+            if worker.item and worker.late:
+                self._keep(self._lost(worker, worker.item))
         self._write_sometimes()
 
-    def _hear(self, worker: Worker) -> None:
-        path = worker.path
+    def _hear(self, worker: _Reader) -> None:
+        path = worker.item
         try:
             facts = worker.take()
         except (EOFError, OSError):
@@ -170,7 +151,7 @@ class _Scan:
         if facts is not None:
             self._keep(facts)
 
-    def _lost(self, worker: Worker, path: Path) -> FileFacts:
+    def _lost(self, worker: _Reader, path: Path) -> FileFacts:
         """The file that a worker hung or died over; another worker takes its place."""
         worker.end()
         worker.start()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image as Pillow
 
-from client.data.preprocess import prepare
+from client.data.preprocess import Means, prepare
 from client.data.read import DatasetSpec, read_dataset
 from client.data.types import SPLITS, Image, Sample
 from fedward.errors import DataError, OutputError
@@ -102,7 +102,7 @@ def test_segmentation_leaves_out_masks_that_do_not_fit(make_plan):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_unreadable_images_are_counted_whatever_they_raise(make_plan, workers):
-    site = prepare("x", cohort(bad=(3, 4)), make_plan(), workers=workers)
+    site = prepare("x", cohort(bad=(3, 4)), make_plan(), means=Means(workers))
     assert site.left_out == {"not readable": 2}
     assert site.patients.tolist() == [k // 2 for k in range(40) if k not in (3, 4)]
 
@@ -116,14 +116,14 @@ def test_nothing_readable_is_an_error_without_names(make_plan):
 
 
 def test_workers_change_nothing(make_plan):
-    one, many = (prepare("x", cohort(bad=(7,)), make_plan(), workers=w) for w in (1, 4))
+    one, many = (prepare("x", cohort(bad=(7,)), make_plan(), means=Means(w)) for w in (1, 4))
     np.testing.assert_array_equal(one.images, many.images)
     assert all((one.split[s] == many.split[s]).all() for s in SPLITS)
 
 
 def test_the_number_of_torch_threads_is_as_before(make_plan):
     before = torch.get_num_threads()
-    prepare("x", cohort(), make_plan(size=(24, 24)), workers=2)
+    prepare("x", cohort(), make_plan(size=(24, 24)), means=Means(2))
     with pytest.raises(DataError):
         prepare("x", cohort(2, bad=(0, 1)), make_plan())
     assert torch.get_num_threads() == before
@@ -232,13 +232,14 @@ def test_a_cache_that_cannot_be_written(tmp_path, make_plan):
     assert str(tmp_path) not in str(caught.value)
 
 
-def test_old_leftovers_are_swept_and_young_ones_kept(tmp_path, make_plan):
-    for name, age in (("old", 2 * 86_400), ("young", 60)):
-        folder = tmp_path / f".partial-{name}"
-        folder.mkdir()
-        os.utime(folder, (time.time() - age,) * 2)
+def test_leftovers_are_swept_and_what_is_being_written_is_kept(tmp_path, make_plan):
+    for name in ("left", "owned"):
+        (tmp_path / f".partial-{name}").mkdir()
+    handle = os.open(tmp_path / ".partial-owned", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
     prepare("x", cohort(), make_plan(), cache=tmp_path)
-    assert {p.name for p in tmp_path.glob(".partial-*")} == {".partial-young"}
+    os.close(handle)
+    assert {p.name for p in tmp_path.glob(".partial-*")} == {".partial-owned"}
 
 
 KILLED = """

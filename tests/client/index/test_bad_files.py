@@ -20,7 +20,7 @@ from client.index.extract import AGAIN, Extractor
 from client.index.facts import FileFacts
 from client.index.scan import Limits, scan
 from client.index.store import Index, open_index
-from client.index.worker import Worker
+from client.workers import Worker
 
 SECRET = b"k" * 32
 ONE = Limits(workers=1)

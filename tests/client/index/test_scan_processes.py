@@ -132,7 +132,7 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path, start):
 
 
 def test_a_worker_does_not_load_torch():
-    code = "import sys, client.index.worker; print('torch' in sys.modules)"
+    code = "import sys, client.workers, client.index.extract; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True
     )

@@ -1,0 +1,70 @@
+"""What the command line says beside the plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from client.data.types import Format
+
+Engine = Literal["local", "ray"]
+
+
+@dataclass(frozen=True)
+class Hospital:
+    """A hospital that brings a frozen cohort.
+
+    Attributes
+    ----------
+    config : Path
+        Its ``site.toml``.
+    dataset : str
+        Whose latest cohort is taken; "" for its only dataset.
+    """
+
+    config: Path
+    dataset: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Hospital:
+        """From ``PATH`` or ``PATH:DATASET``."""
+        path, colon, dataset = text.rpartition(":")
+        # A path may hold a colon itself.
+        if not colon or Path(text).exists():
+            return cls(Path(text))
+        return cls(Path(path), dataset)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is to be run, and how.
+
+    Attributes
+    ----------
+    data : Path or None
+        A dataset to divide; None when there are `hospitals`.
+    hospitals : tuple of Hospital
+        Or: those that bring frozen cohorts.
+    cache_gib : float or None
+        GiB that prepared images of `data` may take; None for no bound.
+    """
+
+    data: Path | None
+    out: Path
+    format: Format | None = None
+    partition: str = "folders"
+    sites: int | None = None
+    engine: Engine = "local"
+    device: str = "auto"
+    baselines: bool = False
+    epsilons: tuple[float, ...] = ()
+    seed: int = 0
+    plan_folder: Path | None = None
+    hospitals: tuple[Hospital, ...] = ()
+    cache_gib: float | None = None
+
+    @property
+    def division(self) -> str:
+        """How the data come to be divided, for the report."""
+        return "frozen cohorts" if self.hospitals else self.partition
