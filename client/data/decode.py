@@ -7,21 +7,18 @@ C.7.6.16. Only one frame is decoded at a time.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
-from pydicom.pixels.utils import pixel_array
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from client.data import reasons
 from client.data.quiet import quiet
-from client.data.readers.dicom_files import check_inflated, is_deflated
+from client.data.stored import open_dicom, stored_values
 from client.data.types import Image
 
 _GROUPS: Final = (
@@ -82,13 +79,13 @@ def read_frame(path: Path, frame: int = 0) -> Frame:
     """
     with quiet():
         try:
-            header = _header(path, path.stat().st_mtime_ns)
+            opened = open_dicom(path)
+            header = opened.header
             if "Rows" not in header or "Columns" not in header:
                 raise reasons.unusable(reasons.NO_PIXELS)
             if frame_bytes(header) > _LARGEST:
                 raise reasons.unusable(reasons.TOO_LARGE)
-            pixels = pixel_array(_source(path, header), index=frame, **_syntax(header))
-            return decode(header, np.asarray(pixels), frame)
+            return decode(header, stored_values(opened, frame), frame)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
@@ -116,7 +113,7 @@ def read_place(path: Path, frame: int = 0) -> Place:
     """
     with quiet():
         try:
-            header = _header(path, path.stat().st_mtime_ns)
+            header = open_dicom(path).header
             if "Rows" not in header or "Columns" not in header:
                 raise reasons.unusable(reasons.NO_PIXELS)
             return place_of(header, frame)
@@ -134,48 +131,6 @@ def place_of(header: Dataset, frame: int) -> Place:
         _vector(flat, "ImageOrientationPatient", (2, 3)),
         str(header.get("SOPInstanceUID") or ""),
     )
-
-
-@lru_cache(maxsize=8)
-def _header(path: Path, changed: int) -> Dataset:
-    # The header of a multi-frame file is long, and every frame asks for it again.
-    check_inflated(path)
-    return pydicom.dcmread(path, stop_before_pixels=True, force=True)
-
-
-def _source(path: Path, header: Dataset) -> Path | Dataset:
-    # pydicom looks for the pixels of a file where they would lie, were nothing deflated; and of
-    # one-bit pixels that are cut off it makes the rest from memory as it finds it.
-    if not (is_deflated(header) or header.get("BitsAllocated") == 1):
-        return path
-    whole = pydicom.dcmread(path, force=True)
-    check_length(whole)
-    return whole
-
-
-def check_length(whole: Dataset) -> None:
-    """Refuse uncompressed pixels that are shorter than the header says.
-
-    Raises
-    ------
-    DataError
-        "not readable".
-    """
-    syntax = getattr(whole, "file_meta", Dataset()).get("TransferSyntaxUID")
-    if syntax is not None and syntax.is_compressed and not is_deflated(whole):
-        return
-    bits = int(whole.Rows) * int(whole.Columns) * int(whole.get("SamplesPerPixel") or 1)
-    bits *= int(whole.get("NumberOfFrames") or 1) * int(whole.BitsAllocated)
-    if len(whole.get("PixelData") or b"") < -(-bits // 8):
-        raise reasons.unusable(reasons.NOT_READABLE)
-
-
-def _syntax(header: Dataset) -> dict[str, Any]:
-    """The transfer syntax of an old file without a file meta group, from how it was parsed."""
-    if "TransferSyntaxUID" in getattr(header, "file_meta", ()):
-        return {}
-    implicit = header.original_encoding[0]
-    return {"transfer_syntax_uid": ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian}
 
 
 def decode(header: Dataset, pixels: NDArray[np.generic], frame: int = 0) -> Frame:
@@ -202,12 +157,14 @@ def decode(header: Dataset, pixels: NDArray[np.generic], frame: int = 0) -> Fram
 
 def _flat(header: Dataset, frame: int) -> Dataset:
     """The header with this frame's functional groups laid over it."""
+    shared = header.get("SharedFunctionalGroupsSequence") or []
+    each = header.get("PerFrameFunctionalGroupsSequence") or []
+    if not (shared or each):
+        return header
     flat = Dataset()
     flat.update(header)
     if None not in header.original_encoding:  # palettes are stored in the file's byte order
         flat.set_original_encoding(*header.original_encoding)
-    shared = header.get("SharedFunctionalGroupsSequence") or []
-    each = header.get("PerFrameFunctionalGroupsSequence") or []
     for groups in [*shared[:1], *each[frame : frame + 1]]:
         for name in _GROUPS:
             for item in (groups.get(name) or [])[:1]:

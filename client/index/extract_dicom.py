@@ -13,7 +13,8 @@ import pydicom
 
 from client.data import reasons
 from client.data.decode import frame_bytes, read_frame
-from client.data.readers.dicom_files import check_inflated, is_segmentation
+from client.data.readers.dicom_files import is_segmentation
+from client.data.stored import open_dicom
 from client.index.extract_images import LARGEST, measured
 from client.index.facts import FileFacts
 from client.secret import Pseudonyms
@@ -40,8 +41,7 @@ def dicom_facts(
     Exception
         Whatever pydicom raises on a broken header.
     """
-    check_inflated(path)
-    header = pydicom.dcmread(path, stop_before_pixels=True, force=True)
+    header = open_dicom(path).header
     facts = replace(facts, **_who(header, hashed, shared_ids), **_what(header))
     if is_segmentation(header):
         return facts

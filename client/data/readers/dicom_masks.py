@@ -15,11 +15,12 @@ from pydicom.dataset import Dataset
 from pydicom.pixels.utils import pixel_array
 
 from client.data import reasons
-from client.data.decode import Place, check_length, place_of, read_place
+from client.data.decode import Place, place_of, read_place
 from client.data.files import file_identity
 from client.data.quiet import quiet
 from client.data.readers.dicom_files import check_inflated, is_deflated
 from client.data.readers.dicom_volumes import geometry
+from client.data.stored import check_length
 from fedward.plan.schema import Task
 
 _HALF: Final = 0.5  # of the largest value of a fractional segmentation counts as foreground
