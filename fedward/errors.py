@@ -13,6 +13,7 @@
     ├── StudyError             17   a study cannot go on (quorum, no update)
     ├── OutputError            18   results cannot be written
     ├── ConfigError            19   the site's configuration breaks a rule
+    ├── BudgetError            20   the privacy budget does not allow it
     └── Interrupted           130   Ctrl-C; what was finished is kept
 
 A message states the rule, the value that breaks it and the next step. Exit code 2 is the command
@@ -122,6 +123,12 @@ class ConfigError(FedwardError):
     """The site's configuration breaks a rule."""
 
     exit_code = 19
+
+
+class BudgetError(FedwardError):
+    """The privacy budget of a cohort does not allow it."""
+
+    exit_code = 20
 
 
 class Interrupted(FedwardError):

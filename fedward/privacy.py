@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -183,6 +184,42 @@ def epsilon_spent(noise_multiplier: float, rate: float, steps: int, delta: float
         fix="Plan fewer steps, or a larger delta",
         where="privacy",
     )
+
+
+def epsilon_composed(mechanisms: Iterable[Mechanism], delta: float) -> float:
+    """ε at δ (an upper bound) of mechanisms that ran over the same patients, one after another.
+
+    Parameters
+    ----------
+    mechanisms : iterable of Mechanism
+        ``steps`` are those that were taken. The order does not matter.
+    delta : float
+        For all of them together.
+
+    Raises
+    ------
+    PrivacyError
+        No accountant can follow.
+    """
+    total: Counter[tuple[float, float]] = Counter()
+    for one in mechanisms:
+        total[one.noise_multiplier, one.sampling_rate] += one.steps
+    return _composed(tuple(sorted((noise, rate, n) for (noise, rate), n in total.items())), delta)
+
+
+@lru_cache(maxsize=4096)
+def _composed(history: tuple[tuple[float, float, int], ...], delta: float) -> float:
+    history = tuple(entry for entry in history if entry[2])
+    if len(history) < 2:
+        return epsilon_spent(*history[0], delta) if history else 0.0
+    accountant = PRVAccountant()
+    accountant.history = list(history)
+    with suppress(ValueError, RuntimeError, ArithmeticError), _quiet():
+        if sum(_points(noise, rate, n, delta) for noise, rate, n in history) <= _MOST_POINTS:
+            return float(accountant.get_epsilon(delta, eps_error=_ERROR))
+    # Where the tight accountant cannot follow, costs that are simply added are still a bound.
+    share = delta / len(history)
+    return sum(epsilon_spent(noise, rate, n, share) for noise, rate, n in history)
 
 
 def _points(noise: float, rate: float, steps: int, delta: float) -> float:
