@@ -1,22 +1,24 @@
-"""``fedward-client``: what a hospital does with its own data."""
+"""``fedward-client``: a hospital's data, and its part in studies."""
 
 from __future__ import annotations
 
 import typer
 
+from client.commands.daemon import add_to
 from client.commands.data import data_app
 from fedward.console import run_command
 
 app = typer.Typer(
-    help="Work with a hospital's images, at the hospital.", no_args_is_help=True,
+    help="A hospital's images and its part in studies, at the hospital.", no_args_is_help=True,
     add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
 app.add_typer(data_app, name="data")
+add_to(app)
 
 
 @app.callback()
 def _top() -> None:
-    """Work with a hospital's images, at the hospital."""
+    """A hospital's images and its part in studies, at the hospital."""
 
 
 def main() -> None:

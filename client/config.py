@@ -8,25 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
-from pydantic_core import PydanticCustomError
 
 from client.daemon.settings import ServerSection, TrainerSection
 from client.data.types import Format
-from client.section import Place, Section
+from client.policy.settings import PolicySection
+from client.section import DatasetName, Place, Section, whole
 from fedward.errors import ConfigError
 from fedward.plan.messages import schema_error
 from fedward.plan.schema import Task
 from fedward.protocol import SITE_NAME
 
-
-def _whole(value: Any) -> Any:
-    # A literal compares by ==, for which True and 1.0 are 1.
-    if type(value) is not int:
-        raise PydanticCustomError("int_type", "Input should be a valid integer")
-    return value
-
-
-DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 PatientId = Annotated[str, Field(min_length=1, max_length=64)]
 
 
@@ -62,7 +53,7 @@ class DatasetSection(Section):
         default=None, description="how the data lie; without it the folder is looked at"
     )
     task: Literal["classification", "segmentation"] = Field(description="what the labels are for")
-    dimensions: Annotated[Literal[2, 3], BeforeValidator(_whole)] = Field(
+    dimensions: Annotated[Literal[2, 3], BeforeValidator(whole)] = Field(
         default=2, description="2 for images, 3 for volumes"
     )
     classes: tuple[str, ...] = Field(
@@ -90,7 +81,7 @@ class DatasetSection(Section):
 class SiteConfig(Section):
     """The whole file."""
 
-    version: Annotated[Literal[1], BeforeValidator(_whole)] = Field(
+    version: Annotated[Literal[1], BeforeValidator(whole)] = Field(
         description="of this file's format"
     )
     site: SiteSection = Field(description="the hospital")
@@ -102,6 +93,9 @@ class SiteConfig(Section):
     )
     trainer: TrainerSection = Field(
         default=TrainerSection(), description="the process that reads the images"
+    )
+    policy: PolicySection = Field(
+        default=PolicySection(), description="what studies may do here; without it: nothing"
     )
 
     def dataset(self, name: str) -> DatasetSection:
@@ -175,7 +169,18 @@ def config_from(content: dict[str, Any], folder: Path, *, datasets_here: bool = 
         }
     )
     _check_apart(made)
+    _check_served(made)
     return made
+
+
+def _check_served(config: SiteConfig) -> None:
+    for place, one in enumerate(config.policy.studies):
+        if one.dataset not in config.datasets:
+            raise ConfigError(
+                f"the dataset must be one of {', '.join(sorted(config.datasets))}",
+                value=one.dataset, fix="Name one of these, or add it to site.toml",
+                where=f"policy.studies.{place}.dataset",
+            )  # fmt: skip
 
 
 def _placed_server(server: ServerSection, folder: Path) -> ServerSection:

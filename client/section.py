@@ -6,8 +6,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 Place = Annotated[Path, Field(strict=False)]
+DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+
+
+def whole(value: Any) -> Any:
+    """A whole number, for literals, which compare by ``==``, for which True and 1.0 are 1."""
+    if type(value) is not int:
+        raise PydanticCustomError("int_type", "Input should be a valid integer")
+    return value
 
 
 class Section(BaseModel):

@@ -14,6 +14,9 @@
     ├── OutputError            18   results cannot be written
     ├── ConfigError            19   the site's configuration breaks a rule
     ├── BudgetError            20   the privacy budget does not allow it
+    ├── AuditError             21   the audit log is not whole, or cannot be written
+    ├── PolicyError            22   the site's policy does not allow it
+    ├── EgressError            23   something was about to leave a site that may not
     └── Interrupted           130   Ctrl-C; what was finished is kept
 
 A message states the rule, the value that breaks it and the next step. Exit code 2 is the command
@@ -129,6 +132,24 @@ class BudgetError(FedwardError):
     """The privacy budget of a cohort does not allow it."""
 
     exit_code = 20
+
+
+class AuditError(FedwardError):
+    """The audit log is not whole, or cannot be written."""
+
+    exit_code = 21
+
+
+class PolicyError(FedwardError):
+    """The site's policy does not allow it."""
+
+    exit_code = 22
+
+
+class EgressError(FedwardError):
+    """Something was about to leave a site that may not."""
+
+    exit_code = 23
 
 
 class Interrupted(FedwardError):

@@ -60,6 +60,8 @@ class Job:
         After which a site that refused is asked again.
     most_change : float
         Largest change that an update may make, in units of the model's norm.
+    quorum, deadline : int or None, float or None
+        In place of the plan's, where the study was submitted with others.
     """
 
     plan: Plan
@@ -78,11 +80,23 @@ class Job:
     patient: bool = False
     ask_again_seconds: float = math.inf
     most_change: float = 1000.0
+    quorum: int | None = None
+    deadline: float | None = None
     complete: bool = False
     error: FedwardError | None = None
 
     def __post_init__(self) -> None:
         self.average = self.average or dict(self.arrays)
+
+    @property
+    def needed(self) -> int:
+        """Updates that make a round count."""
+        return self.quorum if self.quorum is not None else self.plan.participation.needed
+
+    @property
+    def patience(self) -> float:
+        """Seconds that a round waits."""
+        return self.deadline if self.deadline is not None else self.plan.participation.deadline
 
     @property
     def round(self) -> int:

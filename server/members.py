@@ -59,7 +59,7 @@ class Members:
         StudyError
             Too few do.
         """
-        end = time.monotonic() + self._needs.deadline
+        end = time.monotonic() + self._job.patience
         wanted = len(self._job.members) or self._needs.sites
         while not self._job.stop.is_set():
             late = time.monotonic() > end
@@ -79,7 +79,7 @@ class Members:
             return
         record = RecordDict({"config": self._order()})
         asked = [Message(record, node, MessageType.QUERY) for node in new]
-        limit = max(1.0, min(seconds, self._needs.deadline))
+        limit = max(1.0, min(seconds, self._job.patience))
         for message in asked:
             message.metadata.ttl = limit
         for reply in StudyGrid(self._everyone, new, self._job.stop).replies(asked, limit):
@@ -102,7 +102,7 @@ class Members:
         return len(self.grid.get_node_ids())
 
     def _enough(self) -> bool:
-        least = self._needs.needed if self._job.members else self._needs.sites
+        least = self._job.needed if self._job.members else self._needs.sites
         return len(self.nodes) >= least
 
     def _undescribed(self, *, last: bool) -> list[int]:
@@ -153,7 +153,7 @@ class Members:
 
     def _too_few(self) -> StudyError:
         refused = sorted({reason for _, reason in self._refused.values()})
-        least = self._needs.needed if self._job.members else self._needs.sites
+        least = self._job.needed if self._job.members else self._needs.sites
         return StudyError(
             "a study needs the planned number of sites",
             value=f"{len(self.nodes)} of {least}"

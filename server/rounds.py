@@ -93,8 +93,8 @@ class StudyRun:
         self.job.listen(StudyPaused(name, round_, reason))
         pause = _LOOK_AGAIN
         while not self.job.stop.wait(pause):
-            self._members.refresh(self.plan.participation.deadline)
-            if self._members.connected() >= self.plan.participation.needed:
+            self._members.refresh(self.job.patience)
+            if self._members.connected() >= self.job.needed:
                 self.job.listen(StudyResumed(name, round_))
                 return
             pause = min(2 * pause, 10.0)
@@ -104,7 +104,7 @@ class StudyRun:
         stage, place = self.plan.stage_of(round_)
         result = Round(round=round_, stage=stage.name, seconds=0.0)
         if self.job.members:
-            self._members.refresh(self.plan.participation.deadline)
+            self._members.refresh(self.job.patience)
         names = trainable_names(self._model, stage.train)
         gathered = self._updates(round_, stage, place, names, result)
         if self.job.stop.is_set():
@@ -122,7 +122,7 @@ class StudyRun:
     ) -> Gathered:
         expected = {name: self.job.arrays[name] for name in names}
         gathered = Gathered(fold=folds(self._strategy_of(stage)))
-        needed = self.plan.participation.needed
+        needed = self.job.needed
         for _ in range(self.plan.participation.retries + 1):
             messages = self._train_messages(round_, stage, place, expected, gathered)
             result.bytes_down += sum(size_of(message.content) for message in messages)
@@ -162,7 +162,7 @@ class StudyRun:
         for message in messages:
             message.content["frozen"] = record_of(frozen)
             # Nobody shall train for a round that is over.
-            message.metadata.ttl = self.plan.participation.deadline
+            message.metadata.ttl = self.job.patience
         return messages
 
     def _collect(
@@ -179,7 +179,7 @@ class StudyRun:
             site: Bad("no answer in time" if site in asked else "not connected", "silent")
             for site in {*nodes.values(), *self.job.members.values()} - set(gathered.updates)
         }
-        deadline = self.plan.participation.deadline
+        deadline = self.job.patience
         for reply in self._members.grid.replies(messages, deadline):
             site = nodes[reply.metadata.src_node_id]
             update = read_update(
@@ -277,7 +277,7 @@ class StudyRun:
         nodes = dict(self._members.nodes)
         members = [node for node in self._members.grid.get_node_ids() if nodes[node] in sites]
         messages = [Message(content, node, MessageType.EVALUATE) for node in members]
-        deadline = self.plan.participation.deadline
+        deadline = self.job.patience
         for message in messages:
             message.metadata.ttl = deadline
         counts: dict[str, Counts] = {}

@@ -95,7 +95,7 @@ def open_cohort(
     DataError
         There is no such cohort, or a file of it is gone or has another byte.
     """
-    cohort = load(_choose(config.site.state, name, which))
+    cohort = load(cohort_path(config.site.state, name, which))
     extract = Extractor(config.dataset(name).root, cohort.format, secret)
     paths, now = _verify(cohort, extract)
     if now != cohort.files:
@@ -112,7 +112,23 @@ def open_cohort(
     )  # fmt: skip
 
 
-def _choose(state: Path, name: str, which: str) -> Path:
+def cohort_path(state: Path, name: str, which: str = "latest") -> Path:
+    """The record of a frozen cohort of a dataset.
+
+    Parameters
+    ----------
+    state : Path
+        The site's state folder.
+    name : str
+        The dataset.
+    which : str
+        The start of the cohort's hash (4 digits or more), or "latest".
+
+    Raises
+    ------
+    DataError
+        There is no such cohort, or more than one.
+    """
     if which != "latest" and not _HASH.fullmatch(which):
         raise DataError(
             'a cohort is named by "latest" or the start of its hash', value=which[:70], where=name,
@@ -120,7 +136,8 @@ def _choose(state: Path, name: str, which: str) -> Path:
         )  # fmt: skip
     start = "" if which == "latest" else which[:12]
     of_name = re.compile(re.escape(f"{name}-{start}") + r"[0-9a-f]*\.json")
-    found = [p for p in cohorts_folder(state).iterdir() if of_name.fullmatch(p.name)]
+    folder = cohorts_folder(state)
+    found = [p for p in folder.iterdir() if of_name.fullmatch(p.name)]
     if len(which) > 12:
         found = [path for path in found if load(path).sha256.startswith(which)]
     if not found:

@@ -30,6 +30,8 @@ _LOG = logging.getLogger("fedward.connector")
 _BUSY_SECONDS: Final = 0.1
 _BUSY_FOR: Final = 60.0
 _PAIRS: Final = 4
+# A trainer that starts imports a lot, and opens ledger and audit log.
+_TRAINER_SECONDS: Final = 120.0
 
 
 @dataclass
@@ -107,6 +109,8 @@ class Connector:
 
     def _connected(self) -> None:
         """One connection, from its making to its break."""
+        # Who is online is asked; without a trainer there would be no answer.
+        self._caller_now()
         ca = self.server.ca.read_bytes()
         fleet = Fleet(self.server.address, ca, self.key, self.server.max_download_mib << 20)
         broken: queue.SimpleQueue[FedwardError] = queue.SimpleQueue()
@@ -199,13 +203,14 @@ class Connector:
     def _caller_now(self) -> Caller:
         """The trainer, waited for while it starts again."""
         with self._calling:
-            end = time.monotonic() + self.server.retry_seconds
+            end = time.monotonic() + _TRAINER_SECONDS
             while self._caller is None or self._caller.gone.is_set():
                 try:
                     self._caller = Caller(self.socket, self.version, self.isolation)
                     self._state.trainer = "attached"
-                except (TrainerGone, TrainerTaken):
+                except (TrainerGone, TrainerTaken) as error:
                     self._state.trainer = "gone"
+                    self._tell("waiting for the trainer", error)
                     if time.monotonic() > end or self.stop.wait(0.2):
                         raise
             return self._caller

@@ -57,6 +57,7 @@ def to_parts(packet: Packet) -> Iterator[Part]:
             lease=packet.lease, kind=packet.kind, mu=packet.mu,
             record=json.dumps(packet.record, allow_nan=False),
             tensor_bytes=len(tensors), tensor_sha256=hashlib.sha256(tensors).digest(),
+            names=list(packet.arrays),
         )
     )  # fmt: skip
     view = memoryview(tensors)
@@ -81,7 +82,8 @@ def from_parts(parts: Iterable[Part], most_bytes: int = MOST_BYTES) -> Packet:
         raise _broken(f"a packet holds at most {most_bytes} bytes of tensors", head.tensor_bytes)
     tensors = _gather(stream, head)
     return Packet(
-        kind=head.kind, record=_record(head.record), arrays=_unpack(tensors), mu=head.mu,
+        kind=head.kind, record=_record(head.record), mu=head.mu,
+        arrays=_in_order(_unpack(tensors), list(head.names)),
         lease=head.lease,
     )  # fmt: skip
 
@@ -125,6 +127,12 @@ def _unpack(tensors: bytes) -> Arrays:
         return dict(load(tensors))
     except (SafetensorError, ValueError, KeyError) as error:
         raise _broken("tensors must be in the safetensors format", type(error).__name__) from None
+
+
+def _in_order(arrays: Arrays, names: list[str]) -> Arrays:
+    if sorted(names) != sorted(arrays):
+        raise _broken("a packet's tensors must be those that its head names")
+    return {name: arrays[name] for name in names}
 
 
 def _broken(rule: str, value: object = None) -> ProtocolError:

@@ -93,6 +93,8 @@ class Fit:
             set_rate(optimizer, rate_at(self.plan, self.round, step / steps))
             add_proximal(parameters, start, self.mu) if self.mu else None
             apply()
+            if self.runtime.watch is not None:
+                self.runtime.watch(step + 1, steps)
 
         losses = list(
             self._private(optimizer, finish) if self.mechanism else self._plain(optimizer, finish)
@@ -132,11 +134,13 @@ class Fit:
         with warnings.catch_warnings():
             # Images need no gradient, which torch finds worth a warning at Opacus' hooks.
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            for step in range(steps):
-                loss = self._private_step(private, sampler)
-                finish(step, steps, private.apply)
-                yield loss
-        private.close()
+            try:
+                for step in range(steps):
+                    loss = self._private_step(private, sampler)
+                    finish(step, steps, private.apply)
+                    yield loss
+            finally:
+                private.close()
 
     def _private_step(self, private: PrivateStep, sampler: PatientSampler) -> Tensor | None:
         draw = sampler.draw(self.draws.order)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,6 +32,9 @@ class Runtime:
         Images on the device at once; larger private steps are cut into such parts.
     grad_sample_mode : str or None
         Overrides the measured choice of Opacus' mode.
+    watch : callable or None
+        Called after each step with its number (from 1) and how many there are; what it raises
+        ends the training.
     """
 
     device: str = "cpu"
@@ -39,6 +43,7 @@ class Runtime:
     cache: Path | None = None
     physical_batch: int = 64
     grad_sample_mode: Mode | None = None
+    watch: Callable[[int, int], None] | None = None
 
     @property
     def torch_device(self) -> torch.device:

@@ -72,7 +72,7 @@ def test_large_tensors_cross_whole(served: tuple[EchoDesk, Path]) -> None:
     }  # fmt: skip
     got = caller.ask("train", Packet("order", {"round": 7}, arrays, mu=0.5))
     assert got.record == {"what": "train", "mu": 0.5, "round": 7}
-    assert got.arrays.keys() == arrays.keys()
+    assert list(got.arrays) == list(arrays)
     for name, value in arrays.items():
         np.testing.assert_array_equal(got.arrays[name], value + 1)
     assert caller.status() == {"state": "idle"}
@@ -164,6 +164,8 @@ def _parts(change: Callable[[list[pb.Part]], Any]) -> Iterator[pb.Part]:
         lambda parts: setattr(parts[0].head, "record", "[1]"),
         lambda parts: setattr(parts[0].head, "record", "{" * 100_000),
         lambda parts: setattr(parts[0].head, "tensor_bytes", 1 << 40),
+        lambda parts: parts[0].head.names.append("more"),
+        lambda parts: parts[0].head.names.pop(),
     ],
 )
 def test_a_damaged_packet_is_refused(change: Callable[[list[pb.Part]], Any]) -> None:

@@ -1,9 +1,11 @@
-"""A real SuperLink over TLS, behind its guard."""
+"""A real SuperLink over TLS behind its guard, and real hospitals."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import ipaddress
+import json
 import os
 import secrets
 import signal
@@ -22,7 +24,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from client.enrol import enrol
 from server.flower.superlink import LinkSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {
+    **os.environ, "PYTHONPATH": str(ROOT), "FLWR_TELEMETRY_ENABLED": "0", "OMP_NUM_THREADS": "1"
+}  # fmt: skip
 
 
 def free_port() -> int:
@@ -149,3 +157,154 @@ def new_key() -> Callable[[], tuple[ec.EllipticCurvePrivateKey, bytes]]:
         return key, public
 
     return make
+
+
+SITE = """
+version = 1
+[site]
+name = "{name}"
+state = "state"
+[server]
+address = "{address}"
+ca = "aggregator-ca.pem"
+state = "connector"
+retry_seconds = 1.0
+idle_seconds = 0.1
+[trainer]
+socket = "run/t.sock"
+device = "cpu"
+threads = 1
+[datasets.chest]
+root = "{root}"
+format = "dicom"
+task = "{task}"
+classes = {classes}
+[policy]
+coordinators = ["{coordinator}"]
+approval = "within-policy"
+require_privacy = false
+minimum_patients = 5
+minimum_per_class = 0
+minimum_count = 1
+rounding = 9
+{policy}
+[[policy.studies]]
+match = "*"
+dataset = "chest"
+"""
+
+
+@dataclass
+class Daemon:
+    """A hospital: its folder, and its real processes."""
+
+    name: str
+    folder: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "site.toml"
+
+    @property
+    def public_key(self) -> bytes:
+        return (self.folder / "connector" / "site.pub").read_bytes()
+
+    def start(self) -> None:
+        log = (self.folder / "daemon.log").open("ab")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "client.cli", "run", "--config", str(self.config)],
+            env=ENVIRONMENT, stdout=log, stderr=log,
+        )  # fmt: skip
+        log.close()
+
+    def call(self, *words: str) -> dict[str, object]:
+        done = subprocess.run(
+            [sys.executable, "-m", "client.cli", *words, "--config", str(self.config), "--json"],
+            env=ENVIRONMENT, text=True, capture_output=True, timeout=120, check=False,
+        )  # fmt: skip
+        answer: dict[str, object] = json.loads(done.stdout)
+        return answer
+
+    def children(self) -> dict[str, int]:
+        """Process ids of trainer and connector."""
+        assert self.process is not None
+        found = {}
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (path / "cmdline").read_bytes().split(b"\0")
+                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+                if parent == self.process.pid and b"client.cli" in words:
+                    found[words[words.index(b"client.cli") + 1].decode()] = int(path.name)
+        return found
+
+    def kill(self, which: str) -> None:
+        os.kill(self.children()[which], signal.SIGKILL)
+
+    def stop(self) -> int:
+        assert self.process is not None
+        self.process.terminate()
+        return self.process.wait(30)
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "daemon.log").read_text()
+
+
+@pytest.fixture(scope="session")
+def hospital_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three synthetic hospitals as DICOM files, for classification and for segmentation."""
+    from simulation.cohort import write_cohort
+
+    found = {}
+    for kind in ("classification", "segmentation"):
+        folder = tmp_path_factory.mktemp(kind)
+        write_cohort(folder, 0, kind, 20, 3)
+        found[kind] = folder
+    return found
+
+
+@pytest.fixture
+def make_daemon(tmp_path: Path, hospital_data: dict[str, Path]) -> Iterator[Callable[..., Daemon]]:
+    """Builds a hospital that is enrolled as far as it can do so itself, with a frozen cohort."""
+    made: list[Daemon] = []
+
+    def build(
+        number: int,
+        address: str,
+        ca: bytes,
+        coordinator: str,
+        policy: str = "",
+        task: str = "classification",
+    ) -> Daemon:
+        daemon = Daemon(f"hospital {number}", tmp_path / f"h{number}")
+        enrol(daemon.folder, daemon.name, address, ca)
+        classes = '["clear", "opacity"]' if task == "classification" else '["lung"]'
+        daemon.config.write_text(
+            SITE.format(
+                name=daemon.name, address=address, coordinator=coordinator, policy=policy,
+                task=task, classes=classes, root=hospital_data[task] / f"hospital-{number}",
+            )
+        )  # fmt: skip
+        frozen = daemon.call("data", "freeze", "chest")
+        assert "error" not in frozen, frozen
+        made.append(daemon)
+        return daemon
+
+    yield build
+    for one in made:
+        if one.process is not None and one.process.poll() is None:
+            one.stop()
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    """Wait for something to be so."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to be"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def until() -> Callable[..., None]:
+    return wait_until

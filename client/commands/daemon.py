@@ -1,0 +1,205 @@
+"""``fedward-client run`` and what the site's officer asks of it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from client.enrol import enrol as make_enrolment
+from fedward.console import print_json
+
+Config = Annotated[
+    Path, typer.Option("--config", envvar="FEDWARD_SITE", help="the site's site.toml")
+]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
+Study = Annotated[str, typer.Argument(help="the study's id")]
+PlanHash = Annotated[
+    str, typer.Option("--plan", help="start of the plan's hash, where there are several")
+]
+_SITE = Path("site.toml")
+
+
+def run(config: Config = _SITE) -> None:
+    """Run trainer and connector, and keep them running."""
+    from client.config import load_config
+    from client.daemon.supervise import Supervisor, stop_on_signals
+
+    _log()
+    load_config(config)
+    stop = threading.Event()
+    stop_on_signals(stop)
+    raise typer.Exit(Supervisor(config.absolute(), stop).run())
+
+
+def trainer(config: Config = _SITE) -> None:
+    """Run the process that has the images and no network."""
+    from client.config import load_config
+    from client.trainer.host import run_trainer
+
+    _log()
+    run_trainer(load_config(config))
+
+
+def connector(config: Config = _SITE) -> None:
+    """Run the process that has the network and no images."""
+    from client.config import load_config
+    from client.connector.host import run_connector
+
+    _log()
+    run_connector(load_config(config, datasets_here=False))
+
+
+def enrol(
+    name: Annotated[str, typer.Option(help="the site's name, as studies will know it")],
+    server: Annotated[str, typer.Option(help="the aggregator, host:port")],
+    ca: Annotated[Path, typer.Option(help="the aggregator's authority, PEM", exists=True)],
+    out: Annotated[Path, typer.Option(help="folder of the site")] = Path(),
+    as_json: Json = False,
+) -> None:
+    """Make the site's key pair, here, and a draft of site.toml."""
+    made = make_enrolment(out, name, server, ca.read_bytes())
+    if as_json:
+        print_json({"public_key": made.public_key, "fingerprint": made.fingerprint})
+        return
+    console = Console()
+    console.print("Send this public key to the coordinator:\n", highlight=False)
+    typer.echo(made.public_key)
+    console.print(f"Its fingerprint, to compare by telephone: {made.fingerprint}", highlight=False)
+    console.print(f"Next: edit {escape(made.config.name)}, freeze a dataset, then run the daemon.")
+
+
+def status(config: Config = _SITE, as_json: Json = False) -> None:
+    """What the daemon does: link, study, round, progress, budget left, last error."""
+    answer = _ask(config, "status")
+    if as_json:
+        print_json(answer)
+        return
+    now, link = answer["trainer"], answer["link"]
+    table = Table(show_header=False, box=None)
+    for name, value in (
+        ("site", now["site"]), ("link", link.get("state", "no connector")),
+        ("doing", _doing(now)), ("waiting orders", now["waiting"]),
+        ("pending studies", answer["pending"]), ("paused", "yes" if now["paused"] else "no"),
+        ("trainer's network", now["network"]), ("connector and images", now["connector"]),
+        ("last error", now["last_error"] or link.get("last_error") or "none"),
+    ):  # fmt: skip
+        table.add_row(name, escape(str(value)))
+    console = Console()
+    console.print(table)
+    for warning in now["warnings"]:
+        console.print(f"[bold red]{escape(warning)}[/bold red]")
+    _print_budget(console, answer)
+
+
+def pending(config: Config = _SITE, as_json: Json = False) -> None:
+    """Studies that wait for an approval."""
+    answer = _ask(config, "pending")
+    if as_json:
+        print_json(answer)
+        return
+    if not answer["pending"]:
+        typer.echo("No study waits.")
+    for one in answer["pending"]:
+        typer.echo(f"{one['study']}: {one['name']}, plan {one['plan_hash'][:12]}, "
+                   f"coordinator {one['coordinator'][:16]}")  # fmt: skip
+
+
+def approve(
+    study: Study, config: Config = _SITE, plan: PlanHash = "", as_json: Json = False
+) -> None:
+    """Let a study go ahead."""
+    _settle("approve", study, config, plan, as_json=as_json)
+
+
+def deny(study: Study, config: Config = _SITE, plan: PlanHash = "", as_json: Json = False) -> None:
+    """Refuse a study; what it has running ends."""
+    _settle("deny", study, config, plan, as_json=as_json)
+
+
+def pause(config: Config = _SITE, as_json: Json = False) -> None:
+    """Answer no order until `resume`."""
+    _plain(_ask(config, "pause"), "Paused.", as_json=as_json)
+
+
+def resume(config: Config = _SITE, as_json: Json = False) -> None:
+    """Answer orders again."""
+    _plain(_ask(config, "resume"), "Resumed.", as_json=as_json)
+
+
+def budget(config: Config = _SITE, as_json: Json = False) -> None:
+    """What the patients' privacy budget was spent on, and what is left."""
+    answer = _ask(config, "budget")
+    if as_json:
+        print_json(answer)
+        return
+    _print_budget(Console(), answer)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands to the client's command line."""
+    for command in (run, trainer, connector, enrol, status, pending, approve, deny, pause, resume,
+                    budget):  # fmt: skip
+        app.command()(command)
+
+
+def _settle(command: str, study: str, config: Path, plan: str, *, as_json: bool) -> None:
+    answer = _ask(config, command, study=study, plan=plan)
+    made = answer["approval"]
+    _plain(answer, f"{made['study']} is {made['state']}.", as_json=as_json)
+
+
+def _ask(config: Path, command: str, **arguments: Any) -> dict[str, Any]:
+    from client.config import load_config
+    from client.trainer.admin import admin_socket, ask
+
+    return ask(admin_socket(load_config(config, datasets_here=False)), command, **arguments)
+
+
+def _plain(answer: dict[str, Any], text: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json(answer)
+    else:
+        typer.echo(text)
+
+
+def _doing(now: dict[str, Any]) -> str:
+    if now["doing"] == "idle":
+        return "idle"
+    steps = f", step {now['step']} of {now['steps']}" if now["steps"] else ""
+    return f"{now['doing']} for {now['study']}, round {now['round']}{steps}"
+
+
+def _print_budget(console: Console, answer: dict[str, Any]) -> None:
+    if not answer["budget"]:
+        console.print("No patient was charged yet.")
+        return
+    table = Table("dataset", "cohort", "patients", "ε spent", "ε allowed", "ε left", "δ")
+    for row in answer["budget"]:
+        table.add_row(
+            escape(row["dataset"]), row["cohort"], str(row["patients"]), f"{row['spent']:.3g}",
+            f"{row['cap']:.3g}", f"{row['left']:.3g}", f"{row['delta']:.1e}",
+        )  # fmt: skip
+    console.print(table)
+    table = Table("study", "dataset", "rounds charged", "released", "lost", "ε", "δ")
+    for row in answer["studies"]:
+        spent = "no privacy" if row["epsilon"] is None else f"{row['epsilon']:.3g}"
+        delta = "" if row["delta"] is None else f"{row['delta']:.1e}"
+        table.add_row(row["study"], escape(row["dataset"]), str(row["charged"]),
+                      str(row["released"]), str(row["lost"]), spent, delta)  # fmt: skip
+    console.print(table)
+
+
+def _log() -> None:
+    """Our own log lines, and nobody else's: libraries quote paths."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("fedward")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)

@@ -1,0 +1,117 @@
+"""What of a site's counts may leave: whole groups of figures, and no small class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.egress.coarse import coarse_bins, coarse_rows
+from client.policy.settings import Limits
+from fedward.metrics import ClassificationCounts, Counts, SegmentationCounts
+from fedward.metrics.rates import rates
+
+Arrays = dict[str, NDArray[Any]]
+
+CLASSIFICATION: Final[Mapping[str, frozenset[str]]] = {
+    "scores": frozenset({"auc"}),
+    "confusion": frozenset({"accuracy", "balanced_accuracy", "sensitivity", "specificity", "f1"}),
+    "calibration": frozenset({"accuracy", "ece"}),
+    "loss": frozenset({"loss"}),
+}
+"""The figures that each array of a classifier's counts gives."""
+
+
+def release(counts: Counts, limits: Limits) -> tuple[Arrays, tuple[str, ...]]:
+    """The counts as they may leave.
+
+    Parameters
+    ----------
+    counts : Counts
+        The site's.
+    limits : Limits
+        Figures that may be worked out, smallest count, digits.
+
+    Returns
+    -------
+    tuple
+        Arrays in which what is withheld is 0, and the names of what was withheld.
+    """
+    if isinstance(counts, ClassificationCounts):
+        return _classification(counts, limits)
+    return _segmentation(counts, limits)
+
+
+def _classification(counts: ClassificationCounts, limits: Limits) -> tuple[Arrays, tuple[str, ...]]:
+    arrays, least = {k: np.array(v) for k, v in counts.to_arrays().items()}, limits.minimum_count
+    withheld = {name for name, gives in CLASSIFICATION.items() if not gives <= set(limits.metrics)}
+    if counts.images < least:
+        withheld = set(arrays)
+    small = _small_classes(counts, least)
+    if small.any():
+        withheld |= _hide(arrays, small, counts.multi_label)
+    for name in withheld & set(arrays):
+        arrays[name][...] = 0
+    arrays["scores"] = coarse_rows(arrays["scores"], least)
+    arrays["calibration"] = coarse_bins(arrays["calibration"], least)
+    arrays["calibration"][1] = arrays["calibration"][1].round(limits.rounding)
+    arrays["loss"][0] = arrays["loss"][0].round(limits.rounding)
+    return arrays, tuple(sorted(withheld))
+
+
+def _small_classes(counts: ClassificationCounts, least: int) -> NDArray[np.bool_]:
+    tp, fn, fp, tn = rates(counts)
+    few = [(n > 0) & (n < least) for n in (tp + fn, fp + tn)]
+    either: NDArray[np.bool_] = few[0] | few[1]
+    return either
+
+
+def _hide(arrays: Arrays, small: NDArray[np.bool_], multi_label: bool) -> set[str]:
+    if not multi_label:  # the other classes and the total would tell
+        return {"scores", "confusion"}
+    arrays["scores"][:, small] = 0
+    arrays["confusion"][small] = 0
+    return {"classes"}
+
+
+def _segmentation(counts: SegmentationCounts, limits: Limits) -> tuple[Arrays, tuple[str, ...]]:
+    arrays = {name: np.array(array) for name, array in counts.to_arrays().items()}
+    withheld = _rows(arrays, limits.metrics)
+    n, least = arrays["counts"], limits.minimum_count
+    small = (n > 0) & (n < least)
+    small[:, small[0]] = True  # HD95 counts no image that Dice does not
+    if small.any():
+        withheld.add("classes")
+    for name in ("counts", "sums", "squares"):
+        arrays[name][small] = 0
+    if "loss" not in limits.metrics or arrays["loss"][1] < least:
+        withheld |= {"loss"} if arrays["loss"][1] else set()
+        arrays["loss"][:] = 0
+    _round(arrays, limits.rounding)
+    return arrays, tuple(sorted(withheld))
+
+
+def _rows(arrays: Arrays, metrics: Collection[str]) -> set[str]:
+    # An image's IoU follows from its Dice.
+    overlap = {"dice", "iou"} <= set(metrics)
+    gone = [0, 1, 2] if not overlap else [] if "hd95" in metrics else [2]
+    for name in ("counts", "sums", "squares"):
+        arrays[name][gone] = 0
+    return {("dice", "iou", "hd95")[row] for row in gone}
+
+
+def _round(arrays: Arrays, digits: int) -> None:
+    """Round sums and squares so that they stay possible: n q >= s^2, and q <= s for shares."""
+    n, limit = arrays["counts"], np.full_like(arrays["sums"], np.inf)
+    limit[:2] = n[:2]
+    sums = np.minimum(arrays["sums"].round(digits), limit)
+    lowest = np.divide(sums**2, n, out=np.zeros_like(sums), where=n > 0)
+    highest = np.where(np.isfinite(limit), sums, np.inf)
+    squares = np.clip(arrays["squares"].round(digits), lowest, highest)
+    arrays["sums"], arrays["squares"] = sums, np.where(n > 0, squares, 0.0)
+    arrays["loss"][0] = arrays["loss"][0].round(digits)
+
+
+Release = Callable[[Counts, Limits], tuple[Arrays, tuple[str, ...]]]

@@ -1,0 +1,131 @@
+"""The texts that may leave: fixed sentences, and values made of plan words and short numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, Final, get_args
+
+from client.data.reasons import REASONS
+from client.policy import words as policy
+from fedward.plan.schema import (
+    MetricName,
+    Modality,
+    ModelName,
+    Plan,
+    Section,
+    StrategyName,
+)
+from fedward.protocol import RefusalKind
+
+# Four digits cannot hold a date, and no more than a count of patients would.
+NUMBER: Final = r"-?\d{1,4}(?:\.\d{1,4})?(?:e[+-]\d{2})?"
+_JOINTS: Final = r"(?: |, |: | \(|\)|\))*"
+
+FALLBACK: Final[dict[RefusalKind, str]] = {
+    "policy": "the site's policy does not allow it",
+    "pending": policy.PENDING,
+    "paused": policy.PAUSED,
+    "budget": "the study must stay within the site's privacy budget",
+    "privacy": "the site cannot reach the privacy that the plan asks for",
+    "data": "the site's data must be able to serve the plan",
+    "protocol": "a message must be a known, valid record",
+    "busy": "the site must be free to work",
+    "error": "an unexpected error stopped the site",
+}
+
+# `#` stands for a number, `@` for a word of the plan or of its schema.
+_SENTENCES: Final = (
+    *policy.RULES, *FALLBACK.values(), *sorted(REASONS),
+    # training and evaluation
+    "a site needs @ patients to be measured", "a site needs training patients",
+    "a site must have images that can be used", "a site must have images",
+    "a site must have patients to train on", "a site must have at least two patients to divide",
+    "the dataset must hold images that the @ task can use", "the dataset must exist",
+    "a prepared dataset must stay in its cache", "the cache of prepared images must be writable",
+    "a cohort must be frozen before it is used", "a frozen cohort must not have changed",
+    "a frozen cohort must have the task and classes of its dataset in site.toml",
+    "the plan has rounds # to #", "a private round is trained once",
+    "private training needs patients", "a private plan needs delta",
+    "the cost of a study must be within what can be accounted",
+    "the target must be reachable with finite noise",
+    "probabilities must lie in # to #",
+    "losses must be one finite number, # or more, for each image",
+    "targets must be one class index for each image", "class indices must lie in # to #",
+    # models, plans and records
+    "the arrays must cover the whole model", "the model has no such array",
+    "arrays must be float32", "arrays must be finite", "start weights must be finite",
+    "every pattern must match a parameter of the model",
+    "@ cannot take images of this size", "@ has four levels", "@ has fixed widths",
+    "@ has no dropout", "the plan does not have the hash that came with it",
+    "a plan on the wire must be canonical JSON", "a plan on the wire must be an object",
+    "a message must carry an order", "the audit log must be writable",
+    "the audit log must be whole", "the device must exist on this machine",
+)  # fmt: skip
+_VALUE_WORDS: Final = (
+    "limit", "million", "MiB", "missing", "patients", "patient", "cohort", "coordinator", "none",
+    "for training", "no images", "epsilon", "delta", "noise", "steps at rate",
+)  # fmt: skip
+
+
+class Vocabulary:
+    """What may be said about one plan.
+
+    Parameters
+    ----------
+    plan : Plan or None
+        Its own words may come back to the coordinator that wrote them.
+    """
+
+    def __init__(self, plan: Plan | None) -> None:
+        own = set(_strings(plan.model_dump(mode="json"))) if plan else set()
+        known = {*_schema_words(), *own, *REASONS}
+        self._word = _any(known)
+        self._rules = re.compile("|".join(map(self._sentence, _SENTENCES)))
+        item = f"(?:{_any({*known, *_VALUE_WORDS, *_keys()})}|{NUMBER})"
+        joint = r"(?:, |: | \(|\), | )"
+        self._value = re.compile(rf"{item}(?:{joint}{item})*\)?")
+
+    def rule(self, text: str) -> bool:
+        """Whether it is one of the fixed sentences."""
+        return self._rules.fullmatch(text) is not None
+
+    def value(self, text: str) -> bool:
+        """Whether it is made of known words and short numbers only."""
+        return not text or self._value.fullmatch(text) is not None
+
+    def _sentence(self, text: str) -> str:
+        holes = re.escape(text).replace(r"\#", NUMBER).replace("@", f"(?:{self._word})")
+        return f"(?:{holes})"
+
+
+def _any(texts: set[str]) -> str:
+    return "|".join(re.escape(one) for one in sorted(texts, key=len, reverse=True) if one)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Class names and choices; not titles and other prose, nor digests."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key not in ("title", "intended_use", "initial_weights"):
+                yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+    elif isinstance(value, str) and not re.search(r"\d{5}", value):
+        yield value
+
+
+def _schema_words() -> set[str]:
+    choices = (ModelName, StrategyName, MetricName, Modality)
+    words = {word for kind in choices for word in get_args(kind)}
+    return {*words, "train", "validation", "test", "classification", "segmentation", "dp-sgd"}
+
+
+def _keys(model: type[Section] = Plan, prefix: str = "") -> Iterator[str]:
+    """Every key of a plan, ``section.key``."""
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}"
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            yield from _keys(inner, f"{prefix}{name}.")

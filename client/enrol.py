@@ -1,0 +1,141 @@
+"""A hospital's key pair, made at the hospital; the private half never leaves it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedward.errors import ConfigError, OutputError
+
+_TEMPLATE: Final = """version = 1
+
+[site]
+name = "{name}"
+state = "state"
+
+[server]
+address = "{address}"
+ca = "aggregator-ca.pem"
+state = "connector"
+
+[trainer]
+socket = "run/trainer.sock"
+
+# What is here to train on; see docs/hospital-data.md.
+[datasets.images]
+root = "images"
+task = "classification"
+classes = ["no", "yes"]
+
+# What studies may do; see docs/policy.md. Nothing is served before an entry says so.
+[policy]
+coordinators = []
+approval = "manual"
+"""
+
+
+@dataclass(frozen=True)
+class Enrolment:
+    """What was made.
+
+    Attributes
+    ----------
+    public_key : str
+        PEM; goes to the coordinator.
+    fingerprint : str
+        SHA-256 of the public key's DER form, to be compared over the telephone.
+    config : Path
+        The site's configuration, or its draft.
+    """
+
+    public_key: str
+    fingerprint: str
+    config: Path
+
+
+def enrol(folder: Path, name: str, address: str, ca: bytes) -> Enrolment:
+    """Make a site's key and a draft of its configuration.
+
+    Parameters
+    ----------
+    folder : Path
+        For ``site.toml``, the authority's certificate and the connector's folder.
+    name : str
+        The site's name.
+    address : str
+        The aggregator's ``host:port``.
+    ca : bytes
+        PEM of its authority.
+
+    Raises
+    ------
+    ConfigError
+        There is a key already, or the authority's certificate is none.
+    OutputError
+        The folder cannot be written.
+    """
+    try:
+        x509.load_pem_x509_certificate(ca)
+    except ValueError:
+        raise ConfigError(
+            "the aggregator's authority must be a certificate in PEM", fix="Ask the coordinator",
+            where="--ca",
+        ) from None  # fmt: skip
+    key = ec.generate_private_key(ec.SECP384R1())
+    try:
+        _write_key(folder / "connector" / "site.key", key)
+        (folder / "connector" / "site.pub").write_text(public_pem(key))
+        (folder / "aggregator-ca.pem").write_bytes(ca)
+        (folder / "images").mkdir(exist_ok=True)
+        config = folder / "site.toml"
+        if not config.exists():
+            config.write_text(_TEMPLATE.format(name=name, address=address))
+    except FileExistsError:
+        raise ConfigError(
+            "a site has one key", fix="Keep it; to change it, move connector/site.key away first",
+            where="connector/site.key",
+        ) from None  # fmt: skip
+    except OSError as error:
+        raise OutputError(
+            "the site's folder must be writable", value=os.strerror(error.errno or 0),
+            fix="Choose another with --out",
+        ) from None  # fmt: skip
+    return Enrolment(public_pem(key), key_fingerprint(key.public_key()), config)
+
+
+def public_pem(key: ec.EllipticCurvePrivateKey) -> str:
+    """The public half as PEM."""
+    return (
+        key.public_key()
+        .public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+        .decode()
+    )
+
+
+def key_fingerprint(public: ec.EllipticCurvePublicKey) -> str:
+    """SHA-256 of the key's DER form, 64 hexadecimal digits."""
+    der = public.public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return hashlib.sha256(der).hexdigest()
+
+
+def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        file.write(
+            key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
+        )  # fmt: skip
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,1 @@
+"""What studies may do at a hospital: limits, decisions, approvals, quiet hours."""

@@ -1,0 +1,178 @@
+"""Which plans a person at the site has approved; survives every crash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from client.cohort.private import write_private
+from client.filelock import locked
+from client.policy import words
+from client.policy.decide import StudyRequest
+from fedward.errors import ConfigError, FedwardError, PolicyError
+
+State = Literal["pending", "approved", "denied"]
+_NAME: Final = "approvals.json"
+# A coordinator that sends ever new plans fills no disk and buries no other study.
+MOST_PENDING: Final = 100
+
+
+class Approval(BaseModel):
+    """A plan that was seen, and what became of it.
+
+    Attributes
+    ----------
+    study, plan_hash, coordinator : str
+        What the approval is bound to: another plan or another coordinator needs its own.
+    name : str
+        The study's name in its plan.
+    state : str
+        Where it stands.
+    seen, settled : str
+        When, ISO 8601 in UTC; ``settled`` is "" while it is pending.
+    by : str
+        Who settled it, as the machine knows them.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    study: str
+    plan_hash: str
+    coordinator: str
+    name: str
+    state: State = "pending"
+    seen: str
+    settled: str = ""
+    by: str = ""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What it is bound to."""
+        return self.study, self.plan_hash, self.coordinator
+
+    def enforce(self) -> None:
+        """Raise PolicyError unless it is approved."""
+        if self.state != "approved":
+            rule = words.DENIED if self.state == "denied" else words.PENDING
+            raise PolicyError(rule, fix="fedward-client approve, at the site")
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    version: Literal[1] = 1
+    approvals: list[Approval] = Field(default_factory=list)
+
+
+class Approvals:
+    """The store, ``approvals.json`` in the site's state folder, readable by its owner only.
+
+    Several processes may use it at once.
+
+    Parameters
+    ----------
+    state : Path
+        The site's state folder.
+    now : callable
+        Gives the time, for tests.
+    """
+
+    def __init__(
+        self, state: Path, now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    ) -> None:
+        self._path, self._now = state / _NAME, now
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def all(self) -> list[Approval]:
+        """Every plan that was seen, oldest first."""
+        return self._read().approvals
+
+    def pending(self) -> list[Approval]:
+        """Those that wait for a person."""
+        return [one for one in self.all() if one.state == "pending"]
+
+    def see(self, request: StudyRequest) -> Approval:
+        """Where a plan stands; one that is new is pending from now on.
+
+        Raises
+        ------
+        PolicyError
+            Too many others are pending.
+        """
+        with locked(self._path):
+            file = self._read()
+            key = (request.study, request.plan_hash, request.coordinator)
+            if known := [one for one in file.approvals if one.key == key]:
+                return known[0]
+            if sum(one.state == "pending" for one in file.approvals) >= MOST_PENDING:
+                raise PolicyError(words.PENDING, fix="Approve or deny what is pending")
+            made = Approval(
+                study=request.study, plan_hash=request.plan_hash, coordinator=request.coordinator,
+                name=request.plan.study.name, seen=self._time(),
+            )  # fmt: skip
+            self._write(_File(approvals=[*file.approvals, made]))
+            return made
+
+    def settle(
+        self, study: str, state: Literal["approved", "denied"], by: str, plan: str = ""
+    ) -> Approval:
+        """Approve or deny a plan of a study; what was settled may be settled anew.
+
+        Parameters
+        ----------
+        study : str
+            The study's id.
+        state : str
+            What it shall be.
+        by : str
+            Who says so.
+        plan : str
+            The start of the plan's hash; needed where several plans of the study were seen.
+
+        Raises
+        ------
+        ConfigError
+            There is no such plan, or more than one.
+        OutputError
+            It cannot be written.
+        """
+        with locked(self._path):
+            file = self._read()
+            old = _one([one for one in file.approvals if one.study == study], plan)
+            new = old.model_copy(update={"state": state, "settled": self._time(), "by": by[:64]})
+            others = [new if one.key == old.key else one for one in file.approvals]
+            self._write(_File(approvals=others))
+            return new
+
+    def _time(self) -> str:
+        return self._now().isoformat(timespec="seconds")
+
+    def _read(self) -> _File:
+        try:
+            return _File.model_validate_json(self._path.read_bytes())
+        except FileNotFoundError:
+            return _File()
+        except (OSError, ValidationError):
+            # To start anew would forget what was denied.
+            raise _broken(
+                "the approvals must be a readable file of this release",
+                "Restore approvals.json, or move it away and approve again",
+            ) from None
+
+    def _write(self, file: _File) -> None:
+        write_private(self._path, file.model_dump_json(indent=1).encode())
+
+
+def _one(found: list[Approval], plan: str) -> Approval:
+    fitting = [one for one in found if one.plan_hash.startswith(plan)]
+    if not fitting:
+        raise _broken("the study must have asked to be approved", "See fedward-client pending")
+    if len(fitting) > 1:
+        raise _broken("a study with several plans needs the plan's hash", "Give its start too")
+    return fitting[0]
+
+
+def _broken(rule: str, fix: str) -> FedwardError:
+    return ConfigError(rule, fix=fix, where="approvals")

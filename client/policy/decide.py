@@ -1,0 +1,205 @@
+"""Hold a study against the site's policy, before any image is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from client.policy import words
+from client.policy.settings import Approval, Limits, PolicySection
+from fedward.errors import PolicyError
+from fedward.plan.schema import Plan
+
+if TYPE_CHECKING:
+    from client.cohort.freeze import CohortFile
+
+_BYTES: Final = 4  # of a float32
+_MIB: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What is known of a frozen cohort from its record alone.
+
+    Attributes
+    ----------
+    patients, images : int
+        How many it has.
+    per_class : mapping
+        Patients of each class, by its name; empty where samples have masks instead of labels.
+    """
+
+    patients: int
+    images: int
+    per_class: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class StudyRequest:
+    """What a coordinator asks for.
+
+    Attributes
+    ----------
+    study : str
+        The study's id.
+    plan, plan_hash : Plan, str
+        The plan and its SHA-256.
+    coordinator : str
+        SHA-256 of the coordinator's key, as 64 hexadecimal digits.
+    parameters : int
+        Of the plan's network (:func:`fedward.models.describe`).
+    facts : DatasetFacts or None
+        Of the frozen cohort that would serve it; None while there is none.
+    """
+
+    study: str
+    plan: Plan
+    plan_hash: str
+    coordinator: str
+    parameters: int
+    facts: DatasetFacts | None
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One broken limit.
+
+    Attributes
+    ----------
+    key : str
+        What it is about, in the words of the plan.
+    rule : str
+        What must hold; one of :data:`client.policy.words.RULES`.
+    value, limit : str
+        What was found and what the site allows; "" where it says nothing.
+    shared : bool
+        Whether the coordinator may know the value; it may not know how few patients there are.
+    """
+
+    key: str
+    rule: str
+    value: str = ""
+    limit: str = ""
+    shared: bool = True
+
+    def words(self) -> str:
+        """Key, value and limit for the coordinator."""
+        value = f" {self.value}" if self.value and self.shared else ""
+        return f"{self.key}{value}{f' (limit {self.limit})' if self.limit else ''}"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the policy says of a study.
+
+    Attributes
+    ----------
+    violations : tuple of Violation
+        All of them, the gravest first.
+    dataset : str
+        The dataset that serves the study; "" when none does.
+    limits : Limits
+        What the study is held to.
+    """
+
+    violations: tuple[Violation, ...]
+    dataset: str
+    limits: Limits
+
+    @property
+    def allowed(self) -> bool:
+        """Whether nothing is broken; a person may still have to approve."""
+        return not self.violations
+
+    @property
+    def approval(self) -> Approval:
+        """Whether a person has to approve."""
+        return self.limits.approval
+
+    def enforce(self) -> None:
+        """Raise PolicyError for the first violation."""
+        if self.violations:
+            first = self.violations[0]
+            raise PolicyError(first.rule, value=first.words(), fix=words.FIX)
+
+
+def dataset_for(policy: PolicySection, study: str, plan: Plan) -> str:
+    """The dataset that would serve a study, "" when none would."""
+    rule = policy.rule_for(study, plan.study.name)
+    return rule.dataset if rule else ""
+
+
+def facts_of(cohort: CohortFile) -> DatasetFacts:
+    """What a frozen cohort's record says of it."""
+    classes, people = cohort.task.classes, dict[str, set[str]]()
+    for item in cohort.items:
+        for index in _labels(item.label, cohort.task.multi_label):
+            people.setdefault(classes[index], set()).add(item.patient)
+    labelled = any(item.label is not None for item in cohort.items)
+    per_class = {name: len(people.get(name, ())) for name in classes} if labelled else {}
+    return DatasetFacts(cohort.patients, len(cohort.items), per_class)
+
+
+def _labels(label: tuple[int, ...] | None, multi_label: bool) -> Iterator[int]:
+    if label is not None:
+        yield from (i for i, flag in enumerate(label) if flag) if multi_label else label
+
+
+def decide(policy: PolicySection, request: StudyRequest) -> Decision:
+    """Everything in which a study goes beyond the site's policy."""
+    rule = policy.rule_for(request.study, request.plan.study.name)
+    limits = policy.limits(rule) if rule else policy
+    found = [*_whose(policy, request, known=rule is not None), *_model(policy, limits, request),
+             *_privacy(policy, limits, request.plan), *_people(limits, request.facts)]  # fmt: skip
+    return Decision(tuple(found), rule.dataset if rule else "", limits)
+
+
+def _whose(policy: PolicySection, request: StudyRequest, *, known: bool) -> Iterator[Violation]:
+    if not policy.any_coordinator and request.coordinator not in policy.coordinators:
+        yield Violation("coordinator", words.COORDINATOR, request.coordinator[:16], shared=False)
+    if not known:
+        yield Violation("study.name", words.STUDY, request.plan.study.name)
+
+
+def _model(policy: PolicySection, limits: Limits, request: StudyRequest) -> Iterator[Violation]:
+    name, count = request.plan.model.name, request.parameters
+    if name not in limits.models:
+        yield Violation("model.name", words.MODEL, name)
+    if count > limits.max_parameters:
+        yield Violation("model", words.PARAMETERS, _size(count), _size(limits.max_parameters))
+    if (upload := count * _BYTES / _MIB) > policy.max_upload_mib:
+        yield Violation("model", words.UPLOAD, f"{upload:.4g} MiB",
+                        f"{policy.max_upload_mib:.4g} MiB")  # fmt: skip
+
+
+def _privacy(policy: PolicySection, limits: Limits, plan: Plan) -> Iterator[Violation]:
+    if not plan.privacy.on:
+        if limits.require_privacy:
+            yield Violation("privacy.mechanism", words.PRIVATE, "none")
+        return
+    epsilon, delta = plan.privacy.epsilon or 0.0, plan.privacy.delta or 0.0
+    for key, rule, value, limit in (
+        ("privacy.epsilon", words.EPSILON, epsilon, limits.max_epsilon_per_study),
+        ("privacy.epsilon", words.COHORT_EPSILON, epsilon, policy.max_epsilon_per_cohort),
+        ("privacy.delta", words.DELTA, delta, limits.max_delta),
+    ):
+        if value > limit:
+            yield Violation(key, rule, f"{value:.4g}", f"{limit:.4g}")
+
+
+def _people(limits: Limits, facts: DatasetFacts | None) -> Iterator[Violation]:
+    if facts is None:
+        yield Violation("cohort", words.COHORT)
+        return
+    if facts.patients < (least := limits.minimum_patients):
+        yield Violation("patients", words.PATIENTS, str(facts.patients), f"{least:.4g}",
+                        shared=False)  # fmt: skip
+    for name, count in facts.per_class.items():
+        if count < (least := limits.minimum_per_class):
+            yield Violation("task.classes", words.PER_CLASS, f"{name}: {count}", f"{least:.4g}",
+                            shared=False)  # fmt: skip
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.4g} million" if count >= 10_000 else str(count)

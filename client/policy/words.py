@@ -1,0 +1,34 @@
+"""The sentences with which a policy refuses; fixed, so that they may leave the site."""
+
+from __future__ import annotations
+
+from typing import Final
+
+COORDINATOR: Final = "the coordinator must be one that the site accepts"
+STUDY: Final = "the study must be one that the site serves"
+MODEL: Final = "the network must be one that the site allows"
+PARAMETERS: Final = "the network must not have more parameters than the site allows"
+UPLOAD: Final = "an update must not be larger than the site allows"
+PRIVATE: Final = "updates must be differentially private"
+EPSILON: Final = "ε must not be above what the site allows a study"
+COHORT_EPSILON: Final = "ε must not be above what the site allows all studies together"
+DELTA: Final = "δ must not be above what the site allows"
+COHORT: Final = "the site must have a frozen cohort for the study"
+PATIENTS: Final = "the site must have as many patients as its policy asks for"
+PER_CLASS: Final = "the site must have as many patients of each class as its policy asks for"
+
+PENDING: Final = "the study must be approved at the site; it waits for that"
+DENIED: Final = "the study must be approved at the site; it was denied"
+PAUSED: Final = "the site must not be paused"
+QUIET: Final = "the site must be outside its quiet hours"
+WITHHELD: Final = "what the site counts must be enough, and allowed, to leave it"
+
+NETWORKED: Final = "the trainer must have no network before it opens a dataset"
+
+FIX: Final = "Change the plan, or ask the site's security officer"
+
+RULES: Final = (
+    COORDINATOR, STUDY, MODEL, PARAMETERS, UPLOAD, PRIVATE, EPSILON, COHORT_EPSILON, DELTA, COHORT,
+    PATIENTS, PER_CLASS, PENDING, DENIED, PAUSED, QUIET, WITHHELD,
+    NETWORKED,
+)  # fmt: skip

@@ -1,0 +1,194 @@
+"""What the site's officer may ask and tell a running trainer, over a socket of its own.
+
+The socket lies in the site's state folder, which the connector does not see.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import socket
+import socketserver
+import stat
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final, cast
+
+from client.audit.log import AuditLog
+from client.config import SiteConfig
+from client.ledger import Ledger
+from client.policy.approvals import Approvals
+from client.trainer.desk import TrainerDesk
+from fedward.errors import ConfigError, FedwardError
+
+_MOST: Final = 1 << 16
+_SECONDS: Final = 30.0
+
+
+def admin_socket(config: SiteConfig) -> Path:
+    """Where a site's officer talks to the trainer."""
+    return config.site.state / "admin.sock"
+
+
+class Admin:
+    """The officer's commands."""
+
+    def __init__(
+        self, config: SiteConfig, desk: TrainerDesk, approvals: Approvals, ledger: Ledger,
+        audit: AuditLog,
+    ) -> None:  # fmt: skip
+        self._config, self._desk, self._approvals = config, desk, approvals
+        self._ledger, self._audit = ledger, audit
+
+    def do(self, command: str, arguments: dict[str, Any], who: str) -> dict[str, Any]:
+        """Carry out a command.
+
+        Raises
+        ------
+        FedwardError
+            It cannot be.
+        """
+        act: dict[str, Callable[[], dict[str, Any]]] = {
+            "status": self._status,
+            "pending": lambda: {"pending": [a.model_dump() for a in self._approvals.pending()]},
+            "approve": lambda: self._settle("approved", arguments, who),
+            "deny": lambda: self._settle("denied", arguments, who),
+            "pause": lambda: self._pause(paused=True),
+            "resume": lambda: self._pause(paused=False),
+            "budget": self._budget,
+        }
+        if command not in act:
+            raise ConfigError("a command must be known", value=command[:40], fix="See --help")
+        return act[command]()
+
+    def _status(self) -> dict[str, Any]:
+        link: dict[str, Any] = {}
+        with suppress(OSError, ValueError):
+            link = json.loads((self._config.trainer.socket.parent / "link.json").read_text())
+        pending = len(self._approvals.pending())
+        return {"trainer": self._desk.status(), "link": link, "pending": pending, **self._budget()}
+
+    def _settle(self, state: Any, arguments: dict[str, Any], who: str) -> dict[str, Any]:
+        study, plan = str(arguments.get("study", "")), str(arguments.get("plan", ""))
+        made = self._approvals.settle(study, state, who, plan)
+        self._audit.append("approval", study=made.study, plan=made.plan_hash, state=made.state)
+        if state == "denied":
+            self._desk.cancel(made.study)
+        return {"approval": made.model_dump()}
+
+    def _pause(self, *, paused: bool) -> dict[str, Any]:
+        self._desk.pause(paused=paused)
+        return {"paused": paused}
+
+    def _budget(self) -> dict[str, Any]:
+        policy = self._config.policy
+        cap, delta = policy.max_epsilon_per_cohort, policy.max_delta
+        rows = []
+        for sha, dataset, patients in self._ledger.cohorts():
+            spent = self._ledger.epsilon_of_cohort(sha, delta)
+            rows.append({
+                "dataset": dataset, "cohort": sha[:12], "patients": patients, "delta": delta,
+                "spent": round(spent, 4), "cap": cap, "left": round(max(0.0, cap - spent), 4),
+            })  # fmt: skip
+        return {"budget": rows, "studies": self._ledger.studies()}
+
+
+class _Handler(socketserver.StreamRequestHandler):
+    timeout = _SECONDS
+
+    def handle(self) -> None:
+        try:
+            asked = json.loads(self.rfile.readline(_MOST))
+            command, arguments = str(asked["command"]), dict(asked.get("arguments", {}))
+            answer = cast("_Server", self.server).admin.do(command, arguments, self._who())
+        except FedwardError as error:
+            answer = {"error": [type(error).__name__, error.rule, str(error.value or ""),
+                                error.fix, error.where, error.exit_code]}  # fmt: skip
+        except (OSError, ValueError, KeyError, TypeError):
+            answer = {"error": ["ConfigError", "a command must be a JSON object", "", "", "", 19]}
+        with suppress(OSError):
+            self.wfile.write(json.dumps(answer).encode() + b"\n")
+
+    def _who(self) -> str:
+        """Who asks, as the kernel knows it."""
+        raw = self.connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        user = int.from_bytes(raw[4:8], "little")
+        with suppress(KeyError):
+            return pwd.getpwuid(user).pw_name
+        return str(user)
+
+
+class _Server(socketserver.ThreadingUnixStreamServer):
+    daemon_threads = True
+
+    def __init__(self, path: str, admin: Admin) -> None:
+        self.admin = admin
+        super().__init__(path, _Handler)
+
+
+def serve_admin(admin: Admin, path: Path) -> Callable[[], None]:
+    """Serve the officer; gives what ends it.
+
+    Raises
+    ------
+    ConfigError
+        The socket cannot be made.
+    """
+    if path.exists() and stat.S_ISSOCK(path.lstat().st_mode):
+        path.unlink()  # the ledger's lock says that no other trainer is there
+    before = os.umask(0o177)
+    try:
+        server = _Server(str(path), admin)
+    except OSError as error:
+        raise ConfigError(
+            "the state folder must take a socket, so its path must be short",
+            value=os.strerror(error.errno or 0) if error.errno else str(error),
+            fix="Move site.state to a shorter path", where="site.state",
+        ) from None  # fmt: skip
+    finally:
+        os.umask(before)
+    threading.Thread(target=server.serve_forever, daemon=True, name="officer").start()
+
+    def end() -> None:
+        server.shutdown()
+        server.server_close()
+        path.unlink(missing_ok=True)
+
+    return end
+
+
+def ask(path: Path, command: str, **arguments: Any) -> dict[str, Any]:
+    """Ask a running trainer.
+
+    Raises
+    ------
+    ConfigError
+        None runs.
+    FedwardError
+        What it answered, with its exit code.
+    """
+    try:
+        with socket.socket(socket.AF_UNIX) as link:
+            link.settimeout(_SECONDS)
+            link.connect(str(path))
+            link.sendall(json.dumps({"command": command, "arguments": arguments}).encode() + b"\n")
+            answer: dict[str, Any] = json.loads(link.makefile("rb").readline())
+    except (OSError, ValueError):
+        raise ConfigError(
+            "the daemon must run", fix="Start it with `fedward-client run`; only its owner may ask"
+        ) from None
+    if "error" in answer:
+        raise _error(*answer["error"])
+    return answer
+
+
+def _error(name: str, rule: str, value: str, fix: str, where: str, code: int) -> FedwardError:
+    from fedward import errors
+
+    kind = getattr(errors, name, FedwardError)
+    made: FedwardError = kind(rule, value=value or None, fix=fix, where=where)
+    made.exit_code = code
+    return made

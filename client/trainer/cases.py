@@ -1,0 +1,108 @@
+"""Which dataset serves a study, what is known of it unopened, and the gate it leaves through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from client.audit.log import AuditLog
+from client.cohort.freeze import CohortFile, load
+from client.cohort.frozen import cohort_path
+from client.config import SiteConfig
+from client.egress.gate import Gate
+from client.policy.decide import DatasetFacts, dataset_for, facts_of
+from client.policy.settings import Limits, PolicySection
+from fedward.errors import DataError
+from fedward.plan.load import plan_hash
+from fedward.plan.schema import Plan
+
+
+@dataclass(frozen=True)
+class Case:
+    """A study at this site.
+
+    Attributes
+    ----------
+    study : str
+        Its id.
+    plan, plan_hash : Plan, str
+        What it wants.
+    dataset : str
+        What serves it; "" when nothing does.
+    cohort : CohortFile or None
+        The frozen cohort's record.
+    limits : Limits
+        What the policy holds it to.
+    facts : DatasetFacts or None
+        What the record says.
+    """
+
+    study: str
+    plan: Plan
+    plan_hash: str
+    dataset: str
+    cohort: CohortFile | None
+    limits: Limits
+    facts: DatasetFacts | None
+
+
+class Cases:
+    """The site's studies as far as they can be known without opening an image.
+
+    Parameters
+    ----------
+    config : SiteConfig
+        The site.
+    audit : AuditLog
+        For the gate.
+    """
+
+    def __init__(self, config: SiteConfig, audit: AuditLog) -> None:
+        self._config, self._audit = config, audit
+        self._pinned: dict[str, tuple[str, CohortFile]] = {}
+
+    @property
+    def site(self) -> str:
+        """The site's name."""
+        return self._config.site.name
+
+    @property
+    def policy(self) -> PolicySection:
+        """The site's policy."""
+        return self._config.policy
+
+    def of(self, study: str, plan: Plan) -> Case:
+        """The case of a study; its cohort stays the one that it began with."""
+        dataset = dataset_for(self.policy, study, plan)
+        rule = self.policy.rule_for(study, plan.study.name)
+        cohort = self._cohort(study, dataset)
+        return Case(
+            study=study, plan=plan, plan_hash=plan_hash(plan), dataset=dataset, cohort=cohort,
+            limits=self.policy.limits(rule) if rule else self.policy,
+            facts=facts_of(cohort) if cohort else None,
+        )  # fmt: skip
+
+    def pin(self, study: str, dataset: str, sha256: str) -> None:
+        """Say with which cohort a study began, after a restart."""
+        path = cohort_path(self._config.site.state, dataset, sha256)
+        self._pinned[study] = (dataset, load(path))
+
+    def gate(self, case: Case | None) -> Gate:
+        """What everything that leaves passes through."""
+        return Gate(
+            case.plan if case else None, case.limits if case else self.policy, site=self.site,
+            facts=case.facts if case else None, max_upload_mib=self.policy.max_upload_mib,
+            audit=self._audit,
+        )  # fmt: skip
+
+    def _cohort(self, study: str, dataset: str) -> CohortFile | None:
+        known = self._pinned.get(study)
+        if known is not None and known[0] == dataset:
+            return known[1]
+        if not dataset:
+            return None
+        try:
+            found = load(cohort_path(self._config.site.state, dataset))
+        except DataError:
+            return None
+        self._pinned[study] = (dataset, found)
+        return found

@@ -1,0 +1,201 @@
+"""The trainer's desk: every order is held against signature, policy, approval and ledger."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, Final
+
+from client.audit.log import AuditLog
+from client.egress.refusal import refusal_for
+from client.link.packets import Packet
+from client.policy import words
+from client.policy.approvals import Approvals
+from client.policy.decide import Decision, StudyRequest, decide
+from client.policy.hours import quiet_until
+from client.trainer.cases import Case, Cases
+from client.trainer.state import Board
+from client.trainer.turns import Turns
+from client.trainer.work import Work
+from fedward.errors import FedwardError, PolicyError, ProtocolError
+from fedward.models import describe
+from fedward.protocol import RefusalKind, RoundOrder
+from fedward.signing import verify_study
+
+_LOG = logging.getLogger("fedward.trainer")
+_DOING: Final = {"describe": "describing", "train": "training", "evaluate": "evaluating"}
+
+
+class Refused(FedwardError):
+    """An error on its way to the coordinator, with whose turn it is."""
+
+    def __init__(self, error: FedwardError, kind: RefusalKind) -> None:
+        self.kind: RefusalKind = kind
+        super().__init__(error.rule, value=error.value, fix=error.fix, where=error.where)
+
+
+class TrainerDesk:
+    """Answers the connector's orders.
+
+    Parameters
+    ----------
+    cases : Cases
+        The site's datasets and policy.
+    work : Work
+        Does what was allowed.
+    audit : AuditLog
+        Hears of everything.
+    approvals : Approvals
+        What the officer said.
+    board : Board
+        What is going on.
+    now : callable
+        Local time.
+    """
+
+    def __init__(
+        self, cases: Cases, work: Work, audit: AuditLog, approvals: Approvals, board: Board,
+        now: Callable[[], datetime] = datetime.now,
+    ) -> None:  # fmt: skip
+        self._cases, self._work, self._audit = cases, work, audit
+        self._approvals, self._board, self._now = approvals, board, now
+        self._turns, self._told = Turns(), set[tuple[str, ...]]()
+
+    def answer(self, what: str, packet: Packet) -> Packet:
+        """Answer an order; a refusal is an answer too, and an exception never is."""
+        round_ = 0
+        case: Case | None = None
+        try:
+            order = self._order(packet)
+            round_ = order.round
+            case = self._case(order)
+            return self._in_turn(what, order, case, packet)
+        except FedwardError as error:
+            return self._refusal(error, round_, case)
+        except Exception as error:
+            # What went wrong may quote a path or an identifier: the log stays here.
+            _LOG.exception("an unexpected error stopped an order")
+            return self._refusal(error, round_, case)
+
+    def garbage(self, error: ProtocolError) -> Packet:
+        """Refuse what was no order at all."""
+        return self._refusal(error, 0, None)
+
+    def attached(self, isolation: str) -> None:
+        """A connector came; what it found of the images is written down, and shouted if bad."""
+        hidden = isolation == "hidden"
+        self._audit.append("isolation", process="connector", holds=hidden)
+        warning = "the connector can read images; see fedward-client doctor"
+        self._board.set(
+            connector="hidden" if hidden else "can read images",
+            warnings=[
+                *(one for one in self._board.get()["warnings"] if one != warning),
+                *([] if hidden else [warning]),
+            ],
+        )
+
+    def detached(self) -> None:
+        """It left."""
+        self._board.set(connector="none attached")
+
+    def cancel(self, study: str) -> int:
+        """Give up a study's orders."""
+        return self._turns.give_up(study)
+
+    def status(self) -> dict[str, Any]:
+        """What the connector may know."""
+        self._board.set(waiting=self._turns.waiting())
+        return self._board.get()
+
+    def wait_for_news(self, seconds: float) -> bool:
+        """Whether something changed."""
+        return self._board.wait(seconds)
+
+    def pause(self, *, paused: bool) -> None:
+        """The officer pauses the site or lets it go on."""
+        self._audit.append("paused" if paused else "resumed")
+        self._board.set(paused=paused)
+
+    def close(self) -> None:
+        """Give up everything, promptly."""
+        self._turns.close()
+
+    def _order(self, packet: Packet) -> RoundOrder:
+        if packet.kind != "order":
+            raise ProtocolError("a message must carry an order", fix="Send a RoundOrder record")
+        return RoundOrder.from_flat(packet.record)
+
+    def _case(self, order: RoundOrder) -> Case:
+        """Everything that must hold before an image is opened."""
+        coordinator = verify_study(order)
+        plan = order.read_plan()
+        case = self._cases.of(order.study, plan)
+        request = StudyRequest(
+            study=order.study, plan=plan, plan_hash=order.plan_hash, coordinator=coordinator,
+            parameters=describe(plan).parameters, facts=case.facts,
+        )  # fmt: skip
+        self._once("plan", order.study, order.plan_hash, coordinator, name=plan.study.name)
+        decision = decide(self._cases.policy, request)
+        self._tell_decision(order, decision)
+        decision.enforce()
+        self._approved(request, decision)
+        return case
+
+    def _approved(self, request: StudyRequest, decision: Decision) -> None:
+        if decision.approval == "within-policy":
+            return
+        state = self._approvals.see(request).state
+        if state == "pending":
+            raise Refused(PolicyError(words.PENDING), "pending")
+        if state == "denied":
+            raise PolicyError(words.DENIED)
+
+    def _in_turn(self, what: str, order: RoundOrder, case: Case, packet: Packet) -> Packet:
+        self._ready(what)
+        with self._turns.turn(order.study) as given_up:
+            self._ready(what)
+            self._board.set(
+                doing=_DOING[what], study=order.study, round=order.round, step=0, steps=0,
+                waiting=self._turns.waiting(),
+            )  # fmt: skip
+            try:
+                answer = self._work.do(what, order, case, packet, given_up)
+                self._board.add(done=1)
+                return answer
+            finally:
+                self._board.set(doing="idle", waiting=self._turns.waiting())
+
+    def _ready(self, what: str) -> None:
+        if self._board.paused:
+            raise Refused(PolicyError(words.PAUSED), "paused")
+        if what == "train" and quiet_until(self._cases.policy.quiet_hours, self._now()):
+            raise Refused(PolicyError(words.QUIET), "paused")
+
+    def _refusal(self, error: BaseException, round_: int, case: Case | None) -> Packet:
+        kind = error.kind if isinstance(error, Refused) else None
+        made = self._cases.gate(case).check_refusal(
+            refusal_for(error, self._cases.site, round_, kind)
+        )
+        self._audit.append("refused", kind=made.kind, rule=made.rule, round=round_,
+                           study=case.study if case else "")  # fmt: skip
+        if made.kind in ("error", "data", "protocol"):
+            self._board.set(last_error=made.rule)
+        return Packet("refusal", dict(made.to_flat()))
+
+    def _once(self, event: Any, *key: str, **fields: Any) -> None:
+        if (event, *key) not in self._told:
+            study, plan, coordinator = key
+            self._audit.append(event, study=study, plan=plan, coordinator=coordinator, **fields)
+            self._told.add((event, *key))
+
+    def _tell_decision(self, order: RoundOrder, decision: Decision) -> None:
+        found = "; ".join(f"{one.key}: {one.rule}" for one in decision.violations)
+        key = ("decision", order.study, order.plan_hash, hashlib.sha256(found.encode()).hexdigest())
+        if key not in self._told:
+            self._audit.append(
+                "decision", study=order.study, plan=order.plan_hash, allowed=decision.allowed,
+                violations=[f"{one.key}: {one.rule}" for one in decision.violations],
+            )  # fmt: skip
+            self._told.add(key)

@@ -1,0 +1,239 @@
+"""What an allowed order sets going: prepare, charge, train, keep, let out."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from safetensors.numpy import load, save
+
+from client.audit.log import AuditLog
+from client.cohort.training import Preparers, cache_folder, prepare_cohort
+from client.config import SiteConfig
+from client.egress.gate import expected_arrays
+from client.ledger import Charge, Ledger, Release, RoundRequest
+from client.ledger.ledger import Caps
+from client.ledger.releases import Releases
+from client.link.packets import Arrays, Packet
+from client.policy import words
+from client.trainer.cases import Case, Cases
+from client.trainer.state import Board
+from client.trainer.turns import Cancelled
+from client.training.runtime import Runtime
+from client.training.trainer import Trainer
+from fedward.errors import DeviceError, PolicyError, ProtocolError
+from fedward.privacy import Mechanism, calibrate, steps_per_round
+from fedward.protocol import RoundOrder, TrainOutcome
+
+_LOG = logging.getLogger("fedward.trainer")
+_WARM: Final = 2
+
+
+class Work:
+    """Does what the desk allowed, one order at a time.
+
+    Parameters
+    ----------
+    config : SiteConfig
+        The site.
+    cases : Cases
+        For the gate.
+    ledger : Ledger
+        Charged before an image is read.
+    releases : Releases
+        Where updates are kept.
+    audit : AuditLog
+        Hears of charges and of what is sent, before it is.
+    board : Board
+        Shows progress.
+    secret : bytes
+        The site's.
+    runtime : Runtime
+        The machine.
+    """
+
+    def __init__(
+        self, config: SiteConfig, cases: Cases, ledger: Ledger, releases: Releases,
+        audit: AuditLog, board: Board, secret: bytes, runtime: Runtime, crew: Preparers,
+    ) -> None:  # fmt: skip
+        self._config, self._cases, self._ledger, self._releases = config, cases, ledger, releases
+        self._audit, self._board, self._secret = audit, board, secret
+        self._runtime, self._crew = runtime, crew
+        self._warm: OrderedDict[str, Trainer] = OrderedDict()
+        self._given_up = threading.Event()
+
+    def do(
+        self, what: str, order: RoundOrder, case: Case, packet: Packet, given_up: threading.Event
+    ) -> Packet:
+        """Carry out an order."""
+        self._given_up = given_up
+        act: dict[str, Callable[[RoundOrder, Case, Packet], Packet]] = {
+            "describe": self._describe, "train": self._train, "evaluate": self._evaluate
+        }  # fmt: skip
+        answer = act[what](order, case, packet)
+        self._tell_sent(what, order, answer)
+        return answer
+
+    def _describe(self, order: RoundOrder, case: Case, packet: Packet) -> Packet:
+        trainer = self._trainer(case)
+        if case.plan.privacy.on:
+            request, total = self._request(order, case, trainer, rounds=case.plan.rounds)
+            self._ledger.check_study(request, total, self._caps(case))
+        facts = self._cases.gate(case).check_facts(trainer.describe())
+        return Packet("facts", dict(facts.to_flat()))
+
+    def _train(self, order: RoundOrder, case: Case, packet: Packet) -> Packet:
+        if not 1 <= order.round <= case.plan.rounds:
+            raise ProtocolError(
+                f"the plan has rounds 1 to {case.plan.rounds}", value=order.round,
+                fix="Order one of these",
+            )  # fmt: skip
+        trainer = self._trainer(case)
+        request, _ = self._request(order, case, trainer, rounds=1)
+        charge = self._ledger.reserve(request, self._caps(case))
+        if isinstance(charge, Release):
+            return self._again(order, charge)
+        try:
+            self._tell_charge(order, case, request)
+            arrays, outcome = self._fit(trainer, case, order, packet)
+            outcome = self._cases.gate(case).check_update(
+                arrays, expected_arrays(case.plan, order.round), outcome, order.round
+            )
+            return self._release(order, case, charge, arrays, outcome)
+        except BaseException:
+            self._ledger.lose(charge)
+            # What trained until it broke must not be where the next round goes on.
+            self._warm.pop(case.plan_hash, None)
+            raise
+
+    def _release(
+        self, order: RoundOrder, case: Case, charge: Charge, arrays: Arrays, outcome: TrainOutcome
+    ) -> Packet:
+        digest = ""
+        if case.plan.privacy.on:
+            names = json.dumps(list(arrays))
+            content = save(arrays, {"outcome": outcome.model_dump_json(), "names": names})
+            digest = self._releases.keep(order.study, order.round, content)
+        self._ledger.commit(charge, digest)
+        return Packet("update", dict(outcome.to_flat()), arrays)
+
+    def _again(self, order: RoundOrder, release: Release) -> Packet:
+        """The update that was released for this round, byte for byte."""
+        content = self._releases.again(order.study, order.round, release.digest)
+        length = int.from_bytes(content[:8], "little")
+        about = json.loads(content[8 : 8 + length])["__metadata__"]
+        outcome = TrainOutcome.model_validate_json(about["outcome"])
+        arrays = load(content)
+        ordered = {name: arrays[name] for name in json.loads(about["names"])}
+        return Packet("update", dict(outcome.to_flat()), ordered)
+
+    def _evaluate(self, order: RoundOrder, case: Case, packet: Packet) -> Packet:
+        counts, outcome = self._trainer(case).evaluate(packet.arrays, order)
+        made, outcome = self._cases.gate(case).check_counts(counts, outcome, order.round)
+        return Packet("counts", dict(outcome.to_flat()), made)
+
+    def _fit(
+        self, trainer: Trainer, case: Case, order: RoundOrder, packet: Packet
+    ) -> tuple[Arrays, TrainOutcome]:
+        """Train; where the device's memory ends, with less on it at once (same logical batch)."""
+        while True:
+            try:
+                return trainer.train(packet.arrays, order, packet.mu)
+            except torch.OutOfMemoryError:
+                smaller = trainer.runtime.physical_batch // 2
+                gc.collect()
+                torch.cuda.empty_cache()
+                if not smaller:
+                    raise DeviceError(
+                        "the device must have memory for one image", fix="Plan a smaller model"
+                    ) from None
+                _LOG.warning("out of memory: %d images at once from now on", smaller)
+                runtime = replace(trainer.runtime, physical_batch=smaller)
+                trainer = self._warm[case.plan_hash] = Trainer(case.plan, trainer.site, runtime)
+
+    def _trainer(self, case: Case) -> Trainer:
+        """The study's trainer, warm from its last order."""
+        if not (self._board.get()["walls"] or self._config.trainer.allow_networked_trainer):
+            raise PolicyError(words.NETWORKED, fix="See fedward-client doctor")
+        key = case.plan_hash
+        if key not in self._warm:
+            self._warm[key] = self._open(case)
+            while len(self._warm) > _WARM:
+                self._warm.popitem(last=False)
+        self._warm.move_to_end(key)
+        return self._warm[key]
+
+    def _open(self, case: Case) -> Trainer:
+        cohort = case.cohort
+        if cohort is None:
+            raise PolicyError(words.COHORT)
+        people = {item.patient for item in cohort.items}
+        self._ledger.register(cohort.sha256, case.dataset, people)
+        site = prepare_cohort(
+            self._config, case.dataset, cohort.sha256, case.plan, secret=self._secret,
+            cache=cache_folder(self._config), crew=self._crew,
+        )  # fmt: skip
+        # A hospital's noise and sampling come from the system; what needs no secrecy follows the
+        # study's seed, so that a study can be told apart from a simulation of it by nothing else.
+        runtime = replace(
+            self._runtime, randomness="system" if case.plan.privacy.on else "seeded",
+            watch=self._watch,
+        )  # fmt: skip
+        return Trainer(case.plan, site, runtime)
+
+    def _watch(self, step: int, steps: int) -> None:
+        self._board.set(step=step, steps=steps)
+        if self._given_up.is_set():
+            raise Cancelled
+
+    def _request(
+        self, order: RoundOrder, case: Case, trainer: Trainer, rounds: int
+    ) -> tuple[RoundRequest, Mechanism]:
+        """What so many rounds are charged."""
+        mechanism = None
+        if case.plan.privacy.on:
+            whole = calibrate(case.plan, trainer.site.patients_in("train"))
+            steps = steps_per_round(case.plan, whole.sampling_rate) * rounds
+            mechanism = replace(whole, steps=steps)
+        request = RoundRequest(
+            order.study, order.plan_hash, order.round, trainer.site.cohort, mechanism,
+            case.plan.privacy.delta,
+        )  # fmt: skip
+        return request, mechanism or Mechanism(1.0, 0.0, 0)
+
+    def _caps(self, case: Case) -> Caps:
+        limits = case.limits
+        return Caps(
+            limits.max_epsilon_per_study, self._cases.policy.max_epsilon_per_cohort,
+            self._cases.policy.max_delta,
+        )  # fmt: skip
+
+    def _tell_charge(self, order: RoundOrder, case: Case, request: RoundRequest) -> None:
+        fields: dict[str, Any] = {"study": order.study, "round": order.round, "private": False}
+        if request.mechanism is not None and case.plan.privacy.delta is not None:
+            delta = case.plan.privacy.delta
+            fields |= {
+                "private": True, "delta": delta,
+                "epsilon_of_study": round(self._ledger.epsilon_of_study(order.study, delta), 4),
+            }  # fmt: skip
+        self._audit.append("charge", **fields)
+
+    def _tell_sent(self, what: str, order: RoundOrder, answer: Packet) -> None:
+        """Written before the socket sees a byte; what cannot be written is not sent."""
+        digest = hashlib.sha256()
+        size = 0
+        for name, value in answer.arrays.items():
+            digest.update(name.encode() + value.tobytes())
+            size += value.nbytes
+        self._audit.append(
+            "sent", study=order.study, round=order.round, what=what, tensors=len(answer.arrays),
+            bytes=size, sha256=digest.hexdigest(),
+        )  # fmt: skip

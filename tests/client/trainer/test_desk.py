@@ -1,0 +1,209 @@
+"""The trainer's desk over a real frozen cohort."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from client.audit.log import audit_folder, audit_key
+from client.audit.verify import entries, verify
+from client.link.packets import Packet
+from fedward.errors import ProtocolError
+from fedward.plan.schema import Plan
+from fedward.protocol import EvaluateOutcome, Refusal, SiteFacts, TrainOutcome
+from fedward.signing import sign_study
+
+Make = Callable[..., Any]
+pytestmark = pytest.mark.integration
+
+
+def refused(packet: Packet, kind: str, words: str) -> None:
+    assert packet.kind == "refusal", packet.record
+    refusal = Refusal.from_flat(packet.record)
+    assert refusal.kind == kind
+    assert words in refusal.rule, refusal.rule
+
+
+def told(hospital: Any) -> list[str]:
+    return [one.event for one in entries(audit_folder(hospital.config.site.state))]
+
+
+def test_a_study_is_described_trained_and_measured(make_hospital: Make, plan: Plan) -> None:
+    hospital = make_hospital()
+    facts = SiteFacts.from_flat(hospital.ask("describe", plan, 0).record)
+    assert (facts.site, facts.patients) == ("north", 24)
+    answer = hospital.ask("train", plan)
+    outcome = TrainOutcome.from_flat(answer.record)
+    assert outcome.patients == facts.train_patients
+    assert all(np.isfinite(value).all() for value in answer.arrays.values())
+    counts = hospital.ask("evaluate", plan, 1, part="validation")
+    assert EvaluateOutcome.from_flat(counts.record).images == facts.validation_images
+    assert set(told(hospital)) >= {"plan", "decision", "charge", "sent"}
+    state = hospital.config.site.state
+    assert verify(audit_folder(state), audit_key(state)).whole
+    # The seed alone decides, so a simulation of the same study can be compared.
+    again = hospital.ask("train", plan)
+    for name, value in answer.arrays.items():
+        np.testing.assert_array_equal(again.arrays[name], value)
+
+
+def test_a_repeated_private_round_gives_the_same_update_even_after_a_restart(
+    make_hospital: Make, private_plan: Plan
+) -> None:
+    hospital = make_hospital()
+    first = hospital.ask("train", private_plan)
+    assert first.kind == "update", first.record
+    assert TrainOutcome.from_flat(first.record).loss is None
+    spent = hospital.ledger.epsilon_of_study("tiny-1", 1e-3)
+    assert 0 < spent < 8
+    second = hospital.ask("train", private_plan)
+    hospital.close()
+    hospital.open()
+    third = hospital.ask("train", private_plan)
+    for other in (second, third):
+        assert other.record == first.record
+        assert list(other.arrays) == list(first.arrays)
+        for name, value in first.arrays.items():
+            np.testing.assert_array_equal(other.arrays[name], value)
+    assert hospital.ledger.epsilon_of_study("tiny-1", 1e-3) == spent
+    fresh = hospital.ask("train", private_plan, 2)
+    assert fresh.kind == "update"
+    assert hospital.ledger.epsilon_of_study("tiny-1", 1e-3) > spent
+    refused(hospital.ask("train", private_plan, 3), "protocol", "rounds 1 to 2")
+
+
+def test_the_policy_refuses_before_an_image_is_opened(
+    make_hospital: Make, plan: Plan, private_plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hospital = make_hospital("max_epsilon_per_cohort = 4.0\nmax_delta = 0.01",
+                             "require_privacy = true\nmax_epsilon_per_study = 9.0")  # fmt: skip
+
+    def fail(*args: Any, **more: Any) -> None:
+        raise AssertionError("an image was opened")
+
+    monkeypatch.setattr("client.trainer.work.prepare_cohort", fail)
+    refused(hospital.ask("train", plan), "policy", "must be differentially private")
+    refused(hospital.ask("train", private_plan), "policy", "all studies together")
+    refused(hospital.ask("describe", plan, 0, study="other-1"), "policy", "private")
+    stranger = sign_study(Ed25519PrivateKey.generate(), "tiny-1", "0" * 64)
+    order = hospital.order(plan, 1)
+    forged = {**order.record, "coordinator": stranger["coordinator"]}
+    refused(hospital.desk.answer("train", Packet("order", forged, order.arrays)), "protocol",
+            "must be a known, valid")  # fmt: skip
+    assert "charge" not in told(hospital)
+
+
+def test_an_officer_approves_denies_and_pauses(make_hospital: Make, plan: Plan) -> None:
+    hospital = make_hospital(rule='approval = "manual"')
+    refused(hospital.ask("describe", plan, 0), "pending", "it waits for that")
+    (waiting,) = hospital.approvals.pending()
+    assert waiting.study == "tiny-1"
+    hospital.approvals.settle("tiny-1", "approved", "officer")
+    assert hospital.ask("describe", plan, 0).kind == "facts"
+    hospital.desk.pause(paused=True)
+    refused(hospital.ask("train", plan), "paused", "must not be paused")
+    hospital.desk.pause(paused=False)
+    assert hospital.ask("train", plan).kind == "update"
+    hospital.approvals.settle("tiny-1", "denied", "officer")
+    refused(hospital.ask("train", plan), "policy", "it was denied")
+
+
+def test_the_budget_ends_a_study_in_a_typed_refusal(
+    make_hospital: Make, private_plan: Plan
+) -> None:
+    hospital = make_hospital("max_epsilon_per_cohort = 8.1")
+    assert hospital.ask("train", private_plan).kind == "update"
+    refused(hospital.ask("describe", private_plan, 0, study="tiny-2"), "budget", "budget")
+    refused(hospital.ask("train", private_plan, 1, study="tiny-2"), "budget", "budget") if (
+        hospital.ledger.epsilon_of_cohort(hospital.ledger.cohorts()[0][0], 1e-3) > 7
+    ) else None
+
+
+def test_a_trainer_with_a_network_opens_nothing(make_hospital: Make, plan: Plan) -> None:
+    hospital = make_hospital()
+    hospital.board.set(walls=False)
+    refused(hospital.ask("train", plan), "policy", "no network")
+
+
+def test_a_changed_file_is_found_and_named_by_no_name(
+    make_hospital: Make, plan: Plan, tmp_path: Any
+) -> None:
+    import shutil
+
+    hospital = make_hospital()
+    real = (tmp_path / "data").resolve()
+    (tmp_path / "data").unlink()
+    shutil.copytree(real, tmp_path / "data")
+    victim = sorted((tmp_path / "data").rglob("*.dcm"))[0]
+    victim.write_bytes(victim.read_bytes()[:-1] + b"\x07")
+    answer = hospital.ask("train", plan)
+    refused(answer, "data", "must not have changed")
+    assert victim.name not in json.dumps(answer.record)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {},
+        {"unreadable": "x"},
+        {"plan": "{}", "plan_hash": "0" * 64, "round": 1},
+        {"plan": 3, "round": "one"},
+        {"study": "../../etc", "signature": base64.b64encode(b"x").decode()},
+    ],
+)
+def test_garbage_is_refused_and_written_down(make_hospital: Make, record: dict[str, Any]) -> None:
+    hospital = make_hospital()
+    refused(hospital.desk.answer("train", Packet("order", record)), "protocol", "valid")
+    refused(hospital.desk.garbage(ProtocolError("a packet must begin with its head")), "protocol",
+            "valid")  # fmt: skip
+    assert told(hospital).count("refused") == 2
+
+
+def test_an_order_that_is_given_up_ends_at_the_next_step(
+    make_hospital: Make, make_plan: Make
+) -> None:
+    endless = make_plan(
+        task={"classes": ["clear", "opacity"]}, split={"given": None},
+        training={"local_epochs": None, "local_steps": 100_000, "rounds": 2},
+    )  # fmt: skip
+    hospital = make_hospital()
+    answers: list[Packet] = []
+    thread = threading.Thread(target=lambda: answers.append(hospital.ask("train", endless)))
+    thread.start()
+    while not hospital.board.get()["step"]:
+        assert hospital.board.wait(30)
+    waiting = threading.Thread(target=lambda: answers.append(hospital.ask("train", endless)))
+    waiting.start()
+    while not hospital.desk.status()["waiting"]:
+        hospital.board.wait(0.05)
+    assert hospital.desk.cancel("tiny-1") == 2
+    for one in (thread, waiting):
+        one.join(30)
+    assert [one.kind for one in answers] == ["refusal", "refusal"]
+    assert hospital.board.get()["doing"] == "idle"
+
+
+def test_what_goes_wrong_inside_is_not_told_outside(
+    make_hospital: Make, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hospital = make_hospital()
+    planted = "/data/ward-7/DOE^JANE/1.2.840.113619.2.55 born 1961-04-03"
+
+    def fail(*args: Any, **more: Any) -> None:
+        raise RuntimeError(planted)
+
+    monkeypatch.setattr("client.trainer.work.prepare_cohort", fail)
+    answer = hospital.ask("train", plan)
+    refused(answer, "error", "unexpected error")
+    text = json.dumps(answer.record) + json.dumps(hospital.desk.status())
+    folder = audit_folder(hospital.config.site.state)
+    text += "".join(path.read_text() for path in folder.iterdir() if path.suffix != ".lock")
+    for part in ("ward-7", "DOE", "JANE", "1.2.840", "1961"):
+        assert part not in text

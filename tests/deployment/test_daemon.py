@@ -1,0 +1,201 @@
+"""Real hospital daemons at a real SuperLink over TLS, driven by the rounds of the aggregator."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from client.audit.log import audit_folder, audit_key
+from client.audit.verify import verify
+from fedward.models import build_model, to_arrays
+from fedward.plan.load import plan_hash
+from fedward.plan.schema import Plan
+from fedward.signing import fingerprint, public_bytes, sign_study
+from server.events import Event, RoundEnded, SiteRefused
+from server.flower.control import Link
+from server.flower.runtime import RunSession
+from server.job import Job
+from server.results import Arm
+from server.rounds import StudyRun
+from simulation.options import Hospital, Options
+from simulation.study import Study
+
+pytestmark = pytest.mark.integration
+Make = Callable[..., Any]
+
+
+class Aggregator:
+    """The aggregator's side of a test: one study at a time over a real SuperLink."""
+
+    def __init__(self, superlink: Any, folder: Path) -> None:
+        self.superlink, self.folder = superlink, folder
+        self.link = Link(superlink.address, superlink.ca, superlink.control_secret)
+        self.key = Ed25519PrivateKey.generate()
+        self.members: dict[int, str] = {}
+        self.events: list[Event] = []
+
+    @property
+    def coordinator(self) -> str:
+        return fingerprint(public_bytes(self.key))
+
+    def enrol(self, daemon: Any) -> None:
+        self.members[self.link.register(daemon.public_key, daemon.name)] = daemon.name
+
+    def job(self, plan: Plan, study: str = "tiny-1", seed: int = 0, **more: Any) -> Job:
+        arm = Arm(name="federated", kind="federated", epsilon=plan.privacy.epsilon)
+        return Job(
+            plan, to_arrays(build_model(plan, seed)), arm, seed, self.events.append,
+            members=self.members, signed=sign_study(self.key, study, plan_hash(plan)), **more,
+        )  # fmt: skip
+
+    def run(self, job: Job) -> Job:
+        secret = self.superlink.runtime_secret
+        session = RunSession(self.link, secret, self.folder / "lock")
+        try:
+            StudyRun(job, session.grid).run()
+        finally:
+            session.close(complete=job.complete)
+        return job
+
+
+@pytest.fixture
+def aggregator(superlink: Any, tmp_path: Path) -> Aggregator:
+    return Aggregator(superlink, tmp_path)
+
+
+@pytest.fixture
+def two(aggregator: Aggregator, make_daemon: Make) -> list[Any]:
+    """Two hospitals that run."""
+    made = []
+    for number in (1, 2):
+        daemon = make_daemon(
+            number, aggregator.superlink.address, aggregator.superlink.ca, aggregator.coordinator
+        )
+        aggregator.enrol(daemon)
+        daemon.start()
+        made.append(daemon)
+    return made
+
+
+@pytest.fixture
+def plan(make_plan: Make) -> Plan:
+    made: Plan = make_plan(
+        task={"classes": ["clear", "opacity"]}, split={"given": None},
+        participation={"deadline": 120.0, "retries": 0},
+    )  # fmt: skip
+    return made
+
+
+def test_a_study_between_hospitals_is_the_simulation_bit_for_bit(
+    aggregator: Aggregator, two: list[Any], plan: Plan, tmp_path: Path
+) -> None:
+    job = aggregator.run(aggregator.job(plan, seed=3))
+    assert job.complete
+    assert all(sorted(r.sites) == ["hospital 1", "hospital 2"] for r in job.arm.rounds)
+
+    # The same two frozen cohorts on one machine.
+    hospitals = tuple(Hospital(daemon.config) for daemon in two)
+    study = Study(plan, Options(data=None, out=tmp_path / "sim", seed=3, hospitals=hospitals))
+    study.run()
+    assert study.model is not None
+    for name, value in study.model.items():
+        np.testing.assert_array_equal(job.average[name], value)
+    alone = study.results.arms[0].test
+    assert alone is not None
+    assert job.arm.test is not None
+    assert job.arm.test.pooled == alone.pooled
+
+    for daemon in two:
+        status = daemon.call("status")
+        assert status["trainer"]["walls"] is True  # type: ignore[index]
+        assert status["trainer"]["connector"] == "hidden"  # type: ignore[index]
+        assert status["link"]["state"] == "online"  # type: ignore[index]
+        state = daemon.folder / "state"
+        assert verify(audit_folder(state), audit_key(state)).whole
+        assert daemon.stop() == 0
+        assert "Traceback" not in daemon.log
+
+
+def test_a_private_study_survives_kills_and_its_ledger_counts(
+    aggregator: Aggregator, two: list[Any], make_plan: Make, until: Make
+) -> None:
+    plan = make_plan(
+        task={"classes": ["clear", "opacity"]}, split={"given": None},
+        training={"rounds": 4, "batch_size": 6, "local_epochs": None, "local_steps": 2},
+        privacy={"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-3, "clipping_norm": 1.0,
+                 "sampling_rate": 0.3},
+        participation={"deadline": 60.0, "retries": 2, "quorum": 1},
+    )  # fmt: skip
+    job = aggregator.job(plan)
+    kills = iter([(0, "trainer"), (1, "connector"), (0, "connector")])
+
+    def listen(event: Event) -> None:
+        aggregator.events.append(event)
+        if isinstance(event, RoundEnded) and (next_ := next(kills, None)):
+            two[next_[0]].kill(next_[1])
+
+    job.listen = listen
+    aggregator.run(job)
+    assert job.complete
+    assert [r.round for r in job.arm.rounds] == [1, 2, 3, 4]
+    for daemon in two:
+        (row,) = daemon.call("budget")["studies"]  # type: ignore[misc]
+        assert row["charged"] >= 2
+        assert 0 < row["epsilon"] <= 8.0
+        until(lambda daemon=daemon: set(daemon.children()) == {"trainer", "connector"})
+
+
+def test_a_site_refuses_in_its_own_words_and_the_other_goes_on(
+    aggregator: Aggregator, make_daemon: Make, plan: Plan
+) -> None:
+    superlink = aggregator.superlink
+    for number, policy in ((1, ""), (2, 'models = ["unet"]')):
+        daemon = make_daemon(number, superlink.address, superlink.ca, aggregator.coordinator,
+                             policy)  # fmt: skip
+        aggregator.enrol(daemon)
+        daemon.start()
+    job = aggregator.run(aggregator.job(plan, quorum=1, deadline=20.0))
+    assert job.complete
+    (refused,) = [event for event in aggregator.events if isinstance(event, SiteRefused)]
+    assert (refused.site, refused.kind) == ("hospital 2", "policy")
+    assert "model.name" in refused.reason
+    assert all(list(r.sites) == ["hospital 1"] for r in job.arm.rounds)
+
+
+def test_a_connector_that_was_down_catches_up_and_a_restart_of_everything_goes_on(
+    aggregator: Aggregator, two: list[Any], plan: Plan, until: Make
+) -> None:
+    job = aggregator.job(plan)
+    superlink = aggregator.superlink
+
+    def restart(event: Event) -> None:
+        if isinstance(event, RoundEnded) and event.result.round == 1:
+            superlink.kill()
+            superlink.start()
+
+    job.listen = restart
+    thread = threading.Thread(target=aggregator.run, args=(job,))
+    thread.start()
+    thread.join(180)
+    assert not thread.is_alive()
+    assert job.complete
+    assert len(job.arm.rounds) == 2
+
+
+def test_nothing_that_names_a_patient_is_anywhere_but_at_the_hospital(
+    aggregator: Aggregator, two: list[Any], plan: Plan
+) -> None:
+    job = aggregator.run(aggregator.job(plan))
+    text = json.dumps(job.arm.model_dump(mode="json"))
+    text += json.dumps([facts.model_dump() for facts in job.facts.values()])
+    for daemon in two:
+        text += daemon.log + (daemon.folder / "run" / "link.json").read_text()
+        for part in ("hospital-1/", "hospital-2/", ".dcm", "1.2.826", "SYNTH", str(daemon.folder)):
+            assert part not in text, part
