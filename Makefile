@@ -39,12 +39,14 @@ test: check
 bench: $(DONE)
 	$(BIN)/python benchmarks/simulation.py
 	$(BIN)/python benchmarks/dp.py
+	$(BIN)/python benchmarks/dicom.py
 	$(BIN)/python benchmarks/accuracy.py
 
 docs: $(DONE)
 	$(BIN)/python -m fedward.plan.reference > docs/plan.md
 	$(BIN)/python -m server.report.reference > docs/metrics.md
 	$(BIN)/python -m client.reference > docs/site.md
+	$(BIN)/python -m client.data.corpus > docs/dicom.md
 
 clean:
 	rm -rf $(VENV) demo runs

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
-import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 
-from client.data import reasons
+from client.data import reasons, voi
 from client.data.quiet import quiet
 from client.data.stored import open_dicom, stored_values
-from client.data.types import Image
+from client.data.types import Image, Lookup
 
 _GROUPS: Final = (
     "PixelValueTransformationSequence", "FrameVOILUTSequence", "PixelMeasuresSequence",
@@ -146,10 +145,16 @@ def decode(header: Dataset, pixels: NDArray[np.generic], frame: int = 0) -> Fram
         Which frame of a multi-frame file this is, from 0.
     """
     flat = _flat(header, frame)
-    values, window = _grey(flat, pixels) if _is_grey(flat) else _colour(flat, pixels)
-    image = Image(np.ascontiguousarray(values, np.float32), _spacing(flat), window)
+    lookup: Lookup | None = None
+    if pixels.ndim != (2 if _is_grey(flat) or _is_palette(flat) else 3):
+        raise reasons.unusable(reasons.NOT_READABLE)  # samples and photometric disagree
+    if _is_grey(flat):
+        values, window, lookup = _grey(flat, pixels)
+    else:
+        values, window = _colour(flat, pixels)
+    values = np.ascontiguousarray(values, np.float32)
     return Frame(
-        image,
+        Image(values, _spacing(flat), window, lookup=lookup),
         _vector(flat, "ImagePositionPatient", (3,)),
         _vector(flat, "ImageOrientationPatient", (2, 3)),
     )
@@ -174,15 +179,18 @@ def _flat(header: Dataset, frame: int) -> Dataset:
 
 def _is_grey(flat: Dataset) -> bool:
     return str(flat.get("PhotometricInterpretation", "")).startswith("MONOCHROME") or (
-        int(flat.get("SamplesPerPixel", 1)) == 1
-        and flat.get("PhotometricInterpretation") != "PALETTE COLOR"
+        int(flat.get("SamplesPerPixel", 1)) == 1 and not _is_palette(flat)
     )
+
+
+def _is_palette(flat: Dataset) -> bool:
+    return bool(flat.get("PhotometricInterpretation") == "PALETTE COLOR")
 
 
 def _colour(
     flat: Dataset, pixels: NDArray[np.generic]
 ) -> tuple[NDArray[np.float32], tuple[float, float]]:
-    if flat.get("PhotometricInterpretation") == "PALETTE COLOR":
+    if _is_palette(flat):
         pixels = apply_color_lut(pixels, flat)
         top = 2.0 ** (8 * pixels.dtype.itemsize) - 1
     else:
@@ -192,18 +200,19 @@ def _colour(
 
 def _grey(
     flat: Dataset, pixels: NDArray[np.generic]
-) -> tuple[NDArray[np.float32], tuple[float, float] | None]:
+) -> tuple[NDArray[np.float32], tuple[float, float] | None, Lookup | None]:
     values = np.asarray(apply_modality_lut(pixels, flat), np.float64)
-    window = _window(flat)
+    window, lookup = voi.window(flat), voi.lookup(flat)
     if flat.get("PhotometricInterpretation") == "MONOCHROME1":
         # The stored range turned over: what the modality LUT makes of its two ends, summed.
         ends = float(np.sum(apply_modality_lut(_stored_range(flat, pixels), flat), dtype=float))
         values = ends - values
         window = (ends - window[1], ends - window[0]) if window else None
+        lookup = voi.turned(lookup, ends)
     padding = _padding(flat, pixels)
     if padding.any() and not padding.all():
         values[padding] = values[~padding].min()
-    return values[None].astype(np.float32), window
+    return values[None].astype(np.float32), window, lookup
 
 
 def _stored_range(flat: Dataset, pixels: NDArray[np.generic]) -> NDArray[np.generic]:
@@ -221,30 +230,8 @@ def _padding(flat: Dataset, pixels: NDArray[np.generic]) -> NDArray[np.bool_]:
         return np.zeros(pixels.shape, bool)
     limit = flat.get("PixelPaddingRangeLimit")
     low, high = sorted((value, limit if isinstance(limit, int) else value))
-    stored = pixels.astype(np.int64)
-    return (stored >= low) & (stored <= high)
-
-
-def _window(flat: Dataset) -> tuple[float, float] | None:
-    """Lowest and highest value of the first VOI window (C.11.2.1.2), or of the first VOI LUT."""
-    centre, width = _first(flat.get("WindowCenter")), _first(flat.get("WindowWidth"))
-    if centre is not None and width is not None:
-        if str(flat.get("VOILUTFunction") or "LINEAR").upper() == "LINEAR":
-            centre, width = centre - 0.5, width - 1
-        return (centre - width / 2, centre + width / 2) if width > 0 else None
-    for item in (flat.get("VOILUTSequence") or [])[:1]:
-        entries, low, _ = (int(v) for v in item.LUTDescriptor)
-        return float(low), float(low + (entries or 65536) - 1)
-    return None
-
-
-def _first(value: object) -> float | None:
-    if isinstance(value, pydicom.multival.MultiValue):
-        value = value[0] if len(value) else None
-    if value is None or value == "":
-        return None
-    number = float(str(value))
-    return number if np.isfinite(number) else None
+    stored: NDArray[Any] = pixels
+    return np.asarray((stored >= low) & (stored <= high))
 
 
 def _spacing(flat: Dataset) -> tuple[float, float]:

@@ -47,10 +47,12 @@ def to_channels(pixels: Array, channels: int) -> Array:
 def to_unit(image: Image, prep: Preprocessing) -> tuple[Array, bool]:
     """Map a window to 0 and 1 and clip; whether that was done.
 
-    The plan's window leads, then its percentiles, then the window of the file. With none of them
-    `zscore` leaves the values alone and the others map the image's own range.
+    The plan's window leads, then its percentiles, then the table of the file, then its window. With
+    none of them `zscore` leaves the values alone and the others map the image's own range.
     """
     pixels, window = image.pixels, prep.window or image.window
+    if prep.window is None and prep.percentiles is None and image.lookup is not None:
+        return image.lookup(pixels), True
     if prep.window is None and prep.percentiles is not None:
         low, high = np.percentile(pixels, prep.percentiles)
     elif window is not None:

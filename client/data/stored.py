@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
@@ -74,39 +75,63 @@ def stored_values(opened: Opened, frame: int) -> NDArray[np.generic]:
     Exception
         Whatever decoders raise.
     """
-    header = opened.header
-    # pydicom looks for the pixels of a file where they would lie, were nothing deflated; and of
-    # one-bit pixels that are cut off it makes the rest from memory as it finds it.
-    if is_deflated(header) or header.get("BitsAllocated") == 1:
-        whole = pydicom.dcmread(opened.path, force=True)
-        check_length(whole)
-        return np.asarray(pixel_array(whole, index=frame, **_old_syntax(whole)))
+    header, syntax = opened.header, _syntax(opened.header)
+    if is_deflated(header):
+        # pydicom looks for the pixels where they would lie, were nothing deflated.
+        return _of_whole(opened.path, frame)
+    single = header.get("BitsAllocated") == 1 and not syntax.is_compressed
+    if single and not (syntax.is_little_endian and header.get("SamplesPerPixel", 1) == 1):
+        return _of_whole(opened.path, frame)
     with opened.path.open("rb") as file:
         file.seek(opened.place)
-        return _decoded(header, file, frame)
+        return (_bits if single else _decoded)(header, syntax, file, frame)
 
 
-def _decoded(header: Dataset, file: BinaryIO, frame: int) -> NDArray[np.generic]:
+def _of_whole(path: Path, frame: int) -> NDArray[np.generic]:
+    whole = pydicom.dcmread(path, force=True)
+    check_length(whole)
+    return np.asarray(pixel_array(whole, index=frame, **_old_syntax(whole)))
+
+
+def _bits(header: Dataset, syntax: UID, file: BinaryIO, frame: int) -> NDArray[np.generic]:
+    """A frame of one bit a pixel (PS3.5, 8.1.1); it may begin within a byte.
+
+    pydicom fails on such frames, and of pixels that are cut off it makes the rest from memory as
+    it finds it.
+    """
+    length = _element(file, syntax)[1]
+    rows, columns = int(header.Rows), int(header.Columns)
+    frames, pixels = int(header.get("NumberOfFrames") or 1), rows * columns
+    if frame >= frames or 8 * length < frames * pixels:
+        raise reasons.unusable(reasons.NOT_READABLE)
+    start, skip = divmod(frame * pixels, 8)
+    file.seek(start, os.SEEK_CUR)
+    raw = np.frombuffer(file.read(-(-(skip + pixels) // 8)), np.uint8)
+    bits = np.unpackbits(raw, bitorder="little")[skip : skip + pixels]
+    return bits.reshape(rows, columns)
+
+
+def _decoded(header: Dataset, syntax: UID, file: BinaryIO, frame: int) -> NDArray[np.generic]:
     """What ``pydicom.pixels.pixel_array`` does, without reading the header another time."""
-    syntax = _syntax(header)
     options: dict[str, Any] = as_pixel_options(header, transfer_syntax_uid=syntax)
-    options |= _element(file, syntax)
+    options |= _element(file, syntax)[0]
     decoded = get_decoder(syntax).as_array(file, index=frame, validate=True, **options)
     return np.asarray(decoded[0])
 
 
-def _element(file: BinaryIO, syntax: UID) -> dict[str, str]:
-    """Read tag, VR and length of the pixels' element (PS3.5, 7.1); which element it is."""
+def _element(file: BinaryIO, syntax: UID) -> tuple[dict[str, str], int]:
+    """Read tag, VR and length of the pixels' element (PS3.5, 7.1): which it is, and its length."""
     order = "<" if syntax.is_little_endian else ">"
     start = file.read(8 if syntax.is_implicit_VR else 12)
-    if len(start) < 8:
+    if len(start) < (8 if syntax.is_implicit_VR else 12):
         raise reasons.unusable(reasons.NO_PIXELS)
     name = _PIXELS.get(struct.unpack(f"{order}HH", start[:4]))
     if name is None:
         raise reasons.unusable(reasons.NO_PIXELS)
+    length = int(struct.unpack(f"{order}L", start[-4:])[0])
     if syntax.is_implicit_VR:
-        return {"pixel_keyword": name}
-    return {"pixel_keyword": name, "pixel_vr": start[4:6].decode("ascii")}
+        return {"pixel_keyword": name}, length
+    return {"pixel_keyword": name, "pixel_vr": start[4:6].decode("ascii")}, length
 
 
 def _syntax(header: Dataset) -> UID:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +49,7 @@ def prepare_image(
     if image.tilt and prep.gantry_tilt == "refuse":
         raise reasons.unusable(reasons.TILTED)
     labels = None if mask is None else _labels(mask, task)[None]
-    image = Image(intensity.finite(image.pixels), image.spacing, image.window)
+    image = replace(image, pixels=intensity.finite(image.pixels))
     pixels, mapped = intensity.to_unit(image, prep)
     pixels = intensity.to_channels(pixels, prep.channels)
     grid = geometry.grid_for(shape, image.spacing, prep)

@@ -15,6 +15,32 @@ SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
+class Lookup:
+    """A table that the file itself proposes for display (DICOM VOI LUT, PS3.3 C.11.2.1.1).
+
+    Attributes
+    ----------
+    first : float
+        The pixel value that the first entry is for; below it the first entry counts too, and above
+        the last entry the last.
+    table : NDArray
+        ``(N,)`` float32 from 0 (black) to 1 (white).
+    backwards : bool
+        Whether pixels run the other way: the entry is for `first` minus the pixel.
+    """
+
+    first: float
+    table: NDArray[np.float32]
+    backwards: bool = False
+
+    def __call__(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Pixels of any shape to brightness from 0 to 1."""
+        entries = self.first - pixels if self.backwards else pixels - self.first
+        places = np.clip(np.floor(entries), 0, len(self.table) - 1).astype(np.intp)
+        return np.asarray(self.table[places], np.float32)
+
+
+@dataclass(frozen=True)
 class Image:
     """One decoded image, as the modality means it (HU for CT; grey, bright is high).
 
@@ -26,6 +52,8 @@ class Image:
         Distance of neighbouring pixels in mm, one per spatial axis; 1.0 where unknown.
     window : tuple of float or None
         Lowest and highest displayed value that the file itself proposes (DICOM VOI), if any.
+    lookup : Lookup or None
+        A table that the file proposes; it leads before `window`.
     tilt : float
         Degrees by which the scanner's gantry leant; the volume has been made upright already.
     """
@@ -34,6 +62,7 @@ class Image:
     spacing: tuple[float, ...]
     window: tuple[float, float] | None = None
     tilt: float = 0.0
+    lookup: Lookup | None = None
 
 
 @dataclass(frozen=True)

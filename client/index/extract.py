@@ -19,7 +19,7 @@ from client.index.facts import FileFacts
 from client.secret import Pseudonyms
 
 AGAIN: Final = -1  # a time of change that no file has, so that the next scan reads it again
-_VERSION: Final = 2  # of what is extracted; files read by another are read again
+_VERSION: Final = 3  # of what is extracted; files read by another are read again
 _CHUNK: Final = 1 << 20
 _PICTURES: Final = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 _TABLES: Final = (".csv", ".xlsx")

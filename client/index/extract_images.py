@@ -89,11 +89,20 @@ def measured(
         spacing = spacing if place else mm
         digest.update(repr((pixels.shape, pixels.dtype.str)).encode())
         digest.update(np.ascontiguousarray(pixels).data)
-        good = pixels[np.isfinite(pixels)]
-        if good.size:
-            low, high = min(low, float(good.min())), max(high, float(good.max()))
-    ends = (low, high) if low <= high else (math.nan, math.nan)
+        if pixels.size:
+            ends = _ends(pixels)
+            low, high = min(low, ends[0]), max(high, ends[1])
+    known = low <= high
     return replace(
         facts, pixels=digest.hexdigest(), spacing=tuple(round(s, 4) for s in spacing),
-        low=ends[0], high=ends[1],
+        low=low if known else math.nan, high=high if known else math.nan,
     )  # fmt: skip
+
+
+def _ends(pixels: NDArray[Any]) -> tuple[float, float]:
+    """The lowest and the highest finite value; the other way round where there is none."""
+    low, high = float(pixels.min()), float(pixels.max())
+    if math.isfinite(low) and math.isfinite(high):  # one NaN would have made both NaN
+        return low, high
+    good = pixels[np.isfinite(pixels)]
+    return (float(good.min()), float(good.max())) if good.size else (math.inf, -math.inf)

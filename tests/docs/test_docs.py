@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
 # Written by `make bench`, which takes hours: a fresh copy may lack them.
-BENCHMARKS = {"accuracy.md", "dp.md", "simulation.md"}
+BENCHMARKS = {"accuracy.md", "dicom.md", "dp.md", "simulation.md"}
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 

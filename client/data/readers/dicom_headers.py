@@ -112,6 +112,7 @@ def _header(path: Path, task: Task) -> Header | Segmentation:
             pixels_next = file.read(4) in _PIXELS or _deflated(tags)
         words = {name.lower(): str(tags.get(name) or "").strip() for name in _TAGS}
         frames = int(tags.get("NumberOfFrames") or 1)
+        is_scout = _scout(tags)
     except Exception as error:
         # pydicom raises nearly anything on a broken file, and its texts quote values.
         raise reasons.unusable(reasons.reason_of(error)) from None
@@ -123,7 +124,7 @@ def _header(path: Path, task: Task) -> Header | Segmentation:
         raise reasons.unusable(reasons.OTHER_MODALITY)
     if "any" not in task.modality and words["modality"] not in task.modality:
         raise reasons.unusable(reasons.OTHER_MODALITY)
-    if _scout(tags):
+    if is_scout:
         raise reasons.unusable(reasons.SCOUT)
     if not words["patientid"]:
         raise reasons.unusable(reasons.NO_PATIENT)

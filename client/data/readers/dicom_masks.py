@@ -12,21 +12,19 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
-from pydicom.pixels.utils import pixel_array
 
 from client.data import reasons
 from client.data.decode import Place, place_of, read_place
 from client.data.files import file_identity
 from client.data.quiet import quiet
-from client.data.readers.dicom_files import check_inflated, is_deflated
+from client.data.readers.dicom_files import check_inflated
 from client.data.readers.dicom_volumes import geometry
-from client.data.stored import check_length
+from client.data.stored import check_length, open_dicom, stored_values
 from fedward.plan.schema import Task
 
 _HALF: Final = 0.5  # of the largest value of a fractional segmentation counts as foreground
 _NEAR: Final = 0.25  # of a pixel that a frame may be away from its image's place
 _PARALLEL: Final = 0.999  # cosine of the normals of two planes that count as parallel
-_FRACTION: Final = ["SegmentationType", "MaximumFractionalValue"]
 
 Segments = tuple[tuple[int, int], ...]
 Frames = tuple[tuple[Path, int], ...]
@@ -281,13 +279,13 @@ def _same_place(one: Place, other: Place, *, must_say: bool) -> bool:
 def _inside(path: Path, index: int) -> NDArray[np.bool_]:
     with quiet():
         try:
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_FRACTION)
-            source = pydicom.dcmread(path) if is_deflated(header) else path
-            values: NDArray[Any] = np.asarray(pixel_array(source, index=index))
+            opened = open_dicom(path)
+            values: NDArray[Any] = stored_values(opened, index)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException:  # a decoder's panic is no Exception
             raise reasons.unusable(reasons.NOT_READABLE) from None
+    header = opened.header
     if str(header.get("SegmentationType", "")).upper() == "FRACTIONAL":
         return values >= _HALF * int(header.get("MaximumFractionalValue", 255))
     return values > 0
