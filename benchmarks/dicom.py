@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -125,6 +126,7 @@ def index(folder: Path, workers: int) -> dict[str, Any]:
 
     site = load_config(folder / "site.toml")
     state = folder / f"state-{workers}"
+    shutil.rmtree(state, ignore_errors=True)
     with open_index(state, "files") as found:
         done = scan(extractor(site, "files"), found, Limits(workers=workers))
     assert not done.reasons, done.reasons
@@ -198,6 +200,13 @@ STEPS: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
+AGAIN = tuple(list(STEPS)[:4])  # the better of two runs: other programs may be at work
+
+
+def _seconds(found: dict[str, Any]) -> float:
+    return float(found["seconds"])
+
+
 def measure(step: str, folder: Path) -> dict[str, Any]:
     """One step in a process of its own, with the peak of its memory in MiB."""
     process = subprocess.Popen(
@@ -233,7 +242,8 @@ def run_all(folder: Path) -> dict[str, dict[str, Any]]:
     for step in STEPS:
         if step == "data index again":
             (folder / "state-2" / "index").rename(folder / "state" / "index")
-        found[step] = measure(step, folder)
+        twice = step in AGAIN
+        found[step] = min((measure(step, folder) for _ in range(1 + twice)), key=_seconds)
         print(f"{folder.name}: {step}: {found[step]}", flush=True)
     return found
 
@@ -247,7 +257,8 @@ def page(found: dict[str, dict[str, dict[str, Any]]]) -> str:
         "UIDs; *CT 512*: one of them enlarged to 512×512. The files were in memory before. The "
         "plain loop is `pydicom.dcmread(path).pixel_array`; the index adds SHA-256 of the file and "
         "of its pixels, their range, the facts of the report, keyed hashes, a limit of time and "
-        "memory for each file, and SQLite. Memory: resident, all processes together.", "",
+        "memory for each file, and SQLite; of both the better of two runs. Memory: resident, all "
+        "processes together.", "",
         f"Machine: {platform.machine()}, {os.cpu_count()} cores, "
         f"Python {platform.python_version()}.",
     ]  # fmt: skip

@@ -160,7 +160,7 @@ def test_bombs_cost_no_memory(tmp_path, index):
     Pillow.new("1", (14_000, 14_000)).save(root / "bomb.png")
     Pillow.new("L", (12_000, 12_000)).save(root / "large.png")
     Pillow.new("L", (12, 10), 7).save(root / "small.png")
-    found = by_path(root, index, Limits(workers=1, memory=450 << 20), format="folders")
+    found = by_path(root, index, Limits(workers=1, memory=200 << 20), format="folders")
     assert found(root / "bomb.png").reason == "too large"
     assert found(root / "large.png").reason == "too large"
     assert (found(root / "small.png").reason, found(root / "small.png").low) == ("", 7.0)
