@@ -135,14 +135,26 @@ def build_superlink(folder: Path) -> Superlink:
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def make_superlink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Superlink]]:
+    """Starts SuperLinks that end with the module."""
+    made: list[Superlink] = []
+
+    def build() -> Superlink:
+        made.append(build_superlink(tmp_path_factory.mktemp("superlink")))
+        made[-1].start()
+        return made[-1]
+
+    yield build
+    for one in made:
+        if one.process and one.process.poll() is None:
+            one.process.terminate()
+            one.process.wait(20)
+
+
 @pytest.fixture
-def superlink(tmp_path: Path) -> Iterator[Superlink]:
-    made = build_superlink(tmp_path)
-    made.start()
-    yield made
-    if made.process and made.process.poll() is None:
-        made.process.terminate()
-        made.process.wait(20)
+def superlink(make_superlink: Callable[[], Superlink]) -> Superlink:
+    return make_superlink()
 
 
 @pytest.fixture
@@ -188,6 +200,7 @@ minimum_per_class = 0
 minimum_count = 1
 rounding = 9
 {policy}
+{rules}
 [[policy.studies]]
 match = "*"
 dataset = "chest"
@@ -264,10 +277,13 @@ def hospital_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-@pytest.fixture
-def make_daemon(tmp_path: Path, hospital_data: dict[str, Path]) -> Iterator[Callable[..., Daemon]]:
+@pytest.fixture(scope="module")
+def make_daemon(
+    tmp_path_factory: pytest.TempPathFactory, hospital_data: dict[str, Path]
+) -> Iterator[Callable[..., Daemon]]:
     """Builds a hospital that is enrolled as far as it can do so itself, with a frozen cohort."""
     made: list[Daemon] = []
+    tmp_path = tmp_path_factory.mktemp("hospitals")
 
     def build(
         number: int,
@@ -276,6 +292,7 @@ def make_daemon(tmp_path: Path, hospital_data: dict[str, Path]) -> Iterator[Call
         coordinator: str,
         policy: str = "",
         task: str = "classification",
+        rules: str = "",
     ) -> Daemon:
         daemon = Daemon(f"hospital {number}", tmp_path / f"h{number}")
         enrol(daemon.folder, daemon.name, address, ca)
@@ -283,7 +300,8 @@ def make_daemon(tmp_path: Path, hospital_data: dict[str, Path]) -> Iterator[Call
         daemon.config.write_text(
             SITE.format(
                 name=daemon.name, address=address, coordinator=coordinator, policy=policy,
-                task=task, classes=classes, root=hospital_data[task] / f"hospital-{number}",
+                task=task, classes=classes, rules=rules,
+                root=hospital_data[task] / f"hospital-{number}",
             )
         )  # fmt: skip
         frozen = daemon.call("data", "freeze", "chest")
