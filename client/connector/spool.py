@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+import numpy as np
 
 from client.link.packets import Packet
+from fedward.errors import ProtocolError
+from fedward.packing import Arrays, pack, unpack
 
 _MOST: Final = 16
 
@@ -61,7 +62,7 @@ class Spool:
         }  # fmt: skip
         with suppress(OSError):
             if message.order.arrays:
-                self._write(f"{message.name}.safetensors", save(message.order.arrays))
+                self._write(f"{message.name}.safetensors", pack(message.order.arrays).tobytes())
             self._write(f"{message.name}.json", json.dumps(head).encode())
 
     def drop(self, name: str) -> None:
@@ -76,13 +77,13 @@ class Spool:
         for path in found[-_MOST:]:
             try:
                 yield self._read(path)
-            except (OSError, ValueError, KeyError, SafetensorError):
+            except (OSError, ValueError, KeyError, ProtocolError):
                 self.drop(path.stem)
 
     def _read(self, path: Path) -> InHand:
         head = json.loads(path.read_bytes())
         tensors = path.with_suffix(".safetensors")
-        arrays = dict(load(tensors.read_bytes())) if tensors.exists() else {}
+        arrays = _arrays(tensors) if tensors.exists() else {}
         order = Packet("order", dict(head["record"]), arrays, float(head["mu"]))
         return InHand(path.stem, bytes.fromhex(head["envelope"]), str(head["what"]), order)
 
@@ -94,3 +95,7 @@ class Spool:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+
+
+def _arrays(path: Path) -> Arrays:
+    return unpack(np.frombuffer(path.read_bytes(), np.uint8))

@@ -6,8 +6,9 @@ from typing import Any, Final
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from client.link.packets import Arrays, Packet
+from client.link.packets import Packet
 from fedward.errors import FedwardError, ProtocolError
+from fedward.packing import PACKED, Arrays, pack, unpack
 from fedward.protocol import Refusal, RoundOrder, TrainOutcome
 
 _WHAT: Final = {"query": "describe", "train": "train", "evaluate": "evaluate"}
@@ -76,10 +77,12 @@ def _arrays_of(message: Message) -> Arrays:
     """All arrays of a message, whose names must differ."""
     found: Arrays = {}
     for record in message.content.array_records.values():
-        for name, array in record.items():
+        if list(record) != [PACKED]:
+            raise ProtocolError("a model's arrays must be packed")
+        for name, value in unpack(_decoded(record[PACKED])).items():
             if name in found:
                 raise ProtocolError("a model's arrays must have different names")
-            found[name] = _decoded(array)
+            found[name] = value
     return found
 
 
@@ -95,4 +98,4 @@ def _decoded(array: Array) -> Any:
 
 
 def _record(arrays: Arrays) -> ArrayRecord:
-    return ArrayRecord({name: Array(value) for name, value in arrays.items()})
+    return ArrayRecord({PACKED: Array(pack(arrays))})

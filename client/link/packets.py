@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 import numpy as np
-from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
 
 from client.link.trainer_pb2 import Head, Part
 from fedward.errors import ProtocolError
+from fedward.packing import Arrays, pack, unpack
 
 CHUNK: Final = 1 << 20
 MOST_BYTES: Final = 4 << 30
 _MOST_RECORD: Final = 2 << 20
 
-Arrays = dict[str, NDArray[Any]]
 Kind = Literal["order", "facts", "update", "counts", "refusal"]
 
 
@@ -51,13 +48,12 @@ class Packet:
 
 def to_parts(packet: Packet) -> Iterator[Part]:
     """A packet as messages of at most a mebibyte and a bit."""
-    tensors = _pack(packet.arrays) if packet.arrays else b""
+    tensors = pack(packet.arrays).tobytes() if packet.arrays else b""
     yield Part(
         head=Head(
             lease=packet.lease, kind=packet.kind, mu=packet.mu,
             record=json.dumps(packet.record, allow_nan=False),
             tensor_bytes=len(tensors), tensor_sha256=hashlib.sha256(tensors).digest(),
-            names=list(packet.arrays),
         )
     )  # fmt: skip
     view = memoryview(tensors)
@@ -83,7 +79,7 @@ def from_parts(parts: Iterable[Part], most_bytes: int = MOST_BYTES) -> Packet:
     tensors = _gather(stream, head)
     return Packet(
         kind=head.kind, record=_record(head.record), mu=head.mu,
-        arrays=_in_order(_unpack(tensors), list(head.names)),
+        arrays=_unpacked(tensors),
         lease=head.lease,
     )  # fmt: skip
 
@@ -116,23 +112,8 @@ def _record(text: str) -> dict[str, Any]:
     return value
 
 
-def _pack(arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    return save({name: np.ascontiguousarray(value) for name, value in arrays.items()})
-
-
-def _unpack(tensors: bytes) -> Arrays:
-    if not tensors:
-        return {}
-    try:
-        return dict(load(tensors))
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise _broken("tensors must be in the safetensors format", type(error).__name__) from None
-
-
-def _in_order(arrays: Arrays, names: list[str]) -> Arrays:
-    if sorted(names) != sorted(arrays):
-        raise _broken("a packet's tensors must be those that its head names")
-    return {name: arrays[name] for name in names}
+def _unpacked(tensors: bytes) -> Arrays:
+    return unpack(np.frombuffer(tensors, np.uint8)) if tensors else {}
 
 
 def _broken(rule: str, value: object = None) -> ProtocolError:

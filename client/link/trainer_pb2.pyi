@@ -1,7 +1,6 @@
-from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from collections.abc import Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -29,22 +28,20 @@ class Part(_message.Message):
     def __init__(self, head: _Optional[_Union[Head, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
 class Head(_message.Message):
-    __slots__ = ("lease", "kind", "record", "mu", "tensor_bytes", "tensor_sha256", "names")
+    __slots__ = ("lease", "kind", "record", "mu", "tensor_bytes", "tensor_sha256")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     RECORD_FIELD_NUMBER: _ClassVar[int]
     MU_FIELD_NUMBER: _ClassVar[int]
     TENSOR_BYTES_FIELD_NUMBER: _ClassVar[int]
     TENSOR_SHA256_FIELD_NUMBER: _ClassVar[int]
-    NAMES_FIELD_NUMBER: _ClassVar[int]
     lease: str
     kind: str
     record: str
     mu: float
     tensor_bytes: int
     tensor_sha256: bytes
-    names: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, lease: _Optional[str] = ..., kind: _Optional[str] = ..., record: _Optional[str] = ..., mu: _Optional[float] = ..., tensor_bytes: _Optional[int] = ..., tensor_sha256: _Optional[bytes] = ..., names: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, lease: _Optional[str] = ..., kind: _Optional[str] = ..., record: _Optional[str] = ..., mu: _Optional[float] = ..., tensor_bytes: _Optional[int] = ..., tensor_sha256: _Optional[bytes] = ...) -> None: ...
 
 class ProgressRequest(_message.Message):
     __slots__ = ("lease",)

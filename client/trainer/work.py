@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import logging
 import threading
 from collections import OrderedDict
@@ -12,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
 
+import numpy as np
 import torch
-from safetensors.numpy import load, save
 
 from client.audit.log import AuditLog
 from client.cohort.training import Preparers, cache_folder, prepare_cohort
@@ -22,7 +21,7 @@ from client.egress.gate import expected_arrays
 from client.ledger import Charge, Ledger, Release, RoundRequest
 from client.ledger.ledger import Caps
 from client.ledger.releases import Releases
-from client.link.packets import Arrays, Packet
+from client.link.packets import Packet
 from client.policy import words
 from client.trainer.cases import Case, Cases
 from client.trainer.state import Board
@@ -30,6 +29,7 @@ from client.trainer.turns import Cancelled
 from client.training.runtime import Runtime
 from client.training.trainer import Trainer
 from fedward.errors import DeviceError, PolicyError, ProtocolError
+from fedward.packing import Arrays, pack, unpack
 from fedward.privacy import Mechanism, calibrate, steps_per_round
 from fedward.protocol import RoundOrder, TrainOutcome
 
@@ -119,8 +119,8 @@ class Work:
     ) -> Packet:
         digest = ""
         if case.plan.privacy.on:
-            names = json.dumps(list(arrays))
-            content = save(arrays, {"outcome": outcome.model_dump_json(), "names": names})
+            # A byte of text that JSON never holds divides the record from the tensors.
+            content = outcome.model_dump_json().encode() + b"\0" + pack(arrays).tobytes()
             digest = self._releases.keep(order.study, order.round, content)
         self._ledger.commit(charge, digest)
         return Packet("update", dict(outcome.to_flat()), arrays)
@@ -128,12 +128,10 @@ class Work:
     def _again(self, order: RoundOrder, release: Release) -> Packet:
         """The update that was released for this round, byte for byte."""
         content = self._releases.again(order.study, order.round, release.digest)
-        length = int.from_bytes(content[:8], "little")
-        about = json.loads(content[8 : 8 + length])["__metadata__"]
-        outcome = TrainOutcome.model_validate_json(about["outcome"])
-        arrays = load(content)
-        ordered = {name: arrays[name] for name in json.loads(about["names"])}
-        return Packet("update", dict(outcome.to_flat()), ordered)
+        record, _, tensors = content.partition(b"\0")
+        outcome = TrainOutcome.model_validate_json(record)
+        arrays = unpack(np.frombuffer(tensors, np.uint8))
+        return Packet("update", dict(outcome.to_flat()), arrays)
 
     def _evaluate(self, order: RoundOrder, case: Case, packet: Packet) -> Packet:
         counts, outcome = self._trainer(case).evaluate(packet.arrays, order)

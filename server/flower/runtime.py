@@ -34,6 +34,7 @@ from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedward.errors import StudyError
 from server.flower.control import Link
+from server.flower.packed import PackedGrid
 
 _ACQUIRE: Final = "/flwr.proto.Runtime/AcquireTask"
 _HEARTBEAT_SECONDS: Final = 15.0
@@ -56,14 +57,15 @@ class RunSession:
         self._link, self._stopped = link, threading.Event()
         with _alone(lock):
             self.run_id, token = self._start(secret)
-        self.grid = HttpGrid(link.address, root_certificates=link.ca, token=token)
+        self._http = HttpGrid(link.address, root_certificates=link.ca, token=token)
+        self.grid = PackedGrid(self._http)
         self._client = self._connect([RuntimeTokenHttpInterceptor(token=token)])
         given = self._client.PullTaskInput(PullTaskInputRequest())
         run = run_from_proto(given.run)
-        self.grid.set_run(run)
+        self._http.set_run(run)
         # Flower builds messages from the identity of the task that its process runs.
         TaskIdentity.task_id, TaskIdentity.run_id = given.task_id, run.run_id
-        TaskIdentity.node_id = self.grid.node.node_id
+        TaskIdentity.node_id = self._http.node.node_id
         self._thread = threading.Thread(target=self._beat, daemon=True, name="run-heartbeat")
         self._thread.start()
 
@@ -74,7 +76,7 @@ class RunSession:
         with suppress(httpx.HTTPError):
             self._client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=""))
         with suppress(httpx.HTTPError):
-            self.grid.close()
+            self._http.close()
         self._client.close()
 
     def _start(self, secret: bytes) -> tuple[int, str]:

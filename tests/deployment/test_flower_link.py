@@ -15,6 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Rec
 
 from client.connector.fleet import Fleet, LeaseHeld, LinkRefused, RunOver
 from fedward.errors import StudyError
+from fedward.packing import pack, unpack
 from server.exchange import StudyGrid
 from server.flower.control import Link
 from server.flower.runtime import RunSession
@@ -39,8 +40,8 @@ def test_a_message_goes_there_and_back_and_only_fleet_calls_pass(
     def answer() -> None:
         while (message := fleet.pull()) is None:
             time.sleep(0.02)
-        got = message.content.array_records["arrays"]["w"].numpy()
-        doubled = ArrayRecord({"w": Array(got * 2)})
+        got = unpack(message.content.array_records["arrays"]["packed"].numpy())["w"]
+        doubled = ArrayRecord({"packed": Array(pack({"w": got * 2}))})
         fleet.push(Message(RecordDict({"arrays": doubled}), reply_to=message))
 
     thread = threading.Thread(target=answer)
