@@ -12,11 +12,13 @@
     ├── ProtocolError          16   a message is not a known, valid record
     ├── StudyError             17   a study cannot go on (quorum, no update)
     ├── OutputError            18   results cannot be written
-    ├── ConfigError            19   the site's configuration breaks a rule
+    ├── ConfigError            19   a site's or the server's configuration breaks a rule
     ├── BudgetError            20   the privacy budget does not allow it
     ├── AuditError             21   the audit log is not whole, or cannot be written
     ├── PolicyError            22   the site's policy does not allow it
     ├── EgressError            23   something was about to leave a site that may not
+    ├── AccessError            24   a token is missing, invalid, or not enough
+    ├── ServiceError           25   the aggregator's service cannot be reached or is not ready
     └── Interrupted           130   Ctrl-C; what was finished is kept
 
 A message states the rule, the value that breaks it and the next step. Exit code 2 is the command
@@ -150,6 +152,18 @@ class EgressError(FedwardError):
     """Something was about to leave a site that may not."""
 
     exit_code = 23
+
+
+class AccessError(FedwardError):
+    """A token is missing, invalid, or its role is not enough."""
+
+    exit_code = 24
+
+
+class ServiceError(FedwardError):
+    """The aggregator's service cannot be reached, or is not ready."""
+
+    exit_code = 25
 
 
 class Interrupted(FedwardError):

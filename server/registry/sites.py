@@ -1,0 +1,199 @@
+"""The hospitals that were enrolled, by their public keys."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Literal
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import Connection, Engine, Row, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from fedward.errors import ConfigError
+from fedward.protocol import SiteFacts
+from server.registry.database import reading
+from server.registry.schema import now, sites
+
+SiteState = Literal["active", "quarantined", "removed", "rotated"]
+_PRESENT = ("active", "quarantined")
+
+
+class Site(BaseModel):
+    """One enrolled key of a hospital."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    public_key: str = Field(description="PEM")
+    fingerprint: str = Field(description="SHA-256 of the key's DER form, hexadecimal")
+    node_id: int | None = Field(description="its number at the SuperLink")
+    state: SiteState
+    reason: str = Field(description="why it is quarantined")
+    facts: SiteFacts | None = Field(description="what it last said of itself")
+    added: str = Field(description="UTC, ISO 8601")
+    updated: str = Field(description="UTC, ISO 8601")
+
+
+class SiteStore:
+    """Enrolled keys; of each name at most one is present, the others are history."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def add(self, name: str, public_key: str, node_id: int | None = None) -> Site:
+        """Enrol a hospital's key.
+
+        Raises
+        ------
+        ConfigError
+            The name is taken, the key is no public EC key, or was enrolled before.
+        """
+        with self._engine.begin() as connection:
+            return _insert(connection, name, public_key, node_id)
+
+    def find(self, name: str) -> Site | None:
+        """The present site of a name."""
+        with reading(self._engine) as connection:
+            row = connection.execute(select(sites).where(_present(name))).one_or_none()
+        return None if row is None else _site(row)
+
+    def get(self, name: str) -> Site:
+        """The present site of a name.
+
+        Raises
+        ------
+        ConfigError
+            There is none.
+        """
+        site = self.find(name)
+        if site is None:
+            raise _unknown(name)
+        return site
+
+    def list(self, *, history: bool = False) -> list[Site]:
+        """Present sites by name; with history also keys that were removed or rotated."""
+        query = select(sites).order_by(sites.c.name, sites.c.id)
+        if not history:
+            query = query.where(sites.c.state.in_(_PRESENT))
+        with reading(self._engine) as connection:
+            return [_site(row) for row in connection.execute(query).all()]
+
+    def remove(self, name: str) -> Site:
+        """End a site; its key is not taken again (see :meth:`get` for errors)."""
+        return self._change(name, state="removed")
+
+    def rotate(self, name: str, public_key: str, node_id: int | None = None) -> Site:
+        """Replace a site's key; the old one is not taken again (see :meth:`add`, :meth:`get`)."""
+        with self._engine.begin() as connection:
+            old = _locked(connection, name)
+            _update(connection, old, state="rotated")
+            new = _insert(connection, name, public_key, node_id)
+            _update_name(connection, name, facts=old.facts, state=old.state, reason=old.reason)
+            return new.model_copy(update={"state": old.state, "reason": old.reason})
+
+    def quarantine(self, name: str, reason: str) -> Site:
+        """Leave a site out of all rounds until an operator releases it (see :meth:`get`)."""
+        return self._change(name, state="quarantined", reason=reason)
+
+    def release(self, name: str) -> Site:
+        """End a quarantine (see :meth:`get`)."""
+        return self._change(name, state="active", reason="")
+
+    def set_node(self, name: str, node_id: int) -> Site:
+        """Note the site's number at the SuperLink (see :meth:`get`)."""
+        return self._change(name, node_id=str(node_id))
+
+    def set_facts(self, name: str, facts: SiteFacts) -> Site:
+        """Note what the site said of itself (see :meth:`get`)."""
+        return self._change(name, facts=facts.model_dump_json())
+
+    def _change(self, name: str, **values: str) -> Site:
+        with self._engine.begin() as connection:
+            row = _locked(connection, name)
+            return _update(connection, row, **values)
+
+
+def normal_key(text: str) -> tuple[str, str]:
+    """A public key as PEM, and its fingerprint; PEM and OpenSSH are read.
+
+    Raises
+    ------
+    ConfigError
+        It is no public EC key.
+    """
+    raw = text.strip().encode("utf-8", "surrogateescape")
+    read = (
+        serialization.load_ssh_public_key
+        if raw.startswith(b"ecdsa-")
+        else serialization.load_pem_public_key
+    )
+    try:
+        key: object = read(raw)
+    except Exception:  # the parser has more kinds of error than it documents
+        key = None
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise ConfigError(
+            "a site's key must be a public EC key, in PEM or OpenSSH form",
+            fix="Use the file that fedward-client enrol made at the hospital", where="public_key",
+        )  # fmt: skip
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    pem = key.public_bytes(serialization.Encoding.PEM, form).decode()
+    der = key.public_bytes(serialization.Encoding.DER, form)
+    return pem, hashlib.sha256(der).hexdigest()
+
+
+def _insert(connection: Connection, name: str, public_key: str, node_id: int | None) -> Site:
+    pem, mark = normal_key(public_key)
+    if connection.execute(select(sites.c.id).where(sites.c.fingerprint == mark)).first():
+        raise ConfigError(
+            "a key is enrolled once", value=f"fingerprint {mark[:16]}…", where="public_key",
+            fix="Make a new key at the hospital with fedward-client enrol",
+        )  # fmt: skip
+    at = now()
+    values = {
+        "name": name, "public_key": pem, "fingerprint": mark, "state": "active",
+        "node_id": "" if node_id is None else str(node_id), "added": at, "updated": at,
+    }  # fmt: skip
+    try:
+        connection.execute(insert(sites).values(values))
+    except IntegrityError:
+        raise ConfigError(
+            "a site's name is given once", value=name, where="name",
+            fix="Choose another name, or use fedward-server site rotate",
+        ) from None  # fmt: skip
+    return _site(connection.execute(select(sites).where(_present(name))).one())
+
+
+def _locked(connection: Connection, name: str) -> Row[Any]:
+    row = connection.execute(select(sites).where(_present(name)).with_for_update()).one_or_none()
+    if row is None:
+        raise _unknown(name)
+    return row
+
+
+def _update(connection: Connection, row: Row[Any], **values: str) -> Site:
+    values["updated"] = now()
+    connection.execute(update(sites).where(sites.c.id == row.id).values(**values))
+    return _site(connection.execute(select(sites).where(sites.c.id == row.id)).one())
+
+
+def _update_name(connection: Connection, name: str, **values: str) -> None:
+    connection.execute(update(sites).where(_present(name)).values(**values))
+
+
+def _present(name: str) -> Any:
+    return (sites.c.name == name) & sites.c.state.in_(_PRESENT)
+
+
+def _site(row: Row[Any]) -> Site:
+    values = dict(row._mapping)
+    facts = SiteFacts.model_validate_json(row.facts) if row.facts else None
+    node = int(row.node_id) if row.node_id else None
+    return Site.model_validate({**values, "facts": facts, "node_id": node})
+
+
+def _unknown(name: str) -> ConfigError:
+    return ConfigError(
+        "the site must be enrolled", value=name, fix="See fedward-server site list", where="site"
+    )

@@ -1,0 +1,299 @@
+"""Run one study of the registry to its end, over a SuperLink that may come and go.
+
+A process of its own: ``python -m server.runner --config server.toml --study ID``. Whatever
+kills it, the next one goes on at the round after the last that was kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+
+import httpx
+
+from fedward.errors import FedwardError, Interrupted, OutputError, StudyError
+from fedward.models import build_model, describe, load_initial, save_model, to_arrays
+from fedward.plan.load import canonical
+from server import events
+from server.checkpoint import Checkpoints
+from server.config import ServerConfig, load_config
+from server.flower.control import Link
+from server.flower.runtime import RunSession
+from server.job import Arrays, Job
+from server.registry import Registry, open_registry
+from server.registry.records import Study
+from server.report import write_metrics, write_report
+from server.results import Arm, StudyResults
+from server.rounds import StudyRun
+
+_LOG = logging.getLogger("fedward.server")
+_LOOK: Final = 0.5
+_LONGEST: Final = 15.0
+PACKAGES: Final = ("fedward", "flwr", "torch", "monai", "opacus")
+
+
+@dataclass
+class Runner:
+    """Runs one study.
+
+    Attributes
+    ----------
+    config : ServerConfig
+        The aggregator.
+    registry : Registry
+        Where the study stands, and is told what happens.
+    study : Study
+        What to run.
+    """
+
+    config: ServerConfig
+    registry: Registry
+    study: Study
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.plan = self.study.read_plan()
+        self.folder = self.config.study_folder(self.study.id)
+        self.checkpoints = Checkpoints(self.folder / "rounds", self.study.plan_sha256)
+        self.results = self._results()
+        self.job = self._job()
+
+    def run(self) -> None:
+        """Go on until the study is complete or an operator wants it to stand still.
+
+        Raises
+        ------
+        FedwardError
+            It cannot go on at all.
+        """
+        began = time.perf_counter() - self.results.seconds
+        if self.checkpoints.restore(self.job):
+            self._tell("restored", {"round": len(self.job.arm.rounds)})
+        self.results.arms = [self.job.arm]
+        threading.Thread(target=self._watch, daemon=True, name="wishes").start()
+        pause = 0.5
+        while not self.job.complete and not self.stop.is_set():
+            try:
+                self._session()
+                pause = 0.5
+            except (httpx.HTTPError, StudyError) as error:
+                _LOG.warning("the run broke: %s", type(error).__name__)
+                self.stop.wait(pause)
+                pause = min(2 * pause, _LONGEST)
+        self.results.seconds = time.perf_counter() - began
+        self._keep(self.job)
+        if self.job.complete:
+            self.results.complete = True
+            self._deliver()
+            self.registry.studies.set_state(self.study.id, "finished")
+
+    def _session(self) -> None:
+        """One Flower run, from its start to the end of the study or a break."""
+        secret = self.config.control_secret.read_bytes().strip()
+        link = Link(link_address(self.config), self.config.tls.ca.read_bytes(), secret)
+        try:
+            self._stop_last_run(link)
+            self.job.members = self._members()
+            runtime = self.config.runtime_secret.read_bytes().strip()
+            session = RunSession(link, runtime, self.config.server.state / "runs.lock")
+            (self.folder / "run").write_text(str(session.run_id))
+            try:
+                StudyRun(self.job, session.grid).run()
+            finally:
+                session.close(complete=self.job.complete)
+        finally:
+            link.close()
+
+    def _stop_last_run(self, link: Link) -> None:
+        """What a killed runner left running must reach no hospital any more."""
+        try:
+            last = int((self.folder / "run").read_text())
+        except (OSError, ValueError):
+            return
+        link.stop_run(last)
+
+    def _members(self) -> Mapping[int, str]:
+        found = {}
+        for site in self.registry.sites.list():
+            if site.name in self.study.sites and site.node_id is not None:
+                found[int(site.node_id)] = site.name
+        if not found:
+            raise StudyError("a study needs sites that are enrolled", fix="Enrol them")
+        return found
+
+    def _job(self) -> Job:
+        epsilon, delta = self.plan.privacy.epsilon, self.plan.privacy.delta
+        name = "federated" if epsilon is None else f"federated, ε = {epsilon:g}"
+        arm = Arm(name=name, kind="federated", epsilon=epsilon, delta=delta)
+        return Job(
+            self.plan, self._initial(), arm, self.study.seed, self._listen, self.stop,
+            signed={
+                "study": self.study.id, "coordinator": self.study.coordinator,
+                "signature": self.study.signature,
+            },
+            save=self._keep, patient=True, ask_again_seconds=5.0, quorum=self.study.quorum,
+            deadline=self.study.deadline,
+        )  # fmt: skip
+
+    def _initial(self) -> Arrays:
+        model = build_model(self.plan, self.study.seed)
+        if self.plan.model.initial_weights is not None:
+            report = load_initial(model, self.plan, self.config.server.state / "weights")
+            self.results.weights_report = {
+                "matched": len(report.matched), "reshaped_head": len(report.reshaped_head),
+                "missing": len(report.missing), "unused": len(report.unused),
+            }  # fmt: skip
+        return to_arrays(model)
+
+    def _keep(self, job: Job) -> None:
+        """Checkpoint first: what the registry tells has happened for good."""
+        self.checkpoints.save(job)
+        self.results.arms = [job.arm]
+        self.results.sites = [job.facts[name] for name in sorted(job.facts)]
+        self.results.synthetic = any(one.synthetic for one in self.results.sites)
+        if job.arm.rounds:
+            self.registry.studies.save_round(self.study.id, job.arm.rounds[-1])
+        self.registry.studies.save_results(self.study.id, self.results)
+        for name, facts in job.facts.items():
+            if self.registry.sites.find(name) is not None:
+                self.registry.sites.set_facts(name, facts)
+
+    def _deliver(self) -> None:
+        try:
+            about = {"study": self.study.id, "plan_sha256": self.study.plan_sha256}
+            save_model(self.folder / "model.safetensors", self.job.average, about)
+            (self.folder / "plan.json").write_text(canonical(self.plan), "utf-8")
+            write_metrics(self.results, self.folder / "metrics.json")
+            write_report([self.results], self.folder / "report.html")
+        except OSError as error:
+            raise OutputError(
+                "results must be written", value=error.strerror, fix="Free the disk"
+            ) from None
+        self.registry.studies.save_results(self.study.id, self.results)
+
+    def _listen(self, event: events.Event) -> None:
+        told = _telling(event)
+        if told is not None:
+            self._tell(*told)
+        if isinstance(event, events.StudyPaused):
+            self._state("paused", event.reason)
+        elif isinstance(event, events.StudyResumed | events.StudyStarted):
+            self._state("running")
+        elif isinstance(event, events.SiteQuarantined):
+            self.registry.sites.quarantine(event.site, event.reason)
+
+    def _state(self, state: Any, reason: str = "") -> None:
+        # An operator may have ended the study in this moment; the watch then stops it.
+        if not self.stop.is_set():
+            try:
+                self.registry.studies.set_state(self.study.id, state, reason)
+            except StudyError as error:
+                _LOG.info("%s", error.rule)
+
+    def _tell(self, kind: str, payload: dict[str, Any]) -> None:
+        self.registry.studies.add_event(self.study.id, kind, payload)
+
+    def _watch(self) -> None:
+        """Stop when an operator wants the study to stand still."""
+        while not self.stop.wait(_LOOK):
+            try:
+                if self.registry.studies.get(self.study.id).wanted != "run":
+                    self.stop.set()
+            except Exception as error:  # a database that is away for a moment
+                _LOG.warning("the registry did not answer: %s", type(error).__name__)
+
+    def _results(self) -> StudyResults:
+        kept = self.registry.studies.results(self.study.id)
+        if kept is not None:
+            return kept
+        return StudyResults(
+            study=self.plan.study.name, title=self.plan.study.title,
+            plan=self.plan.model_dump(mode="json"), plan_sha256=self.study.plan_sha256,
+            seed=self.study.seed, engine="superlink", device="hospitals'",
+            partition="hospitals", primary=self.plan.metrics.primary,
+            parameters=describe(self.plan).parameters, versions=_versions(),
+        )  # fmt: skip
+
+
+def link_address(config: ServerConfig) -> str:
+    """Where this machine finds the SuperLink."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.sites.address, config.sites.address)
+    return f"{host}:{config.sites.port}"
+
+
+def _telling(event: events.Event) -> tuple[str, dict[str, Any]] | None:
+    """What those who watch a study hear of an event; rounds are told when they are kept."""
+    match event:
+        case events.StudyStarted():
+            return "started", {"sites": list(event.sites), "rounds": event.rounds}
+        case events.SiteJoined():
+            return "joined", {"site": event.site, "round": event.round}
+        case events.SiteRefused():
+            return "refused", {
+                "site": event.site, "round": event.round, "kind": event.kind,
+                "reason": event.reason,
+            }  # fmt: skip
+        case events.SiteQuarantined():
+            return "quarantined", {
+                "site": event.site, "round": event.round, "reason": event.reason
+            }  # fmt: skip
+        case events.SiteAnswered():
+            return "answered", {"site": event.site, "round": event.round, "what": event.what}
+    return None
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def main() -> None:
+    """Entry point of the process."""
+    parser = argparse.ArgumentParser(description="Run one study.")
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--study", required=True)
+    given = parser.parse_args()
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("fedward").setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGINT, _end)
+    try:
+        _run(load_config(given.config), given.study)
+    except FedwardError as error:
+        _LOG.error("%s", error)
+        sys.exit(error.exit_code)
+
+
+def _run(config: ServerConfig, study: str) -> None:
+    os.environ["FLWR_HOME"] = str(config.server.state / "flwr")
+    registry = open_registry(config)
+    found = registry.studies.get(study)
+    if found.ended or found.wanted != "run":
+        return
+    try:
+        Runner(config, registry, found).run()
+    except Interrupted:
+        raise
+    except FedwardError as error:
+        registry.studies.set_state(study, "failed", str(error)[:1000])
+        raise
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise Interrupted("the runner was told to end", fix="It goes on when it is started again")
+
+
+if __name__ == "__main__":
+    main()
