@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -36,6 +38,12 @@ def fail(error: FedwardError) -> NoReturn:
         )
     typer.secho(f"error: {error}", err=True, fg="red")
     raise SystemExit(error.exit_code)
+
+
+def stop_on_signals(stop: threading.Event) -> None:
+    """SIGTERM and Ctrl-C set an event, on which everything ends cleanly."""
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: stop.set())
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from client.enrol import enrol as make_enrolment
-from fedward.console import print_json
+from fedward.console import print_json, stop_on_signals
 
 Config = Annotated[
     Path, typer.Option("--config", envvar="FEDWARD_SITE", help="the site's site.toml")
@@ -29,7 +29,7 @@ _SITE = Path("site.toml")
 def run(config: Config = _SITE) -> None:
     """Run trainer and connector, and keep them running."""
     from client.config import load_config
-    from client.daemon.supervise import Supervisor, stop_on_signals
+    from client.daemon.supervise import Supervisor
 
     _log()
     load_config(config)

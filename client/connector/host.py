@@ -18,7 +18,7 @@ from client.config import SiteConfig
 from client.connector.loop import Connector
 from client.daemon.isolation import find_readable, undumpable
 from client.daemon.launch import hidden_places
-from client.daemon.supervise import stop_on_signals
+from fedward.console import stop_on_signals
 from fedward.errors import ConfigError
 
 _LOG = logging.getLogger("fedward.connector")

@@ -97,12 +97,6 @@ class Supervisor:
         return 0
 
 
-def stop_on_signals(stop: threading.Event) -> None:
-    """SIGTERM and Ctrl-C end everything cleanly."""
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *_: stop.set())
-
-
 def _end(children: list[Child]) -> None:
     running = [child.process for child in children if child.process is not None]
     for process in running:

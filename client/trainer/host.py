@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import signal
 import threading
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +31,7 @@ from client.trainer.state import Board
 from client.trainer.work import Work
 from client.training.device import choose_device
 from client.training.runtime import Runtime
+from fedward.console import stop_on_signals
 from fedward.errors import ConfigError, DataError
 
 _LOG = logging.getLogger("fedward.trainer")
@@ -48,7 +48,8 @@ def run_trainer(config: SiteConfig, stop: threading.Event | None = None) -> None
     FedwardError
         Something that it needs cannot be used: the state folder, ledger, audit log or socket.
     """
-    stop = stop or _stop_on_signals()
+    stop = stop or threading.Event()
+    stop_on_signals(stop)
     undumpable()
     state, board = config.site.state, Board(config.site.name)
     secret = site_secret(state)
@@ -142,10 +143,3 @@ def _group(config: SiteConfig) -> int | None:
 
 def _most_bytes(config: SiteConfig) -> int:
     return (config.server.max_download_mib if config.server else 1024) << 20
-
-
-def _stop_on_signals() -> threading.Event:
-    stop = threading.Event()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *_: stop.set())
-    return stop

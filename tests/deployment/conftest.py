@@ -323,6 +323,18 @@ def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def free() -> Callable[[], int]:
+    """Finds a free port."""
+    return free_port
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """Of the processes that a test starts."""
+    return ENVIRONMENT
+
+
+@pytest.fixture(scope="session")
 def until() -> Callable[..., None]:
     return wait_until

@@ -1,0 +1,1 @@
+"""The operator API: HTTP, described by OpenAPI, for the command line and for programs."""

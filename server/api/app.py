@@ -1,0 +1,75 @@
+"""The operator API, put together."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.requests import Request
+from fastapi.responses import JSONResponse
+from starlette.middleware.base import BaseHTTPMiddleware
+
+from fedward.errors import FedwardError, ProtocolError
+from server.api.access import Access
+from server.api.health import Health, health_router
+from server.api.problems import Problem, answer_problem
+from server.api.sites import sites_router
+from server.api.studies import studies_router
+from server.api.tokens import tokens_router
+from server.config import ServerConfig
+from server.flower.control import Link
+from server.registry import Registry
+
+_ABOUT = """Operate an aggregator: enrol hospitals, submit studies, watch them, take their models.
+
+Every call needs a bearer token, except the health ones. Roles: `viewer` reads, `coordinator` also
+submits and steers studies, `admin` also enrols sites and makes tokens.
+"""
+
+
+def build_api(config: ServerConfig, registry: Registry, link: Link, health: Health) -> FastAPI:
+    """The application.
+
+    Parameters
+    ----------
+    config : ServerConfig
+        The aggregator.
+    registry : Registry
+        What it knows.
+    link : Link
+        The SuperLink.
+    health : Health
+        Whether it is ready.
+    """
+    problems: dict[int | str, dict[str, Any]] = {
+        code: {"model": Problem, "description": text}
+        for code, text in (
+            (401, "no valid token"), (403, "the token's role is not enough"),
+            (404, "not there"), (409, "not possible now"), (422, "not valid"),
+            (429, "too many calls"),
+        )
+    }  # fmt: skip
+    app = FastAPI(
+        title="Fedward aggregator", version=version("fedward"), description=_ABOUT,
+        docs_url=None, redoc_url=None, responses=problems,
+    )  # fmt: skip
+    access = Access(registry, config.limits)
+    app.add_middleware(BaseHTTPMiddleware, dispatch=access.watch)
+    app.add_exception_handler(FedwardError, answer_problem)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(Exception, answer_problem)
+    app.include_router(health_router(health, registry, link))
+    app.include_router(sites_router(registry, link, access))
+    app.include_router(studies_router(config, registry, access))
+    app.include_router(tokens_router(registry, access))
+    return app
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    first = error.errors()[0] if isinstance(error, RequestValidationError) else {}
+    where = ".".join(str(part) for part in first.get("loc", ()))
+    return await answer_problem(
+        request, ProtocolError(f"a request must be valid: {first.get('msg', '')}", where=where)
+    )

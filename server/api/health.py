@@ -1,0 +1,105 @@
+"""Whether a study could run now, and figures for Prometheus."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter as Tally
+from typing import Any, Final
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
+
+from fedward.errors import FedwardError
+from server.config import ServerConfig
+from server.flower.control import Link
+from server.registry import Registry
+
+_FRESH: Final = 2.0
+
+
+class Health:
+    """Looks at everything that a study needs.
+
+    Parameters
+    ----------
+    config, registry, link : ServerConfig, Registry, Link
+        The aggregator's parts.
+    """
+
+    def __init__(self, config: ServerConfig, registry: Registry, link: Link) -> None:
+        self._config, self._registry, self._link = config, registry, link
+        self._seen: tuple[float, dict[str, str]] = (0.0, {})
+
+    def find(self) -> dict[str, str]:
+        """Part to "ok" or what is wrong; at most two seconds old."""
+        if time.monotonic() - self._seen[0] > _FRESH:
+            found = {
+                "database": self._try(self._registry.studies.list),
+                "superlink": self._try(self._link.nodes),
+                "disk": self._disk(),
+            }
+            self._seen = (time.monotonic(), found)
+        return self._seen[1]
+
+    @property
+    def ready(self) -> bool:
+        """Whether a study could run."""
+        return all(text == "ok" for text in self.find().values())
+
+    def _disk(self) -> str:
+        free = shutil.disk_usage(self._config.server.state).free
+        return "ok" if free >= self._config.limits.free_bytes else f"{free >> 20} MiB free"
+
+    @staticmethod
+    def _try(call: Any) -> str:
+        try:
+            call()
+        except FedwardError as error:
+            return error.rule
+        except Exception as error:  # a database driver's own
+            return type(error).__name__
+        return "ok"
+
+
+def health_router(health: Health, registry: Registry, link: Link) -> APIRouter:
+    """The calls that need no token."""
+    router = APIRouter(tags=["health"])
+
+    @router.get("/healthz")
+    def alive() -> dict[str, str]:
+        """The service answers."""
+        return {"status": "ok"}
+
+    @router.get("/readyz")
+    def ready() -> JSONResponse:
+        """A study could run: SuperLink, database and disk are fine."""
+        return JSONResponse(
+            {"ready": health.ready, "parts": health.find()}, 200 if health.ready else 503
+        )
+
+    @router.get("/metrics")
+    def metrics() -> Response:
+        """Figures in Prometheus' format."""
+        return Response(_figures(health, registry, link), media_type="text/plain; version=0.0.4")
+
+    return router
+
+
+def _figures(health: Health, registry: Registry, link: Link) -> bytes:
+    found = CollectorRegistry()
+    ready = Gauge("fedward_ready", "1 when a study could run", registry=found)
+    ready.set(health.ready)
+    studies = Gauge("fedward_studies", "studies by state", ["state"], registry=found)
+    for state, count in Tally(one.state for one in registry.studies.list()).items():
+        studies.labels(state).set(count)
+    rounds = Gauge("fedward_study_rounds", "finished rounds", ["study"], registry=found)
+    for one in registry.studies.list("submitted", "running", "paused"):
+        rounds.labels(one.id).set(one.round)
+    online = Gauge("fedward_site_online", "1 when a site is connected", ["site"], registry=found)
+    if health.find()["superlink"] == "ok":
+        nodes = {node.node_id: node.status for node in link.nodes()}
+        for site in registry.sites.list():
+            online.labels(site.name).set(nodes.get(site.node_id or 0) == "online")
+    return bytes(generate_latest(found))

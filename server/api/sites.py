@@ -1,0 +1,99 @@
+"""Hospitals: enrol, list, cut off, give another key."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from pydantic import BaseModel, Field
+
+from fedward.protocol import SITE_NAME, SiteFacts
+from server.api.access import Access
+from server.flower.control import Link, Node
+from server.registry import Registry
+from server.registry.sites import Site, SiteState
+
+Name = Annotated[str, Field(pattern=SITE_NAME, description="the site's name")]
+
+
+class NewSite(BaseModel):
+    """A hospital to enrol."""
+
+    name: Name
+    public_key: str = Field(max_length=4096, description="PEM, made by `fedward-client enrol`")
+
+
+class NewKey(BaseModel):
+    """Another key of a hospital."""
+
+    public_key: str = Field(max_length=4096, description="PEM")
+
+
+class SiteAnswer(BaseModel):
+    """A hospital as operators see it."""
+
+    name: str
+    fingerprint: str = Field(description="SHA-256 of the key's DER form, to compare by telephone")
+    state: SiteState
+    status: str = Field(description="online, offline or registered (never seen)")
+    last_seen: str = Field(description="when it came online last, UTC")
+    reason: str = Field(description="why it is quarantined")
+    facts: SiteFacts | None = Field(description="sizes, as the site's policy lets them be told")
+    studies: list[str] = Field(description="studies that name it and have not ended")
+
+
+def sites_router(registry: Registry, link: Link, access: Access) -> APIRouter:
+    """The calls about hospitals."""
+    router = APIRouter(prefix="/v1/sites", tags=["sites"])
+
+    @router.get("", dependencies=[Depends(access.need("viewer"))])
+    def list_sites() -> list[SiteAnswer]:
+        """Every enrolled hospital."""
+        nodes = {node.node_id: node for node in link.nodes()}
+        return [_answer(registry, site, nodes) for site in registry.sites.list()]
+
+    @router.post("", status_code=201, dependencies=[Depends(access.need("admin"))])
+    def add_site(site: NewSite) -> SiteAnswer:
+        """Enrol a hospital by its public key."""
+        added = registry.sites.add(site.name, site.public_key)
+        try:
+            node = link.register(added.public_key.encode(), site.name)
+        except BaseException:
+            registry.sites.remove(site.name)
+            raise
+        return _answer(registry, registry.sites.set_node(site.name, node), {})
+
+    @router.delete("/{name}", dependencies=[Depends(access.need("admin"))])
+    def remove_site(name: str) -> SiteAnswer:
+        """Cut a hospital off, at once."""
+        site = registry.sites.get(name)
+        if site.node_id is not None:
+            link.remove(site.node_id)
+        return _answer(registry, registry.sites.remove(name), {})
+
+    @router.post("/{name}/rotate", dependencies=[Depends(access.need("admin"))])
+    def rotate_site(name: str, key: NewKey) -> SiteAnswer:
+        """Take another key for a hospital; the old one ends at once."""
+        old = registry.sites.get(name)
+        registry.sites.rotate(name, key.public_key)
+        node = link.register(registry.sites.get(name).public_key.encode(), name)
+        if old.node_id is not None:
+            link.remove(old.node_id)
+        return _answer(registry, registry.sites.set_node(name, node), {})
+
+    @router.post("/{name}/release", dependencies=[Depends(access.need("admin"))])
+    def release_site(name: str) -> SiteAnswer:
+        """End a hospital's quarantine."""
+        return _answer(registry, registry.sites.release(name), {})
+
+    return router
+
+
+def _answer(registry: Registry, site: Site, nodes: dict[int, Node]) -> SiteAnswer:
+    node = nodes.get(site.node_id or 0)
+    running = registry.studies.list("submitted", "running", "paused")
+    return SiteAnswer(
+        name=site.name, fingerprint=site.fingerprint, state=site.state, reason=site.reason,
+        status=node.status if node else "registered", last_seen=node.last_seen if node else "",
+        facts=site.facts, studies=[one.id for one in running if site.name in one.sites],
+    )  # fmt: skip

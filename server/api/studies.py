@@ -1,0 +1,147 @@
+"""Studies: submit, watch, pause, resume, stop, and what they leave."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse, StreamingResponse
+from pydantic import BaseModel, Field
+
+from fedward.plan.load import plan_from
+from server.api.access import Access
+from server.api.problems import Missing
+from server.api.sites import Name
+from server.artifacts.card import model_card
+from server.config import ServerConfig
+from server.registry import Registry
+from server.registry.records import Event, Study, Wanted
+from server.report.page import render
+from server.results import Round, StudyResults
+
+_LOOK: Final = 0.3
+_MOST: Final = 500
+
+
+class NewStudy(BaseModel):
+    """A study to submit."""
+
+    plan: dict[str, Any] = Field(description="the plan, as `study.toml` has it")
+    sites: list[Name] = Field(
+        min_length=1, max_length=1000, description="the only sites it reaches"
+    )
+    quorum: int | None = Field(default=None, ge=1, description="updates that make a round count")
+    deadline: float | None = Field(default=None, gt=0, description="seconds that a round waits")
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    request: str | None = Field(
+        default=None, max_length=64, description="the caller's mark; used again, it submits nothing"
+    )
+
+
+class StudyAnswer(BaseModel):
+    """A study and its rounds."""
+
+    study: Study
+    rounds: list[Round]
+
+
+def studies_router(config: ServerConfig, registry: Registry, access: Access) -> APIRouter:
+    """The calls about studies."""
+    router = APIRouter(prefix="/v1/studies", tags=["studies"])
+    viewer, coordinator = access.need("viewer"), access.need("coordinator")
+    studies = registry.studies
+
+    @router.get("", dependencies=[Depends(viewer)])
+    def list_studies() -> list[Study]:
+        """Every study, oldest first."""
+        return studies.list()
+
+    @router.post("", status_code=201, dependencies=[Depends(coordinator)])
+    def submit_study(new: NewStudy) -> Study:
+        """Submit a plan to sites that are enrolled."""
+        plan = plan_from(new.plan)
+        for name in new.sites:
+            registry.sites.get(name)
+        return studies.submit(plan, new.sites, new.quorum, new.deadline, new.seed, new.request)
+
+    @router.get("/{study}", dependencies=[Depends(viewer)])
+    def show_study(study: str) -> StudyAnswer:
+        """Where a study stands, and its rounds."""
+        return StudyAnswer(study=studies.get(study), rounds=list(studies.rounds(study)))
+
+    @router.get("/{study}/events", dependencies=[Depends(viewer)])
+    async def watch_study(
+        study: str, after: Annotated[int, Query(ge=0)] = 0, follow: bool = False
+    ) -> StreamingResponse:
+        """What happened, one JSON object per line; with `follow` as it happens, to the end."""
+        await asyncio.to_thread(studies.get, study)
+        lines = _follow(registry, study, after, follow=follow)
+        return StreamingResponse(lines, media_type="application/x-ndjson")
+
+    @router.post("/{study}/{wish}", dependencies=[Depends(coordinator)])
+    def change_study(study: str, wish: str, request: Request) -> Study:
+        """`pause`, `resume` or `stop` a study; it holds at once."""
+        wanted: dict[str, Wanted] = {"pause": "pause", "resume": "run", "stop": "stop"}
+        if wish not in wanted:
+            raise Missing("the call must exist", value=wish[:40], fix="pause, resume or stop")
+        return studies.want(study, wanted[wish], request.state.token.name)
+
+    @router.get("/{study}/report", dependencies=[Depends(viewer)])
+    def report(study: str) -> HTMLResponse:
+        """The report as one HTML file, of what stands so far."""
+        return HTMLResponse(render([_results(registry, study)]))
+
+    @router.get("/{study}/results", dependencies=[Depends(viewer)])
+    def results(study: str) -> StudyResults:
+        """Everything measured so far (the schema of metrics.json)."""
+        return _results(registry, study)
+
+    @router.get("/{study}/model", dependencies=[Depends(viewer)])
+    def model(study: str) -> FileResponse:
+        """The model (safetensors) of a study that has finished."""
+        return FileResponse(_model(config, registry, study), filename=f"{study}.safetensors")
+
+    @router.get("/{study}/card", dependencies=[Depends(viewer)])
+    def card(study: str) -> PlainTextResponse:
+        """The model's card (Markdown)."""
+        found = studies.get(study)
+        text = model_card(found.id, found.read_plan(), _results(registry, study))
+        return PlainTextResponse(text, media_type="text/markdown")
+
+    return router
+
+
+async def _follow(
+    registry: Registry, study: str, after: int, *, follow: bool
+) -> AsyncIterator[bytes]:
+    while True:
+        ended = (await asyncio.to_thread(registry.studies.get, study)).ended
+        found: list[Event] = list(
+            await asyncio.to_thread(registry.studies.events_after, study, after, _MOST)
+        )
+        for event in found:
+            after = event.seq
+            yield event.model_dump_json().encode() + b"\n"
+        if not found and (ended or not follow):
+            return
+        if not found:
+            await asyncio.sleep(_LOOK)
+
+
+def _results(registry: Registry, study: str) -> StudyResults:
+    registry.studies.get(study)
+    found = registry.studies.results(study)
+    if found is None:
+        raise Missing("a study's results must exist", value=study, fix="Wait for its first round")
+    return found
+
+
+def _model(config: ServerConfig, registry: Registry, study: str) -> Path:
+    registry.studies.get(study)
+    path = config.study_folder(study) / "model.safetensors"
+    if not path.exists():
+        raise Missing("a study's model must exist", value=study, fix="Wait until it has finished")
+    return path

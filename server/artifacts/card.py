@@ -1,0 +1,122 @@
+"""A model card: what a model is, what it was made of, and what it is not for.
+
+After Mitchell et al., 2019, Model Cards for Model Reporting (arXiv:1810.03993).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from importlib.metadata import version
+
+from fedward.plan.schema import Plan
+from server.results import Arm, StudyResults
+
+
+def model_card(study: str, plan: Plan, results: StudyResults) -> str:
+    """The card in Markdown.
+
+    Parameters
+    ----------
+    study : str
+        The study's id.
+    plan : Plan
+        What was done.
+    results : StudyResults
+        What came of it.
+    """
+    arm = results.arms[0]
+    parts = (
+        _head(study, plan, results), _data(results, arm), _privacy(plan, arm),
+        _figures(plan, arm), _use(plan, results),
+    )  # fmt: skip
+    return "\n".join(line for part in parts for line in (*part, ""))
+
+
+def _head(study: str, plan: Plan, results: StudyResults) -> Iterator[str]:
+    state = "finished" if results.complete else "not finished"
+    yield f"# {plan.study.title or plan.study.name}"
+    yield ""
+    if results.synthetic:
+        yield "**Trained on synthetic images: of no use for patients.**"
+        yield ""
+    yield f"- Study: `{study}` ({state}), {len(results.arms[0].rounds)} of {plan.rounds} rounds"
+    yield f"- Plan: SHA-256 `{results.plan_sha256}`"
+    yield f"- Task: {plan.task.kind}, {plan.task.dimensions}D, {', '.join(plan.task.classes)}"
+    yield f"- Network: {plan.model.name}, {results.parameters:,} parameters"
+    yield f"- Made with: Fedward {version('fedward')}, " + ", ".join(
+        f"{name} {number}" for name, number in sorted(results.versions.items())
+        if name != "fedward"
+    )  # fmt: skip
+
+
+def _data(results: StudyResults, arm: Arm) -> Iterator[str]:
+    yield "## What it was made of"
+    yield ""
+    yield "| site | patients | training | validation | test | rounds it took part in |"
+    yield "|---|---|---|---|---|---|"
+    for site in results.sites:
+        taken = sum(site.site in one.sites for one in arm.rounds)
+        yield (
+            f"| {site.site} | {site.patients} | {site.train_patients} | "
+            f"{site.validation_patients} | {site.test_patients} | {taken} of {len(arm.rounds)} |"
+        )
+
+
+def _privacy(plan: Plan, arm: Arm) -> Iterator[str]:
+    yield "## Privacy"
+    yield ""
+    if not plan.privacy.on:
+        yield "None: updates of this study were not differentially private."
+        return
+    yield (
+        "Each site's updates are differentially private for each of its patients "
+        "(DP-SGD; figures of evaluation are not covered)."
+    )
+    yield ""
+    yield "| site | ε | δ | noise multiplier | sampling rate |"
+    yield "|---|---|---|---|---|"
+    for name, one in sorted(arm.privacy.items()):
+        yield (
+            f"| {name} | {one.epsilon:.3g} | {one.delta:.1e} | {one.noise_multiplier:.3g} | "
+            f"{one.sampling_rate:.3g} |"
+        )
+
+
+def _figures(plan: Plan, arm: Arm) -> Iterator[str]:
+    yield "## How good it is"
+    yield ""
+    if arm.test is None:
+        yield "Not measured on test patients yet."
+        return
+    names = plan.metrics.report
+    yield "On patients that no training saw."
+    yield ""
+    yield "| |" + "|".join(f" {name} " for name in names) + "|"
+    yield "|---|" + "---|" * len(names)
+    yield "| all together |" + "|".join(_cell(arm.test.pooled.get(n)) for n in names) + "|"
+    for site, values in sorted(arm.test.per_site.items()):
+        yield f"| {site} |" + "|".join(_cell(values.get(n)) for n in names) + "|"
+    yield "| spread between sites |" + "|".join(_spread(arm, n) for n in names) + "|"
+
+
+def _use(plan: Plan, results: StudyResults) -> Iterator[str]:
+    yield "## Intended use, and limits"
+    yield ""
+    yield plan.study.intended_use or "Research. The plan states no other use."
+    yield ""
+    yield (
+        "Not a medical device; not validated for diagnosis. It was measured on the sites above: "
+        "other scanners, protocols and populations may do worse, and the spread between these "
+        "sites is the least to expect."
+    )
+
+
+def _cell(value: float | None) -> str:
+    return " – " if value is None else f" {value:.3f} "
+
+
+def _spread(arm: Arm, name: str) -> str:
+    sites = arm.test.per_site.values() if arm.test else ()
+    found = [one for values in sites if (one := values.get(name)) is not None]
+    return f" {statistics.stdev(found):.3f} " if len(found) > 1 else " – "

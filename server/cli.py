@@ -1,0 +1,159 @@
+"""``fedward-server``: the aggregator."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import Annotated
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+
+import typer
+
+from fedward.console import print_json, run_command, stop_on_signals
+from server.commands.options import SERVER, Ca, Config, Json, Token, Url, api
+from server.commands.site import site_app
+from server.commands.study import study_app
+
+app = typer.Typer(
+    help="Run an aggregator: enrol hospitals, submit studies.", no_args_is_help=True,
+    add_completion=False, pretty_exceptions_enable=False,
+)  # fmt: skip
+token_app = typer.Typer(help="Tokens of operators.", no_args_is_help=True)
+certificate_app = typer.Typer(help="The server's certificate.", no_args_is_help=True)
+app.add_typer(site_app, name="site")
+app.add_typer(study_app, name="study")
+app.add_typer(token_app, name="token")
+app.add_typer(certificate_app, name="certificate")
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a new or empty folder")],
+    host: Annotated[
+        list[str] | None, typer.Option(help="name or address that hospitals use; repeatable")
+    ] = None,
+    name: Annotated[str, typer.Option(help="what people call it")] = "aggregator",
+    database: Annotated[str, typer.Option(help="PostgreSQL URL; without it SQLite")] = "",
+    certificate: Annotated[Path | None, typer.Option(help="your own certificate, PEM")] = None,
+    key: Annotated[Path | None, typer.Option(help="its key, PEM")] = None,
+    ca: Annotated[Path | None, typer.Option(help="its authority, PEM")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make an aggregator's folder: configuration, certificates, keys, the first token."""
+    from server.setup import OwnCertificate, Wishes, initialise
+
+    own = (certificate, key, ca)
+    if any(own) and not all(own):
+        raise typer.BadParameter("give --certificate, --key and --ca together, or none")
+    brought = OwnCertificate(certificate, key, ca) if certificate and key and ca else None
+    made = initialise(folder, Wishes(name, tuple(host or ()), brought, database))
+    if as_json:
+        print_json({
+            "config": str(made.config), "token": made.token, "coordinator": made.coordinator,
+            "expires": str(made.certificate.expires),
+        })  # fmt: skip
+        return
+    typer.echo(f"Made {made.config}.")
+    typer.echo(f"Admin token, shown this once: {made.token}")
+    typer.echo(f"Coordinator's fingerprint, for the policies of hospitals: {made.coordinator}")
+    typer.echo(f"The certificate ends {made.certificate.expires}.")
+    typer.echo(f"Next: fedward-server run --config {made.config}")
+
+
+@app.command()
+def run(config: Config = SERVER) -> None:
+    """Run the SuperLink, the studies and the operator API, and keep them running."""
+    from server.config import load_config
+    from server.supervise import supervise
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger("fedward").handlers = [handler]
+    stop = threading.Event()
+    stop_on_signals(stop)
+    raise typer.Exit(supervise(load_config(config), config.absolute(), stop))
+
+
+@token_app.command("create")
+def create_token(
+    name: Annotated[str, typer.Argument(help="whose")],
+    role: Annotated[str, typer.Option(help="viewer, coordinator or admin")] = "viewer",
+    config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Make a token; its text is shown this once."""
+    made = api(config, url, token, ca).call("POST", "/v1/tokens", {"name": name, "role": role})
+    if as_json:
+        print_json(made)
+    else:
+        typer.echo(made["text"])
+
+
+@token_app.command("list")
+def list_tokens(
+    config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """All tokens, without what opens the door."""
+    found = api(config, url, token, ca).call("GET", "/v1/tokens")
+    if as_json:
+        print_json({"tokens": found})
+        return
+    for one in found:
+        ended = f", revoked {one['revoked'][:19]}" if one["revoked"] else ""
+        typer.echo(f"{one['name']}: {one['role']}, made {one['created'][:19]}{ended}")
+
+
+@token_app.command("revoke")
+def revoke_token(
+    name: Annotated[str, typer.Argument(help="whose")], config: Config = SERVER, url: Url = "",
+    token: Token = "", ca: Ca = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """End a token, at once."""
+    made = api(config, url, token, ca).call("DELETE", f"/v1/tokens/{name}")
+    if as_json:
+        print_json(made)
+    else:
+        typer.echo(f"{name} is revoked.")
+
+
+@certificate_app.command("show")
+def show_certificate(config: Config = SERVER, as_json: Json = False) -> None:
+    """Names and end of the server's certificate."""
+    from server.certificates import read_facts
+    from server.config import load_config
+
+    _print_certificate(read_facts(load_config(config).tls.certificate), as_json=as_json)
+
+
+@certificate_app.command("renew")
+def renew_certificate(
+    host: Annotated[list[str] | None, typer.Option(help="names; without it the old ones")] = None,
+    config: Config = SERVER, as_json: Json = False,
+) -> None:  # fmt: skip
+    """A new certificate of init's own authority; restart the service to use it."""
+    from server.config import load_config
+    from server.setup import renew
+
+    _print_certificate(renew(load_config(config), tuple(host or ())), as_json=as_json)
+
+
+def _print_certificate(facts: object, *, as_json: bool) -> None:
+    told = {name: str(value) for name, value in vars(facts).items()}
+    if as_json:
+        print_json(told)
+    else:
+        for name, value in told.items():
+            typer.echo(f"{name}: {value}")
+
+
+def main() -> None:
+    """Entry point."""
+    run_command(app)
+
+
+if __name__ == "__main__":
+    main()

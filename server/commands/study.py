@@ -1,0 +1,214 @@
+"""``fedward-server study``."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fedward.console import print_json
+from fedward.errors import OutputError, PlanError, StudyError
+from server.client import ApiClient
+from server.commands.options import SERVER, Ca, Config, Json, Token, Url, api
+
+study_app = typer.Typer(help="Submit studies, watch them, take their models.", no_args_is_help=True)
+StudyId = Annotated[str, typer.Argument(help="the study's id")]
+Out = Annotated[Path, typer.Option("--out", help="where to write it")]
+
+
+@study_app.command("submit")
+def submit(
+    plan: Annotated[Path, typer.Argument(help="the plan, study.toml")],
+    sites: Annotated[str, typer.Option("--sites", help="names with commas between")],
+    quorum: Annotated[int | None, typer.Option(help="updates that make a round count")] = None,
+    deadline: Annotated[float | None, typer.Option(help="seconds that a round waits")] = None,
+    seed: Annotated[int, typer.Option(help="of the first model and the division")] = 0,
+    config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Submit a plan to sites; it begins at once."""
+    body = {
+        "plan": _read(plan), "sites": [one.strip() for one in sites.split(",") if one.strip()],
+        "quorum": quorum, "deadline": deadline, "seed": seed,
+    }  # fmt: skip
+    made = api(config, url, token, ca).call("POST", "/v1/studies", body)
+    if as_json:
+        print_json(made)
+    else:
+        typer.echo(f"{made['id']} is submitted. Watch it: fedward-server study watch {made['id']}")
+
+
+@study_app.command("list")
+def list_studies(
+    config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Every study."""
+    found = api(config, url, token, ca).call("GET", "/v1/studies")
+    if as_json:
+        print_json({"studies": found})
+        return
+    table = Table("study", "state", "rounds", "sites", "reason")
+    for one in found:
+        table.add_row(one["id"], one["state"], str(one["round"]), ", ".join(one["sites"]),
+                      escape(one["reason"]))  # fmt: skip
+    Console().print(table)
+
+
+@study_app.command("show")
+def show(
+    study: StudyId, config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Where a study stands, round by round."""
+    found = api(config, url, token, ca).call("GET", f"/v1/studies/{study}")
+    if as_json:
+        print_json(found)
+        return
+    one = found["study"]
+    console = Console()
+    console.print(f"{one['id']}: {one['state']} {escape(one['reason'])}", highlight=False)
+    table = Table("round", "stage", "seconds", "loss", "validation", "sites", "without an update")
+    for round_ in found["rounds"]:
+        table.add_row(*_round_cells(round_))
+    console.print(table)
+
+
+@study_app.command("watch")
+def watch(
+    study: StudyId, config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Follow a study as it runs; ends with it."""
+    client, state = api(config, url, token, ca), ""
+    console = Console()
+    for event in client.lines(f"/v1/studies/{study}/events?follow=true"):
+        if as_json:
+            print_json(event)
+        elif text := _telling(event):
+            console.print(f"{event['at'][:19]}  {escape(text)}", highlight=False)
+        state = event["payload"].get("state", state) if event["kind"] == "state" else state
+    if state == "failed":
+        raise StudyError("the study must go on", value=study, fix="See `study show`")
+
+
+@study_app.command("pause")
+def pause(
+    study: StudyId, config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Let a study stand still after what runs now."""
+    _wish(api(config, url, token, ca), study, "pause", as_json=as_json)
+
+
+@study_app.command("resume")
+def resume(
+    study: StudyId, config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Let a study go on."""
+    _wish(api(config, url, token, ca), study, "resume", as_json=as_json)
+
+
+@study_app.command("stop")
+def stop(
+    study: StudyId, config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """End a study for good; what it reached is kept."""
+    _wish(api(config, url, token, ca), study, "stop", as_json=as_json)
+
+
+@study_app.command("report")
+def report(
+    study: StudyId, out: Out = Path("report.html"), config: Config = SERVER, url: Url = "",
+    token: Token = "", ca: Ca = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Write the report, of what stands so far, as one HTML file."""
+    _write(out, api(config, url, token, ca).fetch(f"/v1/studies/{study}/report"))
+    _said({"report": out.name}, f"Report: {out}", as_json=as_json)
+
+
+@study_app.command("model")
+def model(
+    study: StudyId, out: Out = Path("model.safetensors"), config: Config = SERVER, url: Url = "",
+    token: Token = "", ca: Ca = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Write the finished model (safetensors) and, beside it, its card (Markdown)."""
+    client = api(config, url, token, ca)
+    _write(out, client.fetch(f"/v1/studies/{study}/model"))
+    card = out.with_suffix(".md")
+    _write(card, client.fetch(f"/v1/studies/{study}/card"))
+    _said({"model": out.name, "card": card.name}, f"Model: {out}, card: {card}", as_json=as_json)
+
+
+def _wish(client: ApiClient, study: str, wish: str, *, as_json: bool) -> None:
+    made = client.call("POST", f"/v1/studies/{study}/{wish}")
+    _said(made, f"{study} is {made['state']}.", as_json=as_json)
+
+
+def _said(made: dict[str, Any], text: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json(made)
+    else:
+        typer.echo(text)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8-sig"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise PlanError(
+            "a plan must be a readable TOML file", value=f"{path.name}: {type(error).__name__}",
+            fix="See `fedward-simulate plan check`",
+        ) from None  # fmt: skip
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        part = path.with_name(path.name + ".part")
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError as error:
+        raise OutputError(
+            "the file must be writable", value=error.strerror, fix="Choose another with --out",
+            where="--out",
+        ) from None  # fmt: skip
+
+
+def _telling(event: dict[str, Any]) -> str:
+    told: dict[str, Any] = event["payload"]
+    match event["kind"]:
+        case "round":
+            number, stage, seconds, loss, figures, sites, missing = _round_cells(told)
+            without = f", without {missing}" if missing else ""
+            return f"round {number} ({stage}) in {seconds}: {figures or loss}; {sites}{without}"
+        case "state":
+            return f"{told['state']} {told['reason']}".strip()
+        case "started":
+            return f"started with {', '.join(told['sites'])}"
+        case "joined":
+            return f"{told['site']} takes part"
+        case "refused":
+            return f"{told['site']} refused ({told['kind']}): {told['reason']}"
+        case "quarantined":
+            return f"{told['site']} is quarantined: {told['reason']}"
+        case "restored":
+            return f"goes on after round {told['round']}"
+    return ""
+
+
+def _round_cells(one: dict[str, Any]) -> tuple[str, ...]:
+    figures = ", ".join(
+        f"{name} {value:.3f}" for name, value in one["validation"].items() if value is not None
+    )
+    loss = "" if one["train_loss"] is None else f"loss {one['train_loss']:.3f}"
+    return (
+        str(one["round"]), one["stage"], f"{one['seconds']:.1f} s", loss, figures,
+        ", ".join(sorted(one["sites"])), "; ".join(f["site"] for f in one["failures"]),
+    )  # fmt: skip

@@ -1,0 +1,288 @@
+"""The aggregator service as its coordinator uses it, with real hospitals; killed at will."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import ssl
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from simulation.options import Hospital, Options
+from simulation.study import Study
+
+pytestmark = pytest.mark.integration
+Make = Callable[..., Any]
+
+
+class Service:
+    """``fedward-server`` in a folder of its own."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.folder, self.environment = folder, environment
+        self.process: subprocess.Popen[bytes] | None = None
+        self.token = self.coordinator = ""
+        self.api_port = self.sites_port = 0
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "server.toml"
+
+    def call(self, *words: object, code: int = 0) -> dict[str, Any]:
+        done = subprocess.run(
+            [sys.executable, "-m", "server.cli", *map(str, words), "--json"],
+            env=self.environment | {"FEDWARD_SERVER": str(self.config)}, text=True,
+            capture_output=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == code, (words, done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
+
+    def start(self) -> None:
+        log = (self.folder / "server.log").open("ab")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "server.cli", "run", "--config", str(self.config)],
+            env=self.environment, stdout=log, stderr=log,
+        )  # fmt: skip
+        log.close()
+
+    def ready(self) -> bool:
+        try:
+            return self.get("/readyz").status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def get(self, path: str, token: str = "") -> httpx.Response:
+        context = ssl.create_default_context(cafile=str(self.folder / "tls" / "ca.crt"))
+        with httpx.Client(verify=context, timeout=120.0) as client:
+            return client.get(
+                f"https://127.0.0.1:{self.api_port}{path}",
+                headers={"Authorization": f"Bearer {token}"} if token else {},
+            )
+
+    def processes(self) -> dict[str, int]:
+        """Children and grandchildren by their module."""
+        assert self.process is not None
+        parents, words = {}, {}
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                number = int(path.name)
+                parents[number] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+                words[number] = (path / "cmdline").read_bytes().decode().split("\0")
+            except (OSError, ValueError):
+                continue
+        found = {}
+        for number, line in words.items():
+            above = {parents[number], parents.get(parents[number], 0)}
+            if self.process.pid in above and "-m" in line:
+                found[line[line.index("-m") + 1]] = number
+        return found
+
+    def stop(self) -> int:
+        assert self.process is not None
+        self.process.terminate()
+        return self.process.wait(40)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory, free: Make, environment: dict[str, str],
+            until: Make) -> Iterator[Service]:  # fmt: skip
+    made = Service(tmp_path_factory.mktemp("aggregator") / "agg", environment)
+    told = made.call("init", made.folder)
+    made.token, made.coordinator = told["token"], told["coordinator"]
+    made.api_port = free()
+    text = made.config.read_text()
+    for old, port in ((9443, free()), (9444, made.api_port), (9445, free())):
+        text = text.replace(str(old), str(port))
+        made.sites_port = port if old == 9443 else made.sites_port
+    made.config.write_text(
+        text.replace("requests_per_minute = 600", "requests_per_minute = 100000")
+    )
+    made.start()
+    until(made.ready)
+    yield made
+    if made.process is not None and made.process.poll() is None:
+        made.stop()
+
+
+@pytest.fixture(scope="module")
+def hospitals(service: Service, make_daemon: Make) -> list[Any]:
+    """Two hospitals, enrolled by the command line, that run."""
+    made = []
+    ca = (service.folder / "tls" / "ca.crt").read_bytes()
+    for number in (1, 2):
+        daemon = make_daemon(number, f"127.0.0.1:{service.sites_port}", ca, service.coordinator)
+        key = daemon.folder / "connector" / "site.pub"
+        enrolled = service.call("site", "add", daemon.name, key)
+        assert enrolled["status"] == "registered"
+        daemon.start()
+        made.append(daemon)
+    return made
+
+
+@pytest.fixture
+def plan_path(tmp_path: Path, plan_file: Path) -> Path:
+    text = plan_file.read_text().replace('["no", "yes"]', '["clear", "opacity"]')
+    plan_file.write_text(text.replace("given = true", "given = false").replace(
+        "rounds = 2", "rounds = 3"))  # fmt: skip
+    return plan_file
+
+
+def submit(service: Service, plan: Path, *more: object) -> str:
+    sites = "hospital 1,hospital 2"
+    return str(service.call("study", "submit", plan, "--sites", sites, *more)["id"])
+
+
+def events(service: Service, study: str) -> list[dict[str, Any]]:
+    text = service.get(f"/v1/studies/{study}/events?follow=true", service.token).text
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_study_from_the_laptop_to_the_model(
+    service: Service, hospitals: list[Any], plan_path: Path, tmp_path: Path
+) -> None:
+    study = submit(service, plan_path, "--seed", 4)
+    kinds = [event["kind"] for event in events(service, study)]
+    assert kinds[0] == "submitted"
+    assert kinds.count("round") == 3
+    shown = service.call("study", "show", study)
+    assert shown["study"]["state"] == "finished"
+    assert [len(one["sites"]) for one in shown["rounds"]] == [2, 2, 2]
+    service.call("study", "model", study, "--out", tmp_path / "model.safetensors")
+    service.call("study", "report", study, "--out", tmp_path / "report.html")
+    card = (tmp_path / "model.md").read_text()
+    for part in (shown["study"]["plan_sha256"], "hospital 1", "synthetic", "Not a medical device"):
+        assert part in card
+    assert "hospital 2" in (tmp_path / "report.html").read_text()
+
+    from fedward.plan import load_plan
+
+    sites = tuple(Hospital(daemon.config) for daemon in hospitals)
+    alone = Study(load_plan(plan_path),
+                  Options(data=None, out=tmp_path / "sim", seed=4, hospitals=sites))  # fmt: skip
+    alone.run()
+    assert alone.model is not None
+    delivered = load_file(tmp_path / "model.safetensors")
+    for name, value in alone.model.items():
+        np.testing.assert_array_equal(delivered[name], value)
+
+    listed = {one["name"]: one for one in service.call("site", "list")["sites"]}
+    assert listed["hospital 1"]["status"] == "online"
+    assert listed["hospital 1"]["facts"]["patients"] == 20
+
+
+@pytest.mark.parametrize("victim", ["server.runner", "server.flower.superlink", "server.service"])
+def test_whatever_is_killed_the_same_study_goes_on(
+    service: Service, hospitals: list[Any], plan_path: Path, until: Make, victim: str
+) -> None:
+    study = submit(service, plan_path, "--deadline", 30)
+
+    def rounds() -> int:
+        return int(service.get(f"/v1/studies/{study}", service.token).json()["study"]["round"])
+
+    until(lambda: rounds() >= 1)
+    os.kill(service.processes()[victim], signal.SIGKILL)
+
+    def finished() -> bool:
+        try:
+            answer = service.get(f"/v1/studies/{study}", service.token).json()
+        except (httpx.HTTPError, ValueError):
+            return False
+        return bool(answer.get("study", {}).get("state") == "finished")
+
+    until(finished, 120)
+    told = events(service, study)
+    assert [e["payload"]["round"] for e in told if e["kind"] == "round"] == [1, 2, 3]
+    until(service.ready)
+
+
+def test_pause_resume_and_stop(
+    service: Service, hospitals: list[Any], plan_path: Path, until: Make
+) -> None:
+    plan_path.write_text(plan_path.read_text().replace("rounds = 3", "rounds = 40"))
+    study = submit(service, plan_path)
+
+    def state() -> Any:
+        return service.get(f"/v1/studies/{study}", service.token).json()["study"]
+
+    until(lambda: state()["round"] >= 1)
+    assert service.call("study", "pause", study)["state"] == "paused"
+    until(lambda: "server.runner" not in service.processes())
+    reached = state()["round"]
+    assert service.call("study", "resume", study)["state"] == "submitted"
+    until(lambda: state()["round"] > reached)
+    assert service.call("study", "stop", study)["state"] == "stopped"
+    until(lambda: "server.runner" not in service.processes())
+    refused = service.call("study", "resume", study, code=17)
+    assert "stays so" in refused["message"]
+
+
+def test_roles_tokens_and_wrong_calls(service: Service) -> None:
+    viewer = service.call("token", "create", "eve", "--role", "viewer")["text"]
+    assert service.get("/v1/studies", viewer).status_code == 200
+    context = ssl.create_default_context(cafile=str(service.folder / "tls" / "ca.crt"))
+    base = f"https://127.0.0.1:{service.api_port}"
+    with httpx.Client(verify=context, base_url=base) as client:
+        as_viewer = {"Authorization": f"Bearer {viewer}"}
+        body = {"name": "x", "public_key": "y"}
+        assert client.post("/v1/sites", json=body).status_code == 401
+        denied = client.post("/v1/sites", json=body, headers=as_viewer)
+        assert denied.status_code == 403
+        assert denied.json()["exit_code"] == 24
+        admin = {"Authorization": f"Bearer {service.token}"}
+        assert client.post("/v1/sites", json=body, headers=admin).status_code in (409, 422)
+        assert client.post("/v1/studies", json={}, headers=admin).status_code == 422
+        assert client.get("/v1/studies/none", headers=admin).status_code == 404
+        large = client.post("/v1/studies", content=b"x" * 3_000_000, headers=admin)
+        assert large.status_code == 422
+        text = client.get("/metrics").text
+        assert "fedward_ready 1.0" in text
+        described = client.get("/openapi.json").json()
+        assert "/v1/studies/{study}/events" in described["paths"]
+    service.call("token", "revoke", "eve")
+    assert service.get("/v1/studies", viewer).status_code == 401
+    wrong = service.call("study", "list", "--url", base, "--ca", service.folder / "tls" / "ca.crt",
+                         "--token", viewer, code=24)  # fmt: skip
+    assert wrong["error"] == "AccessError"
+    gone = service.call("study", "list", "--url", "https://127.0.0.1:1", "--token", "x", code=25)
+    assert gone["error"] == "ServiceError"
+
+
+def test_a_removed_site_is_cut_off_in_the_middle_of_a_study(
+    service: Service, hospitals: list[Any], plan_path: Path, until: Make
+) -> None:
+    plan_path.write_text(plan_path.read_text().replace("rounds = 3", "rounds = 6"))
+    study = submit(service, plan_path, "--quorum", 1, "--deadline", 20)
+    until(lambda: service.get(f"/v1/studies/{study}", service.token).json()["study"]["round"] >= 1)
+    service.call("site", "remove", "hospital 2")
+    until(
+        lambda: (
+            json.loads((hospitals[1].folder / "run" / "link.json").read_text())["state"]
+            == "refused"
+        )
+    )
+    told = events(service, study)
+    last = [event["payload"] for event in told if event["kind"] == "round"][-1]
+    assert last["round"] == 6
+    assert list(last["sites"]) == ["hospital 1"]
+
+
+def test_the_whole_ends_cleanly(service: Service, hospitals: list[Any]) -> None:
+    children = service.processes()
+    assert {"server.flower.superlink", "server.service"} <= set(children)
+    assert service.stop() == 0
+    assert not any(Path(f"/proc/{number}").exists() for number in children.values())
+    log = (service.folder / "server.log").read_text()
+    assert service.token not in log
+    for daemon in hospitals:
+        assert str(daemon.folder) not in log
