@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 import threading
@@ -44,6 +45,17 @@ def stop_on_signals(stop: threading.Event) -> None:
     """SIGTERM and Ctrl-C set an event, on which everything ends cleanly."""
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: stop.set())
+
+
+def log_to_stderr() -> None:
+    """Our own log lines, and nobody else's below errors: libraries quote what they work on."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("fedward")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+    for noisy in ("flwr", "httpx", "httpcore", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from pathlib import Path
@@ -12,7 +11,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 import typer
 
-from fedward.console import print_json, run_command, stop_on_signals
+from fedward.console import log_to_stderr, print_json, run_command, stop_on_signals
 from server.commands.options import SERVER, Ca, Config, Json, Token, Url, api
 from server.commands.site import site_app
 from server.commands.study import study_app
@@ -69,9 +68,7 @@ def run(config: Config = SERVER) -> None:
     from server.config import load_config
     from server.supervise import supervise
 
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger("fedward").handlers = [handler]
+    log_to_stderr()
     stop = threading.Event()
     stop_on_signals(stop)
     raise typer.Exit(supervise(load_config(config), config.absolute(), stop))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from flwr.app import Message, RecordDict
@@ -75,23 +75,57 @@ class StudyGrid(Grid):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
         """Send, and wait for all replies or the timeout (seconds)."""
-        return list(self.replies(messages, timeout))
+        return [reply for _, reply in self.replies(messages, timeout)]
 
     def replies(
         self,
         messages: Iterable[Message],
         timeout: float | None = None,
-        on_reply: Callable[[Message], None] | None = None,
-    ) -> Iterator[Message]:
-        """Send, and give each reply as soon as it is there."""
-        waiting = set(self.push_messages(messages))
+        cut_off: Callable[[], Collection[int]] = tuple,
+    ) -> Iterator[tuple[int, Message]]:
+        """Send, and give each node that was asked, and its reply, as soon as it is there.
+
+        What stands in place of a node's reply (it was cut off, its message ran out) comes from
+        the link: who was asked is known from the question alone.
+
+        Parameters
+        ----------
+        messages : iterable of Message
+            One per site.
+        timeout : float, optional
+            Seconds to wait.
+        cut_off : callable
+            Nodes whose answers are waited for no more.
+        """
+        sent = [m for m in messages if m.metadata.dst_node_id in self._members]
+        nodes = [message.metadata.dst_node_id for message in sent]
+        told = zip(self._grid.push_messages(sent), nodes, strict=True)
+        # A message that the link did not take has no id, and no reply.
+        waiting = {identifier: node for identifier, node in told if identifier}
         end = None if timeout is None else time.monotonic() + timeout
         while waiting and not self._stop.is_set() and (end is None or time.monotonic() < end):
-            arrived = list(self._grid.pull_messages(waiting))
+            arrived = list(self._grid.pull_messages(list(waiting)))
             for reply in arrived:
-                waiting.discard(reply.metadata.reply_to_message_id)
-                if on_reply is not None:
-                    on_reply(reply)
-                yield reply
+                node = waiting.pop(reply.metadata.reply_to_message_id, None)
+                if node is not None:
+                    yield node, reply
+            gone = set(cut_off())
+            waiting = {key: node for key, node in waiting.items() if node not in gone}
             if not arrived:
                 self._stop.wait(_POLL_SECONDS)
+
+
+class Moment(StudyGrid):
+    """A study's sites as they are connected at one moment.
+
+    Flower's strategies count the nodes and then wait until so many are there; a site that leaves
+    in between would hold up the study for ever.
+    """
+
+    def __init__(self, grid: Grid, members: Iterable[int], stop: threading.Event) -> None:
+        super().__init__(grid, members, stop)
+        self._now = super().get_node_ids()
+
+    def get_node_ids(self) -> list[int]:
+        """The sites of that moment."""
+        return list(self._now)

@@ -60,6 +60,8 @@ class Job:
         After which a site that refused is asked again.
     most_change : float
         Largest change that an update may make, in units of the model's norm.
+    removed : set of str
+        Sites that were cut off; nobody waits for their answers.
     quorum, deadline : int or None, float or None
         In place of the plan's, where the study was submitted with others.
     """
@@ -80,6 +82,7 @@ class Job:
     patient: bool = False
     ask_again_seconds: float = math.inf
     most_change: float = 1000.0
+    removed: set[str] = field(default_factory=set)
     quorum: int | None = None
     deadline: float | None = None
     complete: bool = False

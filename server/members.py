@@ -82,8 +82,9 @@ class Members:
         limit = max(1.0, min(seconds, self._job.patience))
         for message in asked:
             message.metadata.ttl = limit
-        for reply in StudyGrid(self._everyone, new, self._job.stop).replies(asked, limit):
-            self._take(reply.metadata.src_node_id, read_facts(reply))
+        grid = StudyGrid(self._everyone, new, self._job.stop)
+        for node, reply in grid.replies(asked, limit, self.cut_off):
+            self._take(node, read_facts(reply))
 
     def note(self, site: str, bad: Bad | None) -> None:
         """Count what a site's update was worth; one bad over and over is put out."""
@@ -96,6 +97,10 @@ class Members:
             self.nodes = {n: s for n, s in self.nodes.items() if s != site}
             name = self._job.arm.name
             self._job.listen(SiteQuarantined(name, self._job.round, site, bad.reason))
+
+    def cut_off(self) -> set[int]:
+        """Nodes of sites that were removed meanwhile."""
+        return {node for node, site in self.nodes.items() if site in self._job.removed}
 
     def connected(self) -> int:
         """How many of the study's sites are there now."""
@@ -117,6 +122,7 @@ class Members:
             if node not in self.nodes
             and (site := self._job.members.get(node)) is not None
             and site not in self._out
+            and site not in self._job.removed
             and self._refused.get(site, (0.0, ""))[0] <= now
         ]  # fmt: skip
 

@@ -21,7 +21,7 @@ from fedward.plan.schema import Stage
 from fedward.protocol import RoundOrder
 from server.arms import figures, test_figures
 from server.events import RoundEnded, SiteAnswered, StudyPaused, StudyResumed
-from server.exchange import StudyGrid
+from server.exchange import Moment
 from server.gather import Gathered, record_of, size_of
 from server.job import Job
 from server.members import Members
@@ -149,7 +149,7 @@ class StudyRun:
         # A repeated round asks only whose update is missing: training twice would cost privacy.
         nodes = self._members.nodes
         missing = [node for node, site in nodes.items() if site not in there.updates]
-        grid = StudyGrid(self._everyone, missing, self.job.stop)
+        grid = Moment(self._everyone, missing, self.job.stop)
         if not grid.get_node_ids():  # Flower would wait for one without end
             return []
         account = round_ % self.plan.metrics.evaluate_every == 0 or round_ == self.plan.rounds
@@ -180,8 +180,8 @@ class StudyRun:
             for site in {*nodes.values(), *self.job.members.values()} - set(gathered.updates)
         }
         deadline = self.job.patience
-        for reply in self._members.grid.replies(messages, deadline):
-            site = nodes[reply.metadata.src_node_id]
+        for node, reply in self._members.grid.replies(messages, deadline, self._members.cut_off):
+            site = nodes[node]
             update = read_update(
                 reply, site, round_, expected, self.job.facts.get(site), self.job.most_change
             )
@@ -281,8 +281,8 @@ class StudyRun:
         for message in messages:
             message.metadata.ttl = deadline
         counts: dict[str, Counts] = {}
-        for reply in self._members.grid.replies(messages, deadline):
-            site = nodes[reply.metadata.src_node_id]
+        for node, reply in self._members.grid.replies(messages, deadline, self._members.cut_off):
+            site = nodes[node]
             measured = read_counts(reply, site, round_, part, self.plan.task)
             self._tell(round_, site, part)
             if isinstance(measured, Measured):

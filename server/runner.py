@@ -24,6 +24,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 import httpx
 
+from fedward.console import log_to_stderr
 from fedward.errors import FedwardError, Interrupted, OutputError, StudyError
 from fedward.models import build_model, describe, load_initial, save_model, to_arrays
 from fedward.plan.load import canonical
@@ -207,11 +208,13 @@ class Runner:
         self.registry.studies.add_event(self.study.id, kind, payload)
 
     def _watch(self) -> None:
-        """Stop when an operator wants the study to stand still."""
+        """Stop when an operator wants the study to stand still; see which sites were removed."""
         while not self.stop.wait(_LOOK):
             try:
                 if self.registry.studies.get(self.study.id).wanted != "run":
                     self.stop.set()
+                present = {site.name for site in self.registry.sites.list()}
+                self.job.removed |= set(self.study.sites) - present
             except Exception as error:  # a database that is away for a moment
                 _LOG.warning("the registry did not answer: %s", type(error).__name__)
 
@@ -265,8 +268,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--study", required=True)
     given = parser.parse_args()
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("fedward").setLevel(logging.INFO)
+    log_to_stderr()
     signal.signal(signal.SIGTERM, _end)
     signal.signal(signal.SIGINT, _end)
     try:

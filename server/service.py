@@ -16,7 +16,7 @@ import grpc
 import uvicorn
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from fedward.console import stop_on_signals
+from fedward.console import log_to_stderr, stop_on_signals
 from fedward.errors import ServiceError
 from server.api.app import build_api
 from server.api.health import Health
@@ -100,8 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The aggregator's service.")
     parser.add_argument("--config", type=Path, required=True)
     path = parser.parse_args().config
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("fedward").setLevel(logging.INFO)
+    log_to_stderr()
     stop = threading.Event()
     stop_on_signals(stop)
     serve(path, stop)

@@ -75,9 +75,11 @@ class LocalGrid(Grid):
         return list(self._places)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Hand messages to the workers, in the order of the sites."""
-        ordered = sorted(messages, key=lambda message: message.metadata.dst_node_id)
-        return [self._push(message) for message in ordered]
+        """Hand messages to the workers, in the order of the sites; ids in that of the messages."""
+        given = list(messages)
+        order = sorted(range(len(given)), key=lambda i: given[i].metadata.dst_node_id)
+        pushed = {i: self._push(given[i]) for i in order}
+        return [pushed[i] for i in range(len(given))]
 
     def _push(self, message: Message) -> str:
         identifier = flower.stamp(message)

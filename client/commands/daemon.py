@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from client.enrol import enrol as make_enrolment
-from fedward.console import print_json, stop_on_signals
+from fedward.console import log_to_stderr, print_json, stop_on_signals
 
 Config = Annotated[
     Path, typer.Option("--config", envvar="FEDWARD_SITE", help="the site's site.toml")
@@ -31,7 +30,7 @@ def run(config: Config = _SITE) -> None:
     from client.config import load_config
     from client.daemon.supervise import Supervisor
 
-    _log()
+    log_to_stderr()
     load_config(config)
     stop = threading.Event()
     stop_on_signals(stop)
@@ -43,7 +42,7 @@ def trainer(config: Config = _SITE) -> None:
     from client.config import load_config
     from client.trainer.host import run_trainer
 
-    _log()
+    log_to_stderr()
     run_trainer(load_config(config))
 
 
@@ -52,7 +51,7 @@ def connector(config: Config = _SITE) -> None:
     from client.config import load_config
     from client.connector.host import run_connector
 
-    _log()
+    log_to_stderr()
     run_connector(load_config(config, datasets_here=False))
 
 
@@ -194,12 +193,3 @@ def _print_budget(console: Console, answer: dict[str, Any]) -> None:
         table.add_row(row["study"], escape(row["dataset"]), str(row["charged"]),
                       str(row["released"]), str(row["lost"]), spent, delta)  # fmt: skip
     console.print(table)
-
-
-def _log() -> None:
-    """Our own log lines, and nobody else's: libraries quote paths."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logger = logging.getLogger("fedward")
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.INFO)

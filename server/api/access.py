@@ -80,7 +80,7 @@ class Access:
                 fix="Send less", where="body",
             )  # fmt: skip
             return await answer_problem(request, too_long)
-        if request.method not in _READS and "content-length" not in request.headers:
+        if "transfer-encoding" in request.headers:
             return await answer_problem(
                 request, ProtocolError("a request must say how long it is", where="body")
             )

@@ -248,6 +248,7 @@ def test_roles_tokens_and_wrong_calls(service: Service) -> None:
         text = client.get("/metrics").text
         assert "fedward_ready 1.0" in text
         described = client.get("/openapi.json").json()
+        assert "paths" in described, described
         assert "/v1/studies/{study}/events" in described["paths"]
     service.call("token", "revoke", "eve")
     assert service.get("/v1/studies", viewer).status_code == 401

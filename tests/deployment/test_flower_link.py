@@ -50,7 +50,7 @@ def test_a_message_goes_there_and_back_and_only_fleet_calls_pass(
         {"arrays": ArrayRecord({"w": Array(value)}), "config": ConfigRecord({"x": 1})}
     )
     grid = StudyGrid(session.grid, [node], threading.Event())
-    (reply,) = grid.replies([Message(content, node, MessageType.TRAIN)], 60)
+    ((_, reply),) = grid.replies([Message(content, node, MessageType.TRAIN)], 60)
     thread.join()
     np.testing.assert_array_equal(reply.content.array_records["arrays"]["w"].numpy(), value * 2)
 
