@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError
 
 from client.daemon.settings import ServerSection, TrainerSection
+from client.data.mask_options import MaskOptions, plain
 from client.data.types import Format
 from client.policy.settings import PolicySection
 from client.section import DatasetName, Place, Section, whole
@@ -18,6 +19,7 @@ from fedward.plan.messages import schema_error
 from fedward.plan.schema import Task
 from fedward.protocol import SITE_NAME
 
+MaskWord = Annotated[str, Field(min_length=1, max_length=64, pattern=r"\S")]
 PatientId = Annotated[str, Field(min_length=1, max_length=64)]
 
 
@@ -45,6 +47,39 @@ class PatientSection(Section):
     )
 
 
+class MaskSection(Section):
+    """What the segments of DICOM segmentations and the regions of structure sets mean."""
+
+    segments: dict[MaskWord, str] = Field(
+        default={}, description="segment label or region name (any case), or number in quotes, to "
+        "the name of a class; the others take the class of their own name, if there is one",
+    )  # fmt: skip
+    threshold: float = Field(
+        default=0.5, gt=0, le=1,
+        description="least share of its largest value at which a fractional segment counts",
+    )  # fmt: skip
+    background: tuple[MaskWord, ...] = Field(
+        default=("background",),
+        description="labels (any case) that mean nothing, so that a file whose only other segment "
+        "is the dataset's only class needs no `segments`",
+    )
+
+    def options(self) -> MaskOptions:
+        """The same for a reader."""
+        return MaskOptions(self.segments, self.threshold, self.background)
+
+    def broken(self, classes: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
+        """Key, rule and next step of what does not fit together."""
+        words = [plain(word) for word in self.segments]
+        if len(set(words)) != len(words):
+            yield "masks.segments", "a segment must be listed once, in whatever case", "Remove one"
+        if {plain(name) for name in self.segments.values()} - {plain(name) for name in classes}:
+            yield "masks.segments", "a segment must be given one of `classes`", "Name one of them"
+        if set(words) & {plain(word) for word in self.background}:
+            rule = "a segment must not be background and a class at once"
+            yield "masks.segments", rule, "Remove it from one of them"
+
+
 class DatasetSection(Section):
     """One dataset."""
 
@@ -69,6 +104,7 @@ class DatasetSection(Section):
         default=10, ge=1, description="fewer patients, in all or of a class, are a risk"
     )
     patients: PatientSection = Field(default=PatientSection(), description="patient ids")
+    masks: MaskSection = Field(default=MaskSection(), description="segments and regions")
 
     def as_task(self) -> Task:
         """The dataset's labels, in the words of a plan."""
@@ -226,6 +262,9 @@ def _broken(dataset: DatasetSection) -> Iterator[tuple[str, str, str]]:
         yield "classes", "classification needs at least two classes", "Name the other one too"
     if segmentation and dataset.multi_label:
         yield "multi_label", "multi_label belongs to classification", "Remove it"
+    if not segmentation and dataset.masks != MaskSection():
+        yield "masks", "masks belong to segmentation", "Remove the section"
+    yield from dataset.masks.broken(dataset.classes)
     if "any" in dataset.modality and len(dataset.modality) > 1:
         yield "modality", "`any` stands alone", "List modalities, or only `any`"
 

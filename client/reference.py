@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from client.config import DatasetSection, PatientSection, SiteConfig, SiteSection
+from client.config import DatasetSection, MaskSection, PatientSection, SiteConfig, SiteSection
 from client.daemon.settings import ServerSection, TrainerSection
 from fedward.schema_doc import fields_table
 
@@ -35,6 +35,7 @@ def page() -> str:
         ("The file", "", SiteConfig), ("Site section", "[site]", SiteSection),
         ("Dataset section", "[datasets.NAME]", DatasetSection),
         ("Patient section", "[datasets.NAME.patients]", PatientSection),
+        ("Mask section", "[datasets.NAME.masks]", MaskSection),
         ("Server section", "[server]", ServerSection),
         ("Trainer section", "[trainer]", TrainerSection),
     )  # fmt: skip

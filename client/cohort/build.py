@@ -94,7 +94,8 @@ def _rows_without_image(dataset: DatasetSection, index: Index, extract: Extracto
 
 def _read(dataset: DatasetSection) -> Dataset:
     try:
-        return read_dataset(DatasetSpec(dataset.root, dataset.format), dataset.as_task())
+        spec = DatasetSpec(dataset.root, dataset.format, masks=dataset.masks.options())
+        return read_dataset(spec, dataset.as_task())
     except DataError as error:
         if error.rule.startswith("the dataset must hold images"):
             return Dataset(())  # an empty dataset is worth a report too

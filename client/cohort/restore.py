@@ -9,12 +9,8 @@ from pathlib import Path
 
 from client.cohort.sources import INSTANCE, FrozenLoad, Load, Piece, Series, Source
 from client.data.readers.dicom import DicomFrame, DicomVolume
-from client.data.readers.dicom_masks import (
-    SegmentationFile,
-    SegmentedFrame,
-    SegmentedSeries,
-    SegmentedVolume,
-)
+from client.data.readers.dicom_mask_files import MaskFile
+from client.data.readers.dicom_masks import SegmentedFrame, SegmentedSeries, SegmentedVolume
 from client.data.readers.nifti import NiftiImage, NiftiMask
 from client.data.readers.pictures import Picture, PictureMask
 from client.data.types import Sample
@@ -103,7 +99,10 @@ class Restorer:
     def _build(self, series: Series) -> SegmentedSeries:
         instances = _Instances(series.instances)
         instances.hashed = self.hashed
-        files = [SegmentationFile(self.paths[s.file], "", s.labels) for s in series.segmentations]
+        files = [
+            MaskFile(self.paths[s.file], s.kind, s.labels, s.threshold)
+            for s in series.segmentations
+        ]
         return SegmentedSeries(tuple(files), self._frames(series.slices), instances)
 
     def _frames(self, pieces: Sequence[Piece]) -> tuple[tuple[Path, int], ...]:
@@ -115,6 +114,8 @@ class Restorer:
         parts: list[object] = [source.kind, self.dimensions, self.digests.get(source.beside)]
         parts += [(self.digests[piece.file], piece.frame) for piece in pieces]
         if series is not None:
-            parts += [(self.digests[s.file], s.labels) for s in series.segmentations]
+            parts += [
+                (self.digests[s.file], s.kind, s.labels, s.threshold) for s in series.segmentations
+            ]
             parts += series.instances
         return hashlib.sha256(repr(parts).encode()).hexdigest()

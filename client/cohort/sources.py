@@ -39,10 +39,12 @@ class Piece(Record):
 
 
 class Segments(Record):
-    """A DICOM segmentation and which of its segments is which class."""
+    """A DICOM segmentation or structure set and which of its segments is which class."""
 
     file: str
+    kind: Literal["segmentation", "contours"]
     labels: tuple[tuple[int, int], ...]
+    threshold: float = Field(gt=0, le=1, description="at which a fractional segment counts")
 
 
 class Series(Record):
@@ -164,7 +166,10 @@ class Recorder:
             Series(
                 slices=self._pieces(one.frames),
                 segmentations=tuple(
-                    Segments(file=self.name(f.path), labels=f.segments) for f in one.files
+                    Segments(
+                        file=self.name(f.path), kind=f.kind, labels=f.labels, threshold=f.threshold
+                    )
+                    for f in one.files
                 ),
                 instances=tuple(sorted(self.hashed(INSTANCE, uid) for uid in one.instances)),
             )

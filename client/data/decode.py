@@ -59,6 +59,8 @@ class Place:
         mm between rows, then between columns.
     instance : str
         The file's SOPInstanceUID; stays in memory.
+    space : str
+        UID of the frame of reference, in which positions are comparable; "" where unknown.
     """
 
     shape: tuple[int, int]
@@ -66,6 +68,7 @@ class Place:
     position: NDArray[np.float64] | None
     orientation: NDArray[np.float64] | None
     instance: str
+    space: str = ""
 
 
 def read_frame(path: Path, frame: int = 0) -> Frame:
@@ -129,6 +132,7 @@ def place_of(header: Dataset, frame: int) -> Place:
         _vector(flat, "ImagePositionPatient", (3,)),
         _vector(flat, "ImageOrientationPatient", (2, 3)),
         str(header.get("SOPInstanceUID") or ""),
+        str(header.get("FrameOfReferenceUID") or ""),
     )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Final, Literal
 
 from client.data.files import folders, walk
+from client.data.mask_options import MaskOptions
 from client.data.readers import dicom, nifti, npz
 from client.data.readers import folders as pictures
 from client.data.readers.dicom_files import is_dicom
@@ -18,11 +19,11 @@ from client.data.types import Dataset, Format, LeftOut, Sample
 from fedward.errors import DataError
 from fedward.plan.schema import Task
 
-_READERS: Final[dict[Format, Callable[[Path, Task], Dataset]]] = {
-    "npz": npz.read,
-    "folders": pictures.read,
-    "nifti": nifti.read,
-    "dicom": dicom.read,
+_READERS: Final[dict[Format, Callable[[Path, Task, DatasetSpec], Dataset]]] = {
+    "npz": lambda root, task, _: npz.read(root, task),
+    "folders": lambda root, task, _: pictures.read(root, task),
+    "nifti": lambda root, task, _: nifti.read(root, task),
+    "dicom": lambda root, task, spec: dicom.read(root, task, spec.masks),
 }
 _LOOK_AT = 200  # files that decide what a folder holds
 
@@ -39,11 +40,14 @@ class DatasetSpec:
         "npz", "folders", "nifti" or "dicom"; None looks for itself.
     sites : str
         "folders" reads each sub-folder as the dataset of a site of that name.
+    masks : MaskOptions
+        DICOM: what segments mean.
     """
 
     root: Path
     format: Format | None = None
     sites: Literal["none", "folders"] = "none"
+    masks: MaskOptions = field(default_factory=MaskOptions)
 
 
 def read_dataset(spec: DatasetSpec, task: Task) -> Dataset:
@@ -64,7 +68,7 @@ def read_dataset(spec: DatasetSpec, task: Task) -> Dataset:
     if spec.sites == "folders":
         dataset = _by_site(spec, task)
     else:
-        dataset = _READERS[spec.format or detect(spec.root)](spec.root, task)
+        dataset = _READERS[spec.format or detect(spec.root)](spec.root, task, spec)
     if not dataset.samples:
         raise _nothing(dataset.left_out, task)
     return dataset
@@ -81,7 +85,7 @@ def _by_site(spec: DatasetSpec, task: Task) -> Dataset:
     left_out: list[LeftOut] = []
     for place, sub in enumerate(subs, start=1):
         try:
-            part = _READERS[spec.format or detect(sub)](sub, task)
+            part = _READERS[spec.format or detect(sub)](sub, task, spec)
         except DataError as error:
             # By number: with a wrong setting the sub-folders may be named after patients.
             where = f"sub-folder {place} of {len(subs)} (by name)"

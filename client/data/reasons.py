@@ -21,6 +21,7 @@ WRONG_SHAPE: Final = "shape does not fit the task"
 MASK_SHAPE: Final = "shape of mask differs"
 MASK_POSITION: Final = "position of mask differs"
 MASK_CLASS: Final = "unknown class in mask"
+NO_CONTOURS: Final = "no closed contour"
 INCOMPLETE: Final = "slices missing"
 UNEVEN: Final = "slices uneven"
 DUPLICATE_SLICES: Final = "duplicate slices"
@@ -37,7 +38,7 @@ REASONS: Final = frozenset(
     {
         NOT_READABLE, NOT_DICOM, NO_PIXELS, OTHER_MODALITY, NO_PATIENT, NO_LABEL, UNKNOWN_CLASS,
         CONFLICTING, NO_MASK, NO_IMAGE, DUPLICATE, WRONG_SHAPE, MASK_SHAPE, MASK_POSITION,
-        MASK_CLASS, INCOMPLETE, UNEVEN, DUPLICATE_SLICES, SCOUT, TILTED,
+        MASK_CLASS, NO_CONTOURS, INCOMPLETE, UNEVEN, DUPLICATE_SLICES, SCOUT, TILTED,
         TOO_LARGE, CHANGED, NOT_PERMITTED, NOT_A_FILE, DECODER_FAILED, OTHER_FORMAT,
     }
 )  # fmt: skip

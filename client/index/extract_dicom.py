@@ -13,7 +13,7 @@ import pydicom
 
 from client.data import reasons
 from client.data.decode import frame_bytes, read_frame
-from client.data.readers.dicom_files import is_segmentation
+from client.data.readers.dicom_files import is_mask
 from client.data.stored import open_dicom
 from client.index.extract_images import LARGEST, measured
 from client.index.facts import FileFacts
@@ -43,7 +43,7 @@ def dicom_facts(
     """
     header = open_dicom(path).header
     facts = replace(facts, **_who(header, hashed, shared_ids), **_what(header))
-    if is_segmentation(header):
+    if is_mask(header):
         return facts
     if not (facts.rows and facts.columns):
         return replace(facts, reason=reasons.NO_PIXELS)

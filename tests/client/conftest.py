@@ -12,7 +12,9 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom.data import get_testdata_file
-from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+
+from client.data.quiet import quiet
 
 PLANTED = ("DOE^JANE", "MRN4711", "1.2.826.0.99.4711", "19550712", "ward-7-doe", "ACC99123")
 
@@ -42,6 +44,67 @@ def write_dx(path: Path, pixels: np.ndarray, **tags: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     file.save_as(path, enforce_file_format=True)
     return path
+
+
+def write_structures(
+    path: Path, images: list[Any], regions: dict[str, list[Any]], **tags: Any
+) -> Path:
+    """A structure set: of each region by name its contours, as points ``(N, 3)`` or (points, image)
+    or (points, image, type)."""
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = tags.pop("syntax", pydicom.uid.ExplicitVRLittleEndian)
+    meta.MediaStorageSOPClassUID = pydicom.uid.RTStructureSetStorage
+    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    file = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    first = images[0]
+    series, study, space = Dataset(), Dataset(), Dataset()
+    series.SeriesInstanceUID = first.SeriesInstanceUID
+    study.RTReferencedSeriesSequence = [series]
+    space.FrameOfReferenceUID = first.FrameOfReferenceUID
+    space.RTReferencedStudySequence = [study]
+    values = {
+        "SOPClassUID": meta.MediaStorageSOPClassUID, "Modality": "RTSTRUCT",
+        "SOPInstanceUID": meta.MediaStorageSOPInstanceUID, "PatientID": first.PatientID,
+        "PatientName": "DOE^JANE", "StudyInstanceUID": first.StudyInstanceUID,
+        "SeriesInstanceUID": pydicom.uid.generate_uid(), "StructureSetLabel": "DOE^JANE",
+        "ReferencedFrameOfReferenceSequence": [space], "StructureSetROISequence": [],
+        "ROIContourSequence": [], **tags,
+    }  # fmt: skip
+    for name, value in values.items():
+        if value is not None:
+            setattr(file, name, value)
+    for number, (name, contours) in enumerate(regions.items(), start=1):
+        region, drawn = Dataset(), Dataset()
+        region.ROINumber, region.ROIName = number, name
+        region.ReferencedFrameOfReferenceUID = first.FrameOfReferenceUID
+        drawn.ReferencedROINumber = number
+        drawn.ContourSequence = [_contour(one) for one in contours]
+        file.StructureSetROISequence.append(region)
+        file.ROIContourSequence.append(drawn)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file.save_as(path, enforce_file_format=True)
+    return path
+
+
+def _contour(one: Any) -> Dataset:
+    points, image, kind = (*one, None, None)[:3] if isinstance(one, tuple) else (one, None, None)
+    item = Dataset()
+    item.ContourGeometricType = kind or "CLOSED_PLANAR"
+    item.NumberOfContourPoints = len(points)
+    with quiet():  # pydicom warns of numbers that are none
+        item.ContourData = [f"{value:.8g}" for value in np.asarray(points, float).ravel()]
+    if image is not None:
+        source = Dataset()
+        source.ReferencedSOPClassUID = image.SOPClassUID
+        source.ReferencedSOPInstanceUID = image.SOPInstanceUID
+        item.ContourImageSequence = [source]
+    return item
+
+
+@pytest.fixture(scope="session")
+def make_structures() -> Callable[..., Path]:
+    """Writes a structure set."""
+    return write_structures
 
 
 @pytest.fixture

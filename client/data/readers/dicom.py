@@ -3,8 +3,8 @@
 Files are found by what they are, not by suffix. Labels come from ``labels.csv``, keyed by one of
 SOPInstanceUID, SeriesInstanceUID, StudyInstanceUID, AccessionNumber, PatientID or file (or from
 ``labels.xlsx``); masks from ``masks/`` (PNG or NIfTI, named by the image's file stem or
-SOPInstanceUID; volumes by series UID) or from DICOM segmentations anywhere in the tree. In a 2D
-task each frame is an image; in a 3D task each stack of slices of a series is a volume.
+SOPInstanceUID; volumes by series UID) or from DICOM segmentations and structure sets anywhere in
+the tree. In a 2D task each frame is an image; in a 3D task each stack of slices is a volume.
 """
 
 from __future__ import annotations
@@ -17,15 +17,12 @@ from typing import Final
 from client.data import reasons
 from client.data.decode import read_frame
 from client.data.files import file_identity, stem, table_keys, walk
+from client.data.mask_options import MaskOptions
 from client.data.readers.dicom_files import is_dicom
 from client.data.readers.dicom_headers import KEYS, Header, read_headers
-from client.data.readers.dicom_masks import (
-    SegmentationFile,
-    SegmentedFrame,
-    SegmentedSeries,
-    SegmentedVolume,
-    read_segmentation,
-)
+from client.data.readers.dicom_mask_files import MaskFile, link, read_mask_file
+from client.data.readers.dicom_masks import SegmentedFrame, SegmentedSeries, SegmentedVolume
+from client.data.readers.dicom_stacks import Frames, Stack, single, stacks
 from client.data.readers.dicom_volumes import stack
 from client.data.readers.nifti import NiftiMask, is_nifti
 from client.data.readers.pictures import PictureMask, is_picture
@@ -35,7 +32,6 @@ from fedward.errors import DataError
 from fedward.plan.schema import Task
 
 _TABLES: Final = ("labels.csv", "labels.xlsx", "patients.csv")
-Frames = tuple[tuple[Path, int], ...]
 
 
 @dataclass(frozen=True)
@@ -67,8 +63,17 @@ class DicomVolume:
         return "".join(file_identity(path, frame) for path, frame in self.frames)
 
 
-def read(root: Path, task: Task) -> Dataset:
+def read(root: Path, task: Task, options: MaskOptions | None = None) -> Dataset:
     """Read a DICOM tree.
+
+    Parameters
+    ----------
+    root : Path
+        The tree.
+    task : Task
+        What its labels or masks are for.
+    options : MaskOptions, optional
+        What segments mean.
 
     Raises
     ------
@@ -78,7 +83,7 @@ def read(root: Path, task: Task) -> Dataset:
     base = root / "images" if (root / "images").is_dir() else root
     files = [f for f in walk(base, without=("masks",)) if f.name not in _TABLES]
     headers, found, left_out = read_headers(files, root, task)
-    masks = _masks(root, task, found, left_out)
+    masks = _masks(root, task, found, headers, options or MaskOptions(), left_out)
     samples: list[Sample] = []
     for name, item in _items(root, base, headers, masks, task):
         if isinstance(item, Sample):
@@ -90,10 +95,10 @@ def read(root: Path, task: Task) -> Dataset:
 
 @dataclass(frozen=True)
 class _Masks:
-    """Mask files by name, and segmentations by the series that they refer to."""
+    """Mask files by name, and segmentations and contours by the series that they are of."""
 
     named: dict[str, Path]
-    segmented: dict[str, tuple[SegmentationFile, ...]]
+    segmented: dict[str, tuple[MaskFile, ...]]
 
 
 def _items(
@@ -101,39 +106,15 @@ def _items(
 ) -> Iterator[tuple[str, Sample | str]]:
     table = _table(root, task)
     keys = table_keys([h.path for h in headers], (root, base))
-    stacks = _series(headers) if task.dimensions == 3 or masks.segmented else []
-    series = _segmented_series(stacks, masks)
-    groups = [(h,) for h in headers] if task.dimensions == 2 else stacks
+    found = stacks(headers) if task.dimensions == 3 or masks.segmented else []
+    series = _segmented_series(found, masks)
+    groups = [single(h) for h in headers] if task.dimensions == 2 else found
     for group in groups:
-        first = group[0]
-        name = first.path.relative_to(root).as_posix()
+        name = group.headers[0].path.relative_to(root).as_posix()
         if table is not None:
             yield from ((name, item) for item in _labelled(group, keys, table, task))
         else:
             yield from ((name, item) for item in _masked(group, masks, series, task))
-
-
-def _series(headers: list[Header]) -> list[tuple[Header, ...]]:
-    """The slices of each volume: a series may hold several stacks, in other planes or times."""
-    groups: dict[tuple[str, ...], list[Header]] = {}
-    for header in headers:
-        uid = header.keys["seriesinstanceuid"] or str(header.path)
-        # A multi-frame object is a stack of its own.
-        own = str(header.path) if header.frames > 1 else ""
-        groups.setdefault((header.patient, uid, header.plane, own), []).append(header)
-    return [part for group in groups.values() for part in _takes(group)]
-
-
-def _takes(group: list[Header]) -> Iterator[tuple[Header, ...]]:
-    # Some scanners number each slice as an acquisition, so it counts only where places repeat.
-    places = [header.position for header in group if header.position]
-    if len(set(places)) == len(places) or len({header.take for header in group}) == 1:
-        yield tuple(group)
-        return
-    takes: dict[str, list[Header]] = {}
-    for header in group:
-        takes.setdefault(header.take, []).append(header)
-    yield from (tuple(take) for take in takes.values())
 
 
 def _table(root: Path, task: Task) -> Table | None:
@@ -149,44 +130,43 @@ def _table(root: Path, task: Task) -> Table | None:
     return read_table(table, KEYS, task)
 
 
-def _masks(root: Path, task: Task, found: list[Path], left_out: list[LeftOut]) -> _Masks:
+def _masks(
+    root: Path, task: Task, found: list[Path], headers: list[Header], options: MaskOptions,
+    left_out: list[LeftOut],
+) -> _Masks:  # fmt: skip
     if task.kind == "classification":
         return _Masks({}, {})
     inside = walk(root / "masks") if (root / "masks").is_dir() else []
     named = {stem(f): f for f in inside if is_picture(f) or is_nifti(f)}
     objects = [*found, *(f for f in inside if f not in named.values() and is_dicom(f))]
-    segmented: dict[str, tuple[SegmentationFile, ...]] = {}
-    for path in objects:
-        try:
-            one = read_segmentation(path, task)
-            segmented[one.series] = (*segmented.get(one.series, ()), one)
-        except DataError as error:
-            left_out.append(LeftOut(reasons.reason_of(error), path.relative_to(root).as_posix()))
     if not named and not objects:
         raise DataError(
             "DICOM files for segmentation need masks",
             fix="Put PNG or NIfTI masks named by file stem or SOPInstanceUID into a folder masks, "
-            "or DICOM segmentations anywhere",
+            "or DICOM segmentations or structure sets anywhere",
         )
+    read = []
+    for path in objects:
+        try:
+            read.append(read_mask_file(path, task, options))
+        except DataError as error:
+            left_out.append(LeftOut(reasons.reason_of(error), path.relative_to(root).as_posix()))
+    segmented, idle = link(read, headers)
+    left_out += [LeftOut(reasons.NO_IMAGE, f.path.relative_to(root).as_posix()) for f in idle]
     return _Masks(named, segmented)
 
 
-def _frames(group: tuple[Header, ...]) -> Frames:
-    return tuple((h.path, k) for h in group for k in range(h.frames))
-
-
-def _loads(group: tuple[Header, ...], task: Task) -> Iterator[DicomFrame | DicomVolume]:
-    frames = _frames(group)
+def _loads(group: Stack, task: Task) -> Iterator[DicomFrame | DicomVolume]:
     if task.dimensions == 3:
-        yield DicomVolume(frames)
+        yield DicomVolume(group.frames)
     else:
-        yield from (DicomFrame(path, frame) for path, frame in frames)
+        yield from (DicomFrame(path, frame) for path, frame in group.frames)
 
 
 def _labelled(
-    group: tuple[Header, ...], keys: dict[Path, tuple[str, ...]], table: Table, task: Task
+    group: Stack, keys: dict[Path, tuple[str, ...]], table: Table, task: Task
 ) -> Iterator[Sample | str]:
-    entries = [_entry(header, keys[header.path], table) for header in group]
+    entries = [_entry(header, keys[header.path], table) for header in group.headers]
     found = [e for e in entries if e is not None]
     distinct = {(e.label, e.reason) for e in found}
     if not found:
@@ -196,10 +176,10 @@ def _labelled(
     elif found[0].label is None:
         yield found[0].reason or reasons.NO_LABEL
     else:
-        entry = found[0]
+        entry, patient = found[0], group.headers[0].patient
         columns = entry.columns | _columns(group)
         for load in _loads(group, task):
-            yield Sample(group[0].patient, load, entry.label, split=entry.split, columns=columns)
+            yield Sample(patient, load, entry.label, split=entry.split, columns=columns)
 
 
 def _entry(header: Header, files: tuple[str, ...], table: Table) -> Entry | None:
@@ -209,34 +189,32 @@ def _entry(header: Header, files: tuple[str, ...], table: Table) -> Entry | None
     return table.find([value]) if value else None
 
 
-def _columns(group: tuple[Header, ...]) -> dict[str, str]:
-    return {"synthetic": "yes"} if any(h.synthetic for h in group) else {}
+def _columns(group: Stack) -> dict[str, str]:
+    return {"synthetic": "yes"} if any(h.synthetic for h in group.headers) else {}
 
 
-def _segmented_series(
-    stacks: list[tuple[Header, ...]], masks: _Masks
-) -> dict[Path, SegmentedSeries]:
-    """The segmented stack of slices that each file belongs to."""
-    found: dict[Path, SegmentedSeries] = {}
+def _segmented_series(found: list[Stack], masks: _Masks) -> dict[tuple[Path, int], SegmentedSeries]:
+    """The segmented stack of slices that each frame belongs to."""
     instances: dict[str, set[str]] = {}
-    for part in stacks:
-        of_series = instances.setdefault(part[0].keys["seriesinstanceuid"], set())
-        of_series |= {header.keys["sopinstanceuid"] for header in part}
-    for part in stacks:
-        uid = part[0].keys["seriesinstanceuid"]
+    for part in found:
+        of_series = instances.setdefault(part.headers[0].keys["seriesinstanceuid"], set())
+        of_series |= {header.keys["sopinstanceuid"] for header in part.headers}
+    series: dict[tuple[Path, int], SegmentedSeries] = {}
+    for part in found:
+        uid = part.headers[0].keys["seriesinstanceuid"]
         if uid in masks.segmented:
-            one = SegmentedSeries(masks.segmented[uid], _frames(part), frozenset(instances[uid]))
-            found |= dict.fromkeys([header.path for header in part], one)
-    return found
+            one = SegmentedSeries(masks.segmented[uid], part.frames, frozenset(instances[uid]))
+            series |= dict.fromkeys(part.frames, one)
+    return series
 
 
 def _masked(
-    group: tuple[Header, ...], masks: _Masks, series: dict[Path, SegmentedSeries], task: Task
+    group: Stack, masks: _Masks, series: dict[tuple[Path, int], SegmentedSeries], task: Task
 ) -> Iterator[Sample | str]:
-    if group[0].path in series:
-        yield from _segmented(group, series[group[0].path], task)
+    if group.frames[0] in series:
+        yield from _segmented(group, series, task)
         return
-    header, volume = group[0], task.dimensions == 3
+    header, volume = group.headers[0], task.dimensions == 3
     names = (
         [header.keys["seriesinstanceuid"], header.path.parent.name]
         if volume
@@ -254,12 +232,14 @@ def _masked(
 
 
 def _segmented(
-    group: tuple[Header, ...], series: SegmentedSeries, task: Task
+    group: Stack, series: dict[tuple[Path, int], SegmentedSeries], task: Task
 ) -> Iterator[Sample | str]:
+    patient = group.headers[0].patient
     for load in _loads(group, task):
         mask: SegmentedVolume | SegmentedFrame
         if isinstance(load, DicomVolume):
-            mask = SegmentedVolume(series)
+            mask = SegmentedVolume(series[load.frames[0]])
         else:
-            mask = SegmentedFrame(series, load.path, load.frame)
-        yield Sample(group[0].patient, load, mask=mask, columns=_columns(group))
+            one = (load.path, load.frame)
+            mask = SegmentedFrame(series[one], *one)
+        yield Sample(patient, load, mask=mask, columns=_columns(group))

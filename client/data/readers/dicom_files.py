@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -12,11 +13,17 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from client.data import reasons
 
-SEGMENTATION: Final = "1.2.840.10008.5.1.4.1.1.66.4"
+# PS3.3, A.51: segmentations; with Supplement 243, label maps too.
+SEGMENTATIONS: Final = frozenset({"1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7"})
+STRUCTURES: Final = "1.2.840.10008.5.1.4.1.1.481.3"  # PS3.3, A.19
+MASKS: Final = SEGMENTATIONS | {STRUCTURES}
 # Pixels that are no picture of a patient: labels, and doses in space.
-NO_PICTURES: Final = frozenset({SEGMENTATION, "1.2.840.10008.5.1.4.1.1.481.2"})
+NO_PICTURES: Final = SEGMENTATIONS | {"1.2.840.10008.5.1.4.1.1.481.2"}
 _INFLATED: Final = 512 << 20  # bytes that a deflated file may grow to
 _CHUNK: Final = 1 << 20
+_LARGEST: Final = 2 << 30  # bytes of a mask's file, which is read as a whole
+_ITEMS: Final = 2_000_000  # of all sequences of a mask's file; each takes about a kilobyte
+_ITEM: Final = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # in either byte order
 _BEFORE_META: Final = 128 + 4 + 12  # preamble, "DICM" and the element of the group's length
 
 
@@ -32,9 +39,9 @@ def is_dicom(path: Path) -> bool:
     )
 
 
-def is_segmentation(header: pydicom.Dataset) -> bool:
-    """Whether the object is a DICOM segmentation (PS3.3, A.51)."""
-    return str(header.get("SOPClassUID") or "") == SEGMENTATION
+def is_mask(header: pydicom.Dataset) -> bool:
+    """Whether the object is a DICOM segmentation (PS3.3, A.51) or a structure set (A.19)."""
+    return str(header.get("SOPClassUID") or "") in MASKS
 
 
 def is_deflated(header: pydicom.Dataset) -> bool:
@@ -53,18 +60,56 @@ def check_inflated(path: Path) -> None:
     DataError
         "too large".
     """
+    if (start := _deflated_from(path)) is not None:
+        for _ in _inflated(path, start):
+            continue
+
+
+def check_mask(path: Path) -> None:
+    """Refuse a mask's file that would fill the memory once it is parsed.
+
+    Raises
+    ------
+    DataError
+        "too large": the file, or the number of items in its sequences.
+    """
+    if path.stat().st_size > _LARGEST:
+        raise reasons.unusable(reasons.TOO_LARGE)
+    start, count, before = _deflated_from(path), 0, b""
+    for chunk in _plain(path) if start is None else _inflated(path, start):
+        data = before + chunk
+        count += sum(map(data.count, _ITEM))
+        before = chunk[-3:]  # too short to be counted twice
+        if count > _ITEMS:
+            raise reasons.unusable(reasons.TOO_LARGE)
+
+
+def _deflated_from(path: Path) -> int | None:
+    """Where the deflated part of a file begins; None when there is none."""
     with path.open("rb") as file:
         if file.read(132)[128:] != b"DICM":
-            return
+            return None
     meta = read_file_meta_info(path)
     if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
-        return
+        return None
+    return _BEFORE_META + int(meta.get("FileMetaInformationGroupLength", 0))
+
+
+def _plain(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
+def _inflated(path: Path, start: int) -> Iterator[bytes]:
     inflate, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
     with path.open("rb") as file:
-        file.seek(_BEFORE_META + int(meta.get("FileMetaInformationGroupLength", 0)))
+        file.seek(start)
         data = file.read(_CHUNK)
         while data and not inflate.eof:
-            size += len(inflate.decompress(data, _CHUNK))
+            chunk = inflate.decompress(data, _CHUNK)
+            size += len(chunk)
             if size > _INFLATED:
                 raise reasons.unusable(reasons.TOO_LARGE)
+            yield chunk
             data = inflate.unconsumed_tail or file.read(_CHUNK)

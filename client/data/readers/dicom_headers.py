@@ -11,7 +11,7 @@ import pydicom
 
 from client.data import reasons
 from client.data.quiet import quiet
-from client.data.readers.dicom_files import NO_PICTURES, SEGMENTATION, check_inflated, is_dicom
+from client.data.readers.dicom_files import MASKS, NO_PICTURES, check_inflated, is_dicom
 from client.data.types import LeftOut
 from fedward.errors import DataError
 from fedward.plan.schema import Task
@@ -25,7 +25,10 @@ _TAGS: Final = [
     "IssuerOfPatientID", "Modality", "Rows", "Columns", "NumberOfFrames", "SyntheticData",
     "SOPClassUID", "ImageType", "ImageOrientationPatient", "ImagePositionPatient",
     "PixelSpacing", "AcquisitionNumber", "EchoNumbers", "TemporalPositionIdentifier",
+    "FrameOfReferenceUID",
 ]  # fmt: skip
+_FRAME: Final = 8  # bytes of the smallest frame that there is
+_INFLATED: Final = 1 << 20  # frames of a deflated file
 _PIXELS: Final = frozenset(  # tags (7FE0,0008), (7FE0,0009), (7FE0,0010) in either byte order
     bytes.fromhex(tag)
     for tag in ("e07f0800", "e07f0900", "e07f1000", "7fe00008", "7fe00009", "7fe00010")
@@ -56,6 +59,8 @@ class Header:
         Where the first pixel lies; "" where that is unknown or differs between frames.
     take : str
         Acquisition, echo and time: what tells slices in one place apart.
+    space : str
+        UID of the frame of reference, in which positions are comparable.
     """
 
     path: Path
@@ -67,11 +72,12 @@ class Header:
     plane: str = ""
     position: str = ""
     take: str = ""
+    space: str = ""
 
 
 @dataclass(frozen=True)
-class Segmentation:
-    """A DICOM segmentation found among the files."""
+class MaskObject:
+    """A DICOM segmentation or structure set found among the files."""
 
     path: Path
 
@@ -79,7 +85,7 @@ class Segmentation:
 def read_headers(
     files: Sequence[Path], root: Path, task: Task
 ) -> tuple[list[Header], list[Path], list[LeftOut]]:
-    """The images among files, the segmentations if the task is one, and what was left out."""
+    """The images among files, the masks if the task is segmentation, and what was left out."""
     headers: list[Header] = []
     masks: list[Path] = []
     left_out: list[LeftOut] = []
@@ -88,7 +94,7 @@ def read_headers(
         for file in files:
             try:
                 header = _header(file, task)
-                if isinstance(header, Segmentation):
+                if isinstance(header, MaskObject):
                     masks.append(file)
                     continue
                 uid = header.keys["sopinstanceuid"]
@@ -102,7 +108,7 @@ def read_headers(
     return headers, masks, left_out
 
 
-def _header(path: Path, task: Task) -> Header | Segmentation:
+def _header(path: Path, task: Task) -> Header | MaskObject:
     if not is_dicom(path):
         raise reasons.unusable(reasons.NOT_DICOM)
     try:
@@ -116,8 +122,8 @@ def _header(path: Path, task: Task) -> Header | Segmentation:
     except Exception as error:
         # pydicom raises nearly anything on a broken file, and its texts quote values.
         raise reasons.unusable(reasons.reason_of(error)) from None
-    if words["sopclassuid"] == SEGMENTATION and task.kind == "segmentation":
-        return Segmentation(path)
+    if words["sopclassuid"] in MASKS and task.kind == "segmentation":
+        return MaskObject(path)
     if not (words["rows"] and words["columns"] and pixels_next):
         raise reasons.unusable(reasons.NO_PIXELS)
     if words["sopclassuid"] in NO_PICTURES:
@@ -128,6 +134,8 @@ def _header(path: Path, task: Task) -> Header | Segmentation:
         raise reasons.unusable(reasons.SCOUT)
     if not words["patientid"]:
         raise reasons.unusable(reasons.NO_PATIENT)
+    if frames > _most_frames(path, tags):
+        raise reasons.unusable(reasons.NOT_READABLE)
     patient = "\\".join((words["issuerofpatientid"], words["patientid"]))
     keys = {name: words[name] for name in KEYS if name in words}
     synthetic = words["syntheticdata"].upper() == "YES"
@@ -138,7 +146,13 @@ def _header(path: Path, task: Task) -> Header | Segmentation:
         position=repr(place) if (place := _rounded(tags, "ImagePositionPatient", 2)) else "",
         take=repr([words[n] for n in ("acquisitionnumber", "echonumbers",
                                       "temporalpositionidentifier")]),
+        space=words["frameofreferenceuid"],
     )  # fmt: skip
+
+
+def _most_frames(path: Path, tags: pydicom.FileDataset) -> int:
+    """No fewer than the file can hold: of every coding, the smallest frame takes some bytes."""
+    return _INFLATED if _deflated(tags) else max(1, path.stat().st_size // _FRAME)
 
 
 def _scout(tags: pydicom.FileDataset) -> bool:

@@ -7,12 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import highdicom as hd
 import numpy as np
 import pydicom
 import pytest
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
+from client.data.mask_options import MaskOptions
+from client.data.read import DatasetSpec, read_dataset
 from fedward.plan.load import plan_from
 from fedward.plan.schema import Plan
 
@@ -82,6 +86,56 @@ def build_dicom(path: Path, stored: np.ndarray, **tags: Any) -> Path:
     return path
 
 
+ROWS, COLUMNS = 10, 12
+
+
+def build_ct(
+    folder: Path, count: int = 5, rows: int = ROWS, columns: int = COLUMNS, **tags: Any
+) -> list[Any]:
+    """A CT series in order of position, 2.5 mm apart; its file names are in another order."""
+    values = np.random.default_rng(0).integers(0, 900, (count, rows, columns)).astype(np.int16)
+    names = np.random.default_rng(4).permutation(count)
+    for k in range(count):
+        facts = {
+            "SOPClassUID": pydicom.uid.CTImageStorage, "SeriesInstanceUID": "1.2.77",
+            "StudyInstanceUID": "1.2.76", "FrameOfReferenceUID": "1.2.78",
+            "PixelSpacing": [0.7, 0.9], "SliceThickness": 2.5,
+            "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
+            "ImagePositionPatient": [-20, 15, 40 + 2.5 * k], "PatientName": "",
+            "PatientBirthDate": "", "PatientSex": "", "StudyID": "1", "StudyDate": "20200101",
+            "StudyTime": "101010", "ReferringPhysicianName": "", "AccessionNumber": "", **tags,
+        }  # fmt: skip
+        build_dicom(folder / f"{names[k]:03d}.dcm", values[k], **facts)
+    files = [pydicom.dcmread(path) for path in folder.glob("*.dcm")]
+    return sorted(files, key=lambda file: float(file.ImagePositionPatient[2]))
+
+
+def build_seg(
+    path: Path, images: list[Any], masks: np.ndarray, names: list[str], **more: Any
+) -> Any:
+    """Masks ``(D, H, W, S)``, or ``(D, H, W)`` of numbers, as a segmentation of these segments."""
+    kind = more.pop("kind", hd.seg.SegmentationTypeValues.BINARY)
+    tool = hd.AlgorithmIdentificationSequence("t", codes.DCM.ArtificialIntelligence, "1")
+    described = [
+        hd.seg.SegmentDescription(
+            number, name, codes.SCT.Tissue, codes.SCT.Tissue,
+            hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC, tool,
+        )
+        for number, name in enumerate(names, start=1)
+    ]  # fmt: skip
+    seg = hd.seg.Segmentation(
+        images, masks, kind, described, hd.UID(), 2, hd.UID(), 1, "m", "m", "1", "1", **more
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    seg.save_as(path)
+    return seg
+
+
+def in_ras(labels: np.ndarray) -> np.ndarray:
+    """Independently: axial slices ``(D, H, W)`` to RAS; columns run left and rows to the back."""
+    return labels.transpose(2, 1, 0)[::-1, ::-1]
+
+
 def group(**items: dict[str, Any]) -> Dataset:
     """A functional group item: one sequence of one item per keyword."""
     out = Dataset()
@@ -101,6 +155,33 @@ def make_plan() -> Callable[..., Plan]:
 @pytest.fixture(scope="session")
 def make_dicom() -> Callable[..., Path]:
     return build_dicom
+
+
+@pytest.fixture(scope="session")
+def make_ct() -> Callable[..., list[Any]]:
+    return build_ct
+
+
+@pytest.fixture(scope="session")
+def make_seg() -> Callable[..., Any]:
+    return build_seg
+
+
+@pytest.fixture(scope="session")
+def to_ras() -> Callable[[np.ndarray], np.ndarray]:
+    return in_ras
+
+
+@pytest.fixture
+def read_masked() -> Callable[..., Any]:
+    """Reads a DICOM tree for a segmentation task."""
+
+    def read(root: Path, classes: tuple[str, ...], dimensions: int = 3, **options: Any) -> Any:
+        plan = build_plan("segmentation", size=(8,) * dimensions)
+        task = plan.task.model_copy(update={"classes": classes})
+        return read_dataset(DatasetSpec(root, "dicom", masks=MaskOptions(**options)), task)
+
+    return read
 
 
 @pytest.fixture(scope="session")
