@@ -73,6 +73,49 @@ def test_what_is_wrong_is_named(site: Path, old: str, new: str, where: str, rule
     assert "ward-7-doe" not in str(caught.value)
 
 
+MASKS = """
+[datasets.chest.masks]
+segments = { "Lung_L" = "Sick", "7" = "well" }
+threshold = 0.25
+background = ["air"]
+"""
+
+
+def test_what_segments_mean(site: Path) -> None:
+    text = site.read_text().replace('"classification"', '"segmentation"')
+    site.write_text(text + MASKS)
+    options = load_config(site).dataset("chest").masks.options()
+    assert options.labels([(3, "LUNG_L"), (7, "x"), (8, "air")], ("well", "sick")) == (
+        (3, 2), (7, 1),
+    )  # fmt: skip
+    assert (options.threshold, options.background) == (0.25, ("air",))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where", "rule"),
+    [
+        ('"Sick"', '"liver"', "masks.segments", "one of `classes`"),
+        ('"Sick"', "3", "masks.segments", "must be text"),
+        ('"7"', '"lung_l"', "masks.segments", "listed once"),
+        ('"air"', '"lung_L"', "masks.segments", "background and a class"),
+        ('"air"', '" "', "masks.background", "must match"),
+        ("0.25", "0.0", "masks.threshold", "greater than 0"),
+        ("0.25", "1.5", "masks.threshold", "at most 1"),
+        ("0.25", '"half"', "masks.threshold", "must be a number"),
+        ("threshold", "treshold", "masks.treshold", "not known"),
+        ('"segmentation"', '"classification"', "chest.masks", "belong to segmentation"),
+    ],
+)
+def test_wrong_masks_are_named(site: Path, old: str, new: str, where: str, rule: str) -> None:
+    text = site.read_text().replace('"classification"', '"segmentation"') + MASKS
+    assert old in text
+    site.write_text(text.replace(old, new, 1))
+    with pytest.raises(ConfigError) as caught:
+        load_config(site)
+    assert where in str(caught.value)
+    assert rule in str(caught.value)
+
+
 def test_a_bottomless_file_is_refused(site: Path) -> None:
     site.write_text("version = " + "[" * 5000 + "]" * 5000)
     with pytest.raises(ConfigError, match="a few tables deep"):

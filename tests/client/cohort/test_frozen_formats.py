@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +121,47 @@ def scans(root: Path) -> None:
         segmentation(root / f"MRN4711{k}" / "seg.dcm", images)
 
 
+def _contours(images: list[Any]) -> dict[str, list[Any]]:
+    corners = np.array([[-19.5, 15.5], [-16.5, 15.5], [-16.5, 18.5], [-19.5, 18.5]])
+    return {
+        "Lung_L": [
+            (np.column_stack([corners, np.full(4, 40 + 2.5 * k)]), image)
+            for k, image in enumerate(images)
+        ],
+        "skin": [np.column_stack([corners + 0.6, np.full(4, 40)])],
+    }  # fmt: skip
+
+
+def contoured(root: Path, make_structures: Any) -> None:
+    for k in range(2):
+        images = ct(root, f"MRN4711{k}", f"1.2.826.0.99.4711.9.{k}", 1)
+        make_structures(root / f"MRN4711{k}" / "rt.dcm", images, _contours(images))
+
+
+def other_grid(root: Path) -> None:
+    """A label map of voxels of another size, of which the site says what they mean."""
+    for k in range(2):
+        image = ct(root, f"MRN4711{k}", f"1.2.826.0.99.4711.9.{k}", 1)[0]
+        labels = np.full((3, 3, 4), k + 1, np.uint8)
+        tool = hd.AlgorithmIdentificationSequence("t", codes.DCM.ArtificialIntelligence, "1")
+        described = [
+            hd.seg.SegmentDescription(
+                number, name, codes.SCT.Tissue, codes.SCT.Tissue,
+                hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC, tool,
+            )
+            for number, name in ((1, "a"), (2, "Lung_L"))
+        ]  # fmt: skip
+        hd.seg.Segmentation(
+            [image], labels, hd.seg.SegmentationTypeValues.LABELMAP, described, hd.UID(), 2,
+            hd.UID(), 1, "m", "m", "1", "1",
+            pixel_measures=hd.PixelMeasuresSequence((0.8, 0.8), 2, spacing_between_slices=2),
+            plane_positions=[
+                hd.PlanePositionSequence("PATIENT", [-19, 16, 40.3 + 2 * z]) for z in range(3)
+            ],
+            plane_orientation=hd.PlaneOrientationSequence("PATIENT", [1, 0, 0, 0, 1, 0]),
+        ).save_as(root / f"MRN4711{k}" / "seg.dcm")  # fmt: skip
+
+
 CASES = {
     "npz": (npz, "npz", "classification", 2, 8, 2),
     "folders": (folders, "folders", "classification", 2, 6, 6),
@@ -125,21 +169,27 @@ CASES = {
     "nifti": (nifti, "nifti", "segmentation", 3, 3, 6),
     "dicom volumes": (scans, "dicom", "segmentation", 3, 2, 10),
     "dicom slices": (scans, "dicom", "segmentation", 2, 8, 10),
+    "contoured volumes": (contoured, "dicom", "segmentation", 3, 2, 10),
+    "contoured slices": (contoured, "dicom", "segmentation", 2, 8, 10),
+    "another grid": (other_grid, "dicom", "segmentation", 3, 2, 10),
 }
 
 
 def write_site(folder: Path, format: str, task: str, dimensions: int) -> Path:
     classes = '["lung"]' if task == "segmentation" else '["well", "sick"]'
     path = folder / "site.toml"
-    path.write_text(SITE.format(format=format, task=task, dimensions=dimensions, classes=classes))
+    text = SITE.format(format=format, task=task, dimensions=dimensions, classes=classes)
+    if task == "segmentation":
+        text += '[datasets.one.masks]\nsegments = { "lung_l" = "lung", "1" = "lung" }\n'
+    path.write_text(text)
     return path
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("case", CASES)
-def test_an_opened_cohort_reads_what_the_reader_does(tmp_path, working, case):
+def test_an_opened_cohort_reads_what_the_reader_does(tmp_path, working, make_structures, case):
     write, format, task, dimensions, count, files = CASES[case]
-    write(tmp_path / "data-doe")
+    write(tmp_path / "data-doe", *([make_structures] if write is contoured else []))
     site = write_site(tmp_path, format, task, dimensions)
     with working(site, "one") as work:
         found = usable(work.dataset, work.index, work.extract)
@@ -161,7 +211,7 @@ def test_an_opened_cohort_reads_what_the_reader_does(tmp_path, working, case):
         assert groups.setdefault(one.patient, other.patient) == other.patient
     identities = [one.load.identity() for one in opened.dataset.samples]
     assert len(set(identities)) == count
-    if case == "dicom slices":
+    if case in ("dicom slices", "contoured slices"):
         series = {id(one.mask.load.series) for one in opened.dataset.samples}
         assert len(series) == 2  # shared, or memory would grow with the square of the slices
     text = path.read_text()
@@ -190,3 +240,42 @@ def test_a_mask_of_another_time_is_never_taken(tmp_path, working):
         except DataError as error:
             outcomes.append(error.rule)
     assert sorted(map(str, outcomes)) == ["48", "position of mask differs"]
+
+
+@pytest.mark.integration
+def test_a_cohort_keeps_what_segments_meant_when_it_was_frozen(tmp_path, working, make_structures):
+    contoured(tmp_path / "data-doe", make_structures)
+    site = write_site(tmp_path, "dicom", "segmentation", 3)
+    with working(site, "one") as work:
+        found = usable(work.dataset, work.index, work.extract)
+        cohort = make_cohort("one", work.dataset, found, work.index, work.extract)
+        save(cohort, work.site.site.state)
+    assert {(s.kind, s.labels) for one in cohort.series for s in one.segmentations} == {
+        ("contours", ((1, 1),))
+    }
+    before = found.samples[0].mask()
+    site.write_text(site.read_text().replace('"lung_l"', '"skin"').replace('"1"', '"2"'))
+    with working(site, "one") as work:
+        now = usable(work.dataset, work.index, work.extract).samples[0].mask()
+        secret = site_secret(work.site.site.state)
+        opened = open_cohort(work.site, "one", secret=secret).dataset.samples[0].mask()
+    np.testing.assert_array_equal(opened, before)
+    assert not np.array_equal(now, before)
+
+
+@pytest.mark.integration
+def test_contours_through_the_commands(tmp_path, make_structures):
+    contoured(tmp_path / "data-doe", make_structures)
+    site = write_site(tmp_path, "dicom", "segmentation", 3)
+    answers = {}
+    for name, *more in (("freeze",), ("report",), ("preview", "--out", str(tmp_path / "p.html"))):
+        done = subprocess.run(
+            [sys.executable, "-m", "client.cli", "data", name, "one", "--config", str(site),
+             "--json", *more], capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        answers[name] = json.loads(done.stdout)
+    assert (answers["freeze"]["images"], answers["freeze"]["files"]) == (2, 10)
+    assert answers["report"]["samples"] == answers["preview"]["shown"] == 2
+    assert answers["report"]["left_out"] == {}
+    assert not any(word in json.dumps(answers) for word in ("DOE", "MRN4711", "1.2.826.0.99"))

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
+import re
 import struct
 import time
 from pathlib import Path
@@ -19,6 +21,8 @@ from pydicom.data import get_testdata_file
 
 from client.data.decode import read_frame
 from client.data.quiet import quiet
+from client.data.read import DatasetSpec, read_dataset
+from client.data.readers.dicom_files import check_mask
 from client.data.readers.dicom_headers import read_headers
 from client.data.reasons import REASONS
 from fedward.errors import DataError
@@ -157,3 +161,125 @@ def test_a_deep_nest_is_bounded(tmp_path, make_plan, levels, end):
     began = time.monotonic()
     assert outcome(path, any_task(make_plan)) == end
     assert time.monotonic() - began < 10
+
+
+# --- masks --------------------------------------------------------------------------------------
+
+
+def mask_outcome(root: Path, task: Any) -> str:
+    """What becomes of a series with one file of masks; raises only what no file may cause."""
+    try:
+        dataset = read_dataset(DatasetSpec(root, "dicom"), task)
+    except DataError as error:
+        assert "must hold images" in error.rule or "need masks" in error.rule
+        assert set(re.findall(r"([a-z][a-z -]+): \d", str(error.value))) <= {
+            reason.lower() for reason in REASONS
+        }
+        return "reason"
+    ends = set()
+    for sample in dataset.samples:
+        try:
+            mask = sample.mask()
+        except DataError as error:
+            assert error.rule in REASONS
+            ends.add("reason")
+        else:
+            assert mask.dtype == np.uint8
+            assert mask.max(initial=0) <= len(task.classes)
+            ends.add("mask")
+    return "mask" if "mask" in ends else "reason"
+
+
+def write_masks(kind: str, path: Path, images: list[Any], make_seg: Any, make_structures: Any):
+    masks = np.zeros((3, 10, 12), np.uint8)
+    masks[:, 2:6, 3:8] = 1
+    if kind == "contours":
+        corners = np.array([[-18.0, 17], [-12, 17], [-12, 20], [-18, 20]])
+        points = [np.column_stack([corners, np.full(4, 40 + 2.5 * k)]) for k in range(3)]
+        make_structures(path, images, {"lung": list(zip(points, images, strict=True))})
+    else:
+        make_seg(path, images, masks, ["lung"], kind=kind)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("kind", ["contours", "BINARY", "LABELMAP"])
+def test_changed_masks_end_in_a_mask_or_a_reason(
+    tmp_path, make_plan, make_ct, make_seg, make_structures, kind
+):
+    path, rng, ends = tmp_path / "m.dcm", random.Random(kind), {"mask": 0, "reason": 0}
+    write_masks(kind, path, make_ct(tmp_path / "ct", 3), make_seg, make_structures)
+    content = path.read_bytes()
+    task = make_plan("segmentation", size=(8, 8, 8)).task
+    for _ in range(150 * TIMES):
+        path.write_bytes(mutated(content, rng))
+        began = time.monotonic()
+        ends[mask_outcome(tmp_path, task)] += 1
+        assert time.monotonic() - began < 20
+    assert min(ends.values()) > 0
+
+
+ODD_ANYWHERE = (
+    ("ContourData", ["1e300"] * 12), ("ContourData", ["1", "2"]), ("ContourData", []),
+    ("ContourData", ["0"] * 12), ("ContourGeometricType", "POINT"), ("ContourGeometricType", ""),
+    ("NumberOfContourPoints", 2_147_483_647), ("NumberOfContourPoints", -1),
+    ("ContourImageSequence", []), ("ReferencedSOPInstanceUID", "1.2.3"), ("ROINumber", 99),
+    ("ReferencedROINumber", -5), ("ROIName", ""), ("ROIName", "LUNG"), ("ContourSequence", []),
+    ("ReferencedFrameNumber", 77), ("ReferencedFrameOfReferenceUID", "1.2.3"),
+    ("FrameOfReferenceUID", ""), ("SeriesInstanceUID", "1.2.3"), ("ReferencedSeriesSequence", []),
+    ("ImagePositionPatient", [1e300] * 3), ("ImagePositionPatient", [0, 0, 1e9]),
+    ("ImageOrientationPatient", [0] * 6), ("ImageOrientationPatient", [0, 1, 0, 0, 0, -1]),
+    ("PixelSpacing", [1e-9, 1e-9]), ("PixelSpacing", [0, -1]), ("PixelSpacing", [9, 9]),
+    ("SpacingBetweenSlices", 1e-9), ("SpacingBetweenSlices", 1e300), ("SliceThickness", -1),
+    ("SegmentNumber", 0), ("ReferencedSegmentNumber", 9), ("SegmentationType", "FRACTIONAL"),
+    ("SegmentationType", "LABELMAP"), ("MaximumFractionalValue", 0), ("Rows", 65535), ("Rows", 3),
+    ("NumberOfFrames", 2_147_483_647), ("BitsAllocated", 16), ("DerivationImageSequence", []),
+)  # fmt: skip
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("kind", ["contours", "BINARY", "LABELMAP"])
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_odd_masks_end_in_a_mask_or_a_reason(
+    tmp_path, make_plan, make_ct, make_seg, make_structures, kind, dimensions
+):
+    path, rng, ends = tmp_path / "m.dcm", random.Random(kind), {"mask": 0, "reason": 0}
+    write_masks(kind, path, make_ct(tmp_path / "ct", 3), make_seg, make_structures)
+    content = path.read_bytes()
+    task = make_plan("segmentation", size=(8,) * dimensions).task
+    for _ in range(100 * TIMES):
+        with quiet():
+            file = pydicom.dcmread(io.BytesIO(content))
+            changes = dict(rng.sample(ODD_ANYWHERE, rng.choice((1, 2, 4))))
+            often = rng.choice((0.3, 1.0))
+
+            def change(item, element, changes=changes, often=often):
+                if element.keyword in changes and rng.random() < often:
+                    if rng.random() < 0.15:
+                        del item[element.tag]
+                    else:
+                        element.value = changes[element.keyword]
+
+            file.walk(change)
+            for name in ("SpacingBetweenSlices", "ReferencedSeriesSequence"):
+                if name in changes and rng.random() < 0.2:
+                    setattr(file, name, changes[name])
+            try:
+                file.save_as(path)
+            except Exception:
+                continue
+        began = time.monotonic()
+        ends[mask_outcome(tmp_path, task)] += 1
+        assert time.monotonic() - began < 20
+    assert min(ends.values()) > 0
+
+
+def test_a_file_of_more_items_than_memory_has_room_for(tmp_path, make_ct, make_structures):
+    path = tmp_path / "m.dcm"
+    make_structures(path, make_ct(tmp_path / "ct", 3), {"lung": [np.zeros((3, 3))]})
+    item = struct.pack("<HHI", 0xFFFE, 0xE000, 0)
+    start = struct.pack("<HH2sHI", 0x3006, 0x0086, b"SQ", 0, len(item) * 2_100_000)
+    path.write_bytes(path.read_bytes() + start + item * 2_100_000)
+    began = time.monotonic()
+    with pytest.raises(DataError, match="too large"):
+        check_mask(path)
+    assert time.monotonic() - began < 5
