@@ -21,7 +21,7 @@ _PACKAGES: Final = {
         "highdicom", ""),
 }  # fmt: skip
 _CODE: Final = (".py", ".pyc", ".json", ".toml", ".typed", ".md", ".txt")
-_SEGMENTATION: Final = "Segmentation Storage"
+_MASKS: Final = ("Segmentation Storage", "RT Structure Set Storage")
 _HEAD: Final = """# DICOM: what is read
 
 Every DICOM file that comes with {versions},
@@ -29,7 +29,7 @@ as `fedward-client data index` ends with it: decoded to the last frame, or left 
 [reason](data.md#why-an-image-is-left-out). Some of these files are broken on purpose, so a row may
 hold both. Written by `python -m client.data.corpus`; a test holds the page.
 
-*image*: all frames were decoded. *mask*: a segmentation, which serves the images that it refers
+*image*: all frames were decoded. *mask*: a segmentation or a structure set, which serves the images that it refers
 to. *dose*: no picture of a patient; decoded here, taken by no study.
 """
 
@@ -69,7 +69,7 @@ def outcomes() -> Iterator[tuple[str, str, str]]:
 def _end(facts: FileFacts) -> str:
     if facts.reason:
         return f"`{facts.reason}`"
-    if facts.object_type == _SEGMENTATION:
+    if facts.object_type in _MASKS:
         return "mask"
     return "dose" if facts.object_type == "RT Dose Storage" else "image"
 

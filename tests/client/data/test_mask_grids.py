@@ -196,6 +196,23 @@ def test_a_frame_between_slices_is_refused(tmp_path, images, make_seg, read_mask
             sample.mask()
 
 
+def test_a_frame_that_names_an_image_and_lies_a_pixel_beside_it_is_refused(
+    tmp_path, images, make_seg, read_masked
+):
+    labels = np.zeros((COUNT, ROWS, COLUMNS), np.uint8)
+    labels[:, 4:6, 4:6] = 1  # far from every border: no mark is lost by the shift
+    make_seg(tmp_path / "s.dcm", images, parts(labels), ["front"])
+
+    def shift(seg):
+        for group in seg.PerFrameFunctionalGroupsSequence:
+            group.PlanePositionSequence[0].ImagePositionPatient[0] += 0.9
+
+    edit(tmp_path / "s.dcm", shift)
+    (sample,) = read_masked(tmp_path, ("front",)).samples
+    with pytest.raises(DataError, match="position of mask differs"):
+        sample.mask()
+
+
 # --- what segments mean -----------------------------------------------------------------------
 
 
