@@ -29,8 +29,8 @@ as `fedward-client data index` ends with it: decoded to the last frame, or left 
 [reason](data.md#why-an-image-is-left-out). Some of these files are broken on purpose, so a row may
 hold both. Written by `python -m client.data.corpus`; a test holds the page.
 
-*image*: all frames were decoded. *mask*: a segmentation or a structure set, which serves the images that it refers
-to. *dose*: no picture of a patient; decoded here, taken by no study.
+*image*: all frames were decoded. *mask*: a segmentation or a structure set, which serves the images
+that it refers to. *dose*: no picture of a patient; decoded here, taken by no study.
 """
 
 
