@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from client.commands.audit import audit_app
 from client.commands.daemon import add_to
 from client.commands.data import data_app
 from fedward.console import run_command
@@ -13,6 +14,7 @@ app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
 app.add_typer(data_app, name="data")
+app.add_typer(audit_app, name="audit")
 add_to(app)
 
 

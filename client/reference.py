@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from client.config import DatasetSection, MaskSection, PatientSection, SiteConfig, SiteSection
 from client.daemon.settings import ServerSection, TrainerSection
+from client.policy.settings import PolicySection, StudyRule
 from fedward.schema_doc import fields_table
 
 _HEAD = """# The site's configuration: `site.toml`
@@ -38,6 +39,8 @@ def page() -> str:
         ("Mask section", "[datasets.NAME.masks]", MaskSection),
         ("Server section", "[server]", ServerSection),
         ("Trainer section", "[trainer]", TrainerSection),
+        ("Policy section", "[policy]", PolicySection),
+        ("Study rule", "[[policy.studies]]", StudyRule),
     )  # fmt: skip
     lines = [_HEAD]
     for title, name, model in parts:

@@ -141,10 +141,27 @@ def budget(config: Config = _SITE, as_json: Json = False) -> None:
     _print_budget(Console(), answer)
 
 
+def doctor(config: Config = _SITE, as_json: Json = False) -> None:
+    """Look at network, key, disk, device, walls, datasets and policy; say the next step."""
+    from client.config import load_config
+    from client.doctor import examine, worst
+
+    colour = {"pass": "green", "warn": "yellow", "fail": "red"}
+    lines, console = [], Console(stderr=as_json)
+    for line in examine(load_config(config, datasets_here=False)):
+        lines.append(line)
+        fix = f"  → {escape(line.fix)}" if line.fix else ""
+        mark = f"[{colour[line.status]}]{line.status}[/]"
+        console.print(f"{mark}  {escape(line.name)}: {escape(line.found)}{fix}", highlight=False)
+    if as_json:
+        print_json({"worst": worst(lines), "lines": [vars(line) for line in lines]})
+    raise typer.Exit(1 if worst(lines) == "fail" else 0)
+
+
 def add_to(app: typer.Typer) -> None:
     """Add the commands to the client's command line."""
-    for command in (run, trainer, connector, enrol, status, pending, approve, deny, pause, resume,
-                    budget):  # fmt: skip
+    for command in (run, trainer, connector, enrol, doctor, status, pending, approve, deny, pause,
+                    resume, budget):  # fmt: skip
         app.command()(command)
 
 

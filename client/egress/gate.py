@@ -252,7 +252,7 @@ class Gate:
 def _again(record: _R) -> _R:
     """The record validated anew: what made it may have gone round its rules."""
     try:
-        return type(record).from_flat(record.to_flat())
+        return type(record).from_flat({k: v for k, v in vars(record).items() if v is not None})
     except ProtocolError:
         raise _not_so("a record must be a known, valid one") from None
 

@@ -205,6 +205,20 @@ def test_nothing_that_names_a_patient_is_anywhere_but_at_the_hospital(
             assert part not in text, part
 
 
+def test_the_doctor_looks_at_everything_and_tells_no_secret(two: list[Any]) -> None:
+    found = two[0].call("doctor")
+    lines = {line["name"]: line for line in found["lines"]}
+    for name in ("certificate", "clock", "enrolment", "disk", "trainer's network",
+                 "connector and images", "dataset chest"):  # fmt: skip
+        assert lines[name]["status"] != "fail", lines[name]
+    for name in ("trainer's network", "connector and images", "enrolment"):
+        assert lines[name]["status"] == "pass", lines[name]
+    text = json.dumps(found)
+    for secret in ("site.secret", "PRIVATE KEY", str(two[0].folder)):
+        assert secret not in text
+    assert two[0].call("audit", "verify")["whole"] is True
+
+
 def test_a_stop_is_prompt_and_clean_and_leaves_no_process(two: list[Any]) -> None:
     for daemon in two:
         children = daemon.children().values()

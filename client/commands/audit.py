@@ -1,0 +1,60 @@
+"""``fedward-client audit``: what the daemon wrote down, and whether it still stands so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedward.console import print_json
+
+if TYPE_CHECKING:
+    from client.config import SiteConfig
+
+audit_app = typer.Typer(help="Read and verify the audit log.", no_args_is_help=True)
+Config = Annotated[
+    Path, typer.Option("--config", envvar="FEDWARD_SITE", help="the site's site.toml")
+]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
+_SITE = Path("site.toml")
+
+
+@audit_app.command("verify")
+def verify(config: Config = _SITE, as_json: Json = False) -> None:
+    """Find any entry that was changed, removed, added or moved."""
+    from client.audit.log import audit_folder, audit_key
+    from client.audit.verify import verify as verify_log
+
+    state = _site(config).site.state
+    found = verify_log(audit_folder(state), audit_key(state))
+    found.enforce()
+    if as_json:
+        print_json({"whole": found.whole, "entries": found.entries, "hash": found.hash})
+    else:
+        typer.echo(f"Whole: {found.entries} entries. Last hash, to note down: {found.hash}")
+
+
+@audit_app.command("show")
+def show(
+    last: Annotated[int, typer.Option("--last", min=1, help="so many entries")] = 50,
+    config: Config = _SITE,
+    as_json: Json = False,
+) -> None:
+    """The last entries."""
+    from client.audit.log import audit_folder
+    from client.audit.verify import entries
+
+    found = list(entries(audit_folder(_site(config).site.state)))[-last:]
+    if as_json:
+        print_json({"entries": [one.model_dump(mode="json") for one in found]})
+        return
+    for one in found:
+        said = ", ".join(f"{name} {value}" for name, value in one.fields.items())
+        typer.echo(f"{one.seq}  {one.time[:19]}  {one.event}  {said}")
+
+
+def _site(config: Path) -> SiteConfig:
+    from client.config import load_config
+
+    return load_config(config, datasets_here=False)
