@@ -20,9 +20,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = {
     ".venv/bin/fedward-simulate": "simulation.cli",
     ".venv/bin/fedward-client": "client.cli",
+    ".venv/bin/fedward-server": "server.cli",
 }
 BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
 LINES = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
+# The hospital's part is told first, and needs what the aggregator made.
+LINES.sort(key=lambda line: " init " not in line)
 pytestmark = pytest.mark.integration
 
 
@@ -68,6 +71,12 @@ def test_the_commands_of_the_readme_work(checkout: Path) -> None:
             assert "synthetic data" in printed and "report.html" in printed
             assert (out / "model.safetensors").is_file()
             assert (out / "cache").is_dir() or "--site" in line
+        elif " init " in line:
+            assert "fingerprint" in printed and "token" in printed
+            assert (checkout / "runs" / "aggregator" / "server.toml").is_file()
+        elif " enrol " in line:
+            assert "BEGIN PUBLIC KEY" in printed and "PRIVATE" not in printed
+            assert (checkout / "runs" / "north" / "site.toml").is_file()
         elif " data report " in line:
             assert "20" in printed and "opacity" in printed and "left out" in printed
         elif " data freeze " in line:
