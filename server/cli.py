@@ -74,6 +74,41 @@ def run(config: Config = SERVER) -> None:
     raise typer.Exit(supervise(load_config(config), config.absolute(), stop))
 
 
+@app.command()
+def backup(
+    target: Annotated[Path, typer.Argument(metavar="FILE", help="the archive to write")],
+    keys: Annotated[bool, typer.Option("--keys", help="the keys and certificates too")] = False,
+    config: Config = SERVER,
+    as_json: Json = False,
+) -> None:
+    """Copy studies and registry into one archive; the service may run."""
+    from server.backup import backup as write_backup
+    from server.config import load_config
+
+    size = write_backup(load_config(config), target, keys=keys)
+    if as_json:
+        print_json({"backup": target.name, "bytes": size, "keys": keys})
+    else:
+        typer.echo(f"{target}: {size / 2**20:.1f} MiB{', with keys' if keys else ''}")
+
+
+@app.command()
+def restore(
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="an archive of `backup`")],
+    config: Config = SERVER,
+    as_json: Json = False,
+) -> None:
+    """Put an archive back; the service must not run, and enrols the sites anew at its start."""
+    from server.backup import restore as put_back
+    from server.config import load_config
+
+    found = put_back(load_config(config), source)
+    if as_json:
+        print_json({"restored": found})
+    else:
+        typer.echo(f"Restored {', '.join(found)}; what was there is in before-restore.")
+
+
 @token_app.command("create")
 def create_token(
     name: Annotated[str, typer.Argument(help="whose")],

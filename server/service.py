@@ -22,6 +22,7 @@ from server.api.app import build_api
 from server.api.health import Health
 from server.config import ServerConfig, load_config
 from server.dispatch import Dispatcher
+from server.enrolment import reconcile_when_ready
 from server.flower.control import Link
 from server.registry import open_registry
 from server.runner import link_address
@@ -57,6 +58,9 @@ def serve(path: Path, stop: threading.Event) -> None:
     thread = threading.Thread(target=api.run, name="api")
     thread.start()
     grpc_server = _serve_health(config, found, stop)
+    threading.Thread(
+        target=reconcile_when_ready, args=(registry, link, stop), daemon=True, name="enrolment"
+    ).start()
     try:
         Dispatcher(path, registry).run(stop)
     finally:
