@@ -21,6 +21,7 @@ from server.replies import Bad, read_facts
 _LOG = logging.getLogger("fedward.server")
 _QUARANTINE_AFTER: Final = 3
 _PAUSE: Final = 0.05
+_PASSING: Final = frozenset({"pending", "paused", "busy", "error", "silent"})
 
 
 class Members:
@@ -40,7 +41,7 @@ class Members:
         self._job, self._everyone, self._order = job, grid, order
         self._needs = job.plan.participation
         self._bad: Counter[str] = Counter()
-        self._refused: dict[str, tuple[float, str]] = {}
+        self._refused: dict[str, tuple[float, str, str]] = {}
         self._out: set[str] = set()
         self.nodes = {n: s for n, s in job.members.items() if s in job.facts}
 
@@ -52,7 +53,8 @@ class Members:
     def enrol(self) -> None:
         """Wait for the sites of the study and have them describe themselves.
 
-        Between hospitals a study begins when all have, or at the deadline with its quorum.
+        Between hospitals a study begins when all have, or have refused for good, or at the
+        deadline; with its quorum in any case.
 
         Raises
         ------
@@ -64,7 +66,8 @@ class Members:
         while not self._job.stop.is_set():
             late = time.monotonic() > end
             self.refresh(end - time.monotonic(), last=late)
-            if len(self.nodes) >= wanted or (late and self._enough()):
+            answered = len(self.nodes) + self._refused_for_good()
+            if (answered >= wanted and self._enough()) or (late and self._enough()):
                 break
             if late or (not self._job.members and self._refused):
                 raise self._too_few()
@@ -106,6 +109,10 @@ class Members:
         """How many of the study's sites are there now."""
         return len(self.grid.get_node_ids())
 
+    def _refused_for_good(self) -> int:
+        """Sites that no waiting brings in; whom a person or a restart may, are waited for."""
+        return sum(kind not in _PASSING for _, _, kind in self._refused.values())
+
     def _enough(self) -> bool:
         least = self._job.needed if self._job.members else self._needs.sites
         return len(self.nodes) >= least
@@ -123,7 +130,7 @@ class Members:
             and (site := self._job.members.get(node)) is not None
             and site not in self._out
             and site not in self._job.removed
-            and self._refused.get(site, (0.0, ""))[0] <= now
+            and self._refused.get(site, (0.0, "", ""))[0] <= now
         ]  # fmt: skip
 
     def _take(self, node: int, facts: SiteFacts | Bad) -> None:
@@ -141,8 +148,8 @@ class Members:
 
     def _refuse(self, site: str, kind: str, reason: str) -> None:
         again = self._job.ask_again_seconds
-        told = self._refused.get(site, (0.0, ""))[1] == reason
-        self._refused[site] = (time.monotonic() + again, reason)
+        told = self._refused.get(site, (0.0, "", ""))[1] == reason
+        self._refused[site] = (time.monotonic() + again, reason, kind)
         if not self._job.members:
             _LOG.warning("a site cannot take part: %s", reason)
         elif not told:
@@ -158,7 +165,7 @@ class Members:
         return f"a site needs {least} patients" if facts.patients < least else ""
 
     def _too_few(self) -> StudyError:
-        refused = sorted({reason for _, reason in self._refused.values()})
+        refused = sorted({reason for _, reason, _ in self._refused.values()})
         least = self._job.needed if self._job.members else self._needs.sites
         return StudyError(
             "a study needs the planned number of sites",
