@@ -12,14 +12,15 @@ from numpy.typing import NDArray
 from client.audit.entry import Event
 from client.audit.log import AuditLog
 from client.data.reasons import REASONS
+from client.egress.cost import check_cost
 from client.egress.counts import release
 from client.egress.words import FALLBACK, Vocabulary
 from client.policy import words
 from client.policy.decide import DatasetFacts
 from client.policy.settings import Limits
 from fedward.errors import EgressError, PolicyError, ProtocolError
-from fedward.metrics import counts_from_arrays
-from fedward.models import trainable_names
+from fedward.metrics import Counts, SegmentationCounts, counts_from_arrays
+from fedward.models.arrays import trainable_names
 from fedward.models.registry import outline
 from fedward.plan.schema import Plan
 from fedward.protocol import EvaluateOutcome, Record, Refusal, SiteFacts, TrainOutcome
@@ -28,8 +29,14 @@ Arrays = Mapping[str, NDArray[Any]]
 Expected = Mapping[str, tuple[tuple[int, ...], str]]
 _R = TypeVar("_R", bound=Record)
 _MIB: Final = 1 << 20
-_SLACK: Final = 1.01  # ε is found by bisection
 _LONGEST: Final = 30 * 24 * 3600.0
+_MOST_LOSS: Final = 1e6
+_MOST_LEFT_OUT: Final = 10_000_000
+_MOST_ROUNDS: Final = 9999
+_DIGITS: Final = 3
+_PARTS: Final = ("train", "validation", "test")
+_RECORDS: Final = (TrainOutcome, EvaluateOutcome, SiteFacts)
+OTHER: Final = "other"
 _FIX: Final = "Nothing was sent; report it"
 
 
@@ -37,11 +44,10 @@ def expected_arrays(plan: Plan, round_: int) -> dict[str, tuple[tuple[int, ...],
     """Names, shapes and dtypes of the update of a round: what its stage trains, in order."""
     model = outline(plan)
     names = set(trainable_names(model, plan.stage_of(round_)[0].train))
-    every = names == {name for name, _ in model.named_parameters()}
     return {
         name: (tuple(tensor.shape), "float32")
         for name, tensor in model.state_dict().items()
-        if every or name in names
+        if name in names
     }
 
 
@@ -127,122 +133,143 @@ class Gate:
             counts = counts_from_arrays(plan.task, {k: _plain(v) for k, v in arrays.items()})
         except ProtocolError:
             raise _not_so("counts must be those of the plan's task") from None
-        self._at_most(outcome.images, self._facts.images if self._facts else 0, "images")
-        _within(outcome.seconds, _LONGEST, "seconds")
-        self._at_most(int(counts.to_arrays()["loss"][1]), outcome.images, "images")
+        self._counted(counts, outcome.images)
         made, withheld = release(counts, self._limits)
         if withheld:
             self._tell("withheld", parts=list(withheld), round=round_)
         if not any(array.any() for array in made.values()):
             raise PolicyError(words.WITHHELD, fix=words.FIX)
         self._size(made)
-        return made, outcome.model_copy(update={"seconds": self._rounded(outcome.seconds)})
+        return made, outcome.model_copy(update={"seconds": self._seconds(outcome.seconds)})
 
     def check_facts(self, facts: SiteFacts) -> SiteFacts:
-        """Check what a site says of itself.
+        """Check what the site says of itself.
 
         Returns
         -------
         SiteFacts
-            The facts without classes that are too small to be told, and with known reasons only.
+            Without small counts of classes and of reasons; a reason that is not one of the fixed
+            ones becomes "other".
 
         Raises
         ------
         EgressError
-            They are of another site, or count more than the cohort holds.
+            They are of another site, or cannot be true of the cohort.
         """
-        plan, facts = self._known_plan(), _again(facts)
+        facts, known = _again(facts), self._cohort()
         if facts.site != self._site:
-            raise _not_so("a site must speak of itself")
-        if self._facts is not None:
-            self._at_most(facts.patients, self._facts.patients, "patients")
-            self._at_most(facts.images, self._facts.images, "images")
-        changes: dict[str, Any] = {}
-        least = self._limits.minimum_count
-        if facts.class_counts:
-            if len(facts.class_counts) != len(plan.task.classes):
-                raise _not_so("class counts must be those of the plan's classes")
-            if any(0 < count < least for count in facts.class_counts):
-                changes["class_counts"] = ()
-                self._tell("withheld", parts=["class_counts"], round=0)
-        pairs = list(zip(facts.left_out_reasons, facts.left_out_counts, strict=False))
-        known = [(reason, count) for reason, count in pairs if reason in REASONS]
-        if len(known) != len(facts.left_out_reasons):
-            changes["left_out_reasons"] = tuple(reason for reason, _ in known)
-            changes["left_out_counts"] = tuple(count for _, count in known)
-            self._tell("replaced", parts=["left_out_reasons"], round=0)
-        return facts.model_copy(update=changes)
+            raise _not_so("a reply must be of this site")
+        for kind, most in (("patients", known.patients), ("images", known.images)):
+            parts = [getattr(facts, f"{part}_{kind}") for part in _PARTS]
+            _most(max(sum(parts), getattr(facts, kind)), most, kind)
+        if len(facts.class_counts) not in (0, len(self._known_plan().task.classes)):
+            raise _not_so("a count of classes must be of the plan's classes")
+        _most(max(facts.class_counts, default=0), facts.train_images, "images of a class")
+        return facts.model_copy(update={**self._classes(facts), **self._left_out(facts)})
 
     def check_refusal(self, refusal: Refusal) -> Refusal:
-        """A refusal in words that may leave; any others are replaced by fixed ones."""
-        changes: dict[str, Any] = {}
-        if refusal.site != self._site:
-            changes["site"] = self._site
-        if not self._words.rule(refusal.rule):
-            changes |= {"rule": FALLBACK[refusal.kind], "value": ""}
-        elif not self._words.value(refusal.value):
-            changes["value"] = ""
-        if changes:
-            self._tell("replaced", parts=sorted(changes), round=refusal.round)
-        return refusal.model_copy(update=changes)
+        """Give a refusal words that may leave; it never raises, a silence would tell less.
+
+        What is not one of the fixed sentences, or holds anything but words of the plan and short
+        numbers, is replaced.
+        """
+        rule, value, replaced = refusal.rule, refusal.value, list[str]()
+        if not self._words.rule(rule):
+            replaced.append("rule")
+            rule, value = FALLBACK.get(refusal.kind, FALLBACK["error"]), ""
+        if not self._words.value(value):
+            replaced.append("value")
+            value = ""
+        kind = refusal.kind if refusal.kind in FALLBACK else "error"
+        last = self._plan.rounds if self._plan else _MOST_ROUNDS
+        round_ = refusal.round if 0 <= refusal.round <= last else 0
+        if replaced:
+            self._tell("replaced", parts=replaced, round=round_)
+        return Refusal(site=self._site, round=round_, kind=kind, rule=rule, value=value)
 
     def _arrays(self, arrays: Arrays, expected: Expected) -> None:
         if list(arrays) != list(expected):
             raise _not_so("an update must hold exactly the arrays that train, in their order")
         for name, (shape, dtype) in expected.items():
-            value = _plain(arrays[name])
-            if value.shape != shape or str(value.dtype) != dtype:
+            array = _plain(arrays[name])
+            if array.shape != shape or array.dtype != np.dtype(dtype):
                 raise _not_so("an update's arrays must have the model's shapes and dtypes")
-            if not np.isfinite(value).all():
+            if not np.isfinite(array).all():
                 raise _not_so("an update must be finite")
         self._size(arrays)
 
+    def _size(self, arrays: Arrays) -> None:
+        if sum(array.nbytes for array in arrays.values()) > self._max_bytes:
+            limit = f"{self._max_bytes / _MIB:.4g} MiB"
+            raise PolicyError(words.UPLOAD, value=f"limit {limit}", fix=words.FIX)
+
     def _outcome(self, outcome: TrainOutcome, round_: int) -> TrainOutcome:
-        plan = self._known_plan()
         self._same(outcome.site, outcome.round, round_)
-        if self._facts is not None:
-            self._at_most(outcome.patients, self._facts.patients, "patients")
-            self._at_most(outcome.images, self._facts.images, "images")
-        _within(outcome.seconds, _LONGEST, "seconds")
-        _within(outcome.cpu_seconds, _LONGEST * 1024, "seconds")
-        told = not plan.privacy.on and "loss" in self._limits.metrics
-        loss = outcome.loss
-        target = plan.privacy.epsilon or 0.0
-        if outcome.epsilon is not None and outcome.epsilon > target * _SLACK:
-            raise _not_so("the privacy that was spent must be within the plan's target")
-        return outcome.model_copy(
-            update={
-                "loss": None if loss is None or not told else self._rounded(loss),
-                "seconds": self._rounded(outcome.seconds),
-                "cpu_seconds": self._rounded(outcome.cpu_seconds),
-            }
-        )
+        known = self._cohort()
+        _most(outcome.patients, known.patients, "patients")
+        _most(outcome.images, known.images, "images")
+        check_cost(self._known_plan(), outcome)
+        changes: dict[str, Any] = {
+            "seconds": self._seconds(outcome.seconds),
+            "cpu_seconds": self._seconds(outcome.cpu_seconds),
+            "loss": self._loss(outcome),
+        }
+        return outcome.model_copy(update=changes)
+
+    def _loss(self, outcome: TrainOutcome) -> float | None:
+        if outcome.loss is None:
+            return None
+        # Exact, on training patients: a release that ε would not cover.
+        private, limits = self._known_plan().privacy.on, self._limits
+        few = outcome.patients < limits.minimum_count or outcome.images < limits.minimum_count
+        if private or few or "loss" not in limits.metrics:
+            self._tell("withheld", parts=["loss"], round=outcome.round)
+            return None
+        return round(min(max(outcome.loss, -_MOST_LOSS), _MOST_LOSS), limits.rounding)
+
+    def _counted(self, counts: Counts, images: int) -> None:
+        _most(images, self._cohort().images, "images")
+        if isinstance(counts, SegmentationCounts):
+            _most(max(int(counts.counts.max()), int(counts.loss[1])), images, "counts")
+        elif counts.images != images:
+            raise _not_so("counts must be of the images that the outcome tells of")
+
+    def _classes(self, facts: SiteFacts) -> dict[str, Any]:
+        if not any(0 < count < self._limits.minimum_count for count in facts.class_counts):
+            return {}
+        self._tell("withheld", parts=["class_counts"], round=0)
+        return {"class_counts": ()}
+
+    def _left_out(self, facts: SiteFacts) -> dict[str, Any]:
+        totals: dict[str, int] = {}
+        for reason, count in zip(facts.left_out_reasons, facts.left_out_counts, strict=False):
+            fixed = reason if reason in REASONS else OTHER
+            totals[fixed] = totals.get(fixed, 0) + count
+        if OTHER in totals:
+            self._tell("replaced", parts=["left_out_reasons"], round=0)
+        kept = {name: n for name, n in totals.items() if n >= self._limits.minimum_count}
+        _most(max(kept.values(), default=0), _MOST_LEFT_OUT, "left out")
+        return {"left_out_reasons": tuple(kept), "left_out_counts": tuple(kept.values())}
+
+    def _same(self, site: str, round_: int, asked: int) -> None:
+        if site != self._site:
+            raise _not_so("a reply must be of this site")
+        if round_ != asked:
+            raise _not_so("a reply must be for the round that was asked")
+
+    def _seconds(self, value: float) -> float:
+        _within(value, _LONGEST, "seconds")
+        return round(value, min(self._limits.rounding, _DIGITS))
 
     def _known_plan(self) -> Plan:
         if self._plan is None:
-            raise _not_so("only a refusal may leave before a plan is known")
+            raise _not_so("without a plan only a refusal can leave")
         return self._plan
 
-    def _same(self, site: str, round_: int, ordered: int) -> None:
-        if site != self._site:
-            raise _not_so("a site must speak of itself")
-        if round_ != ordered:
-            raise _not_so("a reply must be for the round that was ordered")
-
-    def _at_most(self, count: int, limit: int, what: str) -> None:
-        if self._facts is not None and count > limit:
-            raise _not_so(f"{what} must not be more than the cohort has")
-
-    def _size(self, arrays: Arrays) -> None:
-        size = sum(value.nbytes for value in arrays.values())
-        if size > self._max_bytes:
-            raise PolicyError(
-                words.UPLOAD, value=f"{size / _MIB:.4g} MiB (limit {self._max_bytes / _MIB:.4g})",
-                fix=words.FIX,
-            )  # fmt: skip
-
-    def _rounded(self, value: float) -> float:
-        return round(float(value), self._limits.rounding)
+    def _cohort(self) -> DatasetFacts:
+        if self._facts is None:
+            raise _not_so("without a frozen cohort only a refusal can leave")
+        return self._facts
 
     def _tell(self, event: Event, **fields: Any) -> None:
         if self._audit is not None:
@@ -250,24 +277,31 @@ class Gate:
 
 
 def _again(record: _R) -> _R:
-    """The record validated anew: what made it may have gone round its rules."""
+    """The record, validated anew, and no subclass of it."""
     try:
-        return type(record).from_flat({k: v for k, v in vars(record).items() if v is not None})
-    except ProtocolError:
-        raise _not_so("a record must be a known, valid one") from None
+        kind: type[_R] = next(k for k in _RECORDS if isinstance(record, k))  # type: ignore[assignment]
+        return kind.from_flat({k: v for k, v in vars(record).items() if v is not None})
+    except (ProtocolError, StopIteration, AttributeError):
+        raise _not_so("a reply must be a valid record") from None
 
 
-def _plain(value: object) -> NDArray[Any]:
-    """An array of numbers and nothing else: no objects, no structures, no subclass."""
-    if type(value) is not np.ndarray or value.dtype.kind not in "fiub":
-        raise _not_so("arrays must hold numbers")
-    return value
+def _plain(array: NDArray[Any]) -> NDArray[Any]:
+    """A plain array of numbers: a dtype may carry names, a subclass anything."""
+    if type(array) is not np.ndarray or array.dtype.kind not in "iuf" or array.dtype.metadata:
+        raise _not_so("what is sent must be plain arrays of numbers")
+    return array
+
+
+def _most(value: int, most: int, what: str) -> None:
+    if not 0 <= value <= most:
+        raise _not_so(f"a reply must not tell of more {what} than there are")
 
 
 def _within(value: float, most: float, what: str) -> None:
     if not (math.isfinite(value) and 0 <= value <= most):
-        raise _not_so(f"{what} must be a number that can be")
+        raise _not_so(f"a reply must tell of a possible {what}")
 
 
 def _not_so(rule: str) -> EgressError:
+    # Without the value: this error may be on its way out itself.
     return EgressError(rule, fix=_FIX)

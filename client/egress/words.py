@@ -92,7 +92,9 @@ class Vocabulary:
 
     def value(self, text: str) -> bool:
         """Whether it is made of known words and short numbers only."""
-        return not text or self._value.fullmatch(text) is not None
+        # A row of short numbers would be a long one.
+        row = re.search(r"\d[ ,:()]+-?\d", text)
+        return not text or (row is None and self._value.fullmatch(text) is not None)
 
     def _sentence(self, text: str) -> str:
         holes = re.escape(text).replace(r"\#", NUMBER).replace("@", f"(?:{self._word})")

@@ -1,7 +1,8 @@
 """Figures over all sites from small counts that can be added up and name nobody.
 
 A mean of the sites' AUCs is not the AUC of all patients. Sites therefore send counts; their sum
-gives the figures of the pooled images.
+gives the figures of the pooled images. A site may withhold a part, which then holds nothing; a
+figure is that of the sites that let its part go.
 """
 
 from fedward.metrics.classification import ClassificationCounts

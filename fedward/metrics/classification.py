@@ -129,8 +129,13 @@ class ClassificationCounts:
 
     @property
     def images(self) -> int:
-        """Number of images counted."""
-        return int(self.loss[1])
+        """Number of images counted; a site may withhold parts, which then hold nothing."""
+        confusion = self.confusion.reshape(self.classes, -1).sum(axis=1)
+        per_image = self.classes if self.multi_label else 1
+        answers_ = confusion.max(initial=0) if self.multi_label else confusion.sum()
+        scored = self.scores.sum(axis=(0, 2)).max(initial=0)
+        decided = -(-int(self.calibration[0].sum()) // per_image)
+        return max(int(self.loss[1]), int(answers_), int(scored), decided)
 
     def merge(self, other: ClassificationCounts) -> ClassificationCounts:
         """The counts of both together.
@@ -167,16 +172,27 @@ class ClassificationCounts:
 
 
 def _consistent(counts: ClassificationCounts) -> None:
-    n, decisions = counts.images, counts.calibration[0].sum()
-    expected = n * counts.classes if counts.multi_label else n
-    totals = counts.scores.sum(axis=(0, 2))
-    agree(counts.loss[1] == n, "the number of images must be whole")
-    agree(bool((totals == n).all()), "each class must have one score an image")
-    agree(decisions == expected, "the calibration bins must hold each decision once")
-    agree(int(counts.confusion.sum()) == expected, "the confusion must hold each decision once")
+    """Hold the parts against each other; one that a site withholds holds nothing at all."""
+    n, k = counts.images, counts.classes
+    decisions, several = int(counts.calibration[0].sum()), counts.multi_label
+    everything = n * k if several else n
+    scored = counts.scores.sum(axis=(0, 2))
+    confused = counts.confusion.sum(axis=(1, 2)) if several else counts.confusion.sum()[None]
+    agree(counts.loss[1] in (0, n), "the number of images must be whole")
+    agree(counts.loss[1] > 0 or counts.loss[0] == 0, "a loss must be of some images")
+    agree(_none_or(scored, n), "each class must have one score an image")
+    agree(several or len(set(scored.tolist())) <= 1, "each class must have one score an image")
+    agree(decisions in (0, everything), "the calibration bins must hold each decision once")
+    agree(_none_or(confused, n), "the confusion must hold each decision once")
+    both = (scored > 0) & (confused > 0)
     positive = counts.scores[1].sum(axis=1)
-    agree(bool((rates(counts)[:2].sum(axis=0) == positive).all()), "positives must agree")
+    agree(bool((rates(counts)[:2].sum(axis=0) == positive)[both].all()), "positives must agree")
     below = counts.calibration[1:] <= counts.calibration[0] * (1 + 1e-9)
     agree(bool(below.all()), "no calibration bin can be surer or righter than full")
-    right = int(rates(counts)[[0, 3]].sum() if counts.multi_label else np.trace(counts.confusion))
-    agree(counts.calibration[2].sum() == right, "calibration and confusion must agree")
+    if decisions and confused.all():
+        right = rates(counts)[[0, 3]].sum() if several else np.trace(counts.confusion)
+        agree(counts.calibration[2].sum() == right, "calibration and confusion must agree")
+
+
+def _none_or(totals: Ints, n: int) -> bool:
+    return bool(((totals == 0) | (totals == n)).all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -11,9 +12,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from client.audit.log import AuditLog
@@ -65,14 +67,139 @@ def test_an_edit_a_deletion_an_insertion_a_move_and_a_cut_are_found(copy: Path) 
         "reordered": [whole[0], whole[2], whole[1], *whole[3:]],
         "truncated": whole[:-2],
     }
-    for name, lines in changes.items():
+    for kind, lines in changes.items():
         put(copy, lines)
         found = verify(copy, KEY)
-        assert not found.whole, name
-        with pytest.raises(AuditError):
+        assert found.fault is not None, kind
+        assert found.fault.kind == kind
+        with pytest.raises(AuditError, match=f"{kind} at {found.fault.seq}"):
             found.enforce()
     put(copy, whole)
     assert verify(copy, KEY).whole
+
+
+def rewritten(line: bytes, **changes: object) -> bytes:
+    """An entry with another content and a hash that fits it, as an outsider can make it."""
+    entry = {**json.loads(line), **changes}
+    content = {k: v for k, v in entry.items() if k not in ("hash", "mac")}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    entry["hash"] = hashlib.sha256(text.encode()).hexdigest()
+    return json.dumps(entry, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+
+
+def test_the_hash_is_sha256_over_the_entry_and_the_one_before(written: Path) -> None:
+    before = "0" * 64
+    for line in lines_of(written):
+        assert json.loads(rewritten(line)) == json.loads(line)
+        assert json.loads(line)["prev"] == before
+        before = json.loads(line)["hash"]
+    head = json.loads((written / "head.json").read_bytes())
+    assert (head["seq"], head["hash"]) == (6, before)
+
+
+def test_a_chain_written_anew_is_found_by_the_key_and_only_by_it(copy: Path) -> None:
+    *kept, last = lines_of(copy)
+    forged = rewritten(last, fields={"study": "other"})
+    put(copy, [*kept, forged])
+    assert verify(copy).fault is not None  # the head knows another hash
+    head = json.loads((copy / "head.json").read_bytes())
+    head["hash"] = json.loads(forged)["hash"]
+    (copy / "head.json").write_bytes(
+        json.dumps(head, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+    )
+    assert verify(copy).whole
+    found = verify(copy, KEY)
+    assert found.fault is not None and (found.fault.kind, found.fault.seq) == ("edited", 6)
+
+
+def test_an_entry_of_another_place_in_a_chain_that_fits_is_found(copy: Path) -> None:
+    whole = lines_of(copy)
+    put(copy, [*whole[:3], rewritten(whole[3], prev="0" * 64), *whole[4:]])
+    found = verify(copy)
+    assert found.fault is not None and found.fault.kind == "inserted"
+
+
+def test_a_cut_log_and_a_head_that_is_gone_or_of_another_end_are_found(copy: Path) -> None:
+    head = (copy / "head.json").read_bytes()
+    AuditLog(copy, KEY).append("stopped")
+    (copy / "head.json").write_bytes(head)  # as a crash leaves it, and mended by the next entry
+    assert verify(copy, KEY).behind
+    log = AuditLog(copy, KEY)
+    log.append("started")
+    assert verify(copy, KEY).whole and not verify(copy, KEY).behind
+    (copy / "head.json").write_bytes(head)
+    assert verify(copy, KEY).fault is not None
+    with pytest.raises(AuditError, match="whole"):
+        AuditLog(copy, KEY)
+    (copy / "head.json").unlink()
+    assert verify(copy, KEY).fault is not None
+    with pytest.raises(AuditError, match="whole"):
+        AuditLog(copy, KEY)
+    (copy / "audit.jsonl").unlink()
+    with pytest.raises(AuditError, match="readable"):
+        verify(copy, KEY)
+
+
+@pytest.mark.parametrize("keep", [1, 60, -1])
+def test_a_write_that_did_not_finish_is_set_aside_and_told(copy: Path, keep: int) -> None:
+    half = lines_of(copy)[-1][:keep]
+    with (copy / "audit.jsonl").open("ab") as file:
+        file.write(half)
+    found = verify(copy, KEY)
+    assert found.fault is not None and (found.fault.kind, found.fault.seq) == ("torn", 7)
+    AuditLog(copy, KEY).append("started")
+    assert verify(copy, KEY).whole
+    assert [one.event for one in entries(copy)][-2:] == ["repaired", "started"]
+    assert (copy / "torn-000000000007.bin").read_bytes() == half
+
+
+def test_an_entry_that_was_whole_is_not_repaired_away(copy: Path) -> None:
+    content = (copy / "audit.jsonl").read_bytes()
+    (copy / "audit.jsonl").write_bytes(content[:-30])
+    assert verify(copy, KEY).fault is not None
+    with pytest.raises(AuditError, match="whole"):
+        AuditLog(copy, KEY)
+    assert (copy / "audit.jsonl").read_bytes() == content[:-30]
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_any_other_bytes_of_log_or_head_are_found(written: Path, data: st.DataObject) -> None:
+    path = written / data.draw(st.sampled_from(["audit.jsonl", "head.json"]))
+    kept = path.read_bytes()
+    start = data.draw(st.integers(0, len(kept)))
+    end = data.draw(st.integers(start, min(len(kept), start + 40)))
+    new = kept[:start] + data.draw(st.binary(max_size=8)) + kept[end:]
+    assume(new != kept)
+    try:
+        path.write_bytes(new)
+        assert not verify(written, KEY).whole
+    finally:
+        path.write_bytes(kept)
+
+
+def test_a_segment_that_is_gone_is_found(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "log", KEY, max_bytes=1000)
+    for number in range(20):
+        log.append("sent", round=number)
+    full = sorted((tmp_path / "log").glob("audit-*.jsonl"))
+    kept = full[1].read_bytes()
+    full[1].unlink()
+    found = verify(tmp_path / "log", KEY)
+    assert found.fault is not None and found.fault.kind == "deleted"
+    full[1].write_bytes(kept)
+    assert verify(tmp_path / "log", KEY).whole
+
+
+@pytest.mark.parametrize("fields", [{"x": float("nan")}, {"x": b"a"}, {"x": "a" * (2 << 20)}])
+def test_what_is_not_plain_json_is_not_written(tmp_path: Path, fields: dict[str, Any]) -> None:
+    log = AuditLog(tmp_path / "log", KEY)
+    with pytest.raises(AuditError, match="plain JSON"):
+        log.append("sent", **fields)
+    with pytest.raises(AuditError, match="known"):
+        log.append("gossip")  # type: ignore[arg-type]
+    log.append("sent", tuple=(1, 2), nested={"a": [1.5, None, "ä\n"]})
+    assert verify(tmp_path / "log", KEY).entries == 1
 
 
 @settings(max_examples=200, deadline=None)

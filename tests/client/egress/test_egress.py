@@ -9,20 +9,26 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 
 from client.audit.log import AuditLog
 from client.audit.verify import entries
+from client.egress.counts import release
 from client.egress.gate import Gate, expected_arrays
 from client.egress.refusal import refusal_for
-from client.policy.decide import DatasetFacts
-from client.policy.settings import Limits
+from client.policy import words
+from client.policy.decide import DatasetFacts, StudyRequest, decide
+from client.policy.settings import METRICS, Limits, PolicySection
 from client.training.runtime import Runtime
 from client.training.trainer import Trainer
 from fedward.errors import DataError, EgressError, FedwardError, PolicyError
+from fedward.metrics import ClassificationCounts, SegmentationCounts
+from fedward.metrics.rates import FIGURES, rates
 from fedward.models import build_model, to_arrays
 from fedward.plan.schema import Plan
+from fedward.privacy import calibrate, epsilon_spent
 from fedward.protocol import Refusal, SiteFacts, TrainOutcome
 
 PLANTED = (
@@ -50,7 +56,8 @@ def gate_of(plan: Plan | None, folder: Path, limits: Limits = LOOSE, **more: Any
 
 
 def outcome(**changes: Any) -> TrainOutcome:
-    values = {"site": "north", "round": 1, "patients": 30, "images": 30, "steps": 4, "loss": 0.5,
+    values = {"site": "north", "round": 1, "patients": 30, "images": 30,
+              "steps": 4, "loss": 0.5,
               "seconds": 1.23456789, **changes}  # fmt: skip
     return TrainOutcome.model_construct(**values)
 
@@ -166,3 +173,203 @@ def test_a_refusal_says_fixed_sentences_only(text: str) -> None:
     assert fixed == made
     if made.rule != text:
         assert made.rule == "an unexpected error stopped the site"
+
+
+def private_outcome(plan: Plan, **changes: Any) -> TrainOutcome:
+    mechanism = calibrate(plan, 30)
+    steps = mechanism.steps // plan.rounds
+    spent = epsilon_spent(mechanism.noise_multiplier, mechanism.sampling_rate, steps, 1e-4)
+    values = {
+        "loss": None, "steps": steps, "noise_multiplier": mechanism.noise_multiplier,
+        "sampling_rate": mechanism.sampling_rate, "delta": 1e-4, "epsilon": spent, **changes,
+    }  # fmt: skip
+    return outcome(**values)
+
+
+PRIVATE = {"mechanism": "dp-sgd", "epsilon": 4.0, "delta": 1e-4, "clipping_norm": 1.0}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"steps": 19610403}, {"noise_multiplier": 19610403.0}, {"sampling_rate": 0.19610403},
+     {"delta": 0.19610403}, {"epsilon": 1.9610403}, {"patients": 29}, {"noise_multiplier": None},
+     {"delta": None}],
+)  # fmt: skip
+def test_no_number_of_a_private_update_is_free(
+    make_plan: Callable[..., Plan], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    plan: Plan = make_plan(privacy=PRIVATE)
+    arrays, gate = to_arrays(build_model(plan, 0)), gate_of(plan, tmp_path)
+    passed = gate.check_update(
+        arrays, expected_arrays(plan, 1), private_outcome(plan, loss=0.25), 1
+    )
+    assert passed.loss is None  # exact, and so not covered by ε
+    with pytest.raises(EgressError):
+        gate.check_update(arrays, expected_arrays(plan, 1), private_outcome(plan, **changes), 1)
+
+
+def test_what_a_trainer_makes_passes_with_and_without_privacy(
+    make_plan: Callable[..., Plan], make_site: Callable[..., Any],
+    make_order: Callable[..., Any], tmp_path: Path,
+) -> None:  # fmt: skip
+    for privacy in (PRIVATE, {"mechanism": "none"}):
+        plan: Plan = make_plan(privacy=privacy)
+        trainer = Trainer(plan, make_site("north"), Runtime(randomness="seeded"))
+        arrays, made = trainer.train(to_arrays(build_model(plan, 0)), make_order(plan, 1))
+        gate = gate_of(plan, tmp_path)
+        passed = gate.check_update(arrays, expected_arrays(plan, 1), made, 1)
+        assert (passed.patients, passed.steps) == (made.patients, made.steps)
+        assert gate.check_facts(trainer.describe()).train_patients == made.patients
+
+
+@pytest.mark.parametrize("changes", [{"steps": 19610403}, {"delta": 0.1}, {"sampling_rate": 0.1}])
+def test_no_number_of_an_open_update_is_free(
+    plan: Plan, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    arrays = to_arrays(build_model(plan, 0))
+    with pytest.raises(EgressError):
+        gate_of(plan, tmp_path).check_update(
+            arrays, expected_arrays(plan, 1), outcome(**changes), 1
+        )
+
+
+def test_a_loss_of_few_patients_and_one_that_policy_forbids_stay(
+    plan: Plan, tmp_path: Path
+) -> None:
+    arrays, expected = to_arrays(build_model(plan, 0)), expected_arrays(plan, 1)
+    for limits in (Limits(minimum_count=31), Limits(metrics=("auc",))):
+        gate = gate_of(plan, tmp_path, limits)
+        assert gate.check_update(arrays, expected, outcome(), 1).loss is None
+    assert {one.event for one in entries(tmp_path / "audit")} == {"withheld"}
+
+
+def test_an_array_that_carries_more_than_numbers_stays(plan: Plan, tmp_path: Path) -> None:
+    arrays, expected = to_arrays(build_model(plan, 0)), expected_arrays(plan, 1)
+    first = next(iter(arrays))
+    named = np.dtype(np.float32, metadata={"patient": "DOE^JANE"})
+    masked = np.ma.masked_array(arrays[first], fill_value=19610403.0)
+    for wrong in (arrays[first].astype(named), masked):
+        with pytest.raises(EgressError):
+            gate_of(plan, tmp_path).check_update({**arrays, first: wrong}, expected, outcome(), 1)
+
+
+def test_facts_that_cannot_be_true_of_the_cohort_stay(plan: Plan, tmp_path: Path) -> None:
+    right = {
+        "site": "north", "patients": 40, "images": 40, "train_patients": 30,
+        "validation_patients": 5, "test_patients": 5, "train_images": 30, "validation_images": 5,
+        "test_images": 5, "class_counts": (15, 15), "left_out_reasons": ("no label", "no image"),
+        "left_out_counts": (7, 2),
+    }  # fmt: skip
+    gate = gate_of(plan, tmp_path, Limits(minimum_count=5))
+    passed = gate.check_facts(SiteFacts(**right))  # type: ignore[arg-type]
+    assert (passed.left_out_reasons, passed.left_out_counts) == (("no label",), (7,))
+    for wrong in (
+        {"site": "south"}, {"patients": 19610403}, {"test_images": 11}, {"class_counts": (31, 5)},
+        {"class_counts": (15,)}, {"left_out_counts": (19610403, 7)},
+    ):  # fmt: skip
+        with pytest.raises(EgressError):
+            gate.check_facts(SiteFacts(**{**right, **wrong}))  # type: ignore[arg-type]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 30), min_size=2, max_size=4), seed=st.integers(0, 99),
+    multi=st.booleans(), least=st.integers(1, 12),
+    metrics=st.sets(st.sampled_from(METRICS)).map(tuple),
+)  # fmt: skip
+def test_what_is_left_of_counts_is_still_a_record_and_holds_no_small_class(
+    sizes: list[int], seed: int, multi: bool, least: int, metrics: tuple[Any, ...]
+) -> None:
+    rng, classes = np.random.default_rng(seed), len(sizes)
+    labels = np.repeat(np.arange(classes), sizes)
+    p = rng.random((len(labels), classes))
+    targets = rng.random((len(labels), classes)) < 0.3 if multi else labels
+    counts = ClassificationCounts.from_scores(
+        p if multi else p / p.sum(axis=1, keepdims=True), targets.astype(np.int64)
+    )
+    arrays, withheld = release(counts, Limits(minimum_count=least, metrics=metrics, rounding=2))
+    made = ClassificationCounts.from_arrays(arrays)  # as the aggregator reads them
+    for cells in (arrays["scores"], arrays["calibration"][0]):
+        assert ((cells == 0) | (cells >= least)).all()
+    tp, fn, fp, tn = rates(made)
+    for size in (tp + fn, fp + tn):
+        assert ((size == 0) | (size >= least)).all()
+    figures = made.figures(tuple(FIGURES))
+    assert all(value is None for name, value in figures.items() if name not in metrics)
+    if not withheld and least == 1:
+        assert figures == pytest.approx(counts.figures(tuple(FIGURES)), abs=0.02, nan_ok=True)
+
+
+def test_coarse_scores_keep_the_auc() -> None:
+    rng = np.random.default_rng(3)
+    truth = rng.integers(0, 2, 300)
+    score = 1 / (1 + np.exp(-rng.normal(truth * 1.5, 1.0)))
+    counts = ClassificationCounts.from_scores(np.stack([1 - score, score], axis=1), truth)
+    arrays, _ = release(counts, Limits(minimum_count=5))
+    made = ClassificationCounts.from_arrays(arrays)
+    assert made.figures(["auc"])["auc"] == pytest.approx(roc_auc_score(truth, score), abs=0.01)
+    assert int((arrays["scores"] > 0).sum()) < int((counts.scores > 0).sum()) / 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 999), images=st.integers(0, 12), digits=st.integers(0, 3),
+    least=st.integers(1, 8), metrics=st.sets(st.sampled_from(METRICS)).map(tuple),
+)  # fmt: skip
+def test_what_is_left_of_segmentation_sums_is_still_a_record(
+    seed: int, images: int, digits: int, least: int, metrics: tuple[Any, ...]
+) -> None:
+    rng = np.random.default_rng(seed)
+    masks = rng.integers(0, 3, (2, images, 8, 8)).astype(np.uint8)
+    masks[:, rng.random(images) < 0.5] %= 2  # class 2 is rare
+    counts = SegmentationCounts.from_masks(
+        masks[0], masks[1], 2, np.ones((images, 2)), hd95=True, losses=rng.random(images)
+    )
+    arrays, _ = release(counts, Limits(minimum_count=least, metrics=metrics, rounding=digits))
+    made = SegmentationCounts.from_arrays(arrays)
+    assert ((made.counts == 0) | (made.counts >= least)).all()
+    figures = made.figures(("dice", "iou", "hd95", "loss"))
+    assert all(value is None for name, value in figures.items() if name not in metrics)
+    np.testing.assert_allclose(made.sums, np.round(made.sums, digits))
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [
+        ("privacy.epsilon 8 (limit 4)", True),
+        ("1961 04 03", False),
+        ("patients 1961, 0403", False),
+        ("task.classes (limit 5)", True),
+        ("no label: 3, no image: 12", True),
+        ("patients 19610403", False),
+        ("yes DOE", False),
+        ("/data/yes", False),
+        ("1961-04-03", False),
+        ("1.2.840.113619", False),
+        ("4 8 15 16 23 42 4815162342", False),
+    ],
+)
+def test_values_are_words_of_the_plan_and_short_numbers(
+    plan: Plan, tmp_path: Path, value: str, kept: bool
+) -> None:
+    gate = gate_of(plan, tmp_path)
+    made = gate.check_refusal(
+        Refusal(site="north", round=1, kind="policy", rule=words.EPSILON, value=value)
+    )
+    assert made.value == (value if kept else "")
+    assert made.rule == words.EPSILON
+
+
+def test_every_violation_leaves_in_its_own_words(plan: Plan, tmp_path: Path) -> None:
+    asked = StudyRequest(
+        "tiny-1", plan, "f" * 64, "a" * 64, 12_345_678, DatasetFacts(3, 3, {"no": 3, "yes": 0})
+    )
+    policy = PolicySection.model_validate({"models": ["unet"], "max_parameters": 10_000_000,
+                                           "max_upload_mib": 2.5})  # fmt: skip
+    decision, gate = decide(policy, asked), gate_of(plan, tmp_path)
+    assert len(decision.violations) == 9
+    for one in decision.violations:
+        error = PolicyError(one.rule, value=one.words())
+        made = gate.check_refusal(refusal_for(error, "north", 0))
+        assert (made.kind, made.rule, made.value) == ("policy", one.rule, one.words())
+        assert "3" not in made.value.replace("12.35 million", "")  # how few patients there are

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from client.cohort.freeze import CohortFile, Item
 from client.policy import words
 from client.policy.approvals import MOST_PENDING, Approvals
-from client.policy.decide import DatasetFacts, StudyRequest, decide
+from client.policy.decide import DatasetFacts, StudyRequest, decide, facts_of
 from client.policy.hours import quiet_until
 from client.policy.settings import PolicySection
 from fedward.errors import ConfigError, PolicyError
@@ -152,3 +156,134 @@ def test_an_approval_is_bound_to_plan_and_coordinator_and_survives(
 def test_quiet_hours(entries: list[str], now: str, until: str | None) -> None:
     found = quiet_until(entries, datetime.fromisoformat(now))
     assert found == (datetime.fromisoformat(until) if until else None)
+
+
+TIGHTER: dict[str, tuple[Any, ...]] = {
+    # from the loosest to the tightest
+    "coordinators": (["b" * 64, COORDINATOR], [COORDINATOR], ["b" * 64], []),
+    "any_coordinator": (True, False),
+    "models": (["cnn", "unet"], ["cnn"], []),
+    "max_parameters": (5000, 1000, 999),
+    "minimum_patients": (2, 100, 101),
+    "minimum_per_class": (0, 40, 41, 61),
+    "require_privacy": (False, True),
+    "max_epsilon_per_study": (8.0, 4.0, 3.9),
+    "max_epsilon_per_cohort": (8.0, 4.0, 3.9),
+    "max_delta": (0.01, 1e-4, 1e-5),
+    "max_upload_mib": (1.0, 0.01, 0.001),
+    "studies": ([RULE], [{**RULE, "match": "tiny-1"}], [{**RULE, "match": "tiny-2"}], []),
+}
+
+
+@given(data=st.data(), private=st.booleans())
+def test_tightening_any_key_refuses_whatever_was_refused(
+    data: st.DataObject, private: bool
+) -> None:
+    places = {key: data.draw(st.integers(0, len(v) - 1), key) for key, v in TIGHTER.items()}
+    if places["any_coordinator"] == 0:
+        places["coordinators"] = len(TIGHTER["coordinators"]) - 1
+    content = _plan() | ({} if private else {"privacy": {"mechanism": "none"}})
+    request = StudyRequest("tiny-1", plan_from(content), "f" * 64, COORDINATOR, 1000, FACTS)
+
+    def broken(at: dict[str, int]) -> set[str]:
+        values = {key: TIGHTER[key][place] for key, place in at.items()}
+        return {v.rule for v in decide(PolicySection.model_validate(values), request).violations}
+
+    before = broken(places)
+    for key, place in places.items():
+        if place + 1 < len(TIGHTER[key]):
+            assert before <= broken({**places, key: place + 1})
+
+
+def test_a_policy_allows_nothing_until_it_says_so(
+    request_of: Callable[..., StudyRequest],
+) -> None:
+    found = {one.rule for one in decide(PolicySection(), request_of()).violations}
+    assert found == {words.COORDINATOR, words.STUDY}
+    assert PolicySection().approval == "manual" and PolicySection().require_privacy
+
+
+def test_the_first_rule_that_matches_decides(request_of: Callable[..., StudyRequest]) -> None:
+    rules = [{**RULE, "match": "tiny-1", "dataset": "a"}, {**RULE, "dataset": "b"}]
+    assert decide(policy_of(studies=rules), request_of()).dataset == "a"
+    assert decide(policy_of(studies=rules), request_of(study="other")).dataset == "b"  # its name
+    assert decide(policy_of(studies=rules[:1]), request_of(study="other")).dataset == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"any_coordinator": True}, "exclude each other"),
+        ({"coordinators": ["A" * 64]}, "pattern"),
+        ({"quiet_hours": ["Mon 7-18"]}, "look like"),
+        ({"quiet_hours": ["25:00-26:00"]}, "look like"),
+        ({"models": ["resnet-9000"]}, "Input should be"),
+        ({"minimum_patients": 2.0}, "integer"),
+        ({"max_delta": 1.0}, "less than 1"),
+        ({"studies": [{"match": "a/b", "dataset": "chest"}]}, "pattern"),
+        ({"studies": [{"match": "a", "dataset": "chest", "quiet_hours": []}]}, "not permitted"),
+    ],
+)
+def test_a_policy_that_is_not_clear_is_refused(changes: dict[str, Any], rule: str) -> None:
+    with pytest.raises(ValidationError, match=rule):
+        policy_of(**changes)
+
+
+def test_quiet_hours_that_follow_each_other_are_one() -> None:
+    now = datetime(2026, 11, 24, 23, 0)
+    hours = ["Tue 22:00-02:00", "Wed 02:00-06:00", "Wed 06:00-06:30"]
+    assert quiet_until(hours, now) == datetime(2026, 11, 25, 6, 30)
+    assert quiet_until(["00:00-24:00"], now) is not None
+    assert quiet_until(["Sun-Mon 10:00-11:00"], datetime(2026, 11, 22, 10, 30)) is not None
+    assert quiet_until(["Sun-Mon 10:00-11:00"], datetime(2026, 11, 24, 10, 30)) is None
+
+
+def test_approvals_are_private_and_a_broken_file_is_not_forgotten(
+    request_of: Callable[..., StudyRequest], tmp_path: Path
+) -> None:
+    Approvals(tmp_path).see(request_of())
+    Approvals(tmp_path).settle("tiny-1", "denied", "officer")
+    with pytest.raises(PolicyError, match="denied"):
+        Approvals(tmp_path).see(request_of()).enforce()
+    path = tmp_path / "approvals.json"
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="readable"):
+        Approvals(tmp_path).see(request_of())
+
+
+def _see(folder: Path, number: int) -> None:
+    plan = plan_from(_plan())
+    for place in range(10):
+        Approvals(folder).see(
+            StudyRequest(f"s-{number}-{place}", plan, "f" * 64, COORDINATOR, 1, None)
+        )
+
+
+def test_processes_that_see_plans_at_once_lose_none(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    all_ = [context.Process(target=_see, args=(tmp_path, number)) for number in range(3)]
+    for one in all_:
+        one.start()
+    for one in all_:
+        one.join(60)
+        assert one.exitcode == 0
+    assert len(Approvals(tmp_path).pending()) == 30
+
+
+def test_a_cohorts_record_tells_patients_of_each_class(tmp_path: Path) -> None:
+    def item(patient: str, label: tuple[int, ...] | None) -> Item:
+        source = SimpleNamespace()
+        return Item.model_construct(patient=patient, label=label, image=source)
+
+    def cohort(labels: list[tuple[str, tuple[int, ...] | None]], multi: bool = False) -> CohortFile:
+        task = SimpleNamespace(classes=("no", "yes"), multi_label=multi)
+        return CohortFile.model_construct(
+            task=task, items=tuple(item(patient, label) for patient, label in labels)
+        )
+
+    single = cohort([("a", (0,)), ("a", (0,)), ("a", (1,)), ("b", (1,))])
+    assert facts_of(single) == DatasetFacts(2, 4, {"no": 1, "yes": 2})
+    several = cohort([("a", (1, 1)), ("b", (0, 1)), ("c", (0, 0))], multi=True)
+    assert facts_of(several) == DatasetFacts(3, 3, {"no": 1, "yes": 2})
+    assert facts_of(cohort([("a", None), ("b", None)])) == DatasetFacts(2, 2, {})

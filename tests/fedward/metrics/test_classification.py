@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn import metrics as sk
@@ -17,6 +17,7 @@ from sklearn import metrics as sk
 from fedward.errors import DataError, ModelError, PlanError, ProtocolError
 from fedward.metrics import ClassificationCounts, counts_for, counts_from_arrays
 from fedward.metrics.histogram import BINS, bin_of
+from fedward.metrics.rates import FIGURES
 from fedward.plan.schema import MetricName, Task
 
 NAMES: tuple[MetricName, ...] = (
@@ -232,8 +233,41 @@ def test_wrong_arrays_never_pass(name: str, data: st.DataObject) -> None:
             [np.zeros(shape), np.zeros(shape, object), np.zeros(shape, "U3"), [1], None]
         )
     )
+    # Nothing at all in the right shape is a part that a site withholds.
+    assume(getattr(wrong, "shape", None) != arrays[name].shape or wrong.dtype.kind != "f")
     with pytest.raises(ProtocolError):
         ClassificationCounts.from_arrays({**arrays, name: wrong})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("name", "gone"),
+    [
+        ("scores", {"auc"}),
+        ("confusion", {"balanced_accuracy", "sensitivity", "specificity", "f1"}),
+        ("calibration", {"accuracy", "ece"}),
+        ("loss", {"loss"}),
+    ],
+)
+def test_a_part_that_is_withheld_costs_its_figures_alone(name: str, gone: set[str]) -> None:
+    whole = ClassificationCounts.from_scores(*single(40, 3, 1))
+    arrays = whole.to_arrays()
+    made = ClassificationCounts.from_arrays({**arrays, name: np.zeros_like(arrays[name])})
+    assert made.images == 40
+    known = whole.figures(tuple(FIGURES))
+    for figure, value in made.figures(tuple(FIGURES)).items():
+        assert value == (None if figure in gone else known[figure])
+    both = made + whole
+    assert both.figures(tuple(gone)) == whole.figures(tuple(gone))
+
+
+def test_a_part_of_other_images_than_the_rest_is_refused() -> None:
+    arrays = ClassificationCounts.from_scores(*single(40, 3, 1)).to_arrays()
+    other = ClassificationCounts.from_scores(*single(39, 3, 1)).to_arrays()
+    for name in arrays:
+        with pytest.raises(ProtocolError):
+            ClassificationCounts.from_arrays({**arrays, name: other[name]})
+    with pytest.raises(ProtocolError):
+        ClassificationCounts.from_arrays({**arrays, "loss": np.array([3.0, 0.0])})
 
 
 def test_missing_and_further_arrays_are_refused() -> None:
