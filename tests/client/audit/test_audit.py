@@ -262,8 +262,10 @@ def test_a_full_disk_is_an_error_and_no_half_entry(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
+    assert (tmp_path / "log" / "audit.jsonl").stat().st_size == size
     log.append("sent", round=3)
     assert verify(tmp_path / "log", KEY).whole
+    assert [one.fields["round"] for one in entries(tmp_path / "log")] == [1, 3]
 
 
 @pytest.mark.integration
