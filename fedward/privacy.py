@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-from opacus.accountants import PRVAccountant
+from opacus.accountants import PRVAccountant, RDPAccountant
 from opacus.accountants.analysis.prv import (
     PoissonSubsampledGaussianPRV,
     compute_safe_domain_size,
@@ -29,6 +29,8 @@ from fedward.plan.schema import Plan
 _MOST_NOISE = 1e6
 _ERROR = 0.01  # that the accountant may make in ε, always upwards
 _MOST_POINTS = 2**25  # of its grid; more would take gigabytes
+
+_History = tuple[tuple[float, float, int], ...]  # noise multiplier, sampling rate, steps
 
 
 @dataclass(frozen=True)
@@ -172,12 +174,9 @@ def epsilon_spent(noise_multiplier: float, rate: float, steps: int, delta: float
     """
     if steps == 0:
         return 0.0
-    accountant = PRVAccountant()
-    accountant.history = [(noise_multiplier, rate, steps)]
-    # Numbers out of the range of floats end in the same error as a grid that is too large.
-    with suppress(ValueError, RuntimeError, ArithmeticError), _quiet():
-        if _points(noise_multiplier, rate, steps, delta) <= _MOST_POINTS:
-            return float(accountant.get_epsilon(delta, eps_error=_ERROR))
+    spent = _prv(((noise_multiplier, rate, steps),), delta)
+    if spent is not None:
+        return spent
     raise PrivacyError(
         "the cost of a study must be within what can be accounted",
         value=f"noise {noise_multiplier:.4g}, {steps} steps at rate {rate:.4g}, delta {delta}",
@@ -188,6 +187,9 @@ def epsilon_spent(noise_multiplier: float, rate: float, steps: int, delta: float
 
 def epsilon_composed(mechanisms: Iterable[Mechanism], delta: float) -> float:
     """ε at δ (an upper bound) of mechanisms that ran over the same patients, one after another.
+
+    Where the tight accountant cannot follow, Rényi accounting (Mironov, 2017, arXiv:1702.07476)
+    bounds the same ε from farther above.
 
     Parameters
     ----------
@@ -210,23 +212,49 @@ def epsilon_composed(mechanisms: Iterable[Mechanism], delta: float) -> float:
 @lru_cache(maxsize=4096)
 def _composed(history: tuple[tuple[float, float, int], ...], delta: float) -> float:
     history = tuple(entry for entry in history if entry[2])
-    if len(history) < 2:
-        return epsilon_spent(*history[0], delta) if history else 0.0
+    if not history:
+        return 0.0
+    spent = _prv(history, delta)
+    if spent is None:
+        spent = _rdp(history, delta)
+    if spent is not None:
+        return spent
+    raise PrivacyError(
+        "the cost of studies must be within what can be accounted",
+        value=f"{sum(steps for *_, steps in history)} steps of {len(history)} kinds",
+        fix="Plan more noise, or a larger delta", where="privacy",
+    )  # fmt: skip
+
+
+def _prv(history: _History, delta: float) -> float | None:
     accountant = PRVAccountant()
     accountant.history = list(history)
+    # Numbers out of the range of floats end as a grid that is too large does.
     with suppress(ValueError, RuntimeError, ArithmeticError), _quiet():
-        if sum(_points(noise, rate, n, delta) for noise, rate, n in history) <= _MOST_POINTS:
-            return float(accountant.get_epsilon(delta, eps_error=_ERROR))
-    # Where the tight accountant cannot follow, costs that are simply added are still a bound.
-    share = delta / len(history)
-    return sum(epsilon_spent(noise, rate, n, share) for noise, rate, n in history)
+        if _points(history, delta) <= _MOST_POINTS:
+            return _sensible(float(accountant.get_epsilon(delta, eps_error=_ERROR)))
+    return None
 
 
-def _points(noise: float, rate: float, steps: int, delta: float) -> float:
+def _rdp(history: _History, delta: float) -> float | None:
+    accountant = RDPAccountant()
+    accountant.history = list(history)
+    with suppress(ValueError, RuntimeError, ArithmeticError), _quiet():
+        return _sensible(float(accountant.get_epsilon(delta)))
+    return None
+
+
+def _sensible(epsilon: float) -> float | None:
+    # What is not a number is above no cap, and must not pass as a cost.
+    return epsilon if math.isfinite(epsilon) and epsilon >= 0 else None
+
+
+def _points(history: _History, delta: float) -> float:
     """Points of the accountant's grid (Gopi et al., 2021, section 5)."""
-    prv, error = PoissonSubsampledGaussianPRV(rate, noise), delta / 1000
-    half = compute_safe_domain_size([prv], [steps], _ERROR, error)
-    return float(2 * half / _ERROR * math.sqrt(steps * math.log(12 / error) / 2))
+    prvs = [PoissonSubsampledGaussianPRV(rate, noise) for noise, rate, _ in history]
+    counts, error = [steps for *_, steps in history], delta / 1000
+    half = compute_safe_domain_size(prvs, counts, _ERROR, error)
+    return float(2 * half / _ERROR * math.sqrt(sum(counts) * math.log(12 / error) / 2))
 
 
 @contextmanager

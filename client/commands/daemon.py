@@ -132,8 +132,21 @@ def resume(config: Config = _SITE, as_json: Json = False) -> None:
     _plain(_ask(config, "resume"), "Resumed.", as_json=as_json)
 
 
-def budget(config: Config = _SITE, as_json: Json = False) -> None:
+def budget(
+    config: Config = _SITE, as_json: Json = False,
+    accept_older: Annotated[
+        bool,
+        typer.Option(
+            "--accept-older-ledger",
+            help="with the daemon stopped: go on with an older copy of the ledger, forgetting "
+            "later charges; the newest copy is lost for good",
+        ),
+    ] = False,
+) -> None:  # fmt: skip
     """What the patients' privacy budget was spent on, and what is left."""
+    if accept_older:
+        _accept_older(config, as_json=as_json)
+        return
     answer = _ask(config, "budget")
     if as_json:
         print_json(answer)
@@ -165,6 +178,16 @@ def add_to(app: typer.Typer) -> None:
         app.command()(command)
 
 
+def _accept_older(config: Path, *, as_json: bool) -> None:
+    from client.config import load_config
+    from client.ledger import accept_older, name_secret
+    from client.secret import site_secret
+
+    state = load_config(config, datasets_here=False).site.state
+    accept_older(state, name_secret(site_secret(state)))
+    _plain({"accepted": True}, "The ledger is used as it is, and says so.", as_json=as_json)
+
+
 def _settle(command: str, study: str, config: Path, plan: str, *, as_json: bool) -> None:
     answer = _ask(config, command, study=study, plan=plan)
     made = answer["approval"]
@@ -193,6 +216,8 @@ def _doing(now: dict[str, Any]) -> str:
 
 
 def _print_budget(console: Console, answer: dict[str, Any]) -> None:
+    if times := answer["older_ledgers_accepted"]:
+        console.print(f"An older copy of the ledger was accepted ({times} x): more was spent.")
     if not answer["budget"]:
         console.print("No patient was charged yet.")
         return

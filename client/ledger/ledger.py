@@ -5,7 +5,9 @@ committed with the update's digest. So whatever is released stands in the ledger
 and not released counts as spent all the same.
 
 A patient is in every cohort that holds his pseudonym, however often a dataset is frozen and under
-whichever name, and what all of them were charged for composes.
+whichever name, and what all of them were charged for composes. An update tells about a patient only
+if its cohort holds him: two cohorts without a common patient do not compose, though a third one may
+overlap with both. A cohort has spent what the patient in it who was charged most has.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from client.ledger.store import Store
+from client.ledger.store import Store, digest_of_patients
 from fedward.errors import BudgetError
 from fedward.privacy import Mechanism, epsilon_composed
 
@@ -94,20 +96,25 @@ class Ledger:
         Where it lies; the site's state folder.
     read_only : bool
         To look at it while a trainer has it open.
+    secret_id : str
+        Stands for the secret under which patients are pseudonymised: with another one the same
+        patients would look new, and unspent.
     clock : callable
         Gives the time; only noted, never relied on.
 
     Raises
     ------
     BudgetError
-        It is damaged, older than what was charged, or in use.
+        It is damaged, older than what was charged, in use, or begun with another secret.
     """
 
     def __init__(
-        self, folder: Path, *, read_only: bool = False, clock: Callable[[], float] = time.time
-    ) -> None:
-        self._store, self._clock = Store(folder, read_only=read_only), clock
-        self._turn = threading.RLock()
+        self, folder: Path, *, read_only: bool = False, secret_id: str = "",
+        clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        self._store = Store(folder, read_only=read_only, secret_id=secret_id)
+        self._clock, self._turn = clock, threading.RLock()
+        self._live: set[int] = set()  # charges that somebody here holds
         if not read_only:
             # Whoever reserved these is gone, and nobody knows how far it came.
             with self._store.writing() as sql:
@@ -119,14 +126,26 @@ class Ledger:
         Raises
         ------
         BudgetError
-            It cannot be written.
+            It has no patients, was registered with others, or cannot be written.
         """
+        if not patients:
+            raise BudgetError("a cohort that is charged has patients", fix="Freeze it again")
+        people = sorted(set(patients))
+        digest = digest_of_patients(people)
         with self._turn:
-            if self._rows("SELECT 1 FROM cohorts WHERE sha256 = ?", cohort):
+            known = self._rows("SELECT patients FROM cohorts WHERE sha256 = ?", cohort)
+            if known and known[0][0] != digest:
+                raise BudgetError(
+                    "a cohort keeps the patients that it was registered with", value=len(people),
+                    fix="Freeze the dataset again",
+                )  # fmt: skip
+            if known:
                 return
             with self._store.writing() as sql:
-                people = sorted(set(patients))
-                sql.execute("INSERT INTO cohorts VALUES (?, ?, ?)", (cohort, dataset, len(people)))
+                sql.execute(
+                    "INSERT INTO cohorts VALUES (?, ?, ?, ?)",
+                    (cohort, dataset, len(people), digest),
+                )
                 sql.executemany(
                     "INSERT INTO members VALUES (?, ?)", ((one, cohort) for one in people)
                 )
@@ -177,14 +196,18 @@ class Ledger:
             ).rowcount
             if done != 1:
                 raise BudgetError("a charge is committed once", fix="Order the next round")
+            self._live.discard(charge.id)
 
     def lose(self, charge: Charge) -> None:
         """A round failed after it was charged; it stays charged."""
-        with self._turn, self._store.writing() as sql:
-            sql.execute(
-                "UPDATE charges SET state = 'lost' WHERE id = ? AND state = 'reserved'",
-                (charge.id,),
-            )
+        with self._turn:
+            # Even where that cannot be written: nobody holds it any more.
+            self._live.discard(charge.id)
+            with self._store.writing() as sql:
+                sql.execute(
+                    "UPDATE charges SET state = 'lost' WHERE id = ? AND state = 'reserved'",
+                    (charge.id,),
+                )
 
     def check_study(self, request: RoundRequest, total: Mechanism, caps: Caps) -> None:
         """Whether a whole study would fit into what is left, before its first round.
@@ -249,6 +272,11 @@ class Ledger:
                 for sha, name, n in self._rows("SELECT sha256, dataset, number FROM cohorts")
             ]
 
+    def accepted(self) -> int:
+        """How often somebody went on with an older copy of it; see `accept_older`."""
+        with self._turn:
+            return int(self._store.meta("accepted"))
+
     def close(self) -> None:
         """Let go of the files."""
         self._store.close()
@@ -268,7 +296,8 @@ class Ledger:
     def _again(self, number: int, state: str, digest: str) -> Release:
         if state == "committed":
             return Release(str(digest))
-        if state == "lost":
+        # Reserved and held by nobody: whoever asked for it was told that it could not be written.
+        if state == "lost" or number not in self._live:
             raise BudgetError(
                 "a round's charge was spent when the trainer stopped", fix="Order the next round"
             )
@@ -285,10 +314,10 @@ class Ledger:
     def _within(self, request: RoundRequest, more: Mechanism, caps: Caps) -> None:
         delta = request.delta or caps.delta
         own = epsilon_composed([*self._mechanisms(study=request.study), more], delta)
-        if own > caps.study:
+        if not own <= caps.study:
             raise _exceeded("study", own, caps.study)
         everything = self.epsilon_of_cohort(request.cohort, caps.delta, [more])
-        if everything > caps.cohort:
+        if not everything <= caps.cohort:
             raise _exceeded("cohort", everything, caps.cohort)
 
     def _insert(self, request: RoundRequest) -> Charge:
@@ -307,19 +336,25 @@ class Ledger:
                     self._clock(),
                 ),
             )  # fmt: skip
-            number = made.lastrowid
-        return Charge(int(number or 0))
+            number = int(made.lastrowid or 0)
+        self._live.add(number)
+        return Charge(number)
 
     def _note_public(self, request: RoundRequest, known: list[Any]) -> Charge:
         """Rounds without privacy cost nothing that could be counted, but are written down."""
         if not known:
             return self._insert(request)
+        if self._rows("SELECT 1 FROM charges WHERE id = ? AND noise IS NOT NULL", known[0][0]):
+            raise BudgetError(
+                "a private round stays private", value=request.round, fix="Order the next round"
+            )
         with self._store.writing() as sql:
             sql.execute("UPDATE charges SET state = 'reserved' WHERE id = ?", (known[0][0],))
+        self._live.add(known[0][0])
         return Charge(int(known[0][0]))
 
     def _groups(self, cohort: str) -> list[tuple[str, ...]]:
-        """The sets of cohorts that patients of this one are in; each set once."""
+        """The sets of cohorts that patients of this one are in, without those within another."""
         rows = self._rows(
             "SELECT DISTINCT held FROM (SELECT group_concat(cohort, ' ') AS held FROM "
             "(SELECT patient, cohort FROM members WHERE patient IN "
@@ -327,7 +362,12 @@ class Ledger:
             "GROUP BY patient)",
             cohort,
         )
-        return [tuple(str(held).split(" ")) for (held,) in rows]
+        sets = sorted((frozenset(str(held).split(" ")) for (held,) in rows), key=len, reverse=True)
+        largest: list[frozenset[str]] = []
+        for one in sets:
+            if not any(one <= other for other in largest):
+                largest.append(one)
+        return [tuple(sorted(one)) for one in largest]
 
     def _mechanisms(
         self, *, study: str | None = None, cohorts: Collection[str] | None = None
@@ -344,7 +384,7 @@ class Ledger:
 
 def _exceeded(what: str, value: float, cap: float) -> BudgetError:
     return BudgetError(
-        f"a {what} must stay within its privacy budget", value=f"{value:.3g} of {cap:.3g}",
+        f"a {what} must stay within its privacy budget", value=f"{value:.4g} of {cap:.4g}",
         fix="Plan fewer rounds or more noise, or ask the site to raise its cap",
         where=f"policy.max_epsilon_per_{what}",
     )  # fmt: skip

@@ -24,6 +24,8 @@ class Releases:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for half in folder.glob(".partial-*"):  # a trainer was killed while it wrote
+            half.unlink(missing_ok=True)
 
     def keep(self, study: str, round_: int, content: bytes) -> str:
         """Put an update safely on the disk; gives its SHA-256. Only a study's last two are kept.

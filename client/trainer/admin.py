@@ -93,7 +93,10 @@ class Admin:
                 "dataset": dataset, "cohort": sha[:12], "patients": patients, "delta": delta,
                 "spent": round(spent, 4), "cap": cap, "left": round(max(0.0, cap - spent), 4),
             })  # fmt: skip
-        return {"budget": rows, "studies": self._ledger.studies()}
+        return {
+            "budget": rows, "studies": self._ledger.studies(),
+            "older_ledgers_accepted": self._ledger.accepted(),
+        }  # fmt: skip
 
 
 class _Handler(socketserver.StreamRequestHandler):

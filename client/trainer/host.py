@@ -19,7 +19,7 @@ from client.cohort.private import write_private
 from client.cohort.training import preparers
 from client.config import SiteConfig
 from client.daemon.isolation import find_network, undumpable
-from client.ledger import Ledger
+from client.ledger import Ledger, name_secret
 from client.ledger.releases import Releases
 from client.link.service import serve
 from client.policy.approvals import Approvals
@@ -54,7 +54,7 @@ def run_trainer(config: SiteConfig, stop: threading.Event | None = None) -> None
     state, board = config.site.state, Board(config.site.name)
     secret = site_secret(state)
     audit = AuditLog(audit_folder(state), audit_key(state))
-    ledger = Ledger(state)
+    ledger = Ledger(state, secret_id=name_secret(secret))
     audit.append("started", process="trainer")
     _tell_changes(state, audit, config)
     _prove_walls(config, audit, board)

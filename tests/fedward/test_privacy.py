@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from fedward.errors import PrivacyError
 from fedward.plan import Plan
 from fedward.privacy import (
+    Mechanism,
     calibrate,
+    epsilon_composed,
     epsilon_spent,
     noise_for,
     sampling_rate,
@@ -196,3 +198,47 @@ def test_an_extreme_target_is_met_or_refused(
         return
     assert noise > 0
     assert epsilon_spent(noise, rate, steps, delta) <= epsilon
+
+
+@pytest.mark.parametrize(
+    ("kinds", "delta"),
+    [
+        ([(1.0, 0.1, 50), (2.0, 0.3, 100)], 1e-5),
+        ([(0.5, 0.05, 10), (50.0, 1.0, 1000)], 1e-3),
+        ([(4.0, 0.3, 350)] * 3, 1e-5),
+        ([(4.0, 0.3, 350), (1.1, 0.05, 500), (2.0, 0.5, 20), (1.1, 0.051, 500)], 1e-3),
+    ],
+)
+def test_different_mechanisms_compose_as_an_independent_accountant_says(
+    kinds: list[tuple[float, float, int]], delta: float
+) -> None:
+    accountant = PLDAccountant()
+    for noise, rate, steps in kinds:
+        accountant.compose(PoissonSampledDpEvent(rate, GaussianDpEvent(noise)), steps)
+    theirs = float(accountant.get_epsilon(delta))
+    ours = epsilon_composed([Mechanism(*kind) for kind in kinds], delta)
+    assert theirs - 0.001 <= ours <= theirs * 1.005
+    assert ours == epsilon_composed([Mechanism(*kind) for kind in reversed(kinds)], delta)
+
+
+@pytest.mark.parametrize(("epsilon", "rounds"), [(1.0, 7), (8.0, 20)])
+def test_the_rounds_of_a_study_cost_together_what_it_was_calibrated_to(
+    make_plan: MakePlan, epsilon: float, rounds: int
+) -> None:
+    plan = make_plan(
+        privacy={**PRIVATE, "epsilon": epsilon, "delta": 1e-4}, training={"rounds": rounds}
+    )
+    whole = calibrate(plan, 100)
+    steps = steps_per_round(plan, whole.sampling_rate)
+    one = Mechanism(whole.noise_multiplier, whole.sampling_rate, steps)
+    spent = [epsilon_composed([one] * n, 1e-4) for n in (0, 1, rounds - 1, rounds)]
+    assert spent == sorted(spent)
+    assert 0.98 * epsilon <= spent[-1] <= epsilon
+
+
+def test_where_the_tight_accountant_cannot_follow_a_looser_one_bounds() -> None:
+    kinds = [Mechanism(0.31, 1.0, 4000), Mechanism(5.0, 0.1, 10)]
+    mean = 4000 / (2 * 0.31**2)  # of the privacy loss of the first alone
+    assert mean <= epsilon_composed(kinds, 1e-5) <= 1.15 * mean
+    with pytest.raises(PrivacyError):
+        epsilon_composed([Mechanism(1e-200, 1.0, 1), *kinds], 1e-5)

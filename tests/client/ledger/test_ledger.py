@@ -168,6 +168,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.time = 0.0
         self.open: dict[tuple[str, int], tuple[Charge, Mechanism]] = {}
         self.released: dict[tuple[str, int], tuple[str, Mechanism]] = {}
+        self.charged: dict[tuple[str, int], Mechanism] = {}
         self.cohort_of = {"s": "a" * 64, "t": "b" * 64, "u": "c" * 64}
         self.number = 0
         self._open()
@@ -185,12 +186,27 @@ class LedgerMachine(RuleBasedStateMachine):
                 request(study, round_, self.cohort_of[study], mechanism), CAPS
             )
         except BudgetError:
+            assert self._may_refuse(study, round_, mechanism)
             return
         if isinstance(got, Release):
             assert self.released[study, round_][0] == got.digest
         else:
             assert (study, round_) not in self.released
             self.open[study, round_] = (got, mechanism)
+            self.charged[study, round_] = mechanism
+
+    def _may_refuse(self, study: str, round_: int, more: Mechanism) -> bool:
+        """Whether the round was charged, is past, or would exceed a cap by the other accountant."""
+        if any(one == study and number >= round_ for one, number in self.charged):
+            return True
+        own = [mechanism for (one, _), mechanism in self.charged.items() if one == study]
+        people = COHORTS[self.cohort_of[study]]
+        worst = max(_cost([*self._of(patient, self.charged), more]) for patient in people)
+        return _cost([*own, more]) > 0.97 * CAPS.study or worst > 0.97 * CAPS.cohort
+
+    def _of(self, patient: str, rounds: dict[tuple[str, int], Mechanism]) -> list[Mechanism]:
+        """The mechanisms that ran over a patient."""
+        return [m for (study, _), m in rounds.items() if patient in COHORTS[self.cohort_of[study]]]
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
@@ -218,17 +234,15 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_released_is_uncounted(self) -> None:
+        out = {key: mechanism for key, (_, mechanism) in self.released.items()}
         for patient in ("p1", "p2", "p3", "p4"):
             cohorts = [c for c, people in COHORTS.items() if patient in people]
-            out = [
-                mechanism
-                for (study, _), (_, mechanism) in self.released.items()
-                if self.cohort_of[study] in cohorts
-            ]
             spent = max(self.ledger.epsilon_of_cohort(c, DELTA) for c in cohorts)
-            assert _cached(tuple(sorted((m.noise_multiplier, m.sampling_rate, m.steps)
-                                        for m in out))) <= spent * 1.001 + 1e-9  # fmt: skip
+            assert _cost(self._of(patient, out)) <= spent * 1.001 + 1e-9
             assert spent <= CAPS.cohort
+        for cohort, people in COHORTS.items():
+            exact = max(_cost(self._of(patient, self.charged)) for patient in people)
+            assert self.ledger.epsilon_of_cohort(cohort, DELTA) <= exact * 1.02 + 0.012
 
     def teardown(self) -> None:
         self.ledger.close()
@@ -238,10 +252,11 @@ class LedgerMachine(RuleBasedStateMachine):
 _KNOWN: dict[tuple[Any, ...], float] = {}
 
 
-def _cached(mechanisms: tuple[Any, ...]) -> float:
-    if mechanisms not in _KNOWN:
-        _KNOWN[mechanisms] = independent([Mechanism(*one) for one in mechanisms])
-    return _KNOWN[mechanisms]
+def _cost(mechanisms: list[Mechanism]) -> float:
+    key = tuple(sorted((m.noise_multiplier, m.sampling_rate, m.steps) for m in mechanisms))
+    if key not in _KNOWN:
+        _KNOWN[key] = independent(mechanisms)
+    return _KNOWN[key]
 
 
 LedgerMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
