@@ -276,7 +276,8 @@ def folded_memory(sites: int) -> float:
     code = (
         "import re, numpy as np; from strategies.fold import Fold\n"
         # Of this program alone; the counters of getrusage begin with those of who started it.
-        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024\n"
+        "status = lambda: open('/proc/self/status').read()\n"
+        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', status())[1]) / 1024\n"
         "base = peak(); fold = Fold()\n"
         f"for n in range({sites}):\n"
         "    fold.add({str(i): np.full(2_500_000, n, np.float32) for i in range(10)}, 3.0)\n"

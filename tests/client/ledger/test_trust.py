@@ -167,7 +167,10 @@ def test_an_older_copy_is_used_only_on_the_officers_word(charged: Path) -> None:
 
 
 def test_the_officer_gives_that_word_on_the_command_line(tmp_path: Path) -> None:
-    (tmp_path / "site.toml").write_text('version = 1\n[site]\nname = "n"\nstate = "state"\n')
+    (tmp_path / "site.toml").write_text(
+        'version = 1\n[site]\nname = "n"\nstate = "state"\n[datasets.d]\nroot = "d"\n'
+        'task = "classification"\nclasses = ["no", "yes"]\n'
+    )
     name = name_secret(site_secret(tmp_path / "state"))
     opened(tmp_path / "state", secret_id=name).close()
     (tmp_path / "state" / "ledger.anchor").unlink()
