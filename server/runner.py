@@ -129,7 +129,8 @@ class Runner:
     def _members(self) -> Mapping[int, str]:
         found = {}
         for site in self.registry.sites.list():
-            if site.name in self.study.sites and site.node_id is not None:
+            taken = site.name in self.study.sites and site.state == "active"
+            if taken and site.node_id is not None:
                 found[int(site.node_id)] = site.name
         if not found:
             raise StudyError("a study needs sites that are enrolled", fix="Enrol them")

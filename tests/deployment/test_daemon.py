@@ -219,8 +219,9 @@ def test_the_doctor_looks_at_everything_and_tells_no_secret(two: list[Any]) -> N
     assert two[0].call("audit", "verify")["whole"] is True
 
 
-def test_a_stop_is_prompt_and_clean_and_leaves_no_process(two: list[Any]) -> None:
+def test_a_stop_is_prompt_and_clean_and_leaves_no_process(two: list[Any], until: Make) -> None:
     for daemon in two:
+        until(lambda daemon=daemon: len(daemon.children()) == 2)
         children = daemon.children().values()
         assert len(children) == 2
         began = time.monotonic()
