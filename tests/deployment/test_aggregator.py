@@ -64,7 +64,7 @@ class Service:
 
     def get(self, path: str, token: str = "") -> httpx.Response:
         context = ssl.create_default_context(cafile=str(self.folder / "tls" / "ca.crt"))
-        with httpx.Client(verify=context, timeout=120.0) as client:
+        with httpx.Client(verify=context, timeout=300.0) as client:
             return client.get(
                 f"https://127.0.0.1:{self.api_port}{path}",
                 headers={"Authorization": f"Bearer {token}"} if token else {},
