@@ -265,7 +265,7 @@ def test_a_removed_site_is_cut_off_in_the_middle_of_a_study(
     plan_path.write_text(plan_path.read_text().replace("rounds = 3", "rounds = 6"))
     study = submit(service, plan_path, "--quorum", 1, "--deadline", 20)
     until(lambda: service.get(f"/v1/studies/{study}", service.token).json()["study"]["round"] >= 1)
-    # Between rounds: an answer that is cut off half sent holds the round for the link's three minutes.
+    # Between rounds: a half-sent answer would hold the round for the link's three minutes.
     service.call("study", "pause", study)
     until(lambda: "server.runner" not in service.processes())
     service.call("site", "remove", "hospital 2")
