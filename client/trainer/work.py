@@ -47,7 +47,7 @@ class Work:
     cases : Cases
         For the gate.
     ledger : Ledger
-        Charged before an image is read.
+        Charged before a round is trained; preparing images releases nothing.
     releases : Releases
         Where updates are kept.
     audit : AuditLog
