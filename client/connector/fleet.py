@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -136,12 +136,12 @@ class Fleet:
             raise LinkRefused("the aggregator must know this site", fix="Enrol the site again")
 
     def pull(self) -> Message | None:
-        """The next message for this site, or None.
+        """The next message for this site, or None; it comes again until it is confirmed.
 
         Raises
         ------
         ProtocolError
-            It is too large or damaged; it is lost.
+            It is too large or damaged; it does not come again.
         RunOver
             Its run ended meanwhile.
         LinkDown, LinkRefused
@@ -151,14 +151,28 @@ class Fleet:
         if not answer.messages_list:
             return None
         envelope = message_from_proto(answer.messages_list[0])
-        identifier, run = envelope.metadata.message_id, envelope.metadata.run_id
         wanted = [t.object_id for t in iterate_object_tree(answer.message_object_trees[0])]
-        contents = self._objects(wanted, run)
+        try:
+            contents = self._objects(wanted, envelope.metadata.run_id)
+            return _inflated(envelope.metadata.message_id, contents)
+        except ProtocolError:
+            self.confirm(envelope)
+            raise
+
+    def confirm(self, message: Message) -> None:
+        """Say that a message is safe here, and need not come again.
+
+        Raises
+        ------
+        LinkDown, LinkRefused
+            The connection broke.
+        """
+        about = message.metadata
         request = ConfirmMessageReceivedRequest(
-            node=self.node, run_id=run, message_object_id=identifier
+            node=self.node, run_id=about.run_id, message_object_id=about.message_id
         )
-        self._call("ConfirmMessageReceived", request)
-        return _inflated(identifier, contents)
+        with suppress(RunOver):
+            self._call("ConfirmMessageReceived", request)
 
     def push(self, reply: Message) -> int:
         """Send a reply; gives the bytes that went.

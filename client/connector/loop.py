@@ -148,6 +148,7 @@ class Connector:
             return True
         if message is not None:
             self._accept(message)
+            fleet.confirm(message)
         return sent or message is not None
 
     def _accept(self, message: Message) -> None:

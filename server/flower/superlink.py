@@ -106,11 +106,12 @@ def serve(settings: LinkSettings) -> None:
     """Run the SuperLink until a signal ends it."""
     import uvicorn
     from flwr.supercore.logger import console_handler
-    from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
     from flwr.superlink.main import create_app
 
+    from server.flower.state import Lifespan
+
     console_handler.setLevel("WARNING")
-    app = create_app(_flower_settings(settings), SuperLinkLifespan)
+    app = create_app(_flower_settings(settings), Lifespan)
     uvicorn.run(
         Guard(app, settings.control_secret.read_bytes().strip()),
         host=settings.host,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
-from client.connector.fleet import Fleet, LeaseHeld, LinkRefused, RunOver
+from client.connector.fleet import Fleet, LeaseHeld, LinkDown, LinkRefused, RunOver
 from fedward.errors import StudyError
 from fedward.packing import pack, unpack
 from server.exchange import StudyGrid
@@ -127,3 +127,92 @@ def test_a_killed_superlink_comes_back_with_the_run(
     again = RunSession(link, superlink.runtime_secret, tmp_path / "lock")
     assert again.run_id != session.run_id
     again.close(complete=True)
+
+
+class Breaking(Fleet):
+    """A connection that breaks at some call of some name."""
+
+    breaks: tuple[str, int] | None = None
+
+    def _call(self, name: str, request: Any) -> Any:
+        if self.breaks and self.breaks[0] == name:
+            if self.breaks[1] == 0:
+                raise LinkDown("the link broke")
+            self.breaks = (name, self.breaks[1] - 1)
+        return super()._call(name, request)
+
+
+def test_a_link_that_breaks_in_the_middle_loses_no_order_and_holds_up_nobody(
+    superlink: Any, new_key: NewKey, tmp_path: Any
+) -> None:
+    link = Link(superlink.address, superlink.ca, superlink.control_secret)
+    fleets = []
+    for name in ("north", "south"):
+        key, public = new_key()
+        node = link.register(public, name)
+        fleets.append(Breaking(superlink.address, superlink.ca, key, 1 << 20))
+        assert fleets[-1].activate() == node
+    north, south = fleets
+    nodes = [int(fleet.node.node_id) for fleet in fleets]
+    session = RunSession(link, superlink.runtime_secret, tmp_path / "lock")
+    grid = StudyGrid(session.grid, nodes, threading.Event())
+    content = RecordDict({"arrays": ArrayRecord({"w": Array(np.arange(4.0))})})
+
+    # Receiving: the order comes again until it is confirmed, and then never.
+    answers = grid.replies([Message(content, n, MessageType.TRAIN) for n in nodes], 6)
+    waiting = threading.Thread(target=lambda: got.extend(answers))
+    got: list[tuple[int, Message]] = []
+    waiting.start()
+    south.breaks = ("PullObject", 2)
+    while True:
+        try:
+            assert south.pull() is None
+        except LinkDown:
+            break
+    south.breaks = None
+    order, again = south.pull(), south.pull()
+    assert order is not None
+    assert again is not None
+    assert order.metadata.message_id == again.metadata.message_id
+    south.confirm(order)
+    assert south.pull() is None
+
+    # Sending: what is there in part is not there, and whoever is whole is taken at once.
+    south.breaks = ("PushObject", 1)
+    with pytest.raises(LinkDown):
+        south.push(Message(content, reply_to=order))
+    south.breaks = None
+    to_north = north.pull()
+    assert to_north is not None
+    north.push(Message(content, reply_to=to_north))
+    began = time.monotonic()
+    while not got:
+        assert time.monotonic() - began < 5
+        time.sleep(0.01)
+    assert [node for node, _ in got] == [nodes[0]]
+
+    # Another answer to the same order takes the place of the half; a third one changes nothing.
+    for value in (1.0, 2.0):
+        record = ArrayRecord({"w": Array(np.full(4, value))})
+        south.push(Message(RecordDict({"arrays": record}), reply_to=order))
+    waiting.join(10)
+    assert [node for node, _ in got] == nodes
+    np.testing.assert_array_equal(got[1][1].content.array_records["arrays"]["w"].numpy(), 1.0)
+
+    # Who never comes back with the rest costs the others no more than the deadline.
+    answers = grid.replies([Message(content, nodes[1], MessageType.TRAIN)], 1.5)
+    began = time.monotonic()
+    waiting = threading.Thread(target=lambda: got.extend(answers))
+    waiting.start()
+    while (order := south.pull()) is None:
+        time.sleep(0.01)
+    south.confirm(order)
+    south.breaks = ("PushObject", 1)
+    with pytest.raises(LinkDown):
+        south.push(Message(content, reply_to=order))
+    waiting.join(10)
+    assert time.monotonic() - began < 5
+    assert len(got) == 2
+    for fleet in fleets:
+        fleet.close()
+    session.close(complete=True)
