@@ -69,7 +69,8 @@ class Checkpoints:
         done = len(job.arm.rounds) + int(job.complete)
         part = self._folder / f".part-{os.getpid()}"
         try:
-            shutil.rmtree(part, ignore_errors=True)
+            for left in self._folder.glob(".part-*"):
+                shutil.rmtree(left, ignore_errors=True)
             part.mkdir(mode=0o700)
             self._write(part, job)
             target = self._folder / f"round-{done:06d}"

@@ -45,9 +45,10 @@ class Job:
         The model that is delivered: the moving average, or the same as ``arrays``.
     facts : dict
         What the sites said of themselves.
-    members : mapping
-        Between hospitals: node ids of the study's sites and their names. Empty: every node of
-        the grid, which says itself who it is.
+    members : mapping or None
+        Between hospitals: node ids and names of the study's sites that may take part; it is
+        replaced when one is removed, released or gets another key. None: every node of the grid,
+        which says itself who it is.
     signed : mapping
         What shows the hospitals who asks (see :mod:`fedward.signing`).
     memory, memory_stage : dict, str
@@ -60,8 +61,6 @@ class Job:
         After which a site that refused is asked again.
     most_change : float
         Largest change that an update may make, in units of the model's norm.
-    removed : set of str
-        Sites that were cut off; nobody waits for their answers.
     quorum, deadline : int or None, float or None
         In place of the plan's, where the study was submitted with others.
     """
@@ -74,7 +73,7 @@ class Job:
     stop: threading.Event = field(default_factory=threading.Event)
     average: Arrays = field(default_factory=dict)
     facts: dict[str, SiteFacts] = field(default_factory=dict)
-    members: Mapping[int, str] = field(default_factory=dict)
+    members: Mapping[int, str] | None = None
     signed: Mapping[str, str] = field(default_factory=dict)
     memory: Arrays = field(default_factory=dict)
     memory_stage: str = ""
@@ -82,7 +81,6 @@ class Job:
     patient: bool = False
     ask_again_seconds: float = math.inf
     most_change: float = 1000.0
-    removed: set[str] = field(default_factory=set)
     quorum: int | None = None
     deadline: float | None = None
     complete: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -21,6 +21,7 @@ from server.replies import Bad, read_facts
 _LOG = logging.getLogger("fedward.server")
 _QUARANTINE_AFTER: Final = 3
 _PAUSE: Final = 0.05
+_LAST_WORDS: Final = 1.0
 _PASSING: Final = frozenset({"pending", "paused", "busy", "error", "silent"})
 
 
@@ -43,7 +44,18 @@ class Members:
         self._bad: Counter[str] = Counter()
         self._refused: dict[str, tuple[float, str, str]] = {}
         self._out: set[str] = set()
-        self.nodes = {n: s for n, s in job.members.items() if s in job.facts}
+        self._asked: dict[str, int] = {}
+        self.nodes = {n: s for n, s in self._named.items() if s in job.facts}
+
+    @property
+    def _anyone(self) -> bool:
+        """A simulation: its nodes come all at once, and say themselves who they are."""
+        return self._job.members is None
+
+    @property
+    def _named(self) -> Mapping[int, str]:
+        """The study's sites that may take part now."""
+        return self._job.members or {}
 
     @property
     def grid(self) -> StudyGrid:
@@ -62,32 +74,54 @@ class Members:
             Too few do.
         """
         end = time.monotonic() + self._job.patience
-        wanted = len(self._job.members) or self._needs.sites
         while not self._job.stop.is_set():
-            late = time.monotonic() > end
-            self.refresh(end - time.monotonic(), last=late)
-            answered = len(self.nodes) + self._refused_for_good()
-            if (answered >= wanted and self._enough()) or (late and self._enough()):
+            over = time.monotonic() - end
+            self.refresh(last=over > 0)
+            if self._all_are_in() and self._enough():
                 break
-            if late or (not self._job.members and self._refused):
+            if over > (_LAST_WORDS if self._asked else 0):
+                if self._enough():
+                    break
+                raise self._too_few()
+            if self._anyone and self._refused and not self._asked:
                 raise self._too_few()
             self._job.stop.wait(_PAUSE)
         sites = tuple(sorted(self.nodes.values()))
         self._job.listen(StudyStarted(self._job.arm.name, self._job.plan.rounds, sites))
 
-    def refresh(self, seconds: float, *, last: bool = False) -> None:
-        """Describe sites that are connected and were not described yet."""
-        new = self._undescribed(last=last)
-        if not new:
-            return
+    def refresh(self, *, last: bool = False) -> None:
+        """Take what sites said of themselves, and ask those that are new; waits for nobody.
+
+        A site that joins late prepares its images first: the others' round is not held up by it.
+        """
+        self._forget_who_left()
+        grid = StudyGrid(self._everyone, self._reachable(), self._job.stop)
+        for reply in grid.pull_messages(list(self._asked)) if self._asked else ():
+            node = self._asked.pop(reply.metadata.reply_to_message_id, None)
+            if node is not None:
+                self._take(node, read_facts(reply))
+        if new := self._undescribed(last=last):
+            self._ask(grid, new)
+
+    def _ask(self, grid: StudyGrid, nodes: list[int]) -> None:
         record = RecordDict({"config": self._order()})
-        asked = [Message(record, node, MessageType.QUERY) for node in new]
-        limit = max(1.0, min(seconds, self._job.patience))
+        asked = [Message(record, node, MessageType.QUERY) for node in nodes]
         for message in asked:
-            message.metadata.ttl = limit
-        grid = StudyGrid(self._everyone, new, self._job.stop)
-        for node, reply in grid.replies(asked, limit, self.cut_off):
-            self._take(node, read_facts(reply))
+            message.metadata.ttl = max(1.0, self._job.patience)
+        told = zip(grid.push_messages(asked), nodes, strict=True)
+        self._asked |= {identifier: node for identifier, node in told if identifier}
+
+    def _forget_who_left(self) -> None:
+        """Between hospitals members come and go: removed, quarantined, with another key."""
+        if not self._anyone:
+            members = self._named
+            self.nodes = {node: site for node, site in self.nodes.items() if node in members}
+            self._asked = {key: node for key, node in self._asked.items() if node in members}
+            # Whom the registry keeps out needs no note here; it may release them.
+            self._out &= set(members.values())
+
+    def _reachable(self) -> set[int]:
+        return set(self._everyone.get_node_ids() if self._anyone else self._named)
 
     def note(self, site: str, bad: Bad | None) -> None:
         """Count what a site's update was worth; one bad over and over is put out."""
@@ -95,15 +129,16 @@ class Members:
             self._bad[site] = 0
             return
         self._bad[site] += 1
-        if self._bad[site] >= _QUARANTINE_AFTER and self._job.members:
+        if self._bad[site] >= _QUARANTINE_AFTER and not self._anyone:
+            self._bad[site] = 0
             self._out.add(site)
             self.nodes = {n: s for n, s in self.nodes.items() if s != site}
             name = self._job.arm.name
             self._job.listen(SiteQuarantined(name, self._job.round, site, bad.reason))
 
     def cut_off(self) -> set[int]:
-        """Nodes of sites that were removed meanwhile."""
-        return {node for node, site in self.nodes.items() if site in self._job.removed}
+        """Nodes of sites that were removed meanwhile, or have another key."""
+        return set() if self._anyone else set(self.nodes) - set(self._named)
 
     def connected(self) -> int:
         """How many of the study's sites are there now."""
@@ -113,28 +148,36 @@ class Members:
         """Sites that no waiting brings in; whom a person or a restart may, are waited for."""
         return sum(kind not in _PASSING for _, _, kind in self._refused.values())
 
+    def _all_are_in(self) -> bool:
+        if self._anyone:
+            return len(self.nodes) >= self._needs.sites and not self._asked
+        return len(self.nodes) + self._refused_for_good() >= len(self._named)
+
+    @property
+    def _least(self) -> int:
+        return self._needs.sites if self._anyone else self._job.needed
+
     def _enough(self) -> bool:
-        least = self._job.needed if self._job.members else self._needs.sites
-        return len(self.nodes) >= least
+        return len(self.nodes) >= self._least
 
     def _undescribed(self, *, last: bool) -> list[int]:
         online = sorted(self._everyone.get_node_ids())
-        if not self._job.members:
-            # A simulation: all nodes come at once, and say themselves who they are.
+        if self._anyone:
             ready = last or len(online) >= self._needs.sites
-            return online if ready and not self.nodes and not self._refused else []
-        now = time.monotonic()
+            fresh = not (self.nodes or self._refused or self._asked)
+            return online if ready and fresh else []
+        now, named = time.monotonic(), self._named
         return [
             node for node in online
             if node not in self.nodes
-            and (site := self._job.members.get(node)) is not None
+            and (site := named.get(node)) is not None
             and site not in self._out
-            and site not in self._job.removed
+            and node not in self._asked.values()
             and self._refused.get(site, (0.0, "", ""))[0] <= now
         ]  # fmt: skip
 
     def _take(self, node: int, facts: SiteFacts | Bad) -> None:
-        known = self._job.members.get(node, "")
+        known = self._named.get(node, "")
         reason = facts.reason if isinstance(facts, Bad) else self._objection(facts, known)
         if isinstance(facts, Bad) or reason:
             kind = facts.kind if isinstance(facts, Bad) else "invalid"
@@ -143,14 +186,14 @@ class Members:
         self._refused.pop(facts.site, None)
         self.nodes[node] = facts.site
         self._job.facts[facts.site] = facts
-        if self._job.members:
+        if not self._anyone:
             self._job.listen(SiteJoined(self._job.arm.name, self._job.round, facts.site))
 
     def _refuse(self, site: str, kind: str, reason: str) -> None:
         again = self._job.ask_again_seconds
         told = self._refused.get(site, (0.0, "", ""))[1] == reason
         self._refused[site] = (time.monotonic() + again, reason, kind)
-        if not self._job.members:
+        if self._anyone:
             _LOG.warning("a site cannot take part: %s", reason)
         elif not told:
             name = self._job.arm.name
@@ -166,10 +209,9 @@ class Members:
 
     def _too_few(self) -> StudyError:
         refused = sorted({reason for _, reason, _ in self._refused.values()})
-        least = self._job.needed if self._job.members else self._needs.sites
         return StudyError(
             "a study needs the planned number of sites",
-            value=f"{len(self.nodes)} of {least}"
+            value=f"{len(self.nodes)} of {self._least}"
             + (f"; refused: {'; '.join(refused)}" if refused else ""),
             fix="Wait for more sites, or lower participation.sites",
             where="participation.sites",

@@ -35,6 +35,7 @@ from strategies.settings import StrategySettings
 __all__ = ["Job", "StudyRun"]
 _LOG = logging.getLogger("fedward.server")
 _LOOK_AGAIN: Final = 0.5
+_LONGEST: Final = 300.0
 
 
 class StudyRun:
@@ -55,6 +56,7 @@ class StudyRun:
         self._members = Members(job, grid, lambda: self._order(0))
         self._model = build_model(job.plan, seed=0)
         self._strategy: tuple[str, Strategy] | None = None
+        self._open: tuple[int, Gathered] | None = None
 
     def run(self) -> None:
         """Enrol, train the rounds that are missing, test.
@@ -79,6 +81,7 @@ class StudyRun:
 
     def _patiently(self, step: Any) -> None:
         """Do a step; a patient job that lacks sites waits for them and does it again."""
+        pause = _LOOK_AGAIN
         while not self.job.stop.is_set():
             try:
                 step()
@@ -86,14 +89,15 @@ class StudyRun:
             except StudyError as error:
                 if not self.job.patient:
                     raise
-                self._wait(str(error))
+                self._wait(str(error), pause)
+                # Sites that are there and fail each time are asked less and less often.
+                pause = min(2 * pause, _LONGEST)
 
-    def _wait(self, reason: str) -> None:
+    def _wait(self, reason: str, pause: float) -> None:
         name, round_ = self.job.arm.name, self.job.round
         self.job.listen(StudyPaused(name, round_, reason))
-        pause = _LOOK_AGAIN
         while not self.job.stop.wait(pause):
-            self._members.refresh(self.job.patience)
+            self._members.refresh()
             if self._members.connected() >= self.job.needed:
                 self.job.listen(StudyResumed(name, round_))
                 return
@@ -103,12 +107,13 @@ class StudyRun:
         started, round_ = time.perf_counter(), self.job.round
         stage, place = self.plan.stage_of(round_)
         result = Round(round=round_, stage=stage.name, seconds=0.0)
-        if self.job.members:
-            self._members.refresh(self.job.patience)
+        if self.job.members is not None:
+            self._members.refresh()
         names = trainable_names(self._model, stage.train)
         gathered = self._updates(round_, stage, place, names, result)
         if self.job.stop.is_set():
             return
+        self._open = None
         self._aggregate(stage, place, gathered, names)
         if round_ % self.plan.metrics.evaluate_every == 0 or round_ == self.plan.rounds:
             self._validate(round_, result)
@@ -121,8 +126,7 @@ class StudyRun:
         self, round_: int, stage: Stage, place: int, names: Iterable[str], result: Round
     ) -> Gathered:
         expected = {name: self.job.arrays[name] for name in names}
-        gathered = Gathered(fold=folds(self._strategy_of(stage)))
-        needed = self.job.needed
+        gathered, needed = self._gathered_so_far(round_, stage), self.job.needed
         for _ in range(self.plan.participation.retries + 1):
             messages = self._train_messages(round_, stage, place, expected, gathered)
             result.bytes_down += sum(size_of(message.content) for message in messages)
@@ -137,6 +141,12 @@ class StudyRun:
             fix="Bring the sites back, or lower participation.quorum",
             where="participation.quorum",
         )
+
+    def _gathered_so_far(self, round_: int, stage: Stage) -> Gathered:
+        # What came before a pause counts after it.
+        if self._open is None or self._open[0] != round_:
+            self._open = (round_, Gathered(fold=folds(self._strategy_of(stage))))
+        return self._open[1]
 
     def _train_messages(
         self,
@@ -177,7 +187,8 @@ class StudyRun:
         asked = {nodes[message.metadata.dst_node_id] for message in messages}
         failures = {
             site: Bad("no answer in time" if site in asked else "not connected", "silent")
-            for site in {*nodes.values(), *self.job.members.values()} - set(gathered.updates)
+            for site in {*nodes.values(), *(self.job.members or {}).values()}
+            - set(gathered.updates)
         }
         deadline = self.job.patience
         for node, reply in self._members.grid.replies(messages, deadline, self._members.cut_off):

@@ -25,24 +25,23 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 import httpx
 
 from fedward.console import log_to_stderr
-from fedward.errors import FedwardError, Interrupted, OutputError, StudyError
-from fedward.models import build_model, describe, load_initial, save_model, to_arrays
-from fedward.plan.load import canonical
+from fedward.errors import FedwardError, Interrupted, ServiceError, StudyError
+from fedward.models import build_model, describe, load_initial, to_arrays
 from server import events
-from server.checkpoint import Checkpoints
 from server.config import ServerConfig, load_config
 from server.flower.control import Link
 from server.flower.runtime import RunSession
 from server.job import Arrays, Job
+from server.keeper import AWAY, Keeper
 from server.registry import Registry, open_registry
 from server.registry.records import Study
-from server.report import write_metrics, write_report
 from server.results import Arm, StudyResults
 from server.rounds import StudyRun
 
 _LOG = logging.getLogger("fedward.server")
 _LOOK: Final = 0.5
 _LONGEST: Final = 15.0
+_SHORT: Final = 4.0
 PACKAGES: Final = ("fedward", "flwr", "torch", "monai", "opacus")
 
 
@@ -68,8 +67,11 @@ class Runner:
     def __post_init__(self) -> None:
         self.plan = self.study.read_plan()
         self.folder = self.config.study_folder(self.study.id)
-        self.checkpoints = Checkpoints(self.folder / "rounds", self.study.plan_sha256)
         self.results = self._results()
+        self.keeper = Keeper(
+            self.folder, self.registry, self.study, self.plan, self.results, self.stop
+        )
+        self._looking = threading.Lock()
         self.job = self._job()
 
     def run(self) -> None:
@@ -81,7 +83,7 @@ class Runner:
             It cannot go on at all.
         """
         began = time.perf_counter() - self.results.seconds
-        if self.checkpoints.restore(self.job):
+        if self.keeper.restore(self.job):
             self._tell("restored", {"round": len(self.job.arm.rounds)})
         self.results.arms = [self.job.arm]
         threading.Thread(target=self._watch, daemon=True, name="wishes").start()
@@ -90,16 +92,21 @@ class Runner:
             try:
                 self._session()
                 pause = 0.5
-            except (httpx.HTTPError, StudyError) as error:
-                _LOG.warning("the run broke: %s", type(error).__name__)
+            except (httpx.HTTPError, StudyError, OSError, *AWAY) as error:
+                self._broke(error, pause)
                 self.stop.wait(pause)
                 pause = min(2 * pause, _LONGEST)
         self.results.seconds = time.perf_counter() - began
-        self._keep(self.job)
+        self.keeper.tell(self.job)
         if self.job.complete:
-            self.results.complete = True
-            self._deliver()
-            self.registry.studies.set_state(self.study.id, "finished")
+            self.keeper.deliver(self.job)
+
+    def _broke(self, error: Exception, pause: float) -> None:
+        """A break is mended at once in most cases; an operator hears of one that lasts."""
+        _LOG.warning("the run broke: %s", type(error).__name__)
+        if pause > _SHORT:
+            told = isinstance(error, StudyError)
+            self._state("paused", str(error) if told else "the SuperLink must be reachable")
 
     def _session(self) -> None:
         """One Flower run, from its start to the end of the study or a break."""
@@ -107,7 +114,8 @@ class Runner:
         link = Link(link_address(self.config), self.config.tls.ca.read_bytes(), secret)
         try:
             self._stop_last_run(link)
-            self.job.members = self._members()
+            if not self._see_members():
+                raise StudyError("a study needs sites that are enrolled", fix="Enrol them")
             runtime = self.config.runtime_secret.read_bytes().strip()
             session = RunSession(link, runtime, self.config.server.state / "runs.lock")
             (self.folder / "run").write_text(str(session.run_id))
@@ -126,15 +134,17 @@ class Runner:
             return
         link.stop_run(last)
 
-    def _members(self) -> Mapping[int, str]:
-        found = {}
-        for site in self.registry.sites.list():
-            taken = site.name in self.study.sites and site.state == "active"
-            if taken and site.node_id is not None:
-                found[int(site.node_id)] = site.name
-        if not found:
-            raise StudyError("a study needs sites that are enrolled", fix="Enrol them")
-        return found
+    def _see_members(self) -> Mapping[int, str]:
+        """The study's sites that may take part: enrolled, not quarantined, with their last key."""
+        with self._looking:
+            self.job.members = {
+                int(site.node_id): site.name
+                for site in self.registry.sites.list()
+                if site.name in self.study.sites
+                and site.state == "active"
+                and site.node_id is not None
+            }
+            return self.job.members
 
     def _job(self) -> Job:
         epsilon, delta = self.plan.privacy.epsilon, self.plan.privacy.delta
@@ -146,7 +156,7 @@ class Runner:
                 "study": self.study.id, "coordinator": self.study.coordinator,
                 "signature": self.study.signature,
             },
-            save=self._keep, patient=True, ask_again_seconds=5.0, quorum=self.study.quorum,
+            save=self.keeper.keep, patient=True, ask_again_seconds=5.0, quorum=self.study.quorum,
             deadline=self.study.deadline,
         )  # fmt: skip
 
@@ -160,33 +170,14 @@ class Runner:
             }  # fmt: skip
         return to_arrays(model)
 
-    def _keep(self, job: Job) -> None:
-        """Checkpoint first: what the registry tells has happened for good."""
-        self.checkpoints.save(job)
-        self.results.arms = [job.arm]
-        self.results.sites = [job.facts[name] for name in sorted(job.facts)]
-        self.results.synthetic = any(one.synthetic for one in self.results.sites)
-        if job.arm.rounds:
-            self.registry.studies.save_round(self.study.id, job.arm.rounds[-1])
-        self.registry.studies.save_results(self.study.id, self.results)
-        for name, facts in job.facts.items():
-            if self.registry.sites.find(name) is not None:
-                self.registry.sites.set_facts(name, facts)
-
-    def _deliver(self) -> None:
-        try:
-            about = {"study": self.study.id, "plan_sha256": self.study.plan_sha256}
-            save_model(self.folder / "model.safetensors", self.job.average, about)
-            (self.folder / "plan.json").write_text(canonical(self.plan), "utf-8")
-            write_metrics(self.results, self.folder / "metrics.json")
-            write_report([self.results], self.folder / "report.html")
-        except OSError as error:
-            raise OutputError(
-                "results must be written", value=error.strerror, fix="Free the disk"
-            ) from None
-        self.registry.studies.save_results(self.study.id, self.results)
-
     def _listen(self, event: events.Event) -> None:
+        try:
+            self._note(event)
+        except AWAY as error:
+            # Whoever watches misses it; what counts is kept with the round.
+            _LOG.warning("the registry did not answer: %s", type(error).__name__)
+
+    def _note(self, event: events.Event) -> None:
         told = _telling(event)
         if told is not None:
             self._tell(*told)
@@ -196,6 +187,7 @@ class Runner:
             self._state("running")
         elif isinstance(event, events.SiteQuarantined):
             self.registry.sites.quarantine(event.site, event.reason)
+            self._see_members()
 
     def _state(self, state: Any, reason: str = "") -> None:
         # An operator may have ended the study in this moment; the watch then stops it.
@@ -209,13 +201,12 @@ class Runner:
         self.registry.studies.add_event(self.study.id, kind, payload)
 
     def _watch(self) -> None:
-        """Stop when an operator wants the study to stand still; see which sites were removed."""
+        """Stop when an operator wants the study to stand still; see who may take part."""
         while not self.stop.wait(_LOOK):
             try:
                 if self.registry.studies.get(self.study.id).wanted != "run":
                     self.stop.set()
-                present = {site.name for site in self.registry.sites.list()}
-                self.job.removed |= set(self.study.sites) - present
+                self._see_members()
             except Exception as error:  # a database that is away for a moment
                 _LOG.warning("the registry did not answer: %s", type(error).__name__)
 
@@ -277,6 +268,9 @@ def main() -> None:
     except FedwardError as error:
         _LOG.error("%s", error)
         sys.exit(error.exit_code)
+    except (OSError, *AWAY) as error:
+        _LOG.error("disk or registry did not answer: %s", type(error).__name__)
+        sys.exit(ServiceError.exit_code)
 
 
 def _run(config: ServerConfig, study: str) -> None:

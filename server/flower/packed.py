@@ -8,8 +8,9 @@ from typing import Any, Final
 
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
-from fedward.errors import ProtocolError
+from fedward.errors import ProtocolError, StudyError
 from fedward.packing import PACKED, pack, unpack
 
 _BETWEEN: Final = 0.08
@@ -50,7 +51,13 @@ class PackedGrid(Grid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages; records that several of them share are packed once."""
         known: dict[int, ArrayRecord] = {}
-        return self._grid.push_messages([_packed(message, known) for message in messages])
+        packed = [_packed(message, known) for message in messages]
+        try:
+            return self._grid.push_messages(packed) if packed else []
+        except ObjectPushError:
+            raise StudyError(
+                "the SuperLink must take a message's parts", fix="Make room on its disk"
+            ) from None
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Replies that are there; waits a moment where it was asked just now."""

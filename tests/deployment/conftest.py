@@ -15,9 +15,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -214,6 +216,7 @@ class Daemon:
     name: str
     folder: Path
     process: subprocess.Popen[bytes] | None = None
+    within: list[str] = field(default_factory=list)
 
     @property
     def config(self) -> Path:
@@ -226,7 +229,7 @@ class Daemon:
     def start(self) -> None:
         log = (self.folder / "daemon.log").open("ab")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "client.cli", "run", "--config", str(self.config)],
+            [*self.within, sys.executable, "-m", "client.cli", "run", "--config", str(self.config)],
             env=ENVIRONMENT, stdout=log, stderr=log,
         )  # fmt: skip
         log.close()
@@ -262,6 +265,12 @@ class Daemon:
     @property
     def log(self) -> str:
         return (self.folder / "daemon.log").read_text()
+
+
+@pytest.fixture(scope="session")
+def new_daemon() -> type[Daemon]:
+    """A hospital of a name and a folder."""
+    return Daemon
 
 
 @pytest.fixture(scope="session")
@@ -323,16 +332,103 @@ def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
-@pytest.fixture(scope="session")
-def free() -> Callable[[], int]:
-    """Finds a free port."""
-    return free_port
+class Service:
+    """``fedward-server`` in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.process: subprocess.Popen[bytes] | None = None
+        self.token = self.coordinator = ""
+        self.api_port = self.sites_port = 0
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "server.toml"
+
+    def call(self, *words: object, code: int = 0) -> dict[str, Any]:
+        done = subprocess.run(
+            [sys.executable, "-m", "server.cli", *map(str, words), "--json"],
+            env=ENVIRONMENT | {"FEDWARD_SERVER": str(self.config)}, text=True,
+            capture_output=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == code, (words, done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
+
+    def start(self) -> None:
+        log = (self.folder / "server.log").open("ab")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "server.cli", "run", "--config", str(self.config)],
+            env=ENVIRONMENT, stdout=log, stderr=log,
+        )  # fmt: skip
+        log.close()
+
+    def ready(self) -> bool:
+        try:
+            return self.get("/readyz").status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def get(self, path: str, token: str = "") -> httpx.Response:
+        context = ssl.create_default_context(cafile=str(self.folder / "tls" / "ca.crt"))
+        with httpx.Client(verify=context, timeout=300.0) as client:
+            return client.get(
+                f"https://127.0.0.1:{self.api_port}{path}",
+                headers={"Authorization": f"Bearer {token}"} if token else {},
+            )
+
+    def processes(self) -> dict[str, int]:
+        """Children and grandchildren by their module."""
+        assert self.process is not None
+        parents, words = {}, {}
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                number = int(path.name)
+                parents[number] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+                words[number] = (path / "cmdline").read_bytes().decode().split("\0")
+            except (OSError, ValueError):
+                continue
+        found = {}
+        for number, line in words.items():
+            above = {parents[number], parents.get(parents[number], 0)}
+            if self.process.pid in above and "-m" in line:
+                found[line[line.index("-m") + 1]] = number
+        return found
+
+    def stop(self) -> int:
+        assert self.process is not None
+        self.process.terminate()
+        return self.process.wait(40)
 
 
 @pytest.fixture(scope="session")
-def environment() -> dict[str, str]:
-    """Of the processes that a test starts."""
-    return ENVIRONMENT
+def make_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Service]]:
+    """Starts aggregators; further hosts are names of their certificates."""
+    made: list[Service] = []
+
+    def build(*hosts: str, prepare: Callable[[Path], None] = lambda folder: None) -> Service:
+        service = Service(tmp_path_factory.mktemp("aggregator") / "agg")
+        named = [part for host in hosts for part in ("--host", host)]
+        told = service.call("init", service.folder, *named)
+        service.token, service.coordinator = told["token"], told["coordinator"]
+        service.sites_port, service.api_port, health = (free_port() for _ in range(3))
+        text = service.config.read_text()
+        for old, port in ((9443, service.sites_port), (9444, service.api_port), (9445, health)):
+            text = text.replace(str(old), str(port))
+        service.config.write_text(
+            text.replace("requests_per_minute = 600", "requests_per_minute = 100000")
+        )
+        prepare(service.folder)
+        service.start()
+        made.append(service)
+        wait_until(service.ready)
+        return service
+
+    yield build
+    for one in made:
+        if one.process is not None and one.process.poll() is None:
+            one.stop()
 
 
 @pytest.fixture(scope="session")

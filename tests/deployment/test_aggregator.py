@@ -6,9 +6,7 @@ import json
 import os
 import signal
 import ssl
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,99 +22,13 @@ pytestmark = pytest.mark.integration
 Make = Callable[..., Any]
 
 
-class Service:
-    """``fedward-server`` in a folder of its own."""
-
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
-        self.folder, self.environment = folder, environment
-        self.process: subprocess.Popen[bytes] | None = None
-        self.token = self.coordinator = ""
-        self.api_port = self.sites_port = 0
-
-    @property
-    def config(self) -> Path:
-        return self.folder / "server.toml"
-
-    def call(self, *words: object, code: int = 0) -> dict[str, Any]:
-        done = subprocess.run(
-            [sys.executable, "-m", "server.cli", *map(str, words), "--json"],
-            env=self.environment | {"FEDWARD_SERVER": str(self.config)}, text=True,
-            capture_output=True, timeout=120, check=False,
-        )  # fmt: skip
-        assert done.returncode == code, (words, done.stdout, done.stderr)
-        assert "Traceback" not in done.stderr
-        answer: dict[str, Any] = json.loads(done.stdout)
-        return answer
-
-    def start(self) -> None:
-        log = (self.folder / "server.log").open("ab")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "server.cli", "run", "--config", str(self.config)],
-            env=self.environment, stdout=log, stderr=log,
-        )  # fmt: skip
-        log.close()
-
-    def ready(self) -> bool:
-        try:
-            return self.get("/readyz").status_code == 200
-        except httpx.HTTPError:
-            return False
-
-    def get(self, path: str, token: str = "") -> httpx.Response:
-        context = ssl.create_default_context(cafile=str(self.folder / "tls" / "ca.crt"))
-        with httpx.Client(verify=context, timeout=300.0) as client:
-            return client.get(
-                f"https://127.0.0.1:{self.api_port}{path}",
-                headers={"Authorization": f"Bearer {token}"} if token else {},
-            )
-
-    def processes(self) -> dict[str, int]:
-        """Children and grandchildren by their module."""
-        assert self.process is not None
-        parents, words = {}, {}
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                number = int(path.name)
-                parents[number] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-                words[number] = (path / "cmdline").read_bytes().decode().split("\0")
-            except (OSError, ValueError):
-                continue
-        found = {}
-        for number, line in words.items():
-            above = {parents[number], parents.get(parents[number], 0)}
-            if self.process.pid in above and "-m" in line:
-                found[line[line.index("-m") + 1]] = number
-        return found
-
-    def stop(self) -> int:
-        assert self.process is not None
-        self.process.terminate()
-        return self.process.wait(40)
+@pytest.fixture(scope="module")
+def service(make_service: Make) -> Any:
+    return make_service()
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory, free: Make, environment: dict[str, str],
-            until: Make) -> Iterator[Service]:  # fmt: skip
-    made = Service(tmp_path_factory.mktemp("aggregator") / "agg", environment)
-    told = made.call("init", made.folder)
-    made.token, made.coordinator = told["token"], told["coordinator"]
-    made.api_port = free()
-    text = made.config.read_text()
-    for old, port in ((9443, free()), (9444, made.api_port), (9445, free())):
-        text = text.replace(str(old), str(port))
-        made.sites_port = port if old == 9443 else made.sites_port
-    made.config.write_text(
-        text.replace("requests_per_minute = 600", "requests_per_minute = 100000")
-    )
-    made.start()
-    until(made.ready)
-    yield made
-    if made.process is not None and made.process.poll() is None:
-        made.stop()
-
-
-@pytest.fixture(scope="module")
-def hospitals(service: Service, make_daemon: Make) -> list[Any]:
+def hospitals(service: Any, make_daemon: Make) -> list[Any]:
     """Two hospitals, enrolled by the command line, that run."""
     made = []
     ca = (service.folder / "tls" / "ca.crt").read_bytes()
@@ -138,18 +50,18 @@ def plan_path(tmp_path: Path, plan_file: Path) -> Path:
     return plan_file
 
 
-def submit(service: Service, plan: Path, *more: object) -> str:
+def submit(service: Any, plan: Path, *more: object) -> str:
     sites = "hospital 1,hospital 2"
     return str(service.call("study", "submit", plan, "--sites", sites, *more)["id"])
 
 
-def events(service: Service, study: str) -> list[dict[str, Any]]:
+def events(service: Any, study: str) -> list[dict[str, Any]]:
     text = service.get(f"/v1/studies/{study}/events?follow=true", service.token).text
     return [json.loads(line) for line in text.splitlines()]
 
 
 def test_a_study_from_the_laptop_to_the_model(
-    service: Service, hospitals: list[Any], plan_path: Path, tmp_path: Path
+    service: Any, hospitals: list[Any], plan_path: Path, tmp_path: Path
 ) -> None:
     study = submit(service, plan_path, "--seed", 4)
     kinds = [event["kind"] for event in events(service, study)]
@@ -183,7 +95,7 @@ def test_a_study_from_the_laptop_to_the_model(
 
 @pytest.mark.parametrize("victim", ["server.runner", "server.flower.superlink", "server.service"])
 def test_whatever_is_killed_the_same_study_goes_on(
-    service: Service, hospitals: list[Any], plan_path: Path, until: Make, victim: str
+    service: Any, hospitals: list[Any], plan_path: Path, until: Make, victim: str
 ) -> None:
     study = submit(service, plan_path, "--deadline", 30)
 
@@ -207,7 +119,7 @@ def test_whatever_is_killed_the_same_study_goes_on(
 
 
 def test_pause_resume_and_stop(
-    service: Service, hospitals: list[Any], plan_path: Path, until: Make
+    service: Any, hospitals: list[Any], plan_path: Path, until: Make
 ) -> None:
     plan_path.write_text(plan_path.read_text().replace("rounds = 3", "rounds = 40"))
     study = submit(service, plan_path)
@@ -227,7 +139,7 @@ def test_pause_resume_and_stop(
     assert "stays so" in refused["message"]
 
 
-def test_roles_tokens_and_wrong_calls(service: Service) -> None:
+def test_roles_tokens_and_wrong_calls(service: Any) -> None:
     viewer = service.call("token", "create", "eve", "--role", "viewer")["text"]
     assert service.get("/v1/studies", viewer).status_code == 200
     context = ssl.create_default_context(cafile=str(service.folder / "tls" / "ca.crt"))
@@ -260,7 +172,7 @@ def test_roles_tokens_and_wrong_calls(service: Service) -> None:
 
 
 def test_a_removed_site_is_cut_off_in_the_middle_of_a_study(
-    service: Service, hospitals: list[Any], plan_path: Path, until: Make
+    service: Any, hospitals: list[Any], plan_path: Path, until: Make
 ) -> None:
     plan_path.write_text(plan_path.read_text().replace("rounds = 3", "rounds = 6"))
     study = submit(service, plan_path, "--quorum", 1, "--deadline", 20)
@@ -282,7 +194,7 @@ def test_a_removed_site_is_cut_off_in_the_middle_of_a_study(
     assert list(last["sites"]) == ["hospital 1"]
 
 
-def test_the_whole_ends_cleanly(service: Service, hospitals: list[Any]) -> None:
+def test_the_whole_ends_cleanly(service: Any, hospitals: list[Any]) -> None:
     children = service.processes()
     assert {"server.flower.superlink", "server.service"} <= set(children)
     assert service.stop() == 0

@@ -1,0 +1,284 @@
+"""An aggregator and five hospitals; each in a network of its own where that can be made."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from client.cli import app as client_cli
+from client.enrol import enrol
+from fedward.plan.schema import Plan
+from fedward.plan.text import toml_text
+from simulation.cohort import write_cohort
+from simulation.options import Hospital, Options
+from simulation.study import Study
+
+HOSPITALS = 5
+PATIENTS = 12
+
+
+class Network:
+    """A bridge on which each hospital hangs by a cable of its own (network namespaces, veth)."""
+
+    def __init__(self) -> None:
+        self._tag = f"fw{os.getpid() % 100_000}"
+        self._net = f"198.18.{os.getpid() % 250}"
+        self.address = "127.0.0.1"
+        self.why_not = self._make()
+
+    def _make(self) -> str:
+        if os.geteuid() != 0 or shutil.which("ip") is None:
+            return "network namespaces need root and iproute2"
+        try:
+            self._ip("link", "add", self._tag, "type", "bridge")
+            self._ip("addr", "add", f"{self._net}.1/24", "dev", self._tag)
+            self._ip("link", "set", self._tag, "up")
+            for number in range(1, HOSPITALS + 1):
+                self._plug(number)
+        except subprocess.CalledProcessError as error:
+            self.close()
+            return f"this kernel makes no such network: {error.stderr.strip()}"
+        self.address = f"{self._net}.1"
+        return ""
+
+    def _plug(self, number: int) -> None:
+        name = f"{self._tag}-{number}"
+        self._ip("netns", "add", name)
+        self._ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
+        self._ip("link", "set", name, "master", self._tag, "up")
+        self._ip("-n", name, "addr", "add", f"{self._net}.{10 + number}/24", "dev", "eth0")
+        self._ip("-n", name, "link", "set", "eth0", "up")
+
+    def within(self, number: int) -> list[str]:
+        """What a hospital's command begins with."""
+        return [] if self.why_not else ["ip", "netns", "exec", f"{self._tag}-{number}"]
+
+    def interfaces(self, number: int) -> list[str]:
+        """What a hospital's connector sees."""
+        told = self._ip("-n", f"{self._tag}-{number}", "-br", "link", "show", "up")
+        return [line.split("@")[0].split()[0] for line in told.splitlines()]
+
+    def cut(self, number: int) -> None:
+        """Pull a hospital's cable."""
+        if self.why_not:
+            pytest.skip(self.why_not)
+        self._ip("link", "set", f"{self._tag}-{number}", "down")
+
+    def mend(self, number: int) -> None:
+        """Put it back."""
+        self._ip("link", "set", f"{self._tag}-{number}", "up")
+
+    def close(self) -> None:
+        """Take everything away."""
+        for number in range(1, HOSPITALS + 1):
+            with suppress(subprocess.CalledProcessError):
+                self._ip("netns", "del", f"{self._tag}-{number}")
+        with suppress(subprocess.CalledProcessError):
+            self._ip("link", "del", self._tag)
+
+    @staticmethod
+    def _ip(*words: str) -> str:
+        command = ["ip", *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+SITE = """
+version = 1
+[site]
+name = "{name}"
+state = "state"
+[server]
+address = "{address}"
+ca = "aggregator-ca.pem"
+state = "connector"
+retry_seconds = 1.0
+idle_seconds = 0.2
+[trainer]
+socket = "run/t.sock"
+device = "cpu"
+threads = 1
+[datasets.chest]
+root = "{data}/classification/hospital-{number}"
+format = "dicom"
+task = "classification"
+classes = ["clear", "opacity"]
+[datasets.lungs]
+root = "{data}/segmentation/hospital-{number}"
+format = "dicom"
+task = "segmentation"
+classes = ["lung"]
+[policy]
+coordinators = ["{coordinator}"]
+approval = "within-policy"
+require_privacy = false
+minimum_patients = 5
+minimum_per_class = 0
+minimum_count = 1
+rounding = 9
+[[policy.studies]]
+match = "lungs*"
+dataset = "lungs"
+[[policy.studies]]
+match = "*"
+dataset = "chest"
+"""
+
+
+@dataclass
+class Federation:
+    """The aggregator, the hospitals, the network between them."""
+
+    service: Any
+    network: Network
+    daemons: dict[int, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        return [f"hospital {number}" for number in self.daemons]
+
+    def submit(self, plan: Plan, sites: str, folder: Path, *more: object) -> str:
+        """Submit as a coordinator does; gives the study's id."""
+        path = folder / "plan.toml"
+        path.write_text(toml_text(plan.model_dump(mode="json", exclude_none=True)))
+        return str(self.service.call("study", "submit", path, "--sites", sites, *more)["id"])
+
+    def show(self, study: str) -> dict[str, Any]:
+        """The study and its rounds."""
+        found = self.service.get(f"/v1/studies/{study}", self.service.token).json()
+        return dict(found)
+
+    def events(self, study: str, *kinds: str) -> list[dict[str, Any]]:
+        """What happened so far, read from the registry itself: whoever serves it may be dead."""
+        path = self.service.folder / "state" / "registry.db"
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5)) as database:
+            rows = database.execute(
+                "SELECT kind, payload FROM events WHERE study = ? ORDER BY seq", (study,)
+            ).fetchall()
+        return [
+            {"kind": kind, **json.loads(text)} for kind, text in rows if not kinds or kind in kinds
+        ]
+
+    def superlink(self, query: str, *values: object) -> list[Any]:
+        """What stands in the SuperLink's database."""
+        path = self.service.folder / "state" / "superlink.db"
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5)) as database:
+            return database.execute(query, values).fetchall()
+
+    def node(self, number: int) -> int:
+        """A hospital's number at the SuperLink, as its database has it (signed)."""
+        path = self.service.folder / "state" / "registry.db"
+        query = "SELECT node_id FROM sites WHERE name = ? AND state = 'active'"
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5)) as database:
+            ((text,),) = database.execute(query, (f"hospital {number}",)).fetchall()
+        value = int(text)
+        return value - 2**64 if value >= 2**63 else value
+
+    def recovered(self) -> None:
+        """Wait until everything runs again that an earlier test may have killed."""
+        end = time.monotonic() + 90
+        while not (self.service.ready() and all(map(self._online, self.daemons))):
+            assert time.monotonic() < end, "not everything runs again"
+            time.sleep(0.1)
+
+    def _online(self, number: int) -> bool:
+        with suppress(OSError, ValueError):
+            link = json.loads((self.daemons[number].folder / "run" / "link.json").read_text())
+            return link["state"] == "online" and set(self.daemons[number].children()) == {
+                "trainer", "connector"
+            }  # fmt: skip
+        return False
+
+    def finish(self, study: str, seconds: float = 120.0) -> dict[str, Any]:
+        """Wait for its end."""
+        end = time.monotonic() + seconds
+        while True:
+            with suppress(Exception):
+                found = self.show(study)
+                if found["study"]["state"] in ("finished", "failed", "stopped"):
+                    return found
+            assert time.monotonic() < end, self.events(study)[-5:]
+            time.sleep(0.1)
+
+    def model(self, study: str, folder: Path) -> dict[str, Any]:
+        """The delivered model's arrays."""
+        from safetensors.numpy import load_file
+
+        path = folder / "model.safetensors"
+        path.unlink(missing_ok=True)
+        self.service.call("study", "model", study, "--out", path)
+        return dict(load_file(path))
+
+    def simulate(self, plan: Plan, folder: Path, seed: int, *numbers: int) -> Study:
+        """The same plan, seed and cohorts on this machine."""
+        hospitals = tuple(Hospital(self.daemons[number].config) for number in numbers)
+        alone = Study(plan, Options(data=None, out=folder, seed=seed, hospitals=hospitals))
+        alone.run()
+        return alone
+
+    def orders(self, number: int) -> int:
+        """How many messages a hospital ever took."""
+        link = json.loads((self.daemons[number].folder / "run" / "link.json").read_text())
+        return int(link["messages"])
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("five")
+    write_cohort(folder / "classification", 0, "classification", PATIENTS, HOSPITALS)
+    write_cohort(folder / "segmentation", 0, "segmentation", PATIENTS, HOSPITALS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def federation(
+    make_service: Callable[..., Any], new_daemon: Any, data: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Federation]:  # fmt: skip
+    """Five hospitals that run, of two datasets each; all enrolled by the command line."""
+    network = Network()
+    made = Federation(make_service(network.address), network)
+    try:
+        for number in range(1, HOSPITALS + 1):
+            made.daemons[number] = _hospital(made, new_daemon, data, number, tmp_path_factory)
+        yield made
+    finally:
+        for daemon in made.daemons.values():
+            if daemon.process is not None and daemon.process.poll() is None:
+                daemon.stop()
+        network.close()
+
+
+def _hospital(
+    made: Federation, new_daemon: Any, data: Path, number: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Any:  # fmt: skip
+    service, address = made.service, f"{made.network.address}:{made.service.sites_port}"
+    daemon = new_daemon(f"hospital {number}", tmp_path_factory.mktemp("h"))
+    daemon.within = made.network.within(number)
+    ca = (service.folder / "tls" / "ca.crt").read_bytes()
+    enrol(daemon.folder, daemon.name, address, ca)
+    daemon.config.write_text(
+        SITE.format(
+            name=daemon.name, address=address, data=data, number=number,
+            coordinator=service.coordinator,
+        )
+    )  # fmt: skip
+    for dataset in ("chest", "lungs"):
+        words = ["data", "freeze", dataset, "--config", str(daemon.config), "--json"]
+        done = CliRunner().invoke(client_cli, words)
+        assert done.exit_code == 0, done.output
+    service.call("site", "add", daemon.name, daemon.folder / "connector" / "site.pub")
+    daemon.start()
+    return daemon
