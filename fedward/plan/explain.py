@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from fedward.plan.load import plan_hash
 from fedward.plan.schema import Plan, Stage
-from fedward.plan.settings import SUMMARIES
+from fedward.plan.settings import NEED_ALL, SUMMARIES
 
 _LABEL, _WIDTH = 15, 100
 _FLOAT32 = 4
@@ -200,6 +200,8 @@ def _server(plan: Plan) -> str:
     text = f"{strategy.name}: {SUMMARIES[strategy.name]}"
     if strategy.name not in _UNWEIGHTED:
         text += f", weighted by {strategy.weighting}"
+    if strategy.name in NEED_ALL:
+        text += "; the server holds all updates of a round in memory"
     if strategy.settings:
         text += f" ({', '.join(f'{key} = {value:g}' for key, value in strategy.settings.items())})"
     if strategy.averaging:

@@ -104,6 +104,11 @@ SUMMARIES: dict[StrategyName, str] = {
     "bulyan": "trimmed mean of the updates that Krum selects",
 }
 
+# Strategies that compare the updates of a round; the others fold each in as it comes.
+NEED_ALL: frozenset[StrategyName] = frozenset(
+    ("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan")
+)
+
 _WHOLE = frozenset(
     name for settings in SETTINGS.values() for name, setting in settings.items() if setting.whole
 )

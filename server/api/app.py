@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.requests import Request
 from fastapi.responses import JSONResponse
+from sqlalchemy.exc import InterfaceError, OperationalError
 from starlette.middleware.base import BaseHTTPMiddleware
 
 from fedward.errors import FedwardError, ProtocolError
@@ -59,6 +60,8 @@ def build_api(config: ServerConfig, registry: Registry, link: Link, health: Heal
     app.add_middleware(BaseHTTPMiddleware, dispatch=access.watch)
     app.add_exception_handler(FedwardError, answer_problem)
     app.add_exception_handler(RequestValidationError, _invalid)
+    for away in (OperationalError, InterfaceError):
+        app.add_exception_handler(away, answer_problem)
     app.add_exception_handler(Exception, answer_problem)
     app.include_router(health_router(health, registry, link))
     app.include_router(sites_router(registry, link, access))

@@ -7,6 +7,7 @@ from typing import Final
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
+from sqlalchemy.exc import InterfaceError, OperationalError
 
 from fedward.errors import (
     AccessError,
@@ -69,6 +70,10 @@ def problem_of(error: FedwardError) -> Problem:
 
 async def answer_problem(request: Request, error: Exception) -> JSONResponse:
     """An exception handler of the application."""
+    if isinstance(error, OperationalError | InterfaceError):
+        error = ServiceError(
+            "the registry must be reachable, with room on its disk", fix="See /readyz"
+        )
     if not isinstance(error, FedwardError):
         error = FedwardError("an unexpected error stopped the call", fix="See the service's log")
     headers = {"WWW-Authenticate": "Bearer"} if status_of(error) == 401 else {}

@@ -51,8 +51,8 @@ def open_registry(config: ServerConfig) -> Registry:
 
     Raises
     ------
-    ConfigError
-        The database or the signing key cannot be used.
+    ConfigError, ServiceError
+        The database or the signing key cannot be used, ever or now.
     """
     key = read_signing_key(config.coordinator_key)
     return Registry(

@@ -13,9 +13,9 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, event, text
-from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import NoSuchModuleError, OperationalError, SQLAlchemyError
 
-from fedward.errors import ConfigError
+from fedward.errors import ConfigError, ServiceError
 
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 _LOCK: Final = 7_301_554_291  # any number, the same in every process
@@ -32,17 +32,25 @@ def open_database(url: str) -> Engine:
 
     Raises
     ------
+    ServiceError
+        The database cannot be reached, or has no room; later it may.
     ConfigError
-        The database cannot be reached, is damaged, or is newer than this release.
+        It is damaged, or newer than this release.
     """
     engine = connect(url)
     try:
         _migrate(engine)
+    except OperationalError:
+        engine.dispose()
+        raise ServiceError(
+            "the registry's database must be reachable, with room on its disk",
+            fix="Check database.url, the database's server and the disk", where="database.url",
+        ) from None  # fmt: skip
     except SQLAlchemyError as error:
         engine.dispose()
         raise ConfigError(
-            "the registry's database must be reachable and whole", value=type(error).__name__,
-            fix="Check database.url and the disk, or restore a backup", where="database.url",
+            "the registry's database must be whole", value=type(error).__name__,
+            fix="Check database.url, or restore a backup", where="database.url",
         ) from None  # fmt: skip
     except ConfigError:
         engine.dispose()

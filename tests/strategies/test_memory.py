@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from fedward.plan.settings import NEED_ALL
 from strategies.memory import folds, memory_of, remember
 from strategies.registry import STRATEGIES, build_strategy
 from strategies.settings import StrategySettings
@@ -19,6 +20,13 @@ SETTINGS: dict[str, dict[str, float]] = {
     "fedadagrad": {"eta": 0.1, "tau": 1e-3},
 }
 NAMES = ("w", "b")
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_who_needs_all_updates_says_so(name: str) -> None:
+    settings = {"num_malicious": 0.0, **SETTINGS.get(name, {})}
+    strategy = build_strategy(name, StrategySettings(values=settings))
+    assert folds(strategy) == (name not in NEED_ALL)
 
 
 class OneNode:
