@@ -16,6 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Rec
 from client.connector.fleet import Fleet, LeaseHeld, LinkDown, LinkRefused, RunOver
 from fedward.errors import StudyError
 from fedward.packing import pack, unpack
+from server import certificates
 from server.exchange import StudyGrid
 from server.flower.control import Link
 from server.flower.runtime import RunSession
@@ -93,6 +94,22 @@ def test_who_may_connect(superlink: Any, new_key: NewKey, tmp_path: Any) -> None
         second.beat()
     with pytest.raises(LinkRefused):
         second.pull()
+
+
+def test_a_certificate_that_has_ended_or_is_another_authoritys_ends_the_call(
+    make_superlink: Callable[..., Any], new_key: NewKey
+) -> None:
+    expired = make_superlink(days=-1)
+    key, public = new_key()
+    with pytest.raises(StudyError, match="must be reachable"):
+        Link(expired.address, expired.ca, expired.control_secret).register(public, "north")
+    with pytest.raises(LinkDown, match="certificate"):
+        Fleet(expired.address, expired.ca, key, 1 << 20).activate()
+    elsewhere = certificates.certificate_pem(
+        certificates.make_ca("another", certificates.new_key())
+    )
+    with pytest.raises(LinkDown, match="certificate"):
+        Fleet(expired.address, elsewhere, key, 1 << 20).activate()
 
 
 def test_a_killed_superlink_comes_back_with_the_run(

@@ -19,14 +19,23 @@ from typer.testing import CliRunner
 
 from client.cli import app as client_cli
 from client.enrol import enrol
+from fedward.models import build_model, to_arrays
 from fedward.plan.schema import Plan
 from fedward.plan.text import toml_text
+from server.config import load_config
+from server.flower.control import Link
+from server.flower.runtime import RunSession
+from server.job import Job
+from server.registry import open_registry
+from server.results import Arm
+from server.rounds import StudyRun
+from server.runner import link_address
 from simulation.cohort import write_cohort
 from simulation.options import Hospital, Options
 from simulation.study import Study
 
 HOSPITALS = 5
-PATIENTS = 12
+PATIENTS = 20
 
 
 class Network:
@@ -94,6 +103,45 @@ class Network:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+class SmallDisk:
+    """The aggregator's state on a file system of its own (tmpfs), so that it can be full."""
+
+    def __init__(self) -> None:
+        self._place: Path | None = None
+        self.why_not = "a file system of its own needs root"
+
+    def put_under(self, folder: Path) -> None:
+        """Move an aggregator's state there."""
+        config, state = folder / "server.toml", folder / "state"
+        config.write_text(config.read_text().replace("free_bytes = 1000000000", "free_bytes = 1"))
+        if os.geteuid() != 0:
+            return
+        state.rename(folder / "before")
+        state.mkdir(mode=0o700)
+        command = ["mount", "-t", "tmpfs", "-o", "size=192m,mode=700", "fedward-test", str(state)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            self._place, self.why_not = state, ""
+        else:
+            self.why_not = done.stderr.strip()
+        shutil.copytree(folder / "before", state, dirs_exist_ok=True)
+
+    def fill(self) -> Path:
+        """Leave no byte free; gives the file that does it."""
+        if self._place is None:
+            pytest.skip(self.why_not)
+        filler = self._place / "filler"
+        with filler.open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        return filler
+
+    def close(self) -> None:
+        """Take it away."""
+        if self._place is not None:
+            subprocess.run(["umount", "-l", str(self._place)], check=False)
+
+
 SITE = """
 version = 1
 [site]
@@ -142,6 +190,7 @@ class Federation:
 
     service: Any
     network: Network
+    disk: SmallDisk
     daemons: dict[int, Any] = field(default_factory=dict)
 
     @property
@@ -152,7 +201,7 @@ class Federation:
         """Submit as a coordinator does; gives the study's id."""
         path = folder / "plan.toml"
         path.write_text(toml_text(plan.model_dump(mode="json", exclude_none=True)))
-        return str(self.service.call("study", "submit", path, "--sites", sites, *more)["id"])
+        return str(self.service.ask("study", "submit", path, "--sites", sites, *more)["id"])
 
     def show(self, study: str) -> dict[str, Any]:
         """The study and its rounds."""
@@ -187,7 +236,7 @@ class Federation:
 
     def recovered(self) -> None:
         """Wait until everything runs again that an earlier test may have killed."""
-        end = time.monotonic() + 90
+        end = time.monotonic() + 300
         while not (self.service.ready() and all(map(self._online, self.daemons))):
             assert time.monotonic() < end, "not everything runs again"
             time.sleep(0.1)
@@ -200,7 +249,7 @@ class Federation:
             }  # fmt: skip
         return False
 
-    def finish(self, study: str, seconds: float = 120.0) -> dict[str, Any]:
+    def finish(self, study: str, seconds: float = 400.0) -> dict[str, Any]:
         """Wait for its end."""
         end = time.monotonic() + seconds
         while True:
@@ -217,12 +266,38 @@ class Federation:
 
         path = folder / "model.safetensors"
         path.unlink(missing_ok=True)
-        self.service.call("study", "model", study, "--out", path)
+        self.service.ask("study", "model", study, "--out", path)
         return dict(load_file(path))
+
+    def replay(self, study: str, plan: Plan, seed: int, folder: Path) -> Job:
+        """Send a study's signed orders once more, as whoever kept them could."""
+        config = load_config(self.service.folder / "server.toml")
+        registry = open_registry(config)
+        try:
+            kept = registry.studies.get(study)
+            members = {site.node_id or 0: site.name for site in registry.sites.list()}
+        finally:
+            registry.close()
+        link = Link(
+            link_address(config), config.tls.ca.read_bytes(), config.control_secret.read_bytes()
+        )
+        session = RunSession(link, config.runtime_secret.read_bytes(), folder / "lock")
+        job = Job(
+            plan, to_arrays(build_model(plan, seed)), Arm(name="replayed", kind="federated"), seed,
+            members={node: name for node, name in members.items() if name in kept.sites},
+            signed={"study": study, "coordinator": kept.coordinator, "signature": kept.signature},
+        )  # fmt: skip
+        try:
+            StudyRun(job, session.grid).run()
+        finally:
+            session.close(complete=job.complete)
+            link.close()
+        return job
 
     def simulate(self, plan: Plan, folder: Path, seed: int, *numbers: int) -> Study:
         """The same plan, seed and cohorts on this machine."""
-        hospitals = tuple(Hospital(self.daemons[number].config) for number in numbers)
+        dataset = "lungs" if plan.task.kind == "segmentation" else "chest"
+        hospitals = tuple(Hospital(self.daemons[number].config, dataset) for number in numbers)
         alone = Study(plan, Options(data=None, out=folder, seed=seed, hospitals=hospitals))
         alone.run()
         return alone
@@ -247,8 +322,9 @@ def federation(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Federation]:  # fmt: skip
     """Five hospitals that run, of two datasets each; all enrolled by the command line."""
-    network = Network()
-    made = Federation(make_service(network.address), network)
+    network, disk = Network(), SmallDisk()
+    service = make_service(network.address, prepare=disk.put_under)
+    made = Federation(service, network, disk)
     try:
         for number in range(1, HOSPITALS + 1):
             made.daemons[number] = _hospital(made, new_daemon, data, number, tmp_path_factory)
@@ -257,7 +333,10 @@ def federation(
         for daemon in made.daemons.values():
             if daemon.process is not None and daemon.process.poll() is None:
                 daemon.stop()
+        if service.process.poll() is None:
+            service.stop()
         network.close()
+        disk.close()
 
 
 def _hospital(
@@ -279,6 +358,6 @@ def _hospital(
         words = ["data", "freeze", dataset, "--config", str(daemon.config), "--json"]
         done = CliRunner().invoke(client_cli, words)
         assert done.exit_code == 0, done.output
-    service.call("site", "add", daemon.name, daemon.folder / "connector" / "site.pub")
+    service.ask("site", "add", daemon.name, daemon.folder / "connector" / "site.pub")
     daemon.start()
     return daemon

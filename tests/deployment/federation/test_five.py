@@ -54,7 +54,7 @@ def test_five_hospitals_make_the_model_of_the_simulation_bit_for_bit(
         assert here["train_loss"] == there["train_loss"]
 
 
-def test_five_hospitals_with_privacy_spend_what_the_simulation_says(
+def test_privacy_costs_what_the_simulation_says_and_a_replayed_study_nothing(
     federation: Any, make_plan: Make, tmp_path: Path
 ) -> None:
     plan = make_plan(
@@ -88,6 +88,14 @@ def test_five_hospitals_with_privacy_spend_what_the_simulation_says(
     assert alone.model is not None
     delivered = federation.model(study, tmp_path)
     assert any(not np.array_equal(delivered[name], value) for name, value in alone.model.items())
+
+    # Whoever replays the study's orders hears again what was released, and it costs nothing.
+    before = federation.daemons[3].call("budget")
+    again = federation.replay(study, plan, 5, tmp_path)
+    assert again.complete
+    for name, value in delivered.items():
+        np.testing.assert_array_equal(again.average[name], value)
+    assert federation.daemons[3].call("budget") == before
 
 
 def test_each_hospital_has_a_network_of_its_own(federation: Any) -> None:

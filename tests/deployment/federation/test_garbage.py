@@ -159,7 +159,7 @@ def mallory(federation: Any, tmp_path: Path) -> Iterator[Mallory]:
     address = f"{federation.network.address}:{service.sites_port}"
     made = Mallory(address, (service.folder / "tls" / "ca.crt").read_bytes())
     (tmp_path / "mallory.pub").write_text(public_pem(made.key))
-    service.call("site", "add", NAME, tmp_path / "mallory.pub")
+    service.ask("site", "add", NAME, tmp_path / "mallory.pub")
     yield made
     made.close()
 
@@ -184,11 +184,11 @@ def test_no_hospital_can_spoil_a_study(
     until(lambda: len(rounds()) >= 1)
     assert list(rounds()[0]["sites"]) == ["hospital 1"]
     mallory.start()
-    until(lambda: federation.events(study, "quarantined"), 120)
+    until(lambda: federation.events(study, "quarantined"))
     (quarantined,) = federation.events(study, "quarantined")
     assert quarantined["site"] == NAME
     assert quarantined["reason"].startswith("an update must be finite")
-    listed = {one["name"]: one for one in federation.service.call("site", "list")["sites"]}
+    listed = {one["name"]: one for one in federation.service.ask("site", "list")["sites"]}
     assert listed[NAME]["state"] == "quarantined"
 
     # Its late answer goes nowhere, and nobody asks it any more.
@@ -209,7 +209,7 @@ def test_no_hospital_can_spoil_a_study(
             assert reasons[0].startswith(expected[answer]), (number, answer, reasons)
     assert max(mallory.answers) == quarantined["round"]
 
-    federation.service.call("site", "release", NAME)
+    federation.service.ask("site", "release", NAME)
     until(lambda: NAME in rounds()[-1]["sites"])
-    federation.service.call("site", "remove", NAME)
-    federation.service.call("study", "stop", study)
+    federation.service.ask("site", "remove", NAME)
+    federation.service.ask("study", "stop", study)

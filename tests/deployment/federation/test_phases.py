@@ -76,7 +76,7 @@ class Round:
         return int(self.federation.node(self.number))
 
 
-def wait(condition: Callable[[], object], seconds: float = 90.0) -> None:
+def wait(condition: Callable[[], object], seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come to be"
@@ -300,6 +300,26 @@ def test_who_stays_away_costs_its_own_update_and_is_back_in_a_later_round(
     finally:
         federation.network.mend(1)
     wait(lambda: sites_of_the_last() == BOTH)
-    federation.service.call("study", "stop", study)
+    federation.service.ask("study", "stop", study)
     told = [event["round"] for event in federation.events(study, "round")]
     assert told == list(range(1, len(told) + 1))
+
+
+def test_a_full_disk_makes_the_study_wait_and_loses_nothing(
+    federation: Any, plan: Any, tmp_path: Path
+) -> None:
+    federation.recovered()
+    plan = plan.model_copy(update={"training": plan.training.model_copy(update={"rounds": 6})})
+    study = federation.submit(plan, ",".join(BOTH), tmp_path, "--seed", 3)
+    now = Round(federation, study, 1)
+    wait(lambda: now.finished() >= 1)
+    filler = federation.disk.fill()
+    try:
+        done = now.finished()
+        assert not in_time(lambda: now.finished() > done + 1, 4.0)
+        health = federation.service.get("/readyz")
+        assert health.status_code == 503
+    finally:
+        filler.unlink()
+    is_as_if_nothing_happened(federation, study, plan, tmp_path)
+    assert federation.show(study)["study"]["state"] == "finished"
