@@ -33,7 +33,7 @@ def test_each_test_that_a_page_names_is_there(page: Path, known: set[str]) -> No
 
 def test_each_line_of_a_fault_table_names_a_test() -> None:
     for name in ("aggregator.md", "daemon.md"):
-        text = (ROOT / "docs" / name).read_text().partition("## What happens when")[2]
+        text = (ROOT / "docs" / name).read_text().partition(HEADING)[2]
         rows = re.findall(r"^\|.*\|$", text.partition("\n## ")[0], re.MULTILINE)[2:]
         assert len(rows) > 8, name
         for row in rows:
