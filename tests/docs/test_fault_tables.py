@@ -8,11 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [
-    page
-    for page in sorted((ROOT / "docs").glob("*.md"))
-    if "\n## What happens when" in page.read_text()
-]
+HEADING = "\n## What happens when\n"
+PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if HEADING in page.read_text()]
 
 
 @pytest.fixture(scope="module")
