@@ -164,6 +164,30 @@ def check(plan: PlanFile, as_json: AsJson = False) -> None:
         typer.echo(explain(loaded, parameters))
 
 
+@app.command()
+def export(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="A new folder; none: RUN-bundle.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's model as a MONAI bundle with an ONNX file in it."""
+    from simulation.export import export_run
+
+    target = out or run.with_name(f"{run.resolve().name}-bundle")
+    made = export_run(run, target)
+    if as_json:
+        print_json({
+            "export": target.name, "files": list(made.files), "difference": made.difference
+        })  # fmt: skip
+        return
+    typer.echo(f"MONAI bundle: {target}, ONNX file: {target / 'models' / 'model.onnx'}")
+    typer.echo(f"Outputs differ from the network's by at most {made.difference:.1e}.")
+
+
 def _run_studies(studies: list[Any], out: Path, as_json: bool) -> None:
     from server.report import headline, summary_table
     from simulation import flower

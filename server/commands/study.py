@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from fedward.console import print_json
 from fedward.errors import OutputError, PlanError, StudyError
+from fedward.plan.load import from_canonical
 from server.client import ApiClient
 from server.commands.options import SERVER, Ca, Config, Json, Token, Url, api
 
@@ -145,6 +147,34 @@ def model(
     card = out.with_suffix(".md")
     _write(card, client.fetch(f"/v1/studies/{study}/card"))
     _said({"model": out.name, "card": card.name}, f"Model: {out}, card: {card}", as_json=as_json)
+
+
+@study_app.command("export")
+def export(
+    study: StudyId,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="a new folder; none: STUDY-bundle")
+    ] = None,
+    config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Write the finished model as a MONAI bundle with an ONNX file in it."""
+    from fedward.models import load_model
+    from server.artifacts.export import Delivered, export_bundle
+
+    client = api(config, url, token, ca)
+    with TemporaryDirectory() as folder:
+        fetched = Path(folder) / "model.safetensors"
+        fetched.write_bytes(client.fetch(f"/v1/studies/{study}/model"))
+        arrays, _ = load_model(fetched)
+    card = client.fetch(f"/v1/studies/{study}/card").decode()
+    plan = from_canonical(client.call("GET", f"/v1/studies/{study}")["study"]["plan"])
+    target = out or Path(f"{study}-bundle")
+    made = export_bundle(Delivered(plan, arrays, card), target)
+    _said(
+        {"export": target.name, "files": list(made.files), "difference": made.difference},
+        f"MONAI bundle: {target}, ONNX file: {target / 'models' / 'model.onnx'}; outputs differ "
+        f"from the network's by at most {made.difference:.1e}.", as_json=as_json,
+    )  # fmt: skip
 
 
 def _wish(client: ApiClient, study: str, wish: str, *, as_json: bool) -> None:

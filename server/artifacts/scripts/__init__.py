@@ -1,0 +1,1 @@
+"""What goes into an exported bundle as it stands; imports nothing of Fedward."""

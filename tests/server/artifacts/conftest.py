@@ -1,0 +1,80 @@
+"""Plans for every network, and their exports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedward.models import build_model, to_arrays
+from fedward.plan import Plan, plan_from
+from fedward.plan.schema import SEGMENTERS
+from server.artifacts.export import Delivered
+
+WEIGHTS = {"file": "package:x/y", "sha256": "0" * 64}
+CARD = "# Model card\n\nMade of two sites.\n\n"
+
+
+def build_plan(name: str, dimensions: int = 2, size: int = 16, **changes: Any) -> Plan:
+    """A plan for one network; `changes` go into its sections."""
+    segmentation, lite = name in SEGMENTERS, name == "efficientnet-lite0"
+    model = {"name": name, **({"initial_weights": WEIGHTS} if lite else {})}
+    sections: dict[str, Any] = {
+        "study": {"name": "exported", "title": "A study", "intended_use": "To test exports."},
+        "task": {
+            "kind": "segmentation" if segmentation else "classification",
+            "dimensions": dimensions, "classes": ["lung"] if segmentation else ["no", "yes"],
+        },
+        "preprocessing": {"size": [size] * dimensions, "channels": 3 if lite else 1},
+        "model": model,
+        "training": {
+            "rounds": 1, "learning_rate": 0.1, "local_epochs": 1,
+            "loss": "dice_ce" if segmentation else "cross_entropy",
+        },
+        "privacy": {"mechanism": "none"},
+        "metrics": {"report": ["loss"], "primary": "loss"},
+    }  # fmt: skip
+    for section, values in changes.items():
+        sections[section] = {**sections[section], **values}
+    return plan_from({"version": 1, **sections})
+
+
+def trained(plan: Plan) -> torch.nn.Module:
+    """A network whose every weight and statistic has left its first value."""
+    model = build_model(plan, 3)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.mul_(1 + 0.1 * torch.rand(value.shape, generator=generator))
+            value.add_(0.02 * torch.rand(value.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.fixture(scope="session", name="plan_of")
+def plan_of_fixture() -> Callable[..., Plan]:
+    return build_plan
+
+
+@pytest.fixture(scope="session", name="trained")
+def trained_fixture() -> Callable[[Plan], torch.nn.Module]:
+    return trained
+
+
+@pytest.fixture(scope="session")
+def delivered() -> Callable[[Plan, torch.nn.Module], Delivered]:
+    """What a study delivers."""
+    return lambda plan, model: Delivered(plan, to_arrays(model), CARD)
+
+
+@pytest.fixture(scope="session")
+def images() -> Callable[[Plan, int], torch.Tensor]:
+    """Random inputs of a plan's network."""
+
+    def make(plan: Plan, count: int) -> torch.Tensor:
+        shape = (count, plan.preprocessing.channels, *plan.preprocessing.size)
+        return torch.from_numpy(np.random.default_rng(count).normal(size=shape).astype(np.float32))
+
+    return make

@@ -1,0 +1,192 @@
+"""A bundle is one by MONAI's rules, runs without Fedward, and tells no more than its card."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import monai.bundle
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from PIL import Image as Pillow
+
+from fedward.errors import ModelError, OutputError
+from server.artifacts import export as exporting
+from server.artifacts.export import export_bundle
+
+pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.integration
+Make = Callable[..., Any]
+# What MONAI's bundle specification wants of metadata.json, written down by hand: the schema itself
+# is downloaded by `monai.bundle verify_metadata`, and a test has no network.
+TEXT, TENSOR = {"type": "string", "minLength": 1}, ("inputs", "outputs")
+FORMAT = {
+    "type": "object",
+    "required": ["type", "format", "num_channels", "spatial_shape", "dtype", "value_range",
+                 "is_patch_data", "channel_def"],
+    "properties": {
+        "type": {"enum": ["image", "series", "tuples", "probabilities"]}, "format": TEXT,
+        "modality": TEXT, "num_channels": {"type": "integer", "minimum": 1},
+        "spatial_shape": {"type": "array", "items": {"type": ["integer", "string"]}},
+        "dtype": TEXT, "value_range": {"type": "array", "items": {"type": "number"}},
+        "is_patch_data": {"type": "boolean"},
+        "channel_def": {"type": "object", "additionalProperties": TEXT},
+    },
+}  # fmt: skip
+SCHEMA = {
+    "type": "object",
+    "required": ["schema", "version", "monai_version", "pytorch_version", "numpy_version",
+                 "required_packages_version", "task", "description", "authors", "copyright",
+                 "network_data_format"],
+    "properties": {
+        **dict.fromkeys(("schema", "monai_version", "pytorch_version", "numpy_version", "task",
+                         "description", "authors", "copyright", "intended_use"), TEXT),
+        "version": {"type": "string", "pattern": r"^[0-9]+\.[0-9]+\.[0-9]+"},
+        "changelog": {"type": "object", "additionalProperties": TEXT},
+        "required_packages_version": {"type": "object", "additionalProperties": TEXT},
+        "network_data_format": {
+            "type": "object", "required": list(TENSOR),
+            "properties": {
+                name: {"type": "object", "minProperties": 1, "additionalProperties": FORMAT}
+                for name in TENSOR
+            },
+        },
+    },
+}  # fmt: skip
+KINDS = {
+    "classification": ("cnn", 2, {"size": [24, 32], "intensity": "unit"}),
+    "segmentation": ("unet", 3, {"size": [16, 16, 16], "spacing": [2.0, 2.0, 2.0]}),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def made(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, plan_of: Make,
+    trained: Make, delivered: Make,
+) -> tuple[Any, Any, Path]:  # fmt: skip
+    name, dimensions, prep = KINDS[request.param]
+    plan = plan_of(name, dimensions, preprocessing=prep, model={"channels": [4, 8]})
+    model, folder = trained(plan), tmp_path_factory.mktemp("bundle") / "b"
+    assert export_bundle(delivered(plan, model), folder).difference < 1e-4
+    return plan, model, folder
+
+
+def test_metadata_is_as_monai_wants_it(made: tuple[Any, Any, Path]) -> None:
+    _, _, folder = made
+    told = json.loads((folder / "configs" / "metadata.json").read_text())
+    jsonschema.validate(told, SCHEMA)
+    files = {"meta_file": str(folder / "configs" / "metadata.json"),
+             "config_file": str(folder / "configs" / "inference.json")}  # fmt: skip
+    monai.bundle.verify_net_in_out("network_def", device="cpu", bundle_root=str(folder), **files)
+    flow = monai.bundle.ConfigWorkflow(workflow_type="inference", logging_file=False, **files)
+    flow.initialize()
+    assert not flow.check_properties()
+
+
+def test_monai_loads_the_network(
+    made: tuple[Any, Any, Path], images: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, model, folder = made
+    monkeypatch.chdir(folder)
+    loaded = monai.bundle.load(".", bundle_dir=".", workflow_type="inference", device="cpu")
+    script, told, _ = monai.bundle.load(
+        folder.name, bundle_dir=str(folder.parent), load_ts_module=True, device="cpu"
+    )
+    given = images(plan, 2)
+    with torch.no_grad():
+        for network in (loaded, script):
+            assert torch.equal(network.eval()(given), model(given))
+    assert told["name"] == "exported"
+
+
+def run(folder: Path) -> None:
+    """``monai.bundle run`` where Fedward is not on the path."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    code = (
+        "import sys; sys.modules['fedward'] = sys.modules['server'] = None;"
+        "from monai.bundle import run; run(config_file='configs/inference.json')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, text=True, capture_output=True,
+        timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_bundle_runs_over_a_folder_of_images(made: tuple[Any, Any, Path]) -> None:
+    plan, model, folder = made
+    pytest.importorskip("ignite")
+    (folder / "images").mkdir()
+    rng = np.random.default_rng(0)
+    if plan.task.kind == "classification":
+        from client.data.readers.pictures import Picture as Reader
+
+        path = folder / "images" / "one.png"
+        Pillow.fromarray(rng.integers(0, 255, (40, 50)).astype(np.uint8)).save(path)
+        image = Reader(path)()
+    else:
+        from client.data.readers.nifti import NiftiImage
+
+        path = folder / "images" / "one.nii.gz"
+        values = rng.normal(size=(20, 22, 18)).astype(np.float32)
+        nib.save(nib.Nifti1Image(values, np.diag([-1.8, 1.5, 2.0, 1.0])), path)
+        image = NiftiImage(path, 3)()
+    from client.data.transform import prepare_image
+
+    given = prepare_image(image, None, plan.task, plan.preprocessing).pixels
+    with torch.no_grad():
+        likely = torch.softmax(model(torch.from_numpy(given)[None]), 1)[0].numpy()
+    run(folder)
+    if plan.task.kind == "classification":
+        (row,) = csv.reader((folder / "output" / "predictions.csv").open())
+        assert Path(row[0]).name == "one.png"
+        np.testing.assert_allclose([float(v) for v in row[1:]], likely, atol=1e-4)
+        return
+    mask = nib.load(folder / "output" / "one_mask.nii.gz")
+    assert mask.shape == (20, 22, 18)
+    np.testing.assert_allclose(mask.affine, np.diag([-1.8, 1.5, 2.0, 1.0]), atol=1e-5)
+    share = (likely.argmax(0) == 1).mean()
+    assert abs((np.asanyarray(mask.dataobj) == 1).mean() - share) < 0.25
+
+
+def test_only_the_card_speaks_of_sites(made: tuple[Any, Any, Path]) -> None:
+    _, _, folder = made
+    assert "Made of two sites." in (folder / "docs" / "README.md").read_text()
+    here = Path(__file__).resolve().parents[3]
+    for path in (p for p in folder.rglob("*") if p.is_file() and "images" not in p.parts):
+        content = path.read_bytes()
+        assert str(here).encode() not in content, path
+        assert str(folder).encode() not in content or path.name == "predictions.csv", path
+        assert b"two sites" not in content or path.name == "README.md", path
+
+
+def test_a_folder_that_is_there_is_left_alone(
+    plan_of: Make, trained: Make, delivered: Make, tmp_path: Path
+) -> None:
+    plan = plan_of("cnn", model={"channels": [4, 8]})
+    with pytest.raises(OutputError, match="must be new"):
+        export_bundle(delivered(plan, trained(plan)), tmp_path)
+    other = plan_of("cnn", model={"channels": [4, 16]})
+    with pytest.raises(ModelError):
+        export_bundle(delivered(other, trained(plan)), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_file_that_gives_another_output_is_not_kept(
+    plan_of: Make, trained: Make, delivered: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of("cnn", model={"channels": [4, 8]})
+    wrong = np.ones((3, 2), np.float32)
+    monkeypatch.setattr(exporting, "_run_onnx", lambda *_: wrong)
+    with pytest.raises(ModelError, match=r"model\.onnx: off by"):
+        export_bundle(delivered(plan, trained(plan)), tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []

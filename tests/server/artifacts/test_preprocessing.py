@@ -1,0 +1,116 @@
+"""A bundle's transforms give what a hospital's client gives, from the same files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser
+from monai.transforms import Compose
+from PIL import Image as Pillow
+
+from client.data.readers.nifti import NiftiImage
+from client.data.readers.pictures import Picture
+from client.data.transform import prepare_image
+from server.artifacts.inference import inference_config
+
+# MONAI tells that it has no NVIDIA decoder; it needs none.
+pytestmark = pytest.mark.filterwarnings("ignore:NvImgCodec")
+Make = Callable[..., Any]
+TOLERANCE = 1e-4
+OWN = "server.artifacts."
+
+
+def transforms(plan: Any) -> Compose:
+    """The preprocessing as ``ConfigParser`` makes it, with the bundle's script."""
+    text = json.dumps(inference_config(plan)).replace('"scripts.', f'"{OWN}scripts.')
+    parser = ConfigParser(json.loads(text))
+    return parser.get_parsed_content("preprocessing")
+
+
+def picture(folder: Path, kind: str) -> Path:
+    rng = np.random.default_rng(0)
+    shapes = {"grey": (37, 52), "colour": (37, 52, 3), "deep": (37, 52)}
+    values = rng.integers(20, 220, shapes[kind])
+    values[5:20, 8:30] = 200
+    path = folder / f"{kind}.png"
+    Pillow.fromarray(values.astype(np.uint16 if kind == "deep" else np.uint8)).save(path)
+    return path
+
+
+WAYS: list[dict[str, Any]] = [
+    {"intensity": "unit"},
+    {"intensity": "zscore"},
+    {"intensity": "imagenet", "channels": 3},
+    {"intensity": "unit", "percentiles": [2.0, 97.0]},
+    {"intensity": "zscore", "window": [30.0, 150.0], "resize": "fit"},
+    {"intensity": "zscore", "resize": "fit"},
+    {"intensity": "unit", "spacing": [0.7, 2.3]},
+]
+
+
+@pytest.mark.parametrize("kind", ["grey", "colour", "deep"])
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(str, way.values())))
+def test_pictures(way: dict[str, Any], kind: str, plan_of: Make, tmp_path: Path) -> None:
+    plan = plan_of("cnn", preprocessing={"size": [24, 32], **way})
+    path = picture(tmp_path, kind)
+    wanted = prepare_image(Picture(path)(), None, plan.task, plan.preprocessing).pixels
+    found = transforms(plan)({"image": str(path)})["image"]
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.numpy(), wanted, atol=TOLERANCE)
+
+
+VOLUMES: list[dict[str, Any]] = [
+    {"intensity": "zscore", "window": [-1000.0, 400.0], "spacing": [1.5, 1.1, 2.0]},
+    {"intensity": "zscore", "resize": "fit"},
+    {"intensity": "unit", "percentiles": [1.0, 99.0]},
+    {"intensity": "unit"},
+    {"intensity": "zscore", "spacing": [3.0, 3.0, 3.0]},
+]
+
+
+def volume(path: Path) -> nib.Nifti1Image:
+    """Stored left to right reversed, with its axes exchanged and a NaN."""
+    values = np.random.default_rng(1).normal(0, 500, (18, 23, 14)).astype(np.float32)
+    values[3:9, 4:12, 5:9] += 900
+    values[0, 0, 0] = np.nan
+    affine = np.array([[0, -1.2, 0, 9], [0.9, 0, 0, -4], [0, 0, 2.5, 3], [0, 0, 0, 1.0]])
+    nib.save(nib.Nifti1Image(values, affine), path)
+    return nib.load(path)
+
+
+@pytest.mark.parametrize("way", VOLUMES, ids=lambda way: "-".join(map(str, way.values())))
+def test_volumes(way: dict[str, Any], plan_of: Make, tmp_path: Path) -> None:
+    plan = plan_of("unet", 3, preprocessing={"size": [16, 24, 16], **way})
+    volume(path := tmp_path / "v.nii.gz")
+    wanted = prepare_image(NiftiImage(path, 3)(), None, plan.task, plan.preprocessing)
+    found = transforms(plan)({"image": str(path)})["image"]
+    np.testing.assert_allclose(found.numpy(), wanted.pixels, atol=TOLERANCE)
+    np.testing.assert_allclose(found.pixdim.numpy(), wanted.spacing, rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", VOLUMES, ids=lambda way: "-".join(map(str, way.values())))
+def test_what_is_marked_on_the_models_grid_comes_back_to_its_place(
+    way: dict[str, Any], plan_of: Make, tmp_path: Path
+) -> None:
+    plan = plan_of("unet", 3, preprocessing={"size": [32, 32, 32], **way})
+    stored = volume(path := tmp_path / "v.nii.gz")
+    steps = transforms(plan)
+    image = steps({"image": str(path)})["image"]
+    # The world's x coordinate of each voxel, made on the model's grid from its affine.
+    places = torch.stack(torch.meshgrid(*map(torch.arange, image.shape[1:]), indexing="ij"), -1)
+    world = places.to(torch.float64) @ image.affine[:3, :3].T + image.affine[:3, 3]
+    image[:] = world[..., 0]
+    back = steps.inverse({"image": image})["image"]
+    assert tuple(back.shape[1:]) == stored.shape
+    np.testing.assert_allclose(back.affine.numpy(), stored.affine, atol=1e-4)
+    grid = np.stack(np.meshgrid(*map(np.arange, stored.shape), indexing="ij"), -1)
+    wanted = (grid @ stored.affine[:3, :3].T + stored.affine[:3, 3])[..., 0]
+    inner = (slice(4, -4),) * 3
+    np.testing.assert_allclose(back[0].numpy()[inner], wanted[inner], atol=0.8)
