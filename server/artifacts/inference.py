@@ -16,12 +16,12 @@ _UPRIGHT: Final = {"_target_": "PIL.ImageOps.exif_transpose", "_mode_": "callabl
 def inference_config(plan: Plan) -> Config:
     """The configuration, as MONAI's ``ConfigParser`` reads it."""
     return {
-        "imports": ["$import os", "$import torch"],
+        "imports": ["$import glob", "$import torch"],
         "bundle_root": ".",
         "device": "$torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')",
         "dataset_dir": "$@bundle_root + '/images'",
         "output_dir": "$@bundle_root + '/output'",
-        "datalist": "$[os.path.join(@dataset_dir, f) for f in sorted(os.listdir(@dataset_dir))]",
+        "datalist": "$sorted(glob.glob(@dataset_dir + '/*'))",
         "network_def": {
             "_target_": "torch.jit.load", "f": "$@bundle_root + '/models/model.ts'",
             "map_location": "@device",

@@ -41,7 +41,7 @@ def sections(text: str, level: str = "##") -> dict[str, str]:
 
 
 def test_the_commands_are_found() -> None:
-    assert set(ALL) == {"run", "demo", "plan check"}
+    assert set(ALL) == {"run", "demo", "export", "plan check"}
 
 
 @pytest.mark.parametrize("name", ALL)

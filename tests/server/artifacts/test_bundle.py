@@ -24,7 +24,11 @@ from server.artifacts import export as exporting
 from server.artifacts.export import export_bundle
 
 pytest.importorskip("onnxruntime")
-pytestmark = pytest.mark.integration
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore:parsing config_file"),  # MONAI's, that a config is code
+    pytest.mark.filterwarnings("ignore:NvImgCodec"),
+]
 Make = Callable[..., Any]
 # What MONAI's bundle specification wants of metadata.json, written down by hand: the schema itself
 # is downloaded by `monai.bundle verify_metadata`, and a test has no network.
@@ -80,14 +84,19 @@ def made(
     return plan, model, folder
 
 
-def test_metadata_is_as_monai_wants_it(made: tuple[Any, Any, Path]) -> None:
+def test_metadata_is_as_monai_wants_it(
+    made: tuple[Any, Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, _, folder = made
+    monkeypatch.syspath_prepend(folder)  # as `monai.bundle run` does
     told = json.loads((folder / "configs" / "metadata.json").read_text())
     jsonschema.validate(told, SCHEMA)
     files = {"meta_file": str(folder / "configs" / "metadata.json"),
              "config_file": str(folder / "configs" / "inference.json")}  # fmt: skip
     monai.bundle.verify_net_in_out("network_def", device="cpu", bundle_root=str(folder), **files)
-    flow = monai.bundle.ConfigWorkflow(workflow_type="inference", logging_file=False, **files)
+    flow = monai.bundle.ConfigWorkflow(
+        workflow_type="inference", logging_file=False, bundle_root=str(folder), **files
+    )
     flow.initialize()
     assert not flow.check_properties()
 

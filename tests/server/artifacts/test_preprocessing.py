@@ -21,7 +21,10 @@ from client.data.transform import prepare_image
 from server.artifacts.inference import inference_config
 
 # MONAI tells that it has no NVIDIA decoder; it needs none.
-pytestmark = pytest.mark.filterwarnings("ignore:NvImgCodec")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:NvImgCodec"),
+    pytest.mark.filterwarnings("ignore:The given NumPy array is not writable"),
+]
 Make = Callable[..., Any]
 TOLERANCE = 1e-4
 OWN = "server.artifacts."
