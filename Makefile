@@ -47,6 +47,8 @@ docs: $(DONE)
 	$(BIN)/python -m server.report.reference > docs/metrics.md
 	$(BIN)/python -m client.reference > docs/site.md
 	$(BIN)/python -m client.data.corpus > docs/dicom.md
+	$(BIN)/python -m server.reference > docs/server.md
+	$(BIN)/python -m server.api.reference > docs/api.md
 
 clean:
 	rm -rf $(VENV) demo runs

@@ -67,6 +67,7 @@ class Access:
                 raise Denied(403, f"this call needs the role {role}", "Ask an admin for a token")
             return token
 
+        check.role = role  # type: ignore[attr-defined]
         return check
 
     async def watch(

@@ -14,6 +14,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 
 from fedward.errors import FedwardError, ProtocolError
 from server.api.access import Access
+from server.api.describe import describe_roles, describe_tokens
 from server.api.health import Health, health_router
 from server.api.problems import Problem, answer_problem
 from server.api.sites import sites_router
@@ -63,10 +64,12 @@ def build_api(config: ServerConfig, registry: Registry, link: Link, health: Heal
     for away in (OperationalError, InterfaceError):
         app.add_exception_handler(away, answer_problem)
     app.add_exception_handler(Exception, answer_problem)
-    app.include_router(health_router(health, registry, link))
-    app.include_router(sites_router(registry, link, access))
-    app.include_router(studies_router(config, registry, access))
-    app.include_router(tokens_router(registry, access))
+    for router in (
+        health_router(health, registry, link), sites_router(registry, link, access),
+        studies_router(config, registry, access), tokens_router(registry, access),
+    ):  # fmt: skip
+        app.include_router(describe_roles(router))
+    describe_tokens(app)
     return app
 
 

@@ -8,7 +8,7 @@ from collections import Counter as Tally
 from typing import Any, Final
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from fedward.errors import FedwardError
@@ -79,7 +79,7 @@ def health_router(health: Health, registry: Registry, link: Link) -> APIRouter:
             {"ready": health.ready, "parts": health.find()}, 200 if health.ready else 503
         )
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> Response:
         """Figures in Prometheus' format."""
         return Response(_figures(health, registry, link), media_type="text/plain; version=0.0.4")

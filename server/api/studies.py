@@ -26,6 +26,14 @@ _LOOK: Final = 0.3
 _MOST: Final = 500
 
 
+_FILE: Final[dict[int | str, dict[str, Any]]] = {200: {"content": {"application/octet-stream": {}}}}
+_LINES: Final[dict[int | str, dict[str, Any]]] = {200: {"content": {"application/x-ndjson": {}}}}
+
+
+class _Lines(StreamingResponse):
+    media_type = "application/x-ndjson"
+
+
 class NewStudy(BaseModel):
     """A study to submit."""
 
@@ -72,14 +80,18 @@ def studies_router(config: ServerConfig, registry: Registry, access: Access) -> 
         """Where a study stands, and its rounds."""
         return StudyAnswer(study=studies.get(study), rounds=list(studies.rounds(study)))
 
-    @router.get("/{study}/events", dependencies=[Depends(viewer)])
+    @router.get(
+        "/{study}/events", dependencies=[Depends(viewer)], response_class=_Lines, responses=_LINES
+    )
     async def watch_study(
-        study: str, after: Annotated[int, Query(ge=0)] = 0, follow: bool = False
+        study: str,
+        after: Annotated[int, Query(ge=0, description="number of the last event seen")] = 0,
+        follow: Annotated[bool, Query(description="wait for more until the study ends")] = False,
     ) -> StreamingResponse:
         """What happened, one JSON object per line; with `follow` as it happens, to the end."""
         await asyncio.to_thread(studies.get, study)
         lines = _follow(registry, study, after, follow=follow)
-        return StreamingResponse(lines, media_type="application/x-ndjson")
+        return _Lines(lines)
 
     @router.post("/{study}/{wish}", dependencies=[Depends(coordinator)])
     def change_study(study: str, wish: str, request: Request) -> Study:
@@ -89,7 +101,7 @@ def studies_router(config: ServerConfig, registry: Registry, access: Access) -> 
             raise Missing("the call must exist", value=wish[:40], fix="pause, resume or stop")
         return studies.want(study, wanted[wish], request.state.token.name)
 
-    @router.get("/{study}/report", dependencies=[Depends(viewer)])
+    @router.get("/{study}/report", dependencies=[Depends(viewer)], response_class=HTMLResponse)
     def report(study: str) -> HTMLResponse:
         """The report as one HTML file, of what stands so far."""
         return HTMLResponse(render([_results(registry, study)]))
@@ -99,12 +111,15 @@ def studies_router(config: ServerConfig, registry: Registry, access: Access) -> 
         """Everything measured so far (the schema of metrics.json)."""
         return _results(registry, study)
 
-    @router.get("/{study}/model", dependencies=[Depends(viewer)])
+    @router.get(
+        "/{study}/model", dependencies=[Depends(viewer)], response_class=FileResponse,
+        responses=_FILE,
+    )  # fmt: skip
     def model(study: str) -> FileResponse:
         """The model (safetensors) of a study that has finished."""
         return FileResponse(_model(config, registry, study), filename=f"{study}.safetensors")
 
-    @router.get("/{study}/card", dependencies=[Depends(viewer)])
+    @router.get("/{study}/card", dependencies=[Depends(viewer)], response_class=PlainTextResponse)
     def card(study: str) -> PlainTextResponse:
         """The model's card (Markdown)."""
         found = studies.get(study)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import typer
@@ -113,3 +115,94 @@ def test_each_picture_is_used() -> None:
         for link in LINK.findall(page.read_text("utf-8"))
     }
     assert {*DOCS.glob("*.png"), *DOCS.glob("*.svg")} <= used
+
+
+def test_the_pages_of_the_server_are_those_of_the_program() -> None:
+    from server.api import reference as api
+    from server.reference import page
+
+    written = {name: (DOCS / name).read_text("utf-8") for name in ("server.md", "api.md")}
+    assert written["server.md"] == page(), "regenerate: make docs"
+    assert written["api.md"] == api.page(), "regenerate: make docs"
+
+
+def test_each_server_command_is_on_its_page_with_a_meaning_for_each_word() -> None:
+    from server.cli import app as server
+    from server.reference import commands as of_server
+
+    text = (DOCS / "server.md").read_text("utf-8")
+    page = sections(text)
+    found = dict(of_server(typer.main.get_command(server)))
+    assert {"init", "run", "site add", "study submit", "study export", "backup"} <= set(found)
+    for name, command in found.items():
+        body = page[f"fedward-server {name}"]
+        for parameter in command.params:
+            word = (
+                parameter.opts[0]
+                if isinstance(parameter, Option)
+                else parameter.human_readable_name
+            )
+            assert f"`{word}`" in body, f"{name} {word}"
+    assert not re.findall(r"^\| `[^|]+\| [^|]+ \|\s*\|$", text, re.MULTILINE)
+
+
+def test_each_call_of_the_api_says_which_role_it_needs() -> None:
+    from server.api.reference import description
+
+    told = description()
+    assert told["components"]["securitySchemes"]["token"]["scheme"] == "bearer"
+    for path, calls in told["paths"].items():
+        for method, call in calls.items():
+            open_ = path in ("/healthz", "/readyz", "/metrics")
+            assert ("x-role" in call) != open_, path
+            if method != "get" and not open_:
+                assert call["x-role"] in ("coordinator", "admin"), path
+
+
+def log_messages(room: str) -> Iterator[str]:
+    """What a room writes into its log: the first argument of each call of its logger."""
+    for path in (ROOT / room).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            if isinstance(node.func.value, ast.Name) and node.func.value.id == "_LOG":
+                first = node.args[0]
+                if isinstance(first, ast.Constant):
+                    yield str(first.value)
+
+
+@pytest.mark.parametrize(
+    ("room", "heading"), [("server", "The aggregator's log"), ("client", "The hospital's log")]
+)
+def test_each_log_message_is_in_the_operations_guide(room: str, heading: str) -> None:
+    body = sections((DOCS / "operations.md").read_text("utf-8"))[heading]
+    written, told = (
+        set(log_messages(room)),
+        set(re.findall(r"^\| `([^`]+)` \|", body, re.MULTILINE)),
+    )
+    assert len(written) > 5
+    assert written <= told
+    from client.trainer.host import NETWORKED, WALLS_DOWN
+
+    links = {"starting", "online", "down", "refused"}
+    waits = {"waiting for an old connection to lapse", "waiting for the trainer"}
+    known = written | ({NETWORKED, WALLS_DOWN} | links | waits if room == "client" else set())
+    assert told <= known, "the page tells of messages that nobody writes"
+
+
+def test_each_state_event_and_kind_is_in_the_operations_guide() -> None:
+    from fedward.protocol import RefusalKind
+    from server.registry.records import State
+
+    page = sections((DOCS / "operations.md").read_text("utf-8"))
+    told = {
+        name: set(re.findall(r"^\| `(\w+)` \|", body, re.MULTILINE)) for name, body in page.items()
+    }
+    assert told["Why a site has no update"] == {*get_args(RefusalKind), "silent", "invalid"}
+    kinds = set()
+    for path in (ROOT / "server").rglob("*.py"):
+        text = path.read_text("utf-8")
+        kinds |= set(re.findall(r'return "(\w+)", \{', text))
+        kinds |= set(re.findall(r'(?:_tell\(|_add_event\(\s*connection, .*?)"(\w+)", ', text))
+    assert {"submitted", "round", "refused", "restored"} <= kinds
+    assert told["What a study tells"] == kinds | set(get_args(State))
