@@ -24,7 +24,6 @@ def known() -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_each_test_that_a_page_names_is_there(page: Path, known: set[str]) -> None:
     named = set(re.findall(r"`(test_\w+(?:\.py)?)`", page.read_text()))
-    assert named
     assert named <= known, named - known
 
 
