@@ -10,17 +10,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError
 
 from client.daemon.settings import ServerSection, TrainerSection
-from client.data.mask_options import MaskOptions, plain
 from client.data.types import Format
 from client.policy.settings import PolicySection
 from client.section import DatasetName, Place, Section, whole
+from client.sections import LabelSection, MaskSection, PatientSection
 from fedward.errors import ConfigError
 from fedward.plan.messages import schema_error
 from fedward.plan.schema import Task
 from fedward.protocol import SITE_NAME
-
-MaskWord = Annotated[str, Field(min_length=1, max_length=64, pattern=r"\S")]
-PatientId = Annotated[str, Field(min_length=1, max_length=64)]
 
 
 class SiteSection(Section):
@@ -36,48 +33,6 @@ class SiteSection(Section):
         description="GiB that prepared images may take in the state folder; those that were used "
         "longest ago make room",
     )  # fmt: skip
-
-
-class PatientSection(Section):
-    """What patient ids mean."""
-
-    shared_ids: tuple[PatientId, ...] = Field(
-        default=("anon", "anonymous", "anonymized", "unknown", "none", "0"),
-        description="ids (any case) that stand for nobody in particular; the report counts them",
-    )
-
-
-class MaskSection(Section):
-    """What the segments of DICOM segmentations and the regions of structure sets mean."""
-
-    segments: dict[MaskWord, str] = Field(
-        default={}, description="segment label or region name (any case), or number in quotes, to "
-        "the name of a class; the others take the class of their own name, if there is one",
-    )  # fmt: skip
-    threshold: float = Field(
-        default=0.5, gt=0, le=1,
-        description="least share of its largest value at which a fractional segment counts",
-    )  # fmt: skip
-    background: tuple[MaskWord, ...] = Field(
-        default=("background",),
-        description="labels (any case) that mean nothing, so that a file whose only other segment "
-        "is the dataset's only class needs no `segments`",
-    )
-
-    def options(self) -> MaskOptions:
-        """The same for a reader."""
-        return MaskOptions(self.segments, self.threshold, self.background)
-
-    def broken(self, classes: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
-        """Key, rule and next step of what does not fit together."""
-        words = [plain(word) for word in self.segments]
-        if len(set(words)) != len(words):
-            yield "masks.segments", "a segment must be listed once, in whatever case", "Remove one"
-        if {plain(name) for name in self.segments.values()} - {plain(name) for name in classes}:
-            yield "masks.segments", "a segment must be given one of `classes`", "Name one of them"
-        if set(words) & {plain(word) for word in self.background}:
-            rule = "a segment must not be background and a class at once"
-            yield "masks.segments", rule, "Remove it from one of them"
 
 
 class DatasetSection(Section):
@@ -104,6 +59,7 @@ class DatasetSection(Section):
         default=10, ge=1, description="fewer patients, in all or of a class, are a risk"
     )
     patients: PatientSection = Field(default=PatientSection(), description="patient ids")
+    labels: LabelSection = Field(default=LabelSection(), description="the table of labels")
     masks: MaskSection = Field(default=MaskSection(), description="segments and regions")
 
     def as_task(self) -> Task:
@@ -196,6 +152,11 @@ def config_from(content: dict[str, Any], folder: Path, *, datasets_here: bool = 
     state = folder / raw.site.state
     for name, one in placed.items():
         _check_place(name, one.root, state, here=datasets_here)
+        if datasets_here and one.labels.file is not None and not one.labels.file.is_file():
+            raise ConfigError(
+                "the table of labels must exist", fix="Check the path and the mount",
+                where=f"datasets.{name}.labels.file",
+            )  # fmt: skip
     made = raw.model_copy(
         update={
             "site": raw.site.model_copy(update={"state": state}),
@@ -238,7 +199,8 @@ def _check_apart(config: SiteConfig) -> None:
 
 
 def _placed(dataset: DatasetSection, folder: Path) -> DatasetSection:
-    return dataset.model_copy(update={"root": folder / dataset.root})
+    labels = dataset.labels.placed(folder)
+    return dataset.model_copy(update={"root": folder / dataset.root, "labels": labels})
 
 
 def _check_task(name: str, dataset: DatasetSection) -> None:
@@ -264,6 +226,9 @@ def _broken(dataset: DatasetSection) -> Iterator[tuple[str, str, str]]:
         yield "multi_label", "multi_label belongs to classification", "Remove it"
     if not segmentation and dataset.masks != MaskSection():
         yield "masks", "masks belong to segmentation", "Remove the section"
+    if segmentation and dataset.labels != LabelSection():
+        yield "labels", "labels belong to classification", "Remove the section"
+    yield from dataset.labels.broken(dataset.classes, dataset.multi_label)
     yield from dataset.masks.broken(dataset.classes)
     if "any" in dataset.modality and len(dataset.modality) > 1:
         yield "modality", "`any` stands alone", "List modalities, or only `any`"

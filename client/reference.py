@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from client.config import DatasetSection, MaskSection, PatientSection, SiteConfig, SiteSection
+from client.config import DatasetSection, SiteConfig, SiteSection
 from client.daemon.settings import ServerSection, TrainerSection
 from client.policy.settings import PolicySection, StudyRule
+from client.sections import LabelSection, MaskSection, PatientSection
 from fedward.schema_doc import fields_table
 
 _HEAD = """# The site's configuration: `site.toml`
@@ -36,6 +37,7 @@ def page() -> str:
         ("The file", "", SiteConfig), ("Site section", "[site]", SiteSection),
         ("Dataset section", "[datasets.NAME]", DatasetSection),
         ("Patient section", "[datasets.NAME.patients]", PatientSection),
+        ("Label section", "[datasets.NAME.labels]", LabelSection),
         ("Mask section", "[datasets.NAME.masks]", MaskSection),
         ("Server section", "[server]", ServerSection),
         ("Trainer section", "[trainer]", TrainerSection),

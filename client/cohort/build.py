@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -12,13 +12,12 @@ from client.cohort.sources import files_of
 from client.config import DatasetSection
 from client.data import reasons
 from client.data.read import DatasetSpec, read_dataset
-from client.data.readers.dicom_headers import KEYS
-from client.data.tables import read_table
-from client.data.types import Dataset, Sample
+from client.data.readers.dicom import label_table
+from client.data.readers.dicom_masks import SegmentedFrame, SegmentedSeries
+from client.data.types import Dataset, LeftOut, Sample
 from client.index.extract import Extractor
 from client.index.store import Index
 from client.secret import Pseudonyms
-from fedward.errors import DataError
 
 # Where the index keeps what a DICOM label table may be keyed by.
 _COLUMNS: Final = {
@@ -45,15 +44,50 @@ def usable(dataset: DatasetSection, index: Index, extract: Extractor) -> Dataset
         The dataset has no table of labels, or a broken one.
     """
     found = _read(dataset)
+    able = _Able(index, extract)
+    items = [able(sample) for sample in found.samples]
+    kept = tuple(item for item in items if isinstance(item, Sample))
+    left_out = tuple(item for item in items if isinstance(item, LeftOut))
+    return Dataset(kept, found.left_out + left_out)
 
-    @cache  # the slices of a segmented series share all their files
-    def is_bad(path: Path) -> bool:
-        return bool(index.reason(extract.name(path)))
 
-    def fits(sample: Sample) -> bool:
-        return not any(map(is_bad, files_of(sample, extract.root)))
+@dataclass
+class _Able:
+    """Finds out whether the files of a sample can be decoded, by the index."""
 
-    return Dataset(tuple(filter(fits, found.samples)), found.left_out)
+    index: Index
+    extract: Extractor
+    bad: dict[Path, bool] = field(default_factory=dict)
+    mended: dict[int, tuple[SegmentedSeries, SegmentedSeries]] = field(default_factory=dict)
+
+    def __call__(self, sample: Sample) -> Sample | LeftOut | None:
+        """The sample, without slices beside it that cannot be decoded; or why it is left out."""
+        root = self.extract.root
+        images = files_of(replace(sample, mask=None), root)
+        good = [path for path in images if not self._is_bad(path)]
+        if not good:
+            return None  # the index counts the files
+        name = good[0].relative_to(root).as_posix() if good[0] != root else good[0].name
+        if len(good) < len(images):
+            return LeftOut(reasons.INCOMPLETE, name)
+        if isinstance(sample.mask, SegmentedFrame):
+            sample = replace(sample, mask=replace(sample.mask, series=self._mend(sample.mask)))
+        if any(map(self._is_bad, files_of(sample, root))):
+            return LeftOut(reasons.NO_MASK, name)
+        return sample
+
+    def _mend(self, mask: SegmentedFrame) -> SegmentedSeries:
+        series = mask.series
+        if id(series) not in self.mended:  # one object for all its slices, as before
+            frames = tuple(one for one in series.frames if not self._is_bad(one[0]))
+            one = series if len(frames) == len(series.frames) else replace(series, frames=frames)
+            self.mended[id(series)] = (series, one)
+        return self.mended[id(series)][1]
+
+    def _is_bad(self, path: Path) -> bool:
+        if path not in self.bad:  # the slices of a segmented series share all their files
+            self.bad[path] = bool(self.index.reason(self.extract.name(path)))
+        return self.bad[path]
 
 
 def why_left_out(
@@ -75,12 +109,11 @@ def why_left_out(
 
 def _rows_without_image(dataset: DatasetSection, index: Index, extract: Extractor) -> int:
     """Rows of a DICOM label table whose key no indexed image has; other readers tell themselves."""
-    table = next(
-        (p for n in ("csv", "xlsx") if (p := dataset.root / f"labels.{n}").is_file()), None
-    )
-    if extract.format != "dicom" or dataset.task == "segmentation" or table is None:
+    if extract.format != "dicom" or dataset.task == "segmentation":
         return 0
-    rows = read_table(table, KEYS, dataset.as_task())
+    rows = label_table(dataset.root, dataset.as_task(), dataset.labels.options())
+    if rows is None:
+        return 0
     column = _COLUMNS.get(rows.column)
     if column is None:
         return 0
@@ -93,13 +126,11 @@ def _rows_without_image(dataset: DatasetSection, index: Index, extract: Extracto
 
 
 def _read(dataset: DatasetSection) -> Dataset:
-    try:
-        spec = DatasetSpec(dataset.root, dataset.format, masks=dataset.masks.options())
-        return read_dataset(spec, dataset.as_task())
-    except DataError as error:
-        if error.rule.startswith("the dataset must hold images"):
-            return Dataset(())  # an empty dataset is worth a report too
-        raise
+    spec = DatasetSpec(
+        dataset.root, dataset.format, masks=dataset.masks.options(),
+        patients=dataset.patients.options(), labels=dataset.labels.options(),
+    )  # fmt: skip
+    return read_dataset(spec, dataset.as_task(), empty=True)  # an empty one is worth a report too
 
 
 def classes_of(dataset: DatasetSection, label: tuple[int, ...] | None) -> list[int]:

@@ -119,9 +119,8 @@ def extractor(site: SiteConfig, name: str) -> Extractor:
     from client.secret import site_secret
 
     dataset = site.dataset(name)
-    shared = frozenset(one.lower() for one in dataset.patients.shared_ids)
     format = dataset.format or detect(dataset.root)
-    return Extractor(dataset.root, format, site_secret(site.site.state), shared)
+    return Extractor(dataset.root, format, site_secret(site.site.state), dataset.patients.options())
 
 
 @contextmanager

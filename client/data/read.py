@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Final, Literal
 
 from client.data.files import folders, walk
+from client.data.label_options import LabelOptions
 from client.data.mask_options import MaskOptions
+from client.data.patient_options import PatientOptions
 from client.data.readers import dicom, nifti, npz
 from client.data.readers import folders as pictures
 from client.data.readers.dicom_files import is_dicom
@@ -21,9 +23,11 @@ from fedward.plan.schema import Task
 
 _READERS: Final[dict[Format, Callable[[Path, Task, DatasetSpec], Dataset]]] = {
     "npz": lambda root, task, _: npz.read(root, task),
-    "folders": lambda root, task, _: pictures.read(root, task),
-    "nifti": lambda root, task, _: nifti.read(root, task),
-    "dicom": lambda root, task, spec: dicom.read(root, task, spec.masks),
+    "folders": lambda root, task, spec: pictures.read(root, task, spec.labels),
+    "nifti": lambda root, task, spec: nifti.read(root, task, spec.labels),
+    "dicom": lambda root, task, spec: dicom.read(
+        root, task, spec.masks, spec.patients, spec.labels
+    ),
 }
 _LOOK_AT = 200  # files that decide what a folder holds
 
@@ -42,16 +46,31 @@ class DatasetSpec:
         "folders" reads each sub-folder as the dataset of a site of that name.
     masks : MaskOptions
         DICOM: what segments mean.
+    patients : PatientOptions
+        DICOM: what missing and shared patient ids mean.
+    labels : LabelOptions
+        Where the table of labels lies, and what its words mean.
     """
 
     root: Path
     format: Format | None = None
     sites: Literal["none", "folders"] = "none"
     masks: MaskOptions = field(default_factory=MaskOptions)
+    patients: PatientOptions = field(default_factory=PatientOptions)
+    labels: LabelOptions = field(default_factory=LabelOptions)
 
 
-def read_dataset(spec: DatasetSpec, task: Task) -> Dataset:
+def read_dataset(spec: DatasetSpec, task: Task, *, empty: bool = False) -> Dataset:
     """Read a dataset for a task.
+
+    Parameters
+    ----------
+    spec : DatasetSpec
+        Where it lies.
+    task : Task
+        What it is for.
+    empty : bool
+        Whether it may hold nothing that can be used.
 
     Returns
     -------
@@ -69,7 +88,7 @@ def read_dataset(spec: DatasetSpec, task: Task) -> Dataset:
         dataset = _by_site(spec, task)
     else:
         dataset = _READERS[spec.format or detect(spec.root)](spec.root, task, spec)
-    if not dataset.samples:
+    if not (dataset.samples or empty):
         raise _nothing(dataset.left_out, task)
     return dataset
 

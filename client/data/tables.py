@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import dropwhile
 from pathlib import Path
 from typing import Final
 
 import openpyxl
 
-from client.data import labels, reasons
+from client.data import reasons
+from client.data.label_options import LabelOptions, low
 from client.data.quiet import quiet
 from client.data.types import SplitName
 from fedward.errors import DataError
@@ -46,51 +49,93 @@ class Table:
         return next((self.entries[key] for key in keys if key in self.entries), None)
 
 
-def read_table(path: Path, columns: Sequence[str], task: Task | None) -> Table:
+def read_table(
+    path: Path, columns: Sequence[str], task: Task | None, options: LabelOptions | None = None
+) -> Table:
     """Read a table keyed by the first of `columns` (lower case) that it has.
 
     Parameters
     ----------
     path : Path
-        CSV with a header (comma, semicolon or tab; UTF-8 or Latin-1), or XLSX (its first sheet).
+        CSV with a header (comma, semicolon or tab; UTF-8 or Latin-1), or XLSX.
+    columns : sequence of str
+        What keys may be.
     task : Task or None
         What the labels are for; None for a table without labels.
+    options : LabelOptions, optional
+        Its sheet, columns and words.
 
     Raises
     ------
     DataError
         The file cannot be read or has no key column.
     """
-    header, rows = _rows(path)
-    lower = [name.strip().lower() for name in header]
-    column = next((name for name in columns if name in lower), None)
-    if column is None:
-        raise DataError(
-            f"needs a column {' or '.join(columns)}", where=path.name, fix="Name its key column so"
-        )
+    options = options or LabelOptions()
+    header, rows = _rows(path, options)
+    lower = [low(name) for name in header]
+    column, means = _key(path, lower, columns, options)
+    _check_columns(path, lower, options)
     entries: dict[str, Entry] = {}
     for cells in rows:
-        entry = _entry(column, header, lower, cells, task)
+        entry = _entry(column, header, lower, cells, task, options)
         if entry.key:
             known = entries.get(entry.key)
-            entries[entry.key] = entry if known is None else _merged(known, entry)
-    return Table(column, entries)
+            entries[entry.key] = entry if known is None else _merged(known, entry, options)
+    return Table(means, entries)
 
 
-def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
-    table = _workbook(path) if path.suffix.lower() == ".xlsx" else _separated(path)
-    if not table:
+def _key(
+    path: Path, lower: Sequence[str], columns: Sequence[str], options: LabelOptions
+) -> tuple[str, str]:
+    """The column of the keys, and what they are."""
+    key = low(options.key) or next((name for name in columns if name in lower), "")
+    if key not in lower:
+        wanted = options.key or " or ".join(columns)
+        raise DataError(
+            f"needs a column {wanted}", where=path.name, fix="Name its key column so, or see "
+            "labels.key, labels.sheet and labels.header in site.toml",
+        )  # fmt: skip
+    means = low(options.means) or (key if key in columns else "file")
+    return key, means
+
+
+def _check_columns(path: Path, lower: Sequence[str], options: LabelOptions) -> None:
+    """Columns that a site names must be there: a misspelt one would leave all images out."""
+    named = [*options.columns, *([options.column] if options.column != "label" else [])]
+    if missing := [name for name in named if low(name) not in lower]:
+        raise DataError(
+            "the table must have the columns that site.toml names", value=missing[0],
+            where=path.name, fix="Correct labels.column or labels.columns",
+        )  # fmt: skip
+    if twice := [name for name, n in Counter(lower).items() if name and n > 1]:
+        named = [*named, options.key, options.column]
+        if {low(name) for name in named} & set(twice):
+            raise DataError(
+                "a column that is used must be there once", value=twice[0], where=path.name,
+                fix="Rename or remove one of them",
+            )  # fmt: skip
+
+
+def _rows(path: Path, options: LabelOptions) -> tuple[list[str], list[list[str]]]:
+    is_workbook = path.suffix.lower() in (".xlsx", ".xlsm")
+    table = _workbook(path, options.sheet) if is_workbook else _separated(path, options.header)
+    if options.header == 1:
+        table = list(dropwhile(lambda row: not any(row), table))
+    table = table[options.header - 1 :]
+    if not table or not any(table[0]):
         raise DataError("must have a header row", where=path.name, fix="Add the column names")
-    return table[0], table[1:]
+    return table[0], [row for row in table[1:] if any(row)]
 
 
-def _workbook(path: Path) -> list[list[str]]:
-    """The filled rows of a workbook's first sheet, as text."""
+def _workbook(path: Path, sheet: str) -> list[list[str]]:
+    """The rows of a sheet of a workbook, its first unless named, as text."""
     try:
         with quiet():
             book = openpyxl.load_workbook(path, read_only=True, data_only=True)
             try:
-                rows = [[_text(cell) for cell in row] for row in book.worksheets[0].values]
+                names = {low(one.title): one for one in book.worksheets}
+                found = names.get(low(sheet)) if sheet else book.worksheets[0]
+                rows = found and [[_text(cell) for cell in row] for row in found.values]
             finally:
                 book.close()
     except Exception:
@@ -98,7 +143,12 @@ def _workbook(path: Path) -> list[list[str]]:
         raise DataError(
             "must be a readable XLSX workbook", where=path.name, fix="Save it again, or as CSV"
         ) from None
-    return [row for row in rows if any(row)]
+    if rows is None:
+        raise DataError(
+            "the workbook must have the sheet that site.toml names", value=sheet, where=path.name,
+            fix="Correct labels.sheet",
+        )  # fmt: skip
+    return rows
 
 
 def _text(cell: object) -> str:
@@ -108,16 +158,17 @@ def _text(cell: object) -> str:
     return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
 
 
-def _separated(path: Path) -> list[list[str]]:
+def _separated(path: Path, header: int) -> list[list[str]]:
     try:
         raw = path.read_bytes()
         try:
             text = raw.decode("utf-8-sig")
         except UnicodeDecodeError:
             text = raw.decode("latin-1")
-        first = text.split("\n", 1)[0]
-        delimiter = max(",;\t", key=first.count)
-        return [row for row in csv.reader(text.splitlines(), delimiter=delimiter) if any(row)]
+        lines = text.splitlines()
+        names = next((line for line in lines[header - 1 :] if line.strip()), "")
+        delimiter = max(",;\t", key=names.count)
+        return list(csv.reader(lines, delimiter=delimiter))
     except (OSError, csv.Error):
         # The error's own text may quote a row.
         raise DataError(
@@ -126,12 +177,13 @@ def _separated(path: Path) -> list[list[str]]:
 
 
 def _entry(
-    column: str, header: list[str], lower: list[str], cells: list[str], task: Task | None
-) -> Entry:
+    column: str, header: list[str], lower: list[str], cells: list[str], task: Task | None,
+    options: LabelOptions,
+) -> Entry:  # fmt: skip
     padded = [c.strip() for c in cells] + [""] * (len(header) - len(cells))
     row = dict(zip(lower, padded, strict=False))
-    label, reason = _label(row, task)
-    taken = {column, "label", "patient", "split"}
+    label, reason = _label(row, task, options)
+    taken = {column, "label", "patient", "split", low(options.column), *map(low, options.columns)}
     taken |= {name.lower() for name in task.classes} if task else set()
     further = {
         name.strip(): value
@@ -142,16 +194,21 @@ def _entry(
     return Entry(row[column], label, reason, row.get("patient", ""), split, further)
 
 
-def _label(row: dict[str, str], task: Task | None) -> tuple[tuple[int, ...] | None, str]:
+def _label(
+    row: dict[str, str], task: Task | None, options: LabelOptions
+) -> tuple[tuple[int, ...] | None, str]:
     if task is None or task.kind != "classification":
         return None, ""
     try:
-        return labels.label_of_row(row, task), ""
+        return options.label_of_row(row, task), ""
     except DataError as error:
         return None, reasons.reason_of(error)
 
 
-def _merged(known: Entry, entry: Entry) -> Entry:
+def _merged(known: Entry, entry: Entry, options: LabelOptions) -> Entry:
+    same = (known.patient, known.split) == (entry.patient, entry.split)
+    if same and options.rows == "add" and known.label is not None and entry.label is not None:
+        return replace(known, label=tuple(map(max, known.label, entry.label)))
     # The same row twice is harmless; two rows that disagree are not.
-    same = (known.label, known.patient) == (entry.label, entry.patient)
+    same = same and known.label == entry.label
     return known if same else Entry(known.key, None, reasons.CONFLICTING, known.patient)

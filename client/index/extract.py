@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from client.data import reasons
+from client.data.patient_options import PatientOptions
 from client.data.quiet import quiet
 from client.data.readers.dicom_files import is_dicom
 from client.data.types import Format
@@ -19,7 +20,7 @@ from client.index.facts import FileFacts
 from client.secret import Pseudonyms
 
 AGAIN: Final = -1  # a time of change that no file has, so that the next scan reads it again
-_VERSION: Final = 3  # of what is extracted; files read by another are read again
+_VERSION: Final = 4  # of what is extracted; files read by another are read again
 _CHUNK: Final = 1 << 20
 _PICTURES: Final = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 _TABLES: Final = (".csv", ".xlsx")
@@ -37,14 +38,14 @@ class Extractor:
         What its images are.
     secret : bytes
         The site's.
-    shared_ids : frozenset of str
-        Lower-case patient ids that stand for nobody.
+    patients : PatientOptions
+        What missing and shared patient ids mean.
     """
 
     root: Path
     format: Format
     secret: bytes = field(repr=False)
-    shared_ids: frozenset[str] = frozenset()
+    patients: PatientOptions = field(default_factory=PatientOptions)
 
     def name(self, path: Path) -> str:
         """The stand-in of a file's path."""
@@ -53,7 +54,7 @@ class Extractor:
     @property
     def settings(self) -> str:
         """A keyed hash of what facts depend on beside the file; others mean: read again."""
-        parts = (str(_VERSION), self.format, *sorted(self.shared_ids))
+        parts = (str(_VERSION), self.format, *self.patients.parts)
         return Pseudonyms(self.secret)("settings", *parts)
 
     def __call__(self, path: Path) -> FileFacts:
@@ -99,7 +100,7 @@ class Extractor:
             return npz_facts(path, replace(facts, format="npz"))
         if is_dicom(path):
             hashed = Pseudonyms(self.secret)
-            return dicom_facts(path, replace(facts, format="dicom"), hashed, self.shared_ids)
+            return dicom_facts(path, replace(facts, format="dicom"), hashed, self.patients)
         wrong = reasons.NOT_DICOM if self.format == "dicom" else reasons.OTHER_FORMAT
         return replace(facts, reason=wrong)
 

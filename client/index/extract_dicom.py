@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -13,6 +12,7 @@ import pydicom
 
 from client.data import reasons
 from client.data.decode import frame_bytes, read_frame
+from client.data.patient_options import PatientOptions
 from client.data.readers.dicom_files import is_mask
 from client.data.stored import open_dicom
 from client.index.extract_images import LARGEST, measured
@@ -30,7 +30,7 @@ _WHO: Final = (
 
 
 def dicom_facts(
-    path: Path, facts: FileFacts, hashed: Pseudonyms, shared_ids: Collection[str]
+    path: Path, facts: FileFacts, hashed: Pseudonyms, patients: PatientOptions
 ) -> FileFacts:
     """Read header and frames of a DICOM file, one frame after another.
 
@@ -42,7 +42,7 @@ def dicom_facts(
         Whatever pydicom raises on a broken header.
     """
     header = open_dicom(path).header
-    facts = replace(facts, **_who(header, hashed, shared_ids), **_what(header))
+    facts = replace(facts, **_who(header, hashed, patients), **_what(header))
     if is_mask(header):
         return facts
     if not (facts.rows and facts.columns):
@@ -56,20 +56,20 @@ def dicom_facts(
         return replace(facts, reason=reasons.reason_of(error))
 
 
-def _who(
-    header: pydicom.Dataset, hashed: Pseudonyms, shared_ids: Collection[str]
-) -> dict[str, Any]:
+def _who(header: pydicom.Dataset, hashed: Pseudonyms, patients: PatientOptions) -> dict[str, Any]:
     text = {key: str(header.get(key) or "").strip() for key in _WHO}
-    patient = text["PatientID"]
-    shared = "shared" if patient.lower() in shared_ids else ""
+    try:
+        patient = patients.patient({key.lower(): value for key, value in text.items()})
+    except DataError:
+        patient = ("", "")
     return {
-        "patient": hashed("patient", text["IssuerOfPatientID"], patient) if patient else "",
-        "patientid": hashed("patientid", patient),
+        "patient": hashed("patient", *patient) if patient[1] else "",
+        "patientid": hashed("patientid", text["PatientID"]),
         "study": hashed("studyinstanceuid", text["StudyInstanceUID"]),
         "series": hashed("seriesinstanceuid", text["SeriesInstanceUID"]),
         "instance": hashed("sopinstanceuid", text["SOPInstanceUID"]),
         "accession": hashed("accessionnumber", text["AccessionNumber"]),
-        "nobody": shared if patient else "missing",
+        "nobody": patients.nobody(text["PatientID"]),
     }
 
 

@@ -10,16 +10,19 @@ the tree. In a 2D task each frame is an image; in a 3D task each stack of slices
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from client.data import reasons
 from client.data.decode import read_frame
 from client.data.files import file_identity, stem, table_keys, walk
+from client.data.label_options import TABLES, LabelOptions, low
 from client.data.mask_options import MaskOptions
+from client.data.patient_options import PatientOptions
 from client.data.readers.dicom_files import is_dicom
 from client.data.readers.dicom_headers import KEYS, Header, read_headers
+from client.data.readers.dicom_layout import layout
 from client.data.readers.dicom_mask_files import MaskFile, link, read_mask_file
 from client.data.readers.dicom_masks import SegmentedFrame, SegmentedSeries, SegmentedVolume
 from client.data.readers.dicom_stacks import Frames, Stack, single, stacks
@@ -31,7 +34,7 @@ from client.data.types import Dataset, Image, LeftOut, Sample
 from fedward.errors import DataError
 from fedward.plan.schema import Task
 
-_TABLES: Final = ("labels.csv", "labels.xlsx", "patients.csv")
+_TABLES: Final = (*TABLES, "patients.csv")
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,10 @@ class DicomVolume:
         return "".join(file_identity(path, frame) for path, frame in self.frames)
 
 
-def read(root: Path, task: Task, options: MaskOptions | None = None) -> Dataset:
+def read(
+    root: Path, task: Task, options: MaskOptions | None = None,
+    patients: PatientOptions | None = None, labels: LabelOptions | None = None,
+) -> Dataset:  # fmt: skip
     """Read a DICOM tree.
 
     Parameters
@@ -74,6 +80,10 @@ def read(root: Path, task: Task, options: MaskOptions | None = None) -> Dataset:
         What its labels or masks are for.
     options : MaskOptions, optional
         What segments mean.
+    patients : PatientOptions, optional
+        What missing and shared patient ids mean.
+    labels : LabelOptions, optional
+        Where the table of labels lies, and what its words mean.
 
     Raises
     ------
@@ -81,16 +91,29 @@ def read(root: Path, task: Task, options: MaskOptions | None = None) -> Dataset:
         A classification task finds no table of labels, a segmentation task no masks of any kind.
     """
     base = root / "images" if (root / "images").is_dir() else root
+    table = label_table(root, task, labels or LabelOptions())
     files = [f for f in walk(base, without=("masks",)) if f.name not in _TABLES]
-    headers, found, left_out = read_headers(files, root, task)
-    masks = _masks(root, task, found, headers, options or MaskOptions(), left_out)
+    if labels is not None and labels.file is not None:
+        name, place = labels.file.name, labels.file
+        files = [f for f in files if f.name != name or not f.samefile(place)]
+    headers, found, left_out = read_headers(files, root, task, patients)
+    words = Options(options or MaskOptions(), patients or PatientOptions())
+    masks = _masks(root, task, found, headers, words, left_out)
     samples: list[Sample] = []
-    for name, item in _items(root, base, headers, masks, task):
+    for name, item in _items(root, base, headers, masks, task, table):
         if isinstance(item, Sample):
             samples.append(item)
         else:
             left_out.append(LeftOut(item, name))
     return Dataset(tuple(samples), tuple(left_out))
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a site says of masks and patients."""
+
+    masks: MaskOptions
+    patients: PatientOptions
 
 
 @dataclass(frozen=True)
@@ -102,9 +125,8 @@ class _Masks:
 
 
 def _items(
-    root: Path, base: Path, headers: list[Header], masks: _Masks, task: Task
+    root: Path, base: Path, headers: list[Header], masks: _Masks, task: Task, table: Table | None
 ) -> Iterator[tuple[str, Sample | str]]:
-    table = _table(root, task)
     keys = table_keys([h.path for h in headers], (root, base))
     found = stacks(headers) if task.dimensions == 3 or masks.segmented else []
     series = _segmented_series(found, masks)
@@ -112,26 +134,50 @@ def _items(
     for group in groups:
         name = group.headers[0].path.relative_to(root).as_posix()
         if table is not None:
-            yield from ((name, item) for item in _labelled(group, keys, table, task))
+            items = _labelled(group, keys, table, task)
         else:
-            yield from ((name, item) for item in _masked(group, masks, series, task))
+            items = _masked(group, masks, series, task)
+        yield from ((name, item) for item in _laid_out(items, group, task))
 
 
-def _table(root: Path, task: Task) -> Table | None:
+def _laid_out(items: Iterator[Sample | str], group: Stack, task: Task) -> Iterator[Sample | str]:
+    """The same, without volumes that cannot be made."""
+    for item in items:
+        if isinstance(item, str) or task.dimensions != 3:
+            yield item
+            continue
+        reason, tilt = layout(group)
+        yield reason or (replace(item, columns={**item.columns, "tilted": "yes"}) if tilt else item)
+
+
+def label_table(root: Path, task: Task, options: LabelOptions) -> Table | None:
+    """The table of labels of a DICOM tree; None for a segmentation task.
+
+    Raises
+    ------
+    DataError
+        There is none, or it cannot be read.
+    """
     if task.kind == "segmentation":
         return None
-    table = next((root / n for n in _TABLES[:2] if (root / n).is_file()), None)
+    table = options.table(root)
     if table is None:
         raise DataError(
             "DICOM files for classification need a labels.csv or labels.xlsx",
             fix="Write one with a column PatientID, StudyInstanceUID, SeriesInstanceUID, "
             "SOPInstanceUID, AccessionNumber or file, and a column label",
         )
-    return read_table(table, KEYS, task)
+    if options.key and not options.means and low(options.key) not in KEYS:
+        raise DataError(
+            "a site that names the key column of its table must say what it holds",
+            value=options.key, fix="Set labels.means to PatientID, AccessionNumber, "
+            "StudyInstanceUID, SeriesInstanceUID, SOPInstanceUID or file", where="labels.means",
+        )  # fmt: skip
+    return read_table(table, KEYS, task, options)
 
 
 def _masks(
-    root: Path, task: Task, found: list[Path], headers: list[Header], options: MaskOptions,
+    root: Path, task: Task, found: list[Path], headers: list[Header], options: Options,
     left_out: list[LeftOut],
 ) -> _Masks:  # fmt: skip
     if task.kind == "classification":
@@ -148,7 +194,7 @@ def _masks(
     read = []
     for path in objects:
         try:
-            read.append(read_mask_file(path, task, options))
+            read.append(read_mask_file(path, task, options.masks, options.patients))
         except DataError as error:
             left_out.append(LeftOut(reasons.reason_of(error), path.relative_to(root).as_posix()))
     segmented, idle = link(read, headers)

@@ -10,6 +10,8 @@ from typing import Final
 import pydicom
 
 from client.data import reasons
+from client.data.decode import Place, place_of
+from client.data.patient_options import PatientOptions
 from client.data.quiet import quiet
 from client.data.readers.dicom_files import MASKS, NO_PICTURES, check_inflated, is_dicom
 from client.data.types import LeftOut
@@ -24,8 +26,8 @@ _TAGS: Final = [
     "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "AccessionNumber", "PatientID",
     "IssuerOfPatientID", "Modality", "Rows", "Columns", "NumberOfFrames", "SyntheticData",
     "SOPClassUID", "ImageType", "ImageOrientationPatient", "ImagePositionPatient",
-    "PixelSpacing", "AcquisitionNumber", "EchoNumbers", "TemporalPositionIdentifier",
-    "FrameOfReferenceUID",
+    "PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "AcquisitionNumber",
+    "EchoNumbers", "TemporalPositionIdentifier", "FrameOfReferenceUID",
 ]  # fmt: skip
 _FRAME: Final = 8  # bytes of the smallest frame that there is
 _INFLATED: Final = 1 << 20  # frames of a deflated file
@@ -61,6 +63,8 @@ class Header:
         Acquisition, echo and time: what tells slices in one place apart.
     space : str
         UID of the frame of reference, in which positions are comparable.
+    place : Place or None
+        Where the slice lies; None in a multi-frame file, whose frames tell.
     """
 
     path: Path
@@ -73,6 +77,7 @@ class Header:
     position: str = ""
     take: str = ""
     space: str = ""
+    place: Place | None = None
 
 
 @dataclass(frozen=True)
@@ -83,9 +88,10 @@ class MaskObject:
 
 
 def read_headers(
-    files: Sequence[Path], root: Path, task: Task
+    files: Sequence[Path], root: Path, task: Task, patients: PatientOptions | None = None
 ) -> tuple[list[Header], list[Path], list[LeftOut]]:
     """The images among files, the masks if the task is segmentation, and what was left out."""
+    patients = patients or PatientOptions()
     headers: list[Header] = []
     masks: list[Path] = []
     left_out: list[LeftOut] = []
@@ -93,7 +99,7 @@ def read_headers(
     with quiet():
         for file in files:
             try:
-                header = _header(file, task)
+                header = _header(file, task, patients)
                 if isinstance(header, MaskObject):
                     masks.append(file)
                     continue
@@ -108,7 +114,7 @@ def read_headers(
     return headers, masks, left_out
 
 
-def _header(path: Path, task: Task) -> Header | MaskObject:
+def _header(path: Path, task: Task, patients: PatientOptions) -> Header | MaskObject:
     if not is_dicom(path):
         raise reasons.unusable(reasons.NOT_DICOM)
     try:
@@ -132,22 +138,30 @@ def _header(path: Path, task: Task) -> Header | MaskObject:
         raise reasons.unusable(reasons.OTHER_MODALITY)
     if is_scout:
         raise reasons.unusable(reasons.SCOUT)
-    if not words["patientid"]:
-        raise reasons.unusable(reasons.NO_PATIENT)
+    patient = "\\".join(patients.patient(words))
     if frames > _most_frames(path, tags):
         raise reasons.unusable(reasons.NOT_READABLE)
-    patient = "\\".join((words["issuerofpatientid"], words["patientid"]))
     keys = {name: words[name] for name in KEYS if name in words}
+    if patients.nobody(words["patientid"]) and patients.shared != "keep":
+        keys["patientid"] = ""  # a row of such an id would be of many patients
     synthetic = words["syntheticdata"].upper() == "YES"
     plane = (words["rows"], words["columns"], *_rounded(tags, "PixelSpacing", 3))
     return Header(
         path, patient, keys, words["modality"], max(frames, 1), synthetic,
         plane=repr((*plane, *_rounded(tags, "ImageOrientationPatient", 2))),
-        position=repr(place) if (place := _rounded(tags, "ImagePositionPatient", 2)) else "",
+        position=repr(corner) if (corner := _rounded(tags, "ImagePositionPatient", 2)) else "",
         take=repr([words[n] for n in ("acquisitionnumber", "echonumbers",
                                       "temporalpositionidentifier")]),
         space=words["frameofreferenceuid"],
+        place=_place(tags) if frames <= 1 else None,
     )  # fmt: skip
+
+
+def _place(tags: pydicom.FileDataset) -> Place | None:
+    try:
+        return place_of(tags, 0)
+    except Exception:  # numbers that are none; whoever reads the frame meets them again, and tells
+        return None
 
 
 def _most_frames(path: Path, tags: pydicom.FileDataset) -> int:

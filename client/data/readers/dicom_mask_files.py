@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -14,10 +14,11 @@ from pydicom.dataset import Dataset
 from client.data import reasons
 from client.data.files import file_identity
 from client.data.mask_options import Labels, MaskOptions
+from client.data.patient_options import PatientOptions
 from client.data.quiet import quiet
 from client.data.readers.dicom_files import STRUCTURES, check_inflated, check_mask
 from client.data.readers.dicom_headers import Header
-from fedward.errors import ConfigError
+from fedward.errors import ConfigError, DataError
 from fedward.plan.schema import Task
 
 Kind = Literal["segmentation", "contours"]
@@ -70,8 +71,9 @@ class References:
 
 
 def read_mask_file(
-    path: Path, task: Task, options: MaskOptions | None = None
-) -> tuple[MaskFile, References]:
+    path: Path, task: Task, options: MaskOptions | None = None,
+    patients: PatientOptions | None = None,
+) -> tuple[MaskFile, References]:  # fmt: skip
     """Read the header of a segmentation or a structure set.
 
     Raises
@@ -90,6 +92,7 @@ def read_mask_file(
             found = list(_regions(header) if contours else _segments(header))
             labels = options.labels(found, task.classes)
             of = _of_structures(header, dict(labels)) if contours else _of_segmentation(header)
+            of = replace(of, patient=_patient(header, patients or PatientOptions()))
         except ConfigError:
             raise
         except Exception as error:
@@ -152,7 +155,7 @@ def _of_segmentation(header: Dataset) -> References:
             for derived in group.get("DerivationImageSequence") or []:
                 instances |= _uids(derived.get("SourceImageSequence"), "ReferencedSOPInstanceUID")
     spaces = {str(header.get("FrameOfReferenceUID") or "")}
-    return _references(header, series, instances, spaces)
+    return _references(series, instances, spaces)
 
 
 def _of_structures(header: Dataset, labels: Mapping[int, int]) -> References:
@@ -169,7 +172,7 @@ def _of_structures(header: Dataset, labels: Mapping[int, int]) -> References:
         instances |= _uids(contour.get("ContourImageSequence"), "ReferencedSOPInstanceUID")
     if not closed:
         raise reasons.unusable(reasons.NO_CONTOURS)
-    return _references(header, series, instances, spaces)
+    return _references(series, instances, spaces)
 
 
 def contours_of(header: Dataset, labels: Mapping[int, int]) -> Iterator[tuple[int, Dataset]]:
@@ -185,10 +188,13 @@ def _uids(items: Iterable[Dataset] | None, name: str) -> set[str]:
     return {str(item.get(name) or "") for item in items or []} - {""}
 
 
-def _references(
-    header: Dataset, series: set[str], instances: set[str], spaces: set[str]
-) -> References:
-    parts = (str(header.get(n) or "").strip() for n in ("IssuerOfPatientID", "PatientID"))
-    return References(
-        "\\".join(parts), frozenset(series), frozenset(instances - {""}), frozenset(spaces - {""})
-    )
+def _references(series: set[str], instances: set[str], spaces: set[str]) -> References:
+    return References("", frozenset(series), frozenset(instances - {""}), frozenset(spaces - {""}))
+
+
+def _patient(header: Dataset, options: PatientOptions) -> str:
+    names = ("IssuerOfPatientID", "PatientID", "StudyInstanceUID")
+    try:
+        return "\\".join(options.patient({n.lower(): str(header.get(n) or "") for n in names}))
+    except DataError:
+        return ""  # it can still name its images

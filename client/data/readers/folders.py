@@ -1,7 +1,7 @@
 """Picture folders.
 
-* classification: ``CLASS/*.png`` (also ``train/CLASS/*.png`` and so on), or ``labels.csv`` with a
-  column ``image`` or ``file``, a column ``label`` or one 0/1 column per class, optionally
+* classification: ``CLASS/*.png`` (also ``train/CLASS/*.png`` and so on), or a table of labels with
+  a column ``image`` or ``file``, a column ``label`` or one 0/1 column per class, optionally
   ``patient`` and ``split``;
 * segmentation: ``images/`` and ``masks/`` with the same stems.
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from client.data import labels, reasons
 from client.data.files import folders, stem, table_keys, walk
+from client.data.label_options import TABLES, LabelOptions
 from client.data.readers.pictures import Picture, PictureMask, is_picture
 from client.data.tables import SPLIT_NAMES, Entry, Table, read_table
 from client.data.types import Dataset, Image, LeftOut, Sample, SplitName
@@ -29,8 +30,17 @@ _KEYS = ("image", "file")
 Item = tuple[Path, Sample | str]
 
 
-def read(root: Path, task: Task) -> Dataset:
+def read(root: Path, task: Task, options: LabelOptions | None = None) -> Dataset:
     """Read a picture folder.
+
+    Parameters
+    ----------
+    root : Path
+        The folder.
+    task : Task
+        What its labels or masks are for.
+    options : LabelOptions, optional
+        Where the table of labels lies, and what its words mean.
 
     Raises
     ------
@@ -40,9 +50,10 @@ def read(root: Path, task: Task) -> Dataset:
     patients = patient_table(root)
     if task.kind == "segmentation":
         return collect(root, _pairs(root, patients))
-    if (root / "labels.csv").is_file():
-        return labelled(root, root, is_picture, Picture, patients, task)
-    return collect(root, _classes(root, patients, task))
+    options = options or LabelOptions()
+    if options.table(root) is not None:
+        return labelled(root, root, is_picture, Picture, patients, task, options)
+    return collect(root, _classes(root, patients, task, options))
 
 
 def collect(root: Path, items: Iterator[Item]) -> Dataset:
@@ -88,9 +99,10 @@ def labelled(
     loader: Callable[[Path], Callable[[], Image]],
     patients: Table | None,
     task: Task,
+    options: LabelOptions,
 ) -> Dataset:
-    """Images under `base` with the labels of ``labels.csv`` in `root`."""
-    table = read_table(root / "labels.csv", _KEYS, task)
+    """Images under `base` with the labels of a table (of `root`, unless the site names one)."""
+    table = read_table(options.table(root) or root / TABLES[0], _KEYS, task, options)
     files = [f for f in walk(base, without=("masks",)) if wanted(f)]
     keys = table_keys(files, (root, base))
     used: set[str] = set()
@@ -182,7 +194,9 @@ def _pairs(root: Path, patients: Table | None) -> Iterator[Item]:
     )
 
 
-def _classes(root: Path, patients: Table | None, task: Task) -> Iterator[Item]:
+def _classes(
+    root: Path, patients: Table | None, task: Task, options: LabelOptions
+) -> Iterator[Item]:
     files = [f for f in walk(root) if is_picture(f)]
     keys = table_keys(files, (root,))
     names = {folder.name.lower() for folder in folders(root)}
@@ -190,7 +204,7 @@ def _classes(root: Path, patients: Table | None, task: Task) -> Iterator[Item]:
     for file in files:
         parts = file.relative_to(root).parts[:-1]
         split: SplitName | None = SPLIT_NAMES[parts[0].lower()] if divided and parts else None
-        yield file, _of_class(file, keys[file], parts[divided:], split, patients, task)
+        yield file, _of_class(file, keys[file], parts[divided:], split, patients, task, options)
 
 
 def _of_class(
@@ -200,9 +214,10 @@ def _of_class(
     split: SplitName | None,
     patients: Table | None,
     task: Task,
+    options: LabelOptions,
 ) -> Sample | str:
     try:
-        index = labels.class_index(parts[0] if parts else "", task)
+        index = options.class_of_folder(parts[0] if parts else "", task)
         patient = patient_of(file, keys, "", patients)
     except DataError as error:
         return reasons.reason_of(error)

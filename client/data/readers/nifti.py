@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from client.data import reasons
 from client.data.files import file_identity
+from client.data.label_options import LabelOptions
 from client.data.masks import label_map
 from client.data.quiet import quiet
 from client.data.readers import folders
@@ -75,8 +76,17 @@ class NiftiMask:
         return file_identity(self.path, self.dimensions)
 
 
-def read(root: Path, task: Task) -> Dataset:
+def read(root: Path, task: Task, options: LabelOptions | None = None) -> Dataset:
     """Read a NIfTI folder.
+
+    Parameters
+    ----------
+    root : Path
+        The folder.
+    task : Task
+        What its labels or masks are for.
+    options : LabelOptions, optional
+        Where the table of labels lies, and what its words mean.
 
     Raises
     ------
@@ -86,9 +96,10 @@ def read(root: Path, task: Task) -> Dataset:
     patients = folders.patient_table(root)
     images, masks = _folder(root, _IMAGES), _folder(root, _MASKS)
     d = task.dimensions
-    if task.kind == "classification" and (root / "labels.csv").is_file():
+    options = options or LabelOptions()
+    if task.kind == "classification" and options.table(root) is not None:
         return folders.labelled(
-            root, images or root, is_nifti, lambda f: NiftiImage(f, d), patients, task
+            root, images or root, is_nifti, lambda f: NiftiImage(f, d), patients, task, options
         )
     if task.kind == "classification" or images is None or masks is None:
         needs = "labels.csv" if task.kind == "classification" else "images/ and labels/"

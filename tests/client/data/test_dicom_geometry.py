@@ -150,9 +150,11 @@ def test_the_same_slice_twice_counts_once_and_another_in_its_place_is_refused(
     [([0, 2, 4, 8, 10], "slices missing"), ([0, 2, 4.7, 6, 8], "slices uneven")],
 )
 def test_gaps_and_uneven_distances(tmp_path, make_dicom, make_plan, heights, reason):
-    write(tmp_path / "s", make_dicom, voxels(5), heights=heights)
-    (sample,) = volumes(tmp_path, make_plan)
-    assert refusal(sample) == reason
+    paths = write(tmp_path / "s", make_dicom, voxels(5), heights=heights)
+    with pytest.raises(DataError, match=f"{reason}: 1"):  # from the headers
+        volumes(tmp_path, make_plan)
+    with pytest.raises(DataError, match=reason):  # and where the pixels are read
+        stack([read_frame(path) for path in paths])
 
 
 def test_a_leaning_gantry_is_refused_or_set_upright(tmp_path, make_dicom, make_plan):
@@ -167,6 +169,7 @@ def test_a_leaning_gantry_is_refused_or_set_upright(tmp_path, make_dicom, make_p
     steps = 2.0 * (np.arange(depth) - 6)[:, None, None]
     write(tmp_path / "s", make_dicom, ball(steps), aside=(0, 2 * 0.7, 0))
     (sample,) = volumes(tmp_path, make_plan)
+    assert sample.columns["tilted"] == "yes"
     image = sample.load()
     assert image.tilt == pytest.approx(np.degrees(np.arctan2(1.4, 2.5)), abs=1e-3)
     upright = ball(np.zeros_like(steps)).transpose(2, 1, 0)[::-1, ::-1] - 1024.0

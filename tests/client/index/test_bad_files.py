@@ -16,6 +16,7 @@ import pytest
 from PIL import Image as Pillow
 
 from client.data.files import find
+from client.data.patient_options import PatientOptions
 from client.index.extract import AGAIN, Extractor
 from client.index.facts import FileFacts
 from client.index.scan import Limits, scan
@@ -182,9 +183,10 @@ def test_other_ids_that_stand_for_nobody_make_it_read_again(tmp_path, index, dx)
     nobody = dx(root / "b.dcm", np.zeros((7, 7)), PatientID="")
     first = by_path(root, index)
     assert (first(path).nobody, first(nobody).nobody) == ("", "missing")
-    again = by_path(root, index, shared_ids=frozenset({"test person"}))
+    people = PatientOptions(frozenset({"test person"}))
+    again = by_path(root, index, patients=people)
     assert again(path).nobody == "shared"
-    assert scan(Extractor(root, "dicom", SECRET, frozenset({"test person"})), index).new == 0
+    assert scan(Extractor(root, "dicom", SECRET, people), index).new == 0
 
 
 @pytest.mark.integration

@@ -31,7 +31,7 @@ TWO = Limits(workers=2)
 
 
 def extractor(state: Path, root: Path) -> Extractor:
-    return Extractor(root, "dicom", site_secret(state), frozenset({"anon"}))
+    return Extractor(root, "dicom", site_secret(state))
 
 
 def facts_of(state: Path, root: Path, limits: Limits = TWO) -> dict[str, object]:
@@ -142,7 +142,7 @@ def test_a_killed_scan_goes_on_where_it_was(tmp_path, export, dx):
         "if __name__ == '__main__':\n"
         "    state, root = Path(sys.argv[1]), Path(sys.argv[2])\n"
         "    with open_index(state, 'chest') as index:\n"
-        "        scan(Extractor(root, 'dicom', site_secret(state), frozenset({'anon'})), index)\n"
+        "        scan(Extractor(root, 'dicom', site_secret(state)), index)\n"
     )
     (tmp_path / "scan.py").write_text(code)
     here = str(Path(__file__).parents[3])
