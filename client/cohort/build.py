@@ -18,6 +18,7 @@ from client.data.types import Dataset, LeftOut, Sample
 from client.index.extract import Extractor
 from client.index.store import Index
 from client.secret import Pseudonyms
+from fedward.errors import DataError
 
 # Where the index keeps what a DICOM label table may be keyed by.
 _COLUMNS: Final = {
@@ -49,6 +50,24 @@ def usable(dataset: DatasetSection, index: Index, extract: Extractor) -> Dataset
     kept = tuple(item for item in items if isinstance(item, Sample))
     left_out = tuple(item for item in items if isinstance(item, LeftOut))
     return Dataset(kept, found.left_out + left_out)
+
+
+def check_patients(dataset: DatasetSection, found: Dataset) -> None:
+    """Hold a dataset against the site's rules for missing and shared patient ids.
+
+    Raises
+    ------
+    DataError
+        There are such ids, and the rule is to refuse the dataset.
+    """
+    refused = dataset.patients.options().refused
+    counts = Counter(item.reason for item in found.left_out if item.reason in refused)
+    if counts:
+        raise DataError(
+            "the site refuses datasets with images whose patient is not known",
+            value=", ".join(f"{reason}: {n}" for reason, n in sorted(counts.items())),
+            fix="Give them ids, or choose another rule", where="patients.missing, patients.shared",
+        )  # fmt: skip
 
 
 @dataclass

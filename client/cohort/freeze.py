@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from client.cohort.build import classes_of
+from client.cohort.build import check_patients, classes_of
 from client.cohort.private import write_private
 from client.cohort.sources import Record, Recorder, Series, Source, files_of
 from client.config import DatasetSection
@@ -88,8 +88,10 @@ def make_cohort(
     Raises
     ------
     DataError
-        There is no sample, or a file is not in the index.
+        There is no sample, a file is not in the index, or the site's rule for patient ids refuses
+        the dataset.
     """
+    check_patients(dataset, found)
     if not found.samples:
         raise DataError(
             "a cohort must have images", value="none", where=name,

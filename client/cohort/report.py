@@ -6,13 +6,13 @@ All of it is counts and words of the standard; a report names no person and no f
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections import Counter
 from typing import Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from client.cohort.build import classes_of, usable, why_left_out
+from client.cohort.balance import Counts, balance
+from client.cohort.build import usable, why_left_out
 from client.cohort.risks import Risk, find_risks
 from client.config import DatasetSection
 from client.data.split import split_by_patient
@@ -21,7 +21,6 @@ from client.index.extract import Extractor
 from client.index.store import Index
 from fedward.plan.schema import Split
 
-Counts = dict[str, int]
 _WORD: Final = re.compile(r"[A-Za-z0-9 _.,()/&+-]{1,64}")
 _NUMBER: Final = re.compile(r"\d{5,}|\d{4}-\d{2}")  # what could be a date, an id or part of one
 _IMAGES: Final = "reason = '' AND rows > 0 AND format IN ('dicom', 'nifti', 'picture')"
@@ -57,8 +56,14 @@ class DatasetReport(BaseModel):
     intensity: dict[str, Range] = Field(description="range of the pixels by modality")
     samples: int = Field(description="images or volumes that a study could use")
     sample_patients: int = Field(description="patients of these")
-    images_by_class: Counts = Field(description="classification: samples of each class")
-    patients_by_class: Counts = Field(description="classification: patients with each class")
+    images_by_class: Counts = Field(
+        description="samples of each class; of a segmentation those whose masks mark it (all "
+        "slices of a series, if a DICOM mask of it marks any)"
+    )
+    patients_by_class: Counts = Field(description="patients with each class; likewise")
+    pixels_by_class: Counts = Field(
+        description="segmentation: pixels that the masks mark; none for contours"
+    )
     split: Counts = Field(description="patients of each part, by the usual division")
     left_out: Counts = Field(description="files and rows that cannot serve, by reason")
     risks: list[Risk]
@@ -76,9 +81,9 @@ def make_report(
     """
     found = usable(dataset, index, extract)
     left_out = why_left_out(dataset, found, index, extract)
-    files = sum(1 for _ in index.connection.execute("SELECT 1 FROM files"))
+    classes = balance(dataset, found.samples, index, extract)
     return DatasetReport(
-        dataset=name, files=files, instances=_number(index, "count(*)"),
+        dataset=name, files=index.count(), instances=_number(index, "count(*)"),
         patients=_distinct(index, "patient"), studies=_distinct(index, "study"),
         series=_distinct(index, "series"), modality=_by(index, "modality"),
         body_part=_by(index, "body_part"), manufacturer=_by(index, "manufacturer"),
@@ -86,8 +91,8 @@ def make_report(
         size=_by(index, "rows || ' x ' || columns"), spacing=_spacings(index),
         intensity=_ranges(index), samples=len(found.samples),
         sample_patients=len({sample.patient for sample in found.samples}),
-        images_by_class=_classes(dataset, [sample.label for sample in found.samples]),
-        patients_by_class=_patients_by_class(dataset, found.samples),
+        images_by_class=classes.images, patients_by_class=classes.patients,
+        pixels_by_class=classes.pixels,
         split=_split(found.samples), left_out=dict(sorted(left_out.items())),
         risks=find_risks(dataset, found, index, left_out),
     )  # fmt: skip
@@ -151,25 +156,6 @@ def _median(index: Index, column: str, modality: str, count: int) -> float:
         f"ORDER BY 1 LIMIT 1 OFFSET ?", (modality, (count - 1) // 2),
     ).fetchone()  # fmt: skip
     return float(row[0])
-
-
-def _classes(dataset: DatasetSection, labels: Iterable[tuple[int, ...] | None]) -> Counts:
-    if dataset.task == "segmentation":
-        return {}
-    counts = dict.fromkeys(dataset.classes, 0)
-    for label in labels:
-        for k in classes_of(dataset, label):
-            counts[dataset.classes[k]] += 1
-    return counts
-
-
-def _patients_by_class(dataset: DatasetSection, samples: Iterable[Sample]) -> Counts:
-    patients: Mapping[str, set[int]] = defaultdict(set)
-    for sample in samples:
-        patients[sample.patient].update(classes_of(dataset, sample.label))
-    if dataset.task == "segmentation":
-        return {}
-    return {c: sum(k in of for of in patients.values()) for k, c in enumerate(dataset.classes)}
 
 
 def _split(samples: tuple[Sample, ...]) -> Counts:

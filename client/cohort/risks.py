@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -36,7 +36,8 @@ def find_risks(
     """All risks that are there, none that is not."""
     risks = [
         *_of_patients(dataset, found), *_of_classes(dataset, found), *_of_copies(index),
-        *_of_ids(index), *_of_series(index), *_of_labels(left_out),
+        *_of_ids(dataset, index), *_of_people(index), *_of_parts(found), *_of_series(found, index),
+        *_of_labels(left_out),
     ]  # fmt: skip
     return [risk for risk in risks if risk.count]
 
@@ -115,20 +116,77 @@ def _of_copies(index: Index) -> list[Risk]:
     ]  # fmt: skip
 
 
-def _of_series(index: Index) -> list[Risk]:
+def _of_series(found: Dataset, index: Index) -> list[Risk]:
     row = index.connection.execute(
         f"SELECT count(*) FROM (SELECT 1 FROM files WHERE {_OF_IMAGES} AND series != '' "
         "GROUP BY series HAVING count(DISTINCT spacing) > 1)"
     ).fetchone()
+    tilted = sum(sample.columns.get("tilted") == "yes" for sample in found.samples)
     return [
         Risk(
             rule="the images of a series have one spacing", count=int(row[0]), severity="low",
             fix="Volumes are divided by it; see that none falls apart",
+        ),
+        Risk(
+            rule="no volume is of a leaning gantry", count=tilted, severity="low",
+            fix="A plan leaves them out, or sets them upright (preprocessing.gantry_tilt)",
+        ),
+    ]  # fmt: skip
+
+
+def _of_parts(found: Dataset) -> list[Risk]:
+    """The division that the data brings may tear a patient apart."""
+    parts: dict[str, set[str]] = defaultdict(set)
+    for sample in found.samples:
+        parts[sample.patient] |= {sample.split} if sample.split else set()
+    return [
+        Risk(
+            rule="no patient is in two parts of the division that the data brings",
+            count=sum(len(of) > 1 for of in parts.values()), severity="high",
+            fix="Correct the table's split; such a patient goes to the test part as a whole",
         )
     ]  # fmt: skip
 
 
-def _of_ids(index: Index) -> list[Risk]:
+def _of_people(index: Index) -> list[Risk]:
+    """One person under two ids, or two under one."""
+
+    def several(what: str, by: str) -> int:
+        row = index.connection.execute(
+            f"SELECT count(*) FROM (SELECT 1 FROM files WHERE {_OF_IMAGES} AND {by} != '' AND "
+            f"{what} != '' GROUP BY {by} HAVING count(DISTINCT {what}) > 1)"
+        ).fetchone()
+        return int(row[0])
+
+    leak = "If they are one person, give one id: the test would leak"
+    return [
+        Risk(
+            rule="one name and birth date has one patient id", count=several("patient", "person"),
+            severity="high", fix=leak,
+        ),
+        Risk(
+            rule="a patient has one birth date", count=several("born", "patient"),
+            severity="high", fix="The id may be shared: list it in patients.shared_ids",
+        ),
+        Risk(
+            rule="a study is of one patient", count=several("patient", "study"),
+            severity="high", fix=leak,
+        ),
+        Risk(
+            rule="ids differ by more than case, blanks, marks, leading zeros and issuer",
+            count=several("patient", "alike"), severity="medium", fix=leak,
+        ),
+    ]  # fmt: skip
+
+
+_FATE: Final = {
+    "leave-out": "they are left out", "refuse": "nothing is frozen until then",
+    "study": "until then each study counts as a patient", "keep": "these count as one patient",
+    "series": "until then each series counts as a patient",
+}  # fmt: skip
+
+
+def _of_ids(dataset: DatasetSection, index: Index) -> list[Risk]:
     def count(condition: str) -> int:
         row = index.connection.execute(f"SELECT count(*) FROM files WHERE {condition}").fetchone()
         return int(row[0])
@@ -136,11 +194,11 @@ def _of_ids(index: Index) -> list[Risk]:
     return [
         Risk(
             rule="a patient id stands for one patient", count=count("nobody = 'shared'"),
-            severity="high", fix="Give each patient an id of its own; these count as one patient",
+            severity="high", fix=f"Give each patient an id; {_FATE[dataset.patients.shared]}",
         ),
         Risk(
             rule="every image names its patient", count=count("nobody = 'missing' AND rows > 0"),
-            severity="medium", fix="Fill in PatientID; they are left out until then",
+            severity="medium", fix=f"Fill in PatientID; {_FATE[dataset.patients.missing]}",
         ),
         Risk(
             rule="no text is burnt into the pixels",

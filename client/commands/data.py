@@ -145,7 +145,7 @@ def check(
 
     choose_device(device)  # before the work
     with work_on(site, name) as work:
-        frozen, samples = work.samples(cohort)
+        frozen, samples = work.samples(cohort, strict=True)
         words = modalities(samples, work.index, work.extract)
         with busy(f"{name}: checking"):
             made = check_plan(

@@ -56,7 +56,8 @@ def _parts(made: DatasetReport) -> list[tuple[str, dict[str, Any]]]:
         ("manufacturer", made.manufacturer), ("object", made.object_type),
         ("transfer syntax", made.transfer_syntax), ("rows x columns", made.size),
         ("spacing, mm", made.spacing), ("samples by class", made.images_by_class),
-        ("patients by class", made.patients_by_class), ("patients by part", made.split),
+        ("patients by class", made.patients_by_class),
+        ("marked pixels by class", made.pixels_by_class), ("patients by part", made.split),
         ("left out", made.left_out), ("intensity", pixels),
     ]  # fmt: skip
 

@@ -68,15 +68,24 @@ class Work:
             )  # fmt: skip
         return cohort
 
-    def samples(self, which: str | None) -> tuple[str, tuple[Sample, ...]]:
-        """The name and the samples of a frozen cohort; "" and the usable ones without any."""
-        from client.cohort.build import usable
+    def samples(self, which: str | None, *, strict: bool = False) -> tuple[str, tuple[Sample, ...]]:
+        """The name and the samples of a frozen cohort; "" and the usable ones without any.
+
+        Raises
+        ------
+        DataError
+            `strict`: the site's rule for patient ids refuses the dataset.
+        """
+        from client.cohort.build import check_patients, usable
 
         if which is not None:
             cohort = self.open_cohort(which)
             return cohort.name, cohort.dataset.samples
         with busy(f"{self.name}: reading headers and labels"):
-            return "", usable(self.dataset, self.index, self.extract).samples
+            found = usable(self.dataset, self.index, self.extract)
+        if strict:
+            check_patients(self.dataset, found)
+        return "", found.samples
 
 
 def load_site(path: Path) -> SiteConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -50,7 +51,11 @@ class PatientOptions:
         DataError
             "no patient id" or "shared patient id": by the rule the image is left out.
         """
-        issuer, patient_id = (words.get(n, "").strip() for n in ("issuerofpatientid", "patientid"))
+        issuer, patient_id = (
+            # One id may be written in two ways where letters have accents.
+            unicodedata.normalize("NFC", words.get(name, "").strip())
+            for name in ("issuerofpatientid", "patientid")
+        )
         nobody = self.nobody(patient_id)
         rule = {"": "keep", "missing": self.missing, "shared": self.shared}[nobody]
         if rule == "keep":

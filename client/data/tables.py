@@ -89,7 +89,7 @@ def _key(
 ) -> tuple[str, str]:
     """The column of the keys, and what they are."""
     key = low(options.key) or next((name for name in columns if name in lower), "")
-    if key not in lower:
+    if not key or key not in lower:
         wanted = options.key or " or ".join(columns)
         raise DataError(
             f"needs a column {wanted}", where=path.name, fix="Name its key column so, or see "
@@ -107,13 +107,12 @@ def _check_columns(path: Path, lower: Sequence[str], options: LabelOptions) -> N
             "the table must have the columns that site.toml names", value=missing[0],
             where=path.name, fix="Correct labels.column or labels.columns",
         )  # fmt: skip
-    if twice := [name for name, n in Counter(lower).items() if name and n > 1]:
-        named = [*named, options.key, options.column]
-        if {low(name) for name in named} & set(twice):
-            raise DataError(
-                "a column that is used must be there once", value=twice[0], where=path.name,
-                fix="Rename or remove one of them",
-            )  # fmt: skip
+    used = {low(name) for name in (*named, options.key, options.column)} - {""}
+    if twice := [name for name, n in Counter(lower).items() if n > 1 and name in used]:
+        raise DataError(
+            "a column that is used must be there once", value=twice[0], where=path.name,
+            fix="Rename or remove one of them",
+        )  # fmt: skip
 
 
 def _rows(path: Path, options: LabelOptions) -> tuple[list[str], list[list[str]]]:

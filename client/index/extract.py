@@ -5,19 +5,25 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from client.data import reasons
 from client.data.patient_options import PatientOptions
 from client.data.quiet import quiet
 from client.data.readers.dicom_files import is_dicom
+from client.data.readers.nifti import NiftiMask
+from client.data.readers.pictures import PictureMask
 from client.data.types import Format
 from client.index.extract_dicom import dicom_facts
 from client.index.extract_images import nifti_facts, npz_facts, picture_facts
+from client.index.extract_masks import MASK_FOLDERS, values_of
 from client.index.facts import FileFacts
 from client.secret import Pseudonyms
+from fedward.errors import DataError
 
 AGAIN: Final = -1  # a time of change that no file has, so that the next scan reads it again
 _VERSION: Final = 4  # of what is extracted; files read by another are read again
@@ -91,11 +97,21 @@ class Extractor:
             # Decoders raise nearly anything, and their texts quote the file.
             return replace(facts, reason=reasons.reason_of(error))
 
+    def _marked(self, path: Path, found: FileFacts, mask: Callable[[], Any]) -> FileFacts:
+        """With what a mask marks, where the file lies in a folder of masks."""
+        if found.reason or path.relative_to(self.root).parts[0] not in MASK_FOLDERS:
+            return found
+        with suppress(DataError):  # no label map, which its reader tells again
+            return replace(found, marked=values_of(mask()))
+        return found
+
     def _image(self, path: Path, name: str, facts: FileFacts) -> FileFacts:
         if name.endswith((".nii", ".nii.gz")):
-            return nifti_facts(path, replace(facts, format="nifti"))
+            found = nifti_facts(path, replace(facts, format="nifti"))
+            return self._marked(path, found, NiftiMask(path, 3))
         if name.endswith(_PICTURES):
-            return picture_facts(path, replace(facts, format="picture"))
+            found = picture_facts(path, replace(facts, format="picture"))
+            return self._marked(path, found, PictureMask(path))
         if name.endswith(".npz"):
             return npz_facts(path, replace(facts, format="npz"))
         if is_dicom(path):

@@ -16,6 +16,8 @@ from client.data.patient_options import PatientOptions
 from client.data.readers.dicom_files import is_mask
 from client.data.stored import open_dicom
 from client.index.extract_images import LARGEST, measured
+from client.index.extract_masks import segments_of
+from client.index.extract_people import people
 from client.index.facts import FileFacts
 from client.secret import Pseudonyms
 from fedward.errors import DataError
@@ -44,7 +46,7 @@ def dicom_facts(
     header = open_dicom(path).header
     facts = replace(facts, **_who(header, hashed, patients), **_what(header))
     if is_mask(header):
-        return facts
+        return replace(facts, marked=segments_of(path))
     if not (facts.rows and facts.columns):
         return replace(facts, reason=reasons.NO_PIXELS)
     if frame_bytes(header) * facts.frames > LARGEST:
@@ -70,6 +72,7 @@ def _who(header: pydicom.Dataset, hashed: Pseudonyms, patients: PatientOptions) 
         "instance": hashed("sopinstanceuid", text["SOPInstanceUID"]),
         "accession": hashed("accessionnumber", text["AccessionNumber"]),
         "nobody": patients.nobody(text["PatientID"]),
+        **people(header, patient, hashed, patients),
     }
 
 

@@ -34,6 +34,12 @@ class FileFacts:
         Keyed hash of the id alone (kind ``patientid``), by which a label table may mean it.
     nobody : str
         "missing" or "shared" when the patient id stands for nobody, else "".
+    person, born, alike : str
+        Keyed hashes of the patient's name with birth date, of the patient with birth date, and of
+        the id without case, blanks, marks and leading zeros; "" where something is absent.
+    marked : str
+        Masks: JSON of the pixels (structure sets: closed contours) of each segment or value by its
+        number; "" for what is none.
     modality, body_part, manufacturer, syntax, photometric : str
         As DICOM says; "" when absent. "other" for a code that is none, and for a manufacturer with
         a caret or five digits in a row, since it could be a name or a number of somebody.
@@ -73,6 +79,10 @@ class FileFacts:
     accession: str = ""
     patientid: str = ""
     nobody: str = ""
+    person: str = ""
+    born: str = ""
+    alike: str = ""
+    marked: str = ""
     modality: str = ""
     body_part: str = ""
     manufacturer: str = ""

@@ -16,7 +16,7 @@ from typing import Any, Final, Self
 from client.index.facts import FileFacts
 from fedward.errors import OutputError
 
-_VERSION: Final = 2
+_VERSION: Final = 3
 _COLUMNS: Final = tuple(field.name for field in fields(FileFacts))
 _KINDS: Final = {"int": "INTEGER", "bool": "INTEGER", "float": "REAL"}
 _TYPED: Final = ", ".join(
@@ -27,7 +27,15 @@ _SCHEMA: Final = (
     f"CREATE TABLE IF NOT EXISTS files ({_TYPED}, scan INTEGER, settings TEXT) WITHOUT ROWID",
     *(
         f"CREATE INDEX IF NOT EXISTS by_{column} ON files ({column})"
-        for column in ("patient", "series", "instance", "pixels")
+        for column in (
+            "patient",
+            "series",
+            "study",
+            "instance",
+            "pixels",
+            "accession",
+            "patientid",
+        )
     ),
     f"PRAGMA user_version = {_VERSION}",
 )

@@ -125,7 +125,8 @@ def export(tmp_path: Path) -> Path:
         for shot in range(2):
             write_dx(
                 root / name / f"DOE^JANE-{shot}.dcm", rng.integers(0, 4096, (12, 10)),
-                PatientID=name, SeriesInstanceUID=f"1.2.826.0.99.4711.{patient}",
+                PatientID=name, PatientName=f"DOE^JANE^{patient}",
+                SeriesInstanceUID=f"1.2.826.0.99.4711.{patient}",
                 StudyInstanceUID=f"1.2.826.0.99.4711.9.{patient}",
             )  # fmt: skip
     (root / "labels.csv").write_text("\n".join(rows) + "\n")

@@ -86,7 +86,8 @@ def test_risks_are_counted(site, export, dx):
         "a patient id stands for one patient": 1,
         "every image names its patient": 1,
         "no text is burnt into the pixels": 1,
-        "every image has a label": 1,
+        "one name and birth date has one patient id": 1,
+        "a study is of one patient": 1,
         "the rows of one image agree": 2,
         "every class has at least 4 patients": 2,
         "the images of a series have one spacing": 1,
@@ -94,7 +95,9 @@ def test_risks_are_counted(site, export, dx):
     }
     severity = {risk["rule"]: risk["severity"] for risk in made["risks"]}
     assert severity["no two patients share an image, or a test would leak"] == "high"
-    assert severity["every image has a label"] == "medium"
+    assert severity["the rows of one image agree"] == "medium"
+    assert made["left_out"]["shared patient id"] == 1
+    assert made["left_out"]["no patient id"] == 1
     assert made["left_out"]["conflicting labels"] == 2
 
 

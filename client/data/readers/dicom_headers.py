@@ -29,6 +29,8 @@ _TAGS: Final = [
     "PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "AcquisitionNumber",
     "EchoNumbers", "TemporalPositionIdentifier", "FrameOfReferenceUID",
 ]  # fmt: skip
+_SCOUTS: Final = frozenset({"LOCALIZER", "SCOUT"})
+_MOSAIC: Final = "MOSAIC"  # Siemens: the slices of a volume as tiles of one picture
 _FRAME: Final = 8  # bytes of the smallest frame that there is
 _INFLATED: Final = 1 << 20  # frames of a deflated file
 _PIXELS: Final = frozenset(  # tags (7FE0,0008), (7FE0,0009), (7FE0,0010) in either byte order
@@ -124,7 +126,7 @@ def _header(path: Path, task: Task, patients: PatientOptions) -> Header | MaskOb
             pixels_next = file.read(4) in _PIXELS or _deflated(tags)
         words = {name.lower(): str(tags.get(name) or "").strip() for name in _TAGS}
         frames = int(tags.get("NumberOfFrames") or 1)
-        is_scout = _scout(tags)
+        kinds = _kinds(tags)
     except Exception as error:
         # pydicom raises nearly anything on a broken file, and its texts quote values.
         raise reasons.unusable(reasons.reason_of(error)) from None
@@ -136,8 +138,10 @@ def _header(path: Path, task: Task, patients: PatientOptions) -> Header | MaskOb
         raise reasons.unusable(reasons.OTHER_MODALITY)
     if "any" not in task.modality and words["modality"] not in task.modality:
         raise reasons.unusable(reasons.OTHER_MODALITY)
-    if is_scout:
+    if kinds & _SCOUTS:
         raise reasons.unusable(reasons.SCOUT)
+    if _MOSAIC in kinds:
+        raise reasons.unusable(reasons.MOSAIC)
     patient = "\\".join(patients.patient(words))
     if frames > _most_frames(path, tags):
         raise reasons.unusable(reasons.NOT_READABLE)
@@ -169,11 +173,10 @@ def _most_frames(path: Path, tags: pydicom.FileDataset) -> int:
     return _INFLATED if _deflated(tags) else max(1, path.stat().st_size // _FRAME)
 
 
-def _scout(tags: pydicom.FileDataset) -> bool:
-    """Whether the third value of ImageType says so, or a later one (C.8.2.1.1.1)."""
+def _kinds(tags: pydicom.FileDataset) -> frozenset[str]:
+    """The values of ImageType, of which the third or a later one tells a scout (C.8.2.1.1.1)."""
     values = tags.get("ImageType") or ()
-    kinds = {str(v).upper() for v in ([values] if isinstance(values, str) else values)}
-    return bool(kinds & {"LOCALIZER", "SCOUT"})
+    return frozenset(str(v).upper() for v in ([values] if isinstance(values, str) else values))
 
 
 def _rounded(tags: pydicom.FileDataset, name: str, digits: int) -> tuple[float, ...]:

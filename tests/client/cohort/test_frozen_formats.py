@@ -19,6 +19,7 @@ from pydicom.sr.codedict import codes
 from client.cohort.build import usable
 from client.cohort.freeze import make_cohort, save
 from client.cohort.frozen import open_cohort
+from client.cohort.report import make_report
 from client.secret import site_secret
 from fedward.errors import DataError
 
@@ -185,6 +186,19 @@ def write_site(folder: Path, format: str, task: str, dimensions: int) -> Path:
     return path
 
 
+def check_balance(report: Any, found: Any, case: str) -> None:
+    """The report's classes are those that the masks hold when they are read."""
+    masks = [sample.mask() for sample in found.samples]
+    assert report.images_by_class == {"lung": len(masks)}
+    assert report.patients_by_class == {"lung": len({s.patient for s in found.samples})}
+    if case.startswith("contoured"):
+        assert report.pixels_by_class == {}
+    elif case == "another grid":  # as they are stored: of voxels of another size
+        assert report.pixels_by_class == {"lung": 2 * 3 * 3 * 4}
+    else:
+        assert report.pixels_by_class == {"lung": sum(int((m > 0).sum()) for m in masks)}
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize("case", CASES)
 def test_an_opened_cohort_reads_what_the_reader_does(tmp_path, working, make_structures, case):
@@ -196,6 +210,8 @@ def test_an_opened_cohort_reads_what_the_reader_does(tmp_path, working, make_str
         cohort = make_cohort("one", work.dataset, found, work.index, work.extract)
         path = save(cohort, work.site.site.state)
         opened = open_cohort(work.site, "one", secret=site_secret(work.site.site.state))
+        if task == "segmentation":
+            check_balance(make_report("one", work.dataset, work.index, work.extract), found, case)
     assert len(opened.dataset.samples) == len(found.samples) == count
     assert len(cohort.files) == (1 if format == "npz" else files)
     for one, other in zip(opened.dataset.samples, found.samples, strict=True):

@@ -99,10 +99,13 @@ def test_world_places_are_those_of_an_independent_reader(tmp_path, make_dicom):
 def test_scouts_are_left_out(tmp_path, make_dicom, make_plan):
     write(tmp_path / "s", make_dicom, voxels())
     make_dicom(tmp_path / "scout.dcm", voxels(1)[0], ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    make_dicom(
+        tmp_path / "tiles.dcm", voxels(1)[0], ImageType=["ORIGINAL", "PRIMARY", "M", "MOSAIC"]
+    )
     (tmp_path / "labels.csv").write_text("PatientID,label\nP1,sick\n")
     dataset = read_dataset(DatasetSpec(tmp_path, "dicom"), make_plan(size=(8, 8, 8)).task)
     assert len(dataset.samples) == 1
-    assert [item.reason for item in dataset.left_out] == ["scout or localizer"]
+    assert [item.reason for item in dataset.left_out] == ["scout or localizer", "mosaic of slices"]
 
 
 def test_planes_of_one_series_are_volumes_of_their_own(tmp_path, make_dicom, make_plan):

@@ -1,0 +1,194 @@
+"""What a report says of trees whose contents are known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from client.cohort.build import usable
+from client.cohort.freeze import make_cohort
+from client.cohort.report import make_report
+from client.commands.work import Work, extractor
+from client.config import load_config
+from client.data.files import find
+from client.index.store import open_index
+from fedward.errors import DataError
+
+RNG = np.random.default_rng(5)
+SITE = """
+version = 1
+[site]
+name = "st-mary"
+[datasets.chest]
+root = "export"
+format = "dicom"
+task = "classification"
+classes = ["well", "sick"]
+minimum_patients = 1
+"""
+
+
+@pytest.fixture
+def reading() -> Any:
+    """Opens a dataset that is read in this process: its scan has tests of its own."""
+
+    @contextmanager
+    def work(site: Path) -> Iterator[Work]:
+        config = load_config(site)
+        extract = extractor(config, "chest")
+        with open_index(config.site.state, "chest") as index:
+            number = index.next_scan()
+            index.put(map(extract, find(extract.root)), (), number, extract.settings)
+            index.drop_before(number)
+            yield Work(config, "chest", index, extract)
+
+    return work
+
+
+def shot(dx: Any, path: Path, patient: str, study: str, **tags: Any) -> None:
+    tags = {"PatientName": "", "PatientBirthDate": "", "AccessionNumber": f"A{study}"} | tags
+    dx(path, RNG.integers(0, 4096, (8, 9)), PatientID=patient, StudyInstanceUID=f"1.2.{study}",
+       SeriesInstanceUID=f"1.2.{study}.1", **tags)  # fmt: skip
+
+
+@pytest.fixture
+def people(tmp_path: Path, dx: Any) -> Path:
+    """Two patients, three studies under a shared id, and two without any id."""
+    root = tmp_path / "export"
+    for k, (patient, study) in enumerate(
+        [("P1", "1"), ("P2", "2"), ("ANON", "3"), ("anon ", "4"), ("Anon", "5"), ("", "6"),
+         (" ", "6"), ("", "7")]
+    ):  # fmt: skip
+        shot(dx, root / f"{k}.dcm", patient, study)
+    rows = [f"A{k},{'sick' if k % 2 else 'well'}" for k in range(1, 8)]
+    (root / "labels.csv").write_text("AccessionNumber,label\n" + "\n".join(rows) + "\n")
+    return tmp_path / "site.toml"
+
+
+RULES = {
+    ("leave-out", "leave-out"): (2, 2, {"no patient id": 3, "shared patient id": 3}),
+    ("study", "leave-out"): (5, 4, {"shared patient id": 3}),
+    ("leave-out", "study"): (5, 5, {"no patient id": 3}),
+    ("series", "series"): (8, 7, {}),
+    ("leave-out", "keep"): (5, 5, {"no patient id": 3}),
+}
+
+
+@pytest.mark.integration
+def test_ids_that_stand_for_nobody_go_by_the_sites_rule(people, reading):
+    for (missing, shared), (samples, patients, left_out) in RULES.items():
+        people.write_text(
+            f'{SITE}[datasets.chest.patients]\nmissing = "{missing}"\nshared = "{shared}"\n'
+        )
+        with reading(people) as work:
+            found = make_report("chest", work.dataset, work.index, work.extract)
+            usable_ones = usable(work.dataset, work.index, work.extract)
+            frozen = make_cohort("chest", work.dataset, usable_ones, work.index, work.extract)
+        assert (found.samples, found.sample_patients) == (samples, patients), (missing, shared)
+        assert found.left_out == left_out
+        assert frozen.patients == patients
+        risks = {risk.rule: risk.count for risk in found.risks}
+        assert risks["a patient id stands for one patient"] == 3
+        assert risks["every image names its patient"] == 3
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("key", ["missing", "shared"])
+def test_a_site_may_refuse_them(people, reading, key):
+    people.write_text(f'{SITE}[datasets.chest.patients]\n{key} = "refuse"\n')
+    with reading(people) as work:
+        found = usable(work.dataset, work.index, work.extract)
+        make_report("chest", work.dataset, work.index, work.extract)
+        with pytest.raises(DataError, match="refuses") as caught:
+            make_cohort("chest", work.dataset, found, work.index, work.extract)
+        with pytest.raises(DataError, match="refuses"):
+            work.samples(None, strict=True)
+    assert caught.value.value == f"{'no' if key == 'missing' else 'shared'} patient id: 3"
+
+
+@pytest.mark.integration
+def test_a_row_of_a_shared_id_labels_nobody(people, reading):
+    (people.parent / "export" / "labels.csv").write_text("PatientID,label\nP1,well\nANON,sick\n")
+    people.write_text(f'{SITE}[datasets.chest.patients]\nshared = "study"\n')
+    with reading(people) as work:
+        found = make_report("chest", work.dataset, work.index, work.extract)
+    assert found.images_by_class == {"well": 1, "sick": 0}
+    assert found.left_out == {"no label": 4, "no patient id": 3}
+
+
+@pytest.mark.integration
+def test_people_who_are_not_told_apart(tmp_path, reading, dx):
+    root = tmp_path / "export"
+    one = {"PatientName": "DOE^JANE", "PatientBirthDate": "19550712"}
+    shot(dx, root / "a.dcm", "MRN0815", "1", **one)
+    shot(dx, root / "b.dcm", "mrn 815", "2", **one)  # a person under two ids, misspelt
+    shot(dx, root / "c.dcm", "MRN0815", "3", PatientBirthDate="20010101")  # two births
+    shot(dx, root / "d.dcm", "X1", "4")
+    shot(dx, root / "e.dcm", "X2", "4")  # a study of two patients
+    shot(dx, root / "f.dcm", "007", "5", IssuerOfPatientID="east")
+    shot(dx, root / "g.dcm", "7", "6", IssuerOfPatientID="west")
+    anonymous = {"PatientName": "Anonymous", "PatientBirthDate": "19000101"}
+    shot(dx, root / "h.dcm", "H1", "7", **anonymous)
+    shot(dx, root / "i.dcm", "H2", "8", **anonymous)  # that name is nobody's
+    rows = ["AccessionNumber,label,split"]
+    rows += [f"A{k},{'sick' if k % 2 else 'well'},{'test' if k == 3 else 'train'}"
+             for k in range(1, 9)]  # fmt: skip
+    (root / "labels.csv").write_text("\n".join(rows) + "\n")
+    (tmp_path / "site.toml").write_text(SITE)
+    with reading(tmp_path / "site.toml") as work:
+        found = make_report("chest", work.dataset, work.index, work.extract)
+        text = found.model_dump_json()
+    assert {risk.rule: risk.count for risk in found.risks} == {
+        "one name and birth date has one patient id": 1,
+        "a patient has one birth date": 1,
+        "a study is of one patient": 1,
+        "ids differ by more than case, blanks, marks, leading zeros and issuer": 1,
+        "no patient is in two parts of the division that the data brings": 1,
+    }
+    stored = b"".join(p.read_bytes() for p in (tmp_path / "state" / "index").iterdir())
+    for planted in ("DOE", "MRN", "1955", "2001", "Anonym", "1900"):
+        assert planted not in text
+        assert planted.encode() not in stored and planted.lower().encode() not in stored
+
+
+@pytest.mark.integration
+def test_ids_that_differ_by_zeros_and_case_alone(tmp_path, reading, dx):
+    root = tmp_path / "export"
+    for k, patient in enumerate(["0042", "42", "A-1", "a1", "b1"]):
+        shot(dx, root / f"{k}.dcm", patient, str(k))
+    rows = [f"A{k},{'sick' if k % 2 else 'well'}" for k in range(5)]
+    (root / "labels.csv").write_text("AccessionNumber,label\n" + "\n".join(rows) + "\n")
+    (tmp_path / "site.toml").write_text(SITE)
+    with reading(tmp_path / "site.toml") as work:
+        found = make_report("chest", work.dataset, work.index, work.extract)
+    assert {risk.rule: risk.count for risk in found.risks} == {
+        "ids differ by more than case, blanks, marks, leading zeros and issuer": 2
+    }
+
+
+@pytest.mark.integration
+def test_a_slice_that_cannot_be_read_costs_its_volume_and_is_told(tmp_path, reading, dx):
+    root = tmp_path / "export"
+    for patient in ("P1", "P2", "P3"):
+        for k in range(4):
+            shot(
+                dx, root / patient / f"{k}.dcm", patient, patient[1], Modality="CT",
+                ImagePositionPatient=[0, 0, 2.0 * k + (patient == "P3") * 2 * (k == 3)],
+                ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
+            )  # fmt: skip
+    cut = root / "P2" / "1.dcm"
+    cut.write_bytes(cut.read_bytes()[:-30])
+    (root / "labels.csv").write_text("PatientID,label\nP1,well\nP2,sick\nP3,sick\n")
+    (tmp_path / "site.toml").write_text(
+        SITE.replace('task = "classification"', 'task = "classification"\ndimensions = 3')
+    )
+    with reading(tmp_path / "site.toml") as work:
+        found = make_report("chest", work.dataset, work.index, work.extract)
+    assert found.samples == 1
+    # The cut file, its volume, and the volume with a gap.
+    assert found.left_out == {"not readable": 1, "slices missing": 2}
