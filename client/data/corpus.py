@@ -8,9 +8,12 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
+
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.uid import AllTransferSyntaxes
 
 from client.index.extract import Extractor
 from client.index.facts import FileFacts
@@ -32,6 +35,9 @@ hold both. Written by `python -m client.data.corpus`; a test holds the page.
 *image*: all frames were decoded. *mask*: a segmentation or a structure set, which serves the images
 that it refers to. *dose*: no picture of a patient; decoded here, taken by no study.
 """
+
+_CODECS: Final = """Transfer syntaxes for which pydicom and pylibjpeg, as they are installed, have a
+decoder. Where the packages bring no file, none was tried."""
 
 
 def roots() -> dict[str, Path]:
@@ -88,7 +94,26 @@ def page() -> str:
     lines += ["", "## By object and transfer syntax", ""]
     lines += _rows("object | transfer syntax", ((_word(k), _word(s)) for k, s in sorted(table)),
                    (table[key] for key in sorted(table)))  # fmt: skip
+    lines += ["", *_codecs(of_syntax)]
     return "\n".join(lines) + "\n"
+
+
+def _codecs(tried: Mapping[str, Counter[str]]) -> Iterator[str]:
+    """Which transfer syntaxes can be decoded at all, and which have a file above."""
+    able: list[str] = []
+    unable: list[str] = []
+    for uid in AllTransferSyntaxes:
+        try:
+            decoder = get_decoder(uid)
+        except NotImplementedError:
+            unable.append(uid.name)
+            continue
+        (able if decoder.is_available else unable).append(uid.name)
+    yield from ("## What can be decoded", "", _CODECS, "", "| transfer syntax | files above |")
+    yield "|---|---|"
+    for name in sorted(able):
+        yield f"| {name} | {tried[name].total() if name in tried else 'none'} |"
+    yield from ("", f"Not decoded, and so `not readable`: {'; '.join(sorted(unable))}.")
 
 
 def _rows(

@@ -78,3 +78,12 @@ def test_an_image_type_that_is_no_text_is_a_reason(tmp_path, make_dicom, make_pl
     file.save_as(path)
     headers, _, left_out = read_headers([path], tmp_path, make_plan().task)
     assert len(headers) + len(left_out) == 1
+
+
+def test_lossless_jpeg_of_any_predictor_is_read(tmp_path):
+    # No package has a file of process 14 as such; that of its first selection value is one too.
+    file = pydicom.dcmread(get_testdata_file("JPEG-LL.dcm"))
+    before = read_frame(Path(get_testdata_file("JPEG-LL.dcm"))).image.pixels
+    file.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLossless
+    file.save_as(tmp_path / "x.dcm")
+    np.testing.assert_array_equal(read_frame(tmp_path / "x.dcm").image.pixels, before)
