@@ -51,7 +51,8 @@ def test_five_hospitals_make_the_model_of_the_simulation_bit_for_bit(
     assert told["test"] == expected["test"]
     for here, there in zip(found["rounds"], expected["rounds"], strict=True):
         assert here["validation"] == there["validation"]
-        assert here["train_loss"] == there["train_loss"]
+        # The site's policy rounds what it tells.
+        assert here["train_loss"] == pytest.approx(there["train_loss"], abs=1e-8)
 
 
 def test_privacy_costs_what_the_simulation_says_and_a_replayed_study_nothing(
