@@ -72,6 +72,18 @@ class Round:
         last = [e for e in events[-2:] if e["kind"] == "answered" and e["what"] == "validation"]
         return len(last) == 2
 
+    def process(self, which: str) -> int:
+        """Of the hospital, or the study's runner; found before a phase begins, for that is short."""
+        found: dict[str, int] = {}
+
+        def there() -> bool:
+            found.update(self.daemon.children())
+            found.update(self.federation.service.processes())
+            return which in found
+
+        wait(there)
+        return found[which]
+
     def _node(self) -> int:
         return int(self.federation.node(self.number))
 
@@ -104,17 +116,16 @@ def thaw(pid: int) -> None:
 
 def receiving(now: Round) -> int | None:
     """The order waits for the connector."""
-    done = now.finished()
+    pid, done = now.process("connector"), now.finished()
     wait(lambda: now.finished() > done)
-    pid = now.daemon.children()["connector"]
     freeze(pid)
     return pid if in_time(now.waits_at_the_superlink, 3.0) else _let_go(pid)
 
 
 def computing(now: Round) -> int | None:
     """The trainer has the order."""
+    pid = now.process("trainer")
     wait(lambda: now.in_hand("train"))
-    pid = now.daemon.children()["trainer"]
     freeze(pid)
     time.sleep(0.1)
     return pid if now.in_hand("train") and not now.answered() else _let_go(pid)
@@ -122,8 +133,8 @@ def computing(now: Round) -> int | None:
 
 def sending(now: Round) -> int | None:
     """The connector has sent a part of the update."""
+    pid = now.process("connector")
     wait(lambda: now.in_hand("train"))
-    pid = now.daemon.children()["connector"]
     wait(lambda: now.half_sent() or not now.in_hand("train"))
     freeze(pid)
     return pid if now.half_sent() else _let_go(pid)
@@ -131,16 +142,16 @@ def sending(now: Round) -> int | None:
 
 def aggregating(now: Round) -> int | None:
     """The runner has all answers, and the round does not stand yet: model, checkpoint, registry."""
+    pid = now.process("server.runner")
     wait(now.all_measured)
-    pid = now.federation.service.processes()["server.runner"]
     freeze(pid)
     return pid if now.all_measured() else _let_go(pid)
 
 
 def evaluating(now: Round) -> int | None:
     """The trainer measures the model."""
+    pid = now.process("trainer")
     wait(lambda: now.in_hand("evaluate"))
-    pid = now.daemon.children()["trainer"]
     freeze(pid)
     time.sleep(0.1)
     return pid if now.in_hand("evaluate") and not now.answered() else _let_go(pid)
@@ -215,7 +226,7 @@ def test_whoever_is_killed_in_this_phase(
     now = Round(federation, study, 1)
     for victim in VICTIMS:
         began = time.monotonic()
-        children = now.daemon.children()
+        children = {which: now.process(which) for which in ("trainer", "connector")}
         with held(now, phase):
             done = now.finished()
             kill(now, victim)
