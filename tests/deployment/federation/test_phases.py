@@ -73,7 +73,7 @@ class Round:
         return len(last) == 2
 
     def process(self, which: str) -> int:
-        """Of the hospital, or the study's runner; found before a phase begins, for that is short."""
+        """Of the hospital, or the study's runner; found before its phase, which is short."""
         found: dict[str, int] = {}
 
         def there() -> bool:
