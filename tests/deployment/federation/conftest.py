@@ -31,10 +31,12 @@ from server.results import Arm
 from server.rounds import StudyRun
 from server.runner import link_address
 from simulation.cohort import write_cohort
+from simulation.cohort.facts import Kind
 from simulation.options import Hospital, Options
 from simulation.study import Study
 
 HOSPITALS = 5
+DATASETS: dict[str, Kind] = {"chest": "classification", "lungs": "segmentation"}
 PATIENTS = 20
 
 
@@ -191,11 +193,48 @@ class Federation:
     service: Any
     network: Network
     disk: SmallDisk
+    folder: Path
+    new_daemon: Any
     daemons: dict[int, Any] = field(default_factory=dict)
+    frozen: set[tuple[int, str]] = field(default_factory=set)
 
-    @property
-    def names(self) -> list[str]:
-        return [f"hospital {number}" for number in self.daemons]
+    def ready(self, *numbers: int, dataset: str = "chest") -> list[str]:
+        """Have these hospitals run and online, with a frozen cohort; gives their names."""
+        for kind in DATASETS.values():
+            if not (self.folder / kind).exists():
+                write_cohort(self.folder / kind, 0, kind, PATIENTS, HOSPITALS)
+        new = [number for number in numbers if number not in self.daemons]
+        for number in new:
+            self.daemons[number] = self._enrolled(number)
+        for number in numbers:
+            if (number, dataset) not in self.frozen:
+                self._freeze(number, dataset)
+            if number in new:
+                self.daemons[number].start()
+        self.recovered()
+        return [f"hospital {number}" for number in numbers]
+
+    def _enrolled(self, number: int) -> Any:
+        address = f"{self.network.address}:{self.service.sites_port}"
+        daemon = self.new_daemon(f"hospital {number}", self.folder / f"h{number}")
+        daemon.within = self.network.within(number)
+        ca = (self.service.folder / "tls" / "ca.crt").read_bytes()
+        enrol(daemon.folder, daemon.name, address, ca)
+        daemon.config.write_text(
+            SITE.format(
+                name=daemon.name, address=address, data=self.folder, number=number,
+                coordinator=self.service.coordinator,
+            )
+        )  # fmt: skip
+        self.service.ask("site", "add", daemon.name, daemon.folder / "connector" / "site.pub")
+        return daemon
+
+    def _freeze(self, number: int, dataset: str) -> None:
+        config = str(self.daemons[number].config)
+        words = ["data", "freeze", dataset, "--config", config, "--json"]
+        done = CliRunner().invoke(client_cli, words)
+        assert done.exit_code == 0, done.output
+        self.frozen.add((number, dataset))
 
     def submit(self, plan: Plan, sites: str, folder: Path, *more: object) -> str:
         """Submit as a coordinator does; gives the study's id."""
@@ -309,55 +348,19 @@ class Federation:
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("five")
-    write_cohort(folder / "classification", 0, "classification", PATIENTS, HOSPITALS)
-    write_cohort(folder / "segmentation", 0, "segmentation", PATIENTS, HOSPITALS)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def federation(
-    make_service: Callable[..., Any], new_daemon: Any, data: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Federation]:  # fmt: skip
-    """Five hospitals that run, of two datasets each; all enrolled by the command line."""
+    make_service: Callable[..., Any], new_daemon: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Federation]:
+    """An aggregator that runs; hospitals come as tests need them."""
     network, disk = Network(), SmallDisk()
     service = make_service(network.address, prepare=disk.put_under)
-    made = Federation(service, network, disk)
-    try:
-        for number in range(1, HOSPITALS + 1):
-            made.daemons[number] = _hospital(made, new_daemon, data, number, tmp_path_factory)
-        yield made
-    finally:
-        for daemon in made.daemons.values():
-            if daemon.process is not None and daemon.process.poll() is None:
-                daemon.stop()
-        if service.process.poll() is None:
-            service.stop()
-        network.close()
-        disk.close()
-
-
-def _hospital(
-    made: Federation, new_daemon: Any, data: Path, number: int,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Any:  # fmt: skip
-    service, address = made.service, f"{made.network.address}:{made.service.sites_port}"
-    daemon = new_daemon(f"hospital {number}", tmp_path_factory.mktemp("h"))
-    daemon.within = made.network.within(number)
-    ca = (service.folder / "tls" / "ca.crt").read_bytes()
-    enrol(daemon.folder, daemon.name, address, ca)
-    daemon.config.write_text(
-        SITE.format(
-            name=daemon.name, address=address, data=data, number=number,
-            coordinator=service.coordinator,
-        )
-    )  # fmt: skip
-    for dataset in ("chest", "lungs"):
-        words = ["data", "freeze", dataset, "--config", str(daemon.config), "--json"]
-        done = CliRunner().invoke(client_cli, words)
-        assert done.exit_code == 0, done.output
-    service.ask("site", "add", daemon.name, daemon.folder / "connector" / "site.pub")
-    daemon.start()
-    return daemon
+    folder = tmp_path_factory.mktemp("federation")
+    made = Federation(service, network, disk, folder, new_daemon)
+    yield made
+    for daemon in made.daemons.values():
+        if daemon.process is not None and daemon.process.poll() is None:
+            daemon.stop()
+    if service.process.poll() is None:
+        service.stop()
+    network.close()
+    disk.close()

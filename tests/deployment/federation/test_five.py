@@ -11,6 +11,7 @@ import pytest
 
 pytestmark = pytest.mark.integration
 Make = Callable[..., Any]
+FIVE = (1, 2, 3, 4, 5)
 
 CLASSIFICATION: dict[str, Any] = {
     "study": {"name": "chest"},
@@ -34,12 +35,13 @@ def test_five_hospitals_make_the_model_of_the_simulation_bit_for_bit(
     federation: Any, make_plan: Make, tmp_path: Path, kind: dict[str, Any]
 ) -> None:
     plan = make_plan(**kind)
-    study = federation.submit(plan, ",".join(federation.names), tmp_path, "--seed", 5)
+    names = federation.ready(*FIVE, dataset=plan.study.name)
+    study = federation.submit(plan, ",".join(names), tmp_path, "--seed", 5)
     found = federation.finish(study)
     assert found["study"]["state"] == "finished", found
-    assert [sorted(one["sites"]) for one in found["rounds"]] == [federation.names] * 2
+    assert [sorted(one["sites"]) for one in found["rounds"]] == [names] * 2
 
-    alone = federation.simulate(plan, tmp_path / "alone", 5, *federation.daemons)
+    alone = federation.simulate(plan, tmp_path / "alone", 5, *FIVE)
     assert alone.model is not None
     delivered = federation.model(study, tmp_path)
     assert delivered.keys() == alone.model.keys()
@@ -67,15 +69,16 @@ def test_privacy_costs_what_the_simulation_says_and_a_replayed_study_nothing(
                         "clipping_norm": 1.0, "sampling_rate": 0.3},
         }
     )  # fmt: skip
-    study = federation.submit(plan, ",".join(federation.names), tmp_path, "--seed", 5)
+    names = federation.ready(*FIVE)
+    study = federation.submit(plan, ",".join(names), tmp_path, "--seed", 5)
     found = federation.finish(study)
     assert found["study"]["state"] == "finished", found
     url = f"/v1/studies/{study}/results"
     told = federation.service.get(url, federation.service.token).json()["arms"][0]
 
-    alone = federation.simulate(plan, tmp_path / "alone", 5, *federation.daemons)
+    alone = federation.simulate(plan, tmp_path / "alone", 5, *FIVE)
     expected = alone.results.arms[0].model_dump(mode="json")
-    assert sorted(told["privacy"]) == federation.names
+    assert sorted(told["privacy"]) == names
     assert told["privacy"] == expected["privacy"]
     assert all(0 < spent["epsilon"] <= 8.0 for spent in told["privacy"].values())
     for here, there in zip(found["rounds"], expected["rounds"], strict=True):
@@ -102,6 +105,7 @@ def test_privacy_costs_what_the_simulation_says_and_a_replayed_study_nothing(
 def test_each_hospital_has_a_network_of_its_own(federation: Any) -> None:
     if federation.network.why_not:
         pytest.skip(federation.network.why_not)
+    federation.ready(*FIVE)
     for number, daemon in federation.daemons.items():
         assert federation.network.interfaces(number) == ["eth0"]
         inside = {
@@ -114,11 +118,12 @@ def test_each_hospital_has_a_network_of_its_own(federation: Any) -> None:
 def test_who_is_not_named_receives_nothing(
     federation: Any, make_plan: Make, tmp_path: Path
 ) -> None:
-    before = {number: federation.orders(number) for number in federation.daemons}
+    federation.ready(*FIVE)
+    before = {number: federation.orders(number) for number in FIVE}
     plan = make_plan(**{**CLASSIFICATION, "participation": {"sites": 2, "quorum": 2}})
     study = federation.submit(plan, "hospital 2,hospital 4", tmp_path)
     found = federation.finish(study)
     assert [sorted(one["sites"]) for one in found["rounds"]] == [["hospital 2", "hospital 4"]] * 2
-    after = {number: federation.orders(number) for number in federation.daemons}
+    after = {number: federation.orders(number) for number in FIVE}
     # Described, trained twice, measured twice and at the end.
     assert {n: after[n] - before[n] for n in after} == {1: 0, 2: 6, 3: 0, 4: 6, 5: 0}

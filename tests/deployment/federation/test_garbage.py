@@ -175,6 +175,7 @@ def test_no_hospital_can_spoil_a_study(
         mallory.script += [garbage] if number % 2 else [right, garbage]
     # Silent for a round, then put out for three bad answers.
     mallory.script += [right, None, right, not_a_number, not_a_number, not_a_number]
+    federation.ready(1)
     study = federation.submit(plan, f"hospital 1,{NAME}", tmp_path)
 
     def rounds() -> list[dict[str, Any]]:

@@ -221,7 +221,7 @@ def is_as_if_nothing_happened(federation: Any, study: str, plan: Any, folder: Pa
 def test_whoever_is_killed_in_this_phase(
     federation: Any, plan: Any, tmp_path: Path, phase: Callable[[Round], int | None]
 ) -> None:
-    federation.recovered()
+    federation.ready(1, 2)
     study = federation.submit(plan, ",".join(BOTH), tmp_path, "--seed", 3)
     now = Round(federation, study, 1)
     for victim in VICTIMS:
@@ -240,7 +240,7 @@ def test_whoever_is_killed_in_this_phase(
 def test_everything_is_killed_at_once_and_the_disk_lost_what_was_not_synced(
     federation: Any, make_plan: Make, plan: Any, tmp_path: Path
 ) -> None:
-    federation.recovered()
+    federation.ready(1, 2)
     plan = plan.model_copy(update={"training": plan.training.model_copy(update={"rounds": 5})})
     study = federation.submit(plan, ",".join(BOTH), tmp_path, "--seed", 3)
     now = Round(federation, study, 1)
@@ -273,7 +273,7 @@ def test_everything_is_killed_at_once_and_the_disk_lost_what_was_not_synced(
 def test_a_cable_is_pulled_in_this_phase_and_put_back(
     federation: Any, plan: Any, tmp_path: Path, phase: Callable[[Round], int | None]
 ) -> None:
-    federation.recovered()
+    federation.ready(1, 2)
     plan = plan.model_copy(update={"training": plan.training.model_copy(update={"rounds": 6})})
     study = federation.submit(plan, ",".join(BOTH), tmp_path, "--seed", 3)
     now = Round(federation, study, 1)
@@ -290,7 +290,7 @@ def test_a_cable_is_pulled_in_this_phase_and_put_back(
 def test_who_stays_away_costs_its_own_update_and_is_back_in_a_later_round(
     federation: Any, plan: Any, tmp_path: Path
 ) -> None:
-    federation.recovered()
+    federation.ready(1, 2)
     plan = plan.model_copy(update={"training": plan.training.model_copy(update={"rounds": 900})})
     more = ("--quorum", 1, "--deadline", 6)
     study = federation.submit(plan, ",".join(BOTH), tmp_path, "--seed", 3, *more)
@@ -319,7 +319,7 @@ def test_who_stays_away_costs_its_own_update_and_is_back_in_a_later_round(
 def test_a_full_disk_makes_the_study_wait_and_loses_nothing(
     federation: Any, plan: Any, tmp_path: Path
 ) -> None:
-    federation.recovered()
+    federation.ready(1, 2)
     plan = plan.model_copy(update={"training": plan.training.model_copy(update={"rounds": 6})})
     study = federation.submit(plan, ",".join(BOTH), tmp_path, "--seed", 3)
     now = Round(federation, study, 1)
