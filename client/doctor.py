@@ -17,19 +17,19 @@ from email.utils import parsedate_to_datetime
 from typing import Final, Literal
 from urllib.request import getproxies
 
-import httpx
-
 from client.config import SiteConfig
-from client.connector.fleet import Fleet, LeaseHeld, LinkDown, LinkRefused
-from client.connector.host import KEY_NAME, read_key
+from client.daemon.isolation import Finding, find_network, find_readable
 from client.daemon.launch import hidden_places
+from client.link.state import link_file
 from fedward.errors import FedwardError
 
 Status = Literal["pass", "warn", "fail"]
+Process = Literal["trainer", "connector"]
 _SECONDS: Final = 10.0
 _DAYS: Final = 30
 _CLOCK: Final = 30.0
 _FREE: Final = 5 << 30
+_WALLS: Final = "Run under systemd or as containers; see the install page"
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,47 @@ class Line:
     fix: str = ""
 
 
-def examine(config: SiteConfig) -> Iterator[Line]:
-    """Look at everything, one line after the other."""
+def examine(config: SiteConfig, process: Process | None = None) -> Iterator[Line]:
+    """Look at everything, one line after the other.
+
+    Parameters
+    ----------
+    config : SiteConfig
+        The site.
+    process : str or None
+        Look only at what the trainer or the connector needs, from within walls that are there
+        already: in its container, or as its user. None: at all of it, and build the walls.
+    """
+    if process != "trainer":
+        yield from _outwards(config)
+    if process == "connector":
+        yield _found("connector and images", find_readable(hidden_places(config)), False)
+        return
+    yield _disk(config)
+    yield _device(config)
+    if process == "trainer":
+        allowed = config.trainer.allow_networked_trainer
+        yield _found("trainer's network", find_network(), allowed)
+    else:
+        yield from _walls(config)
+    yield from _datasets(config)
+    yield _policy(config)
+
+
+def _outwards(config: SiteConfig) -> Iterator[Line]:
     if config.server is None:
         yield Line(
             "aggregator", "fail", "site.toml has no [server]", "Add it: fedward-client enrol"
         )
-    else:
-        yield from _network(config)
-        yield from _enrolled(config)
-    yield _disk(config)
-    yield _device(config)
-    yield from _walls(config)
-    yield from _datasets(config)
-    yield _policy(config)
+        return
+    yield from _network(config)
+    yield from _enrolled(config)
+
+
+def _found(name: str, finding: Finding, allowed: bool) -> Line:
+    if finding.holds:
+        return Line(name, "pass", finding.text)
+    return Line(name, "warn" if allowed else "fail", finding.text, _WALLS)
 
 
 def _network(config: SiteConfig) -> Iterator[Line]:
@@ -124,6 +151,8 @@ def _expiry(certificate: Mapping[str, object], version: str) -> Line:
 
 
 def _clock(address: str, context: ssl.SSLContext) -> Iterator[Line]:
+    import httpx
+
     try:
         with httpx.Client(verify=context, timeout=_SECONDS) as client:
             told = client.get(f"https://{address}/health").headers.get("date", "")
@@ -138,6 +167,9 @@ def _clock(address: str, context: ssl.SSLContext) -> Iterator[Line]:
 
 
 def _enrolled(config: SiteConfig) -> Iterator[Line]:
+    from client.connector.fleet import Fleet, LeaseHeld, LinkDown, LinkRefused
+    from client.connector.host import KEY_NAME, read_key
+
     server = config.server
     if server is None:
         return
@@ -149,7 +181,7 @@ def _enrolled(config: SiteConfig) -> Iterator[Line]:
         return
     except OSError:
         return
-    running = (config.trainer.socket.parent / "link.json").exists()
+    running = link_file(server.state).exists()
     known = 0
     with suppress(OSError, ValueError):
         known = int((server.state / "node").read_text())
@@ -219,8 +251,7 @@ def _wall(name: str, code: str, allowed: bool) -> Line:
     if done.returncode == 0 and holds == "True":
         return Line(name, "pass", text)
     found = text if done.returncode == 0 else "the kernel makes no namespaces for this user"
-    fix = "Run under systemd or as containers; see the install page"
-    return Line(name, "warn" if allowed else "fail", found, fix)
+    return Line(name, "warn" if allowed else "fail", found, _WALLS)
 
 
 def _datasets(config: SiteConfig) -> Iterator[Line]:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedward.errors import ConfigError, OutputError
+
+if TYPE_CHECKING:
+    from client.config import SiteConfig
 
 _TEMPLATE: Final = """version = 1
 
@@ -88,26 +93,61 @@ def enrol(folder: Path, name: str, address: str, ca: bytes) -> Enrolment:
             "the aggregator's authority must be a certificate in PEM", fix="Ask the coordinator",
             where="--ca",
         ) from None  # fmt: skip
-    key = ec.generate_private_key(ec.SECP384R1())
-    try:
-        _write_key(folder / "connector" / "site.key", key)
-        (folder / "connector" / "site.pub").write_text(public_pem(key))
+    config = folder / "site.toml"
+    with _writing():
+        key = _make_key(folder / "connector")
         (folder / "aggregator-ca.pem").write_bytes(ca)
         (folder / "images").mkdir(exist_ok=True)
-        config = folder / "site.toml"
         if not config.exists():
             config.write_text(_TEMPLATE.format(name=name, address=address))
+    return Enrolment(public_pem(key), key_fingerprint(key.public_key()), config)
+
+
+def enrol_configured(config: SiteConfig, path: Path) -> Enrolment:
+    """Make a site's key where a configuration that is there already wants it.
+
+    Parameters
+    ----------
+    config, path : SiteConfig, Path
+        The configuration, and its file.
+
+    Raises
+    ------
+    ConfigError
+        There is a key already, or the configuration names no aggregator.
+    OutputError
+        The connector's folder cannot be written.
+    """
+    if config.server is None:
+        raise ConfigError(
+            "site.toml must name its aggregator", fix="Add [server] to it", where="server"
+        )
+    with _writing():
+        key = _make_key(config.server.state)
+    return Enrolment(public_pem(key), key_fingerprint(key.public_key()), path)
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
     except FileExistsError:
         raise ConfigError(
-            "a site has one key", fix="Keep it; to change it, move connector/site.key away first",
-            where="connector/site.key",
+            "a site has one key", fix="Keep it; to change it, move site.key away first",
+            where="server.state",
         ) from None  # fmt: skip
     except OSError as error:
         raise OutputError(
             "the site's folder must be writable", value=os.strerror(error.errno or 0),
-            fix="Choose another with --out",
+            fix="Choose another, or give it to the user that runs this",
         ) from None  # fmt: skip
-    return Enrolment(public_pem(key), key_fingerprint(key.public_key()), config)
+
+
+def _make_key(folder: Path) -> ec.EllipticCurvePrivateKey:
+    key = ec.generate_private_key(ec.SECP384R1())
+    _write_key(folder / "site.key", key)
+    (folder / "site.pub").write_text(public_pem(key))
+    return key
 
 
 def public_pem(key: ec.EllipticCurvePrivateKey) -> str:

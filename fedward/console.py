@@ -8,11 +8,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import typer
 
 from fedward.errors import FedwardError, Interrupted
+
+_OURS: Final = frozenset({"fedward", "client", "server", "strategies", "simulation"})
 
 
 def run_command(app: Callable[..., Any]) -> None:
@@ -29,6 +31,10 @@ def run_command(app: Callable[..., Any]) -> None:
         fail(Interrupted("the command was interrupted", fix="Run it again"))
     except FedwardError as error:
         fail(error)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in _OURS:
+            raise
+        fail(_missing(error))
 
 
 def fail(error: FedwardError) -> NoReturn:
@@ -39,6 +45,14 @@ def fail(error: FedwardError) -> NoReturn:
         )
     typer.secho(f"error: {error}", err=True, fg="red")
     raise SystemExit(error.exit_code)
+
+
+def _missing(error: ModuleNotFoundError) -> FedwardError:
+    """A container holds what its own process needs and no more."""
+    return FedwardError(
+        "this command needs a package that is not installed here", value=error.name,
+        fix="Run it in the container, or on the machine, whose work it is",
+    )  # fmt: skip
 
 
 def stop_on_signals(stop: threading.Event) -> None:

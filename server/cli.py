@@ -75,6 +75,21 @@ def run(config: Config = SERVER) -> None:
 
 
 @app.command()
+def health(
+    config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Whether a study could run now; for containers and monitoring."""
+    ready, parts = api(config, url, token, ca).ready()
+    if as_json:
+        print_json({"ready": ready, "parts": parts})
+    else:
+        for part, found in parts.items():
+            typer.echo(f"{part}: {found}")
+    raise typer.Exit(0 if ready else 1)
+
+
+@app.command()
 def backup(
     target: Annotated[Path, typer.Argument(metavar="FILE", help="the archive to write")],
     keys: Annotated[bool, typer.Option("--keys", help="the keys and certificates too")] = False,

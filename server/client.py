@@ -26,11 +26,14 @@ class Place:
         Base address and bearer token.
     ca : Path or None
         The authority; None: the machine's.
+    here : bool
+        Whether it is this machine, whose certificate may stand for other names only.
     """
 
     url: str
     token: str
     ca: Path | None
+    here: bool = False
 
     @classmethod
     def find(cls, config: Path, url: str, token: str, ca: Path | None) -> Place:
@@ -45,7 +48,7 @@ class Place:
             return cls(url.rstrip("/"), token, ca)
         here = load_config(config)
         own = token or here.local_token.read_text().strip()
-        return cls(here.api_url, own, ca or here.tls.ca)
+        return cls(here.api_url, own, ca or here.tls.ca, here=True)
 
 
 class ApiClient:
@@ -59,6 +62,7 @@ class ApiClient:
 
     def __init__(self, place: Place) -> None:
         context = ssl.create_default_context(cafile=str(place.ca) if place.ca else None)
+        context.check_hostname = not place.here
         self._http = httpx.Client(
             base_url=place.url, verify=context, timeout=30.0,
             headers={"Authorization": f"Bearer {place.token}"} if place.token else {},
@@ -71,6 +75,23 @@ class ApiClient:
     def fetch(self, path: str) -> bytes:
         """A file."""
         return self._send("GET", path).content
+
+    def ready(self) -> tuple[bool, dict[str, str]]:
+        """Whether a study could run, and how each part is.
+
+        Raises
+        ------
+        ServiceError
+            The service does not answer.
+        """
+        try:
+            answer = self._http.get("/readyz")
+            parts = dict(answer.json()["parts"])
+        except httpx.HTTPError as error:
+            raise _unreachable(error) from None
+        except (ValueError, KeyError, TypeError):
+            raise _problem(answer) from None
+        return answer.is_success, parts
 
     def lines(self, path: str) -> Iterator[dict[str, Any]]:
         """Objects of a stream, as they come."""

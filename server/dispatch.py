@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from fedward.orphans import end_with_parent
 from server.registry import Registry
 
 _LOG = logging.getLogger("fedward.server")
@@ -21,7 +20,6 @@ _LOOK: Final = 0.5
 _CALM: Final = 60.0
 _LONGEST: Final = 60.0
 _GRACE: Final = 10.0
-_PR_SET_PDEATHSIG: Final = 1
 
 
 @dataclass
@@ -73,7 +71,9 @@ class Dispatcher:
         if time.monotonic() < self._not_before.get(study, 0.0):
             return
         command = [sys.executable, "-m", "server.runner", "--config", str(self._config)]
-        process = subprocess.Popen([*command, "--study", study], preexec_fn=_die_with_parent)
+        # Two runners of one study would pull each other's replies.
+        alone = end_with_parent(signal.SIGKILL)
+        process = subprocess.Popen([*command, "--study", study], preexec_fn=alone)
         self._running[study] = _Runner(process, time.monotonic())
         _LOG.info("study %s runs", study)
 
@@ -97,10 +97,3 @@ class Dispatcher:
             except subprocess.TimeoutExpired:
                 runner.process.kill()
                 runner.process.wait()
-
-
-def _die_with_parent() -> None:
-    # Two runners of one study would pull each other's replies.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:
-        os._exit(1)

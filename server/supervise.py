@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from fedward.orphans import end_with_parent
 from server.config import ServerConfig
 from server.flower.superlink import LinkSettings
 
@@ -22,7 +22,6 @@ _LOG = logging.getLogger("fedward.server")
 _CALM: Final = 60.0
 _LONGEST: Final = 30.0
 _GRACE: Final = 15.0
-_PR_SET_PDEATHSIG: Final = 1
 # What is wrong with the configuration, another try does not change.
 _HOPELESS: Final = frozenset({2, 19})
 
@@ -46,7 +45,8 @@ class Child:
                 return code
             self._plan_next(code)
         if self.process is None and time.monotonic() >= self.not_before:
-            self.process = subprocess.Popen(list(self.command), preexec_fn=_die_with_parent)
+            promise = end_with_parent(signal.SIGTERM)
+            self.process = subprocess.Popen(list(self.command), preexec_fn=promise)
             self.started = time.monotonic()
         return 0
 
@@ -104,9 +104,3 @@ def _end(running: list[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() == 1:
-        os._exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from enum import StrEnum
@@ -39,6 +40,13 @@ class FormatName(StrEnum):
     folders = "folders"
     nifti = "nifti"
     dicom = "dicom"
+
+
+class Kind(StrEnum):
+    """Choices of --kind."""
+
+    classification = "classification"
+    segmentation = "segmentation"
 
 
 _FORMATS: dict[FormatName, Format] = {
@@ -142,6 +150,28 @@ def demo(
 
     check_out(out)
     _run_studies(demo_studies(out, seed, device, patients, _console(as_json)), out, as_json)
+
+
+@app.command()
+def cohort(
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+    kind: Annotated[
+        Kind, typer.Option("--kind", help="What the images are for.")
+    ] = Kind.classification,
+    hospitals: Annotated[int, typer.Option("--hospitals", min=1, help="How many to make.")] = 2,
+    patients: Annotated[int, typer.Option("--patients", min=2, help="Patients per hospital.")] = 40,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Write synthetic hospitals as DICOM files, and train nothing."""
+    from simulation.cohort import write_cohort
+
+    facts = write_cohort(out, seed, kind.value, patients, hospitals)
+    if as_json:
+        print_json(json.loads(facts.to_json()))
+        return
+    for one in facts.hospitals:
+        typer.echo(f"{one.name}: {one.patients} SYNTHETIC patients, {one.images} images")
 
 
 @plan_app.command("check")

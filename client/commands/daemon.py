@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from client.enrol import enrol as make_enrolment
+from client.enrol import enrol_configured
 from fedward.console import log_to_stderr, print_json, stop_on_signals
 
 Config = Annotated[
@@ -23,6 +25,13 @@ PlanHash = Annotated[
     str, typer.Option("--plan", help="start of the plan's hash, where there are several")
 ]
 _SITE = Path("site.toml")
+
+
+class Process(StrEnum):
+    """The two processes of a hospital."""
+
+    trainer = "trainer"
+    connector = "connector"
 
 
 def run(config: Config = _SITE) -> None:
@@ -56,14 +65,27 @@ def connector(config: Config = _SITE) -> None:
 
 
 def enrol(
-    name: Annotated[str, typer.Option(help="the site's name, as studies will know it")],
-    server: Annotated[str, typer.Option(help="the aggregator, host:port")],
-    ca: Annotated[Path, typer.Option(help="the aggregator's authority, PEM", exists=True)],
+    name: Annotated[str, typer.Option(help="the site's name, as studies will know it")] = "",
+    server: Annotated[str, typer.Option(help="the aggregator, host:port")] = "",
+    ca: Annotated[
+        Path | None, typer.Option(help="the aggregator's authority, PEM", exists=True)
+    ] = None,
     out: Annotated[Path, typer.Option(help="folder of the site")] = Path(),
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", envvar="FEDWARD_SITE", help="a site.toml that is there already"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make the site's key pair, here, and a draft of site.toml."""
-    made = make_enrolment(out, name, server, ca.read_bytes())
+    """Make the site's key pair, here: with a draft of site.toml, or for one that is there."""
+    from client.config import load_config
+
+    if name and server and ca:
+        made = make_enrolment(out, name, server, ca.read_bytes())
+    elif config and not (name or server or ca):
+        made = enrol_configured(load_config(config, datasets_here=False), config)
+    else:
+        raise typer.BadParameter("give --name, --server and --ca, or --config alone")
     if as_json:
         print_json({"public_key": made.public_key, "fingerprint": made.fingerprint})
         return
@@ -72,6 +94,21 @@ def enrol(
     typer.echo(made.public_key)
     console.print(f"Its fingerprint, to compare by telephone: {made.fingerprint}", highlight=False)
     console.print(f"Next: edit {escape(made.config.name)}, freeze a dataset, then run the daemon.")
+
+
+def health(
+    process: Annotated[Process, typer.Argument(help="which of the two")],
+    config: Config = _SITE,
+    as_json: Json = False,
+) -> None:
+    """Whether a process that runs here is well; for containers and monitoring."""
+    from client.config import load_config
+    from client.health import examine
+
+    which: Any = process.value
+    found = examine(load_config(config, datasets_here=False), which)
+    _plain(vars(found), found.found, as_json=as_json)
+    raise typer.Exit(0 if found.healthy else 1)
 
 
 def status(config: Config = _SITE, as_json: Json = False) -> None:
@@ -154,14 +191,22 @@ def budget(
     _print_budget(Console(), answer)
 
 
-def doctor(config: Config = _SITE, as_json: Json = False) -> None:
+def doctor(
+    config: Config = _SITE,
+    process: Annotated[
+        Process | None,
+        typer.Option("--process", help="only what this process sees, within walls that are there"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Look at network, key, disk, device, walls, datasets and policy; say the next step."""
     from client.config import load_config
     from client.doctor import examine, worst
 
     colour = {"pass": "green", "warn": "yellow", "fail": "red"}
     lines, console = [], Console(stderr=as_json)
-    for line in examine(load_config(config, datasets_here=False)):
+    which: Any = process and process.value
+    for line in examine(load_config(config, datasets_here=False), which):
         lines.append(line)
         fix = f"  → {escape(line.fix)}" if line.fix else ""
         mark = f"[{colour[line.status]}]{line.status}[/]"
@@ -173,8 +218,8 @@ def doctor(config: Config = _SITE, as_json: Json = False) -> None:
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands to the client's command line."""
-    for command in (run, trainer, connector, enrol, doctor, status, pending, approve, deny, pause,
-                    resume, budget):  # fmt: skip
+    for command in (run, trainer, connector, enrol, doctor, health, status, pending, approve, deny,
+                    pause, resume, budget):  # fmt: skip
         app.command()(command)
 
 
@@ -196,7 +241,7 @@ def _settle(command: str, study: str, config: Path, plan: str, *, as_json: bool)
 
 def _ask(config: Path, command: str, **arguments: Any) -> dict[str, Any]:
     from client.config import load_config
-    from client.trainer.admin import admin_socket, ask
+    from client.trainer.officer import admin_socket, ask
 
     return ask(admin_socket(load_config(config, datasets_here=False)), command, **arguments)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import queue
 import random
@@ -10,9 +9,9 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
@@ -24,6 +23,7 @@ from client.connector.translate import refusal, to_order, to_reply
 from client.daemon.settings import ServerSection
 from client.link.caller import Caller, TrainerGone, TrainerTaken
 from client.link.packets import Packet
+from client.link.state import MOST_TEXT, LinkState, link_file, touch, write_state
 from fedward.errors import FedwardError, ProtocolError
 
 _LOG = logging.getLogger("fedward.connector")
@@ -32,20 +32,6 @@ _BUSY_FOR: Final = 60.0
 _PAIRS: Final = 4
 # A trainer that starts imports a lot, and opens ledger and audit log.
 _TRAINER_SECONDS: Final = 120.0
-
-
-@dataclass
-class LinkState:
-    """What ``fedward-client status`` tells about the link; holds nothing secret."""
-
-    state: str = "starting"
-    since: float = 0.0
-    last_error: str = ""
-    node_id: str = ""
-    trainer: str = "starting"
-    isolation: str = ""
-    messages: int = 0
-    bytes_up: int = 0
 
 
 @dataclass
@@ -78,7 +64,8 @@ class Connector:
 
     def __post_init__(self) -> None:
         self._spool = Spool(self.server.state / "spool")
-        self._state = LinkState(isolation=self.isolation, since=time.time())
+        self._state = LinkState(isolation=self.isolation[:MOST_TEXT], since=time.time())
+        self._file = link_file(self.server.state)
         self._replies: queue.SimpleQueue[tuple[InHand, Packet]] = queue.SimpleQueue()
         self._unsent: list[tuple[InHand, Packet]] = []
         self._pool = ThreadPoolExecutor(_PAIRS, "order")
@@ -119,7 +106,10 @@ class Connector:
             self._remember(fleet.activate(self._known_as()))
             self._tell("online")
             threading.Thread(
-                target=_beat, args=(fleet, quiet, broken), daemon=True, name="heartbeat"
+                target=_beat,
+                args=(fleet, quiet, broken, self._file),
+                daemon=True,
+                name="heartbeat",
             ).start()
             while not self.stop.is_set() and broken.empty():
                 if not self._turn(fleet):
@@ -209,6 +199,7 @@ class Connector:
                 try:
                     self._caller = Caller(self.socket, self.version, self.isolation)
                     self._state.trainer = "attached"
+                    self._caller.tell(self._state)
                 except (TrainerGone, TrainerTaken) as error:
                     self._state.trainer = "gone"
                     self._tell("waiting for the trainer", error)
@@ -230,8 +221,11 @@ class Connector:
             else:
                 _LOG.info("the link is %s", state)
         self._state.state = state
-        self._state.last_error = str(error) if error else self._state.last_error
-        _write_state(self.socket.parent / "link.json", asdict(self._state))
+        self._state.last_error = str(error)[:MOST_TEXT] if error else self._state.last_error
+        write_state(self._file, self._state)
+        if self._caller and not self._caller.gone.is_set():
+            with suppress(TrainerGone):
+                self._caller.tell(self._state)
 
     def _known_as(self) -> int:
         with suppress(OSError, ValueError):
@@ -244,12 +238,15 @@ class Connector:
             (self.server.state / "node").write_text(str(node))
 
 
-def _beat(fleet: Fleet, quiet: threading.Event, broken: queue.SimpleQueue[FedwardError]) -> None:
+def _beat(
+    fleet: Fleet, quiet: threading.Event, broken: queue.SimpleQueue[FedwardError], file: Path
+) -> None:
     """Heartbeats until the connection ends; one that fails three times ends it."""
     failed = 0
     while not quiet.wait(HEARTBEAT_SECONDS * random.uniform(0.4, 0.6)):
         try:
             fleet.beat()
+            touch(file)
             failed = 0
         except LinkDown as error:
             failed += 1
@@ -270,11 +267,3 @@ def _state_of(error: FedwardError) -> str:
 def _pause(attempt: int, most: float) -> float:
     """Full jitter over an exponential back-off, so that hospitals do not come back at once."""
     return random.uniform(0.1, 1.0) * min(most, 0.25 * 2.0 ** min(attempt, 16))
-
-
-def _write_state(path: Path, state: dict[str, Any]) -> None:
-    part = path.with_suffix(".part")
-    with suppress(OSError):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        part.write_text(json.dumps(state))
-        part.replace(path)

@@ -9,8 +9,10 @@ keeps a capability with which it could leave.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import socket
+import struct
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ _NEWNET: Final = 0x40000000
 _MS_BIND, _MS_REC, _MS_PRIVATE, _MS_RDONLY = 4096, 16384, 1 << 18, 1
 _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_SET_DUMPABLE = 24, 38, 4
 _LAST_CAPABILITY: Final = 63
+_SIOCGIFFLAGS, _IFF_UP = 0x8913, 0x1
 # With these root still reads files of other users, which is all that a trainer needs it for.
 _KEEP: Final = frozenset({0, 1, 2, 3})
 
@@ -88,7 +91,7 @@ def undumpable() -> None:
 
 def find_network() -> Finding:
     """Whether this process has a network: its interfaces, and a real attempt to connect."""
-    names = [name for _, name in socket.if_nameindex() if name != "lo"]
+    names = [name for name in _interfaces() if name != "lo" and _is_up(name)]
     if names:
         return Finding(False, f"{len(names)} network interfaces besides loopback")
     # Documentation addresses (RFC 5737, RFC 3849): nobody is there, but a route would be.
@@ -106,6 +109,27 @@ def find_readable(places: Iterable[Path]) -> Finding:
     if readable:
         return Finding(False, f"{readable} of {len(listed)} places can be read")
     return Finding(True, "hidden")
+
+
+def _interfaces() -> list[str]:
+    """Names of this process's interfaces, also where it may make no sockets but Unix ones."""
+    lines = Path("/proc/self/net/dev").read_text().splitlines()
+    return [line.partition(":")[0].strip() for line in lines if ":" in line]
+
+
+def _is_up(name: str) -> bool:
+    """Whether an interface may carry anything.
+
+    Kernels with tunnels put one that is down into each new namespace; without CAP_NET_ADMIN nobody
+    inside sets it up. An interface that cannot be asked counts as up.
+    """
+    asked = struct.pack("16sH14x", name.encode(), 0)  # struct ifreq, netdevice(7)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+            told = fcntl.ioctl(probe, _SIOCGIFFLAGS, asked)
+    except OSError:
+        return True
+    return bool(struct.unpack_from("H", told, 16)[0] & _IFF_UP)
 
 
 def _readable(place: Path) -> bool:

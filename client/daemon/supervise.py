@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -14,12 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from fedward.orphans import end_with_parent
+
 _LOG = logging.getLogger("fedward.daemon")
 _WHICH: Final = ("trainer", "connector")
 _CALM: Final = 60.0
 _LONGEST: Final = 30.0
 _GRACE: Final = 10.0
-_PR_SET_PDEATHSIG: Final = 1
 # Exit codes that another try does not change: what site.toml says is wrong.
 HOPELESS: Final = frozenset({2, 19})
 
@@ -40,7 +39,7 @@ class Child:
         self.started = time.monotonic()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "client.daemon.launch", self.which, str(self.config)],
-            preexec_fn=_die_with_parent,
+            preexec_fn=end_with_parent(signal.SIGTERM),
         )
 
     def ended(self) -> int | None:
@@ -108,9 +107,3 @@ def _end(children: list[Child]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() == 1:
-        os._exit(1)

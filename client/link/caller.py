@@ -14,6 +14,7 @@ import grpc
 from client.link import trainer_pb2 as pb
 from client.link import trainer_pb2_grpc as rpc
 from client.link.packets import Packet, from_parts, to_parts
+from client.link.state import LinkState
 from fedward.errors import FedwardError
 
 _PATIENCE: Final = 10.0
@@ -96,6 +97,18 @@ class Caller:
         with _translated():
             for report in self._stub.Progress(pb.ProgressRequest(lease=self._lease)):
                 yield dict(json.loads(report.content))
+
+    def tell(self, link: LinkState) -> None:
+        """Say how the link to the aggregator is.
+
+        Raises
+        ------
+        TrainerGone
+            It does not answer.
+        """
+        request = pb.TellRequest(lease=self._lease, link=link.model_dump_json())
+        with _translated():
+            self._stub.Tell(request, timeout=_PATIENCE)
 
     def cancel(self, study: str) -> int:
         """Give up a study's orders; how many there were."""

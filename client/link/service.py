@@ -19,6 +19,7 @@ import grpc
 from client.link import trainer_pb2 as pb
 from client.link import trainer_pb2_grpc as rpc
 from client.link.packets import Packet, from_parts, to_parts
+from client.link.state import LinkState, parse_state
 from fedward.errors import ConfigError, ProtocolError
 
 _PULSE_SECONDS: Final = 2.0
@@ -42,6 +43,9 @@ class Desk(Protocol):
 
     def cancel(self, study: str) -> int:
         """Give up a study's orders; how many."""
+
+    def told(self, link: LinkState) -> None:
+        """The connector told how its link is."""
 
     def status(self) -> dict[str, Any]:
         """What the connector may know."""
@@ -119,6 +123,15 @@ class Service(rpc.TrainerServicer):
         """What the connector may know."""
         self._check(request.lease, context)
         return self._report()
+
+    def Tell(self, request: pb.TellRequest, context: Any) -> pb.TellReply:
+        """How the connector's link is."""
+        self._check(request.lease, context)
+        try:
+            self._desk.told(parse_state(request.link))
+        except ProtocolError as error:
+            _abort(context, grpc.StatusCode.INVALID_ARGUMENT, error.rule)
+        return pb.TellReply()
 
     def _report(self) -> pb.Report:
         return pb.Report(content=json.dumps(self._desk.status(), allow_nan=False))
@@ -202,7 +215,7 @@ def _clear(path: Path, group: int | None) -> None:
     try:
         path.parent.mkdir(mode=0o750 if group is not None else 0o700, parents=True, exist_ok=True)
         if group is not None:
-            os.chown(path.parent, -1, group)
+            _let_in(path.parent, group)
         if path.exists() or path.is_symlink():
             _remove_dead(path)
     except OSError as error:
@@ -210,6 +223,15 @@ def _clear(path: Path, group: int | None) -> None:
             "the trainer's socket must be writable", value=os.strerror(error.errno or 0),
             fix="Give its folder to the user that runs this", where="trainer.socket",
         ) from None  # fmt: skip
+
+
+def _let_in(folder: Path, group: int) -> None:
+    """The group may look into the folder; one that is so already may belong to another user."""
+    now = folder.stat()
+    if now.st_gid != group:
+        os.chown(folder, -1, group)
+    if now.st_mode & 0o050 != 0o050:
+        folder.chmod(stat.S_IMODE(now.st_mode) | 0o050)
 
 
 def _remove_dead(path: Path) -> None:

@@ -74,3 +74,15 @@ class StatusRequest(_message.Message):
     LEASE_FIELD_NUMBER: _ClassVar[int]
     lease: str
     def __init__(self, lease: _Optional[str] = ...) -> None: ...
+
+class TellRequest(_message.Message):
+    __slots__ = ("lease", "link")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    LINK_FIELD_NUMBER: _ClassVar[int]
+    lease: str
+    link: str
+    def __init__(self, lease: _Optional[str] = ..., link: _Optional[str] = ...) -> None: ...
+
+class TellReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

@@ -69,6 +69,11 @@ class TrainerStub(object):
                 request_serializer=client_dot_link_dot_trainer__pb2.StatusRequest.SerializeToString,
                 response_deserializer=client_dot_link_dot_trainer__pb2.Report.FromString,
                 _registered_method=True)
+        self.Tell = channel.unary_unary(
+                '/fedward.trainer.v1.Trainer/Tell',
+                request_serializer=client_dot_link_dot_trainer__pb2.TellRequest.SerializeToString,
+                response_deserializer=client_dot_link_dot_trainer__pb2.TellReply.FromString,
+                _registered_method=True)
 
 
 class TrainerServicer(object):
@@ -120,6 +125,13 @@ class TrainerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tell(self, request, context):
+        """How the connector's link to the aggregator is, for the site's officer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrainerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -157,6 +169,11 @@ def add_TrainerServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=client_dot_link_dot_trainer__pb2.StatusRequest.FromString,
                     response_serializer=client_dot_link_dot_trainer__pb2.Report.SerializeToString,
+            ),
+            'Tell': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tell,
+                    request_deserializer=client_dot_link_dot_trainer__pb2.TellRequest.FromString,
+                    response_serializer=client_dot_link_dot_trainer__pb2.TellReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -348,6 +365,33 @@ class Trainer(object):
             '/fedward.trainer.v1.Trainer/Status',
             client_dot_link_dot_trainer__pb2.StatusRequest.SerializeToString,
             client_dot_link_dot_trainer__pb2.Report.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tell(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedward.trainer.v1.Trainer/Tell',
+            client_dot_link_dot_trainer__pb2.TellRequest.SerializeToString,
+            client_dot_link_dot_trainer__pb2.TellReply.FromString,
             options,
             channel_credentials,
             insecure,

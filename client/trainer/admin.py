@@ -28,11 +28,6 @@ _MOST: Final = 1 << 16
 _SECONDS: Final = 30.0
 
 
-def admin_socket(config: SiteConfig) -> Path:
-    """Where a site's officer talks to the trainer."""
-    return config.site.state / "admin.sock"
-
-
 class Admin:
     """The officer's commands."""
 
@@ -65,11 +60,8 @@ class Admin:
         return act[command]()
 
     def _status(self) -> dict[str, Any]:
-        link: dict[str, Any] = {}
-        with suppress(OSError, ValueError):
-            link = json.loads((self._config.trainer.socket.parent / "link.json").read_text())
-        pending = len(self._approvals.pending())
-        return {"trainer": self._desk.status(), "link": link, "pending": pending, **self._budget()}
+        now, pending = self._desk.status(), len(self._approvals.pending())
+        return {"trainer": now, "link": self._desk.link, "pending": pending, **self._budget()}
 
     def _settle(self, state: Any, arguments: dict[str, Any], who: str) -> dict[str, Any]:
         study, plan = str(arguments.get("study", "")), str(arguments.get("plan", ""))
@@ -161,37 +153,3 @@ def serve_admin(admin: Admin, path: Path) -> Callable[[], None]:
         path.unlink(missing_ok=True)
 
     return end
-
-
-def ask(path: Path, command: str, **arguments: Any) -> dict[str, Any]:
-    """Ask a running trainer.
-
-    Raises
-    ------
-    ConfigError
-        None runs.
-    FedwardError
-        What it answered, with its exit code.
-    """
-    try:
-        with socket.socket(socket.AF_UNIX) as link:
-            link.settimeout(_SECONDS)
-            link.connect(str(path))
-            link.sendall(json.dumps({"command": command, "arguments": arguments}).encode() + b"\n")
-            answer: dict[str, Any] = json.loads(link.makefile("rb").readline())
-    except (OSError, ValueError):
-        raise ConfigError(
-            "the daemon must run", fix="Start it with `fedward-client run`; only its owner may ask"
-        ) from None
-    if "error" in answer:
-        raise _error(*answer["error"])
-    return answer
-
-
-def _error(name: str, rule: str, value: str, fix: str, where: str, code: int) -> FedwardError:
-    from fedward import errors
-
-    kind = getattr(errors, name, FedwardError)
-    made: FedwardError = kind(rule, value=value or None, fix=fix, where=where)
-    made.exit_code = code
-    return made

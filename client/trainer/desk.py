@@ -11,6 +11,7 @@ from typing import Any, Final
 from client.audit.log import AuditLog
 from client.egress.refusal import refusal_for
 from client.link.packets import Packet
+from client.link.state import LinkState
 from client.policy import words
 from client.policy.approvals import Approvals
 from client.policy.decide import Decision, StudyRequest, decide
@@ -62,6 +63,7 @@ class TrainerDesk:
         self._cases, self._work, self._audit = cases, work, audit
         self._approvals, self._board, self._now = approvals, board, now
         self._turns, self._told = Turns(), set[tuple[str, ...]]()
+        self.link: dict[str, Any] = {}
 
     def answer(self, what: str, packet: Packet) -> Packet:
         """Answer an order; a refusal is an answer too, and an exception never is."""
@@ -99,6 +101,11 @@ class TrainerDesk:
     def detached(self) -> None:
         """It left."""
         self._board.set(connector="none attached")
+        self.link = {}
+
+    def told(self, link: LinkState) -> None:
+        """The connector told how its link is."""
+        self.link = link.model_dump()
 
     def cancel(self, study: str) -> int:
         """Give up a study's orders."""

@@ -24,9 +24,10 @@ from client.ledger.releases import Releases
 from client.link.service import serve
 from client.policy.approvals import Approvals
 from client.secret import site_secret
-from client.trainer.admin import Admin, admin_socket, serve_admin
+from client.trainer.admin import Admin, serve_admin
 from client.trainer.cases import Cases
 from client.trainer.desk import TrainerDesk
+from client.trainer.officer import admin_socket
 from client.trainer.state import Board
 from client.trainer.work import Work
 from client.training.device import choose_device

@@ -180,7 +180,7 @@ def test_a_removed_site_is_cut_off_in_the_middle_of_a_study(
     service.call("site", "remove", "hospital 2")
     until(
         lambda: (
-            json.loads((hospitals[1].folder / "run" / "link.json").read_text())["state"]
+            json.loads((hospitals[1].folder / "connector" / "link.json").read_text())["state"]
             == "refused"
         )
     )

@@ -200,7 +200,7 @@ def test_nothing_that_names_a_patient_is_anywhere_but_at_the_hospital(
     text = json.dumps(job.arm.model_dump(mode="json"))
     text += json.dumps([facts.model_dump() for facts in job.facts.values()])
     for daemon in two:
-        text += daemon.log + (daemon.folder / "run" / "link.json").read_text()
+        text += daemon.log + (daemon.folder / "connector" / "link.json").read_text()
         for part in ("hospital-1/", "hospital-2/", ".dcm", "1.2.826", "SYNTH", str(daemon.folder)):
             assert part not in text, part
 

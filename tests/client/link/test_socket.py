@@ -18,6 +18,7 @@ from client.link import trainer_pb2_grpc as rpc
 from client.link.caller import Caller, TrainerGone, TrainerTaken
 from client.link.packets import CHUNK, Packet, from_parts, to_parts
 from client.link.service import serve
+from client.link.state import LinkState
 from fedward.errors import ConfigError, ProtocolError
 
 
@@ -45,6 +46,9 @@ class EchoDesk:
 
     def cancel(self, study: str) -> int:
         return len(study)
+
+    def told(self, link: LinkState) -> None:
+        self.link = link
 
     def status(self) -> dict[str, Any]:
         return {"state": "idle"}
@@ -191,4 +195,26 @@ def test_garbage_gets_a_refusal_and_the_service_goes_on(served: tuple[EchoDesk, 
     assert answer.kind == "refusal"
     assert desk.bad
     assert caller.ask("describe", Packet("order", {})).kind == "facts"
+    caller.close()
+
+
+def test_the_connector_tells_how_its_link_is_and_nothing_else(
+    served: tuple[EchoDesk, Path],
+) -> None:
+    desk, path = served
+    caller = Caller(path, "1", "hidden")
+    caller.tell(LinkState(state="online", messages=3))
+    assert (desk.link.state, desk.link.messages) == ("online", 3)
+    channel = grpc.insecure_channel(f"unix:{path}")
+    stub = rpc.TrainerStub(channel)
+    lease = caller._lease
+    for bad in ('{"state": "online", "more": 1}', '{"state": 7}', "[" * 9000, "nonsense",
+                '{"state": "' + "x" * 600 + '"}'):  # fmt: skip
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Tell(pb.TellRequest(lease=lease, link=bad), timeout=5)
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
+    with pytest.raises(grpc.RpcError):
+        stub.Tell(pb.TellRequest(lease="other", link='{"state": "online"}'), timeout=5)
+    assert desk.link.state == "online"
+    channel.close()
     caller.close()

@@ -1,0 +1,3 @@
+# What the hospital's study may use.
+set -eu
+fedward-client data freeze images
