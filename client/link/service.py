@@ -198,7 +198,7 @@ def serve(
         ) from None  # fmt: skip
     finally:
         os.umask(before)
-    if group is not None:
+    if group is not None and path.stat().st_gid != group:
         os.chown(path, -1, group)
     server.start()
 

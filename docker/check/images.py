@@ -68,9 +68,7 @@ def make_base(work: Path, mirror: str) -> None:
     run("debootstrap", "--variant=minbase", f"--include={_PACKAGES}", "bookworm", files, mirror)
     container = buildah(work, "from", "scratch")
     buildah(work, "copy", "--quiet", container, files, "/")
-    run(
-        "buildah", "config", "--env", "PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", container
-    )
+    buildah(work, "config", "--env", _PATH, container)
     buildah(work, "commit", "--quiet", "--format", "docker", container, BASE)
     buildah(work, "rm", container)
 
@@ -90,7 +88,8 @@ def mounted(work: Path, role: str, name: str) -> Image:
     """An image that is there already, with its files mounted."""
     told = json.loads(buildah(work, "inspect", "--type", "image", name))
     container = buildah(work, "from", "--pull-never", name)
-    return Image(role, name, told["Docker"]["config"], Path(buildah(work, "mount", container)))
+    files = Path(buildah(work, "mount", container)).resolve()
+    return Image(role, name, told["Docker"]["config"], files)
 
 
 def _pip_of_this_machine(folder: Path) -> list[str]:

@@ -114,14 +114,19 @@ class Container:
             return 137
 
 
-def start(name: str, service: Mapping[str, Any], image: Image, volumes: Volumes) -> Container:
-    """Start a service."""
+def start(
+    name: str, service: Mapping[str, Any], image: Image, volumes: Volumes,
+    seccomp: Mapping[str, Any] | None = None,
+) -> Container:  # fmt: skip
+    """Start a service, under a filter of system calls if there is one."""
     bundle = volumes.folder.parent / "bundles" / name
     bundle.mkdir(parents=True, exist_ok=True)
     (bundle / "config.json").unlink(missing_ok=True)
     run("runc", "spec", "--bundle", bundle)
     spec = json.loads((bundle / "config.json").read_text())
     _fill(spec, service, image)
+    if seccomp:
+        spec["linux"]["seccomp"] = seccomp
     spec["mounts"] = [one for one in spec["mounts"] if one["type"] != "cgroup"]
     spec["mounts"] += [_hosts(volumes.folder.parent), *volumes.mounts(service, image)]
     (bundle / "config.json").write_text(json.dumps(spec))

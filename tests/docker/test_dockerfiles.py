@@ -1,0 +1,136 @@
+"""What the Dockerfiles promise, and that the lists of what they install are complete."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[2]
+ROLES = ("server", "connector", "trainer")
+OURS = {"fedward", "client", "server", "strategies", "simulation"}
+role = pytest.mark.parametrize("role", ROLES)
+# Where each process and the commands of its people begin.
+BEGIN = {
+    "server": ("server", "strategies", "fedward"),
+    "connector": ("client/connector", "client/link", "client/daemon", "client/commands/daemon.py",
+                  "client/cli.py", "client/config.py", "client/enrol.py", "client/health.py",
+                  "fedward/packing.py", "fedward/signing.py", "fedward/protocol.py"),
+    "trainer": ("client/trainer", "client/link", "client/daemon", "client/commands",
+                "client/cohort", "client/data", "client/index", "client/training",
+                "client/ledger", "client/audit",
+                "client/policy", "client/egress", "client/cli.py", "client/health.py", "fedward"),
+}  # fmt: skip
+# Asked for in another image only, and told so where it is missing.
+ELSEWHERE = {"server": {"onnxruntime"}, "connector": set(), "trainer": {"flwr", "httpx"}}
+
+
+def text(role: str) -> str:
+    return (ROOT / "docker" / f"{role}.Dockerfile").read_text("utf-8")
+
+
+def stages(role: str) -> list[str]:
+    return re.split(r"(?m)^FROM ", text(role))[1:]
+
+
+def wanted(role: str) -> set[str]:
+    lines = (ROOT / "docker" / "requirements" / f"{role}.txt").read_text().splitlines()
+    return {re.sub(r"\[.*", "", line) for line in lines if line and not line.startswith("#")}
+
+
+def plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@role
+def test_the_last_stage_is_not_root_and_is_looked_after(role: str) -> None:
+    last = stages(role)[-1]
+    (user,) = re.findall(r"(?m)^USER (.+)$", last)
+    number, _, group = user.partition(":")
+    assert int(number) >= 10000 and int(group) >= 10000
+    (check,) = re.findall(r"HEALTHCHECK (?:.*\\\n)*.*CMD \[(.+)\]", last)
+    assert "health" in check
+    (entry,) = re.findall(r'(?m)^ENTRYPOINT \["(.+)"\]$', last)
+    assert entry in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+
+
+@role
+def test_the_last_stage_fetches_and_builds_nothing(role: str) -> None:
+    first, last = stages(role)
+    assert "AS build" in first.splitlines()[0]
+    assert not re.search(r"pip install|apt-get|curl|wget|ADD ", last)
+    assert re.findall(r"(?m)^COPY (.+)$", last) == ["--from=build /opt/fedward /opt/fedward"]
+
+
+@role
+def test_everything_is_pinned(role: str) -> None:
+    assert re.findall(r"(?m)^ARG BASE=(.+)$", text(role)) == ["python:3.11-slim"]
+    assert all(stage.startswith("${BASE}") for stage in stages(role))
+    assert "latest" not in text(role)
+    assert "PIP_CONSTRAINT=/src/constraints.txt" in text(role)
+    pins = {plain(line.partition("==")[0]) for line in
+            (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}  # fmt: skip
+    assert {plain(name) for name in wanted(role)} <= pins
+
+
+def imported(paths: tuple[str, ...]) -> set[str]:
+    """What a role's modules import, at their top or later, but for types."""
+    found: set[str] = set()
+    for path in paths:
+        place = ROOT / path
+        for file in [place] if place.suffix else sorted(place.rglob("*.py")):
+            tree = ast.parse(file.read_text("utf-8"))
+            for node in ast.walk(tree):
+                if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                    node.body = []
+                if isinstance(node, ast.Import):
+                    found |= {one.name.split(".")[0] for one in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                    found.add(node.module.split(".")[0])
+    return found - OURS - set(sys.stdlib_module_names)
+
+
+def with_what_they_need(names: set[str]) -> set[str]:
+    """Distributions, with everything that comes along when they are installed."""
+    found: set[str] = set()
+    left = {plain(name) for name in names}
+    while left:
+        name = left.pop()
+        found.add(name)
+        with suppress(PackageNotFoundError):
+            needs = [Requirement(one) for one in requires(name) or ()]
+            left |= {
+                plain(one.name) for one in needs
+                if one.marker is None or one.marker.evaluate({"extra": "all"})
+            } - found  # fmt: skip
+    return found
+
+
+@role
+def test_what_a_role_imports_is_in_its_image(role: str) -> None:
+    known, installed = packages_distributions(), with_what_they_need(wanted(role))
+    for name in sorted(imported(BEGIN[role]) - ELSEWHERE[role]):
+        names = {plain(one) for one in known.get(name, [name])}
+        assert names & installed, f"{name} is in no list of the {role}"
+
+
+def test_no_image_holds_what_it_must_not() -> None:
+    assert not wanted("connector") & {"torch", "monai", "opacus", "pydicom", "pillow", "nibabel"}
+    assert not wanted("trainer") & {"flwr", "httpx", "fastapi", "uvicorn"}
+    assert not wanted("server") & {"pydicom", "highdicom", "nibabel", "pylibjpeg"}
+
+
+def test_only_the_code_goes_into_a_build() -> None:
+    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines()
+             if line and not line.startswith("#")]  # fmt: skip
+    assert lines[0] == "*"
+    allowed = {line[1:] for line in lines if line.startswith("!")}
+    assert allowed == OURS | {"LICENSE", "README.md", "constraints.txt", "docker/requirements",
+                              "pyproject.toml"}  # fmt: skip
