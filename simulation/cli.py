@@ -154,7 +154,7 @@ def demo(
 
 @app.command()
 def cohort(
-    out: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+    folder: Annotated[Path, typer.Argument(help="A new or empty folder.")],
     kind: Annotated[
         Kind, typer.Option("--kind", help="What the images are for.")
     ] = Kind.classification,
@@ -166,7 +166,7 @@ def cohort(
     """Write synthetic hospitals as DICOM files, and train nothing."""
     from simulation.cohort import write_cohort
 
-    facts = write_cohort(out, seed, kind.value, patients, hospitals)
+    facts = write_cohort(folder, seed, kind.value, patients, hospitals)
     if as_json:
         print_json(json.loads(facts.to_json()))
         return

@@ -43,7 +43,7 @@ def sections(text: str, level: str = "##") -> dict[str, str]:
 
 
 def test_the_commands_are_found() -> None:
-    assert set(ALL) == {"run", "demo", "export", "plan check"}
+    assert set(ALL) == {"run", "demo", "cohort", "export", "plan check"}
 
 
 @pytest.mark.parametrize("name", ALL)
