@@ -135,7 +135,8 @@ def _is_up(name: str) -> bool:
 def _readable(place: Path) -> bool:
     try:
         if place.is_dir():
-            return any(True for _ in os.scandir(place))
+            with os.scandir(place) as entries:
+                return any(True for _ in entries)
         with place.open("rb") as file:
             return bool(file.read(1))
     except OSError:

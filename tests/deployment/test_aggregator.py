@@ -159,6 +159,7 @@ def test_roles_tokens_and_wrong_calls(service: Any) -> None:
         assert large.status_code == 422
         text = client.get("/metrics").text
         assert "fedward_ready 1.0" in text
+        assert service.call("health")["ready"] is True
         described = client.get("/openapi.json").json()
         assert "paths" in described, described
         assert "/v1/studies/{study}/events" in described["paths"]
@@ -167,6 +168,7 @@ def test_roles_tokens_and_wrong_calls(service: Any) -> None:
     wrong = service.call("study", "list", "--url", base, "--ca", service.folder / "tls" / "ca.crt",
                          "--token", viewer, code=24)  # fmt: skip
     assert wrong["error"] == "AccessError"
+    assert service.call("health", "--url", "https://127.0.0.1:1", code=25)["error"] == "ServiceError"
     gone = service.call("study", "list", "--url", "https://127.0.0.1:1", "--token", "x", code=25)
     assert gone["error"] == "ServiceError"
 

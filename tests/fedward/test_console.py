@@ -1,0 +1,34 @@
+"""How commands end where a package is missing, as it is in a container of another process."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from fedward.console import run_command
+
+
+def test_a_missing_package_is_a_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fedward-client", "--json"])
+
+    def command(**_: object) -> None:
+        __import__("a_package_of_another_image")
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(command)
+    assert ended.value.code == 1
+    told = capsys.readouterr()
+    assert "a_package_of_another_image" in json.loads(told.out)["message"]
+    assert "Traceback" not in told.err
+
+
+def test_a_module_of_our_own_that_is_missing_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def command(**_: object) -> None:
+        __import__("client.nowhere")
+
+    with pytest.raises(ModuleNotFoundError):
+        run_command(command)
