@@ -168,7 +168,9 @@ def test_roles_tokens_and_wrong_calls(service: Any) -> None:
     wrong = service.call("study", "list", "--url", base, "--ca", service.folder / "tls" / "ca.crt",
                          "--token", viewer, code=24)  # fmt: skip
     assert wrong["error"] == "AccessError"
-    assert service.call("health", "--url", "https://127.0.0.1:1", code=25)["error"] == "ServiceError"
+    assert (
+        service.call("health", "--url", "https://127.0.0.1:1", code=25)["error"] == "ServiceError"
+    )
     gone = service.call("study", "list", "--url", "https://127.0.0.1:1", "--token", "x", code=25)
     assert gone["error"] == "ServiceError"
 

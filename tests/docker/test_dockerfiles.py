@@ -6,6 +6,7 @@ import ast
 import re
 import sys
 import tomllib
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
@@ -29,7 +30,7 @@ BEGIN = {
                 "client/policy", "client/egress", "client/cli.py", "client/health.py", "fedward"),
 }  # fmt: skip
 # Asked for in another image only, and told so where it is missing.
-ELSEWHERE = {"server": {"onnxruntime"}, "connector": set(), "trainer": {"flwr", "httpx"}}
+ELSEWHERE: dict[str, set[str]] = {"server": set(), "connector": set(), "trainer": {"flwr", "httpx"}}
 
 
 def text(role: str) -> str:
@@ -42,7 +43,11 @@ def stages(role: str) -> list[str]:
 
 def wanted(role: str) -> set[str]:
     lines = (ROOT / "docker" / "requirements" / f"{role}.txt").read_text().splitlines()
-    return {re.sub(r"\[.*", "", line) for line in lines if line and not line.startswith("#")}
+    return {line for line in lines if line and not line.startswith("#")}
+
+
+def names(role: str) -> set[str]:
+    return {plain(Requirement(line).name) for line in wanted(role)}
 
 
 def plain(name: str) -> str:
@@ -77,7 +82,7 @@ def test_everything_is_pinned(role: str) -> None:
     assert "PIP_CONSTRAINT=/src/constraints.txt" in text(role)
     pins = {plain(line.partition("==")[0]) for line in
             (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}  # fmt: skip
-    assert {plain(name) for name in wanted(role)} <= pins
+    assert names(role) <= pins
 
 
 def imported(paths: tuple[str, ...]) -> set[str]:
@@ -97,34 +102,47 @@ def imported(paths: tuple[str, ...]) -> set[str]:
     return found - OURS - set(sys.stdlib_module_names)
 
 
-def with_what_they_need(names: set[str]) -> set[str]:
+def with_what_they_need(lines: set[str]) -> set[str]:
     """Distributions, with everything that comes along when they are installed."""
     found: set[str] = set()
-    left = {plain(name) for name in names}
+    left = [Requirement(line) for line in lines]
     while left:
-        name = left.pop()
-        found.add(name)
-        with suppress(PackageNotFoundError):
-            needs = [Requirement(one) for one in requires(name) or ()]
-            left |= {
-                plain(one.name) for one in needs
-                if one.marker is None or one.marker.evaluate({"extra": "all"})
-            } - found  # fmt: skip
+        one = left.pop()
+        key = f"{plain(one.name)}[{','.join(sorted(one.extras))}]"
+        if key not in found:
+            found |= {key, plain(one.name)}
+            left += _needs(one)
     return found
 
 
+def _needs(one: Requirement) -> list[Requirement]:
+    extras = {*one.extras, ""}
+    with suppress(PackageNotFoundError):
+        return [
+            need for need in map(Requirement, requires(one.name) or ())
+            if need.marker is None or any(need.marker.evaluate({"extra": e}) for e in extras)
+        ]  # fmt: skip
+    return []
+
+
+@pytest.fixture(scope="module")
+def known() -> Mapping[str, list[str]]:
+    """Distributions by what they are imported as."""
+    return packages_distributions()
+
+
 @role
-def test_what_a_role_imports_is_in_its_image(role: str) -> None:
-    known, installed = packages_distributions(), with_what_they_need(wanted(role))
+def test_what_a_role_imports_is_in_its_image(role: str, known: Mapping[str, list[str]]) -> None:
+    installed = with_what_they_need(wanted(role))
     for name in sorted(imported(BEGIN[role]) - ELSEWHERE[role]):
-        names = {plain(one) for one in known.get(name, [name])}
-        assert names & installed, f"{name} is in no list of the {role}"
+        found = {plain(one) for one in known.get(name, [name])}
+        assert found & installed, f"{name} is in no list of the {role}"
 
 
 def test_no_image_holds_what_it_must_not() -> None:
-    assert not wanted("connector") & {"torch", "monai", "opacus", "pydicom", "pillow", "nibabel"}
-    assert not wanted("trainer") & {"flwr", "httpx", "fastapi", "uvicorn"}
-    assert not wanted("server") & {"pydicom", "highdicom", "nibabel", "pylibjpeg"}
+    assert not names("connector") & {"torch", "monai", "opacus", "pydicom", "pillow", "nibabel"}
+    assert not names("trainer") & {"flwr", "httpx", "fastapi", "uvicorn"}
+    assert not names("server") & {"pydicom", "highdicom", "nibabel", "pylibjpeg"}
 
 
 def test_only_the_code_goes_into_a_build() -> None:

@@ -282,7 +282,7 @@ class Federation:
 
     def _online(self, number: int) -> bool:
         with suppress(OSError, ValueError):
-            link = json.loads((self.daemons[number].folder / "run" / "link.json").read_text())
+            link = json.loads((self.daemons[number].folder / "connector" / "link.json").read_text())
             return link["state"] == "online" and set(self.daemons[number].children()) == {
                 "trainer", "connector"
             }  # fmt: skip
@@ -343,7 +343,7 @@ class Federation:
 
     def orders(self, number: int) -> int:
         """How many messages a hospital ever took."""
-        link = json.loads((self.daemons[number].folder / "run" / "link.json").read_text())
+        link = json.loads((self.daemons[number].folder / "connector" / "link.json").read_text())
         return int(link["messages"])
 
 
