@@ -30,7 +30,7 @@ def seccomp(role: str) -> dict[str, Any]:
     allowed = _allowed(unit["SystemCallFilter"]) | _RUNC
     families = [getattr(socket, name) for name in unit["RestrictAddressFamilies"][0].split()]
     guarded = {"socket": [_rule(0, "SCMP_CMP_EQ", int(one)) for one in families]}
-    if unit["MemoryDenyWriteExecute"] == ["yes"]:
+    if unit.get("MemoryDenyWriteExecute") == ["yes"]:
         no_execute, no_write = _lacks(_EXECUTE), _lacks(_WRITE)
         guarded |= {"mmap": [no_execute, no_write], "mprotect": [no_execute],
                     "pkey_mprotect": [no_execute]}  # fmt: skip
