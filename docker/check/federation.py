@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from images import ROOT, Image, run
 from oci import NETWORK, Container, Volumes, start
 from units import seccomp
@@ -106,6 +108,11 @@ def _look(name: str, one: Container) -> None:
     _demand(one.call("touch", "/opt/fedward/x").returncode != 0, f"{name} cannot write its image")
     if name.endswith("trainer"):
         _look_at_walls(name, one)
+    if name == "aggregator":
+        key = ec.generate_private_key(ec.SECP384R1()).public_key()
+        pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+        added = one.call("fedward-server", "site", "add", "third", "/dev/stdin", given=pem)
+        _demand(added.returncode == 0, "a hospital is enrolled by a key on standard input")
     if name.endswith("connector"):
         found = one.call("python", "-c", "import torch")
         _demand(found.returncode != 0, f"{name} holds no torch")

@@ -91,11 +91,12 @@ class Container:
         """As runc knows it."""
         return f"fedward-{self.name}"
 
-    def call(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """Run a command inside, as the container's user."""
+    def call(self, *command: str, given: str = "") -> subprocess.CompletedProcess[str]:
+        """Run a command inside, as the container's user, with something on standard input."""
         return subprocess.run(
-            ["runc", "exec", self.id, *command], text=True, capture_output=True, check=False
-        )
+            ["runc", "exec", self.id, *command], text=True, capture_output=True, check=False,
+            input=given,
+        )  # fmt: skip
 
     def facts(self) -> dict[str, str]:
         """What the kernel says of its first process."""
