@@ -28,7 +28,7 @@ RUN groupadd --gid 10000 fedward-link \
       /usr/local/bin/pip*
 COPY --from=build /opt/fedward /opt/fedward
 ENV PATH=/opt/fedward/bin:/usr/local/bin:/usr/bin:/bin FEDWARD_SITE=/etc/fedward/site.toml \
-    FLWR_TELEMETRY_ENABLED=0 HOME=/tmp PYTHONDONTWRITEBYTECODE=1
+    FLWR_TELEMETRY_ENABLED=0 HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 USER 10002:10000
 HEALTHCHECK --interval=30s --timeout=10s --start-period=120s --retries=3 \
   CMD ["fedward-client", "health", "connector"]

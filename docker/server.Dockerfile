@@ -29,7 +29,7 @@ RUN groupadd --gid 10003 fedward-server \
 COPY --from=build /opt/fedward /opt/fedward
 ENV PATH=/opt/fedward/bin:/usr/local/bin:/usr/bin:/bin \
     FEDWARD_SERVER=/var/lib/fedward-server/aggregator/server.toml \
-    FLWR_TELEMETRY_ENABLED=0 HOME=/tmp MPLCONFIGDIR=/tmp/matplotlib PYTHONDONTWRITEBYTECODE=1
+    FLWR_TELEMETRY_ENABLED=0 HOME=/tmp MPLCONFIGDIR=/tmp/matplotlib PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 USER 10003:10003
 EXPOSE 9443 9444 9445
 HEALTHCHECK --interval=30s --timeout=10s --start-period=120s --retries=3 \

@@ -30,7 +30,7 @@ RUN groupadd --gid 10000 fedward-link \
       /usr/local/bin/pip*
 COPY --from=build /opt/fedward /opt/fedward
 ENV PATH=/opt/fedward/bin:/usr/local/bin:/usr/bin:/bin FEDWARD_SITE=/etc/fedward/site.toml \
-    HOME=/tmp MPLCONFIGDIR=/tmp/matplotlib PYTHONDONTWRITEBYTECODE=1 \
+    HOME=/tmp MPLCONFIGDIR=/tmp/matplotlib PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001:10000
 HEALTHCHECK --interval=30s --timeout=10s --start-period=120s --retries=3 \

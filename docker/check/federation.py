@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import time
 from collections.abc import Mapping
@@ -82,6 +83,7 @@ class Federation:
 
 def check(services: Mapping[str, Any], images: Mapping[str, Image], work: Path) -> None:
     """Run the federation, hold what it promises against what is so, and end it."""
+    shutil.rmtree(work / "volumes", ignore_errors=True)
     federation = Federation(services, images, Volumes(work / "volumes", ROOT / "docker"))
     subprocess.run(["ip", "netns", "delete", NETWORK], capture_output=True, check=False)
     run("ip", "netns", "add", NETWORK)
