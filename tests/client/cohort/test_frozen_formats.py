@@ -259,6 +259,36 @@ def test_a_mask_of_another_time_is_never_taken(tmp_path, working):
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize(("dimensions", "left"), [(2, 7), (3, 1)])
+def test_a_slice_that_cannot_be_read_costs_no_other_slice_its_mask(
+    tmp_path, working, dimensions, left
+):
+    root = tmp_path / "data-doe"
+    scans(root)
+    cut = next(iter(sorted(root.glob("MRN47110/*-1-1.dcm"))))
+    cut.write_bytes(cut.read_bytes()[:-30])
+    with working(write_site(tmp_path, "dicom", "segmentation", dimensions), "one") as work:
+        found = usable(work.dataset, work.index, work.extract)
+        report = make_report("one", work.dataset, work.index, work.extract)
+        make_cohort("one", work.dataset, found, work.index, work.extract)
+    assert len(found.samples) == left
+    volume = {"slices missing": 1} if dimensions == 3 else {}
+    assert report.left_out == {"not readable": 1, **volume}
+    assert all(sample.mask().any() for sample in found.samples)
+
+
+@pytest.mark.integration
+def test_a_mask_that_cannot_be_read_is_told_for_each_of_its_images(tmp_path, working):
+    scans(tmp_path / "data-doe")
+    cut = tmp_path / "data-doe" / "MRN47110" / "seg.dcm"
+    cut.write_bytes(cut.read_bytes()[:-16])
+    with working(write_site(tmp_path, "dicom", "segmentation", 2), "one") as work:
+        report = make_report("one", work.dataset, work.index, work.extract)
+    assert report.samples == 4
+    assert report.left_out == {"not readable": 1, "no mask": 4}
+
+
+@pytest.mark.integration
 def test_a_cohort_keeps_what_segments_meant_when_it_was_frozen(tmp_path, working, make_structures):
     contoured(tmp_path / "data-doe", make_structures)
     site = write_site(tmp_path, "dicom", "segmentation", 3)

@@ -12,7 +12,7 @@ import pytest
 
 from client.cohort.build import usable
 from client.cohort.freeze import make_cohort
-from client.cohort.report import make_report
+from client.cohort.report import DatasetReport, make_report
 from client.commands.work import Work, extractor
 from client.config import load_config
 from client.data.files import find
@@ -48,6 +48,10 @@ def reading() -> Any:
             yield Work(config, "chest", index, extract)
 
     return work
+
+
+def risks_of(found: DatasetReport) -> dict[str, int]:
+    return {risk.rule: risk.count for risk in found.risks}
 
 
 def shot(dx: Any, path: Path, patient: str, study: str, **tags: Any) -> None:
@@ -92,7 +96,7 @@ def test_ids_that_stand_for_nobody_go_by_the_sites_rule(people, reading):
         assert (found.samples, found.sample_patients) == (samples, patients), (missing, shared)
         assert found.left_out == left_out
         assert frozen.patients == patients
-        risks = {risk.rule: risk.count for risk in found.risks}
+        risks = risks_of(found)
         assert risks["a patient id stands for one patient"] == 3
         assert risks["every image names its patient"] == 3
 
@@ -119,6 +123,7 @@ def test_a_row_of_a_shared_id_labels_nobody(people, reading):
         found = make_report("chest", work.dataset, work.index, work.extract)
     assert found.images_by_class == {"well": 1, "sick": 0}
     assert found.left_out == {"no label": 4, "no patient id": 3}
+    assert risks_of(found)["every image has a label"] == 4
 
 
 @pytest.mark.integration
@@ -143,7 +148,7 @@ def test_people_who_are_not_told_apart(tmp_path, reading, dx):
     with reading(tmp_path / "site.toml") as work:
         found = make_report("chest", work.dataset, work.index, work.extract)
         text = found.model_dump_json()
-    assert {risk.rule: risk.count for risk in found.risks} == {
+    assert risks_of(found) == {
         "one name and birth date has one patient id": 1,
         "a patient has one birth date": 1,
         "a study is of one patient": 1,
@@ -166,7 +171,7 @@ def test_ids_that_differ_by_zeros_and_case_alone(tmp_path, reading, dx):
     (tmp_path / "site.toml").write_text(SITE)
     with reading(tmp_path / "site.toml") as work:
         found = make_report("chest", work.dataset, work.index, work.extract)
-    assert {risk.rule: risk.count for risk in found.risks} == {
+    assert risks_of(found) == {
         "ids differ by more than case, blanks, marks, leading zeros and issuer": 2
     }
 
@@ -192,3 +197,51 @@ def test_a_slice_that_cannot_be_read_costs_its_volume_and_is_told(tmp_path, read
     assert found.samples == 1
     # The cut file, its volume, and the volume with a gap.
     assert found.left_out == {"not readable": 1, "slices missing": 2}
+
+
+@pytest.mark.integration
+def test_one_patient_with_two_labels_and_too_few_patients(tmp_path, reading, dx):
+    root = tmp_path / "export"
+    for k, patient in enumerate(["P1", "P1", "P2", "P2"]):
+        shot(dx, root / f"{k}.dcm", patient, str(k))
+    (root / "labels.csv").write_text("AccessionNumber,label\nA0,well\nA1,sick\nA2,sick\nA3,sick\n")
+    (tmp_path / "site.toml").write_text(
+        SITE.replace("minimum_patients = 1", "minimum_patients = 5")
+    )
+    with reading(tmp_path / "site.toml") as work:
+        found = make_report("chest", work.dataset, work.index, work.extract)
+    assert (found.images_by_class, found.patients_by_class) == (
+        {"well": 1, "sick": 3}, {"well": 1, "sick": 2},
+    )  # fmt: skip
+    assert risks_of(found) == {
+        "all images of a patient have the same label": 1, "there are at least 5 patients": 3,
+        "every class has at least 5 patients": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.integration
+def test_a_table_elsewhere_with_its_own_words(tmp_path, reading, dx):
+    root = tmp_path / "export"
+    for k in range(4):
+        shot(dx, root / f"{k}.dcm", f"P{k}", str(k))
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "chest.csv").write_text(
+        "Chest 2024\nStudy no.;Diagnosis\nA0;o.B.\nA1;PNA\nA2;?\nA9;PNA\n"
+    )
+    (tmp_path / "site.toml").write_text(
+        SITE
+        + """
+[datasets.chest.labels]
+file = "lists/chest.csv"
+header = 2
+key = "study no."
+means = "AccessionNumber"
+column = "diagnosis"
+words = { "o.b." = "well", "pna" = "sick" }
+unlabelled = ["?"]
+"""
+    )
+    with reading(tmp_path / "site.toml") as work:
+        found = make_report("chest", work.dataset, work.index, work.extract)
+    assert found.images_by_class == {"well": 1, "sick": 1}
+    assert found.left_out == {"no image": 1, "no label": 2}
