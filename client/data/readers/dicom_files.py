@@ -24,6 +24,8 @@ _CHUNK: Final = 1 << 20
 _LARGEST: Final = 2 << 30  # bytes of a mask's file, which is read as a whole
 _ITEMS: Final = 2_000_000  # of all sequences of a mask's file; each takes about a kilobyte
 _ITEM: Final = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # in either byte order
+_META: Final = 4096  # bytes in which the file meta group nearly always ends
+_GROUP_LENGTH: Final = b"\x02\x00\x00\x00UL\x04\x00"  # tag, VR and length of the first element
 _BEFORE_META: Final = 128 + 4 + 12  # preamble, "DICM" and the element of the group's length
 
 
@@ -87,12 +89,24 @@ def check_mask(path: Path) -> None:
 def _deflated_from(path: Path) -> int | None:
     """Where the deflated part of a file begins; None when there is none."""
     with path.open("rb") as file:
-        if file.read(132)[128:] != b"DICM":
-            return None
+        start = file.read(_META)
+    if start[128:132] != b"DICM" or _plainly_not(start):
+        return None
     meta = read_file_meta_info(path)
     if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
         return None
     return _BEFORE_META + int(meta.get("FileMetaInformationGroupLength", 0))
+
+
+def _plainly_not(start: bytes) -> bool:
+    """Whether a file's first bytes hold its whole meta group, and in it no such transfer syntax.
+
+    Parsing the group takes a tenth of the time that a header takes.
+    """
+    if start[132:140] != _GROUP_LENGTH or len(start) < _BEFORE_META:
+        return False
+    end = _BEFORE_META + int.from_bytes(start[140:144], "little")
+    return end <= len(start) and DeflatedExplicitVRLittleEndian.encode() not in start[:end]
 
 
 def _plain(path: Path) -> Iterator[bytes]:

@@ -66,7 +66,7 @@ class Header:
     space : str
         UID of the frame of reference, in which positions are comparable.
     place : Place or None
-        Where the slice lies; None in a multi-frame file, whose frames tell.
+        3D tasks: where the slice lies; None in a multi-frame file, whose frames tell.
     """
 
     path: Path
@@ -157,7 +157,7 @@ def _header(path: Path, task: Task, patients: PatientOptions) -> Header | MaskOb
         take=repr([words[n] for n in ("acquisitionnumber", "echonumbers",
                                       "temporalpositionidentifier")]),
         space=words["frameofreferenceuid"],
-        place=_place(tags) if frames <= 1 else None,
+        place=_place(tags) if frames <= 1 and task.dimensions == 3 else None,
     )  # fmt: skip
 
 
