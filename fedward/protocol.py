@@ -124,6 +124,8 @@ class SiteFacts(Record):
     left_out_reasons: tuple[str, ...] = ()
     left_out_counts: tuple[Count, ...] = ()
     synthetic: bool = False
+    release: str = Field(default="", pattern=r"^[0-9A-Za-z.+!-]{0,32}$")
+    dataset: str = Field(default="", pattern=rf"^$|{SITE_NAME}")
 
 
 class TrainOutcome(Record):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -68,14 +69,17 @@ class Gate:
         Largest reply, MiB of tensors.
     audit : AuditLog, optional
         Told of what was withheld or replaced, never of the text itself.
+    dataset : str
+        Its name, where the policy lets it be told.
     """
 
     def __init__(
         self, plan: Plan | None, limits: Limits, *, site: str, facts: DatasetFacts | None,
-        max_upload_mib: float, audit: AuditLog | None = None,
+        max_upload_mib: float, audit: AuditLog | None = None, dataset: str = "",
     ) -> None:  # fmt: skip
         self._plan, self._limits, self._site, self._facts = plan, limits, site, facts
         self._max_bytes, self._audit = max_upload_mib * _MIB, audit
+        self._dataset = dataset
         self._words = Vocabulary(plan)
 
     def check_update(
@@ -149,7 +153,7 @@ class Gate:
         -------
         SiteFacts
             Without small counts of classes and of reasons; a reason that is not one of the fixed
-            ones becomes "other".
+            ones becomes "other". With the release that runs here.
 
         Raises
         ------
@@ -165,7 +169,8 @@ class Gate:
         if len(facts.class_counts) not in (0, len(self._known_plan().task.classes)):
             raise _not_so("a count of classes must be of the plan's classes")
         _most(max(facts.class_counts, default=0), facts.train_images, "images of a class")
-        return facts.model_copy(update={**self._classes(facts), **self._left_out(facts)})
+        told = {"release": version("fedward"), "dataset": self._dataset}
+        return facts.model_copy(update={**told, **self._classes(facts), **self._left_out(facts)})
 
     def check_refusal(self, refusal: Refusal) -> Refusal:
         """Give a refusal words that may leave; it never raises, a silence would tell less.

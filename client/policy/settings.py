@@ -109,6 +109,10 @@ class PolicySection(Limits):
     max_threads: int | None = Field(
         default=None, ge=1, le=1024, description="CPU threads that training may take; none: all"
     )
+    tell_datasets: bool = Field(
+        default=False,
+        description="tell coordinators the names of datasets; sizes are told for each study",
+    )
     max_upload_mib: Above = Field(default=512.0, description="largest reply, MiB of tensors")
 
     @field_validator("quiet_hours")

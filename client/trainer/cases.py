@@ -92,6 +92,7 @@ class Cases:
             case.plan if case else None, case.limits if case else self.policy, site=self.site,
             facts=case.facts if case else None, max_upload_mib=self.policy.max_upload_mib,
             audit=self._audit,
+            dataset=case.dataset if case and self.policy.tell_datasets else "",
         )  # fmt: skip
 
     def _cohort(self, study: str, dataset: str) -> CohortFile | None:

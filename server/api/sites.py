@@ -38,7 +38,11 @@ class SiteAnswer(BaseModel):
     status: str = Field(description="online, offline or registered (never seen)")
     last_seen: str = Field(description="when it came online last, UTC")
     reason: str = Field(description="why it is quarantined")
-    facts: SiteFacts | None = Field(description="sizes, as the site's policy lets them be told")
+    version: str = Field(description="the release that it runs; known after its first study")
+    facts: SiteFacts | None = Field(description="what it said last, as its policy lets it be told")
+    datasets: list[SiteFacts] = Field(
+        description="sizes of each dataset; their names where the site's policy tells them"
+    )
     studies: list[str] = Field(description="studies that name it and have not ended")
 
 
@@ -95,5 +99,6 @@ def _answer(registry: Registry, site: Site, nodes: dict[int, Node]) -> SiteAnswe
     return SiteAnswer(
         name=site.name, fingerprint=site.fingerprint, state=site.state, reason=site.reason,
         status=node.status if node else "registered", last_seen=node.last_seen if node else "",
-        facts=site.facts, studies=[one.id for one in running if site.name in one.sites],
+        facts=site.facts, version=site.facts.release if site.facts else "",
+        datasets=list(site.datasets), studies=[one.id for one in running if site.name in one.sites],
     )  # fmt: skip

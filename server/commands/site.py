@@ -35,18 +35,17 @@ def list_sites(
     config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Every enrolled hospital: online, last seen, sizes, studies."""
+    """Every enrolled hospital: online, last seen, version, datasets, studies."""
     found = api(config, url, token, ca).call("GET", "/v1/sites")
     if as_json:
         print_json({"sites": found})
         return
-    table = Table("site", "status", "last seen", "patients", "images", "studies", "state")
+    table = Table("site", "status", "last seen", "version", "datasets", "studies", "state")
     for one in found:
-        facts = one["facts"] or {}
         table.add_row(
-            escape(one["name"]), one["status"], one["last_seen"][:19],
-            str(facts.get("patients", "")), str(facts.get("images", "")),
-            ", ".join(one["studies"]), one["state"],
+            escape(one["name"]), one["status"], one["last_seen"][:19], one["version"],
+            escape("\n".join(map(_dataset, one["datasets"]))), ", ".join(one["studies"]),
+            one["state"],
         )  # fmt: skip
     Console().print(table)
 
@@ -80,6 +79,11 @@ def release(
     """End a hospital's quarantine."""
     made = api(config, url, token, ca).call("POST", f"/v1/sites/{name}/release")
     _told(made, f"{name} takes part again.", as_json=as_json)
+
+
+def _dataset(facts: dict[str, Any]) -> str:
+    name = f"{facts['dataset']}: " if facts["dataset"] else ""
+    return f"{name}{facts['patients']} patients, {facts['images']} images"
 
 
 def _read(path: Path) -> str:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from sqlalchemy import Connection, Engine, Row, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
@@ -18,6 +18,7 @@ from server.registry.schema import now, sites
 
 SiteState = Literal["active", "quarantined", "removed", "rotated"]
 _PRESENT = ("active", "quarantined")
+_LIST: TypeAdapter[list[SiteFacts]] = TypeAdapter(list[SiteFacts])
 
 
 class Site(BaseModel):
@@ -31,6 +32,7 @@ class Site(BaseModel):
     state: SiteState
     reason: str = Field(description="why it is quarantined")
     facts: SiteFacts | None = Field(description="what it last said of itself")
+    datasets: tuple[SiteFacts, ...] = Field(default=(), description="the newest of each dataset")
     added: str = Field(description="UTC, ISO 8601")
     updated: str = Field(description="UTC, ISO 8601")
 
@@ -105,8 +107,12 @@ class SiteStore:
         return self._change(name, node_id=str(node_id))
 
     def set_facts(self, name: str, facts: SiteFacts) -> Site:
-        """Note what the site said of itself (see :meth:`get`)."""
-        return self._change(name, facts=facts.model_dump_json())
+        """Note what the site said of itself, beside other datasets of it (see :meth:`get`)."""
+        with self._engine.begin() as connection:
+            row = _locked(connection, name)
+            others = [one for one in _facts(row.facts) if one.dataset != facts.dataset]
+            text = _LIST.dump_json([*others, facts]).decode()
+            return _update(connection, row, facts=text)
 
     def _change(self, name: str, **values: str) -> Site:
         with self._engine.begin() as connection:
@@ -188,9 +194,17 @@ def _present(name: str) -> Any:
 
 def _site(row: Row[Any]) -> Site:
     values = dict(row._mapping)
-    facts = SiteFacts.model_validate_json(row.facts) if row.facts else None
+    known = _facts(row.facts)
     node = int(row.node_id) if row.node_id else None
-    return Site.model_validate({**values, "facts": facts, "node_id": node})
+    facts = known[-1] if known else None
+    return Site.model_validate({**values, "facts": facts, "datasets": known, "node_id": node})
+
+
+def _facts(text: str) -> list[SiteFacts]:
+    """Of each dataset, the newest last; older releases kept one alone."""
+    if not text:
+        return []
+    return _LIST.validate_json(text if text.startswith("[") else f"[{text}]")
 
 
 def _unknown(name: str) -> ConfigError:
