@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -25,7 +26,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 import httpx
 
 from fedward.console import log_to_stderr
-from fedward.errors import FedwardError, Interrupted, ServiceError, StudyError
+from fedward.errors import ConfigError, FedwardError, Interrupted, ServiceError, StudyError
 from fedward.models import build_model, describe, load_initial, to_arrays
 from server import events
 from server.config import ServerConfig, load_config
@@ -186,7 +187,8 @@ class Runner:
         elif isinstance(event, events.StudyResumed | events.StudyStarted):
             self._state("running")
         elif isinstance(event, events.SiteQuarantined):
-            self.registry.sites.quarantine(event.site, event.reason)
+            with suppress(ConfigError):  # removed in this moment
+                self.registry.sites.quarantine(event.site, event.reason)
             self._see_members()
 
     def _state(self, state: Any, reason: str = "") -> None:
