@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 from numpy.typing import NDArray
 
-from client.connector.fleet import Fleet
+from client.connector.fleet import Fleet, LinkDown, LinkRefused, RunOver
 from client.connector.translate import refusal, to_order, to_reply
 from client.enrol import public_pem
 from client.link.packets import Packet
@@ -97,6 +97,7 @@ class Mallory:
         self.script: list[Answer | None] = []
         self.answers: dict[int, str] = {}
         self.kept: list[Message] = []
+        self._beat = 0.0
 
     def start(self) -> None:
         """Come online."""
@@ -117,20 +118,27 @@ class Mallory:
             self._fleet.push(Message(to_reply(self._update(order, right), order), reply_to=message))
 
     def _run(self) -> None:
-        beat = 0.0
         while not self._stop.is_set():
-            if time.monotonic() - beat > 4:
-                self._fleet.beat()
-                beat = time.monotonic()
-            message = self._fleet.pull()
-            if message is None:
-                self._stop.wait(0.05)
-                continue
-            self._fleet.confirm(message)
-            what, order = to_order(message)
-            packet = self._answer(what, order, message)
-            if packet is not None:
-                self._fleet.push(Message(to_reply(packet, order), reply_to=message))
+            try:
+                self._turn()
+            except LinkRefused:  # it was removed
+                return
+            except (LinkDown, RunOver):
+                self._stop.wait(0.5)
+
+    def _turn(self) -> None:
+        if time.monotonic() - self._beat > 4:
+            self._fleet.beat()
+            self._beat = time.monotonic()
+        message = self._fleet.pull()
+        if message is None:
+            self._stop.wait(0.05)
+            return
+        self._fleet.confirm(message)
+        what, order = to_order(message)
+        packet = self._answer(what, order, message)
+        if packet is not None:
+            self._fleet.push(Message(to_reply(packet, order), reply_to=message))
 
     def _answer(self, what: str, order: Packet, message: Message) -> Packet | None:
         if what == "describe":
@@ -169,7 +177,7 @@ def test_no_hospital_can_spoil_a_study(
 ) -> None:
     plan = make_plan(
         study={"name": "spoilt"}, task={"classes": ["clear", "opacity"]}, split={"given": None},
-        training={"rounds": 900}, participation={"sites": 2, "quorum": 1, "deadline": 6.0},
+        training={"rounds": 900}, participation={"sites": 2, "quorum": 1, "deadline": 8.0},
     )  # fmt: skip
     for number, garbage in enumerate(GARBAGE):
         mallory.script += [garbage] if number % 2 else [right, garbage]
