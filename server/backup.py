@@ -21,6 +21,7 @@ from sqlalchemy.engine import make_url
 
 from fedward.errors import ConfigError, OutputError
 from server.config import ServerConfig
+from server.registry.transfer import copy_registry
 
 _FORMAT: Final = "fedward aggregator backup 1\n"
 _REGISTRY: Final = "registry.db"
@@ -41,11 +42,10 @@ def backup(config: ServerConfig, target: Path, *, keys: bool) -> int:
     Raises
     ------
     ConfigError
-        The registry is not SQLite; use the database's own tools.
+        The registry cannot be read.
     OutputError
         The archive is there already, or cannot be written.
     """
-    source = _sqlite(config)
     part = target.with_name(f".{target.name}.part")
     try:
         if target.exists():
@@ -57,7 +57,7 @@ def backup(config: ServerConfig, target: Path, *, keys: bool) -> int:
             with tarfile.open(fileobj=file, mode="w:gz") as archive:
                 _add_text(archive, "FORMAT", _FORMAT)
                 _add_folder(archive, config.studies, "studies")
-                _add_registry(archive, source)
+                _add_registry(archive, config)
                 if keys:
                     _add_folder(archive, config.server.keys, "keys")
                     _add_folder(archive, config.tls.ca.parent, "tls")
@@ -84,9 +84,9 @@ def restore(config: ServerConfig, source: Path) -> list[str]:
     OutputError
         The state folder cannot be written.
     """
+    registry = _sqlite(config)
     places = {
-        "studies": config.studies, _REGISTRY: _sqlite(config), "keys": config.server.keys,
-        "tls": config.tls.ca.parent,
+        "studies": config.studies, "keys": config.server.keys, "tls": config.tls.ca.parent
     }  # fmt: skip
     aside = config.server.state / "before-restore"
     try:
@@ -95,9 +95,14 @@ def restore(config: ServerConfig, source: Path) -> list[str]:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(mode=0o700)
             for part in found:
-                _swap(Path(name) / part, places[part], aside / part)
-            for left in ("-wal", "-shm"):
-                places[_REGISTRY].with_name(_REGISTRY + left).unlink(missing_ok=True)
+                if part != _REGISTRY:
+                    _swap(Path(name) / part, places[part], aside / part)
+            if _REGISTRY in found and registry is None:
+                _load(config.database_url, Path(name) / _REGISTRY, aside / _REGISTRY)
+            elif _REGISTRY in found and registry is not None:
+                _swap(Path(name) / _REGISTRY, registry, aside / _REGISTRY)
+                for left in ("-wal", "-shm"):
+                    registry.with_name(registry.name + left).unlink(missing_ok=True)
             # Its runs and node numbers belong to the time before.
             for path in config.server.state.glob(config.superlink_database.name + "*"):
                 path.replace(aside / path.name)
@@ -108,15 +113,10 @@ def restore(config: ServerConfig, source: Path) -> list[str]:
     return sorted(found)
 
 
-def _sqlite(config: ServerConfig) -> Path:
+def _sqlite(config: ServerConfig) -> Path | None:
+    """The registry's file; None where it is no file."""
     url = make_url(config.database_url)
-    if url.get_backend_name() != "sqlite" or not url.database:
-        raise ConfigError(
-            "backup copies a registry in SQLite", value=url.get_backend_name(),
-            fix="Use pg_dump for the registry, and copy state/studies and keys",
-            where="database.url",
-        )  # fmt: skip
-    return Path(url.database)
+    return Path(url.database) if url.get_backend_name() == "sqlite" and url.database else None
 
 
 def _add_text(archive: tarfile.TarFile, name: str, text: str) -> None:
@@ -138,11 +138,17 @@ def _add_folder(archive: tarfile.TarFile, folder: Path, name: str) -> None:
             archive.addfile(info, io.BytesIO(content))
 
 
-def _add_registry(archive: tarfile.TarFile, source: Path) -> None:
+def _add_registry(archive: tarfile.TarFile, config: ServerConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / _REGISTRY
-        with closing(sqlite3.connect(source)) as live, closing(sqlite3.connect(copy)) as made:
-            live.backup(made)
+        copy, source = Path(folder) / _REGISTRY, _sqlite(config)
+        if source is None:
+            copy_registry(config.database_url, f"sqlite:///{copy}")
+        else:
+            with closing(sqlite3.connect(source)) as live, closing(sqlite3.connect(copy)) as made:
+                live.backup(made)
+        # Out of write-ahead mode, so that it is one file.
+        with closing(sqlite3.connect(copy)) as made:
+            made.execute("PRAGMA journal_mode=DELETE")
         archive.add(copy, _REGISTRY)
 
 
@@ -170,6 +176,11 @@ def _swap(new: Path, place: Path, aside: Path) -> None:
         shutil.move(place, aside)
     shutil.move(new, place)
     place.chmod(0o700 if place.is_dir() else 0o600)
+
+
+def _load(url: str, archived: Path, aside: Path) -> None:
+    copy_registry(url, f"sqlite:///{aside}")
+    copy_registry(f"sqlite:///{archived}", url)
 
 
 def _broken(source: Path) -> ConfigError:
