@@ -17,7 +17,7 @@ from images import ROOT, Image, run
 from oci import NETWORK, Container, Volumes, start
 from units import seccomp
 
-_PATIENCE: Final = 600.0
+_PATIENCE: Final = 3600.0
 _STOP: Final = 20.0
 _NO_CAPABILITY: Final = "0" * 16
 
