@@ -56,6 +56,12 @@ class AuditLog:
     now : callable
         Gives the time, for tests.
 
+    Attributes
+    ----------
+    last : tuple or None
+        Number and hash of the last entry that this process wrote: a log that was put in place of
+        its own does not have it.
+
     Raises
     ------
     AuditError
@@ -69,6 +75,7 @@ class AuditLog:
         self._folder, self._key, self._max, self._now = folder, key, max_bytes, now
         self._active = folder / ACTIVE
         self._tail: _Tail | None = None
+        self.last: tuple[int, str] | None = None
         with self._alone():
             self._found()
 
@@ -119,6 +126,7 @@ class AuditLog:
         finally:
             os.close(handle)
         self._tail = _Tail(entry.seq, entry.hash, status.st_ino, status.st_size)
+        self.last = entry.seq, entry.hash
         return entry
 
     def _write(self, handle: int, entry: Entry, before: int) -> None:

@@ -97,6 +97,21 @@ def verify(folder: Path, key: bytes | None = None) -> Verification:
     return Verification(last.seq if last else 0, last.hash if last else GENESIS, fault, behind)
 
 
+def check_written(folder: Path, seq: int, hash_: str) -> None:
+    """Hold the log against what its writer remembers.
+
+    Raises
+    ------
+    AuditError
+        It does not hold that entry: another log, whole in itself, was put in its place.
+    """
+    if not any((one.seq, one.hash) == (seq, hash_) for one in entries(folder)):
+        raise AuditError(
+            "the audit log must be the one that the daemon writes", value=f"entry {seq}",
+            fix="Keep the folder as it is, and find out who could write to it",
+        )  # fmt: skip
+
+
 def entries(folder: Path) -> Iterator[Entry]:
     """The entries that can be read, oldest first; raises AuditError when there is no log."""
     for line in lines(_content(folder)[0])[0]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedward.console import print_json
+from fedward.errors import FedwardError
 
 if TYPE_CHECKING:
     from client.config import SiteConfig
@@ -22,17 +24,25 @@ _SITE = Path("site.toml")
 
 @audit_app.command("verify")
 def verify(config: Config = _SITE, as_json: Json = False) -> None:
-    """Find any entry that was changed, removed, added or moved."""
+    """Find what was changed, removed, added or moved; also against what a running daemon wrote."""
     from client.audit.log import audit_folder, audit_key
+    from client.audit.verify import check_written
     from client.audit.verify import verify as verify_log
 
-    state = _site(config).site.state
-    found = verify_log(audit_folder(state), audit_key(state))
+    site = _site(config)
+    folder, last = audit_folder(site.site.state), _last_written(site)
+    found = verify_log(folder, audit_key(site.site.state))
     found.enforce()
+    if last is not None:
+        check_written(folder, *last)
+    daemon = "not running" if last is None else "agrees"
     if as_json:
-        print_json({"whole": found.whole, "entries": found.entries, "hash": found.hash})
-    else:
-        typer.echo(f"Whole: {found.entries} entries. Last hash, to note down: {found.hash}")
+        print_json({
+            "whole": found.whole, "entries": found.entries, "hash": found.hash, "daemon": daemon
+        })  # fmt: skip
+        return
+    typer.echo(f"Whole: {found.entries} entries; the daemon: {daemon}.")
+    typer.echo(f"Last hash, to note down: {found.hash}")
 
 
 @audit_app.command("show")
@@ -52,6 +62,16 @@ def show(
     for one in found:
         said = ", ".join(f"{name} {value}" for name, value in one.fields.items())
         typer.echo(f"{one.seq}  {one.time[:19]}  {one.event}  {said}")
+
+
+def _last_written(site: SiteConfig) -> tuple[int, str] | None:
+    """Number and hash of the running daemon's last entry, None where none runs."""
+    from client.trainer.officer import admin_socket, ask
+
+    with suppress(FedwardError):
+        last = ask(admin_socket(site), "audit")["last"]
+        return (int(last[0]), str(last[1])) if last else None
+    return None
 
 
 def _site(config: Path) -> SiteConfig:

@@ -52,7 +52,8 @@ def trainer(config: Config = _SITE) -> None:
     from client.trainer.host import run_trainer
 
     log_to_stderr()
-    run_trainer(load_config(config))
+    # A dataset that is away just now is told to who asks for it; the others are served.
+    run_trainer(load_config(config, datasets_here=False))
 
 
 def connector(config: Config = _SITE) -> None:

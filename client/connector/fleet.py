@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import time
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
+from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -18,6 +21,7 @@ import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message, RecordDict
 from flwr.app.message import remove_content_from_message
+from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
@@ -33,6 +37,8 @@ from flwr.proto.message_pb2 import (
 )
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.node_pb2 import Node
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.date import now
 from flwr.supercore.error import FlowerError
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
@@ -42,10 +48,11 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from client.connector.wire import careful, tls_context
 from fedward.errors import FedwardError, ProtocolError
 
 HEARTBEAT_SECONDS: Final = 10.0
@@ -53,6 +60,9 @@ _ACTIVATION_FAILED: Final = 2004
 _RUN_OVER: Final = frozenset({2007, 2008, 18})
 _UPLOAD_SECONDS: Final = 60.0
 _MOST_OBJECTS: Final = 200_000
+# Of an answer, beside the bytes of a message's part.
+_ENVELOPE: Final = 1 << 20
+_CLOCK_SECONDS: Final = 2.0
 
 
 class LinkDown(FedwardError):
@@ -69,6 +79,14 @@ class LeaseHeld(FedwardError):
 
 class RunOver(FedwardError):
     """The run that a message belongs to has ended."""
+
+
+class Unreadable(ProtocolError):
+    """A message came that cannot be read; ``envelope`` says which, so that it can be refused."""
+
+    def __init__(self, error: ProtocolError, envelope: Message) -> None:
+        super().__init__(error.rule, value=error.value, fix=error.fix, where=error.where)
+        self.envelope = envelope
 
 
 class Fleet:
@@ -90,14 +108,18 @@ class Fleet:
         self, address: str, ca: bytes, key: ec.EllipticCurvePrivateKey, most_bytes: int
     ) -> None:
         self._public, self._most = public_key_to_bytes(key.public_key()), most_bytes
-        self._client = FleetHttpClient.from_server_address(
-            address, False, ca,
-            [
-                RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-                NodeAuthHttpInterceptor(key, key.public_key()),
-            ],
+        self._signing = _Signing(key)
+        self._client = FleetHttpClient(
+            f"https://{address}", verify=tls_context(ca),
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperNode"), self._signing],
         )  # fmt: skip
+        careful(self._client._client, most_bytes + _ENVELOPE)
         self.node = Node()
+
+    @property
+    def clock_seconds(self) -> float:
+        """How far the aggregator's clock is ahead of this one, as far as that had to be known."""
+        return self._signing.ahead.total_seconds()
 
     def activate(self, known_as: int = 0) -> int:
         """Come online; gives the node's id.
@@ -140,8 +162,8 @@ class Fleet:
 
         Raises
         ------
-        ProtocolError
-            It is too large or damaged; it does not come again.
+        Unreadable
+            It is too large or damaged, and comes again until it is confirmed.
         RunOver
             Its run ended meanwhile.
         LinkDown, LinkRefused
@@ -150,14 +172,12 @@ class Fleet:
         answer = self._call("PullMessages", PullMessagesRequest(node=self.node))
         if not answer.messages_list:
             return None
-        envelope = message_from_proto(answer.messages_list[0])
-        wanted = [t.object_id for t in iterate_object_tree(answer.message_object_trees[0])]
+        envelope, wanted = _announced(answer)
         try:
             contents = self._objects(wanted, envelope.metadata.run_id)
             return _inflated(envelope.metadata.message_id, contents)
-        except ProtocolError:
-            self.confirm(envelope)
-            raise
+        except ProtocolError as error:
+            raise Unreadable(error, envelope) from None
 
     def confirm(self, message: Message) -> None:
         """Say that a message is safe here, and need not come again.
@@ -184,6 +204,7 @@ class Fleet:
         LinkDown, LinkRefused
             The connection broke; it may be sent again.
         """
+        self._date(reply)
         reply.metadata.__dict__["_message_id"] = reply.object_id
         run, sent = reply.metadata.run_id, 0
         with no_object_id_recompute():
@@ -219,6 +240,13 @@ class Fleet:
         """Let go of the sockets without signing off."""
         self._client.close()
 
+    def _date(self, reply: Message) -> None:
+        """Date a reply by the aggregator's clock; by another one it may seem to be too late."""
+        about = reply.metadata
+        ends = about.created_at + about.ttl
+        about.created_at = (now() + self._signing.ahead).timestamp()
+        about.ttl = ends - about.created_at
+
     def _objects(self, wanted: list[str], run: int) -> dict[str, bytes]:
         if len(wanted) > _MOST_OBJECTS:
             raise ProtocolError("a message has a bounded number of parts", value=len(wanted))
@@ -252,6 +280,43 @@ class Fleet:
             return getattr(self._client, name)(request)
 
 
+class _Signing:
+    """Signs each call as Flower's node does, but by the aggregator's clock where this one is off.
+
+    The signed time is what keeps a call from being sent again by others, and only the aggregator
+    looks at it. So its clock is the one that counts.
+    """
+
+    def __init__(self, key: ec.EllipticCurvePrivateKey) -> None:
+        self._key, self._public = key, b64encode(public_key_to_bytes(key.public_key())).decode()
+        self.ahead = timedelta(0)
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        """Sign and send; once more where the aggregator's answer shows that the clocks differ."""
+        response = self._signed(context, call_next)
+        if response.status_code == httpx.codes.UNAUTHORIZED and self._learn(response):
+            response = self._signed(context, call_next)
+        return response
+
+    def _signed(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        time_ = (now() + self.ahead).isoformat()
+        signature = b64encode(sign_message(self._key, time_.encode("ascii"))).decode("ascii")
+        context.request.headers.update({
+            FLEET_HTTP_PUBLIC_KEY_HEADER: self._public, TIMESTAMP_HEADER: time_,
+            FLEET_HTTP_SIGNATURE_HEADER: signature,
+        })  # fmt: skip
+        return call_next(context)
+
+    def _learn(self, response: httpx.Response) -> bool:
+        """Whether the clocks differ more than was known."""
+        try:
+            ahead = parsedate_to_datetime(response.headers.get("date", "")) - now()
+            known, self.ahead = self.ahead, ahead
+            return abs((ahead - known).total_seconds()) > _CLOCK_SECONDS
+        except (ValueError, TypeError, OverflowError):
+            return False
+
+
 def seal(message: Message) -> bytes:
     """What a reply to a message needs, as bytes for a file."""
     return bytes(message_to_proto(remove_content_from_message(message)).SerializeToString())
@@ -272,6 +337,19 @@ def reply_to(sealed: bytes, content: RecordDict) -> Message:
     return Message(content, reply_to=envelope)
 
 
+def _announced(answer: Any) -> tuple[Message, list[str]]:
+    """The message that waits, still without content, and the names of its parts."""
+    try:
+        envelope = message_from_proto(answer.messages_list[0])
+        tree = answer.message_object_trees[0]
+        return envelope, [part.object_id for part in iterate_object_tree(tree)]
+    except Exception as error:  # an aggregator that is none sends anything
+        raise LinkDown(
+            "the aggregator must announce messages as Flower does", value=type(error).__name__,
+            fix="Tell its operator",
+        ) from None  # fmt: skip
+
+
 def _inflated(identifier: str, contents: dict[str, bytes]) -> Message:
     try:
         message = inflate_object_from_contents(identifier, contents)
@@ -289,7 +367,9 @@ def _translated() -> Iterator[None]:
         yield
     except httpx.HTTPStatusError as error:
         raise _meaning(error.response) from None
-    except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError) as error:
+    except (
+        httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError, RuntimeError
+    ) as error:  # fmt: skip
         raise LinkDown(
             "the aggregator must be reachable", value=type(error).__name__,
             fix="Check network, proxy and certificate with `fedward-client doctor`",

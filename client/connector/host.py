@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from client.config import SiteConfig
 from client.connector.loop import Connector
+from client.connector.wire import read_ca, use_proxy
 from client.daemon.isolation import find_readable, undumpable
 from client.daemon.launch import hidden_places
 from fedward.console import stop_on_signals
@@ -43,8 +44,8 @@ def run_connector(config: SiteConfig, stop: threading.Event | None = None) -> No
     stop = stop or threading.Event()
     stop_on_signals(stop)
     os.environ["FLWR_HOME"] = str(server.state / "flwr")
-    if server.proxy:
-        os.environ["HTTPS_PROXY"] = server.proxy
+    use_proxy(server)
+    read_ca(server)
     found = find_readable(hidden_places(config))
     if not found.holds:
         _LOG.warning("THE CONNECTOR CAN READ IMAGES: %s", found.text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import queue
 import random
@@ -17,9 +18,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 
 from client.connector import fleet as links
-from client.connector.fleet import HEARTBEAT_SECONDS, Fleet, LeaseHeld, LinkDown, LinkRefused
+from client.connector.fleet import (
+    HEARTBEAT_SECONDS,
+    Fleet,
+    LeaseHeld,
+    LinkDown,
+    LinkRefused,
+    Unreadable,
+)
 from client.connector.spool import InHand, Spool
 from client.connector.translate import refusal, to_order, to_reply
+from client.connector.wire import read_ca
 from client.daemon.settings import ServerSection
 from client.link.caller import Caller, TrainerGone, TrainerTaken
 from client.link.packets import Packet
@@ -30,8 +39,12 @@ _LOG = logging.getLogger("fedward.connector")
 _BUSY_SECONDS: Final = 0.1
 _BUSY_FOR: Final = 60.0
 _PAIRS: Final = 4
+# Orders in hand; whoever sends more of them waits, and fills no disk here.
+_MOST_IN_HAND: Final = 16
 # A trainer that starts imports a lot, and opens ledger and audit log.
 _TRAINER_SECONDS: Final = 120.0
+# What a stop gives the link to sign off; a dead network may hold it for much longer.
+_GOODBYE: Final = 3.0
 
 
 @dataclass
@@ -78,6 +91,17 @@ class Connector:
         """Work until stopped; a broken link or trainer is waited for, for ever."""
         for left in self._spool.left():
             self._take(left)
+        link = threading.Thread(target=self._keep, daemon=True, name="link")
+        link.start()
+        self.stop.wait()
+        link.join(_GOODBYE)
+        self._tell("stopped")
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._caller:
+            self._caller.close()
+
+    def _keep(self) -> None:
+        """Connect again and again."""
         attempt = 0
         while not self.stop.is_set():
             began = time.monotonic()
@@ -85,25 +109,27 @@ class Connector:
                 self._connected()
             except FedwardError as error:
                 self._tell(_state_of(error), error)
+            except Exception:
+                _LOG.exception("an unexpected error broke the link")
+                self._tell(
+                    "down", LinkDown("an unexpected error broke the link", fix="See its log")
+                )
             if time.monotonic() - began > self.server.retry_seconds:
                 attempt = 0
             attempt += 1
             self.stop.wait(_pause(attempt, self.server.retry_seconds))
-        self._tell("stopped")
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        if self._caller:
-            self._caller.close()
 
     def _connected(self) -> None:
         """One connection, from its making to its break."""
         # Who is online is asked; without a trainer there would be no answer.
         self._caller_now()
-        ca = self.server.ca.read_bytes()
-        fleet = Fleet(self.server.address, ca, self.key, self.server.max_download_mib << 20)
+        ca, most = read_ca(self.server), self.server.max_download_mib << 20
+        fleet = Fleet(self.server.address, ca, self.key, most)
         broken: queue.SimpleQueue[FedwardError] = queue.SimpleQueue()
         quiet = threading.Event()
         try:
             self._remember(fleet.activate(self._known_as()))
+            self._state.clock_seconds = round(fleet.clock_seconds)
             self._tell("online")
             threading.Thread(
                 target=_beat,
@@ -129,13 +155,20 @@ class Connector:
         while self._unsent:
             self._send(fleet, *self._unsent[0])
             self._unsent.pop(0)
+        if len(self._in_hand) >= _MOST_IN_HAND:
+            return sent
         try:
             message = fleet.pull()
         except links.RunOver:
             return True
-        except ProtocolError as error:
-            self._garbage(error)
+        except Unreadable as error:
+            self._refuse(error)
+            fleet.confirm(error.envelope)
             return True
+        except ProtocolError as error:
+            # No message, so nobody to answer; and whoever sends that is not asked again at once.
+            self._note_garbage(error)
+            raise LinkDown(error.rule, fix="Tell the aggregator's operator") from None
         if message is not None:
             self._accept(message)
             fleet.confirm(message)
@@ -143,13 +176,20 @@ class Connector:
 
     def _accept(self, message: Message) -> None:
         self._state.messages += 1
-        identifier = message.metadata.message_id[:64]
         try:
             what, order = to_order(message)
         except ProtocolError as error:
-            # The trainer hears of it, so that its audit log has it; then the asker does.
-            what, order = "describe", Packet("order", {"unreadable": error.rule})
-        self._take(InHand(identifier, links.seal(message), what, order), keep=True)
+            self._refuse(Unreadable(error, message))
+            return
+        name = _name_of(message)
+        self._take(InHand(name, links.seal(message), what, order), keep=True)
+
+    def _refuse(self, error: Unreadable) -> None:
+        """The trainer hears of it first, so that its audit log has it; then the asker does."""
+        _LOG.warning("a message could not be read: %s", error.rule)
+        order = Packet("order", {"unreadable": error.rule})
+        sealed = links.seal(error.envelope)
+        self._take(InHand(_name_of(error.envelope), sealed, "describe", order), keep=True)
 
     def _take(self, message: InHand, *, keep: bool = False) -> None:
         if message.name in self._in_hand:
@@ -186,8 +226,8 @@ class Connector:
         self._busy_until = time.monotonic() + _BUSY_FOR
         self._tell("online")
 
-    def _garbage(self, error: ProtocolError) -> None:
-        _LOG.warning("a message could not be read: %s", error.rule)
+    def _note_garbage(self, error: ProtocolError) -> None:
+        _LOG.warning("an answer could not be read: %s", error.rule)
         with suppress(FedwardError):
             self._caller_now().ask("describe", Packet("order", {"unreadable": error.rule}))
 
@@ -256,6 +296,11 @@ def _beat(
         except FedwardError as error:
             broken.put(error)
             return
+
+
+def _name_of(message: Message) -> str:
+    """A file name for a message, whatever the aggregator calls it."""
+    return hashlib.sha256(message.metadata.message_id.encode("utf-8", "replace")).hexdigest()
 
 
 def _state_of(error: FedwardError) -> str:

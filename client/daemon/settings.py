@@ -24,8 +24,10 @@ class ServerSection(Section):
         "outside datasets and the site's state",
     )
     proxy: str = Field(
-        default="", description="HTTP proxy, `http://host:port`; else the environment's"
-    )
+        default="", pattern=r"^$|^https?://\S+$",
+        description="HTTP proxy, `http://host:port`; without it that of the environment "
+        "(`HTTPS_PROXY`, `NO_PROXY`)",
+    )  # fmt: skip
     user: str = Field(
         default="",
         description="user that the connector runs as when the daemon is started by root",

@@ -35,6 +35,8 @@ class LinkState(BaseModel):
         ``attached`` or ``gone``.
     isolation : str
         What the connector found of the images.
+    clock_seconds : int
+        How far the aggregator's clock is ahead, where that had to be known.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -47,6 +49,7 @@ class LinkState(BaseModel):
     isolation: Text = ""
     messages: int = Field(default=0, ge=0)
     bytes_up: int = Field(default=0, ge=0)
+    clock_seconds: int = 0
 
 
 def link_file(folder: Path) -> Path:

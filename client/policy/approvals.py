@@ -15,10 +15,11 @@ from client.policy import words
 from client.policy.decide import StudyRequest
 from fedward.errors import ConfigError, FedwardError, PolicyError
 
-State = Literal["pending", "approved", "denied"]
+State = Literal["pending", "allowed", "approved", "denied"]
 _NAME: Final = "approvals.json"
 # A coordinator that sends ever new plans fills no disk and buries no other study.
 MOST_PENDING: Final = 100
+_MOST_ALLOWED: Final = 200
 
 
 class Approval(BaseModel):
@@ -31,7 +32,7 @@ class Approval(BaseModel):
     name : str
         The study's name in its plan.
     state : str
-        Where it stands.
+        Where it stands; ``allowed`` is what went ahead within the policy, without a person.
     seen, settled : str
         When, ISO 8601 in UTC; ``settled`` is "" while it is pending.
     by : str
@@ -54,8 +55,8 @@ class Approval(BaseModel):
         return self.study, self.plan_hash, self.coordinator
 
     def enforce(self) -> None:
-        """Raise PolicyError unless it is approved."""
-        if self.state != "approved":
+        """Raise PolicyError unless it may go ahead."""
+        if self.state not in ("approved", "allowed"):
             rule = words.DENIED if self.state == "denied" else words.PENDING
             raise PolicyError(rule, fix="fedward-client approve, at the site")
 
@@ -63,6 +64,7 @@ class Approval(BaseModel):
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     version: Literal[1] = 1
+    paused: bool = False
     approvals: list[Approval] = Field(default_factory=list)
 
 
@@ -93,8 +95,15 @@ class Approvals:
         """Those that wait for a person."""
         return [one for one in self.all() if one.state == "pending"]
 
-    def see(self, request: StudyRequest) -> Approval:
-        """Where a plan stands; one that is new is pending from now on.
+    def see(self, request: StudyRequest, *, manual: bool = True) -> Approval:
+        """Where a plan stands; one that nobody settled is pending, or allowed by the policy.
+
+        Parameters
+        ----------
+        request : StudyRequest
+            The plan, its study and who asks.
+        manual : bool
+            Whether a person has to approve.
 
         Raises
         ------
@@ -104,15 +113,16 @@ class Approvals:
         with locked(self._path):
             file = self._read()
             key = (request.study, request.plan_hash, request.coordinator)
-            if known := [one for one in file.approvals if one.key == key]:
-                return known[0]
-            if sum(one.state == "pending" for one in file.approvals) >= MOST_PENDING:
-                raise PolicyError(words.PENDING, fix="Approve or deny what is pending")
+            wanted: State = "pending" if manual else "allowed"
+            known = next((one for one in file.approvals if one.key == key), None)
+            if known is not None and known.state in ("approved", "denied", wanted):
+                return known
+            others = [one for one in file.approvals if one.key != key]
             made = Approval(
                 study=request.study, plan_hash=request.plan_hash, coordinator=request.coordinator,
-                name=request.plan.study.name, seen=self._time(),
+                name=request.plan.study.name, state=wanted, seen=self._time(),
             )  # fmt: skip
-            self._write(_File(approvals=[*file.approvals, made]))
+            self._write(file.model_copy(update={"approvals": [*_with_room(others, wanted), made]}))
             return made
 
     def settle(
@@ -143,8 +153,24 @@ class Approvals:
             old = _one([one for one in file.approvals if one.study == study], plan)
             new = old.model_copy(update={"state": state, "settled": self._time(), "by": by[:64]})
             others = [new if one.key == old.key else one for one in file.approvals]
-            self._write(_File(approvals=others))
+            self._write(file.model_copy(update={"approvals": others}))
             return new
+
+    @property
+    def paused(self) -> bool:
+        """Whether the officer paused the site; a restart does not undo that."""
+        return self._read().paused
+
+    def pause(self, *, paused: bool) -> None:
+        """Pause the site, or let it go on.
+
+        Raises
+        ------
+        OutputError
+            It cannot be written.
+        """
+        with locked(self._path):
+            self._write(self._read().model_copy(update={"paused": paused}))
 
     def _time(self) -> str:
         return self._now().isoformat(timespec="seconds")
@@ -163,6 +189,16 @@ class Approvals:
 
     def _write(self, file: _File) -> None:
         write_private(self._path, file.model_dump_json(indent=1).encode())
+
+
+def _with_room(others: list[Approval], state: State) -> list[Approval]:
+    """Room for one more: pending ones are never forgotten, the oldest allowed ones are."""
+    same = [one for one in others if one.state == state]
+    if state == "pending" and len(same) >= MOST_PENDING:
+        raise PolicyError(words.PENDING, fix="Approve or deny what is pending")
+    if state == "allowed" and len(same) >= _MOST_ALLOWED:
+        return [one for one in others if one is not same[0]]
+    return others
 
 
 def _one(found: list[Approval], plan: str) -> Approval:

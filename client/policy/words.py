@@ -25,6 +25,8 @@ WITHHELD: Final = "what the site counts must be enough, and allowed, to leave it
 
 NETWORKED: Final = "the trainer must have no network before it opens a dataset"
 
+MEMORY: Final = "the device must have memory for one image"
+
 FIX: Final = "Change the plan, or ask the site's security officer"
 
 RULES: Final = (

@@ -54,6 +54,7 @@ class Admin:
             "pause": lambda: self._pause(paused=True),
             "resume": lambda: self._pause(paused=False),
             "budget": self._budget,
+            "audit": lambda: {"last": self._audit.last},
         }
         if command not in act:
             raise ConfigError("a command must be known", value=command[:40], fix="See --help")

@@ -64,6 +64,7 @@ class TrainerDesk:
         self._approvals, self._board, self._now = approvals, board, now
         self._turns, self._told = Turns(), set[tuple[str, ...]]()
         self.link: dict[str, Any] = {}
+        board.set(paused=approvals.paused)
 
     def answer(self, what: str, packet: Packet) -> Packet:
         """Answer an order; a refusal is an answer too, and an exception never is."""
@@ -122,6 +123,7 @@ class TrainerDesk:
 
     def pause(self, *, paused: bool) -> None:
         """The officer pauses the site or lets it go on."""
+        self._approvals.pause(paused=paused)
         self._audit.append("paused" if paused else "resumed")
         self._board.set(paused=paused)
 
@@ -151,9 +153,7 @@ class TrainerDesk:
         return case
 
     def _approved(self, request: StudyRequest, decision: Decision) -> None:
-        if decision.approval == "within-policy":
-            return
-        state = self._approvals.see(request).state
+        state = self._approvals.see(request, manual=decision.approval == "manual").state
         if state == "pending":
             raise Refused(PolicyError(words.PENDING), "pending")
         if state == "denied":

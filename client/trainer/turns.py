@@ -41,11 +41,12 @@ class Turns:
         with self._changed:
             self._waiting.setdefault(study, deque()).append(ticket)
             self._advance()
-            while self._next is not ticket:
-                if ticket in self._given_up or self._closed:
-                    self._leave(study, ticket)
-                    raise Cancelled
+            while self._next is not ticket and not self._over(ticket):
                 self._changed.wait(1.0)
+            # Also whoever's turn it became because the one before was given up.
+            if self._over(ticket):
+                self._leave(study, ticket)
+                raise Cancelled
             self._running = (study, gone)
         try:
             yield gone
@@ -77,6 +78,9 @@ class Turns:
             if self._running is not None:
                 self._running[1].set()
             self._changed.notify_all()
+
+    def _over(self, ticket: object) -> bool:
+        return self._closed or ticket in self._given_up
 
     def _advance(self) -> None:
         """Give the turn to the study that has waited longest since its last one."""

@@ -9,7 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from fedward.protocol import RoundOrder, TrainOutcome
 
 _LOG = logging.getLogger("fedward.trainer")
 _WARM: Final = 2
+_T = TypeVar("_T")
 
 
 class Work:
@@ -103,7 +104,9 @@ class Work:
             return self._again(order, charge)
         try:
             self._tell_charge(order, case, request)
-            arrays, outcome = self._fit(trainer, case, order, packet)
+            arrays, outcome = self._with_memory(
+                trainer, case, lambda one: one.train(packet.arrays, order, packet.mu)
+            )
             outcome = self._cases.gate(case).check_update(
                 arrays, expected_arrays(case.plan, order.round), outcome, order.round
             )
@@ -134,28 +137,34 @@ class Work:
         return Packet("update", dict(outcome.to_flat()), arrays)
 
     def _evaluate(self, order: RoundOrder, case: Case, packet: Packet) -> Packet:
-        counts, outcome = self._trainer(case).evaluate(packet.arrays, order)
+        counts, outcome = self._with_memory(
+            self._trainer(case), case, lambda one: one.evaluate(packet.arrays, order)
+        )
         made, outcome = self._cases.gate(case).check_counts(counts, outcome, order.round)
         return Packet("counts", dict(outcome.to_flat()), made)
 
-    def _fit(
-        self, trainer: Trainer, case: Case, order: RoundOrder, packet: Packet
-    ) -> tuple[Arrays, TrainOutcome]:
-        """Train; where the device's memory ends, with less on it at once (same logical batch)."""
+    def _with_memory(self, trainer: Trainer, case: Case, act: Callable[[Trainer], _T]) -> _T:
+        """Do something; where the device's memory ends, with fewer images on it at once.
+
+        A step's patients and images stay the same: they only go through the network in more parts.
+        """
         while True:
             try:
-                return trainer.train(packet.arrays, order, packet.mu)
+                return act(trainer)
             except torch.OutOfMemoryError:
-                smaller = trainer.runtime.physical_batch // 2
-                gc.collect()
-                torch.cuda.empty_cache()
-                if not smaller:
-                    raise DeviceError(
-                        "the device must have memory for one image", fix="Plan a smaller model"
-                    ) from None
-                _LOG.warning("out of memory: %d images at once from now on", smaller)
-                runtime = replace(trainer.runtime, physical_batch=smaller)
-                trainer = self._warm[case.plan_hash] = Trainer(case.plan, trainer.site, runtime)
+                trainer = self._smaller(trainer, case)
+
+    def _smaller(self, trainer: Trainer, case: Case) -> Trainer:
+        smaller = trainer.runtime.physical_batch // 2
+        self._warm.pop(case.plan_hash, None)
+        gc.collect()
+        torch.cuda.empty_cache()
+        if not smaller:
+            raise DeviceError(words.MEMORY, fix="Plan a smaller model") from None
+        _LOG.warning("out of memory: %d images at once from now on", smaller)
+        runtime = replace(trainer.runtime, physical_batch=smaller)
+        made = self._warm[case.plan_hash] = Trainer(case.plan, trainer.site, runtime)
+        return made
 
     def _trainer(self, case: Case) -> Trainer:
         """The study's trainer, warm from its last order."""

@@ -41,8 +41,10 @@ def evaluate(
     """
     module.eval()
     total: Counts | None = None
-    for start in range(0, len(indices), _BATCH):
-        batch = indices[start : start + _BATCH]
+    # Without gradients twice as many fit; fewer where memory ran out.
+    most = min(_BATCH, 2 * runtime.physical_batch)
+    for start in range(0, len(indices), most):
+        batch = indices[start : start + most]
         inputs, _ = source.plain(batch)
         with autocast(runtime.torch_device, private=False):
             logits = module(inputs).float()

@@ -22,6 +22,7 @@ from fedward.plan.schema import Plan
 from fedward.privacy import Mechanism, steps_per_round
 
 _GRADIENT_FLOATS = 32_000_000  # what the gradients of all images of a part may take: 128 MB
+_USUAL_BATCH = Runtime.physical_batch
 
 
 @dataclass(frozen=True)
@@ -110,11 +111,21 @@ class Fit:
         steps = count_steps(len(self.indices), training.batch_size, **amount)
         batches = shuffled(self.indices, training.batch_size, self.draws.order, **amount)
         for step, batch in enumerate(batches):
-            loss = self._losses(self.module, batch).mean()
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss = self._accumulate(batch)
             finish(step, steps, optimizer.step)
-            yield loss.detach()
+            yield loss
+
+    def _accumulate(self, batch: NDArray[np.int64]) -> Tensor:
+        """The gradient of a batch's mean loss, with only so many of its images on their way."""
+        inputs, targets = self._inputs(batch)
+        most, total = self._at_once(), torch.zeros((), device=inputs.device)
+        for start in range(0, len(batch), most):
+            part = slice(start, start + most)
+            loss = self._loss_of(self.module, inputs[part], targets[part]).sum() / len(batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return total
 
     def _private(
         self, optimizer: torch.optim.Optimizer, finish: Callable[..., None]
@@ -160,12 +171,16 @@ class Fit:
         if self.source.prefix is None:
             return self.runtime.physical_batch
         trained = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
-        return max(self.runtime.physical_batch, min(4096, _GRADIENT_FLOATS // trained))
+        fit = min(4096, _GRADIENT_FLOATS // max(1, trained))
+        return self.runtime.physical_batch * max(1, fit // _USUAL_BATCH)
 
     def _losses(self, module: nn.Module, batch: NDArray[np.int64]) -> Tensor:
-        inputs, targets = self.source.augmented(
-            batch, self.plan.preprocessing.augmentation, self.draws.change
-        )
+        return self._loss_of(module, *self._inputs(batch))
+
+    def _inputs(self, batch: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        return self.source.augmented(batch, self.plan.preprocessing.augmentation, self.draws.change)
+
+    def _loss_of(self, module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         with autocast(self.runtime.torch_device, private=self.mechanism is not None):
             logits = module(inputs)
         return self.loss(logits.float(), targets)

@@ -10,6 +10,8 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +161,28 @@ def test_rounds_without_privacy_are_written_down_and_cost_nothing(tmp_path: Path
     ledger.close()
 
 
+class Killed(BaseException):
+    """SIGKILL, as far as the ledger can tell: nothing that follows is done."""
+
+
+class Dying:
+    """A connection whose process is killed at one of the statements to come."""
+
+    def __init__(self, real: sqlite3.Connection, left: int) -> None:
+        self._real, self._left = real, left
+
+    def execute(self, *words: Any) -> sqlite3.Cursor:
+        self._left -= 1
+        if self._left < 0:
+            raise Killed
+        return self._real.execute(*words)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
 class LedgerMachine(RuleBasedStateMachine):
-    """Crashes, repeats, several studies and clocks that jump, in any order."""
+    """Crashes at any statement, repeats, several studies and clocks that jump, in any order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,6 +249,45 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.close()
         self.open = {}
         self._open()
+
+    @rule(
+        study=st.sampled_from("stu"), round_=st.integers(1, 4), which=st.integers(0, 1),
+        left=st.integers(0, 16),
+    )  # fmt: skip
+    def killed_while_it_charges(self, study: str, round_: int, which: int, left: int) -> None:
+        asked = request(study, round_, self.cohort_of[study], MECHANISMS[which])
+        self._dies(left, lambda: self.ledger.reserve(asked, CAPS))
+        if self._state_of(study, round_) is not None:
+            self.charged.setdefault((study, round_), MECHANISMS[which])
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data(), left=st.integers(0, 12))
+    def killed_while_it_commits(self, data: st.DataObject, left: int) -> None:
+        key = data.draw(st.sampled_from(sorted(self.open)))
+        charge, mechanism = self.open[key]
+        self.number += 1
+        digest = f"{self.number:064d}"
+        self._dies(left, lambda: self.ledger.commit(charge, digest))
+        # On the disk or not: what is there is what will be given again.
+        if self._state_of(*key) == "committed":
+            self.released[key] = (digest, mechanism)
+
+    def _dies(self, left: int, act: Callable[[], object]) -> None:
+        """Do something in a process that is killed after so many statements; opens it anew."""
+        store = self.ledger._store
+        real = store._connection
+        assert real is not None
+        store._connection = Dying(real, left)  # type: ignore[assignment]
+        with suppress(BudgetError, Killed):
+            act()
+        store._connection = real
+        self.crash()
+
+    def _state_of(self, study: str, round_: int) -> str | None:
+        rows = self.ledger._rows(
+            "SELECT state FROM charges WHERE study = ? AND round = ?", study, round_
+        )
+        return str(rows[0][0]) if rows else None
 
     @rule(by=st.floats(-1e9, 1e9))
     def clock_jumps(self, by: float) -> None:

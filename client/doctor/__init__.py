@@ -1,0 +1,62 @@
+"""``fedward-client doctor``: everything that a hospital's part in a study depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+from client.config import SiteConfig
+from client.daemon.isolation import find_network, find_readable
+from client.daemon.launch import hidden_places
+from client.doctor.line import Line, Status
+from client.doctor.machine import datasets, device, disk, memory, policy, wall_line, walls
+
+__all__ = ["Line", "Process", "Status", "examine", "worst"]
+Process = Literal["trainer", "connector"]
+
+
+def examine(config: SiteConfig, process: Process | None = None) -> Iterator[Line]:
+    """Look at everything, one line after the other.
+
+    Parameters
+    ----------
+    config : SiteConfig
+        The site.
+    process : str or None
+        Look only at what the trainer or the connector needs, from within walls that are there
+        already: in its container, or as its user. None: at all of it, and build the walls.
+    """
+    if process != "trainer":
+        yield from _outwards(config)
+    if process == "connector":
+        found = find_readable(hidden_places(config))
+        yield wall_line("connector and images", found, allowed=False)
+        return
+    yield disk(config)
+    yield memory()
+    yield from device(config)
+    if process == "trainer":
+        allowed = config.trainer.allow_networked_trainer
+        yield wall_line("trainer's network", find_network(), allowed=allowed)
+    else:
+        yield from walls(config)
+    yield from datasets(config)
+    yield from policy(config)
+
+
+def _outwards(config: SiteConfig) -> Iterator[Line]:
+    # Where only the trainer is installed, there is no Flower.
+    from client.doctor.link import enrolment, network
+
+    if config.server is None:
+        yield Line("aggregator", "fail", "site.toml has no [server]",
+                   "Add it: fedward-client enrol")  # fmt: skip
+        return
+    yield from network(config.server)
+    yield from enrolment(config.server)
+
+
+def worst(lines: Iterable[Line]) -> Status:
+    """The gravest status of all."""
+    found = {line.status for line in lines}
+    return "fail" if "fail" in found else "warn" if "warn" in found else "pass"

@@ -1,0 +1,187 @@
+"""The machine and what site.toml says of it: disk, memory, device, walls, datasets, policy."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from client.config import DatasetSection, SiteConfig
+from client.daemon.isolation import Finding
+from client.daemon.launch import hidden_places
+from client.doctor.line import Line
+from fedward.errors import FedwardError
+
+_WALLS: Final = "Run under systemd or as containers; see the install page"
+_FREE: Final = 5 << 30
+_FULL: Final = 256 << 20
+_MEMORY: Final = 4 << 30
+_MUCH: Final = 10.0  # an ε that hardly bounds anything
+
+
+def disk(config: SiteConfig) -> Line:
+    """Room for prepared images, ledger and audit log."""
+    place = config.site.state
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < _FULL:
+        return Line("disk", "fail", "full: no round can be written down", "Make room")
+    if free < _FREE:
+        return Line("disk", "warn", f"{free / 2**30:.1f} GiB free", "Make room for prepared images")
+    return Line("disk", "pass", f"{free >> 30} GiB free")
+
+
+def memory() -> Line:
+    """What is left of the machine's memory."""
+    free = _available()
+    if free < _MEMORY:
+        return Line("memory", "warn", f"{free / 2**30:.1f} GiB available",
+                    "Give the machine more, or train with fewer threads")  # fmt: skip
+    return Line("memory", "pass", f"{free >> 30} GiB available")
+
+
+def _available() -> int:
+    """Bytes (MemAvailable of proc(5)); where that is not told, all of them."""
+    for line in Path("/proc/meminfo").read_text("ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def device(config: SiteConfig) -> Iterator[Line]:
+    """Where training runs, and its memory."""
+    import torch
+
+    from client.training.device import choose_device
+
+    try:
+        chosen = choose_device(config.trainer.device)
+    except FedwardError as error:
+        yield Line("device", "fail", error.rule, error.fix)
+        return
+    if chosen.type != "cuda":
+        yield Line("device", "warn", "no GPU; training runs on the CPU",
+                   "Install a CUDA build of torch")  # fmt: skip
+        return
+    free, total = torch.cuda.mem_get_info(chosen)
+    found = f"a GPU with {total >> 30} GiB, {free >> 30} of them free"
+    if free < total / 2:
+        yield Line("device", "warn", found, "End what else uses it, or lower max_gpu_memory_gib")
+    else:
+        yield Line("device", "pass", found)
+
+
+def walls(config: SiteConfig) -> Iterator[Line]:
+    """Build the walls in two processes of their own, and let each say what it finds."""
+    code = "from client.daemon.isolation import *; enter_no_network(); drop_privileges(); "
+    allowed = config.trainer.allow_networked_trainer
+    yield _wall("trainer's network", code + "f = find_network()", allowed=allowed)
+    places = [str(place) for place in hidden_places(config)]
+    code = (
+        "from pathlib import Path; from client.daemon.isolation import *; "
+        f"p = [Path(x) for x in {places!r}]; cover(p); drop_privileges(); f = find_readable(p)"
+    )
+    yield _wall("connector and images", code, allowed=False)
+
+
+def _wall(name: str, code: str, *, allowed: bool) -> Line:
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", f"{code}; print(f.holds, f.text)"], cwd=folder, text=True,
+            capture_output=True, timeout=60, check=False,
+        )  # fmt: skip
+    holds, _, text = done.stdout.strip().partition(" ")
+    if done.returncode == 0 and holds == "True":
+        return Line(name, "pass", text)
+    found = text if done.returncode == 0 else "the kernel makes no namespaces for this user"
+    return wall_line(name, Finding(False, found), allowed=allowed)
+
+
+def wall_line(name: str, finding: Finding, *, allowed: bool) -> Line:
+    """What a process found of its walls, as a line."""
+    if finding.holds:
+        return Line(name, "pass", finding.text)
+    return Line(name, "warn" if allowed else "fail", finding.text, _WALLS)
+
+
+def datasets(config: SiteConfig) -> Iterator[Line]:
+    """Whether the trainer reads each, nobody else does, and a cohort is frozen."""
+    user = config.server.user if config.server else ""
+    for name, one in config.datasets.items():
+        yield _dataset(config, f"dataset {name}", name, one, user)
+
+
+def _dataset(
+    config: SiteConfig, title: str, name: str, one: DatasetSection, connector: str
+) -> Line:
+    from client.cohort.frozen import cohort_path
+
+    if not os.access(one.root, os.R_OK):
+        return Line(
+            title, "fail", "cannot be read", "Check the mount; give the trainer's user access"
+        )
+    if connector and _reads(connector, one.root):
+        return Line(title, "fail", "the connector's user can read it", "Take that access away")
+    if _open_to_all(one.root):
+        return Line(title, "warn", "every user of this machine can read it",
+                    "Leave it to the trainer's user: chmod o-rwx")  # fmt: skip
+    try:
+        cohort_path(config.site.state, name)
+    except FedwardError:
+        fix = f"fedward-client data freeze {name}"
+        return Line(title, "warn", "readable, but no cohort is frozen", fix)
+    return Line(title, "pass", "readable by the trainer only, with a frozen cohort")
+
+
+def _reads(user: str, root: Path) -> bool:
+    """Whether a user can read a place, tried as that user where this one is root."""
+    if os.geteuid() != 0:
+        return False
+    try:
+        entry = pwd.getpwnam(user)
+    except KeyError:
+        return False
+    done = subprocess.run(
+        ["test", "-r", str(root)], user=entry.pw_uid, group=entry.pw_gid, extra_groups=[],
+        cwd="/", check=False,
+    )  # fmt: skip
+    return done.returncode == 0
+
+
+def _open_to_all(root: Path) -> bool:
+    place = root.resolve()
+    way = all(parent.stat().st_mode & stat.S_IXOTH for parent in place.parents)
+    return way and bool(place.stat().st_mode & stat.S_IROTH)
+
+
+def policy(config: SiteConfig) -> Iterator[Line]:
+    """What a policy may have been meant otherwise."""
+    own = config.policy
+    much = max(own.max_epsilon_per_study, own.max_epsilon_per_cohort)
+    checks = (
+        (not own.studies, "serves no study", "Add [[policy.studies]]"),
+        (not own.coordinators and not own.any_coordinator, "accepts no coordinator",
+         "Add the coordinator's fingerprint"),
+        (own.any_coordinator, "accepts every coordinator", "Name those you trust"),
+        (_open_rounds(config), "lets updates leave without privacy", "Set require_privacy = true"),
+        (much > _MUCH, f"lets studies spend ε = {much:.4g}", "Above 10 it protects little"),
+        (own.minimum_count == 1, "lets counts of a single image leave", "Raise minimum_count"),
+    )  # fmt: skip
+    wrong = [Line("policy", "warn", found, fix) for bad, found, fix in checks if bad]
+    yield from wrong
+    if not wrong:
+        yield Line("policy", "pass", f"{len(own.studies)} rules, approval {own.approval}")
+
+
+def _open_rounds(config: SiteConfig) -> bool:
+    own = config.policy
+    rules = [own.require_privacy, *(rule.require_privacy for rule in own.studies)]
+    return False in rules
