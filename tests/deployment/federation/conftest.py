@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -44,7 +45,7 @@ class Network:
     """A bridge on which each hospital hangs by a cable of its own (network namespaces, veth)."""
 
     def __init__(self) -> None:
-        self._tag = f"fw{os.getpid() % 100_000}"
+        self._tag = f"fw{os.getpid()}"
         self._net = f"198.18.{os.getpid() % 250}"
         self.address = "127.0.0.1"
         self.why_not = self._make()
@@ -53,6 +54,7 @@ class Network:
         if os.geteuid() != 0 or shutil.which("ip") is None:
             return "network namespaces need root and iproute2"
         try:
+            self._clear_up()
             self._ip("link", "add", self._tag, "type", "bridge")
             self._ip("addr", "add", f"{self._net}.1/24", "dev", self._tag)
             self._ip("link", "set", self._tag, "up")
@@ -63,6 +65,15 @@ class Network:
             return f"this kernel makes no such network: {error.stderr.strip()}"
         self.address = f"{self._net}.1"
         return ""
+
+    def _clear_up(self) -> None:
+        """Take away what test runs left that were killed."""
+        for name in re.findall(r"^(fw(\d+)-\d)\b", self._ip("netns", "list"), re.MULTILINE):
+            if not Path(f"/proc/{name[1]}").exists():
+                self._ip("netns", "del", name[0])
+        for name in re.findall(r"^(fw(\d+))\b(?!-)", self._ip("-br", "link"), re.MULTILINE):
+            if not Path(f"/proc/{name[1]}").exists():
+                self._ip("link", "del", name[0])
 
     def _plug(self, number: int) -> None:
         name = f"{self._tag}-{number}"
