@@ -472,11 +472,11 @@ def test_a_clock_that_is_wrong_by_an_hour_is_no_hindrance(
 
 @pytest.mark.parametrize("how", ["no name", "nobody", "silence"])
 def test_a_dead_network_is_told_and_a_stop_waits_for_nothing(
-    make_wire: Make, make_site: Make, free: Make, until: Make, how: str
+    make_wire: Make, make_site: Make, until: Make, how: str
 ) -> None:
     wire = make_wire()
     wire.silent = True
-    places = {"no name": "aggregator.invalid:9443", "nobody": f"127.0.0.1:{free()}"}
+    places = {"no name": "aggregator.invalid:9443", "nobody": "127.0.0.1:9"}
     site, _ = make_site(places.get(how, wire.address))
     if how != "silence":
         until(lambda: site.link["state"] == "down")
