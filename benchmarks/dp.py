@@ -30,11 +30,14 @@ from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import Tensor, nn
 
+from fedward.models.bookkeeping import backward, keep_books
 from fedward.models.registry import build_model
 from fedward.models.sampled import sampled
 from fedward.plan.schema import SEGMENTERS, ModelName, Plan
 
-MODES = ("plain", "hooks", "sampled", "functorch", "ghost")
+MODES = ("plain", "hooks", "sampled", "functorch", "ghost", "bookkeeping")
+OURS = ("sampled", "bookkeeping")  # on the layers of fedward.models.sampled
+KINDS = {"sampled": "hooks"}
 WARM_UP = 1
 
 
@@ -154,9 +157,10 @@ def _plain_step(plan: Plan, kind: str, mode: str, batch: int) -> Callable[[], No
 
 def _private_step(plan: Plan, kind: str, mode: str, batch: int) -> Callable[[], None]:
     model, images, labels = _parts(plan, kind, batch)
-    model = sampled(model) if mode == "sampled" else model
-    wrapped = wrap_model(model, "hooks" if mode == "sampled" else mode)
-    make = DPOptimizerFastGradientClipping if mode == "ghost" else DPOptimizer
+    model = sampled(model) if mode in OURS else model
+    books = mode == "bookkeeping"
+    wrapped = keep_books(model, 1.0) if books else wrap_model(model, KINDS.get(mode, mode))
+    make = DPOptimizerFastGradientClipping if books or mode == "ghost" else DPOptimizer
     optimizer = make(
         torch.optim.AdamW(model.parameters(), 1e-3),
         noise_multiplier=1.0,
@@ -165,9 +169,14 @@ def _private_step(plan: Plan, kind: str, mode: str, batch: int) -> Callable[[], 
     )
     criterion = _image_loss if mode != "ghost" else _Ghost(wrapped, optimizer)
 
+    owners = torch.arange(batch)
+
     def run() -> None:
         optimizer.zero_grad()
-        criterion(wrapped(images), labels).backward()
+        if books:
+            backward(wrapped, _PerImage("none")(wrapped(images), labels), owners)
+        else:
+            criterion(wrapped(images), labels).backward()
         optimizer.step()
 
     return run
@@ -186,7 +195,9 @@ class _Ghost:
 class _PerImage(nn.Module):
     """Cross entropy of each image; a segmentation's pixels are averaged."""
 
-    reduction = "mean"  # what Opacus reads, to know how to reduce over images
+    def __init__(self, reduction: str = "mean") -> None:
+        super().__init__()
+        self.reduction = reduction  # what Opacus reads, to know how to reduce over images
 
     def forward(self, out: Tensor, labels: Tensor) -> Tensor:
         losses = nn.functional.cross_entropy(out, labels, reduction="none")

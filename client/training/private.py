@@ -6,17 +6,19 @@ patient the unit: the images of one patient are averaged before the clipping.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 from torch import Tensor, nn
 
+from fedward.models.bookkeeping import backward, keep_books
+from fedward.models.registry import GradSampleMode
 from fedward.privacy import Mechanism
 
-Mode = Literal["hooks", "functorch", "ghost"]
+Mode = GradSampleMode
+# Modes that put the clipped sum itself into ``grad``, so that no image's gradient is kept.
+_SUMMED: tuple[Mode, ...] = ("ghost", "bookkeeping")
 
 
 class PrivateStep:
@@ -36,7 +38,8 @@ class PrivateStep:
         Training patients of the site; with the rate they give the divisor of the summed gradient,
         which must not depend on how many were drawn.
     mode : str
-        How Opacus gets at the gradients; ``ghost`` only with one image per patient.
+        How to get at the gradients; ``ghost`` only with one image per patient, ``hooks`` and
+        ``bookkeeping`` on what :func:`fedward.models.sampled` gave.
     generator : torch.Generator or None
         Source of the noise; None takes the system's entropy.
     """
@@ -53,7 +56,7 @@ class PrivateStep:
     ) -> None:
         self.mode = mode
         self.module = _wrap(module, mode, clipping_norm)
-        kind = DPOptimizerFastGradientClipping if mode == "ghost" else DPOptimizer
+        kind = DPOptimizerFastGradientClipping if mode in _SUMMED else DPOptimizer
         self.optimizer = kind(
             optimizer,
             noise_multiplier=mechanism.noise_multiplier,
@@ -80,7 +83,9 @@ class PrivateStep:
         bool
             Whether the noisy gradient now stands in ``grad``; call :meth:`apply` then.
         """
-        if self.mode == "ghost":
+        if self.mode == "bookkeeping":
+            backward(self.module, losses, owners)
+        elif self.mode == "ghost":
             DPTensorFastGradientClipping(self.module, self.optimizer, losses, "sum").backward()
         else:
             torch.autograd.backward(losses.sum())
@@ -90,7 +95,7 @@ class PrivateStep:
     def accumulate_nobody(self) -> bool:
         """A step for which no patient was drawn: noise alone, as the accounting assumes."""
         for parameter in self.parameters:
-            if self.mode == "ghost":
+            if self.mode in _SUMMED:
                 parameter.grad = torch.zeros_like(parameter)
             else:
                 parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))  # type: ignore[attr-defined]
@@ -128,6 +133,8 @@ class PrivateStep:
 def _wrap(
     module: nn.Module, mode: Mode, clipping_norm: float
 ) -> GradSampleModule | GradSampleModuleFastGradientClipping:
+    if mode == "bookkeeping":
+        return keep_books(module, clipping_norm)
     if mode == "ghost":
         return GradSampleModuleFastGradientClipping(
             module, loss_reduction="sum", max_grad_norm=clipping_norm, use_ghost_clipping=True

@@ -80,7 +80,8 @@ class Trainer:
 
     def _build(self) -> nn.Module:
         model = build_model(self.plan, seed=0)
-        return sampled(model) if self.plan.privacy.on and self._mode() == "hooks" else model
+        ours = self.plan.privacy.on and self._mode() in ("hooks", "bookkeeping")
+        return sampled(model) if ours else model
 
     def describe(self) -> SiteFacts:
         """What the site says of itself."""

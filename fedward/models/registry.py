@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from fedward.errors import PlanError
 from fedward.models import classifiers, segmenters
 from fedward.plan.schema import ModelName, Plan
 
-GradSampleMode = Literal["hooks", "functorch", "ghost"]
+GradSampleMode = Literal["hooks", "functorch", "ghost", "bookkeeping"]
 
 _BUILDERS: dict[ModelName, Callable[[Plan], nn.Module]] = {
     "cnn": classifiers.build_cnn,
@@ -30,11 +30,11 @@ _BUILDERS: dict[ModelName, Callable[[Plan], nn.Module]] = {
     "attention-unet": segmenters.build_attention_unet,
 }
 
-_ALL: tuple[GradSampleMode, ...] = ("hooks", "functorch", "ghost")
+_ALL: tuple[GradSampleMode, ...] = get_args(GradSampleMode)
 GRAD_SAMPLE_MODES: Mapping[ModelName, tuple[GradSampleMode, ...]] = MappingProxyType(
     dict.fromkeys(_BUILDERS, _ALL)
 )
-"""Opacus modes whose per-sample gradients the tests hold against a loop over single samples."""
+"""Modes whose per-sample gradients the tests hold against a loop over single samples."""
 
 
 def build_model(plan: Plan, seed: int) -> nn.Module:

@@ -1,13 +1,15 @@
-"""Layers that cost less when Opacus wants every sample's gradient (its ``hooks`` mode).
+"""Layers that cost less when Opacus wants every sample's gradient (``hooks``, ``bookkeeping``).
 
-Three things make a private step dear, and each is avoided by a layer of its own, registered through
+Four things make a private step dear, and each is avoided by a layer of its own, registered through
 Opacus's public :func:`opacus.grad_sample.register_grad_sampler`:
 
 - autograd works out the summed weight gradient as well, which Opacus then throws away: the forward
   pass of these layers uses detached weights, so that this work is never asked for;
 - a depthwise convolution is unfolded into a product of all channels with all channels, of which
   the diagonal is kept (twenty times a plain step for EfficientNet): here it stays grouped;
-- large maps are unfolded ninefold: here only where the map is small and the matrix product wins.
+- large maps are unfolded ninefold: here only where the map is small and the matrix product wins
+  (:mod:`fedward.models.samplers`);
+- a group norm is worked out once more for its gradients: here its statistics are remembered.
 
 ``benchmarks/dp.py`` measures it.
 """
@@ -15,25 +17,22 @@ Opacus's public :func:`opacus.grad_sample.register_grad_sampler`:
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from opacus.grad_sample import register_grad_sampler
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.grad import conv2d_weight, conv3d_weight
 
 from fedward.models.dp_ready import replace
-
-_Samples = dict[Tensor, Tensor]
-_Conv = nn.Conv2d | nn.Conv3d
-_Transposed = nn.ConvTranspose2d | nn.ConvTranspose3d
-_WIDE, _SMALL = 128 * 128, 256  # channel pairs and map positions where a matrix product wins
+from fedward.models.samplers import Samples, Weighted, bias_samples, weight_samples
 
 
 def sampled(model: nn.Module) -> nn.Module:
-    """Swap convolutions and group norms for layers with cheap per-sample gradients, in place.
+    """Swap convolutions, linear layers and group norms for ones made for per-sample gradients.
 
-    Call it on what Opacus will wrap in ``hooks`` mode, not for ``functorch`` or ``ghost``.
+    In place. Call it on what will be wrapped in ``hooks`` or ``bookkeeping`` mode, not for
+    ``functorch`` or ``ghost``.
     Parameters and names stay the same objects; without Opacus's hooks the layers act like plain
     ones, so the same model can be trained without privacy afterwards.
 
@@ -65,58 +64,99 @@ def _trains_plainly(layer: nn.Module) -> bool:
     return plain_padding and getattr(layer, "padding_mode", "zeros") == "zeros"
 
 
-def _weights(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    # A first layer keeps its own: with an input without gradient, nothing would reach the hooks.
-    weight, bias = layer.weight, layer.bias
-    if not isinstance(weight, Tensor) or not x.requires_grad or not layer._backward_hooks:
-        return weight, bias  # type: ignore[return-value]
-    return weight.detach(), bias.detach() if isinstance(bias, Tensor) else None
+def _hooked(layer: nn.Module) -> bool:
+    return bool(layer._backward_hooks) and layer.training and torch.is_grad_enabled()
+
+
+def _parts(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    bias: Tensor | None = layer.bias  # type: ignore[assignment]
+    if not _hooked(layer):
+        return weight, bias
+    return weight.detach(), None if bias is None else bias.detach()
+
+
+class _Reached(torch.autograd.Function):
+    """Lets a backward pass reach a first layer, whose input has no gradient, at no cost."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, weight: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *back: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def _reached(layer: nn.Module, out: Tensor) -> Tensor:
+    if out.requires_grad or not _hooked(layer):
+        return out
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    return _Reached.apply(out, trained[0]) if trained else out  # type: ignore[no-untyped-call]
 
 
 class SampledConv2d(nn.Conv2d):
     """2D convolution."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = _weights(self, x)
-        return functional.conv2d(
-            x, weight, bias, self.stride, self.padding, self.dilation, self.groups
-        )
+        weight, bias = _parts(self)
+        place = (self.stride, self.padding, self.dilation, self.groups)
+        out = functional.conv2d(x, weight, bias, *place)  # type: ignore[arg-type]
+        return _reached(self, out)
 
 
 class SampledConv3d(nn.Conv3d):
     """3D convolution."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = _weights(self, x)
-        return functional.conv3d(
-            x, weight, bias, self.stride, self.padding, self.dilation, self.groups
-        )
+        weight, bias = _parts(self)
+        place = (self.stride, self.padding, self.dilation, self.groups)
+        out = functional.conv3d(x, weight, bias, *place)  # type: ignore[arg-type]
+        return _reached(self, out)
 
 
 class SampledConvTranspose2d(nn.ConvTranspose2d):
     """2D transposed convolution."""
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        weight, bias = _weights(self, x)
+        weight, bias = _parts(self)
         place = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
-        return functional.conv_transpose2d(x, weight, bias, *place)  # type: ignore[arg-type]
+        out = functional.conv_transpose2d(x, weight, bias, *place)  # type: ignore[arg-type]
+        return _reached(self, out)
 
 
 class SampledConvTranspose3d(nn.ConvTranspose3d):
     """3D transposed convolution."""
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        weight, bias = _weights(self, x)
+        weight, bias = _parts(self)
         place = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
-        return functional.conv_transpose3d(x, weight, bias, *place)  # type: ignore[arg-type]
+        out = functional.conv_transpose3d(x, weight, bias, *place)  # type: ignore[arg-type]
+        return _reached(self, out)
+
+
+class SampledLinear(nn.Linear):
+    """Linear layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = _parts(self)
+        return _reached(self, functional.linear(x, weight, bias))
 
 
 class SampledGroupNorm(nn.GroupNorm):
-    """Group normalisation."""
+    """Group normalisation that remembers its statistics until the backward pass."""
+
+    statistics: list[tuple[Tensor, Tensor]]
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = _weights(self, x)
-        return functional.group_norm(x, self.num_groups, weight, bias, self.eps)
+        weight, bias = _parts(self)
+        if not _hooked(self) or x.numel() == 0:
+            return functional.group_norm(x, self.num_groups, weight, bias, self.eps)
+        shape = (len(x), self.num_channels, x[0, 0].numel(), self.num_groups)
+        normed = torch.native_group_norm(x.contiguous(), weight, bias, *shape, self.eps)
+        mean, deviation = (one.detach() for one in normed[1:])
+        self.__dict__.setdefault("statistics", []).append((mean, deviation))
+        return _reached(self, normed[0])
 
 
 def _like(kind: type[nn.Module], *names: str) -> Callable[[nn.Module], nn.Module]:
@@ -138,75 +178,43 @@ _MAKERS: dict[type[nn.Module], Callable[[nn.Module], nn.Module]] = {
     nn.ConvTranspose2d: _like(SampledConvTranspose2d, *_CONV, "output_padding"),
     nn.ConvTranspose3d: _like(SampledConvTranspose3d, *_CONV, "output_padding"),
     nn.GroupNorm: _like(SampledGroupNorm, "num_groups", "num_channels", "eps"),
+    nn.Linear: _like(SampledLinear, "in_features", "out_features", "bias"),
 }
 
 
-def _conv_samples(layer: _Conv, activations: list[Tensor], backprops: Tensor) -> _Samples:
-    x = activations[0].to(backprops.dtype)
-    samples = _bias_samples(layer, backprops)
+def _weighted_samples(layer: Weighted, activations: list[Tensor], back: Tensor) -> Samples:
+    samples: Samples = {}
+    if layer.bias is not None and layer.bias.requires_grad:
+        samples[layer.bias] = bias_samples(layer, back)
     if layer.weight.requires_grad:
-        by_product = _product_wins(layer, backprops)
-        samples[layer.weight] = (_by_product if by_product else _by_groups)(layer, x, backprops)
+        samples[layer.weight] = weight_samples(layer, activations[0].to(back.dtype), back)
     return samples
 
 
-def _transposed_samples(
-    layer: _Transposed, activations: list[Tensor], backprops: Tensor
-) -> _Samples:
-    samples = _bias_samples(layer, backprops)
+def norm_samples(layer: SampledGroupNorm, activations: list[Tensor], back: Tensor) -> Samples:
+    """Each image's gradients of a group norm's scale and shift, ``(N, C)`` both."""
+    samples: Samples = {}
+    x, shift = activations[0], bias_samples(layer, back)
+    scale = _scale_samples(layer, x, back, shift)
     if layer.weight.requires_grad:
-        # The adjoint of a convolution: its weight gradient is that of the convolution with what
-        # goes in and what comes back exchanged.
-        samples[layer.weight] = _by_groups(layer, backprops, activations[0].to(backprops.dtype))
+        samples[layer.weight] = scale
+    if layer.bias.requires_grad:
+        samples[layer.bias] = shift
     return samples
 
 
-def _norm_samples(layer: nn.GroupNorm, activations: list[Tensor], backprops: Tensor) -> _Samples:
-    samples = _bias_samples(layer, backprops)
-    if layer.weight.requires_grad:
-        normal = functional.group_norm(activations[0], layer.num_groups, eps=layer.eps)
-        samples[layer.weight] = (normal * backprops).flatten(2).sum(2)
-    return samples
+def _scale_samples(layer: SampledGroupNorm, x: Tensor, back: Tensor, shift: Tensor) -> Tensor:
+    if x.numel() == 0:  # a step for which no patient was drawn
+        return torch.zeros_like(shift)
+    mean, deviation = layer.statistics.pop()
+    products = x.flatten(2).unsqueeze(2) @ back.flatten(2).unsqueeze(3)
+    grouped = (len(x), layer.num_groups, -1)
+    centred = products.view(grouped) - mean.unsqueeze(2) * shift.view(grouped)
+    return (centred * deviation.unsqueeze(2)).view(len(x), -1)
 
 
-def _bias_samples(layer: _Conv | _Transposed | nn.GroupNorm, backprops: Tensor) -> _Samples:
-    if layer.bias is None or not layer.bias.requires_grad:
-        return {}
-    return {layer.bias: backprops.flatten(2).sum(2)}
-
-
-def _product_wins(layer: _Conv, backprops: Tensor) -> bool:
-    if layer.groups != 1 or isinstance(layer, nn.Conv3d):
-        return False
-    wide = layer.in_channels * layer.out_channels >= _WIDE
-    return max(layer.kernel_size) == 1 or (wide and backprops[0, 0].numel() <= _SMALL)
-
-
-def _by_product(layer: _Conv, x: Tensor, back: Tensor) -> Tensor:
-    """``(N, O, positions) @ (N, positions, I * kernel)``; needs one group."""
-    options = (layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-    columns = functional.unfold(x, *options)  # type: ignore[arg-type]
-    product = torch.bmm(back.flatten(2), columns.transpose(1, 2))
-    return product.view(len(x), *layer.weight.shape)
-
-
-def _by_groups(layer: _Conv | _Transposed, x: Tensor, back: Tensor) -> Tensor:
-    """The weight gradient of a convolution that keeps the samples in groups of their own."""
-    if len(x) == 0:  # a step for which no patient was drawn
-        return x.new_zeros((0, *layer.weight.shape))
-    weight_gradient = conv2d_weight if x.ndim == 4 else conv3d_weight
-    options = (layer.stride, layer.padding, layer.dilation, layer.groups)
-
-    def of_one(one: Tensor, its_back: Tensor) -> Tensor:
-        out: Tensor = weight_gradient(  # type: ignore[no-untyped-call]
-            one[None], layer.weight.shape, its_back[None], *options
-        )
-        return out
-
-    samples: Tensor = torch.func.vmap(of_one)(x, back)
-    return samples
-
-
-register_grad_sampler([SampledConv2d, SampledConv3d])(_conv_samples)
-register_grad_sampler([SampledConvTranspose2d, SampledConvTranspose3d])(_transposed_samples)
-register_grad_sampler(SampledGroupNorm)(_norm_samples)
+SAMPLED_WEIGHTED = (
+    SampledConv2d, SampledConv3d, SampledConvTranspose2d, SampledConvTranspose3d, SampledLinear,
+)  # fmt: skip
+register_grad_sampler(list(SAMPLED_WEIGHTED))(_weighted_samples)
+register_grad_sampler(SampledGroupNorm)(norm_samples)

@@ -15,12 +15,12 @@ from client.training.batches import PatientDraw, PatientSampler, chunks
 from client.training.private import Mode, PrivateStep
 from client.training.runtime import Runtime
 from client.training.trainer import Trainer
-from fedward.models import build_model, to_arrays
+from fedward.models import build_model, sampled, to_arrays
 from fedward.plan import Plan
 from fedward.privacy import Mechanism
 from fedward.protocol import RoundOrder
 
-MODES: tuple[Mode, ...] = ("hooks", "functorch", "ghost")
+MODES: tuple[Mode, ...] = ("hooks", "functorch", "ghost", "bookkeeping")
 
 
 def model(seed: int = 0) -> nn.Module:
@@ -33,6 +33,7 @@ def step_for(
 ) -> PrivateStep:
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1.0)
     mechanism = Mechanism(noise_multiplier=noise, sampling_rate=rate, steps=1)
+    module = sampled(module) if mode == "bookkeeping" else module
     generator = torch.Generator().manual_seed(1)
     return PrivateStep(module, optimizer, mechanism, norm, patients, mode, generator)
 
@@ -69,7 +70,7 @@ def test_gradient_is_the_sum_of_clipped_patients(mode: Mode) -> None:
     private.close()
 
 
-@pytest.mark.parametrize("mode", ["hooks", "functorch"])
+@pytest.mark.parametrize("mode", ["hooks", "functorch", "bookkeeping"])
 def test_forty_slices_weigh_as_one_patient(mode: Mode) -> None:
     images, labels = torch.randn(42, 1, 8, 8) * 3, torch.randint(0, 2, (42,))
     owners = [0] * 40 + [1, 2]

@@ -1,4 +1,4 @@
-"""Per-sample gradients of each Opacus mode against one backward pass per sample, in float64."""
+"""Per-sample gradients of each mode against one backward pass per sample, in float64."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from opacus.grad_sample.utils import wrap_model
 from torch import Tensor, nn
 
+from fedward.models.bookkeeping import backward, keep_books
 from fedward.models.registry import GRAD_SAMPLE_MODES
 from fedward.models.sampled import sampled
 from fedward.plan.schema import ModelName
@@ -51,6 +52,9 @@ def test_mode_gives_every_samples_gradient(
     model = built(plan, seed=0).double()
     images = images_for(plan, count=2).double()
     expected = _by_loop(model, images)
+    if mode == "bookkeeping":
+        _check_clipped_sum(model, images, expected)
+        return
     if mode == "sampled":
         model = sampled(model)
     wrapped = wrap_model(model, "hooks" if mode == "sampled" else mode, loss_reduction="sum")
@@ -62,3 +66,15 @@ def test_mode_gives_every_samples_gradient(
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         scale = float(gradient.abs().max()) + 1e-12
         torch.testing.assert_close(parameter.grad_sample, gradient, rtol=1e-6, atol=1e-8 * scale)
+
+
+def _check_clipped_sum(model: nn.Module, images: Tensor, expected: list[Tensor]) -> None:
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in expected]).norm(dim=0)
+    bound = float(norms.mean())  # clips one image of the two
+    wrapped = keep_books(sampled(model), bound)
+    backward(wrapped, _weighted(wrapped(images)), torch.arange(len(images)))
+    torch.testing.assert_close(wrapped.get_norm_sample(), norms)
+    weights = (bound / (norms + 1e-6)).clamp(max=1.0)
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        clipped, scale = torch.einsum("n,n...->...", weights, gradient), float(gradient.abs().max())
+        torch.testing.assert_close(parameter.grad, clipped, rtol=1e-6, atol=1e-8 * scale + 1e-20)

@@ -52,10 +52,25 @@ def test_any_convolution(
 
 
 @pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 1, 1), (2, 1, 1), (1, 0, 2)])
-def test_a_wide_convolution_goes_by_product(stride: int, padding: int, dilation: int) -> None:
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_many_weights_go_by_product(kind: Any, stride: int, padding: int, dilation: int) -> None:
     torch.manual_seed(0)
-    wide = nn.Conv2d(128, 128, 3, stride=stride, padding=padding, dilation=dilation)
+    wide = kind(128, 64, 3, stride=stride, padding=padding, dilation=dilation)
     _check(nn.Sequential(nn.Conv2d(1, 128, 1), wide), torch.randn(2, 1, 7, 6))
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)])
+def test_a_linear_layer_over_any_positions(shape: tuple[int, ...]) -> None:
+    _check(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), torch.randn(3, *shape))
+
+
+def test_a_norm_of_which_only_the_shift_trains() -> None:
+    norm = SampledGroupNorm(2, 4)
+    norm.weight.requires_grad_(False)
+    wrapped = GradSampleModule(norm, loss_reduction="sum")
+    wrapped(torch.randn(3, 4, 5)).sum().backward()
+    torch.testing.assert_close(norm.bias.grad_sample, torch.full((3, 4), 5.0))
+    assert norm.statistics == []
 
 
 def test_group_norm_far_from_zero() -> None:
