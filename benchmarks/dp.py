@@ -31,6 +31,7 @@ from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import Tensor, nn
 
 from fedward.models.bookkeeping import backward, keep_books
+from fedward.models.noised import SumOptimizer
 from fedward.models.registry import build_model
 from fedward.models.sampled import sampled
 from fedward.plan.schema import SEGMENTERS, ModelName, Plan
@@ -160,7 +161,8 @@ def _private_step(plan: Plan, kind: str, mode: str, batch: int) -> Callable[[], 
     model = sampled(model) if mode in OURS else model
     books = mode == "bookkeeping"
     wrapped = keep_books(model, 1.0) if books else wrap_model(model, KINDS.get(mode, mode))
-    make = DPOptimizerFastGradientClipping if books or mode == "ghost" else DPOptimizer
+    stock = DPOptimizerFastGradientClipping if mode == "ghost" else DPOptimizer
+    make = SumOptimizer if books else stock
     optimizer = make(
         torch.optim.AdamW(model.parameters(), 1e-3),
         noise_multiplier=1.0,

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import torch
 from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
-from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+from opacus.optimizers import DPOptimizer
 from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 from torch import Tensor, nn
 
 from fedward.models.bookkeeping import backward, keep_books
+from fedward.models.noised import SumOptimizer
 from fedward.models.registry import GradSampleMode
 from fedward.privacy import Mechanism
 
@@ -56,7 +57,7 @@ class PrivateStep:
     ) -> None:
         self.mode = mode
         self.module = _wrap(module, mode, clipping_norm)
-        kind = DPOptimizerFastGradientClipping if mode in _SUMMED else DPOptimizer
+        kind = SumOptimizer if mode in _SUMMED else DPOptimizer
         self.optimizer = kind(
             optimizer,
             noise_multiplier=mechanism.noise_multiplier,

@@ -246,8 +246,7 @@ class Trainer:
     def _mode(self) -> Mode:
         if self.runtime.grad_sample_mode is not None:
             return self.runtime.grad_sample_mode
-        mode = best_mode(self.plan.model.name, self.runtime.torch_device.type, self.runtime.threads)
-        return "hooks" if mode == "ghost" and self.plan.privacy.images_per_patient > 1 else mode
+        return best_mode(self.plan.model.name, self.runtime.torch_device.type, self.runtime.threads)
 
     def _cost(self, order: RoundOrder) -> dict[str, Any]:
         mechanism, delta = self._private_mechanism(), self.plan.privacy.delta

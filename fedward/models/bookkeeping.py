@@ -67,6 +67,7 @@ class Book:
         """Note how to sum over images whose weights ``(N,)`` are not known yet."""
         self._sums[parameter] = lambda weights: total(weights[self.owners])
 
+    @torch.no_grad()
     def settle(self, weights: Tensor) -> None:
         """Put the sum of the patients' gradients, each times its weight, into ``grad``."""
         for parameter, total in self._sums.items():

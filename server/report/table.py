@@ -25,6 +25,8 @@ class SummaryRow:
         Primary metric on all test patients together.
     is_mean : bool
         Whether it averages the arms above it; never the best of a column.
+    is_alone : bool
+        Whether ``own`` is one site's; never the best beside means over all sites.
     """
 
     name: str
@@ -34,6 +36,7 @@ class SummaryRow:
     seconds: float
     finished: bool
     is_mean: bool = False
+    is_alone: bool = False
 
 
 def summary_rows(results: StudyResults) -> list[SummaryRow]:
@@ -67,6 +70,7 @@ def _row(results: StudyResults, arm: Arm) -> SummaryRow:
         arm.epsilon,
         arm.seconds,
         finished=arm.test is not None,
+        is_alone=arm.kind == "alone",
     )
 
 
@@ -87,7 +91,7 @@ def summary_table(results: StudyResults) -> Table:
     rows = summary_rows(results)
     real = [row for row in rows if not row.is_mean]
     bests = (
-        best((row.own for row in real), results.primary),
+        best((row.own for row in real if not row.is_alone), results.primary),
         best((row.together for row in real), results.primary),
     )
     for row in rows:
@@ -103,16 +107,16 @@ def _title(results: StudyResults) -> str:
 
 
 def _cells(row: SummaryRow, metric: str, bests: tuple[float | None, float | None]) -> list[Text]:
-    def shown(value: float | None, top: float | None) -> Text:
+    def shown(value: float | None, top: float | None, *, runs: bool) -> Text:
         if not row.finished and value is None:
             return Text("unfinished", style="dim")
-        lead = value is not None and value == top and not row.is_mean
+        lead = value is not None and value == top and runs
         return Text(figure(value, metric), style="bold green" if lead else "")
 
     return [
         Text(row.name, style="italic" if row.is_mean else ""),
-        shown(row.own, bests[0]),
-        shown(row.together, bests[1]),
+        shown(row.own, bests[0], runs=not (row.is_mean or row.is_alone)),
+        shown(row.together, bests[1], runs=not row.is_mean),
         Text(NOTHING if row.epsilon is None else f"{row.epsilon:g}"),
         Text(duration(row.seconds)),
     ]

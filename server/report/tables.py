@@ -75,7 +75,7 @@ def primary_table(results: StudyResults) -> Table:
     sites, metric = site_names(results), results.primary
     arms = [arm for arm in ordered(results.arms) if arm.test]
     columns: list[Callable[[Arm], float | None]] = [_site(site, metric) for site in sites]
-    columns += [lambda arm: own_mean([arm], metric), lambda arm: together(arm, metric)]
+    columns += [lambda arm: _mean_of_homes(arm, metric), lambda arm: together(arm, metric)]
     tops = [best((column(arm) for arm in arms), metric) for column in columns]
     rows = [
         Row(
@@ -104,6 +104,11 @@ def primary_table(results: StudyResults) -> Table:
 
 def _site(site: str, metric: str) -> Callable[[Arm], float | None]:
     return lambda arm: at_site(arm, site, metric)
+
+
+def _mean_of_homes(arm: Arm, metric: str) -> float | None:
+    # A hospital alone has one figure of its own; beside means over all hospitals it would mislead.
+    return None if arm.kind == "alone" else own_mean([arm], metric)
 
 
 def _alone_row(alone: Sequence[Arm], sites: Sequence[str], metric: str) -> Row:

@@ -41,6 +41,7 @@ def _check(model: nn.Module, images: Tensor, places: list[int]) -> None:
     for parameter, own in zip(trained, zip(*gradients, strict=True), strict=True):
         expected = sum(weight * one for weight, one in zip(weights, own, strict=True))
         torch.testing.assert_close(parameter.grad, expected)
+        assert parameter.grad is not None and not parameter.grad.requires_grad
 
 
 @pytest.fixture(params=[0, 10**9], ids=["kept", "ghost"])

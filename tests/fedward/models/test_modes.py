@@ -18,11 +18,6 @@ def test_the_default_is_a_verified_mode(name: ModelName, device: str) -> None:
     assert best_mode(name, device, threads=2) in GRAD_SAMPLE_MODES[name]
 
 
-def test_heavy_models_spare_a_gpus_memory() -> None:
-    assert best_mode("resnet50", "cuda", 1) == "ghost"
-    assert best_mode("resnet50", "cpu", 1) == best_mode("unet", "cuda", 1) == "hooks"
-
-
 def test_no_thread_is_no_answer() -> None:
     with pytest.raises(ModelError, match="at least 1"):
         best_mode("cnn", "cpu", 0)

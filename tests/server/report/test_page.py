@@ -11,6 +11,7 @@ import pytest
 from fedward.errors import OutputError
 from server.report import write_report
 from server.report.page import render
+from server.report.words import NOTHING
 from server.results import Arm, StudyResults, TestFigures
 
 Read = Callable[[str], Any]
@@ -30,15 +31,25 @@ def test_the_first_table_holds_each_arm_on_each_test_set(
     for arm in classification.arms:
         test = _test(arm)
         each = [test.per_site[site]["auc"] or 0 for site in sites]
-        home = [test.per_site[arm.site]["auc"] or 0] if arm.site else each
-        figures = [*each, fmean(home), test.pooled["auc"] or 0]
-        assert rows[arm.name] == [f"{value:.3f}" for value in figures]
+        home = NOTHING if arm.site else f"{fmean(each):.3f}"
+        shown = [f"{value:.3f}" for value in each]
+        assert rows[arm.name] == [*shown, home, f"{test.pooled['auc'] or 0:.3f}"]
     alone = [arm for arm in classification.arms if arm.kind == "alone"]
     homes = [_test(arm).per_site[str(arm.site)]["auc"] or 0 for arm in alone]
     pooled = fmean(_test(arm).pooled["auc"] or 0 for arm in alone)
     expected = [f"{value:.3f}" for value in (*homes, fmean(homes), pooled)]
     assert rows["hospitals alone, each at home"] == expected
     assert len(rows) == len(classification.arms) + 1
+
+
+def test_one_hospitals_own_figure_is_no_rival_of_a_mean_over_all(
+    classification: StudyResults, read_page: Read
+) -> None:
+    alone = next(arm for arm in classification.arms if arm.kind == "alone")
+    _test(alone).per_site[str(alone.site)]["auc"] = 1.0
+    marks = read_page(render([classification])).marks["AUC by test set"]
+    means = [arm for arm, column in marks if column == len(classification.sites) + 1]
+    assert means and alone.name not in means
 
 
 def test_the_best_of_each_column_is_marked(segmentation: StudyResults, read_page: Read) -> None:
