@@ -1,9 +1,9 @@
 """Which way to per-sample gradients to take.
 
-From ``benchmarks/dp.py`` (see ``benchmarks/dp.md``): on one CPU thread ``bookkeeping`` took less
-time and memory than ``hooks`` for U-Net and DenseNet-121, and ``hooks`` less than ``functorch`` and
-``ghost`` for all models. The other models' ``bookkeeping`` is not measured yet, and no GPU was at
-hand: there the choice follows from the work and the memory that each way takes.
+From ``benchmarks/dp.py`` (figures in ``benchmarks/dp.md``): on one CPU thread and on two,
+``bookkeeping`` took less time than ``hooks`` or as much, and less memory for large models;
+``functorch`` and ``ghost`` stay behind. No GPU was at hand: there the choice follows from the work
+and the memory of each way.
 """
 
 from __future__ import annotations
