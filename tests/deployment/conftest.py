@@ -174,6 +174,12 @@ def new_key() -> Callable[[], tuple[ec.EllipticCurvePrivateKey, bytes]]:
     return make
 
 
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """What the processes of the tests start with."""
+    return dict(ENVIRONMENT)
+
+
 SITE = """
 version = 1
 [site]
