@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
@@ -11,6 +12,16 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 _POLL_SECONDS = 0.02
+# A study looks up between two questions whether it is to stop, and who was cut off.
+_WAIT_SECONDS = 0.5
+
+
+class WaitingGrid(Grid):
+    """A grid that can wait for a reply instead of being asked again and again."""
+
+    @abstractmethod
+    def wait_for_messages(self, message_ids: Iterable[str], seconds: float) -> list[Message]:
+        """Replies that are there; at once when one comes, and none when the time is up."""
 
 
 class StudyGrid(Grid):
@@ -104,15 +115,22 @@ class StudyGrid(Grid):
         waiting = {identifier: node for identifier, node in told if identifier}
         end = None if timeout is None else time.monotonic() + timeout
         while waiting and not self._stop.is_set() and (end is None or time.monotonic() < end):
-            arrived = list(self._grid.pull_messages(list(waiting)))
+            arrived = self._arrived(list(waiting))
             for reply in arrived:
                 node = waiting.pop(reply.metadata.reply_to_message_id, None)
                 if node is not None:
                     yield node, reply
             gone = set(cut_off())
             waiting = {key: node for key, node in waiting.items() if node not in gone}
-            if not arrived:
-                self._stop.wait(_POLL_SECONDS)
+
+    def _arrived(self, waiting: list[str]) -> list[Message]:
+        """What is there of these; where nothing is, a moment passes."""
+        if isinstance(self._grid, WaitingGrid):
+            return self._grid.wait_for_messages(waiting, _WAIT_SECONDS)
+        arrived = list(self._grid.pull_messages(waiting))
+        if not arrived:
+            self._stop.wait(_POLL_SECONDS)
+        return arrived
 
 
 class Moment(StudyGrid):

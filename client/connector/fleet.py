@@ -27,13 +27,13 @@ from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
     PullMessagesRequest,
+    PullMessagesResponse,
     PushMessagesRequest,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import (
     ConfirmMessageReceivedRequest,
     PullObjectRequest,
-    PushObjectRequest,
 )
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.node_pb2 import Node
@@ -50,10 +50,20 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from client.connector.wire import careful, tls_context
 from fedward.errors import FedwardError, ProtocolError
+from fedward.frames import (
+    PARTS_HEADER,
+    PARTS_TYPE,
+    WAIT_HEADER,
+    Frames,
+    frame,
+    object_frame,
+    read_object,
+)
 
 HEARTBEAT_SECONDS: Final = 10.0
 _ACTIVATION_FAILED: Final = 2004
@@ -89,6 +99,32 @@ class Unreadable(ProtocolError):
         self.envelope = envelope
 
 
+class _Client(FleetHttpClient):
+    """Flower's client of the Fleet API, and a call that moves a message with all its parts."""
+
+    @contextmanager
+    def whole(
+        self, path: str, method: str, request: Any, body: Iterator[bytes], headers: dict[str, str]
+    ) -> Iterator[httpx.Response]:
+        """Post a body; gives the answer while it comes in."""
+        asked = self._client.build_request(
+            "POST", f"{self._base_url}/v1/fleet/{path}", content=body,
+            headers={
+                "content-type": PROTOBUF_MEDIA_TYPE, "accept": PROTOBUF_MEDIA_TYPE,
+                PARTS_HEADER: "1", **headers,
+            },
+        )  # fmt: skip
+        context = ProtobufRequestContext(f"/flwr.proto.Fleet/{method}", request, asked)
+        response = self._send(context, stream=True)
+        # Flower lets streams be silent for ever.
+        asked.extensions["timeout"]["read"] = self._client.timeout.read
+        try:
+            response.raise_for_status()
+            yield response
+        finally:
+            response.close()
+
+
 class Fleet:
     """A node's connection.
 
@@ -109,7 +145,7 @@ class Fleet:
     ) -> None:
         self._public, self._most = public_key_to_bytes(key.public_key()), most_bytes
         self._signing = _Signing(key)
-        self._client = FleetHttpClient(
+        self._client = _Client(
             f"https://{address}", verify=tls_context(ca),
             interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperNode"), self._signing],
         )  # fmt: skip
@@ -157,8 +193,14 @@ class Fleet:
         if not self._call("SendNodeHeartbeat", request).success:
             raise LinkRefused("the aggregator must know this site", fix="Enrol the site again")
 
-    def pull(self) -> Message | None:
+    def pull(self, seconds: float = 0.0) -> Message | None:
         """The next message for this site, or None; it comes again until it is confirmed.
+
+        Parameters
+        ----------
+        seconds : float
+            How long the aggregator may hold the question while it has none; at most
+            :data:`fedward.frames.LONGEST_WAIT`.
 
         Raises
         ------
@@ -169,15 +211,36 @@ class Fleet:
         LinkDown, LinkRefused
             The connection broke.
         """
-        answer = self._call("PullMessages", PullMessagesRequest(node=self.node))
-        if not answer.messages_list:
-            return None
-        envelope, wanted = _announced(answer)
-        try:
-            contents = self._objects(wanted, envelope.metadata.run_id)
-            return _inflated(envelope.metadata.message_id, contents)
-        except ProtocolError as error:
-            raise Unreadable(error, envelope) from None
+        request = PullMessagesRequest(node=self.node)
+        with _translated(), self._client.whole(
+            "pull-messages", "PullMessages", request, iter([request.SerializeToString()]),
+            {WAIT_HEADER: f"{seconds:.3f}"},
+        ) as response:  # fmt: skip
+            parts = _frames_of(response)
+            answer = PullMessagesResponse.FromString(next(parts))
+            if not answer.messages_list:
+                return None
+            envelope, wanted = _announced(answer)
+            try:
+                return self._received(envelope, wanted, parts)
+            except ProtocolError as error:
+                raise Unreadable(error, envelope) from None
+
+    def _received(self, envelope: Message, wanted: list[str], parts: Iterator[bytes]) -> Message:
+        if len(wanted) > _MOST_OBJECTS:
+            raise ProtocolError("a message has a bounded number of parts", value=len(wanted))
+        contents, total = dict[str, bytes](), 0
+        for identifier, content in map(read_object, parts):
+            # A part that is still on its way to the aggregator comes empty.
+            contents[identifier] = content or self._object(identifier, envelope.metadata.run_id)
+            total += len(contents[identifier])
+            if total > self._most:
+                raise ProtocolError(
+                    f"a message has at most {self._most} bytes", fix="Raise server.max_download_mib"
+                )
+        if not contents.keys() >= set(wanted):
+            raise LinkDown("a message must come whole", fix="Nothing; it comes again")
+        return _inflated(envelope.metadata.message_id, contents)
 
     def confirm(self, message: Message) -> None:
         """Say that a message is safe here, and need not come again.
@@ -206,25 +269,30 @@ class Fleet:
         """
         self._date(reply)
         reply.metadata.__dict__["_message_id"] = reply.object_id
-        run, sent = reply.metadata.run_id, 0
+        sent = 0
         with no_object_id_recompute():
             tree, objects = get_object_tree(reply), get_all_nested_objects(reply)
-            answer = self._call(
-                "PushMessages",
-                PushMessagesRequest(
-                    node=self.node,
-                    messages_list=[message_to_proto(remove_content_from_message(reply))],
-                    message_object_trees=[tree], clientapp_runtime_list=[0.0],
-                ),
+            request = PushMessagesRequest(
+                node=self.node,
+                messages_list=[message_to_proto(remove_content_from_message(reply))],
+                message_object_trees=[tree], clientapp_runtime_list=[0.0],
             )  # fmt: skip
-            for identifier in answer.objects_to_push:
-                content = objects[identifier].deflate()
-                sent += len(content)
-                request = PushObjectRequest(
-                    node=self.node, run_id=run, object_id=identifier, object_content=content,
-                    session_id=answer.session_id,
-                )  # fmt: skip
-                self._call("PushObject", request)
+
+            def body() -> Iterator[bytes]:
+                nonlocal sent
+                yield from frame(request.SerializeToString())
+                for identifier, one in objects.items():
+                    content = one.deflate()
+                    sent += len(content)
+                    yield from object_frame(identifier, content)
+
+            with (
+                _translated(),
+                self._client.whole(
+                    "push-messages", "PushMessages", request, body(), {}
+                ) as response,
+            ):
+                response.read()
         return sent
 
     def close(self) -> None:
@@ -246,20 +314,6 @@ class Fleet:
         ends = about.created_at + about.ttl
         about.created_at = (now() + self._signing.ahead).timestamp()
         about.ttl = ends - about.created_at
-
-    def _objects(self, wanted: list[str], run: int) -> dict[str, bytes]:
-        if len(wanted) > _MOST_OBJECTS:
-            raise ProtocolError("a message has a bounded number of parts", value=len(wanted))
-        contents: dict[str, bytes] = {}
-        total = 0
-        for identifier in dict.fromkeys(wanted):
-            contents[identifier] = self._object(identifier, run)
-            total += len(contents[identifier])
-            if total > self._most:
-                raise ProtocolError(
-                    f"a message has at most {self._most} bytes", fix="Raise server.max_download_mib"
-                )
-        return contents
 
     def _object(self, identifier: str, run: int) -> bytes:
         request = PullObjectRequest(node=self.node, run_id=run, object_id=identifier)
@@ -348,6 +402,26 @@ def _announced(answer: Any) -> tuple[Message, list[str]]:
             "the aggregator must announce messages as Flower does", value=type(error).__name__,
             fix="Tell its operator",
         ) from None  # fmt: skip
+
+
+def _frames_of(response: httpx.Response) -> Iterator[bytes]:
+    """The frames of an answer, as they come in.
+
+    Raises
+    ------
+    LinkDown
+        It has none, or breaks off.
+    """
+    frames, found = Frames(), 0
+    if response.headers.get("content-type") == PARTS_TYPE:
+        for piece in response.iter_raw():
+            for content in frames.feed(piece):
+                found += 1
+                yield content
+    if not found or not frames.whole:
+        raise LinkDown(
+            "the aggregator must answer whole", fix="Run the same Fedward release on both ends"
+        )
 
 
 def _inflated(identifier: str, contents: dict[str, bytes]) -> Message:

@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -36,11 +37,12 @@ from client.link.state import MOST_TEXT, LinkState, link_file, touch, write_stat
 from fedward.errors import FedwardError, ProtocolError
 
 _LOG = logging.getLogger("fedward.connector")
-_BUSY_SECONDS: Final = 0.1
-_BUSY_FOR: Final = 60.0
 _PAIRS: Final = 4
 # Orders in hand; whoever sends more of them waits, and fills no disk here.
 _MOST_IN_HAND: Final = 16
+_LOOK_SECONDS: Final = 0.1
+# Of an aggregator that answers questions at once though it has nothing, as when it shuts down.
+_BREATH_SECONDS: Final = 0.2
 # A trainer that starts imports a lot, and opens ledger and audit log.
 _TRAINER_SECONDS: Final = 120.0
 # What a stop gives the link to sign off; a dead network may hold it for much longer.
@@ -85,7 +87,6 @@ class Connector:
         self._in_hand: set[str] = set()
         self._caller: Caller | None = None
         self._calling = threading.Lock()
-        self._busy_until = 0.0
 
     def run(self) -> None:
         """Work until stopped; a broken link or trainer is waited for, for ever."""
@@ -131,15 +132,12 @@ class Connector:
             self._remember(fleet.activate(self._known_as()))
             self._state.clock_seconds = round(fleet.clock_seconds)
             self._tell("online")
-            threading.Thread(
-                target=_beat,
-                args=(fleet, quiet, broken, self._file),
-                daemon=True,
-                name="heartbeat",
-            ).start()
+            for work in (partial(_beat, file=self._file), self._listen):
+                threading.Thread(
+                    target=work, args=(fleet, quiet, broken), daemon=True, name="link"
+                ).start()
             while not self.stop.is_set() and broken.empty():
-                if not self._turn(fleet):
-                    self._rest()
+                self._send_ready(fleet)
             if not broken.empty():
                 raise broken.get()
             fleet.close()
@@ -147,32 +145,57 @@ class Connector:
             quiet.set()
             fleet.drop()
 
-    def _turn(self, fleet: Fleet) -> bool:
-        """Send what is ready and take what waits; whether there was anything."""
-        while not self._replies.empty():
-            self._unsent.append(self._replies.get())
-        sent = bool(self._unsent)
-        while self._unsent:
+    def _listen(
+        self, fleet: Fleet, quiet: threading.Event, broken: queue.SimpleQueue[FedwardError]
+    ) -> None:
+        """Take messages as they come, until the connection ends."""
+        while not quiet.is_set():
+            if len(self._in_hand) >= _MOST_IN_HAND:
+                quiet.wait(_LOOK_SECONDS)
+                continue
+            asked = time.monotonic()
+            try:
+                message = fleet.pull(self.server.idle_seconds)
+                if message is None:
+                    early = asked + _BREATH_SECONDS - time.monotonic()
+                    quiet.wait(max(0.0, early))
+                elif not quiet.is_set():  # else it comes again
+                    self._accept(message)
+                    fleet.confirm(message)
+            except links.RunOver:
+                continue
+            except Unreadable as error:
+                self._refuse(error)
+                self._confirm(fleet, error.envelope, broken)
+            except ProtocolError as error:
+                # No message, so nobody to answer; and whoever sends that is not asked again at once.
+                self._note_garbage(error)
+                broken.put(LinkDown(error.rule, fix="Tell the aggregator's operator"))
+                return
+            except FedwardError as error:
+                broken.put(error)
+                return
+            except Exception as error:
+                # A connection that is let go of breaks in this thread in any way it likes.
+                broken.put(LinkDown("a question must be answered", value=type(error).__name__))
+                return
+
+    def _confirm(
+        self, fleet: Fleet, message: Message, broken: queue.SimpleQueue[FedwardError]
+    ) -> None:
+        try:
+            fleet.confirm(message)
+        except FedwardError as error:
+            broken.put(error)
+
+    def _send_ready(self, fleet: Fleet) -> None:
+        """Send what is ready; waits a moment for it."""
+        if not self._unsent:
+            with suppress(queue.Empty):
+                self._unsent.append(self._replies.get(timeout=_LOOK_SECONDS))
+        if self._unsent:
             self._send(fleet, *self._unsent[0])
             self._unsent.pop(0)
-        if len(self._in_hand) >= _MOST_IN_HAND:
-            return sent
-        try:
-            message = fleet.pull()
-        except links.RunOver:
-            return True
-        except Unreadable as error:
-            self._refuse(error)
-            fleet.confirm(error.envelope)
-            return True
-        except ProtocolError as error:
-            # No message, so nobody to answer; and whoever sends that is not asked again at once.
-            self._note_garbage(error)
-            raise LinkDown(error.rule, fix="Tell the aggregator's operator") from None
-        if message is not None:
-            self._accept(message)
-            fleet.confirm(message)
-        return sent or message is not None
 
     def _accept(self, message: Message) -> None:
         self._state.messages += 1
@@ -195,7 +218,6 @@ class Connector:
         if message.name in self._in_hand:
             return
         self._in_hand.add(message.name)
-        self._busy_until = time.monotonic() + _BUSY_FOR
         if keep:
             self._spool.put(message)
         self._pool.submit(self._ask, message)
@@ -223,7 +245,6 @@ class Connector:
             self._state.bytes_up += fleet.push(links.reply_to(message.envelope, content))
         self._in_hand.discard(message.name)
         self._spool.drop(message.name)
-        self._busy_until = time.monotonic() + _BUSY_FOR
         self._tell("online")
 
     def _note_garbage(self, error: ProtocolError) -> None:
@@ -246,12 +267,6 @@ class Connector:
                     if time.monotonic() > end or self.stop.wait(0.2):
                         raise
             return self._caller
-
-    def _rest(self) -> None:
-        busy = time.monotonic() < self._busy_until or bool(self._in_hand)
-        end = time.monotonic() + (_BUSY_SECONDS if busy else self.server.idle_seconds)
-        while time.monotonic() < end and not self.stop.wait(0.02) and self._replies.empty():
-            continue
 
     def _tell(self, state: str, error: FedwardError | None = None) -> None:
         if state != self._state.state:

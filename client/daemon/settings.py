@@ -37,7 +37,11 @@ class ServerSection(Section):
         default=60.0, gt=0.0, le=3600.0, description="longest pause before the link is tried again"
     )
     idle_seconds: float = Field(
-        default=2.0, gt=0.0, le=60.0, description="pause between questions while nothing runs"
+        default=20.0,
+        gt=0.0,
+        le=60.0,
+        description="longest time that a question to the aggregator is held open while there is "
+        "nothing to do, at most 25; for proxies that end quiet connections sooner",
     )
 
 

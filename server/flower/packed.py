@@ -1,32 +1,32 @@
-"""A grid on which models travel as one array, and which asks no more often than needed."""
+"""A grid on which models travel as one array, and messages whole."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Any
 
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
-from fedward.errors import ProtocolError, StudyError
+from fedward.errors import ProtocolError
 from fedward.packing import PACKED, pack, unpack
+from server.exchange import StudyGrid, WaitingGrid
+from server.flower.courier import Courier
 
-_BETWEEN: Final = 0.08
 
-
-class PackedGrid(Grid):
+class PackedGrid(WaitingGrid):
     """Packs what goes to the hospitals and unpacks what comes back.
 
     Parameters
     ----------
     grid : Grid
         Flower's grid over HTTP.
+    courier : Courier
+        Carries the messages.
     """
 
-    def __init__(self, grid: Grid) -> None:
-        self._grid, self._asked = grid, 0.0
+    def __init__(self, grid: Grid, courier: Courier) -> None:
+        self._grid, self._courier = grid, courier
 
     def set_run(self, run: Any) -> None:
         """Pass on."""
@@ -52,26 +52,20 @@ class PackedGrid(Grid):
         """Send messages; records that several of them share are packed once."""
         known: dict[int, ArrayRecord] = {}
         packed = [_packed(message, known) for message in messages]
-        try:
-            return self._grid.push_messages(packed) if packed else []
-        except ObjectPushError:
-            raise StudyError(
-                "the SuperLink must take a message's parts", fix="Make room on its disk"
-            ) from None
+        return self._courier.deliver(packed) if packed else []
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Replies that are there; waits a moment where it was asked just now."""
-        time.sleep(max(0.0, self._asked + _BETWEEN - time.monotonic()))
-        found = [_unpacked(message) for message in self._grid.pull_messages(message_ids)]
-        self._asked = time.monotonic()
-        return found
+        """Replies that are there now."""
+        return self.wait_for_messages(message_ids, 0.0)
+
+    def wait_for_messages(self, message_ids: Iterable[str], seconds: float) -> list[Message]:
+        """Replies that are there; at once when one comes."""
+        return [_unpacked(one) for one in self._courier.collect(message_ids, seconds)]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Send, and wait for all replies or the timeout (seconds)."""
-        from server.exchange import StudyGrid
-
         return StudyGrid.over(self).send_and_receive(messages, timeout=timeout)
 
 

@@ -27,6 +27,7 @@ from flwr.supercore.interceptors import (
     RuntimeVersionHttpInterceptor,
     SuperExecAuthHttpInterceptor,
 )
+from flwr.supercore.retry import RetryInvoker, make_simple_http_retry_invoker
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.runtime.tracing import RuntimeTracingInterceptor
 from flwr.supercore.task_identity import TaskIdentity
@@ -34,6 +35,7 @@ from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedward.errors import StudyError
 from server.flower.control import Link
+from server.flower.courier import Courier
 from server.flower.packed import PackedGrid
 
 _ACQUIRE: Final = "/flwr.proto.Runtime/AcquireTask"
@@ -58,8 +60,11 @@ class RunSession:
         with _alone(lock):
             self.run_id, token = self._start(secret)
         self._http = HttpGrid(link.address, root_certificates=link.ca, token=token)
-        self.grid = PackedGrid(self._http)
-        self._client = self._connect([RuntimeTokenHttpInterceptor(token=token)])
+        known = [RuntimeTokenHttpInterceptor(token=token)]
+        self._client = self._connect(known)
+        # A SuperLink that is away for a moment does not end a round, as with Flower's own grid.
+        self._courier = self._connect(known, make_simple_http_retry_invoker())
+        self.grid = PackedGrid(self._http, self._courier)
         given = self._client.PullTaskInput(PullTaskInputRequest())
         run = run_from_proto(given.run)
         self._http.set_run(run)
@@ -77,6 +82,7 @@ class RunSession:
             self._client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=""))
         with suppress(httpx.HTTPError):
             self._http.close()
+        self._courier.close()
         self._client.close()
 
     def _start(self, secret: bytes) -> tuple[int, str]:
@@ -105,14 +111,15 @@ class RunSession:
             ) from None
         return (int(answer.task.run_id), str(answer.token)) if answer.token else None
 
-    def _connect(self, interceptors: list[Any]) -> RuntimeHttpClient:
-        return RuntimeHttpClient.from_server_address(
+    def _connect(self, interceptors: list[Any], retry: RetryInvoker | None = None) -> Courier:
+        return Courier.from_server_address(
             self._link.address, False, self._link.ca,
             [
                 RuntimeTracingInterceptor(),
                 RuntimeVersionHttpInterceptor(component_name="flwr-serverapp"),
                 *interceptors,
             ],
+            retry_invoker=retry,
         )  # fmt: skip
 
     def _beat(self) -> None:

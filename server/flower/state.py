@@ -40,9 +40,13 @@ class WholeMessages(SqlLinkState):
             return super().get_message_ins(node_id, limit, run_id=run_id)
 
     def get_message_res(self, message_ids: set[str], run_id: int) -> list[Message]:
-        """Replies that are whole, and an error in place of those that will not come."""
+        """A reply that is whole, and an error in place of each of those that will not come.
+
+        One reply at a time: whoever asks has it in memory, and they may be large and many.
+        """
         with self.session():
-            return super().get_message_res(message_ids - self._awaited(message_ids), run_id)
+            there = message_ids - self._awaited(message_ids)
+            return super().get_message_res(there - self._later(there), run_id)
 
     def store_message_and_object_tree(
         self, message: Message, object_tree: ObjectTree, session_id: str
@@ -81,6 +85,16 @@ class WholeMessages(SqlLinkState):
         )
         with self.session() as session:
             return {str(one) for one in session.scalars(query)}
+
+    def _later(self, asked: set[str]) -> set[str]:
+        """Orders whose replies are there, but for the one that came first."""
+        query = (
+            select(MessageRes.reply_to_message_id)
+            .where(MessageRes.reply_to_message_id.in_(asked), MessageRes.delivered_at == "")
+            .order_by(MessageRes.created_at, MessageRes.message_id)
+        )
+        with self.session() as session:
+            return {str(one) for one in list(session.scalars(query))[1:]}
 
     def _forget_part(self, reply: Message) -> None:
         about = reply.metadata

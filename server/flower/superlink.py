@@ -9,14 +9,19 @@ needs a secret of this machine; the Runtime API answers this machine only.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import hmac
 import os
-from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+
+import uvicorn
+
+from server.flower.asgi import App, Receive, Scope, Send
 
 CONTROL_HEADER: Final = "x-fedward-control"
 _OPEN: Final = ("/v1/fleet/", "/health")
@@ -25,10 +30,8 @@ _RUNTIME: Final = "/v1/runtime/"
 _LOOPBACK: Final = ("127.0.0.1", "::1")
 # A hospital that asks for a run's files gets none, and no node enrols itself.
 _CLOSED: Final = ("/v1/fleet/register-node", "/v1/fleet/unregister-node", "/v1/fleet/get-fab")
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+# Longer than a hospital's pauses: a connection that is kept costs no new handshake.
+_KEEP_ALIVE_SECONDS: Final = 75
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Guard:
         What a caller of the Control API must show.
     """
 
-    def __init__(self, app: Callable[..., Awaitable[None]], secret: bytes) -> None:
+    def __init__(self, app: App, secret: bytes) -> None:
         self._app, self._secret = app, secret
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,18 +105,37 @@ class Guard:
         return len(given) == 1 and hmac.compare_digest(given[0], self._secret)
 
 
+class _Server(uvicorn.Server):
+    """A server that lets go of held questions as soon as it is told to end."""
+
+    def __init__(self, config: uvicorn.Config, parts: Any) -> None:
+        super().__init__(config)
+        self._parts = parts
+
+    async def serve(self, sockets: Any = None) -> None:
+        """Serve until told to end."""
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal came."""
+        super().handle_exit(sig, frame)
+        self._loop.call_soon_threadsafe(self._parts.close)
+
+
 def serve(settings: LinkSettings) -> None:
     """Run the SuperLink until a signal ends it."""
-    import uvicorn
     from flwr.supercore.logger import console_handler
     from flwr.superlink.main import create_app
 
+    from server.flower.parts import Parts
     from server.flower.state import Lifespan
 
     console_handler.setLevel("WARNING")
     app = create_app(_flower_settings(settings), Lifespan)
-    uvicorn.run(
-        Guard(app, settings.control_secret.read_bytes().strip()),
+    parts = Parts(app, app.state.linkstate_factory.state)
+    config = uvicorn.Config(
+        Guard(parts, settings.control_secret.read_bytes().strip()),
         host=settings.host,
         port=settings.port,
         ssl_certfile=str(settings.certificate),
@@ -121,8 +143,10 @@ def serve(settings: LinkSettings) -> None:
         access_log=False,
         log_level="warning",
         server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=2,
     )
+    _Server(config, parts).run()
 
 
 def _flower_settings(settings: LinkSettings) -> Any:

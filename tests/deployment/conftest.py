@@ -190,7 +190,6 @@ address = "{address}"
 ca = "aggregator-ca.pem"
 state = "connector"
 retry_seconds = 1.0
-idle_seconds = 0.1
 [trainer]
 socket = "run/t.sock"
 device = "cpu"

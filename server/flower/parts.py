@@ -1,0 +1,300 @@
+"""A message with all its parts in one request; a question that waits for its answer.
+
+Flower's APIs take a request for each part of a message, and are asked again and again whether
+there is something new. Each request costs the SuperLink tens of milliseconds of one core, on top of
+what it transports. This layer before it takes a message in whole and gives it out whole, and holds
+a question until there is something to answer, at most for the time that the question allows. What
+a request may do is still for Flower to say: each begins with Flower's own answer to it. Requests
+without our header pass as they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from flwr.proto.fleet_pb2 import (
+    PullMessagesRequest,
+    PullMessagesResponse,
+    PushMessagesRequest,
+    PushMessagesResponse,
+)
+from flwr.proto.runtime_pb2 import (
+    PullAppMessagesRequest,
+    PullAppMessagesResponse,
+    PushAppMessagesRequest,
+    PushAppMessagesResponse,
+)
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from google.protobuf.message import DecodeError, Message
+from starlette.concurrency import run_in_threadpool
+
+from fedward.errors import ProtocolError
+from fedward.frames import (
+    LONGEST_WAIT,
+    PARTS_HEADER,
+    PARTS_TYPE,
+    WAIT_HEADER,
+    Frames,
+    frame,
+    object_frame,
+    read_object,
+)
+from server.flower.asgi import Answer, App, Gone, Receive, Scope, Send, ask, header, pieces
+from server.flower.bells import Bells
+
+_BATCH: Final = 8 << 20
+_START: Final = {"type": "http.response.start", "status": 200,
+                 "headers": [(b"content-type", PARTS_TYPE.encode())]}  # fmt: skip
+_REFUSED: Final = Answer(409, [(b"content-type", b"application/json")], b"{}")
+# Whoever sends part by part may have completed a message with any of these.
+_PIECEMEAL: Final = ("/push-object", "/push-messages")
+
+
+@dataclass(frozen=True)
+class _Pull:
+    """A question for messages: how it is read, and what rings for it."""
+
+    asked: type[Message]
+    told: type[Message]
+    waits_for: Callable[[Any], Iterable[Hashable]]
+    hospital: bool
+
+
+@dataclass(frozen=True)
+class _Push:
+    """A delivery of messages: how it is read, and for whom it rings."""
+
+    asked: type[Message]
+    told: type[Message]
+    rings: Callable[[Any], Iterable[Hashable]]
+    hospital: bool
+
+
+_PULLS: Final = {
+    "/v1/fleet/pull-messages": _Pull(
+        PullMessagesRequest, PullMessagesResponse, lambda asked: (asked.node.node_id,), True
+    ),
+    "/v1/runtime/pull-messages": _Pull(
+        PullAppMessagesRequest, PullAppMessagesResponse, lambda asked: asked.message_ids, False
+    ),
+}
+_PUSHES: Final = {
+    "/v1/fleet/push-messages": _Push(
+        PushMessagesRequest, PushMessagesResponse,
+        lambda asked: (m.metadata.reply_to_message_id for m in asked.messages_list), True,
+    ),
+    "/v1/runtime/push-messages": _Push(
+        PushAppMessagesRequest, PushAppMessagesResponse,
+        lambda asked: (m.metadata.dst_node_id for m in asked.messages_list), False,
+    ),
+}  # fmt: skip
+
+
+class Parts:
+    """ASGI middleware around a SuperLink.
+
+    Parameters
+    ----------
+    app : callable
+        The SuperLink.
+    state : callable
+        Gives its state.
+    """
+
+    def __init__(self, app: App, state: Callable[[], Any]) -> None:
+        self._app, self._state = app, state
+        self._bells, self._writing, self._closed = Bells(), asyncio.Lock(), False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer what asks for whole messages; pass on everything else."""
+        path = str(scope.get("path", ""))
+        whole = scope["type"] == "http" and header(scope, PARTS_HEADER) is not None
+        try:
+            if whole and path in _PULLS:
+                await self._pull(_PULLS[path], scope, receive, send)
+            elif whole and path in _PUSHES:
+                await self._push(_PUSHES[path], scope, receive, send)
+            else:
+                await self._app(scope, receive, send)
+                if path.endswith(_PIECEMEAL):
+                    self._bells.ring_all()
+        except Gone:
+            return
+        except (DecodeError, ProtocolError):
+            await _REFUSED.send(send)
+
+    def close(self) -> None:
+        """Answer every question now, and hold none any more; from the event loop's thread."""
+        self._closed = True
+        self._bells.ring_all()
+
+    async def _pull(self, kind: _Pull, scope: Scope, receive: Receive, send: Send) -> None:
+        body = b"".join([piece async for piece in pieces(receive)])
+        answer = await self._held(kind, scope, receive, body)
+        if answer.status != 200:
+            await answer.send(send)
+            return
+        await send(_START)
+        for piece in frame(answer.body):
+            await send(_more(piece))
+        told: Any = kind.told.FromString(answer.body)
+        for message, tree in zip(told.messages_list, told.message_object_trees, strict=True):
+            run, wanted = message.metadata.run_id, [t.object_id for t in iterate_object_tree(tree)]
+            async for piece in self._objects(run, list(dict.fromkeys(wanted)), kind.hospital):
+                await send(_more(piece))
+        await send({"type": "http.response.body", "body": b""})
+        if not kind.hospital:  # who runs the study is on this machine, and needs no receipt
+            for message in told.messages_list:
+                async with self._writing:
+                    await run_in_threadpool(
+                        self._state().object_store.delete, message.metadata.message_id
+                    )
+
+    async def _held(self, kind: _Pull, scope: Scope, receive: Receive, body: bytes) -> Answer:
+        """Flower's answer: at once if it tells of something, else when it does or time is up."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + _seconds(header(scope, WAIT_HEADER))
+        left = asyncio.ensure_future(receive())
+        try:
+            with self._bells.listen(kind.waits_for(kind.asked.FromString(body))) as bell:
+                while True:
+                    bell.clear()
+                    answer = await ask(self._app, scope, body)
+                    told: Any = kind.told.FromString(answer.body) if answer.status == 200 else None
+                    told_all = told is None or told.messages_list
+                    if told_all or self._closed or loop.time() >= end:
+                        return answer
+                    if not await _rung(bell, left, end - loop.time()):
+                        return answer
+        finally:
+            left.cancel()
+
+    async def _objects(self, run: int, wanted: list[str], hospital: bool) -> AsyncIterator[bytes]:
+        while wanted:
+            found = await run_in_threadpool(self._some, run, wanted, hospital)
+            wanted = wanted[len(found) :]
+            for identifier, content in found:
+                for piece in object_frame(identifier, content):
+                    yield piece
+
+    def _some(self, run: int, wanted: Iterable[str], hospital: bool) -> list[tuple[str, bytes]]:
+        """The first objects of a list, until they are large; what is not there yet is empty."""
+        state, found, size = self._state(), list[tuple[str, bytes]](), 0
+        with state.session():
+            for identifier in wanted:
+                content = state.get_object(run, identifier) or b""
+                found.append((identifier, content))
+                size += len(content)
+                if size > _BATCH:
+                    break
+            if size and hospital:
+                state.store_traffic(run, bytes_sent=size, bytes_recv=0)
+        return found
+
+    async def _push(self, kind: _Push, scope: Scope, receive: Receive, send: Send) -> None:
+        frames = _frames(receive)
+        try:
+            body = await anext(frames)
+        except StopAsyncIteration:
+            raise ProtocolError("a delivery begins with its message") from None
+        answer = await ask(self._app, scope, body)
+        if answer.status != 200:
+            async for _ in frames:  # who is still sending would not hear the answer
+                continue
+            await answer.send(send)
+            return
+        asked: Any = kind.asked.FromString(body)
+        told: Any = kind.told.FromString(answer.body)
+        run = asked.messages_list[0].metadata.run_id
+        missing = set(told.objects_to_push)
+        kept = await self._keep(run, told.session_id, missing, frames, kind.hospital)
+        if kept:
+            self._bells.ring(kind.rings(asked))
+        await (answer if kept else _REFUSED).send(send)
+
+    async def _keep(
+        self, run: int, session: str, missing: set[str], frames: AsyncIterator[bytes],
+        hospital: bool,
+    ) -> bool:  # fmt: skip
+        """Store the objects that are missing, as they come; whether all of them came."""
+        batch, size, fine = list[tuple[str, bytes]](), 0, True
+        async for content in frames:
+            identifier, value = read_object(content)
+            if identifier in missing:
+                missing.discard(identifier)
+                batch.append((identifier, value))
+                size += len(value)
+            if size > _BATCH:
+                fine = fine and await self._store(run, session, batch, hospital)
+                batch, size = [], 0
+        return fine and await self._store(run, session, batch, hospital) and not missing
+
+    async def _store(
+        self, run: int, session: str, batch: list[tuple[str, bytes]], hospital: bool
+    ) -> bool:
+        # One at a time: SQLite lets others wait in naps, and the unlucky ones too long.
+        async with self._writing:
+            return await run_in_threadpool(self._stored, run, session, batch, hospital)
+
+    def _stored(
+        self, run: int, session: str, batch: list[tuple[str, bytes]], hospital: bool
+    ) -> bool:
+        """Store objects in one transaction: all, or none."""
+        state = self._state()
+        try:
+            with state.session():
+                for identifier, content in batch:
+                    if not state.store_object(run, session, identifier, content):
+                        raise _NotStored
+                size = sum(len(content) for _, content in batch)
+                if size and hospital:
+                    state.store_traffic(run, bytes_sent=0, bytes_recv=size)
+        except _NotStored:
+            return False
+        return True
+
+
+class _NotStored(Exception):
+    """An object was not taken."""
+
+
+async def _frames(receive: Receive) -> AsyncIterator[bytes]:
+    frames = Frames()
+    async for piece in pieces(receive):
+        for content in frames.feed(piece):
+            yield content
+    if not frames.whole:
+        raise ProtocolError("a delivery must be whole")
+
+
+async def _rung(bell: asyncio.Event, left: asyncio.Future[Any], seconds: float) -> bool:
+    """Wait for a bell; False when the time is up.
+
+    Raises
+    ------
+    Gone
+        Whoever asked has left: a message that is given out now would be lost for a while.
+    """
+    rung = asyncio.ensure_future(bell.wait())
+    try:
+        await asyncio.wait({rung, left}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if left.done():
+            raise Gone
+        return rung.done()
+    finally:
+        rung.cancel()
+
+
+def _seconds(text: str | None) -> float:
+    try:
+        seconds = float(text or 0.0)
+    except ValueError:
+        return 0.0
+    return min(seconds, LONGEST_WAIT) if seconds > 0.0 else 0.0  # NaN is not above 0 either
+
+
+def _more(piece: bytes) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": piece, "more_body": True}
