@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from abc import abstractmethod
@@ -97,7 +98,8 @@ class StudyGrid(Grid):
         """Send, and give each node that was asked, and its reply, as soon as it is there.
 
         What stands in place of a node's reply (it was cut off, its message ran out) comes from
-        the link: who was asked is known from the question alone.
+        the link: who was asked is known from the question alone. What is there at the deadline
+        counts, also where replies are fetched one by one.
 
         Parameters
         ----------
@@ -113,23 +115,27 @@ class StudyGrid(Grid):
         told = zip(self._grid.push_messages(sent), nodes, strict=True)
         # A message that the link did not take has no id, and no reply.
         waiting = {identifier: node for identifier, node in told if identifier}
-        end = None if timeout is None else time.monotonic() + timeout
-        while waiting and not self._stop.is_set() and (end is None or time.monotonic() < end):
-            arrived = self._arrived(list(waiting))
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        while waiting and not self._stop.is_set():
+            left = end - time.monotonic()
+            arrived = self._arrived(list(waiting), max(0.0, left))
             for reply in arrived:
                 node = waiting.pop(reply.metadata.reply_to_message_id, None)
-                if node is not None:
+                # After the deadline errors tell only that it is over.
+                if node is not None and not (left <= 0 and reply.has_error()):
                     yield node, reply
+            if left <= 0 and not arrived:
+                return
             gone = set(cut_off())
             waiting = {key: node for key, node in waiting.items() if node not in gone}
 
-    def _arrived(self, waiting: list[str]) -> list[Message]:
+    def _arrived(self, waiting: list[str], left: float) -> list[Message]:
         """What is there of these; where nothing is, a moment passes."""
         if isinstance(self._grid, WaitingGrid):
-            return self._grid.wait_for_messages(waiting, _WAIT_SECONDS)
+            return self._grid.wait_for_messages(waiting, min(left, _WAIT_SECONDS))
         arrived = list(self._grid.pull_messages(waiting))
         if not arrived:
-            self._stop.wait(_POLL_SECONDS)
+            self._stop.wait(min(left, _POLL_SECONDS))
         return arrived
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -147,16 +149,39 @@ def test_a_killed_superlink_comes_back_with_the_run(
 
 
 class Breaking(Fleet):
-    """A connection that breaks at some call of some name."""
+    """A connection that breaks after so many pieces of what is sent, or bytes of what comes."""
 
-    breaks: tuple[str, int] | None = None
+    sends: int | None = None
+    hears: int | None = None
 
-    def _call(self, name: str, request: Any) -> Any:
-        if self.breaks and self.breaks[0] == name:
-            if self.breaks[1] == 0:
-                raise LinkDown("the link broke")
-            self.breaks = (name, self.breaks[1] - 1)
-        return super()._call(name, request)
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._unbroken, self._client.whole = self._client.whole, self._whole  # type: ignore[method-assign]
+
+    @contextlib.contextmanager
+    def _whole(
+        self, path: str, method: str, request: Any, body: Iterator[bytes], headers: Any
+    ) -> Iterator[httpx.Response]:
+        pieces = body if self.sends is None else broken_after(body, self.sends)
+        with self._unbroken(path, method, request, pieces, headers) as response:
+            if self.hears is not None:
+                response.stream = Cut(response.iter_raw(1), self.hears)
+            yield response
+
+
+def broken_after(pieces: Iterator[bytes], count: int) -> Iterator[bytes]:
+    yield from itertools.islice(pieces, count)
+    raise LinkDown("the link broke")
+
+
+class Cut(httpx.SyncByteStream):
+    """The first bytes of an answer."""
+
+    def __init__(self, pieces: Iterator[bytes], count: int) -> None:
+        self._pieces = broken_after(pieces, count)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._pieces
 
 
 def test_a_link_that_breaks_in_the_middle_loses_no_order_and_holds_up_nobody(
@@ -180,13 +205,13 @@ def test_a_link_that_breaks_in_the_middle_loses_no_order_and_holds_up_nobody(
     waiting = threading.Thread(target=lambda: got.extend(answers))
     got: list[tuple[int, Message]] = []
     waiting.start()
-    south.breaks = ("PullObject", 2)
+    south.hears = 1000
     while True:
         try:
             assert south.pull() is None
         except LinkDown:
             break
-    south.breaks = None
+    south.hears = None
     order, again = south.pull(), south.pull()
     assert order is not None
     assert again is not None
@@ -195,10 +220,10 @@ def test_a_link_that_breaks_in_the_middle_loses_no_order_and_holds_up_nobody(
     assert south.pull() is None
 
     # Sending: what is there in part is not there, and whoever is whole is taken at once.
-    south.breaks = ("PushObject", 1)
+    south.sends = 6
     with pytest.raises(LinkDown):
         south.push(Message(content, reply_to=order))
-    south.breaks = None
+    south.sends = None
     to_north = north.pull()
     assert to_north is not None
     north.push(Message(content, reply_to=to_north))
@@ -224,7 +249,7 @@ def test_a_link_that_breaks_in_the_middle_loses_no_order_and_holds_up_nobody(
     while (order := south.pull()) is None:
         time.sleep(0.01)
     south.confirm(order)
-    south.breaks = ("PushObject", 1)
+    south.sends = 6
     with pytest.raises(LinkDown):
         south.push(Message(content, reply_to=order))
     waiting.join(10)
