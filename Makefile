@@ -41,6 +41,7 @@ bench: $(DONE)
 	$(BIN)/python benchmarks/dp.py
 	$(BIN)/python benchmarks/dicom.py
 	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/python benchmarks/deployment.py
 
 docs: $(DONE)
 	$(BIN)/python -m fedward.plan.reference > docs/plan.md

@@ -38,7 +38,17 @@ def unpack(packed: NDArray[Any]) -> Arrays:
     """
     if packed.dtype != np.uint8 or packed.ndim != 1:
         raise _broken()
-    content = packed.tobytes()
+    return unpack_bytes(packed.tobytes())
+
+
+def unpack_bytes(content: bytes) -> Arrays:
+    """What :func:`pack` packed, from its bytes.
+
+    Raises
+    ------
+    ProtocolError
+        It is something else.
+    """
     try:
         arrays = dict(load(content))
         length = int.from_bytes(content[:8], "little")

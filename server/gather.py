@@ -32,6 +32,7 @@ class Gathered:
         if self._fold is not None:
             record = update.message.content.array_records["arrays"]
             self._fold.add({n: a.numpy() for n, a in record.items()}, update.weight)
+            let_go(update.message)
             update = Update(None, update.outcome, update.size, update.weight)
         self.updates[site] = update
 
@@ -53,6 +54,17 @@ class Gathered:
             }
         )
         return [Message(content, dst_node_id=node, message_type="train")]
+
+
+def let_go(message: Message) -> None:
+    """Free a reply's arrays now.
+
+    Flower's records refer to themselves once they were read, and would stay until Python's
+    collector comes by; a few replies of a large model fill a machine before that.
+    """
+    if message.has_content():
+        for record in message.content.array_records.values():
+            record.clear()
 
 
 def record_of(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:

@@ -192,7 +192,7 @@ def _check_arrays(record: ArrayRecord, expected: Shapes, most_change: float) -> 
             "an update must lie within a distance of the model",
             value=f"{math.sqrt(change) / max(1.0, math.sqrt(size)):.3g} times the model's norm",
         )
-    return sum(len(array.data) for array in record.values())
+    return sum(reference.nbytes for reference in expected.values())
 
 
 def _square(values: NDArray[np.float64]) -> float:

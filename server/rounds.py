@@ -22,7 +22,7 @@ from fedward.protocol import RoundOrder
 from server.arms import figures, test_figures
 from server.events import RoundEnded, SiteAnswered, StudyPaused, StudyResumed
 from server.exchange import Moment
-from server.gather import Gathered, record_of, size_of
+from server.gather import Gathered, let_go, record_of, size_of
 from server.job import Job
 from server.members import Members
 from server.replies import Bad, Measured, Update, read_counts, read_update
@@ -198,6 +198,7 @@ class StudyRun:
             )
             self._tell(round_, site, "train")
             if isinstance(update, Bad):
+                let_go(reply)
                 failures[site] = update
                 self._members.note(site, update)
             else:
