@@ -168,7 +168,7 @@ class Connector:
                 self._refuse(error)
                 self._confirm(fleet, error.envelope, broken)
             except ProtocolError as error:
-                # No message, so nobody to answer; and whoever sends that is not asked again at once.
+                # No message, so nobody to answer; who sends that is not asked again at once.
                 self._note_garbage(error)
                 broken.put(LinkDown(error.rule, fix="Tell the aggregator's operator"))
                 return
