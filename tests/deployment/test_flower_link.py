@@ -202,7 +202,7 @@ def test_a_link_that_breaks_in_the_middle_loses_no_order_and_holds_up_nobody(
 
     # Receiving: the order comes again until it is confirmed, and then never.
     answers = grid.replies([Message(content, n, MessageType.TRAIN) for n in nodes], 6)
-    waiting = threading.Thread(target=lambda: got.extend(answers))
+    waiting = threading.Thread(target=lambda: got.extend(answers), daemon=True)
     got: list[tuple[int, Message]] = []
     waiting.start()
     south.hears = 1000
@@ -244,7 +244,7 @@ def test_a_link_that_breaks_in_the_middle_loses_no_order_and_holds_up_nobody(
     # Who never comes back with the rest costs the others no more than the deadline.
     answers = grid.replies([Message(content, nodes[1], MessageType.TRAIN)], 1.5)
     began = time.monotonic()
-    waiting = threading.Thread(target=lambda: got.extend(answers))
+    waiting = threading.Thread(target=lambda: got.extend(answers), daemon=True)
     waiting.start()
     while (order := south.pull()) is None:
         time.sleep(0.01)
