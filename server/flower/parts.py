@@ -46,6 +46,8 @@ from server.flower.asgi import Answer, App, Gone, Receive, Scope, Send, ask, hea
 from server.flower.bells import Bells
 
 _BATCH: Final = 8 << 20
+# Of a question, or of a message without its parts: who asks is not known before that is read.
+_MOST_ASKED: Final = 1 << 20
 _START: Final = {"type": "http.response.start", "status": 200,
                  "headers": [(b"content-type", PARTS_TYPE.encode())]}  # fmt: skip
 _REFUSED: Final = Answer(409, [(b"content-type", b"application/json")], b"{}")
@@ -132,7 +134,7 @@ class Parts:
         self._bells.ring_all()
 
     async def _pull(self, kind: _Pull, scope: Scope, receive: Receive, send: Send) -> None:
-        body = b"".join([piece async for piece in pieces(receive)])
+        body = await _bounded(receive)
         answer = await self._held(kind, scope, receive, body)
         if answer.status != 200:
             await answer.send(send)
@@ -200,6 +202,8 @@ class Parts:
             body = await anext(frames)
         except StopAsyncIteration:
             raise ProtocolError("a delivery begins with its message") from None
+        if kind.hospital and len(body) > _MOST_ASKED:
+            raise ProtocolError("a message's envelope is small", value=len(body))
         answer = await ask(self._app, scope, body)
         if answer.status != 200:
             async for _ in frames:  # who is still sending would not hear the answer
@@ -259,6 +263,15 @@ class Parts:
 
 class _NotStored(Exception):
     """An object was not taken."""
+
+
+async def _bounded(receive: Receive) -> bytes:
+    body = bytearray()
+    async for piece in pieces(receive):
+        body += piece
+        if len(body) > _MOST_ASKED:
+            raise ProtocolError("a question is small", value=len(body))
+    return bytes(body)
 
 
 async def _frames(receive: Receive) -> AsyncIterator[bytes]:
