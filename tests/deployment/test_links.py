@@ -501,12 +501,14 @@ class Counting(Fleet):
 
     calls: ClassVar[Counter[str]] = Counter()
 
-    def _call(self, name: str, request: Any) -> Any:
-        self.calls[name] += 1
-        return super()._call(name, request)
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._client._client.event_hooks["request"].append(
+            lambda request: self.calls.update([request.url.path.removeprefix("/v1/fleet/")])
+        )
 
 
-def test_it_asks_often_while_a_study_runs_and_seldom_else_and_for_no_code(
+def test_a_question_is_held_until_an_order_comes_and_nothing_asks_for_code(
     make_site: Make, session: Any, until: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "Fleet", Counting)
@@ -514,20 +516,23 @@ def test_it_asks_often_while_a_study_runs_and_seldom_else_and_for_no_code(
     until(lambda: site.link["state"] == "online")
 
     def pulls(seconds: float) -> int:
-        before, end = Counting.calls["PullMessages"], time.monotonic() + seconds
+        before, end = Counting.calls["pull-messages"], time.monotonic() + seconds
         until(lambda: time.monotonic() > end)
-        return Counting.calls["PullMessages"] - before
+        return Counting.calls["pull-messages"] - before
 
-    idle = pulls(1.5)
-    assert 2 <= idle <= 6  # every 0.3 s
+    assert 3 <= pulls(1.5) <= 6  # every 0.3 s
+    lasting = site.connector.server.model_copy(update={"idle_seconds": 20.0})
+    site.connector.server = lasting
+    until(lambda: pulls(0.5) == 0)
+    began = time.monotonic()
     (identifier,) = send(session, order(node, "x"))
     reply(session, identifier)
-    assert pulls(1.5) > 1.5 * idle
+    assert time.monotonic() - began < 10.0
     site.close()
     assert set(Counting.calls) == {
-        "ActivateNode", "DeactivateNode", "PullMessages", "PullObject", "PushMessages",
-        "PushObject", "ConfirmMessageReceived",
-    } | ({"SendNodeHeartbeat"} & set(Counting.calls))  # fmt: skip
+        "activate-node", "deactivate-node", "pull-messages", "push-messages",
+        "confirm-message-received",
+    } | ({"send-node-heartbeat"} & set(Counting.calls))  # fmt: skip
 
 
 def bad_messages(node: int) -> dict[str, Message]:
