@@ -59,7 +59,10 @@ class TrainerSection(Section):
     device: str = Field(
         default="auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="where to train"
     )
-    threads: int = Field(default=0, ge=0, le=1024, description="CPU threads; 0: all cores")
+    threads: int = Field(
+        default=0, ge=0, le=1024,
+        description="CPU threads, and processes that read images; 0: all cores",
+    )  # fmt: skip
     physical_batch: int = Field(default=64, ge=1, description="images on the device at once")
     allow_networked_trainer: bool = Field(
         default=False,

@@ -107,7 +107,10 @@ class PolicySection(Limits):
         default=None, description="GPU memory that training may take; none: all"
     )
     max_threads: int | None = Field(
-        default=None, ge=1, le=1024, description="CPU threads that training may take; none: all"
+        default=None,
+        ge=1,
+        le=1024,
+        description="CPU threads that training may take, and processes that read images; none: all",
     )
     tell_datasets: bool = Field(
         default=False,

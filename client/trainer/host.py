@@ -32,6 +32,7 @@ from client.trainer.state import Board
 from client.trainer.work import Work
 from client.training.device import choose_device
 from client.training.runtime import Runtime
+from client.workers import Limits
 from fedward.console import stop_on_signals
 from fedward.errors import ConfigError, DataError
 
@@ -62,8 +63,9 @@ def run_trainer(config: SiteConfig, stop: threading.Event | None = None) -> None
     cases = Cases(config, audit)
     _pin_studies(cases, ledger)
     releases, approvals = Releases(state / "releases"), Approvals(state)
-    with preparers() as crew:
-        work = Work(config, cases, ledger, releases, audit, board, secret, runtime_of(config), crew)
+    runtime = runtime_of(config)
+    with preparers(Limits(workers=runtime.threads)) as crew:
+        work = Work(config, cases, ledger, releases, audit, board, secret, runtime, crew)
         desk = TrainerDesk(cases, work, audit, approvals, board)
         admin = Admin(config, desk, approvals, ledger, audit)
         end_admin = serve_admin(admin, admin_socket(config))
