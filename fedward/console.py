@@ -61,6 +61,16 @@ def stop_on_signals(stop: threading.Event) -> None:
         signal.signal(name, lambda *_: stop.set())
 
 
+def wait_until(stop: threading.Event) -> None:
+    """Wait for the event of :func:`stop_on_signals` in the main thread.
+
+    A process that was frozen may hand the signal to another thread when it goes on. Python acts
+    on it in the main thread alone, once that wakes: so it wakes.
+    """
+    while not stop.wait(1.0):
+        pass
+
+
 def log_to_stderr() -> None:
     """Our own log lines, and nobody else's below errors: libraries quote what they work on."""
     handler = logging.StreamHandler()

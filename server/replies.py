@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message
+from flwr.common.constant import ErrorCode
 from numpy.typing import NDArray
 
 from fedward.errors import FedwardError, ProtocolError
@@ -109,6 +110,13 @@ def read_counts(message: Message, site: str, round_: int, part: str, task: Task)
         return _bad(error)
 
 
+# What the link puts in place of an answer.
+_NO_ANSWER: Final = {
+    ErrorCode.MESSAGE_UNAVAILABLE: "no answer in time",
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "an answer must arrive whole",
+}
+
+
 class _Refused(ProtocolError):
     """A site's refusal on its way to whoever asked."""
 
@@ -121,7 +129,11 @@ def _bad(error: FedwardError) -> Bad:
 
 def _config(message: Message, key: str) -> dict[str, Any]:
     if message.has_error():
-        failed = _Refused("the site's application failed", value=f"code {message.error.code}")
+        known = _NO_ANSWER.get(message.error.code)
+        failed = _Refused(
+            known or "the site's application failed",
+            value=None if known else f"code {message.error.code}",
+        )
         failed.kind = "silent"
         raise failed
     content = message.content

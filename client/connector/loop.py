@@ -34,6 +34,7 @@ from client.daemon.settings import ServerSection
 from client.link.caller import Caller, TrainerGone, TrainerTaken
 from client.link.packets import Packet
 from client.link.state import MOST_TEXT, LinkState, link_file, touch, write_state
+from fedward.console import wait_until
 from fedward.errors import FedwardError, ProtocolError
 
 _LOG = logging.getLogger("fedward.connector")
@@ -94,7 +95,7 @@ class Connector:
             self._take(left)
         link = threading.Thread(target=self._keep, daemon=True, name="link")
         link.start()
-        self.stop.wait()
+        wait_until(self.stop)
         link.join(_GOODBYE)
         self._tell("stopped")
         self._pool.shutdown(wait=False, cancel_futures=True)

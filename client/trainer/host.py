@@ -33,7 +33,7 @@ from client.trainer.work import Work
 from client.training.device import choose_device
 from client.training.runtime import Runtime
 from client.workers import Limits
-from fedward.console import stop_on_signals
+from fedward.console import stop_on_signals, wait_until
 from fedward.errors import ConfigError, DataError
 
 _LOG = logging.getLogger("fedward.trainer")
@@ -71,7 +71,7 @@ def run_trainer(config: SiteConfig, stop: threading.Event | None = None) -> None
         end_admin = serve_admin(admin, admin_socket(config))
         end = serve(desk, config.trainer.socket, _most_bytes(config), _group(config))
         _LOG.info("the trainer serves %s", config.site.name)
-        stop.wait()
+        wait_until(stop)
         desk.close()
         end_admin()
         # What still runs is charged already; waiting for it would only hold up the machine.

@@ -163,4 +163,4 @@ def _error(about: Any, reason: str) -> Message:
         dst_node_id=SUPERLINK_NODE_ID, message_type=SYSTEM_MESSAGE_TYPE, group_id="", ttl=0,
         reply_to_message_id=about.reply_to_message_id, created_at=now().timestamp(),
     )  # fmt: skip
-    return make_message(metadata=metadata, error=Error(ErrorCode.MESSAGE_UNAVAILABLE, reason))
+    return make_message(metadata=metadata, error=Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, reason))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -32,3 +35,31 @@ def test_a_module_of_our_own_that_is_missing_is_a_fault(monkeypatch: pytest.Monk
 
     with pytest.raises(ModuleNotFoundError):
         run_command(command)
+
+
+WAITS = """
+import threading, time
+from fedward.console import stop_on_signals, wait_until
+
+stop = threading.Event()
+stop_on_signals(stop)
+for _ in range(30):
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+print("waits", flush=True)
+wait_until(stop)
+"""
+
+
+def test_a_frozen_process_still_ends_on_the_signal_that_came_meanwhile() -> None:
+    process = subprocess.Popen([sys.executable, "-c", WAITS], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"waits\n"
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.communicate()
