@@ -7,11 +7,12 @@ export FLWR_TELEMETRY_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SHELL := /bin/bash
 
-.PHONY: help install demo test check bench docs clean
+.PHONY: help install demo test faults check bench docs clean
 
 help:
 	@echo "make demo   four synthetic hospitals, two studies, one report (a minute, and the first time the install)"
 	@echo "make test   all checks and tests"
+	@echo "make faults five hospitals in networks of their own, killed and cut off in each phase (half an hour)"
 	@echo "make bench  the benchmarks behind the README's numbers (takes long)"
 	@echo "make docs   write the generated reference pages anew"
 
@@ -35,6 +36,9 @@ check: $(DONE)
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+faults: $(DONE)
+	FEDWARD_FAULTS=1 $(BIN)/python -m pytest tests/deployment/federation
 
 bench: $(DONE)
 	$(BIN)/python benchmarks/simulation.py
