@@ -118,6 +118,7 @@ def _unpacked(message: Message) -> Message:
                 arrays = unpack_bytes(_content(record[PACKED]))
             except (ProtocolError, ValueError, TypeError, EOFError):
                 continue
+            record.clear()  # else its bytes stay until Python's collector comes by
             made = ArrayRecord()  # given a mapping, it would make arrays of Flower's own
             for key, value in arrays.items():
                 made[key] = Held(value)
