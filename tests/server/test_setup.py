@@ -43,7 +43,7 @@ def test_the_token_opens_the_registry_and_stands_in_no_file(
     registry.close()
     assert token is not None and (token.name, token.role) == ("admin", "admin")
     assert local is not None and local.name == "local"
-    secret = made.token.rsplit("_", 1)[-1].encode()
+    secret = made.token.split("_", 2)[-1].encode()
     for path in made.config.parent.rglob("*"):
         assert not path.is_file() or secret not in path.read_bytes(), path.name
 
