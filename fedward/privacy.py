@@ -2,8 +2,8 @@
 
 The mechanism is DP-SGD (Abadi et al., 2016, arXiv:1607.00133) with the patient as the unit: each
 step draws every patient with the same chance, bounds what one patient adds to the gradient, and
-adds Gaussian noise. Opacus' PRV accountant (Gopi et al., 2021, arXiv:2106.02848) composes the
-steps.
+adds Gaussian noise. The steps are composed by Opacus' parts for privacy random variables (Gopi et
+al., 2021, arXiv:2106.02848).
 """
 
 from __future__ import annotations
@@ -16,8 +16,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-from opacus.accountants import PRVAccountant, RDPAccountant
-from opacus.accountants.analysis.prv import Domain, PoissonSubsampledGaussianPRV
+from opacus.accountants import RDPAccountant
+from opacus.accountants.analysis.prv import (
+    Domain,
+    PoissonSubsampledGaussianPRV,
+    TruncatedPrivacyRandomVariable,
+    compose_heterogeneous,
+    discretize,
+)
 from opacus.accountants.utils import get_noise_multiplier
 
 from fedward.errors import PrivacyError
@@ -227,35 +233,29 @@ def _composed(history: tuple[tuple[float, float, int], ...], delta: float) -> fl
 def _prv(history: _History, delta: float) -> float | None:
     # Numbers out of the range of floats end as a grid that is too large does.
     with suppress(ValueError, RuntimeError, ArithmeticError), _quiet():
-        spent = _Accountant(history).get_epsilon(delta, eps_error=_ERROR)
-        return _sensible(float(spent))
+        error = delta / 1000
+        grid, counts = _grid(history, error), [steps for *_, steps in history]
+        if grid is None:
+            return None
+        losses = [PoissonSubsampledGaussianPRV(rate, noise) for noise, rate, _ in history]
+        cut = [TruncatedPrivacyRandomVariable(loss, grid.t_min, grid.t_max) for loss in losses]
+        composed = compose_heterogeneous([discretize(one, grid) for one in cut], counts)
+        *_, highest = composed.compute_epsilon(delta, error, _ERROR)
+        return _sensible(float(highest))
     return None
 
 
-class _Accountant(PRVAccountant):  # type: ignore[misc]
-    """Opacus' accountant on a grid of bounded size, whose ends are found from whole orders alone.
+def _grid(history: _History, error: float) -> Domain | None:
+    """Where the composed privacy loss is looked at; None if that takes too many points.
 
-    The ends need a bound of ε alone (Gopi et al., 2021, remark 5.6). Each Rényi order gives one;
+    The ends need only a bound of ε (Gopi et al., 2021, remark 5.6). Each Rényi order gives one;
     those of fractional orders are hardly closer, and take a hundred times as long.
     """
-
-    def __init__(self, history: _History) -> None:
-        super().__init__()
-        self.history = list(history)
-
-    def _get_domain(
-        self, prvs: list[PoissonSubsampledGaussianPRV], num_self_compositions: list[int],
-        eps_error: float, delta_error: float,
-    ) -> Domain:  # fmt: skip
-        steps = sum(num_self_compositions)
-        bounds = [_bound(self.history, delta_error / 4)]
-        for noise, rate, _ in self.history:
-            bounds.append(_bound([(noise, rate, 1)], delta_error / (8 * steps)))
-        half = max(*bounds, eps_error) + 3
-        mesh = eps_error / math.sqrt(steps * math.log(12 / delta_error) / 2)
-        if not 2 * half / mesh <= _MOST_POINTS:
-            raise ArithmeticError("the grid is too large")
-        return Domain.create_aligned(-half, half, mesh)
+    steps = sum(count for *_, count in history)
+    single = [_bound([(noise, rate, 1)], error / (8 * steps)) for noise, rate, _ in history]
+    half = max(*single, _bound(history, error / 4), _ERROR) + 3
+    mesh = _ERROR / math.sqrt(steps * math.log(12 / error) / 2)
+    return Domain.create_aligned(-half, half, mesh) if 2 * half / mesh <= _MOST_POINTS else None
 
 
 def _bound(history: Iterable[tuple[float, float, int]], delta: float) -> float:
