@@ -3,12 +3,15 @@
 Flower hands a message out once, and counts a reply as arrived before its parts are there. A
 hospital whose link broke in between would lose its order, and a half-sent answer would hold up the
 round beyond its deadline while the hospital believes that it has sent it. Here an order that was
-not confirmed is handed out again, and an answer is seen when all of it has arrived; until then a
-newer answer of the same hospital takes its place.
+not confirmed is handed out again, and an answer is seen when all of it has arrived, also where its
+hospital has left meanwhile; until then a newer answer of the same hospital takes its place.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from flwr.app import Message
@@ -21,7 +24,7 @@ from flwr.supercore.state.schema.corestate_models import (
     ObjectPushSession,
     ObjectPushSessionRoot,
 )
-from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
+from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes, Node
 from flwr.supercore.utils import uint64_to_int64
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from sqlalchemy import ColumnElement, select, update
@@ -46,7 +49,9 @@ class WholeMessages(SqlLinkState):
         """
         with self.session():
             there = message_ids - self._awaited(message_ids)
-            return super().get_message_res(there - self._later(there), run_id)
+            asked = there - self._later(there)
+            with self._still_there(asked):
+                return super().get_message_res(asked, run_id)
 
     def store_message_and_object_tree(
         self, message: Message, object_tree: ObjectTree, session_id: str
@@ -95,6 +100,27 @@ class WholeMessages(SqlLinkState):
         )
         with self.session() as session:
             return {str(one) for one in list(session.scalars(query))[1:]}
+
+    @contextmanager
+    def _still_there(self, asked: set[str]) -> Iterator[None]:
+        """Count those who have answered as online, within this transaction.
+
+        Flower drops an answer, though it is there, when its hospital has left meanwhile.
+        """
+        query = (
+            select(Node)
+            .join(MessageIns, MessageIns.dst_node_id == Node.node_id)
+            .join(MessageRes, MessageRes.reply_to_message_id == MessageIns.message_id)
+            .where(MessageIns.message_id.in_(asked), MessageRes.delivered_at == "")
+        )
+        with self.session() as session:
+            left = {node: node.online_until for node in session.scalars(query).unique()}
+            for node in left:
+                node.online_until = math.inf
+            session.flush()
+            yield
+            for node, until in left.items():
+                node.online_until = until
 
     def _forget_part(self, reply: Message) -> None:
         about = reply.metadata

@@ -71,6 +71,36 @@ def test_a_message_goes_there_and_back_and_only_fleet_calls_pass(
     session.close(complete=True)
 
 
+def test_an_answer_counts_though_its_hospital_has_left_and_a_damaged_part_does_not(
+    superlink: Any, new_key: NewKey, tmp_path: Any
+) -> None:
+    link = Link(superlink.address, superlink.ca, superlink.control_secret)
+    key, public = new_key()
+    node = link.register(public, "north")
+    session = RunSession(link, superlink.runtime_secret, tmp_path / "lock")
+    fleet = Breaking(superlink.address, superlink.ca, key, 1 << 20)
+    fleet.activate()
+    content = RecordDict({"arrays": ArrayRecord({"w": Array(np.arange(4.0))})})
+    (asked,) = session.grid.push_messages([Message(content, node, MessageType.TRAIN)])
+    order = fleet.pull(20.0)
+    assert order is not None
+    fleet.confirm(order)
+    fleet.spoils = True
+    with pytest.raises(LinkDown, match="409"):
+        fleet.push(Message(content, reply_to=order))
+    fleet.spoils = False
+    assert list(session.grid.pull_messages([asked])) == []
+    fleet.push(Message(content, reply_to=order))
+    fleet.close()
+    assert [(n.node_id, n.status) for n in link.nodes()] == [(node, "offline")]
+    (reply,) = session.grid.pull_messages([asked])
+    np.testing.assert_array_equal(
+        reply.content.array_records["arrays"]["w"].numpy(), np.arange(4.0)
+    )
+    assert [(n.node_id, n.status) for n in link.nodes()] == [(node, "offline")]
+    session.close(complete=True)
+
+
 def test_who_may_connect(superlink: Any, new_key: NewKey, tmp_path: Any) -> None:
     link = Link(superlink.address, superlink.ca, superlink.control_secret)
     key, public = new_key()
@@ -153,6 +183,7 @@ class Breaking(Fleet):
 
     sends: int | None = None
     hears: int | None = None
+    spoils = False
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
@@ -163,6 +194,9 @@ class Breaking(Fleet):
         self, path: str, method: str, request: Any, body: Iterator[bytes], headers: Any
     ) -> Iterator[httpx.Response]:
         pieces = body if self.sends is None else broken_after(body, self.sends)
+        if self.spoils:
+            *most, last = pieces
+            pieces = iter([*most, last[:-1] + bytes([last[-1] ^ 1])])
         with self._unbroken(path, method, request, pieces, headers) as response:
             if self.hears is not None:
                 response.stream = Cut(response.iter_raw(1), self.hears)
