@@ -30,7 +30,7 @@ from deployment_stock import stock_rounds
 
 PARTS: Final = ("rounds", "model", "stock", "memory")
 _ROUNDS: Final = {"nearly nothing": 10, "CNN, 1 epoch": 10, "CNN, 10 epochs": 5}
-_STOCK_ROUNDS: Final = 3
+_STOCK_ROUNDS: Final = 4
 _ALLOWED: Final = (1.15, 0.5)
 
 
@@ -77,7 +77,7 @@ def _stock(federation: Federation) -> dict[str, Any]:
     for work in WORKS[:2]:
         (federation.folder / f"{work.name}.toml").write_text(work.plan(_STOCK_ROUNDS))
         seconds = stock_rounds(federation, work, _STOCK_ROUNDS)
-        bare = bare_loop(federation, work, 6)[1:]
+        bare = bare_loop(federation, work, _STOCK_ROUNDS)[1:]
         found[work.name] = {"seconds": float(np.median(seconds)), "bare": float(np.median(bare))}
     return found
 
@@ -116,12 +116,11 @@ def _round_table(found: dict[str, Any]) -> str:
     rows = []
     for name, one in found["rounds"].items():
         ratio, more = _ALLOWED
-        allowed = ratio * one["bare"] + more
+        seconds, allowed = one["seconds"], ratio * one["bare"] + more
         other = f"{stock[name]['seconds']:.1f}" if name in stock else "—"
         rows.append(
-            f"| {name} | {one['bare']:.2f} | {one['seconds']:.2f} | "
-            f"{one['seconds'] - one['bare']:.2f} | {allowed:.2f} | {other} | "
-            f"{one['megabytes']:.2f} |"
+            f"| {name} | {one['bare']:.2f} | {seconds:.2f} | {seconds - one['bare']:.2f} | "
+            f"{allowed:.2f}, {_met(seconds, allowed)} | {other} | {one['megabytes']:.2f} |"
         )
     return f"""## A round of two sites: train and evaluate
 
@@ -152,7 +151,11 @@ def _model(seconds: list[float]) -> str:
     return f"""## A model of 100 MB
 
 To one node and back, over TLS and the SuperLink's database, best of {len(seconds)}:
-**{min(seconds):.2f} s** (each: {tries}). The goal is 3 s."""
+**{min(seconds):.2f} s** (each: {tries}). The goal is 3 s: {_met(min(seconds), 3.0)}."""
+
+
+def _met(seconds: float, goal: float) -> str:
+    return "met" if seconds <= goal else "missed"
 
 
 def _memory(memory: dict[str, Any]) -> str:

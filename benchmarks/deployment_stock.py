@@ -121,7 +121,11 @@ def stock_rounds(federation: Federation, work: Work, rounds: int) -> list[float]
     """Seconds of each round but the first, with TLS, on a database."""
     folder = federation.folder / f"stock {work.name}".replace(" ", "-").replace(",", "")
     _write_app(folder, federation, work, rounds)
-    environment = {**os.environ, "FLWR_HOME": str(folder / "home"), "FLWR_TELEMETRY_ENABLED": "0"}
+    # Flower starts programs of its own by their names.
+    environment = {
+        **os.environ, "FLWR_HOME": str(folder / "home"), "FLWR_TELEMETRY_ENABLED": "0",
+        "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
+    }  # fmt: skip
     port, running = free_port(), list[subprocess.Popen[bytes]]()
     tls = federation.folder / "agg" / "tls"
     try:
@@ -163,7 +167,7 @@ def _write_app(folder: Path, federation: Federation, work: Work, rounds: int) ->
         np.savez(folder / f"h{number}.npz", images=site.images, targets=site.targets,
                  train=site.split["train"], validation=site.split["validation"])  # fmt: skip
     model = build_model(plan, 0)
-    images = torch.from_numpy(np.ascontiguousarray(sites[0].images[:4]))
+    images = torch.from_numpy(np.array(sites[0].images[:4]))
     torch.jit.trace(model, images).save(str(folder / "network.pt"))
     training = plan.training
     steps = count_steps(
