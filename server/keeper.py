@@ -52,8 +52,14 @@ class Keeper:
         self._checkpoints = Checkpoints(folder / "rounds", study.plan_sha256)
 
     def restore(self, job: Job) -> bool:
-        """Bring a job to its last checkpoint; whether there was one."""
-        return self._checkpoints.restore(job)
+        """Bring a job to its last checkpoint, and the registry to it too; whether there was one.
+
+        Whoever was killed between the two has finished a round that the registry lacks.
+        """
+        if not self._checkpoints.restore(job):
+            return False
+        self._until_done(lambda: self._catch_up(job))
+        return True
 
     def keep(self, job: Job) -> None:
         """Checkpoint first: what the registry tells has happened for good."""
@@ -73,6 +79,12 @@ class Keeper:
     def _finish(self) -> None:
         self._registry.studies.save_results(self._study.id, self._results)
         self._registry.studies.set_state(self._study.id, "finished")
+
+    def _catch_up(self, job: Job) -> None:
+        known = {one.round for one in self._registry.studies.rounds(self._study.id)}
+        for result in job.arm.rounds:
+            if result.round not in known:
+                self._registry.studies.save_round(self._study.id, result)
 
     def _tell(self, job: Job) -> None:
         self._results.arms = [job.arm]

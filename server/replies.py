@@ -124,7 +124,10 @@ class _Refused(ProtocolError):
 
 
 def _bad(error: FedwardError) -> Bad:
-    return Bad(str(error), error.kind if isinstance(error, _Refused) else "invalid")
+    if not isinstance(error, _Refused):
+        return Bad(str(error), "invalid")
+    silent = error.rule in _NO_ANSWER.values()
+    return Bad(error.rule if silent else str(error), error.kind)
 
 
 def _config(message: Message, key: str) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 
 from fedward.metrics import ClassificationCounts
 from fedward.plan.schema import Task
@@ -122,3 +123,18 @@ def test_counts_are_held_against_what_was_asked() -> None:
         (counts_reply(more=np.zeros(2)), "x", 0, "test", task),
     ):
         assert isinstance(read_counts(message, site, round_, part, for_task), Bad)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (ErrorCode.MESSAGE_UNAVAILABLE, "no answer in time"),
+        (ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "an answer must arrive whole"),
+        (ErrorCode.CLIENT_APP_CRASHED, "the site's application failed (got code 8)."),
+    ],
+)
+def test_what_the_link_puts_in_place_of_an_answer_is_said_in_words(code: int, reason: str) -> None:
+    asked = Message(RecordDict(), dst_node_id=1, message_type="train")
+    update = read_update(Message(Error(code, "x"), reply_to=asked), "north", 1, {})
+    assert isinstance(update, Bad)
+    assert (update.reason, update.kind) == (reason, "silent")

@@ -1,0 +1,82 @@
+"""What the registry tells is what the checkpoints hold, wherever a runner was killed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedward.models import build_model, to_arrays
+from fedward.plan.schema import Plan
+from server.checkpoint import Checkpoints
+from server.job import Job
+from server.keeper import Keeper
+from server.registry import Registry
+from server.registry.records import Study
+from server.results import Arm, Round, StudyResults
+
+Make = Callable[..., Any]
+
+
+class Killed(Exception):
+    """In place of SIGKILL: nothing after it happens."""
+
+
+@pytest.fixture
+def plan(make_plan: Make) -> Plan:
+    plan: Plan = make_plan(training={"rounds": 3}, participation={"sites": 1})
+    return plan
+
+
+@pytest.fixture
+def study(registry: Registry, plan: Plan, new_site_key: str) -> Study:
+    registry.sites.add("north", new_site_key)
+    return registry.studies.submit(plan, ["north"])
+
+
+def job_of(plan: Plan, rounds: int) -> Job:
+    job = Job(plan, to_arrays(build_model(plan, 0)), Arm(name="federated", kind="federated"))
+    job.arm.rounds += [Round(round=n, stage="all", seconds=float(n)) for n in range(1, rounds + 1)]
+    return job
+
+
+def keeper_of(folder: Path, registry: Registry, study: Study, plan: Plan) -> Keeper:
+    results = StudyResults(
+        study="tiny", plan={}, plan_sha256=study.plan_sha256, seed=0, engine="superlink",
+        device="cpu", primary="auc", parameters=1,
+    )  # fmt: skip
+    return Keeper(folder, registry, study, plan, results, threading.Event())
+
+
+def test_a_round_that_was_kept_and_not_told_is_told_after_the_restart(
+    registry: Registry, study: Study, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper_of(tmp_path, registry, study, plan).keep(job_of(plan, 1))
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(registry.studies, "save_round", killed)
+        keeper_of(tmp_path, registry, study, plan).keep(job_of(plan, 2))
+    assert [one.round for one in registry.studies.rounds(study.id)] == [1]
+
+    for _ in range(2):  # a second restart tells nothing twice
+        job = job_of(plan, 0)
+        assert keeper_of(tmp_path, registry, study, plan).restore(job)
+        assert len(job.arm.rounds) == 2
+        assert [one.seconds for one in registry.studies.rounds(study.id)] == [1.0, 2.0]
+        told = registry.studies.events_after(study.id)
+        assert [one.payload["round"] for one in told if one.kind == "round"] == [1, 2]
+    assert registry.studies.get(study.id).round == 2
+
+
+def test_without_a_checkpoint_nothing_is_told(
+    registry: Registry, study: Study, plan: Plan, tmp_path: Path
+) -> None:
+    assert not keeper_of(tmp_path, registry, study, plan).restore(job_of(plan, 0))
+    assert not Checkpoints(tmp_path / "rounds", study.plan_sha256).restore(job_of(plan, 0))
+    assert list(registry.studies.rounds(study.id)) == []
