@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DONE := $(VENV)/.installed
+# What MONAI's bundle runner needs, apart: MONAI loads ignite in every process that finds it.
+RUNNER := $(VENV)/bundle-runner
 export FLWR_TELEMETRY_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SHELL := /bin/bash
@@ -23,6 +25,8 @@ $(DONE): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,transfer]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps --upgrade --target $(RUNNER) \
+		pytorch-ignite fire termcolor
 	touch $@
 
 demo: $(DONE)

@@ -253,11 +253,10 @@ def hundred_megabytes(federation: Federation) -> list[float]:
     from server.exchange import StudyGrid
     from server.flower.control import Link
     from server.flower.runtime import RunSession
-    from server.runner import link_address
 
     config = load_config(federation.config)
     ca = config.tls.ca.read_bytes()
-    link = Link(link_address(config), ca, config.control_secret.read_bytes().strip())
+    link = Link(config.superlink_address, ca, config.control_secret.read_bytes().strip())
     key = ec.generate_private_key(ec.SECP384R1())
     public = key.public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
@@ -266,7 +265,7 @@ def hundred_megabytes(federation: Federation) -> list[float]:
     session = RunSession(
         link, config.runtime_secret.read_bytes().strip(), federation.folder / "lock"
     )
-    fleet = Fleet(link_address(config), ca, key, 1 << 30)
+    fleet = Fleet(config.superlink_address, ca, key, 1 << 30)
     fleet.activate()
 
     def echo() -> None:

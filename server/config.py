@@ -129,6 +129,12 @@ class ServerConfig(Section):
         return self.server.state / "superlink.db"
 
     @property
+    def superlink_address(self) -> str:
+        """Where this machine finds the SuperLink (host:port)."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.sites.address, self.sites.address)
+        return f"{host}:{self.sites.port}"
+
+    @property
     def studies(self) -> Path:
         """Folder of the studies' checkpoints and models."""
         return self.server.state / "studies"

@@ -112,7 +112,7 @@ class Runner:
     def _session(self) -> None:
         """One Flower run, from its start to the end of the study or a break."""
         secret = self.config.control_secret.read_bytes().strip()
-        link = Link(link_address(self.config), self.config.tls.ca.read_bytes(), secret)
+        link = Link(self.config.superlink_address, self.config.tls.ca.read_bytes(), secret)
         try:
             self._stop_last_run(link)
             if not self._see_members():
@@ -223,12 +223,6 @@ class Runner:
             partition="hospitals", primary=self.plan.metrics.primary,
             parameters=describe(self.plan).parameters, versions=_versions(),
         )  # fmt: skip
-
-
-def link_address(config: ServerConfig) -> str:
-    """Where this machine finds the SuperLink."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.sites.address, config.sites.address)
-    return f"{host}:{config.sites.port}"
 
 
 def _telling(event: events.Event) -> tuple[str, dict[str, Any]] | None:

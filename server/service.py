@@ -25,7 +25,6 @@ from server.dispatch import Dispatcher
 from server.enrolment import reconcile_when_ready
 from server.flower.control import Link
 from server.registry import open_registry
-from server.runner import link_address
 
 _LOG = logging.getLogger("fedward.server")
 _LOOK: Final = 1.0
@@ -42,9 +41,8 @@ def serve(path: Path, stop: threading.Event) -> None:
     config = load_config(path)
     os.environ["FLWR_HOME"] = str(config.server.state / "flwr")
     registry = open_registry(config)
-    link = Link(
-        link_address(config), config.tls.ca.read_bytes(), config.control_secret.read_bytes().strip()
-    )
+    secret = config.control_secret.read_bytes().strip()
+    link = Link(config.superlink_address, config.tls.ca.read_bytes(), secret)
     found = Health(config, registry, link)
     api = uvicorn.Server(
         uvicorn.Config(

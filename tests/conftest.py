@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +174,77 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip("the development images are not here")
     return path
+
+
+# Starting a program costs seconds of imports, so the tests' commands share one start. Each is a
+# process all the same, with its own arguments, folder, environment, output and exit code.
+FORKING = """
+import json, os, sys
+import client.cohort.training, fedward.models, server.report, simulation.output, simulation.study
+import client.cli, server.cli, simulation.cli
+for line in sys.stdin:
+    if (child := os.fork()) == 0:
+        module, words, folder, environment, out, err = json.loads(line)
+        sys.argv = [module, *words]
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
+        for stream, path in ((0, os.devnull), (1, out), (2, err)):
+            os.dup2(os.open(path, os.O_CREAT | os.O_RDWR), stream)
+        sys.modules[module].main()
+        raise SystemExit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Commands:
+    """Runs ``fedward-client``, ``fedward-server`` and ``fedward-simulate``, one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._out, self._err = folder / "out", folder / "err"
+        self._parent: subprocess.Popen[str] | None = None
+
+    def __call__(
+        self, module: str, *arguments: object, cwd: Path, timeout: float = 240,
+        env: Mapping[str, str] = os.environ,
+    ) -> subprocess.CompletedProcess[str]:  # fmt: skip
+        """Run ``python -m module arguments`` in a folder; what it printed and its exit code."""
+        parent = self._start()
+        assert parent.stdin and parent.stdout
+        for path in (self._out, self._err):
+            path.unlink(missing_ok=True)
+        words = [str(argument) for argument in arguments]
+        order = [module, words, str(cwd), dict(env), str(self._out), str(self._err)]
+        parent.stdin.write(json.dumps(order) + "\n")
+        parent.stdin.flush()
+        if not select.select([parent.stdout], [], [], timeout)[0]:
+            self.close()
+            raise subprocess.TimeoutExpired([module, *words], timeout)
+        code = int(parent.stdout.readline())
+        return subprocess.CompletedProcess(
+            [module, *words], code, self._out.read_text("utf-8"), self._err.read_text("utf-8")
+        )
+
+    def close(self) -> None:
+        """End the parent, and a command that hangs."""
+        if self._parent is not None:
+            os.killpg(self._parent.pid, signal.SIGKILL)
+            self._parent.communicate()
+            self._parent = None
+
+    def _start(self) -> subprocess.Popen[str]:
+        if self._parent is None:
+            self._parent = subprocess.Popen(
+                [sys.executable, "-c", FORKING], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                text=True, start_new_session=True,
+                env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            )  # fmt: skip
+        return self._parent
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """The three programs' commands."""
+    made = Commands(tmp_path_factory.mktemp("commands"))
+    yield made
+    made.close()

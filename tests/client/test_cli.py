@@ -22,9 +22,14 @@ from client.cohort.report import safe_word
 PLANTED = ("DOE^JANE", "MRN4711", "1.2.826.0.99.4711", "19550712", "ward-7-doe", "ACC99123")
 
 
-def run(site: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "client.cli", "data", *words, "--config", str(site)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+@pytest.fixture
+def run(commands, tmp_path):
+    """Runs ``fedward-client data`` for a hospital."""
+
+    def call(site: Path, *words: str) -> subprocess.CompletedProcess[str]:
+        return commands("client.cli", "data", *words, "--config", site, cwd=tmp_path)
+
+    return call
 
 
 def quiet_about_people(done: subprocess.CompletedProcess[str]) -> None:
@@ -33,7 +38,7 @@ def quiet_about_people(done: subprocess.CompletedProcess[str]) -> None:
 
 
 @pytest.mark.integration
-def test_index_then_report(site, export):
+def test_index_then_report(run, site, export):
     first = run(site, "index", "--json")
     assert first.returncode == 0
     found = json.loads(first.stdout)["datasets"]["chest"]
@@ -67,7 +72,7 @@ def test_index_then_report(site, export):
 
 
 @pytest.mark.integration
-def test_risks_are_counted(site, export, dx):
+def test_risks_are_counted(run, site, export, dx):
     same = pydicom.dcmread(export / "MRN47110" / "DOE^JANE-0.dcm").pixel_array
     dx(export / "r1.dcm", same, PatientID="MRN47113", BurnedInAnnotation="YES")
     dx(export / "r2.dcm", np.ones((9, 9)), PatientID="ANON")
@@ -133,7 +138,7 @@ primary = "auc"
 
 
 @pytest.mark.integration
-def test_freeze_then_preview_then_check(site, export, tmp_path):
+def test_freeze_then_preview_then_check(run, site, export, tmp_path):
     frozen = run(site, "freeze", "chest", "--json")
     assert frozen.returncode == 0, frozen.stderr
     made = json.loads(frozen.stdout)
@@ -170,7 +175,7 @@ def test_freeze_then_preview_then_check(site, export, tmp_path):
 
 
 @pytest.mark.integration
-def test_a_plan_that_does_not_fit_ends_with_11(site, tmp_path):
+def test_a_plan_that_does_not_fit_ends_with_11(run, site, tmp_path):
     (tmp_path / "study.toml").write_text(PLAN.replace('"well", "sick"', '"sick", "well"'))
     done = run(site, "check", "chest", "--plan", str(tmp_path / "study.toml"))
     assert done.returncode == 11
@@ -179,7 +184,7 @@ def test_a_plan_that_does_not_fit_ends_with_11(site, tmp_path):
 
 
 @pytest.mark.integration
-def test_a_page_is_never_written_into_the_dataset(site, export):
+def test_a_page_is_never_written_into_the_dataset(run, site, export):
     before = sorted(export.rglob("*"))
     done = run(site, "preview", "chest", "--out", str(export / "page.html"))
     assert done.returncode == 18
@@ -199,7 +204,7 @@ def test_the_configuration_may_come_from_the_environment(tmp_path):
 
 
 @pytest.mark.parametrize(("words", "code"), [(("report", "none"), 19), (("report",), 2)])
-def test_failures_have_their_code_and_no_traceback(site, words, code):
+def test_failures_have_their_code_and_no_traceback(run, site, words, code):
     done = run(site, *words)
     assert done.returncode == code
     assert "Traceback" not in done.stderr

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +48,7 @@ def test_each_command_and_option_has_its_place(name):
 
 
 @pytest.mark.integration
-def test_the_commands_of_the_page_work(tmp_path, dx, plan_file):
+def test_the_commands_of_the_page_work(tmp_path, dx, plan_file, commands):
     (site,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
     (commands,) = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
     (tmp_path / "site.toml").write_text(site)
@@ -68,10 +66,7 @@ def test_the_commands_of_the_page_work(tmp_path, dx, plan_file):
     for line in lines:
         program, *words = shlex.split(line)
         assert program == "fedward-client"
-        done = subprocess.run(
-            [sys.executable, "-m", "client.cli", *words, "--json"], cwd=tmp_path, text=True,
-            capture_output=True, timeout=120, check=False, env={"PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
+        done = commands("client.cli", *words, "--json", cwd=tmp_path, env={})
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         assert isinstance(json.loads(done.stdout), dict)
     assert (tmp_path / "chest.html").is_file()

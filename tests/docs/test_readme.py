@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,24 +44,20 @@ def hasten(checkout: Path) -> None:
         plan.write_text(text, "utf-8")
 
 
-def run(line: str, folder: Path) -> str:
+def run(commands: Any, line: str, folder: Path) -> str:
     """Run one line of the README from a folder; what it printed."""
     program, *arguments = shlex.split(line)
     assert program in PROGRAMS, "a README line that this test cannot run"
-    done = subprocess.run(
-        [sys.executable, "-m", PROGRAMS[program], *arguments], cwd=folder, text=True,
-        capture_output=True, timeout=240, check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    done = commands(PROGRAMS[program], *arguments, cwd=folder)
     assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
-def test_the_commands_of_the_readme_work(checkout: Path) -> None:
+def test_the_commands_of_the_readme_work(checkout: Path, commands: Any) -> None:
     assert len(LINES) >= 3
     hasten(checkout)
     for line in LINES:
-        printed = run(line, checkout)
+        printed = run(commands, line, checkout)
         if " run " in line:
             out = checkout / line.split("--out ")[1].split()[0]
             results = StudyResults.model_validate_json((out / "metrics.json").read_text("utf-8"))

@@ -20,7 +20,8 @@ from fedward.plan import load_plan, plan_hash
 from server.results import StudyResults
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMAND = [sys.executable, "-m", "simulation.cli"]
+PROGRAM = "simulation.cli"
+COMMAND = [sys.executable, "-m", PROGRAM]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "FLWR_TELEMETRY_ENABLED": "0"}
 DIVIDED = ("--partition", "iid", "--sites", "2", "--device", "cpu")
 DP_SGD = 'mechanism = "dp-sgd"\nepsilon = 8\ndelta = 1e-3\nclipping_norm = 1.0'
@@ -33,41 +34,6 @@ def simulate(*arguments: object, folder: Path) -> subprocess.CompletedProcess[st
         [*COMMAND, *map(str, arguments)], cwd=folder, env=ENVIRONMENT, text=True,
         capture_output=True, timeout=240, check=False,
     )  # fmt: skip
-
-
-# Starting costs seconds, so the cases of one test share a start; each still ends as a process.
-FORKING = """
-import json, os, sys
-import fedward.models, server.report, simulation.output, simulation.study
-from simulation.cli import main
-for number, line in enumerate(sys.stdin):
-    if (child := os.fork()) == 0:
-        sys.argv[1:] = json.loads(line)
-        for stream, end in ((1, "out"), (2, "err")):
-            os.dup2(os.open(f"{number}.{end}", os.O_CREAT | os.O_WRONLY), stream)
-        main()
-        raise SystemExit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(status)
-"""
-
-
-def simulate_each(
-    *commands: tuple[object, ...], folder: Path
-) -> list[subprocess.CompletedProcess[str]]:
-    """Run several commands, each in a process forked from one that has imported everything."""
-    lines = [json.dumps([str(argument) for argument in command]) for command in commands]
-    parent = subprocess.run(
-        [sys.executable, "-c", FORKING], input="\n".join(lines), cwd=folder, env=ENVIRONMENT,
-        text=True, capture_output=True, timeout=240, check=True,
-    )  # fmt: skip
-    codes = [int(code) for code in parent.stdout.split()]
-    return [
-        subprocess.CompletedProcess(
-            [], code, (folder / f"{i}.out").read_text(), (folder / f"{i}.err").read_text()
-        )
-        for i, code in enumerate(codes)
-    ]
 
 
 def change(plan: Path, old: str, new: str) -> None:
@@ -116,10 +82,18 @@ def test_a_run_leaves_report_metrics_model_and_plan(
 
 
 def test_json_is_one_object_on_standard_output_with_all_arms(
-    npz_data: Path, plan_file: Path, tmp_path: Path
+    npz_data: Path, plan_file: Path, tmp_path: Path, commands: Any
 ) -> None:
-    done = simulate(
-        "run", plan_file, "--data", npz_data, *DIVIDED, "--baselines", "--json", folder=tmp_path
+    done = commands(
+        PROGRAM,
+        "run",
+        plan_file,
+        "--data",
+        npz_data,
+        *DIVIDED,
+        "--baselines",
+        "--json",
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
@@ -135,12 +109,12 @@ def test_json_is_one_object_on_standard_output_with_all_arms(
 
 
 def test_other_epsilons_run_beside_a_private_plan(
-    npz_data: Path, plan_file: Path, tmp_path: Path
+    npz_data: Path, plan_file: Path, tmp_path: Path, commands: Any
 ) -> None:
     change(plan_file, 'mechanism = "none"', DP_SGD)
     change(plan_file, "rounds = 2", "rounds = 1")
-    done = simulate(
-        "run", plan_file, "--data", npz_data, *DIVIDED, "--epsilons", "8,3", folder=tmp_path
+    done = commands(
+        PROGRAM, "run", plan_file, "--data", npz_data, *DIVIDED, "--epsilons", "8,3", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     arms = read_results(tmp_path / "runs" / "latest").arms
@@ -169,17 +143,16 @@ FAILURES: list[tuple[tuple[str, str] | None, tuple[str, ...], int, str]] = [
 
 
 def test_each_failure_has_its_exit_code_and_no_traceback(
-    npz_data: Path, plan_file: Path, tmp_path: Path
+    npz_data: Path, plan_file: Path, tmp_path: Path, commands: Any
 ) -> None:
-    text, commands = plan_file.read_text("utf-8"), []
-    for number, (edit, arguments, _, _) in enumerate(FAILURES):
-        plan = tmp_path / f"plan-{number}.toml"
-        plan.write_text(text, "utf-8")
+    text = plan_file.read_text("utf-8")
+    for failure in FAILURES:
+        edit, arguments, code, says = failure
+        plan_file.write_text(text, "utf-8")
         if edit:
-            change(plan, *edit)
-        commands.append(("run", plan, "--data", npz_data, *DIVIDED, *arguments))
-    for failure, done in zip(FAILURES, simulate_each(*commands, folder=tmp_path), strict=True):
-        _, _, code, says = failure
+            change(plan_file, *edit)
+        words = ("run", plan_file, "--data", npz_data, *DIVIDED, *arguments)
+        done = commands(PROGRAM, *words, cwd=tmp_path)
         assert done.returncode == code, (failure, done.stderr)
         last = done.stderr.splitlines()[-1]
         assert last.startswith("error: ") and says in last, (failure, done.stderr)
@@ -214,9 +187,11 @@ def test_a_failure_with_json_is_an_object_too(tmp_path: Path) -> None:
     assert told["message"] in done.stderr
 
 
-def test_plan_check_explains_and_tells_the_hash(plan_file: Path, tmp_path: Path) -> None:
+def test_plan_check_explains_and_tells_the_hash(
+    plan_file: Path, tmp_path: Path, commands: Any
+) -> None:
     check = ("plan", "check", plan_file)
-    text, asked = simulate_each(check, (*check, "--json"), folder=tmp_path)
+    text, asked = (commands(PROGRAM, *check, *more, cwd=tmp_path) for more in ((), ("--json",)))
     assert text.returncode == asked.returncode == 0, text.stderr
     sha = plan_hash(load_plan(plan_file))
     assert sha in text.stdout and "no, yes" in text.stdout

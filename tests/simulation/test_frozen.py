@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -44,15 +43,8 @@ classes = ["opacity", "clear"]
 pytestmark = pytest.mark.integration
 
 
-def call(program: str, *words: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", program, *map(str, words)], cwd=folder, env=ENVIRONMENT,
-        text=True, capture_output=True, timeout=240, check=False,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory, commands: Any) -> Path:
     """Two hospitals with frozen cohorts."""
     tmp_path = tmp_path_factory.mktemp("hospitals")
     write_cohort(tmp_path / "data", 0, "classification", 20, 2)
@@ -61,8 +53,8 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder.mkdir()
         text = SITE.format(name=f"north {k}", root=f"hospital-{k}")
         (folder / "site.toml").write_text(text, "utf-8")
-        frozen = call("client.cli", "data", "freeze", "chest", "--config", folder / "site.toml",
-                      folder=tmp_path)  # fmt: skip
+        words = ("data", "freeze", "chest", "--config", folder / "site.toml")
+        frozen = commands("client.cli", *words, cwd=tmp_path)
         assert frozen.returncode == 0, frozen.stderr
     return tmp_path
 
@@ -80,8 +72,10 @@ def both(*more: object) -> tuple[object, ...]:
     return ("run", "plan.toml", "--site", "h1/site.toml", "--site", "h2/site.toml:chest", *more)
 
 
-def test_a_study_trains_on_frozen_cohorts_and_finds_a_changed_byte(hospitals: Path) -> None:
-    done = call("simulation.cli", *both("--json", "--baselines"), folder=hospitals)
+def test_a_study_trains_on_frozen_cohorts_and_finds_a_changed_byte(
+    hospitals: Path, commands: Any
+) -> None:
+    done = commands("simulation.cli", *both("--json", "--baselines"), cwd=hospitals)
     assert done.returncode == 0, done.stderr
     results = StudyResults.model_validate_json(json.dumps(json.loads(done.stdout)["studies"][0]))
     assert results.complete and results.synthetic and results.partition == "frozen cohorts"
@@ -94,7 +88,7 @@ def test_a_study_trains_on_frozen_cohorts_and_finds_a_changed_byte(hospitals: Pa
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
     victim.write_bytes(bytes(content))
-    refused = call("simulation.cli", *both("--out", "again"), folder=hospitals)
+    refused = commands("simulation.cli", *both("--out", "again"), cwd=hospitals)
     assert refused.returncode == 11
     assert "north 2" in refused.stderr and "1 changed, 0 gone" in refused.stderr
     assert victim.name not in refused.stderr and "Traceback" not in refused.stderr

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +77,7 @@ def write_shot(path: Path, number: int, rng: np.random.Generator) -> None:
 
 
 @pytest.mark.integration
-def test_a_study_learns_from_radiographs_and_a_table(tmp_path: Path) -> None:
+def test_a_study_learns_from_radiographs_and_a_table(tmp_path: Path, commands: Any) -> None:
     rng = np.random.default_rng(3)
     for site in ("north", "south"):
         folder = tmp_path / "data" / site
@@ -90,11 +87,9 @@ def test_a_study_learns_from_radiographs_and_a_table(tmp_path: Path) -> None:
         rows += ["A38;normal;60", "A38;spot;60", "A99;spot;61"]
         (folder / "labels.csv").write_text("\n".join(["AccessionNumber;label;age", *rows]), "utf-8")
     (tmp_path / "plan.toml").write_text(PLAN)
-    done = subprocess.run(
-        [sys.executable, "-m", "simulation.cli", "run", str(tmp_path / "plan.toml"), "--data",
-         str(tmp_path / "data"), "--format", "dicom", "--out", str(tmp_path / "out"), "--json"],
-        capture_output=True, text=True, timeout=240, check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    done = commands(
+        "simulation.cli", "run", "plan.toml", "--data", "data", "--format", "dicom", "--out", "out",
+        "--json", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (study,) = json.loads(done.stdout)["studies"]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +92,7 @@ def write_patient(folder: Path, patient: str, rng: np.random.Generator) -> None:
 @pytest.mark.integration
 @pytest.mark.parametrize(("dimensions", "size"), [(2, [24, 24]), (3, [24, 24, 16])])
 def test_a_study_learns_from_segmentations(
-    tmp_path: Path, dimensions: int, size: list[int]
+    tmp_path: Path, dimensions: int, size: list[int], commands: Any
 ) -> None:
     rng = np.random.default_rng(5)
     for site in ("north", "south"):
@@ -103,11 +100,9 @@ def test_a_study_learns_from_segmentations(
             write_patient(tmp_path / "data" / site, f"{site}-{k}", rng)
     plan = tmp_path / "plan.toml"
     plan.write_text(PLAN.format(dimensions=dimensions, size=size))
-    done = subprocess.run(
-        [sys.executable, "-m", "simulation.cli", "run", str(plan), "--data",
-         str(tmp_path / "data"), "--format", "dicom", "--out", str(tmp_path / "out"), "--json"],
-        capture_output=True, text=True, timeout=240, check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    done = commands(
+        "simulation.cli", "run", plan, "--data", "data", "--format", "dicom", "--out", "out",
+        "--json", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (study,) = json.loads(done.stdout)["studies"]

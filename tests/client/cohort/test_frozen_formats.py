@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -310,15 +308,14 @@ def test_a_cohort_keeps_what_segments_meant_when_it_was_frozen(tmp_path, working
 
 
 @pytest.mark.integration
-def test_contours_through_the_commands(tmp_path, make_structures):
+def test_contours_through_the_commands(tmp_path, make_structures, commands):
     contoured(tmp_path / "data-doe", make_structures)
     site = write_site(tmp_path, "dicom", "segmentation", 3)
     answers = {}
     for name, *more in (("freeze",), ("report",), ("preview", "--out", str(tmp_path / "p.html"))):
-        done = subprocess.run(
-            [sys.executable, "-m", "client.cli", "data", name, "one", "--config", str(site),
-             "--json", *more], capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        done = commands(
+            "client.cli", "data", name, "one", "--config", site, "--json", *more, cwd=tmp_path
+        )
         assert done.returncode == 0, done.stderr
         answers[name] = json.loads(done.stdout)
     assert (answers["freeze"]["images"], answers["freeze"]["files"]) == (2, 10)

@@ -30,7 +30,6 @@ from server.job import Job
 from server.registry import open_registry
 from server.results import Arm
 from server.rounds import StudyRun
-from server.runner import link_address
 from simulation.cohort import write_cohort
 from simulation.cohort.facts import Kind
 from simulation.options import Hospital, Options
@@ -341,7 +340,7 @@ class Federation:
         finally:
             registry.close()
         link = Link(
-            link_address(config), config.tls.ca.read_bytes(), config.control_secret.read_bytes()
+            config.superlink_address, config.tls.ca.read_bytes(), config.control_secret.read_bytes()
         )
         session = RunSession(link, config.runtime_secret.read_bytes(), folder / "lock")
         job = Job(
