@@ -50,7 +50,7 @@ def test_each_command_and_option_has_its_place(name):
 @pytest.mark.integration
 def test_the_commands_of_the_page_work(tmp_path, dx, plan_file, commands):
     (site,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
-    (commands,) = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
+    (typed,) = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
     (tmp_path / "site.toml").write_text(site)
     rows, rng = ["PatientID,label"], np.random.default_rng(0)
     for k in range(24):
@@ -61,7 +61,7 @@ def test_the_commands_of_the_page_work(tmp_path, dx, plan_file, commands):
     plan = plan_file.read_text("utf-8")
     assert CLASSES in plan
     (tmp_path / "study.toml").write_text(plan.replace(CLASSES, 'classes = ["normal", "pneumonia"]'))
-    lines = [line for line in commands.splitlines() if line.strip()]
+    lines = [line for line in typed.splitlines() if line.strip()]
     assert {shlex.split(line)[2] for line in lines} == set(data_commands())
     for line in lines:
         program, *words = shlex.split(line)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import ssl
 import threading
 import time
@@ -204,8 +203,10 @@ class Breaking(Fleet):
 
 
 def broken_after(pieces: Iterator[bytes], count: int) -> Iterator[bytes]:
-    yield from itertools.islice(pieces, count)
-    raise LinkDown("the link broke")
+    for number, piece in enumerate(pieces):
+        if number == count:
+            raise LinkDown("the link broke")
+        yield piece
 
 
 class Cut(httpx.SyncByteStream):

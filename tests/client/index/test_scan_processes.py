@@ -94,7 +94,9 @@ def test_a_scan_that_is_stopped_keeps_what_it_read_and_leaves_no_process(
 ):
     for k in range(250):
         (export / f"{k:04d}.txt").write_text(f"{k}")
-    dx(export / "zzz" / "slow.dcm", np.zeros((60_000, 8, 8)))
+    slow = [export / "zzz" / f"slow{k}.dcm" for k in range(6)]
+    for path in slow:
+        dx(path, np.zeros((60_000, 8, 8)))
     process = start(export)
     until(lambda: process.poll() is not None or count(tmp_path / "state") >= 200)
     workers = children_of(process.pid)
@@ -108,7 +110,8 @@ def test_a_scan_that_is_stopped_keeps_what_it_read_and_leaves_no_process(
     assert not any(planted in out + err for planted in PLANTED)
     kept = count(tmp_path / "state")
     assert kept >= 200
-    (export / "zzz" / "slow.dcm").unlink()
+    for path in slow:
+        path.unlink()
     again = start(export)
     out, _ = again.communicate(timeout=60)
     found = json.loads(out)

@@ -156,7 +156,7 @@ def test_the_bundle_runs_over_a_folder_of_images(made: tuple[Any, Any, Path]) ->
         likely = torch.softmax(model(torch.from_numpy(given)[None]), 1)[0].numpy()
     by_runner(folder, "from monai.bundle import run; run(config_file='configs/inference.json')")
     if plan.task.kind == "classification":
-        (row,) = csv.reader((folder / "output" / "predictions.csv").open())
+        (row,) = csv.reader((folder / "output" / "predictions.csv").read_text().splitlines())
         assert Path(row[0]).name == "one.png"
         np.testing.assert_allclose([float(v) for v in row[1:]], likely, atol=1e-4)
         return
