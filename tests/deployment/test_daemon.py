@@ -205,7 +205,8 @@ def test_nothing_that_names_a_patient_is_anywhere_but_at_the_hospital(
             assert part not in text, part
 
 
-def test_the_doctor_looks_at_everything_and_tells_no_secret(two: list[Any]) -> None:
+def test_the_doctor_looks_at_everything_and_tells_no_secret(two: list[Any], until: Make) -> None:
+    until(lambda: "whole" in two[0].call("audit", "verify"))  # it has begun its log
     found = two[0].call("doctor")
     lines = {line["name"]: line for line in found["lines"]}
     for name in ("certificate", "clock", "enrolment", "disk", "trainer's network",
