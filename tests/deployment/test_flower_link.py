@@ -198,7 +198,7 @@ class Breaking(Fleet):
             pieces = iter([*most, last[:-1] + bytes([last[-1] ^ 1])])
         with self._unbroken(path, method, request, pieces, headers) as response:
             if self.hears is not None:
-                response.stream = Cut(response.iter_raw(1), self.hears)
+                response.stream = Cut(response.stream, self.hears)
             yield response
 
 
@@ -216,11 +216,15 @@ def broken_after(pieces: Iterator[bytes], count: int) -> Iterator[bytes]:
 class Cut(httpx.SyncByteStream):
     """The first bytes of an answer."""
 
-    def __init__(self, pieces: Iterator[bytes], count: int) -> None:
-        self._pieces = broken_after(pieces, count)
+    def __init__(self, whole: Any, count: int) -> None:
+        self._whole, self._count = whole, count
 
     def __iter__(self) -> Iterator[bytes]:
-        return self._pieces
+        single = (piece[k : k + 1] for piece in self._whole for k in range(len(piece)))
+        return broken_after(single, self._count)
+
+    def close(self) -> None:
+        self._whole.close()
 
 
 def test_a_link_that_breaks_in_the_middle_loses_no_order_and_holds_up_nobody(
