@@ -68,7 +68,7 @@ class Work:
         self._config, self._cases, self._ledger, self._releases = config, cases, ledger, releases
         self._audit, self._board, self._secret = audit, board, secret
         self._runtime, self._crew = runtime, crew
-        self._warm: OrderedDict[str, Trainer] = OrderedDict()
+        self._warm: OrderedDict[tuple[str, str], Trainer] = OrderedDict()
         self._given_up = threading.Event()
 
     def do(
@@ -114,7 +114,7 @@ class Work:
         except BaseException:
             self._ledger.lose(charge)
             # What trained until it broke must not be where the next round goes on.
-            self._warm.pop(case.plan_hash, None)
+            self._warm.pop(_key(case), None)
             raise
 
     def _release(
@@ -156,21 +156,21 @@ class Work:
 
     def _smaller(self, trainer: Trainer, case: Case) -> Trainer:
         smaller = trainer.runtime.physical_batch // 2
-        self._warm.pop(case.plan_hash, None)
+        self._warm.pop(_key(case), None)
         gc.collect()
         torch.cuda.empty_cache()
         if not smaller:
             raise DeviceError(words.MEMORY, fix="Plan a smaller model") from None
         _LOG.warning("out of memory: %d images at once from now on", smaller)
         runtime = replace(trainer.runtime, physical_batch=smaller)
-        made = self._warm[case.plan_hash] = Trainer(case.plan, trainer.site, runtime)
+        made = self._warm[_key(case)] = Trainer(case.plan, trainer.site, runtime)
         return made
 
     def _trainer(self, case: Case) -> Trainer:
         """The study's trainer, warm from its last order."""
         if not (self._board.get()["walls"] or self._config.trainer.allow_networked_trainer):
             raise PolicyError(words.NETWORKED, fix="See fedward-client doctor")
-        key = case.plan_hash
+        key = _key(case)
         if key not in self._warm:
             self._warm[key] = self._open(case)
             while len(self._warm) > _WARM:
@@ -244,3 +244,8 @@ class Work:
             "sent", study=order.study, round=order.round, what=what, tensors=len(answer.arrays),
             bytes=size, sha256=digest.hexdigest(),
         )  # fmt: skip
+
+
+def _key(case: Case) -> tuple[str, str]:
+    """Studies may share a plan, but never what a round left in the trainer."""
+    return case.study, case.plan_hash

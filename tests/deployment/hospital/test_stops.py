@@ -1,0 +1,164 @@
+"""A hospital that is stopped, runs out of disk, or loses its images."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedward.plan.schema import Plan
+
+pytestmark = pytest.mark.integration
+Make = Callable[..., Any]
+
+
+def full(folder: Path) -> Path:
+    """Fill a disk to its last byte; gives the file that takes the room."""
+    ballast = folder / "ballast"
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(1 << 16))
+    with ballast.open("ab", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(b"x")
+    return ballast
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root makes a small disk")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_a_full_disk_costs_a_round_and_no_more(
+    coordinator: Any, make_hospital: Make, small_disk: Path, make_private: Make, until: Make,
+    refusal_of: Make,
+) -> None:  # fmt: skip
+    """Cache, then ledger and audit log: nothing leaves that could not be written down."""
+    plan, site = make_private(), make_hospital(3)
+    shutil.copytree(site.state, small_disk, dirs_exist_ok=True)
+    text = site.daemon.config.read_text()
+    site.daemon.config.write_text(text.replace('state = "state"', f'state = "{small_disk}"'))
+    site.state = small_disk
+    site.start()
+    until(lambda: site.online)
+    # The cache: there is room for the log, but not for the prepared images.
+    ballast = full(small_disk)
+    os.truncate(ballast, ballast.stat().st_size - (100 << 10))
+    assert "refusal" in coordinator.ask(site.node, coordinator.order(plan, 1, "full"))
+    ballast.unlink()
+    assert "outcome" in coordinator.ask(site.node, coordinator.order(plan, 2, "full"))
+    # Ledger and log: the trainer is warm, and not a byte can be written.
+    ballast = full(small_disk)
+    kind, _ = refusal_of(coordinator.ask(site.node, coordinator.order(plan, 3, "full")))
+    assert kind in ("budget", "error")
+    ballast.unlink()
+    assert "outcome" in coordinator.ask(site.node, coordinator.order(plan, 4, "full"))
+    row = site.row("full")
+    assert row["released"] == 2
+    assert row["charged"] == row["released"] + row["lost"]
+    assert site.daemon.call("audit", "verify")["whole"] is True
+    assert site.daemon.stop() == 0
+
+
+def nobody_listens() -> str:
+    """An address on this machine where nothing answers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def gone(pids: list[int]) -> bool:
+    return not any(Path(f"/proc/{number}").exists() for number in pids)
+
+
+def descendants(of: int) -> list[int]:
+    """A process and all that it started."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+    found = [of]
+    for one in found:
+        found += [number for number, parent in parents.items() if parent == one]
+    return found
+
+
+@pytest.fixture(scope="module")
+def stopping(make_hospital: Make) -> Any:
+    """A hospital that each test starts and stops."""
+    return make_hospital(2)
+
+
+@pytest.mark.parametrize("phase", ["starting", "idle", "preparing", "training", "no link"])
+def test_a_stop_is_prompt_and_clean_at_every_moment(
+    coordinator: Any, stopping: Any, plan: Plan, make_private: Make, until: Make,
+    phase: str,
+) -> None:  # fmt: skip
+    text = stopping.daemon.config.read_text()
+    if phase == "no link":
+        address = coordinator.superlink.address
+        stopping.daemon.config.write_text(text.replace(address, nobody_listens()))
+    (stopping.daemon.folder / "daemon.log").write_text("")
+    stopping.start()
+    if phase == "starting":
+        until(lambda: len(stopping.daemon.children()) == 2)
+    else:
+        wanted = "down" if phase == "no link" else "online"
+        until(lambda: stopping.link.get("state") == wanted)
+    if phase in ("preparing", "training"):
+        long = make_private(100_000)
+        coordinator.send(stopping.node, coordinator.order(long, 1, f"stop-{phase}"), ttl=20.0)
+        step = int(phase == "training")
+        until(lambda: stopping.step(f"stop-{phase}") >= step)
+    running = descendants(stopping.daemon.process.pid)
+    began = time.monotonic()
+    assert stopping.daemon.stop() == 0
+    # The supervisor would kill after ten seconds; neither process lets it come to that.
+    assert time.monotonic() - began < 9.0
+    until(lambda: gone(running), 5)
+    stopping.daemon.config.write_text(text)
+    assert "Traceback" not in stopping.daemon.log
+    assert not (stopping.daemon.folder / "run" / "t.sock").exists()
+    assert stopping.whole
+
+
+def test_a_dataset_that_went_away_is_told_and_comes_back(
+    coordinator: Any, stopping: Any, plan: Plan, until: Make, refusal_of: Make
+) -> None:
+    text = stopping.daemon.config.read_text()
+    root = Path(text.split('root = "')[1].split('"')[0])
+    away = root.with_name("away")
+    shutil.copytree(root, away)
+    stopping.daemon.config.write_text(text.replace(str(root), str(away)))
+    stopping.start()
+    until(lambda: stopping.link.get("state") == "online")
+    shutil.rmtree(away)
+
+    def ask(round_: int) -> Any:
+        return coordinator.ask(stopping.node, coordinator.order(plan, round_, "away"))
+
+    answer = ask(1)
+    assert refusal_of(answer)[0] == "data"
+    assert "away" not in str(refusal_of(answer))
+    stopping.daemon.kill("trainer")  # which starts again without it
+    until(lambda: stopping.trainer.get("connector") == "hidden")
+    assert refusal_of(ask(2))[0] == "data"
+    shutil.copytree(root, away)
+    assert "outcome" in ask(3).config_records
+    shutil.rmtree(away)
+    assert stopping.daemon.stop() == 0
+    stopping.daemon.config.write_text(text)
