@@ -8,7 +8,7 @@ import queue
 import random
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -88,6 +88,8 @@ class Connector:
         self._in_hand: set[str] = set()
         self._caller: Caller | None = None
         self._calling = threading.Lock()
+        self._attaching = Future[None]()
+        self._attaching.set_result(None)
 
     def run(self) -> None:
         """Work until stopped; a broken link or trainer is waited for, for ever."""
@@ -138,6 +140,8 @@ class Connector:
                     target=work, args=(fleet, quiet, broken), daemon=True, name="link"
                 ).start()
             while not self.stop.is_set() and broken.empty():
+                if self._caller and self._caller.gone.is_set() and self._attaching.done():
+                    self._attaching = self._pool.submit(self._attach_again, quiet)
                 self._send_ready(fleet)
             if not broken.empty():
                 raise broken.get()
@@ -268,6 +272,13 @@ class Connector:
                     if time.monotonic() > end or self.stop.wait(0.2):
                         raise
             return self._caller
+
+    def _attach_again(self, quiet: threading.Event) -> None:
+        """A trainer that started again hears of its connector now, and not with the next order."""
+        with suppress(FedwardError):
+            self._caller_now()
+            if not quiet.is_set():
+                self._tell("online")
 
     def _tell(self, state: str, error: FedwardError | None = None) -> None:
         if state != self._state.state:
