@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar
 
+from fedward.errors import Interrupted
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -126,7 +128,8 @@ class Worker(Generic[Item, Result]):
         """Kill the process: it holds nothing that could be lost."""
         self.process.kill()
         self.process.join()
-        self.connection.close()
+        with suppress(OSError):  # whoever still waited for it may have closed it
+            self.connection.close()
 
 
 def _serve(connection: Connection, work: Callable[[Any], Any], memory: int) -> None:
@@ -193,6 +196,7 @@ class Crew(Generic[Item, Result]):
     def __init__(self, work: Callable[[Item], Result], limits: Limits | None = None) -> None:
         self.work, self.limits = work, limits or Limits()
         self.workers: list[Worker[tuple[int, Item], tuple[int, Result]]] = []
+        self._closed = False
 
     def in_order(
         self, items: Iterable[Item], seconds: Callable[[Item], float] = lambda _: 0.0
@@ -223,8 +227,20 @@ class Crew(Generic[Item, Result]):
     ) -> None:  # fmt: skip
         self.close()
 
+    def check(self) -> None:
+        """Whether work may go on.
+
+        Raises
+        ------
+        Interrupted
+            It was closed.
+        """
+        if self._closed:
+            raise Interrupted("the reading of images was ended", fix="Start it again")
+
     def close(self) -> None:
-        """End the processes."""
+        """End the processes; a list that another thread is still at ends with them."""
+        self._closed = True
         for worker in self.workers:
             worker.end()
         self.workers.clear()
@@ -276,6 +292,7 @@ class _Running(Generic[Item, Result]):
             return idle
         if len(workers) >= self.crew.limits.workers:
             return None
+        self.crew.check()
         limits = self.crew.limits
         workers.append(Worker(_Numbered(self.crew.work), limits.memory, limits.seconds))
         return workers[-1]
@@ -300,6 +317,7 @@ class _Running(Generic[Item, Result]):
     def _lose(self, worker: Worker[tuple[int, Item], tuple[int, Result]]) -> None:
         item = worker.item
         worker.end()
+        self.crew.check()
         worker.start()
         if item is None:
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -69,6 +70,14 @@ def wait_until(stop: threading.Event) -> None:
     """
     while not stop.wait(1.0):
         pass
+
+
+def leave() -> NoReturn:
+    """End this process, well and at once: no thread that is still at something is waited for."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)
 
 
 def log_to_stderr() -> None:

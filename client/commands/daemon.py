@@ -14,7 +14,7 @@ from rich.table import Table
 
 from client.enrol import enrol as make_enrolment
 from client.enrol import enrol_configured
-from fedward.console import log_to_stderr, print_json, stop_on_signals
+from fedward.console import leave, log_to_stderr, print_json, stop_on_signals
 
 Config = Annotated[
     Path, typer.Option("--config", envvar="FEDWARD_SITE", help="the site's site.toml")
@@ -54,6 +54,8 @@ def trainer(config: Config = _SITE) -> None:
     log_to_stderr()
     # A dataset that is away just now is told to who asks for it; the others are served.
     run_trainer(load_config(config, datasets_here=False))
+    # An order that is still being prepared has charged nothing, and cannot be told to end.
+    leave()
 
 
 def connector(config: Config = _SITE) -> None:
