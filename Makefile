@@ -21,10 +21,13 @@ help:
 install: $(DONE)
 
 # torch first and with pip: a constraint on a local or CPU build then holds for all that follows.
+# The rest with uv, in a quarter of the time; pip where uv finds no registry (it reads no pip.conf).
 $(DONE): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,transfer]"
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt torch uv
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode \
+		--constraint constraints.txt --editable ".[dev,transfer]" || \
+		$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,transfer]"
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps --upgrade --target $(RUNNER) \
 		pytorch-ignite fire termcolor
 	touch $@

@@ -9,7 +9,7 @@ import resource
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -30,6 +30,7 @@ _GRACE: Final = 10.0  # seconds more than the parent allows, after which a worke
 _TRIM_THRESHOLD: Final = -1  # numbers of malloc.h
 _MMAP_THRESHOLD: Final = -3
 _AHEAD: Final = 8  # results of each worker that may wait for an earlier one
+_WORTH: Final = 1.0  # seconds of work after which it is worth the start of more processes
 
 
 @dataclass
@@ -69,6 +70,8 @@ class Worker(Generic[Item, Result]):
         When it began with that.
     ready : bool
         Whether the process runs by now: its start is not the item's time.
+    began : float
+        When it was ready.
     """
 
     work: Callable[[Item], Result]
@@ -77,6 +80,7 @@ class Worker(Generic[Item, Result]):
     item: Item | None = None
     since: float = 0.0
     ready: bool = False
+    began: float = 0.0
     connection: Connection = field(init=False)
     process: SpawnProcess = field(init=False)
 
@@ -119,7 +123,8 @@ class Worker(Generic[Item, Result]):
         """
         result: Result | None = self.connection.recv()
         if result is None:
-            self.since, self.ready = time.monotonic(), True
+            self.since = self.began = time.monotonic()
+            self.ready = True
         else:
             self.item = None
         return result
@@ -130,6 +135,15 @@ class Worker(Generic[Item, Result]):
         self.process.join()
         with suppress(OSError):  # whoever still waited for it may have closed it
             self.connection.close()
+
+
+def worth_another(workers: Sequence[Worker[Any, Any]], began: float) -> bool:
+    """Whether there is so much to do since it began that another process pays.
+
+    Its start takes as long as a hundred small images, so a short list is left to the first.
+    """
+    late = time.monotonic() - _WORTH
+    return not workers or any(w.ready and max(w.began, began) < late for w in workers)
 
 
 def _serve(connection: Connection, work: Callable[[Any], Any], memory: int) -> None:
@@ -257,7 +271,7 @@ class _Running(Generic[Item, Result]):
         self.done: dict[int, Result | None] = {}
         self.again: deque[tuple[int, Item]] = deque()
         self.lost: set[int] = set()
-        self.due, self.ended = 0, False
+        self.due, self.ended, self.began = 0, False, time.monotonic()
 
     def results(self) -> Iterator[Result | None]:
         while True:
@@ -290,7 +304,7 @@ class _Running(Generic[Item, Result]):
         workers = self.crew.workers
         if (idle := next((w for w in workers if w.item is None), None)) is not None:
             return idle
-        if len(workers) >= self.crew.limits.workers:
+        if len(workers) >= self.crew.limits.workers or not worth_another(workers, self.began):
             return None
         self.crew.check()
         limits = self.crew.limits

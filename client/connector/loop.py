@@ -209,15 +209,13 @@ class Connector:
         except ProtocolError as error:
             self._refuse(Unreadable(error, message))
             return
-        name = _name_of(message)
-        self._take(InHand(name, links.seal(message), what, order), keep=True)
+        self._take(_in_hand(message, what, order), keep=True)
 
     def _refuse(self, error: Unreadable) -> None:
         """The trainer hears of it first, so that its audit log has it; then the asker does."""
         _LOG.warning("a message could not be read: %s", error.rule)
         order = Packet("order", {"unreadable": error.rule})
-        sealed = links.seal(error.envelope)
-        self._take(InHand(_name_of(error.envelope), sealed, "describe", order), keep=True)
+        self._take(_in_hand(error.envelope, "describe", order), keep=True)
 
     def _take(self, message: InHand, *, keep: bool = False) -> None:
         if message.name in self._in_hand:
@@ -228,6 +226,9 @@ class Connector:
         self._pool.submit(self._ask, message)
 
     def _ask(self, message: InHand) -> None:
+        if time.time() > message.until:  # it waited for too long: its round is over
+            self._forget(message)
+            return
         try:
             answer = self._caller_now().ask(message.what, message.order)
         except FedwardError as error:
@@ -248,9 +249,12 @@ class Connector:
             content = to_reply(refusal(self.site, message.order, error), message.order)
         with suppress(links.RunOver):
             self._state.bytes_up += fleet.push(links.reply_to(message.envelope, content))
+        self._forget(message)
+        self._tell("online")
+
+    def _forget(self, message: InHand) -> None:
         self._in_hand.discard(message.name)
         self._spool.drop(message.name)
-        self._tell("online")
 
     def _note_garbage(self, error: ProtocolError) -> None:
         _LOG.warning("an answer could not be read: %s", error.rule)
@@ -325,9 +329,12 @@ def _beat(
             return
 
 
-def _name_of(message: Message) -> str:
-    """A file name for a message, whatever the aggregator calls it."""
-    return hashlib.sha256(message.metadata.message_id.encode("utf-8", "replace")).hexdigest()
+def _in_hand(message: Message, what: str, order: Packet) -> InHand:
+    # A file name, whatever the aggregator calls it.
+    name = hashlib.sha256(message.metadata.message_id.encode("utf-8", "replace")).hexdigest()
+    # The two clocks may differ, so its time counts from here, where it is a little late.
+    until = time.time() + message.metadata.ttl
+    return InHand(name, links.seal(message), what, order, until)
 
 
 def _state_of(error: FedwardError) -> str:

@@ -33,12 +33,15 @@ class InHand:
         describe, train or evaluate.
     order : Packet
         For the trainer.
+    until : float
+        This machine's time after which nobody waits for an answer.
     """
 
     name: str
     envelope: bytes
     what: str
     order: Packet
+    until: float
 
 
 class Spool:
@@ -58,7 +61,7 @@ class Spool:
         """Keep a message; a full disk only means that it is not kept."""
         head = {
             "envelope": message.envelope.hex(), "what": message.what,
-            "record": message.order.record, "mu": message.order.mu,
+            "record": message.order.record, "mu": message.order.mu, "until": message.until,
         }  # fmt: skip
         with suppress(OSError):
             if message.order.arrays:
@@ -85,7 +88,8 @@ class Spool:
         tensors = path.with_suffix(".safetensors")
         arrays = _arrays(tensors) if tensors.exists() else {}
         order = Packet("order", dict(head["record"]), arrays, float(head["mu"]))
-        return InHand(path.stem, bytes.fromhex(head["envelope"]), str(head["what"]), order)
+        envelope, what = bytes.fromhex(head["envelope"]), str(head["what"])
+        return InHand(path.stem, envelope, what, order, float(head["until"]))
 
     def _write(self, name: str, content: bytes) -> None:
         path = self._folder / name

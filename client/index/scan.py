@@ -16,7 +16,7 @@ from client.data.files import find
 from client.index.extract import Extractor
 from client.index.facts import FileFacts
 from client.index.store import Index
-from client.workers import Limits, Worker
+from client.workers import Limits, Worker, worth_another
 from fedward.errors import Interrupted
 
 _BATCH: Final = 200  # files in a transaction
@@ -82,10 +82,9 @@ class _Scan:
         self.found: list[FileFacts] = []
         self.seen: list[str] = []
         self.workers: list[_Reader] = []
-        self.written = time.monotonic()
+        self.began = self.written = time.monotonic()
 
     def run(self) -> Summary:
-        began = time.monotonic()
         try:
             for path in self._unknown():
                 self._free().give(path)
@@ -102,7 +101,7 @@ class _Scan:
         finally:
             for worker in self.workers:
                 worker.end()
-        self.summary.seconds = time.monotonic() - began
+        self.summary.seconds = time.monotonic() - self.began
         self.listen(self.summary)
         return self.summary
 
@@ -128,7 +127,8 @@ class _Scan:
             for worker in self.workers:
                 if worker.item is None:
                     return worker
-            if len(self.workers) < self.limits.workers:
+            more = len(self.workers) < self.limits.workers
+            if more and worth_another(self.workers, self.began):
                 self.workers.append(Worker(self.extract, self.limits.memory, self.limits.seconds))
                 return self.workers[-1]
             self._listen_to_workers()

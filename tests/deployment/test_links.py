@@ -288,6 +288,25 @@ def test_an_answer_that_was_ready_while_the_link_was_down_comes_when_it_is_back(
     assert sorted(site.desk.asked) == ["again", "late", "lost"]
 
 
+def test_an_order_that_waited_until_its_round_was_over_is_not_carried_out(
+    make_site: Make, session: Any, until: Make
+) -> None:
+    site, node = make_site()
+    site.desk.free.clear()
+    until(lambda: site.link["state"] == "online")
+    first = send(session, *(order(node, f"first {number}") for number in range(4)))
+    until(lambda: len(site.desk.asked) == 4)  # as many as it hands on at once
+    send(session, order(node, "waits", ttl=3.0))
+    began = time.monotonic()
+    until(lambda: len(site.spooled()) == 5)
+    until(lambda: time.monotonic() - began > 3.2)
+    site.desk.free.set()
+    for identifier in first:
+        reply(session, identifier)
+    until(lambda: not site.spooled())
+    assert "waits" not in site.desk.asked
+
+
 @pytest.fixture
 def fleet(server: Any, control: Link, new_key: Make) -> Iterator[Callable[..., Fleet]]:
     """Builds connections of an enrolled site; ``node`` is its number."""
