@@ -89,8 +89,8 @@ def test_who_hangs_or_dies_costs_only_its_item(module, tmp_path):
 
 def test_an_item_may_have_more_time_than_others(module):
     with Crew(module.work, Limits(workers=1, seconds=0.05)) as crew:
-        assert words(crew.in_order(["slow"], lambda _: 20.0)) == ["slow"]
-        assert words(crew.in_order(["slow"])) == [None]
+        assert words(crew.in_order(["slow:0.3"], lambda _: 20.0)) == ["slow:0.3"]
+        assert words(crew.in_order(["slow:0.3"])) == [None]
 
 
 def test_memory_is_bounded_beside_the_program(module):
