@@ -1,5 +1,5 @@
 """What both sides of a study must agree on."""
 
-from fedward.lean import import_monai_lean
+from fedward.lean import prepare_monai
 
-import_monai_lean()
+prepare_monai()

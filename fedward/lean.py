@@ -1,4 +1,4 @@
-"""MONAI without what only its drawing needs: a start that is a second shorter.
+"""MONAI without what only its drawing needs, and for whatever user it starts.
 
 MONAI looks for every optional package at its own import, and takes half of its time for two that
 nothing here needs of it: matplotlib (its notebook plots) and scikit-learn (one metric). Whoever
@@ -7,6 +7,8 @@ imports them for themselves gets them as ever.
 
 from __future__ import annotations
 
+import getpass
+import os
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
@@ -30,7 +32,14 @@ def _begins(module: ModuleType | None) -> bool:
     return module is not None and not hasattr(module, "__all__")
 
 
-def import_monai_lean() -> None:
-    """Leave out of MONAI's import, whenever it comes, what is not needed of it."""
+def prepare_monai() -> None:
+    """Leave out of MONAI's import, whenever it comes, what is not needed of it.
+
+    It also asks for the user's name, and would break in a container whose user has none.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = str(os.getuid())
     if not any(isinstance(finder, _Absent) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Absent())

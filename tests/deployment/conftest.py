@@ -155,8 +155,9 @@ def make_superlink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callabl
             one.process.wait(20)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def superlink(make_superlink: Callable[[], Superlink]) -> Superlink:
+    """One that the tests of a module share."""
     return make_superlink()
 
 

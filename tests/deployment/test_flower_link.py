@@ -91,12 +91,12 @@ def test_an_answer_counts_though_its_hospital_has_left_and_a_damaged_part_does_n
     assert list(session.grid.pull_messages([asked])) == []
     fleet.push(Message(content, reply_to=order))
     fleet.close()
-    assert [(n.node_id, n.status) for n in link.nodes()] == [(node, "offline")]
+    assert {n.node_id: n.status for n in link.nodes()}[node] == "offline"
     (reply,) = session.grid.pull_messages([asked])
     np.testing.assert_array_equal(
         reply.content.array_records["arrays"]["w"].numpy(), np.arange(4.0)
     )
-    assert [(n.node_id, n.status) for n in link.nodes()] == [(node, "offline")]
+    assert {n.node_id: n.status for n in link.nodes()}[node] == "offline"
     session.close(complete=True)
 
 
