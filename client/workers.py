@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 import resource
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Generic, Self, TypeVar
+from typing import Final, Generic, Self, TypeVar
 
+from client.forks import Fork, fork
 from fedward.errors import Interrupted
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Spawned, not forked: a worker must not share SQLite's file handles or another worker's pipe.
-_CONTEXT: Final = multiprocessing.get_context("spawn")
 _START: Final = 120.0  # seconds in which a process must have begun
 _GRACE: Final = 10.0  # seconds more than the parent allows, after which a worker ends by itself
 _TRIM_THRESHOLD: Final = -1  # numbers of malloc.h
 _MMAP_THRESHOLD: Final = -3
 _AHEAD: Final = 8  # results of each worker that may wait for an earlier one
-_WORTH: Final = 1.0  # seconds of work after which it is worth the start of more processes
 
 
 @dataclass
@@ -70,8 +67,6 @@ class Worker(Generic[Item, Result]):
         When it began with that.
     ready : bool
         Whether the process runs by now: its start is not the item's time.
-    began : float
-        When it was ready.
     """
 
     work: Callable[[Item], Result]
@@ -80,21 +75,18 @@ class Worker(Generic[Item, Result]):
     item: Item | None = None
     since: float = 0.0
     ready: bool = False
-    began: float = 0.0
     connection: Connection = field(init=False)
-    process: SpawnProcess = field(init=False)
+    process: Fork = field(init=False)
 
     def __post_init__(self) -> None:
         self.start()
 
     def start(self) -> None:
         """Start the process, or another one in its place."""
-        self.connection, theirs = _CONTEXT.Pipe()
-        self.process = _CONTEXT.Process(
-            target=_serve, args=(theirs, self.work, self.memory), daemon=True
-        )
-        self.process.start()
+        self.connection, theirs = Pipe()
+        self.process = fork(_serve, list(_modules(self.work)), theirs)
         theirs.close()
+        self.connection.send((self.work, self.memory))
         self.item, self.ready = None, False
 
     def give(self, item: Item) -> None:
@@ -123,8 +115,7 @@ class Worker(Generic[Item, Result]):
         """
         result: Result | None = self.connection.recv()
         if result is None:
-            self.since = self.began = time.monotonic()
-            self.ready = True
+            self.since, self.ready = time.monotonic(), True
         else:
             self.item = None
         return result
@@ -132,23 +123,21 @@ class Worker(Generic[Item, Result]):
     def end(self) -> None:
         """Kill the process: it holds nothing that could be lost."""
         self.process.kill()
-        self.process.join()
         with suppress(OSError):  # whoever still waited for it may have closed it
             self.connection.close()
 
 
-def worth_another(workers: Sequence[Worker[Any, Any]], began: float) -> bool:
-    """Whether there is so much to do since it began that another process pays.
-
-    Its start takes as long as a hundred small images, so a short list is left to the first.
-    """
-    late = time.monotonic() - _WORTH
-    return not workers or any(w.ready and max(w.began, began) < late for w in workers)
+def _modules(work: object) -> Iterator[str]:
+    """Where work comes from, also what it wraps."""
+    while work is not None:
+        yield str(work.__module__)
+        work = getattr(work, "work", None)
 
 
-def _serve(connection: Connection, work: Callable[[Any], Any], memory: int) -> None:
-    _confine(memory)
+def _serve(connection: Connection) -> None:
     try:
+        work, memory = connection.recv()
+        _confine(memory)
         connection.send(None)
         while True:
             item, seconds = connection.recv()
@@ -271,7 +260,7 @@ class _Running(Generic[Item, Result]):
         self.done: dict[int, Result | None] = {}
         self.again: deque[tuple[int, Item]] = deque()
         self.lost: set[int] = set()
-        self.due, self.ended, self.began = 0, False, time.monotonic()
+        self.due, self.ended = 0, False
 
     def results(self) -> Iterator[Result | None]:
         while True:
@@ -304,7 +293,7 @@ class _Running(Generic[Item, Result]):
         workers = self.crew.workers
         if (idle := next((w for w in workers if w.item is None), None)) is not None:
             return idle
-        if len(workers) >= self.crew.limits.workers or not worth_another(workers, self.began):
+        if len(workers) >= self.crew.limits.workers:
             return None
         self.crew.check()
         limits = self.crew.limits

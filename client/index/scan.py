@@ -16,7 +16,7 @@ from client.data.files import find
 from client.index.extract import Extractor
 from client.index.facts import FileFacts
 from client.index.store import Index
-from client.workers import Limits, Worker, worth_another
+from client.workers import Limits, Worker
 from fedward.errors import Interrupted
 
 _BATCH: Final = 200  # files in a transaction
@@ -82,9 +82,10 @@ class _Scan:
         self.found: list[FileFacts] = []
         self.seen: list[str] = []
         self.workers: list[_Reader] = []
-        self.began = self.written = time.monotonic()
+        self.written = time.monotonic()
 
     def run(self) -> Summary:
+        began = time.monotonic()
         try:
             for path in self._unknown():
                 self._free().give(path)
@@ -101,7 +102,7 @@ class _Scan:
         finally:
             for worker in self.workers:
                 worker.end()
-        self.summary.seconds = time.monotonic() - self.began
+        self.summary.seconds = time.monotonic() - began
         self.listen(self.summary)
         return self.summary
 
@@ -127,8 +128,7 @@ class _Scan:
             for worker in self.workers:
                 if worker.item is None:
                     return worker
-            more = len(self.workers) < self.limits.workers
-            if more and worth_another(self.workers, self.began):
+            if len(self.workers) < self.limits.workers:
                 self.workers.append(Worker(self.extract, self.limits.memory, self.limits.seconds))
                 return self.workers[-1]
             self._listen_to_workers()

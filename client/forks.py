@@ -1,0 +1,189 @@
+"""Processes that start in milliseconds, since they are forked from one that has the imports done.
+
+That one is started afresh and does nothing else, so what it forks shares no file, lock or thread
+with this process; only the pipe that it is given. It is reached over a pair of sockets without a
+name: nobody else can ask it for a process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import json
+import multiprocessing
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Final
+
+_MOST: Final = 1 << 20
+_GONE: Final = 10.0
+_SPAWN: Final = multiprocessing.get_context("spawn")
+
+
+@dataclass
+class Fork:
+    """A process that was forked for this one.
+
+    Attributes
+    ----------
+    pid : int
+        Its number.
+    handle : int
+        Its pidfd: a number may go to another process, this does not (pidfd_open(2)).
+    """
+
+    pid: int
+    handle: int
+
+    def kill(self) -> None:
+        """End it, and wait until it is gone."""
+        if self.handle < 0:
+            return
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.handle, signal.SIGKILL)
+        self.wait(_GONE)
+        os.close(self.handle)
+        self.handle = -1
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it was gone within so many seconds."""
+        end = time.monotonic() + seconds
+        select.select([self.handle], [], [], seconds)
+        while time.monotonic() < end:
+            try:
+                signal.pidfd_send_signal(self.handle, 0)
+            except ProcessLookupError:
+                return True
+            time.sleep(0.001)
+        return False
+
+
+class _Template:
+    """The process that the others are forked from."""
+
+    def __init__(self) -> None:
+        self.owner = os.getpid()
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._process = _SPAWN.Process(target=_offer, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def fork(
+        self, target: Callable[..., None], modules: Sequence[str], connection: Connection
+    ) -> Fork:
+        order = [sys.path, [target.__module__, target.__qualname__], list(modules)]
+        socket.send_fds(self._socket, [json.dumps(order).encode()], [connection.fileno()])
+        answer, handles, _, _ = socket.recv_fds(self._socket, 64, 1)
+        if not handles:
+            raise EOFError("the template ended")
+        return Fork(int(answer), handles[0])
+
+    def close(self) -> None:
+        self._socket.close()
+        self._process.join(1.0)
+
+
+_lock = threading.Lock()
+_template: _Template | None = None
+
+
+def fork(
+    target: Callable[[Connection], None], modules: Sequence[str], connection: Connection
+) -> Fork:
+    """Start a process.
+
+    Parameters
+    ----------
+    target : callable
+        A function of a module, called with the connection.
+    modules : sequence of str
+        What it will need; imported once, for all processes that come after.
+    connection : Connection
+        Its end of a pipe; this process may close it afterwards.
+
+    Raises
+    ------
+    OSError, EOFError
+        No process can be started.
+    """
+    global _template
+    with _lock:
+        for attempt in range(2):
+            if _template is None or _template.owner != os.getpid():
+                _template = _Template()
+            try:
+                return _template.fork(target, modules, connection)
+            except BaseException as error:  # after Ctrl-C an answer would be another's
+                _template.close()
+                _template = None
+                if attempt or not isinstance(error, OSError | EOFError):
+                    raise
+    raise AssertionError
+
+
+@atexit.register
+def _end() -> None:
+    if _template is not None and _template.owner == os.getpid():
+        _template.close()
+
+
+def _offer(orders: socket.socket) -> None:
+    """What the template does: fork on demand, until nobody asks any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGCHLD, _reap)
+    with suppress(OSError):  # whoever asked is gone, and so is what was forked for it
+        while _fork_one(orders):
+            pass
+
+
+def _fork_one(orders: socket.socket) -> bool:
+    order, handles, _, _ = socket.recv_fds(orders, _MOST, 1)
+    if not order:
+        return False
+    target = _load(*json.loads(order))
+    # Whoever is reaped before there is a handle of it cannot be waited for.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    if (pid := os.fork()) == 0:
+        orders.close()
+        _become(target, handles[0])
+    os.close(handles[0])
+    handle = os.pidfd_open(pid)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+    socket.send_fds(orders, [str(pid).encode()], [handle])
+    os.close(handle)
+    return True
+
+
+def _load(paths: list[str], place: list[str], modules: list[str]) -> Callable[[Connection], None]:
+    sys.path[:] = paths
+    for one in modules:
+        with suppress(Exception):  # it fails again where it is used, and is told there
+            importlib.import_module(one)
+    target: Callable[[Connection], None] = getattr(importlib.import_module(place[0]), place[1])
+    return target
+
+
+def _become(target: Callable[[Connection], None], handle: int) -> None:
+    code = 1
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+        target(Connection(handle))
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _reap(*_: Any) -> None:
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass

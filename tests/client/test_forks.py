@@ -1,0 +1,136 @@
+"""Forked processes: quick, alone with their pipe, gone with whoever asked for them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client import forks
+from client.forks import Fork, fork
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.integration
+MODULE = """
+import os, sys, threading
+def tell(connection):
+    opened = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            opened.append(os.readlink(f"/proc/self/fd/{name}"))
+        except OSError:
+            pass
+    connection.send([os.getpid(), sorted(opened), threading.active_count(),
+                     "decimal" in sys.modules, len(os.listdir("/proc/self/task"))])
+    connection.recv()
+"""
+ORPHANS = """
+import time
+from multiprocessing import Pipe
+from client.forks import fork
+import told
+if __name__ == "__main__":
+    ours, theirs = Pipe()
+    made = fork(told.tell, [], theirs)
+    theirs.close()
+    ours.recv()
+    print(made.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("told")
+    (folder / "told.py").write_text(MODULE)
+    sys.path.insert(0, str(folder))
+    import told
+
+    yield told
+    sys.path.remove(str(folder))
+
+
+def start(told: Any) -> tuple[Fork, Connection]:
+    ours, theirs = Pipe()
+    made = fork(told.tell, ["decimal"], theirs)
+    theirs.close()
+    return made, ours
+
+
+def test_it_has_its_pipe_and_nothing_else_of_this_process(told: Any, tmp_path: Path) -> None:
+    with (tmp_path / "ours").open("w"):
+        (first, one), (second, two) = start(told), start(told)
+        pids = []
+        for made, connection in ((first, one), (second, two)):
+            pid, opened, threads, imported, tasks = connection.recv()
+            assert pid == made.pid
+            assert (threads, tasks, imported) == (1, 1, True)
+            sockets = [name for name in opened if name.startswith("socket:")]
+            assert len(sockets) == 1
+            assert not any(str(tmp_path) in name for name in opened)
+            pids.append(pid)
+        assert len(set(pids)) == 2
+        parent = int(Path(f"/proc/{first.pid}/stat").read_text().rpartition(")")[2].split()[1])
+        assert parent != os.getpid()
+        first.kill()
+        second.kill()
+        first.kill()  # twice does no harm
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_another_takes_the_place_of_a_template_that_was_killed(told: Any) -> None:
+    made, connection = start(told)
+    assert forks._template is not None
+    before = forks._template._process.pid
+    assert before is not None
+    os.kill(before, signal.SIGKILL)
+    again, other = start(told)
+    assert connection.recv()[0] == made.pid
+    assert other.recv()[0] == again.pid
+    assert forks._template._process.pid != before
+    connection.close()  # what has no reader left ends
+    assert made.wait(10)
+    again.kill()
+
+
+def test_threads_may_ask_at_the_same_time(told: Any) -> None:
+    made: list[tuple[Fork, Connection]] = []
+    threads = [threading.Thread(target=lambda: made.append(start(told))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(one.pid for one, _ in made) == sorted(link.recv()[0] for _, link in made)
+    for one, _ in made:
+        one.kill()
+
+
+def test_all_end_when_the_process_that_asked_is_killed(told: Any, tmp_path: Path) -> None:
+    (tmp_path / "asks.py").write_text(ORPHANS)
+    environment = {
+        **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(told.__file__).parent)])
+    }  # fmt: skip
+    asks = subprocess.Popen(
+        [sys.executable, str(tmp_path / "asks.py")], env=environment, stdout=subprocess.PIPE
+    )
+    assert asks.stdout
+    pid = json.loads(asks.stdout.readline())
+    stat = Path(f"/proc/{pid}/stat")
+    template = int(stat.read_text().rpartition(")")[2].split()[1])
+    asks.kill()
+    asks.wait()
+    asks.stdout.close()
+    end = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() or Path(f"/proc/{template}").exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
