@@ -6,6 +6,7 @@ import base64
 import json
 import threading
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,16 @@ def test_an_officer_approves_denies_and_pauses(make_hospital: Make, plan: Plan) 
     assert hospital.ask("train", plan).kind == "update"
     hospital.approvals.settle("tiny-1", "denied", "officer")
     refused(hospital.ask("train", plan), "policy", "it was denied")
+
+
+def test_in_quiet_hours_it_measures_but_does_not_train(make_hospital: Make, plan: Plan) -> None:
+    hospital = make_hospital(policy='quiet_hours = ["Mon-Fri 07:00-18:00"]')
+    hospital.desk._now = lambda: datetime(2026, 3, 2, 12)  # a Monday
+    assert hospital.ask("evaluate", plan, 1, part="validation").kind == "counts"
+    refused(hospital.ask("train", plan), "paused", "outside its quiet hours")
+    assert "charge" not in told(hospital)
+    hospital.desk._now = lambda: datetime(2026, 3, 2, 18)
+    assert hospital.ask("train", plan).kind == "update"
 
 
 def test_the_budget_ends_a_study_in_a_typed_refusal(
