@@ -32,13 +32,13 @@ class PatientSection(Section):
     )
     missing: Rule = Field(
         default="leave-out",
-        description="DICOM files without a patient id: `leave-out` counts them; `refuse` does too, "
+        description="images that name no patient: `leave-out` counts them; `refuse` does too, "
         "and the dataset can neither be frozen nor checked while there are any; `study`, `series`: "
-        "each is a patient of its own",
+        "each is a patient of its own (pictures and NIfTI: each image is)",
     )
     shared: SharedRule = Field(
         default="leave-out",
-        description="DICOM files with one of `shared_ids`: the same; `keep`: all with one id count "
+        description="images with one of `shared_ids`: the same; `keep`: all with one id count "
         "as one patient",
     )
 

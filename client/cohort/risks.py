@@ -36,7 +36,8 @@ def find_risks(
     """All risks that are there, none that is not."""
     risks = [
         *_of_patients(dataset, found), *_of_classes(dataset, found), *_of_copies(index),
-        *_of_ids(dataset, index), *_of_people(index), *_of_parts(found), *_of_series(found, index),
+        *_of_ids(dataset, index, left_out), *_of_people(index), *_of_parts(found),
+        *_of_series(found, index),
         *_of_labels(left_out),
     ]  # fmt: skip
     return [risk for risk in risks if risk.count]
@@ -181,24 +182,28 @@ def _of_people(index: Index) -> list[Risk]:
 
 _FATE: Final = {
     "leave-out": "they are left out", "refuse": "nothing is frozen until then",
-    "study": "until then each study counts as a patient", "keep": "these count as one patient",
-    "series": "until then each series counts as a patient",
+    "study": "until then each study or image counts as a patient",
+    "keep": "these count as one patient",
+    "series": "until then each series or image counts as a patient",
 }  # fmt: skip
 
 
-def _of_ids(dataset: DatasetSection, index: Index) -> list[Risk]:
-    def count(condition: str) -> int:
+def _of_ids(dataset: DatasetSection, index: Index, left_out: Counter[str]) -> list[Risk]:
+    def count(condition: str, reason: str = "") -> int:
         row = index.connection.execute(f"SELECT count(*) FROM files WHERE {condition}").fetchone()
-        return int(row[0])
+        # Of ids that stand in a table and not in the files, the index knows nothing.
+        return max(int(row[0]), left_out[reason] if reason else 0)
 
     return [
         Risk(
-            rule="a patient id stands for one patient", count=count("nobody = 'shared'"),
-            severity="high", fix=f"Give each patient an id; {_FATE[dataset.patients.shared]}",
+            rule="a patient id stands for one patient", severity="high",
+            count=count("nobody = 'shared'", reasons.SHARED_PATIENT),
+            fix=f"Give each patient an id; {_FATE[dataset.patients.shared]}",
         ),
         Risk(
-            rule="every image names its patient", count=count("nobody = 'missing' AND rows > 0"),
-            severity="medium", fix=f"Fill in PatientID; {_FATE[dataset.patients.missing]}",
+            rule="every image names its patient", severity="medium",
+            count=count("nobody = 'missing' AND rows > 0", reasons.NO_PATIENT),
+            fix=f"Fill in its id; {_FATE[dataset.patients.missing]}",
         ),
         Risk(
             rule="no text is burnt into the pixels",

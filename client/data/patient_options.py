@@ -25,7 +25,8 @@ class PatientOptions:
     missing, shared : str
         What becomes of images without an id, and of those with a shared one: "leave-out" counts
         them; "refuse" does too, and no study may use the dataset; "study" and "series" take each
-        study or series for a patient of its own; "keep" takes all with one id for one patient.
+        study or series (in folders of pictures and NIfTI: each image) for a patient of its own;
+        "keep" takes all with one id for one patient.
     """
 
     shared_ids: frozenset[str] = frozenset()

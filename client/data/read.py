@@ -23,8 +23,8 @@ from fedward.plan.schema import Task
 
 _READERS: Final[dict[Format, Callable[[Path, Task, DatasetSpec], Dataset]]] = {
     "npz": lambda root, task, _: npz.read(root, task),
-    "folders": lambda root, task, spec: pictures.read(root, task, spec.labels),
-    "nifti": lambda root, task, spec: nifti.read(root, task, spec.labels),
+    "folders": lambda root, task, spec: pictures.read(root, task, spec.labels, spec.patients),
+    "nifti": lambda root, task, spec: nifti.read(root, task, spec.labels, spec.patients),
     "dicom": lambda root, task, spec: dicom.read(
         root, task, spec.masks, spec.patients, spec.labels
     ),
@@ -47,7 +47,7 @@ class DatasetSpec:
     masks : MaskOptions
         DICOM: what segments mean.
     patients : PatientOptions
-        DICOM: what missing and shared patient ids mean.
+        What missing and shared patient ids mean.
     labels : LabelOptions
         Where the table of labels lies, and what its words mean.
     """

@@ -241,7 +241,9 @@ def test_a_link_that_breaks_in_the_middle_loses_no_order_and_holds_up_nobody(
     nodes = [int(fleet.node.node_id) for fleet in fleets]
     session = RunSession(link, superlink.runtime_secret, tmp_path / "lock")
     grid = StudyGrid(session.grid, nodes, threading.Event())
-    content = RecordDict({"arrays": ArrayRecord({"w": Array(np.arange(4.0))})})
+    # So much that does not compress that the cut below is in its middle.
+    noise = np.random.default_rng(0).normal(size=500)
+    content = RecordDict({"arrays": ArrayRecord({"w": Array(noise)})})
 
     # Receiving: the order comes again until it is confirmed, and then never.
     answers = grid.replies([Message(content, n, MessageType.TRAIN) for n in nodes], 20)

@@ -5,7 +5,8 @@
   ``patient`` and ``split``;
 * segmentation: ``images/`` and ``masks/`` with the same stems.
 
-``patients.csv`` (``image``, ``patient``) names the patients; without it each image counts as one.
+``patients.csv`` (``image``, ``patient``) names the patients; without any such column each image
+counts as one.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from numpy.typing import NDArray
 from client.data import labels, reasons
 from client.data.files import folders, stem, table_keys, walk
 from client.data.label_options import TABLES, LabelOptions
+from client.data.patient_options import PatientOptions
+from client.data.readers.people import People, people_of
 from client.data.readers.pictures import Picture, PictureMask, is_picture
-from client.data.tables import SPLIT_NAMES, Entry, Table, read_table
+from client.data.tables import SPLIT_NAMES, Entry, read_table
 from client.data.types import Dataset, Image, LeftOut, Sample, SplitName
 from fedward.errors import DataError
 from fedward.plan.schema import Task
@@ -30,7 +33,10 @@ _KEYS = ("image", "file")
 Item = tuple[Path, Sample | str]
 
 
-def read(root: Path, task: Task, options: LabelOptions | None = None) -> Dataset:
+def read(
+    root: Path, task: Task, options: LabelOptions | None = None,
+    patients: PatientOptions | None = None,
+) -> Dataset:  # fmt: skip
     """Read a picture folder.
 
     Parameters
@@ -41,19 +47,21 @@ def read(root: Path, task: Task, options: LabelOptions | None = None) -> Dataset
         What its labels or masks are for.
     options : LabelOptions, optional
         Where the table of labels lies, and what its words mean.
+    patients : PatientOptions, optional
+        What missing and shared patient ids of a table mean.
 
     Raises
     ------
     DataError
         The folder has none of the known layouts, or a table cannot be read.
     """
-    patients = patient_table(root)
+    people = people_of(root, patients)
     if task.kind == "segmentation":
-        return collect(root, _pairs(root, patients))
+        return collect(root, _pairs(root, people))
     options = options or LabelOptions()
     if options.table(root) is not None:
-        return labelled(root, root, is_picture, Picture, patients, task, options)
-    return collect(root, _classes(root, patients, task, options))
+        return labelled(root, root, is_picture, Picture, people, task, options)
+    return collect(root, _classes(root, people, task, options))
 
 
 def collect(root: Path, items: Iterator[Item]) -> Dataset:
@@ -68,41 +76,18 @@ def collect(root: Path, items: Iterator[Item]) -> Dataset:
     return Dataset(tuple(samples), tuple(left_out))
 
 
-def patient_table(root: Path) -> Table | None:
-    """``patients.csv``, where there is one."""
-    path = root / "patients.csv"
-    return read_table(path, _KEYS, None) if path.is_file() else None
-
-
-def patient_of(file: Path, keys: tuple[str, ...], own: str, table: Table | None) -> str:
-    """The patient of an image: the label table's word, then ``patients.csv``, then the file.
-
-    Raises
-    ------
-    DataError
-        "no patient id": there is a table, and it does not tell whose the image is.
-    """
-    if own:
-        return own
-    if table is None:
-        return keys[0]
-    entry = table.find(keys)
-    if entry is None or entry.reason or not entry.patient:
-        raise reasons.unusable(reasons.NO_PATIENT)
-    return entry.patient
-
-
 def labelled(
     root: Path,
     base: Path,
     wanted: Callable[[Path], bool],
     loader: Callable[[Path], Callable[[], Image]],
-    patients: Table | None,
+    people: People,
     task: Task,
     options: LabelOptions,
 ) -> Dataset:
     """Images under `base` with the labels of a table (of `root`, unless the site names one)."""
     table = read_table(options.table(root) or root / TABLES[0], _KEYS, task, options)
+    people = people.beside(table)
     files = [f for f in walk(base, without=("masks",)) if wanted(f)]
     keys = table_keys(files, (root, base))
     used: set[str] = set()
@@ -111,7 +96,7 @@ def labelled(
         for file in files:
             entry = table.find(keys[file])
             used.add(entry.key if entry else "")
-            yield file, _labelled(file, keys[file], entry, loader, patients)
+            yield file, _labelled(file, keys[file], entry, loader, people)
 
     taken = collect(root, items())
     idle = tuple(LeftOut(reasons.NO_IMAGE, key) for key in table.entries if key not in used)
@@ -123,12 +108,12 @@ def _labelled(
     keys: tuple[str, ...],
     entry: Entry | None,
     loader: Callable[[Path], Callable[[], Image]],
-    patients: Table | None,
+    people: People,
 ) -> Sample | str:
     if entry is None or entry.label is None:
         return entry.reason if entry and entry.reason else reasons.NO_LABEL
     try:
-        patient = patient_of(file, keys, entry.patient, patients)
+        patient = people.of(keys, entry.patient)
     except DataError as error:
         return reasons.reason_of(error)
     return Sample(patient, loader(file), entry.label, split=entry.split, columns=entry.columns)
@@ -139,7 +124,7 @@ def pairs(
     masks: Path,
     wanted: Callable[[Path], bool],
     build: Callable[[Path, Path], tuple[Callable[[], Image], Callable[[], NDArray[np.uint8]]]],
-    patients: Table | None,
+    people: People,
 ) -> Iterator[Item]:
     """Images with the mask of the same place and stem."""
     files = [f for f in walk(images) if wanted(f)]
@@ -155,7 +140,7 @@ def pairs(
         elif len(found) > 1 or names[_place(file, images)] > 1:
             yield file, reasons.DUPLICATE
         else:
-            yield file, _pair(file, keys[file], build(file, found[0]), patients)
+            yield file, _pair(file, keys[file], build(file, found[0]), people)
     for name in sorted(set(by_name) - set(names)):
         yield by_name[name][0], reasons.NO_IMAGE
 
@@ -168,18 +153,18 @@ def _pair(
     file: Path,
     keys: tuple[str, ...],
     parts: tuple[Callable[[], Image], Callable[[], NDArray[np.uint8]]],
-    patients: Table | None,
+    people: People,
 ) -> Sample | str:
     try:
-        patient = patient_of(file, keys, "", patients)
+        patient = people.of(keys)
     except DataError as error:
         return reasons.reason_of(error)
-    entry = patients.find(keys) if patients else None
+    entry = people.find(keys)
     split, columns = (entry.split, entry.columns) if entry else (None, {})
     return Sample(patient, parts[0], mask=parts[1], split=split, columns=columns)
 
 
-def _pairs(root: Path, patients: Table | None) -> Iterator[Item]:
+def _pairs(root: Path, people: People) -> Iterator[Item]:
     if not ((root / "images").is_dir() and (root / "masks").is_dir()):
         raise DataError(
             "a segmentation folder must hold images/ and masks/",
@@ -190,13 +175,11 @@ def _pairs(root: Path, patients: Table | None) -> Iterator[Item]:
         root / "masks",
         is_picture,
         lambda image, mask: (Picture(image), PictureMask(mask)),
-        patients,
+        people,
     )
 
 
-def _classes(
-    root: Path, patients: Table | None, task: Task, options: LabelOptions
-) -> Iterator[Item]:
+def _classes(root: Path, people: People, task: Task, options: LabelOptions) -> Iterator[Item]:
     files = [f for f in walk(root) if is_picture(f)]
     keys = table_keys(files, (root,))
     names = {folder.name.lower() for folder in folders(root)}
@@ -204,7 +187,7 @@ def _classes(
     for file in files:
         parts = file.relative_to(root).parts[:-1]
         split: SplitName | None = SPLIT_NAMES[parts[0].lower()] if divided and parts else None
-        yield file, _of_class(file, keys[file], parts[divided:], split, patients, task, options)
+        yield file, _of_class(file, keys[file], parts[divided:], split, people, task, options)
 
 
 def _of_class(
@@ -212,13 +195,13 @@ def _of_class(
     keys: tuple[str, ...],
     parts: tuple[str, ...],
     split: SplitName | None,
-    patients: Table | None,
+    people: People,
     task: Task,
     options: LabelOptions,
 ) -> Sample | str:
     try:
         index = options.class_of_folder(parts[0] if parts else "", task)
-        patient = patient_of(file, keys, "", patients)
+        patient = people.of(keys)
     except DataError as error:
         return reasons.reason_of(error)
     label = labels.flags({index}, task) if task.multi_label else (index,)

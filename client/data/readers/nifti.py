@@ -20,8 +20,10 @@ from client.data import reasons
 from client.data.files import file_identity
 from client.data.label_options import LabelOptions
 from client.data.masks import label_map
+from client.data.patient_options import PatientOptions
 from client.data.quiet import quiet
 from client.data.readers import folders
+from client.data.readers.people import people_of
 from client.data.types import Dataset, Image
 from fedward.errors import DataError
 from fedward.plan.schema import Task
@@ -76,7 +78,10 @@ class NiftiMask:
         return file_identity(self.path, self.dimensions)
 
 
-def read(root: Path, task: Task, options: LabelOptions | None = None) -> Dataset:
+def read(
+    root: Path, task: Task, options: LabelOptions | None = None,
+    patients: PatientOptions | None = None,
+) -> Dataset:  # fmt: skip
     """Read a NIfTI folder.
 
     Parameters
@@ -87,19 +92,21 @@ def read(root: Path, task: Task, options: LabelOptions | None = None) -> Dataset
         What its labels or masks are for.
     options : LabelOptions, optional
         Where the table of labels lies, and what its words mean.
+    patients : PatientOptions, optional
+        What missing and shared patient ids of a table mean.
 
     Raises
     ------
     DataError
         The folder does not have the layout that the task needs.
     """
-    patients = folders.patient_table(root)
+    people = people_of(root, patients)
     images, masks = _folder(root, _IMAGES), _folder(root, _MASKS)
     d = task.dimensions
     options = options or LabelOptions()
     if task.kind == "classification" and options.table(root) is not None:
         return folders.labelled(
-            root, images or root, is_nifti, lambda f: NiftiImage(f, d), patients, task, options
+            root, images or root, is_nifti, lambda f: NiftiImage(f, d), people, task, options
         )
     if task.kind == "classification" or images is None or masks is None:
         needs = "labels.csv" if task.kind == "classification" else "images/ and labels/"
@@ -108,7 +115,7 @@ def read(root: Path, task: Task, options: LabelOptions | None = None) -> Dataset
             fix="See the data page for the layouts",
         )
     items = folders.pairs(
-        images, masks, is_nifti, lambda i, m: (NiftiImage(i, d), NiftiMask(m, d, i)), patients
+        images, masks, is_nifti, lambda i, m: (NiftiImage(i, d), NiftiMask(m, d, i)), people
     )
     return folders.collect(root, items)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image as Pillow
 
 from client.cohort.build import usable
 from client.cohort.freeze import make_cohort
@@ -113,6 +114,30 @@ def test_a_site_may_refuse_them(people, reading, key):
         with pytest.raises(DataError, match="refuses"):
             work.samples(None, strict=True)
     assert caught.value.value == f"{'no' if key == 'missing' else 'shared'} patient id: 3"
+
+
+@pytest.mark.integration
+def test_the_rules_hold_for_pictures_whose_patients_a_table_names(tmp_path, reading):
+    root, site = tmp_path / "export", tmp_path / "site.toml"
+    root.mkdir()
+    rows = ["image,label,patient"]
+    for k, patient in enumerate(("P1", "P2", "ANON", "Anon", "")):
+        Pillow.fromarray(RNG.integers(0, 255, (8, 8)).astype(np.uint8)).save(root / f"{k}.png")
+        rows.append(f"{k}.png,{'sick' if k % 2 else 'well'},{patient}")
+    (root / "labels.csv").write_text("\n".join(rows) + "\n")
+    text = SITE.replace('"dicom"', '"folders"') + "[datasets.chest.patients]\n"
+    site.write_text(text + 'missing = "study"\n')
+    with reading(site) as work:
+        found = make_report("chest", work.dataset, work.index, work.extract)
+        assert (found.samples, found.sample_patients) == (3, 3)
+        assert found.left_out == {"shared patient id": 2}
+        assert risks_of(found)["a patient id stands for one patient"] == 2
+    site.write_text(text + 'shared = "refuse"\n')
+    with reading(site) as work:
+        found = make_report("chest", work.dataset, work.index, work.extract)
+        assert risks_of(found)["every image names its patient"] == 1
+        with pytest.raises(DataError, match="refuses"):
+            work.samples(None, strict=True)
 
 
 @pytest.mark.integration
