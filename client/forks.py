@@ -26,6 +26,7 @@ from typing import Any, Final
 
 _MOST: Final = 1 << 20
 _GONE: Final = 10.0
+_LOOK: Final = 0.5
 _SPAWN: Final = multiprocessing.get_context("spawn")
 
 
@@ -89,6 +90,7 @@ class _Template:
 
     def close(self) -> None:
         self._socket.close()
+        self._process.kill()  # it holds nothing that could be lost
         self._process.join(1.0)
 
 
@@ -140,6 +142,10 @@ def _offer(orders: socket.socket) -> None:
     """What the template does: fork on demand, until nobody asks any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGCHLD, _reap)
+    # In the middle of an import it would not hear that nobody asks any more.
+    parent = os.getppid()
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(0) if os.getppid() != parent else None)
+    signal.setitimer(signal.ITIMER_REAL, _LOOK, _LOOK)
     with suppress(OSError):  # whoever asked is gone, and so is what was forked for it
         while _fork_one(orders):
             pass
@@ -176,6 +182,7 @@ def _become(target: Callable[[Connection], None], handle: int) -> None:
     code = 1
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
         target(Connection(handle))
         code = 0
