@@ -12,7 +12,6 @@ import importlib
 import json
 import multiprocessing
 import os
-import select
 import signal
 import socket
 import sys
@@ -21,11 +20,15 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any, Final
+
+from client.daemon.isolation import undumpable
+from fedward.errors import DeviceError
 
 _MOST: Final = 1 << 20
 _GONE: Final = 10.0
+_LEAVE: Final = 0.5
 _LOOK: Final = 0.5
 _SPAWN: Final = multiprocessing.get_context("spawn")
 
@@ -56,15 +59,21 @@ class Fork:
         self.handle = -1
 
     def wait(self, seconds: float) -> bool:
-        """Whether it was gone within so many seconds."""
-        end = time.monotonic() + seconds
-        select.select([self.handle], [], [], seconds)
-        while time.monotonic() < end:
-            try:
-                signal.pidfd_send_signal(self.handle, 0)
-            except ProcessLookupError:
-                return True
+        """Whether it ended within so many seconds."""
+        if not wait([self.handle], seconds):
+            return False
+        # Its parent takes leave of it, or this process where it is the first of a container.
+        end = time.monotonic() + _LEAVE
+        while time.monotonic() < end and self._is_listed():
+            with suppress(ChildProcessError):
+                os.waitpid(self.pid, os.WNOHANG)
             time.sleep(0.001)
+        return True
+
+    def _is_listed(self) -> bool:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.handle, 0)
+            return True
         return False
 
 
@@ -114,12 +123,12 @@ def fork(
 
     Raises
     ------
-    OSError, EOFError
+    DeviceError
         No process can be started.
     """
     global _template
     with _lock:
-        for attempt in range(2):
+        for _ in range(2):
             if _template is None or _template.owner != os.getpid():
                 _template = _Template()
             try:
@@ -127,9 +136,12 @@ def fork(
             except BaseException as error:  # after Ctrl-C an answer would be another's
                 _template.close()
                 _template = None
-                if attempt or not isinstance(error, OSError | EOFError):
+                if not isinstance(error, OSError | EOFError):
                     raise
-    raise AssertionError
+    raise DeviceError(
+        "this machine must let a process be started that reads images",
+        fix="Free some memory, or raise the limit of processes; it needs Linux 5.3 or later",
+    )
 
 
 @atexit.register
@@ -140,6 +152,7 @@ def _end() -> None:
 
 def _offer(orders: socket.socket) -> None:
     """What the template does: fork on demand, until nobody asks any more."""
+    undumpable()  # what reads images has its parent's walls, and shows nobody its memory
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGCHLD, _reap)
     # In the middle of an import it would not hear that nobody asks any more.

@@ -86,8 +86,9 @@ class Worker(Generic[Item, Result]):
         self.connection, theirs = Pipe()
         self.process = fork(_serve, list(_modules(self.work)), theirs)
         theirs.close()
-        self.connection.send((self.work, self.memory))
         self.item, self.ready = None, False
+        with suppress(OSError):  # it died already; whoever listens to it hears that
+            self.connection.send((self.work, self.memory))
 
     def give(self, item: Item) -> None:
         """Give it something to do."""
@@ -96,7 +97,8 @@ class Worker(Generic[Item, Result]):
         except OSError:  # it died while it had nothing to do, which is no item's fault
             self.end()
             self.start()
-            self.connection.send((item, self.seconds))
+            with suppress(OSError):
+                self.connection.send((item, self.seconds))
         self.item, self.since = item, time.monotonic()
 
     @property

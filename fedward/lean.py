@@ -1,6 +1,6 @@
 """MONAI without what only its drawing needs, and for whatever user it starts.
 
-MONAI looks for every optional package at its own import, and takes half of its time for two that
+MONAI looks for every optional package at its own import, and takes more than a second for two that
 nothing here needs of it: matplotlib (its notebook plots) and scikit-learn (one metric). Whoever
 imports them for themselves gets them as ever.
 """

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import queue
 import random
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -215,7 +216,8 @@ class Connector:
         """The trainer hears of it first, so that its audit log has it; then the asker does."""
         _LOG.warning("a message could not be read: %s", error.rule)
         order = Packet("order", {"unreadable": error.rule})
-        self._take(_in_hand(error.envelope, "describe", order), keep=True)
+        # What is written down at the trainer comes in time, whatever its sender says of its time.
+        self._take(replace(_in_hand(error.envelope, "describe", order), until=math.inf), keep=True)
 
     def _take(self, message: InHand, *, keep: bool = False) -> None:
         if message.name in self._in_hand:
@@ -226,7 +228,8 @@ class Connector:
         self._pool.submit(self._ask, message)
 
     def _ask(self, message: InHand) -> None:
-        if time.time() > message.until:  # it waited for too long: its round is over
+        if time.time() > message.until:
+            _LOG.info("an order waited until its round was over, and is not carried out")
             self._forget(message)
             return
         try:

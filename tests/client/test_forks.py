@@ -22,7 +22,7 @@ from client.forks import Fork, fork
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.integration
 MODULE = """
-import os, sys, threading
+import ctypes, os, sys, threading
 def tell(connection):
     opened = []
     for name in os.listdir("/proc/self/fd"):
@@ -31,7 +31,8 @@ def tell(connection):
         except OSError:
             pass
     connection.send([os.getpid(), sorted(opened), threading.active_count(),
-                     "decimal" in sys.modules, len(os.listdir("/proc/self/task"))])
+                     "decimal" in sys.modules, len(os.listdir("/proc/self/task")),
+                     ctypes.CDLL(None).prctl(3)])
     connection.recv()
 """
 ORPHANS = """
@@ -72,9 +73,10 @@ def test_it_has_its_pipe_and_nothing_else_of_this_process(told: Any, tmp_path: P
         (first, one), (second, two) = start(told), start(told)
         pids = []
         for made, connection in ((first, one), (second, two)):
-            pid, opened, threads, imported, tasks = connection.recv()
+            pid, opened, threads, imported, tasks, dumpable = connection.recv()
             assert pid == made.pid
             assert (threads, tasks, imported) == (1, 1, True)
+            assert dumpable == 0  # no other process of this user can look into it
             sockets = [name for name in opened if name.startswith("socket:")]
             assert len(sockets) == 1
             assert not any(str(tmp_path) in name for name in opened)

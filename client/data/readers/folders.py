@@ -22,14 +22,13 @@ from client.data import labels, reasons
 from client.data.files import folders, stem, table_keys, walk
 from client.data.label_options import TABLES, LabelOptions
 from client.data.patient_options import PatientOptions
-from client.data.readers.people import People, people_of
+from client.data.readers.people import KEYS, People, people_of
 from client.data.readers.pictures import Picture, PictureMask, is_picture
 from client.data.tables import SPLIT_NAMES, Entry, read_table
 from client.data.types import Dataset, Image, LeftOut, Sample, SplitName
 from fedward.errors import DataError
 from fedward.plan.schema import Task
 
-_KEYS = ("image", "file")
 Item = tuple[Path, Sample | str]
 
 
@@ -86,7 +85,7 @@ def labelled(
     options: LabelOptions,
 ) -> Dataset:
     """Images under `base` with the labels of a table (of `root`, unless the site names one)."""
-    table = read_table(options.table(root) or root / TABLES[0], _KEYS, task, options)
+    table = read_table(options.table(root) or root / TABLES[0], KEYS, task, options)
     people = people.beside(table)
     files = [f for f in walk(base, without=("masks",)) if wanted(f)]
     keys = table_keys(files, (root, base))

@@ -11,7 +11,7 @@ from client.data import reasons
 from client.data.patient_options import PatientOptions
 from client.data.tables import Entry, Table, read_table
 
-_KEYS: Final = ("image", "file")
+KEYS: Final = ("image", "file")
 
 
 @dataclass(frozen=True)
@@ -83,5 +83,5 @@ def people_of(root: Path, options: PatientOptions | None = None) -> People:
         The table cannot be read.
     """
     path = root / "patients.csv"
-    table = read_table(path, _KEYS, None) if path.is_file() else None
+    table = read_table(path, KEYS, None) if path.is_file() else None
     return People(table, options or PatientOptions())
