@@ -297,14 +297,19 @@ def test_an_order_that_waited_until_its_round_was_over_is_not_carried_out(
     first = send(session, *(order(node, f"first {number}") for number in range(4)))
     until(lambda: len(site.desk.asked) == 4)  # as many as it hands on at once
     send(session, order(node, "waits", ttl=3.0))
+    bad = bad_messages(node)["text for a number"]
+    bad.metadata.ttl = 3.0
+    assert all(session.grid._grid.push_messages([bad]))
     began = time.monotonic()
-    until(lambda: len(site.spooled()) == 5)
+    until(lambda: len(site.spooled()) == 6)
     until(lambda: time.monotonic() - began > 3.2)
     site.desk.free.set()
     for identifier in first:
         reply(session, identifier)
     until(lambda: not site.spooled())
     assert "waits" not in site.desk.asked
+    # What was no order at all is still heard of at the trainer, whose audit log must have it.
+    assert len([asked for asked in site.desk.asked if "unreadable" in asked]) == 1
 
 
 @pytest.fixture
