@@ -92,7 +92,7 @@ class _Template:
     ) -> Fork:
         order = [sys.path, [target.__module__, target.__qualname__], list(modules)]
         socket.send_fds(self._socket, [json.dumps(order).encode()], [connection.fileno()])
-        answer, handles, _, _ = socket.recv_fds(self._socket, 64, 1)
+        answer, handles, _, _ = socket.recv_fds(self._socket, 64, 1, socket.MSG_CMSG_CLOEXEC)
         if not handles:
             raise EOFError("the template ended")
         return Fork(int(answer), handles[0])
@@ -165,7 +165,7 @@ def _offer(orders: socket.socket) -> None:
 
 
 def _fork_one(orders: socket.socket) -> bool:
-    order, handles, _, _ = socket.recv_fds(orders, _MOST, 1)
+    order, handles, _, _ = socket.recv_fds(orders, _MOST, 1, socket.MSG_CMSG_CLOEXEC)
     if not order:
         return False
     target = _load(*json.loads(order))
