@@ -1,5 +1,5 @@
 """What both sides of a study must agree on."""
 
-from fedward.lean import prepare_monai
+from fedward.lean import prepare
 
-prepare_monai()
+prepare()

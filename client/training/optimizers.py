@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -11,23 +13,40 @@ from torch import nn
 from fedward.plan.schema import Plan
 
 
+def _plain(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """The same optimiser, whose step does not load torch's compiler to ask that it be left alone.
+
+    That takes longer than torch's own import, in every process that trains.
+    """
+    step = inspect.unwrap(kind.step)
+
+    @torch.no_grad()
+    def alone(self: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> Any:
+        return step(self, closure)
+
+    return type(kind.__name__, (kind,), {"step": alone})
+
+
+_KINDS: Final[dict[str, Callable[..., torch.optim.Optimizer]]] = {
+    "sgd": _plain(torch.optim.SGD),
+    "adam": _plain(torch.optim.Adam),
+    "adamw": _plain(torch.optim.AdamW),
+}
+
+
 def build_optimizer(plan: Plan, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimiser, its learning rate set anew by :func:`set_rate` before each step.
 
-    A fused optimiser on a GPU and a multi-tensor one on a CPU: many small parameters would
-    otherwise cost more in Python than in arithmetic.
+    It steps over all parameters at once: many small ones would otherwise cost more in Python than
+    in arithmetic.
     """
     training, chosen = plan.training, list(parameters)
+    settings: dict[str, Any] = {
+        "lr": 0.0, "weight_decay": training.weight_decay, "foreach": True
+    }  # fmt: skip
     if training.optimizer == "sgd":
-        return torch.optim.SGD(
-            chosen,
-            lr=0.0,
-            momentum=training.momentum,
-            weight_decay=training.weight_decay,
-            foreach=True,
-        )
-    kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
-    return kind(chosen, lr=0.0, weight_decay=training.weight_decay, foreach=True)
+        settings["momentum"] = training.momentum
+    return _KINDS[training.optimizer](chosen, **settings)
 
 
 def rate_at(plan: Plan, round_: int, part: float) -> float:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fedward.errors import PlanError
+from fedward.lean import plain_shapes
 from fedward.models import classifiers, segmenters
 from fedward.plan.schema import ModelName, Plan
 
@@ -89,6 +90,7 @@ def _output_shape(plan_json: str) -> tuple[int, ...] | None:
     plan = Plan.model_validate_json(plan_json)
     shape = (2, plan.preprocessing.channels, *plan.preprocessing.size)
     try:
-        return tuple(outline(plan)(torch.empty(shape, device="meta")).shape)
+        with plain_shapes():
+            return tuple(outline(plan)(torch.empty(shape, device="meta")).shape)
     except (RuntimeError, ValueError):
         return None
