@@ -158,14 +158,14 @@ class Desk:
 class Site:
     """A connector in this process, at an address, before a desk of its own."""
 
-    def __init__(self, folder: Path, address: str, ca: bytes, key: Any) -> None:
+    def __init__(self, folder: Path, address: str, ca: bytes, key: Any, idle: float) -> None:
         folder.mkdir()
         (folder / "ca.pem").write_bytes(ca)
         self.desk, self.stop, self.folder = Desk(), threading.Event(), folder
         self._end = serve(self.desk, folder / "run" / "t.sock", 1 << 24)
         server = ServerSection(
             address=address, ca=folder / "ca.pem", state=folder / "connector", retry_seconds=0.4,
-            idle_seconds=0.3, max_download_mib=1,
+            idle_seconds=idle, max_download_mib=1,
         )  # fmt: skip
         self.connector = Connector(
             "north", server, folder / "run" / "t.sock", key, "hidden", "1", self.stop
@@ -231,10 +231,11 @@ def make_site(
     """Builds a site at an address that is enrolled; gives its number too."""
     made: list[Site] = []
 
-    def build(address: str = "") -> tuple[Site, int]:
+    def build(address: str = "", idle: float = 0.3) -> tuple[Site, int]:
         key, public = new_key()
         node = control.register(public, "north")
-        made.append(Site(tmp_path / f"s{len(made)}", address or server.address, server.ca, key))
+        folder = tmp_path / f"s{len(made)}"
+        made.append(Site(folder, address or server.address, server.ca, key, idle))
         return made[-1], node
 
     yield build
@@ -545,8 +546,9 @@ def test_a_question_is_held_until_an_order_comes_and_nothing_asks_for_code(
         return Counting.calls["pull-messages"] - before
 
     assert 3 <= pulls(1.5) <= 6  # every 0.3 s
-    lasting = site.connector.server.model_copy(update={"idle_seconds": 20.0})
-    site.connector.server = lasting
+    site.close()
+    site, node = make_site(idle=20.0)
+    until(lambda: site.link["state"] == "online")
     until(lambda: pulls(0.5) == 0)
     began = time.monotonic()
     (identifier,) = send(session, order(node, "x"))
