@@ -106,6 +106,20 @@ class SiteConfig(Section):
         return self.datasets[name]
 
 
+def hidden_places(config: SiteConfig) -> list[Path]:
+    """What the connector must not see: the site's state, the datasets, their tables of labels."""
+    tables = (one.labels.file for one in config.datasets.values())
+    return [
+        config.site.state, *(one.root for one in config.datasets.values()),
+        *(table for table in tables if table is not None),
+    ]  # fmt: skip
+
+
+def trusted_places(config: SiteConfig) -> list[Path]:
+    """What the connector must not be able to change: this release, and whom the site trusts."""
+    return [Path(__file__).parent, *([config.server.ca] if config.server else [])]
+
+
 def load_config(path: Path, *, datasets_here: bool = True) -> SiteConfig:
     """Read and validate ``site.toml``; relative paths in it are relative to its folder.
 
@@ -186,7 +200,7 @@ def _placed_server(server: ServerSection, folder: Path) -> ServerSection:
 
 def _check_apart(config: SiteConfig) -> None:
     """What the connector may see must not lie where the images or the secrets are."""
-    hidden = [config.site.state, *(one.root for one in config.datasets.values())]
+    hidden = hidden_places(config)
     seen = {"trainer.socket": config.trainer.socket.parent}
     if config.server is not None:
         seen |= {"server.state": config.server.state, "server.ca": config.server.ca}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import os
@@ -11,10 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from fedward.errors import ConfigError
+from fedward.errors import ConfigError, OutputError
 
 _NAME: Final = "site.secret"
 _LENGTH: Final = 32
+# What was made with the secret, and says nothing without it.
+_HANG_ON_IT: Final = ("audit", "ledger.sqlite")
+_RESTORE: Final = "Restore site.secret from a backup; ledger and audit log hang on it"
 
 
 class Pseudonyms:
@@ -46,23 +50,40 @@ class Pseudonyms:
 
 
 def site_secret(state: Path) -> bytes:
-    """The secret in the site's state folder, made when there is none.
+    """The secret in the site's state folder, made when the folder is new.
 
     Raises
     ------
     ConfigError
-        Others can read it, it is of the wrong length, or it cannot be written.
+        Others can read it, it is of the wrong length, or it is gone from a folder in use.
+    OutputError
+        It cannot be written now.
+    """
+    path = state / _NAME
+    if not path.exists():
+        if any((state / name).exists() for name in _HANG_ON_IT):
+            raise _gone()
+        _made(path)
+    return existing_secret(state)
+
+
+def existing_secret(state: Path) -> bytes:
+    """The secret in the site's state folder, which nothing is written to.
+
+    Raises
+    ------
+    ConfigError
+        It is not there, others can read it, or it is of the wrong length.
     """
     path = state / _NAME
     try:
-        state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with suppress(FileExistsError):
-            _make(path)
         mode, secret = path.stat().st_mode, path.read_bytes()
+    except FileNotFoundError:
+        raise _gone() from None
     except OSError as error:
         raise ConfigError(
-            "the state folder must be writable", value=os.strerror(error.errno or 0),
-            fix="Give it to the user that runs this", where="site.state",
+            "the site's secret must be readable", value=os.strerror(error.errno or 0),
+            fix="Give the state folder to the user that runs this", where="site.state",
         ) from None  # fmt: skip
     if stat.S_IMODE(mode) & 0o077:
         raise ConfigError(
@@ -71,11 +92,28 @@ def site_secret(state: Path) -> bytes:
         )  # fmt: skip
     if len(secret) != _LENGTH:
         raise ConfigError(
-            f"the site's secret must have {_LENGTH} bytes", value=len(secret),
-            fix="Restore it from a backup; with a new one, index all datasets again",
+            f"the site's secret must have {_LENGTH} bytes", value=len(secret), fix=_RESTORE,
             where="site.state",
         )  # fmt: skip
     return secret
+
+
+def _gone() -> ConfigError:
+    return ConfigError("the site's secret must be there", fix=_RESTORE, where="site.state")
+
+
+def _made(path: Path) -> None:
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            _make(path)
+    except OSError as error:
+        # A disk that is full has room again some time; a folder of somebody else stays his.
+        kind = OutputError if error.errno in (errno.ENOSPC, errno.EDQUOT) else ConfigError
+        raise kind(
+            "the state folder must be writable", value=os.strerror(error.errno or 0),
+            fix="Make room, or give it to the user that runs this", where="site.state",
+        ) from None  # fmt: skip
 
 
 def _make(path: Path) -> None:

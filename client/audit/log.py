@@ -15,7 +15,7 @@ from client.audit.entry import EVENTS, GENESIS, Entry, Event, head, seal
 from client.audit.files import ACTIVE, HEAD, full_segments, last_entry, lines, read_head
 from client.cohort.private import write_private
 from client.filelock import locked
-from client.secret import site_secret
+from client.secret import existing_secret
 from fedward.errors import AuditError, OutputError
 
 _EVIDENCE: Final = "Run fedward-client audit verify; keep the folder and begin with another"
@@ -28,7 +28,7 @@ def audit_folder(state: Path) -> Path:
 
 def audit_key(state: Path) -> bytes:
     """The key of a site's audit log, derived from its secret; raises ConfigError without one."""
-    return hmac.new(site_secret(state), b"audit log 1", hashlib.sha256).digest()
+    return hmac.new(existing_secret(state), b"audit log 1", hashlib.sha256).digest()
 
 
 class _Tail(NamedTuple):

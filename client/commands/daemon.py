@@ -229,10 +229,10 @@ def add_to(app: typer.Typer) -> None:
 def _accept_older(config: Path, *, as_json: bool) -> None:
     from client.config import load_config
     from client.ledger import accept_older, name_secret
-    from client.secret import site_secret
+    from client.secret import existing_secret
 
     state = load_config(config, datasets_here=False).site.state
-    accept_older(state, name_secret(site_secret(state)))
+    accept_older(state, name_secret(existing_secret(state)))
     _plain({"accepted": True}, "The ledger is used as it is, and says so.", as_json=as_json)
 
 

@@ -14,11 +14,10 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from client.config import SiteConfig
+from client.config import SiteConfig, hidden_places, trusted_places
 from client.connector.loop import Connector
 from client.connector.wire import read_ca, use_proxy
-from client.daemon.isolation import find_readable, undumpable
-from client.daemon.launch import hidden_places
+from client.daemon.isolation import find_readable, find_writable, undumpable
 from fedward.console import stop_on_signals
 from fedward.errors import ConfigError
 
@@ -49,6 +48,8 @@ def run_connector(config: SiteConfig, stop: threading.Event | None = None) -> No
     found = find_readable(hidden_places(config))
     if not found.holds:
         _LOG.warning("THE CONNECTOR CAN READ IMAGES: %s", found.text)
+    if not find_writable(trusted_places(config)).holds:
+        _LOG.warning("the connector can change what it runs; see fedward-client doctor")
     Connector(
         site=config.site.name, server=server, socket=config.trainer.socket,
         key=read_key(server.state / KEY_NAME), isolation=found.text, version=version("fedward"),

@@ -9,6 +9,7 @@ keeps a capability with which it could leave.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import socket
@@ -26,10 +27,24 @@ _MS_BIND, _MS_REC, _MS_PRIVATE, _MS_RDONLY = 4096, 16384, 1 << 18, 1
 _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_SET_DUMPABLE = 24, 38, 4
 _LAST_CAPABILITY: Final = 63
 _SIOCGIFFLAGS, _IFF_UP = 0x8913, 0x1
+_MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE, _ATTR_RDONLY = 442, -100, 0x8000, 1
 # With these root still reads files of other users, which is all that a trainer needs it for.
-_KEEP: Final = frozenset({0, 1, 2, 3})
+READ_OTHERS: Final = frozenset({0, 1, 2, 3})
+
+# What a connection attempt says where no packet could leave.
+_NO_WAY: Final = frozenset({
+    errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT
+})  # fmt: skip
 
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _MountAttributes(ctypes.Structure):
+    """``struct mount_attr`` of mount_setattr(2)."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_uint64) for name in ("attr_set", "attr_clr", "propagation", "userns_fd")
+    )
 
 
 @dataclass(frozen=True)
@@ -76,10 +91,31 @@ def cover(places: Iterable[Path]) -> None:
             _mount("/dev/null", place, _MS_BIND)
 
 
-def drop_privileges() -> None:
-    """Give up every capability with which these walls could be left, for ever."""
+def keep_from_writing(but: Iterable[Path]) -> None:
+    """After :func:`cover`, make all else read-only for this process and its children.
+
+    Parameters
+    ----------
+    but : iterable of Path
+        Folders that stay as they are.
+
+    Raises
+    ------
+    OSError
+        The kernel does not let it; it can since Linux 5.12 (mount_setattr(2)).
+    """
+    folders = list(but)
+    for folder in folders:
+        _mount(str(folder), folder, _MS_BIND)
+    _set_attributes(Path("/"), _AT_RECURSIVE, _MountAttributes(attr_set=_ATTR_RDONLY))
+    for folder in folders:
+        _set_attributes(folder, 0, _MountAttributes(attr_clr=_ATTR_RDONLY))
+
+
+def drop_privileges(keep: frozenset[int] = frozenset()) -> None:
+    """Give up every capability but these for ever, so that the walls cannot be left."""
     for number in range(_LAST_CAPABILITY + 1):
-        if number not in _KEEP:
+        if number not in keep:
             _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
     _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
@@ -96,10 +132,20 @@ def find_network() -> Finding:
         return Finding(False, f"{len(names)} network interfaces besides loopback")
     # Documentation addresses (RFC 5737, RFC 3849): nobody is there, but a route would be.
     for family, host in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
-        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))
-            return Finding(False, "a route to other machines")
+        with suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)
+            if probe.connect_ex((host, 9)) not in _NO_WAY:
+                return Finding(False, "a route to other machines")
     return Finding(True, "no interface and no route")
+
+
+def find_writable(places: Iterable[Path | str]) -> Finding:
+    """Whether this process can change any of these folders or files."""
+    listed = list(places)
+    writable = sum(os.access(place, os.W_OK) for place in listed)
+    if writable:
+        return Finding(False, f"{writable} of {len(listed)} places can be changed")
+    return Finding(True, "unchangeable")
 
 
 def find_readable(places: Iterable[Path]) -> Finding:
@@ -160,3 +206,10 @@ def _mount(
     parts = [part.encode() if part else None for part in (source, str(target), kind)]
     if _libc.mount(*parts, flags, options.encode() or None):
         raise OSError(ctypes.get_errno(), "a folder could not be covered")
+
+
+def _set_attributes(place: Path, how: int, wanted: _MountAttributes) -> None:
+    size = ctypes.c_size_t(ctypes.sizeof(wanted))
+    path = str(place).encode()
+    if _libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, path, how, ctypes.byref(wanted), size):
+        raise OSError(ctypes.get_errno(), "what is mounted could not be made read-only")

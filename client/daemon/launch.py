@@ -10,18 +10,22 @@ import os
 import pwd
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from client.config import SiteConfig, load_config
-from client.daemon.isolation import cover, drop_privileges, enter_no_network
+from client.config import SiteConfig, hidden_places, load_config
+from client.daemon.isolation import (
+    READ_OTHERS,
+    cover,
+    drop_privileges,
+    enter_no_network,
+    keep_from_writing,
+)
+from fedward.console import run_command
+from fedward.errors import ConfigError
 
 NO_WALLS: Final = "FEDWARD_NO_WALLS"
-
-
-def hidden_places(config: SiteConfig) -> list[Path]:
-    """What the connector must not see."""
-    return [config.site.state, *(one.root for one in config.datasets.values())]
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -29,31 +33,51 @@ def main(arguments: Sequence[str]) -> None:
 
     Whether they stand is not decided here: each process finds out for itself, and the trainer
     opens no dataset without.
+
+    Raises
+    ------
+    ConfigError
+        ``server.user`` is nobody.
     """
     which, config_path = arguments[0], Path(arguments[1])
     try:
         if which == "trainer":
             enter_no_network()
         else:
-            config = load_config(config_path, datasets_here=False)
-            cover(hidden_places(config))
-            _become(config.server.user if config.server else "")
+            _wall_off(load_config(config_path, datasets_here=False))
     except OSError as error:
         os.environ[NO_WALLS] = os.strerror(error.errno or 0)
-    drop_privileges()
+    drop_privileges(READ_OTHERS if which == "trainer" else frozenset())
     command = [sys.executable, "-m", "client.cli", which, "--config", str(config_path)]
     os.execv(command[0], command)
+
+
+def _wall_off(config: SiteConfig) -> None:
+    """Hide the images from what becomes the connector, and let it change its own folder alone."""
+    server = config.server
+    cover(hidden_places(config))
+    with suppress(OSError):  # an older kernel; the connector finds out, and says so
+        if server is not None:
+            server.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+            keep_from_writing([server.state])
+    _become(server.user if server else "")
 
 
 def _become(user: str) -> None:
     """Be another user, if one is named and this one may."""
     if not user or os.geteuid() != 0:
         return
-    entry = pwd.getpwnam(user)
+    try:
+        entry = pwd.getpwnam(user)
+    except KeyError:
+        raise ConfigError(
+            "the connector's user must exist on this machine", value=user,
+            fix="Make it, or name another", where="server.user",
+        ) from None  # fmt: skip
     os.setgroups([])
     os.setgid(entry.pw_gid)
     os.setuid(entry.pw_uid)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(lambda **_: main(sys.argv[1:]))

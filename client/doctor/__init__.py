@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
-from client.config import SiteConfig
-from client.daemon.isolation import find_network, find_readable
-from client.daemon.launch import hidden_places
+from client.config import SiteConfig, hidden_places, trusted_places
+from client.daemon.isolation import find_network, find_readable, find_writable
 from client.doctor.line import Line, Status
 from client.doctor.machine import datasets, device, disk, memory, policy, wall_line, walls
 
@@ -31,6 +30,7 @@ def examine(config: SiteConfig, process: Process | None = None) -> Iterator[Line
     if process == "connector":
         found = find_readable(hidden_places(config))
         yield wall_line("connector and images", found, allowed=False)
+        yield wall_line("connector and code", find_writable(trusted_places(config)), allowed=True)
         return
     yield disk(config)
     yield memory()

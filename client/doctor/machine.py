@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from client.config import DatasetSection, SiteConfig
+from client.config import DatasetSection, SiteConfig, hidden_places, trusted_places
 from client.daemon.isolation import Finding
-from client.daemon.launch import hidden_places
 from client.doctor.line import Line
 from fedward.errors import FedwardError
 
@@ -81,15 +80,16 @@ def device(config: SiteConfig) -> Iterator[Line]:
 
 def walls(config: SiteConfig) -> Iterator[Line]:
     """Build the walls in two processes of their own, and let each say what it finds."""
-    code = "from client.daemon.isolation import *; enter_no_network(); drop_privileges(); "
-    allowed = config.trainer.allow_networked_trainer
-    yield _wall("trainer's network", code + "f = find_network()", allowed=allowed)
-    places = [str(place) for place in hidden_places(config)]
-    code = (
-        "from pathlib import Path; from client.daemon.isolation import *; "
-        f"p = [Path(x) for x in {places!r}]; cover(p); drop_privileges(); f = find_readable(p)"
-    )
+    begin = "from pathlib import Path; from client.daemon.isolation import *; "
+    code = begin + "enter_no_network(); drop_privileges(); f = find_network()"
+    yield _wall("trainer's network", code, allowed=config.trainer.allow_networked_trainer)
+    hidden = [str(place) for place in hidden_places(config)]
+    begin += f"p = [Path(x) for x in {hidden!r}]; cover(p); "
+    code = begin + "drop_privileges(); f = find_readable(p)"
     yield _wall("connector and images", code, allowed=False)
+    trusted = [str(place) for place in trusted_places(config)]
+    begin += "keep_from_writing([Path.cwd()]); drop_privileges(); "
+    yield _wall("connector and code", begin + f"f = find_writable({trusted!r})", allowed=True)
 
 
 def _wall(name: str, code: str, *, allowed: bool) -> Line:

@@ -299,15 +299,16 @@ def test_devices(make: Callable[..., SiteConfig], monkeypatch: pytest.MonkeyPatc
 def test_walls(make: Callable[..., SiteConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     config = make()
     assert {line.status for line in machine.walls(config)} == {"pass"}
-    # On a kernel that makes no namespaces, both fail; a network that is allowed is a warning.
+    # On a kernel that makes no namespaces, both fail; a network that is allowed is
+    # a warning, and so is a connector that could change the code.
     no = "import client.daemon.isolation as i\ndef no(*a): raise OSError\ni._unshare = no\n"
     wall = machine._wall
     monkeypatch.setattr(
         machine, "_wall", lambda name, code, **more: wall(name, f"{no}{code}", **more)
     )
-    assert [line.status for line in machine.walls(config)] == ["fail", "fail"]
+    assert [line.status for line in machine.walls(config)] == ["fail", "fail", "warn"]
     allowed = make(trainer="allow_networked_trainer = true")
-    assert [line.status for line in machine.walls(allowed)] == ["warn", "fail"]
+    assert [line.status for line in machine.walls(allowed)] == ["warn", "fail", "warn"]
 
 
 def test_datasets(make: Callable[..., SiteConfig], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import stat
@@ -10,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from client.secret import Pseudonyms, site_secret
-from fedward.errors import ConfigError
+from client.secret import Pseudonyms, existing_secret, site_secret
+from fedward.errors import ConfigError, OutputError
 
 
 def test_it_is_made_once_for_its_owner(tmp_path: Path) -> None:
@@ -37,6 +38,33 @@ def test_one_that_is_shared_or_short_is_refused(tmp_path: Path, mode: int, lengt
     path.chmod(mode)
     with pytest.raises(ConfigError, match=r"site\.state"):
         site_secret(tmp_path)
+
+
+@pytest.mark.parametrize("left", ["audit", "ledger.sqlite"])
+def test_one_that_is_gone_is_not_made_anew_where_others_hang_on_it(
+    tmp_path: Path, left: str
+) -> None:
+    (tmp_path / left).touch()
+    with pytest.raises(ConfigError, match=r"must be there.*Restore site\.secret from a backup"):
+        site_secret(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [left]
+
+
+def test_reading_it_needs_no_room_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = site_secret(tmp_path)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr("client.secret.tempfile.mkstemp", full)
+    assert site_secret(tmp_path) == existing_secret(tmp_path) == first
+    # Room comes back, so the daemon tries again; who owns a folder does not change by itself.
+    with pytest.raises(OutputError, match="No space left"):
+        site_secret(tmp_path / "new")
+    with pytest.raises(ConfigError, match="must be there"):
+        existing_secret(tmp_path / "new")
 
 
 def test_pseudonyms_are_keyed_hashes_that_tell_kinds_and_parts_apart() -> None:
