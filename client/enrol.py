@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +14,11 @@ from typing import TYPE_CHECKING, Final
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from pydantic import TypeAdapter, ValidationError
 
+from client.daemon.settings import Address
 from fedward.errors import ConfigError, OutputError
+from fedward.protocol import SITE_NAME
 
 if TYPE_CHECKING:
     from client.config import SiteConfig
@@ -82,10 +86,12 @@ def enrol(folder: Path, name: str, address: str, ca: bytes) -> Enrolment:
     Raises
     ------
     ConfigError
-        There is a key already, or the authority's certificate is none.
+        There is a key already, the authority's certificate is none, or name or address are not
+        as ``site.toml`` wants them.
     OutputError
         The folder cannot be written.
     """
+    _check(name, address)
     try:
         x509.load_pem_x509_certificate(ca)
     except ValueError:
@@ -101,6 +107,45 @@ def enrol(folder: Path, name: str, address: str, ca: bytes) -> Enrolment:
         if not config.exists():
             config.write_text(_TEMPLATE.format(name=name, address=address))
     return Enrolment(public_pem(key), key_fingerprint(key.public_key()), config)
+
+
+def read_authority(path: Path) -> bytes:
+    """The file of the aggregator's authority.
+
+    Raises
+    ------
+    ConfigError
+        It cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            "the aggregator's authority must be a readable file",
+            value=os.strerror(error.errno or 0), fix="Ask the coordinator for it", where="--ca",
+        ) from None  # fmt: skip
+
+
+def _check(name: str, address: str) -> None:
+    """Before a key is made, which there is only once."""
+    if not re.fullmatch(SITE_NAME, name):
+        raise ConfigError(
+            "a site's name has up to 64 letters, digits, spaces, . _ and -, and begins with one of "
+            "the first two", value=name, fix="Choose another", where="--name",
+        )  # fmt: skip
+    if not _is_address(address):
+        raise ConfigError(
+            "the aggregator is given as host:port", value=address,
+            fix="Ask the coordinator for both", where="--server",
+        )  # fmt: skip
+
+
+def _is_address(text: str) -> bool:
+    try:
+        TypeAdapter(Address).validate_python(text)
+    except ValidationError:
+        return False
+    return True
 
 
 def enrol_configured(config: SiteConfig, path: Path) -> Enrolment:

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from client.enrol import enrol as make_enrolment
-from client.enrol import enrol_configured
+from client.enrol import enrol_configured, read_authority
 from fedward.console import leave, log_to_stderr, print_json, stop_on_signals
 
 Config = Annotated[
@@ -70,9 +70,7 @@ def connector(config: Config = _SITE) -> None:
 def enrol(
     name: Annotated[str, typer.Option(help="the site's name, as studies will know it")] = "",
     server: Annotated[str, typer.Option(help="the aggregator, host:port")] = "",
-    ca: Annotated[
-        Path | None, typer.Option(help="the aggregator's authority, PEM", exists=True)
-    ] = None,
+    ca: Annotated[Path | None, typer.Option(help="the aggregator's authority, PEM")] = None,
     out: Annotated[Path, typer.Option(help="folder of the site")] = Path(),
     config: Annotated[
         Path | None,
@@ -84,7 +82,7 @@ def enrol(
     from client.config import load_config
 
     if name and server and ca:
-        made = make_enrolment(out, name, server, ca.read_bytes())
+        made = make_enrolment(out, name, server, read_authority(ca))
     elif config and not (name or server or ca):
         made = enrol_configured(load_config(config, datasets_here=False), config)
     else:

@@ -28,7 +28,7 @@ def tls_context(ca: bytes) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
         context.load_verify_locations(cadata=ca.decode("ascii", "ignore"))
-    except ssl.SSLError:
+    except (ssl.SSLError, ValueError):
         raise ConfigError(
             "the aggregator's authority must be certificates in PEM",
             fix="Ask the coordinator for them", where="server.ca",

@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from client.section import Place, Section
 
-Address = Annotated[str, Field(pattern=r"^[^\s/]+:[0-9]{1,5}$", max_length=260)]
+_MOST_PORT: Final = 65535
+
+
+def _real_port(address: str) -> str:
+    if not 1 <= int(address.rpartition(":")[2]) <= _MOST_PORT:
+        raise ValueError(f"a port lies in 1 to {_MOST_PORT}; ask the coordinator for it")
+    return address
+
+
+def _real_proxy(proxy: str) -> str:
+    """A proxy, whose password is never shown."""
+    with suppress(ValueError):
+        found = urlsplit(proxy)
+        known = found.scheme in ("http", "https") and bool(found.hostname)
+        if not proxy or (known and found.port != 0 and not re.search(r"\s", proxy)):
+            return proxy
+    raise ValueError("a proxy is written http://host:port; ask who runs the network here")
+
+
+Address = Annotated[
+    str, Field(pattern=r"^[^\s/]+:[0-9]{1,5}$", max_length=260), AfterValidator(_real_port)
+]
 Mebibytes = Annotated[int, Field(ge=1, le=4096)]
 
 
@@ -23,8 +47,8 @@ class ServerSection(Section):
         description="the connector's own folder: the site's key, and messages in hand; it must lie "
         "outside datasets and the site's state",
     )
-    proxy: str = Field(
-        default="", pattern=r"^$|^https?://\S+$",
+    proxy: Annotated[str, AfterValidator(_real_proxy)] = Field(
+        default="",
         description="HTTP proxy, `http://host:port`; without it that of the environment "
         "(`HTTPS_PROXY`, `NO_PROXY`)",
     )  # fmt: skip

@@ -8,7 +8,16 @@ from typing import Literal
 from client.config import SiteConfig, hidden_places, trusted_places
 from client.daemon.isolation import find_network, find_readable, find_writable
 from client.doctor.line import Line, Status
-from client.doctor.machine import datasets, device, disk, memory, policy, wall_line, walls
+from client.doctor.machine import (
+    connector_user,
+    datasets,
+    device,
+    disk,
+    memory,
+    policy,
+    wall_line,
+    walls,
+)
 
 __all__ = ["Line", "Process", "Status", "examine", "worst"]
 Process = Literal["trainer", "connector"]
@@ -40,6 +49,7 @@ def examine(config: SiteConfig, process: Process | None = None) -> Iterator[Line
         yield wall_line("trainer's network", find_network(), allowed=allowed)
     else:
         yield from walls(config)
+        yield from connector_user(config)
     yield from datasets(config)
     yield from policy(config)
 

@@ -35,8 +35,12 @@ def network(server: ServerSection) -> Iterator[Line]:
     host, _, port = server.address.rpartition(":")
     host, proxy = host.strip("[]"), proxy_of(server)
     use_proxy(server)
-    where = urlsplit(proxy if "//" in proxy else f"//{proxy}")
-    name, number = (where.hostname or "", where.port or 80) if proxy else (host, int(port))
+    try:
+        where = urlsplit(proxy if "//" in proxy else f"//{proxy}")
+        name, number = (where.hostname or "", where.port or 80) if proxy else (host, int(port))
+    except ValueError:
+        yield Line("proxy", "fail", "it is no http://host:port", "Mend HTTPS_PROXY of this user")
+        return
     whose = "the proxy's" if proxy else "the aggregator's"
     try:
         socket.getaddrinfo(name, number)
@@ -155,6 +159,8 @@ def enrolment(server: ServerSection) -> Iterator[Line]:
                    "Send connector/site.pub to the coordinator")  # fmt: skip
     except LinkDown as error:
         yield Line("enrolment", "fail", error.rule, "Mend what failed above")
+    except FedwardError as error:  # something else answers in the aggregator's place
+        yield Line("enrolment", "fail", error.rule, "Compare server.address with the coordinator's")
     finally:
         fleet.drop()
 

@@ -112,6 +112,24 @@ def wall_line(name: str, finding: Finding, *, allowed: bool) -> Line:
     return Line(name, "warn" if allowed else "fail", finding.text, _WALLS)
 
 
+def connector_user(config: SiteConfig) -> Iterator[Line]:
+    """Who the connector will be, where root starts the daemon."""
+    user = config.server.user if config.server else ""
+    if user and _entry(user) is None:
+        yield Line("connector's user", "fail", "is not on this machine",
+                   "Make it, or name another in server.user")  # fmt: skip
+    elif os.geteuid() == 0 and not user:
+        yield Line("connector's user", "warn", "root, which owns what others protect",
+                   "Name a user of its own in server.user")  # fmt: skip
+
+
+def _entry(user: str) -> pwd.struct_passwd | None:
+    try:
+        return pwd.getpwnam(user)
+    except KeyError:
+        return None
+
+
 def datasets(config: SiteConfig) -> Iterator[Line]:
     """Whether the trainer reads each, nobody else does, and a cohort is frozen."""
     user = config.server.user if config.server else ""
@@ -145,9 +163,8 @@ def _reads(user: str, root: Path) -> bool:
     """Whether a user can read a place, tried as that user where this one is root."""
     if os.geteuid() != 0:
         return False
-    try:
-        entry = pwd.getpwnam(user)
-    except KeyError:
+    entry = _entry(user)
+    if entry is None:
         return False
     done = subprocess.run(
         ["test", "-r", str(root)], user=entry.pw_uid, group=entry.pw_gid, extra_groups=[],

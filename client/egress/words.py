@@ -59,7 +59,7 @@ _SENTENCES: Final = (
     "@ cannot take images of this size", "@ has four levels", "@ has fixed widths",
     "@ has no dropout", "the plan does not have the hash that came with it",
     "a plan on the wire must be canonical JSON", "a plan on the wire must be an object",
-    "a message must carry an order", "the audit log must be writable",
+    "a message must carry an order", policy.UNWRITTEN,
     "the audit log must be whole", "the device must exist on this machine",
 )  # fmt: skip
 _VALUE_WORDS: Final = (

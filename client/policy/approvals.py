@@ -125,6 +125,10 @@ class Approvals:
             self._write(file.model_copy(update={"approvals": [*_with_room(others, wanted), made]}))
             return made
 
+    def find(self, study: str, plan: str = "") -> Approval:
+        """The one plan of a study whose hash begins so; raises ConfigError for none and several."""
+        return _one([one for one in self.all() if one.study == study], plan)
+
     def settle(
         self, study: str, state: Literal["approved", "denied"], by: str, plan: str = ""
     ) -> Approval:
@@ -155,6 +159,13 @@ class Approvals:
             others = [new if one.key == old.key else one for one in file.approvals]
             self._write(file.model_copy(update={"approvals": others}))
             return new
+
+    def denied(self, study: str, plan_hash: str) -> bool:
+        """Whether the officer ended a study's plan."""
+        return any(
+            (one.study, one.plan_hash, one.state) == (study, plan_hash, "denied")
+            for one in self.all()
+        )
 
     @property
     def paused(self) -> bool:

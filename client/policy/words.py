@@ -25,6 +25,10 @@ WITHHELD: Final = "what the site counts must be enough, and allowed, to leave it
 
 NETWORKED: Final = "the trainer must have no network before it opens a dataset"
 
+STOPPED: Final = "the site must stay up until the order is carried out"
+GIVEN_UP: Final = "the order must not be given up by who sent it"
+
+UNWRITTEN: Final = "the audit log must be writable"
 MEMORY: Final = "the device must have memory for one image"
 
 FIX: Final = "Change the plan, or ask the site's security officer"
@@ -32,5 +36,5 @@ FIX: Final = "Change the plan, or ask the site's security officer"
 RULES: Final = (
     COORDINATOR, STUDY, MODEL, PARAMETERS, UPLOAD, PRIVATE, EPSILON, COHORT_EPSILON, DELTA, COHORT,
     PATIENTS, PER_CLASS, PENDING, DENIED, PAUSED, QUIET, WITHHELD,
-    NETWORKED,
+    NETWORKED, STOPPED, GIVEN_UP,
 )  # fmt: skip

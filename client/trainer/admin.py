@@ -66,10 +66,18 @@ class Admin:
 
     def _settle(self, state: Any, arguments: dict[str, Any], who: str) -> dict[str, Any]:
         study, plan = str(arguments.get("study", "")), str(arguments.get("plan", ""))
-        made = self._approvals.settle(study, state, who, plan)
-        self._audit.append("approval", study=made.study, plan=made.plan_hash, state=made.state)
+        found = self._approvals.find(study, plan)
+
+        def tell() -> None:
+            self._audit.append("approval", study=found.study, plan=found.plan_hash, state=state)
+
+        # What allows something is written down first; what ends something holds at once.
+        if state == "approved":
+            tell()
+        made = self._approvals.settle(found.study, state, who, found.plan_hash)
         if state == "denied":
             self._desk.cancel(made.study)
+            tell()
         return {"approval": made.model_dump()}
 
     def _pause(self, *, paused: bool) -> dict[str, Any]:

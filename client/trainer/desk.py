@@ -18,11 +18,11 @@ from client.policy.decide import Decision, StudyRequest, decide
 from client.policy.hours import quiet_until
 from client.trainer.cases import Case, Cases
 from client.trainer.state import Board
-from client.trainer.turns import Turns
+from client.trainer.turns import Cancelled, Turns
 from client.trainer.work import Work
-from fedward.errors import FedwardError, PolicyError, ProtocolError
+from fedward.errors import AuditError, FedwardError, PolicyError, ProtocolError
 from fedward.models import describe
-from fedward.protocol import RefusalKind, RoundOrder
+from fedward.protocol import Refusal, RefusalKind, RoundOrder
 from fedward.signing import verify_study
 
 _LOG = logging.getLogger("fedward.trainer")
@@ -75,6 +75,8 @@ class TrainerDesk:
             round_ = order.round
             case = self._case(order)
             return self._in_turn(what, order, case, packet)
+        except Cancelled:
+            return self._refusal(self._ended(), round_, case)
         except FedwardError as error:
             return self._refusal(error, round_, case)
         except Exception as error:
@@ -122,9 +124,16 @@ class TrainerDesk:
         return self._board.wait(seconds)
 
     def pause(self, *, paused: bool) -> None:
-        """The officer pauses the site or lets it go on."""
-        self._approvals.pause(paused=paused)
+        """The officer pauses the site or lets it go on.
+
+        What stops it holds at once; what lets it go on is written down first.
+        """
+        self._board.set(paused=self._board.paused or paused)
+        if paused:
+            self._approvals.pause(paused=True)
         self._audit.append("paused" if paused else "resumed")
+        if not paused:
+            self._approvals.pause(paused=False)
         self._board.set(paused=paused)
 
     def close(self) -> None:
@@ -167,12 +176,30 @@ class TrainerDesk:
                 doing=_DOING[what], study=order.study, round=order.round, step=0, steps=0,
                 waiting=self._turns.waiting(),
             )  # fmt: skip
+
+            def going(*, done: bool = False) -> None:
+                if given_up.is_set() or done:
+                    self._check_denied(order)
+                if given_up.is_set() and not done:
+                    raise Cancelled
+
             try:
-                answer = self._work.do(what, order, case, packet, given_up)
+                going(done=True)
+                answer = self._work.do(what, order, case, packet, going)
                 self._board.add(done=1)
                 return answer
             finally:
                 self._board.set(doing="idle", waiting=self._turns.waiting())
+
+    def _check_denied(self, order: RoundOrder) -> None:
+        if self._approvals.denied(order.study, order.plan_hash):
+            raise PolicyError(words.DENIED)
+
+    def _ended(self) -> Refused:
+        """Who stops is asked again; who gave an order up knows why."""
+        if self._turns.closed:
+            return Refused(PolicyError(words.STOPPED), "busy")
+        return Refused(PolicyError(words.GIVEN_UP), "busy")
 
     def _ready(self, what: str) -> None:
         if self._board.paused:
@@ -182,11 +209,13 @@ class TrainerDesk:
 
     def _refusal(self, error: BaseException, round_: int, case: Case | None) -> Packet:
         kind = error.kind if isinstance(error, Refused) else None
-        made = self._cases.gate(case).check_refusal(
-            refusal_for(error, self._cases.site, round_, kind)
-        )
-        self._audit.append("refused", kind=made.kind, rule=made.rule, round=round_,
-                           study=case.study if case else "")  # fmt: skip
+        said = refusal_for(error, self._cases.site, round_, kind)
+        try:
+            made = self._cases.gate(case).check_refusal(said)
+            self._audit.append("refused", kind=made.kind, rule=made.rule, round=round_,
+                               study=case.study if case else "")  # fmt: skip
+        except AuditError:
+            made = Refusal(site=self._cases.site, round=round_, kind="error", rule=words.UNWRITTEN)
         if made.kind in ("error", "data", "protocol"):
             self._board.set(last_error=made.rule)
         return Packet("refusal", dict(made.to_flat()))

@@ -7,10 +7,10 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fedward.errors import ProtocolError
+from fedward.errors import FedwardError
 
 
-class Cancelled(ProtocolError):
+class Cancelled(FedwardError):
     """The order was given up."""
 
     def __init__(self) -> None:
@@ -54,6 +54,11 @@ class Turns:
             with self._changed:
                 self._running = self._next = None
                 self._advance()
+
+    @property
+    def closed(self) -> bool:
+        """Whether everything was given up."""
+        return self._closed
 
     def waiting(self) -> int:
         """How many orders wait."""

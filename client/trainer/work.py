@@ -5,11 +5,10 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +24,6 @@ from client.link.packets import Packet
 from client.policy import words
 from client.trainer.cases import Case, Cases
 from client.trainer.state import Board
-from client.trainer.turns import Cancelled
 from client.training.runtime import Runtime
 from client.training.trainer import Trainer
 from fedward.errors import DeviceError, PolicyError, ProtocolError
@@ -36,6 +34,13 @@ from fedward.protocol import RoundOrder, TrainOutcome
 _LOG = logging.getLogger("fedward.trainer")
 _WARM: Final = 2
 _T = TypeVar("_T")
+
+
+class Going(Protocol):
+    """Raises what ends an order."""
+
+    def __call__(self, *, done: bool = False) -> None:
+        """Return where it goes on."""
 
 
 class Work:
@@ -69,17 +74,25 @@ class Work:
         self._audit, self._board, self._secret = audit, board, secret
         self._runtime, self._crew = runtime, crew
         self._warm: OrderedDict[tuple[str, str], Trainer] = OrderedDict()
-        self._given_up = threading.Event()
+        self._going: Going = lambda *, done=False: None
 
     def do(
-        self, what: str, order: RoundOrder, case: Case, packet: Packet, given_up: threading.Event
-    ) -> Packet:
-        """Carry out an order."""
-        self._given_up = given_up
+        self, what: str, order: RoundOrder, case: Case, packet: Packet, going: Going
+    ) -> Packet:  # fmt: skip
+        """Carry out an order.
+
+        Parameters
+        ----------
+        going : callable
+            Raises what ends the order, whenever it is asked; with ``done``, only what ends one
+            that is done.
+        """
+        self._going = going
         act: dict[str, Callable[[RoundOrder, Case, Packet], Packet]] = {
             "describe": self._describe, "train": self._train, "evaluate": self._evaluate
         }  # fmt: skip
         answer = act[what](order, case, packet)
+        going(done=True)
         self._tell_sent(what, order, answer)
         return answer
 
@@ -99,6 +112,7 @@ class Work:
             )  # fmt: skip
         trainer = self._trainer(case)
         request, _ = self._request(order, case, trainer, rounds=1)
+        self._going()
         charge = self._ledger.reserve(request, self._caps(case))
         if isinstance(charge, Release):
             return self._again(order, charge)
@@ -198,8 +212,7 @@ class Work:
 
     def _watch(self, step: int, steps: int) -> None:
         self._board.set(step=step, steps=steps)
-        if self._given_up.is_set():
-            raise Cancelled
+        self._going()
 
     def _request(
         self, order: RoundOrder, case: Case, trainer: Trainer, rounds: int

@@ -43,13 +43,16 @@ def evaluate(
     total: Counts | None = None
     # Without gradients twice as many fit; fewer where memory ran out.
     most = min(_BATCH, 2 * runtime.physical_batch)
-    for start in range(0, len(indices), most):
+    starts = range(0, len(indices), most)
+    for part, start in enumerate(starts, 1):
         batch = indices[start : start + most]
         inputs, _ = source.plain(batch)
         with autocast(runtime.torch_device, private=False):
             logits = module(inputs).float()
         counts = _count(plan, logits, site, batch, surface=surface)
         total = counts if total is None else total + counts  # type: ignore[operator, arg-type]
+        if runtime.watch is not None:
+            runtime.watch(part, len(starts))
     if total is None:
         raise ValueError("nothing to evaluate on")
     return total

@@ -33,8 +33,8 @@ class Runtime:
     grad_sample_mode : str or None
         Overrides the measured choice of Opacus' mode.
     watch : callable or None
-        Called after each step with its number (from 1) and how many there are; what it raises
-        ends the training.
+        Called after each step of training, or batch of evaluation, with its number (from 1) and
+        how many there are; what it raises ends the work.
     """
 
     device: str = "cpu"

@@ -29,6 +29,7 @@ from client.doctor import examine, link, machine, worst
 from client.doctor.line import Line
 from client.enrol import enrol
 from client.policy.settings import PolicySection
+from fedward.errors import ConfigError, ProtocolError
 
 Changes = dict[str, Any]
 SITE = """
@@ -221,8 +222,9 @@ def test_an_authority_of_others_and_one_that_is_none(
             line = ways(make(old))["certificate"]
             assert (line.status, line.found) == ("fail", "no TLS 1.2 or newer is spoken there")
         assert config.server is not None
-        config.server.ca.write_text("no certificate")
-        assert ways(config)["authority"].status == "fail"
+        for content in ("no certificate", ""):
+            config.server.ca.write_text(content)
+            assert ways(config)["authority"].status == "fail"
         config.server.ca.unlink()
         assert ways(config)["authority"].status == "fail"
 
@@ -253,6 +255,33 @@ def test_proxies(make: Callable[..., SiteConfig], tmp_path: Path) -> None:
         gone = ways(make(address, ca, server='proxy = "http://proxy.invalid:3128"'))
         assert gone["name"].status == "fail"
         assert "proxy" in gone["name"].found
+
+
+@pytest.mark.parametrize("place", ["localhost:abc", "[::1", "hunter2@:3128", "host:0", "a b:1"])
+def test_proxies_that_are_none(
+    make: Callable[..., SiteConfig], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"server\.proxy: a proxy is written http://host:port"
+    ) as no:
+        make(server=f'proxy = "http://officer:{place}"')
+    assert "officer" not in str(no.value)
+    monkeypatch.setenv("HTTPS_PROXY", "http://localhost:abc")
+    line = ways(make())["proxy"]
+    assert (line.status, line.fix) == ("fail", "Mend HTTPS_PROXY of this user")
+
+
+def test_what_answers_in_the_aggregator_s_place_is_a_line_too(
+    make: Callable[..., SiteConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def packed(*_: object) -> int:
+        raise ProtocolError("an answer must not be compressed")
+
+    monkeypatch.setattr(link.Fleet, "activate", packed)
+    config = make()
+    assert config.server is not None
+    line = lines_of(link.enrolment(config.server))["enrolment"]
+    assert (line.status, line.found) == ("fail", "an answer must not be compressed")
 
 
 def test_a_key_that_is_not_there_open_or_unknown(
@@ -309,6 +338,18 @@ def test_walls(make: Callable[..., SiteConfig], monkeypatch: pytest.MonkeyPatch)
     assert [line.status for line in machine.walls(config)] == ["fail", "fail", "warn"]
     allowed = make(trainer="allow_networked_trainer = true")
     assert [line.status for line in machine.walls(allowed)] == ["warn", "fail", "warn"]
+
+
+def test_who_the_connector_will_be(
+    make: Callable[..., SiteConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = lines_of(machine.connector_user(make(server='user = "fedward-nobody"')))
+    assert found["connector's user"].status == "fail"
+    assert not list(machine.connector_user(make(server='user = "root"')))
+    monkeypatch.setattr(machine.os, "geteuid", lambda: 0)
+    assert lines_of(machine.connector_user(make()))["connector's user"].status == "warn"
+    monkeypatch.setattr(machine.os, "geteuid", lambda: 1000)
+    assert not list(machine.connector_user(make()))
 
 
 def test_datasets(make: Callable[..., SiteConfig], monkeypatch: pytest.MonkeyPatch) -> None:
