@@ -49,6 +49,11 @@ class Attachment:
         self.file = link_file(folder)
         self.state = LinkState(isolation=isolation[:MOST_TEXT], since=time.time())
 
+    @property
+    def stopping(self) -> bool:
+        """Whether nothing is waited for any more."""
+        return self._stop.is_set()
+
     def caller(self) -> Caller:
         """The trainer, waited for while it starts.
 

@@ -18,13 +18,16 @@ from flwr.app import Message
 from client.connector import fleet as links
 from client.connector.attachment import Attachment
 from client.connector.fleet import Fleet, Unreadable
+from client.connector.inturn import InTurn
 from client.connector.spool import InHand, Spool
 from client.connector.translate import refusal, to_order, to_reply
+from client.link.caller import TrainerGone
 from client.link.packets import Packet
 from fedward.errors import FedwardError, ProtocolError
 
 _LOG = logging.getLogger("fedward.connector")
 _PAIRS: Final = 4
+_UNREADABLE: Final = "unreadable"
 # Whoever sends more of them waits, and fills no disk here.
 _MOST: Final = 16
 
@@ -47,6 +50,7 @@ class Orders:
         self._answers: queue.SimpleQueue[tuple[InHand, Packet]] = queue.SimpleQueue()
         self._unsent: list[tuple[InHand, Packet]] = []
         self._names: set[str] = set()
+        self._waiting = InTurn()
         self._pool = ThreadPoolExecutor(_PAIRS, "order")
 
     @property
@@ -72,7 +76,7 @@ class Orders:
     def refuse(self, error: Unreadable) -> None:
         """The trainer hears of it first, so that its audit log has it; then the asker does."""
         _LOG.warning("a message could not be read: %s", error.rule)
-        order = Packet("order", {"unreadable": error.rule})
+        order = Packet("order", {_UNREADABLE: error.rule})
         # What is written down at the trainer comes in time, whatever its sender says of its time.
         self._take(replace(_in_hand(error.envelope, "describe", order), until=math.inf), keep=True)
 
@@ -80,7 +84,7 @@ class Orders:
         """Have the audit log say that something came that was no message at all."""
         _LOG.warning("an answer could not be read: %s", error.rule)
         with suppress(FedwardError):
-            self._attachment.caller().ask("describe", Packet("order", {"unreadable": error.rule}))
+            self._attachment.caller().ask("describe", Packet("order", {_UNREADABLE: error.rule}))
 
     def send_ready(self, fleet: Fleet, seconds: float) -> None:
         """Send an answer that is ready; waits so long for one.
@@ -107,25 +111,38 @@ class Orders:
         self._names.add(order.name)
         if keep:
             self._spool.put(order)
-        self._pool.submit(self._ask, order)
+        self._waiting.put(order)
+        self._pool.submit(self._hand_on)
 
-    def _ask(self, order: InHand) -> None:
+    def _hand_on(self) -> None:
+        order = self._waiting.take()
         if time.time() > order.until:
             _LOG.info("an order waited until its round was over, and is not carried out")
             self._forget(order)
             return
+        self._answers.put((order, self._answer(order)))
+
+    def _answer(self, order: InHand) -> Packet:
         try:
-            answer = self._attachment.caller().ask(order.what, order.order)
+            return self._asked(order)
         except FedwardError as error:
             _LOG.warning("the trainer gave no answer: %s", error.rule)
-            answer = refusal(self._site, order.order, error)
+            return refusal(self._site, order.order, error)
         except Exception as error:
             _LOG.exception("an order could not be handed on")
-            answer = refusal(
+            return refusal(
                 self._site, order.order,
                 FedwardError("an unexpected error stopped the connector", value=type(error)),
             )  # fmt: skip
-        self._answers.put((order, answer))
+
+    def _asked(self, order: InHand) -> Packet:
+        while True:
+            try:
+                return self._attachment.caller().ask(order.what, order.order)
+            except TrainerGone:
+                # A round that broke off is lost; what must be written down waits for its writer.
+                if _UNREADABLE not in order.order.record or self._attachment.stopping:
+                    raise
 
     def _send(self, fleet: Fleet, order: InHand, answer: Packet) -> None:
         try:
