@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,22 @@ def stopping(make_hospital: Make) -> Any:
     return make_hospital(2)
 
 
-@pytest.mark.parametrize("phase", ["idle", "starting", "preparing", "training", "no link"])
+PHASES = ["idle", "starting", "preparing", "training", "evaluating", "sending", "no link"]
+
+
+@contextmanager
+def frozen(process: Any) -> Iterator[None]:
+    """A process that takes and gives nothing for a while."""
+    process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize("phase", PHASES)
 def test_a_stop_is_prompt_and_clean_at_every_moment(
-    coordinator: Any, stopping: Any, plan: Plan, make_private: Make, until: Make,
+    coordinator: Any, stopping: Any, make_plan: Make, make_private: Make, until: Make,
     phase: str,
 ) -> None:  # fmt: skip
     text = stopping.daemon.config.read_text()
@@ -134,12 +148,28 @@ def test_a_stop_is_prompt_and_clean_at_every_moment(
         # The order of the stop before is still in hand, and comes first.
         studies = ("stop-preparing", "stop-training")
         until(lambda: max(map(stopping.step, studies)) >= step)
-    running = descendants(stopping.daemon.process.pid)
-    began = time.monotonic()
-    assert stopping.daemon.stop() == 0
-    # The supervisor would kill after ten seconds; neither process lets it come to that.
-    assert time.monotonic() - began < 9.0
-    until(lambda: gone(running), 5)
+    if phase == "evaluating":
+        large = make_plan(
+            task={"classes": ["clear", "opacity"]}, split={"given": None},
+            model={"name": "resnet50", "channels": None}, preprocessing={"size": [320, 320]},
+        )  # fmt: skip
+        order = coordinator.order(large, 1, "stop-evaluating", part="validation")
+        coordinator.send(stopping.node, order, "evaluate", ttl=20.0)
+        until(lambda: stopping.trainer["doing"] == "evaluating")
+    with ExitStack() as stack:
+        if phase == "sending":
+            before = len(stopping.told("sent"))
+            some = coordinator.order(make_private(400), 1, "stop-sending")
+            coordinator.send(stopping.node, some, ttl=30.0)
+            until(lambda: stopping.step("stop-sending") > 0)
+            stack.enter_context(frozen(coordinator.superlink.process))
+            until(lambda: len(stopping.told("sent")) > before)
+        running = descendants(stopping.daemon.process.pid)
+        began = time.monotonic()
+        assert stopping.daemon.stop() == 0
+        # The supervisor would kill after ten seconds; neither process lets it come to that.
+        assert time.monotonic() - began < 9.0
+        until(lambda: gone(running), 5)
     stopping.daemon.config.write_text(text)
     assert "Traceback" not in stopping.daemon.log
     assert not (stopping.daemon.folder / "run" / "t.sock").exists()
