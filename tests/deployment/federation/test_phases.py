@@ -22,8 +22,10 @@ import pytest
 pytestmark = pytest.mark.integration
 Make = Callable[..., Any]
 BOTH = ["hospital 1", "hospital 2"]
-ROUNDS = 14
-VICTIMS = ["connector", "trainer", "daemon", "runner", "superlink", "service"]
+ROUNDS = 18
+VICTIMS = [
+    "connector", "trainer", "daemon", "runner", "superlink", "service", "aggregator", "restart"
+]  # fmt: skip
 MODULES = {
     "runner": "server.runner", "superlink": "server.flower.superlink", "service": "server.service"
 }  # fmt: skip
@@ -184,14 +186,18 @@ def kill(now: Round, victim: str) -> None:
     elif victim == "daemon":
         now.daemon.process.kill()
         now.daemon.process.wait()
+    elif victim in ("aggregator", "restart"):
+        end = now.federation.service.process
+        end.kill() if victim == "aggregator" else end.terminate()
+        end.wait()
     else:
         now.daemon.kill(victim)
 
 
-def restart(daemon: Any, children: dict[str, int]) -> None:
-    """What systemd does when the daemon was killed: its children end with it, then it starts."""
+def restart(killed: Any, children: dict[str, int]) -> None:
+    """What systemd does when a supervisor ended: its children end with it, then it starts."""
     wait(lambda: not any(Path(f"/proc/{pid}/cwd").exists() for pid in children.values()))
-    daemon.start()
+    killed.start()
 
 
 @pytest.fixture
@@ -225,12 +231,16 @@ def test_whoever_is_killed_in_this_phase(
     now = Round(federation, study, 1)
     for victim in VICTIMS:
         began = time.monotonic()
+        service = federation.service
         children = {which: now.process(which) for which in ("trainer", "connector")}
+        servers = service.processes()
         with held(now, phase):
             done = now.finished()
             kill(now, victim)
         if victim == "daemon":
             restart(now.daemon, children)
+        if victim in ("aggregator", "restart"):
+            restart(service, servers)
         wait(lambda done=done: now.finished() > done)
         print(phase.__name__, victim, round(time.monotonic() - began, 1))
     is_as_if_nothing_happened(federation, study, plan, tmp_path)
