@@ -11,25 +11,11 @@ without our header pass as they are.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Hashable, Iterable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
-from flwr.proto.fleet_pb2 import (
-    PullMessagesRequest,
-    PullMessagesResponse,
-    PushMessagesRequest,
-    PushMessagesResponse,
-)
-from flwr.proto.runtime_pb2 import (
-    PullAppMessagesRequest,
-    PullAppMessagesResponse,
-    PushAppMessagesRequest,
-    PushAppMessagesResponse,
-)
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-from google.protobuf.message import DecodeError, Message
-from starlette.concurrency import run_in_threadpool
+from google.protobuf.message import DecodeError
 
 from fedward.errors import ProtocolError
 from fedward.frames import (
@@ -39,13 +25,12 @@ from fedward.frames import (
     WAIT_HEADER,
     Frames,
     frame,
-    object_frame,
-    read_object,
 )
 from server.flower.asgi import Answer, App, Gone, Receive, Scope, Send, ask, header, pieces
 from server.flower.bells import Bells
+from server.flower.kinds import PULLS, PUSHES, Pull, Push
+from server.flower.shelf import Shelf
 
-_BATCH: Final = 8 << 20
 # Of a question, or of a message without its parts: who asks is not known before that is read.
 _MOST_ASKED: Final = 1 << 20
 _START: Final = {"type": "http.response.start", "status": 200,
@@ -53,46 +38,6 @@ _START: Final = {"type": "http.response.start", "status": 200,
 _REFUSED: Final = Answer(409, [(b"content-type", b"application/json")], b"{}")
 # Whoever sends part by part may have completed a message with any of these.
 _PIECEMEAL: Final = ("/push-object", "/push-messages")
-
-
-@dataclass(frozen=True)
-class _Pull:
-    """A question for messages: how it is read, and what rings for it."""
-
-    asked: type[Message]
-    told: type[Message]
-    waits_for: Callable[[Any], Iterable[Hashable]]
-    hospital: bool
-
-
-@dataclass(frozen=True)
-class _Push:
-    """A delivery of messages: how it is read, and for whom it rings."""
-
-    asked: type[Message]
-    told: type[Message]
-    rings: Callable[[Any], Iterable[Hashable]]
-    hospital: bool
-
-
-_PULLS: Final = {
-    "/v1/fleet/pull-messages": _Pull(
-        PullMessagesRequest, PullMessagesResponse, lambda asked: (asked.node.node_id,), True
-    ),
-    "/v1/runtime/pull-messages": _Pull(
-        PullAppMessagesRequest, PullAppMessagesResponse, lambda asked: asked.message_ids, False
-    ),
-}
-_PUSHES: Final = {
-    "/v1/fleet/push-messages": _Push(
-        PushMessagesRequest, PushMessagesResponse,
-        lambda asked: (m.metadata.reply_to_message_id for m in asked.messages_list), True,
-    ),
-    "/v1/runtime/push-messages": _Push(
-        PushAppMessagesRequest, PushAppMessagesResponse,
-        lambda asked: (m.metadata.dst_node_id for m in asked.messages_list), False,
-    ),
-}  # fmt: skip
 
 
 class Parts:
@@ -107,18 +52,18 @@ class Parts:
     """
 
     def __init__(self, app: App, state: Callable[[], Any]) -> None:
-        self._app, self._state = app, state
-        self._bells, self._writing, self._closed = Bells(), asyncio.Lock(), False
+        self._app, self._shelf = app, Shelf(state)
+        self._bells, self._closed = Bells(), False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer what asks for whole messages; pass on everything else."""
         path = str(scope.get("path", ""))
         whole = scope["type"] == "http" and header(scope, PARTS_HEADER) is not None
         try:
-            if whole and path in _PULLS:
-                await self._pull(_PULLS[path], scope, receive, send)
-            elif whole and path in _PUSHES:
-                await self._push(_PUSHES[path], scope, receive, send)
+            if whole and path in PULLS:
+                await self._pull(PULLS[path], scope, receive, send)
+            elif whole and path in PUSHES:
+                await self._push(PUSHES[path], scope, receive, send)
             else:
                 await self._app(scope, receive, send)
                 if path.endswith(_PIECEMEAL):
@@ -133,7 +78,7 @@ class Parts:
         self._closed = True
         self._bells.ring_all()
 
-    async def _pull(self, kind: _Pull, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _pull(self, kind: Pull, scope: Scope, receive: Receive, send: Send) -> None:
         body = await _bounded(receive)
         answer = await self._held(kind, scope, receive, body)
         if answer.status != 200:
@@ -145,17 +90,14 @@ class Parts:
         told: Any = kind.told.FromString(answer.body)
         for message, tree in zip(told.messages_list, told.message_object_trees, strict=True):
             run, wanted = message.metadata.run_id, [t.object_id for t in iterate_object_tree(tree)]
-            async for piece in self._objects(run, list(dict.fromkeys(wanted)), kind.hospital):
+            async for piece in self._shelf.frames(run, list(dict.fromkeys(wanted)), kind.hospital):
                 await send(_more(piece))
         await send({"type": "http.response.body", "body": b""})
         if not kind.hospital:  # who runs the study is on this machine, and needs no receipt
             for message in told.messages_list:
-                async with self._writing:
-                    await run_in_threadpool(
-                        self._state().object_store.delete, message.metadata.message_id
-                    )
+                await self._shelf.forget(message.metadata.message_id)
 
-    async def _held(self, kind: _Pull, scope: Scope, receive: Receive, body: bytes) -> Answer:
+    async def _held(self, kind: Pull, scope: Scope, receive: Receive, body: bytes) -> Answer:
         """Flower's answer: at once if it tells of something, else when it does or time is up."""
         loop = asyncio.get_running_loop()
         end = loop.time() + _seconds(header(scope, WAIT_HEADER))
@@ -174,29 +116,7 @@ class Parts:
         finally:
             left.cancel()
 
-    async def _objects(self, run: int, wanted: list[str], hospital: bool) -> AsyncIterator[bytes]:
-        while wanted:
-            found = await run_in_threadpool(self._some, run, wanted, hospital)
-            wanted = wanted[len(found) :]
-            for identifier, content in found:
-                for piece in object_frame(identifier, content):
-                    yield piece
-
-    def _some(self, run: int, wanted: Iterable[str], hospital: bool) -> list[tuple[str, bytes]]:
-        """The first objects of a list, until they are large; what is not there yet is empty."""
-        state, found, size = self._state(), list[tuple[str, bytes]](), 0
-        with state.session():
-            for identifier in wanted:
-                content = state.get_object(run, identifier) or b""
-                found.append((identifier, content))
-                size += len(content)
-                if size > _BATCH:
-                    break
-            if size and hospital:
-                state.store_traffic(run, bytes_sent=size, bytes_recv=0)
-        return found
-
-    async def _push(self, kind: _Push, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _push(self, kind: Push, scope: Scope, receive: Receive, send: Send) -> None:
         frames = _frames(receive)
         try:
             body = await anext(frames)
@@ -214,55 +134,10 @@ class Parts:
         told: Any = kind.told.FromString(answer.body)
         run = asked.messages_list[0].metadata.run_id
         missing = set(told.objects_to_push)
-        kept = await self._keep(run, told.session_id, missing, frames, kind.hospital)
+        kept = await self._shelf.keep(run, told.session_id, missing, frames, kind.hospital)
         if kept:
             self._bells.ring(kind.rings(asked))
         await (answer if kept else _REFUSED).send(send)
-
-    async def _keep(
-        self, run: int, session: str, missing: set[str], frames: AsyncIterator[bytes],
-        hospital: bool,
-    ) -> bool:  # fmt: skip
-        """Store the objects that are missing, as they come; whether all of them came."""
-        batch, size, fine = list[tuple[str, bytes]](), 0, True
-        async for content in frames:
-            identifier, value = read_object(content)
-            if identifier in missing:
-                missing.discard(identifier)
-                batch.append((identifier, value))
-                size += len(value)
-            if size > _BATCH:
-                fine = fine and await self._store(run, session, batch, hospital)
-                batch, size = [], 0
-        return fine and await self._store(run, session, batch, hospital) and not missing
-
-    async def _store(
-        self, run: int, session: str, batch: list[tuple[str, bytes]], hospital: bool
-    ) -> bool:
-        # One at a time: SQLite lets others wait in naps, and the unlucky ones too long.
-        async with self._writing:
-            return await run_in_threadpool(self._stored, run, session, batch, hospital)
-
-    def _stored(
-        self, run: int, session: str, batch: list[tuple[str, bytes]], hospital: bool
-    ) -> bool:
-        """Store objects in one transaction: all, or none."""
-        state = self._state()
-        try:
-            with state.session():
-                for identifier, content in batch:
-                    if not state.store_object(run, session, identifier, content):
-                        raise _NotStored
-                size = sum(len(content) for _, content in batch)
-                if size and hospital:
-                    state.store_traffic(run, bytes_sent=0, bytes_recv=size)
-        except _NotStored:
-            return False
-        return True
-
-
-class _NotStored(Exception):
-    """An object was not taken."""
 
 
 async def _bounded(receive: Receive) -> bytes:
