@@ -22,7 +22,7 @@ from server.api.app import build_api
 from server.api.health import Health
 from server.config import ServerConfig, load_config
 from server.dispatch import Dispatcher
-from server.enrolment import reconcile_when_ready
+from server.enrolment import Enrolment
 from server.flower.control import Link
 from server.registry import open_registry
 
@@ -43,10 +43,11 @@ def serve(path: Path, stop: threading.Event) -> None:
     registry = open_registry(config)
     secret = config.control_secret.read_bytes().strip()
     link = Link(config.superlink_address, config.tls.ca.read_bytes(), secret)
+    enrolment = Enrolment(registry, link)
     found = Health(config, registry, link)
     api = uvicorn.Server(
         uvicorn.Config(
-            build_api(config, registry, link, found), host=config.api.address,
+            build_api(config, enrolment, found), host=config.api.address,
             port=config.api.port, ssl_certfile=str(config.tls.certificate),
             ssl_keyfile=str(config.tls.key), access_log=False, log_level="warning",
             server_header=False, timeout_graceful_shutdown=2,
@@ -56,9 +57,7 @@ def serve(path: Path, stop: threading.Event) -> None:
     thread = threading.Thread(target=api.run, name="api")
     thread.start()
     grpc_server = _serve_health(config, found, stop)
-    threading.Thread(
-        target=reconcile_when_ready, args=(registry, link, stop), daemon=True, name="enrolment"
-    ).start()
+    threading.Thread(target=enrolment.keep, args=(stop,), daemon=True, name="enrolment").start()
     try:
         Dispatcher(path, registry).run(stop)
     finally:
