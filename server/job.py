@@ -51,6 +51,8 @@ class Job:
         which says itself who it is.
     signed : mapping
         What shows the hospitals who asks (see :mod:`fedward.signing`).
+    bad_answers : dict
+        How many invalid answers in a row each site has given, by kind of answer.
     memory, memory_stage : dict, str
         What the strategy remembers, and in which stage.
     save : callable
@@ -74,6 +76,7 @@ class Job:
     average: Arrays = field(default_factory=dict)
     facts: dict[str, SiteFacts] = field(default_factory=dict)
     members: Mapping[int, str] | None = None
+    bad_answers: dict[str, int] = field(default_factory=dict)
     signed: Mapping[str, str] = field(default_factory=dict)
     memory: Arrays = field(default_factory=dict)
     memory_stage: str = ""

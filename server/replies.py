@@ -96,8 +96,27 @@ def read_update(
         return _bad(error)
 
 
-def read_counts(message: Message, site: str, round_: int, part: str, task: Task) -> Measured | Bad:
-    """Check the counts of an evaluation."""
+def read_counts(
+    message: Message,
+    site: str,
+    round_: int,
+    part: str,
+    task: Task,
+    facts: SiteFacts | None = None,
+) -> Measured | Bad:
+    """Check the counts of an evaluation; of no more images than the site described.
+
+    Parameters
+    ----------
+    message : Message
+        The reply.
+    site, round_, part : str, int, str
+        Who was asked, for which round, to measure on which part.
+    task : Task
+        What kind of counts there must be.
+    facts : SiteFacts or None
+        What the site said of itself.
+    """
     try:
         outcome = EvaluateOutcome.from_flat(_config(message, "outcome"))
         _same(outcome.site, site, outcome.round, round_)
@@ -105,7 +124,9 @@ def read_counts(message: Message, site: str, round_: int, part: str, task: Task)
             raise ProtocolError("a reply must be for the part that was asked", value=outcome.part)
         record = _record(message, "counts")
         arrays = {name: _decoded(array) for name, array in record.items()}
-        return Measured(outcome, counts_from_arrays(task, arrays))
+        counts = counts_from_arrays(task, arrays)
+        _check_counted(counts, part, facts)
+        return Measured(outcome, counts)
     except FedwardError as error:
         return _bad(error)
 
@@ -186,6 +207,15 @@ def _check_claims(outcome: TrainOutcome, facts: SiteFacts | None) -> None:
                 f"an update must not claim more {what} than its site described",
                 value=f"{claimed} of {described}",
             )
+
+
+def _check_counted(counts: Counts, part: str, facts: SiteFacts | None) -> None:
+    described = getattr(facts, f"{part}_images", counts.images)
+    if counts.images > described:
+        raise ProtocolError(
+            "counts must be of no more images than the site described",
+            value=f"{counts.images} of {described}",
+        )
 
 
 def _check_arrays(record: ArrayRecord, expected: Shapes, most_change: float) -> int:

@@ -20,7 +20,7 @@ from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Stage
 from fedward.protocol import RoundOrder
 from server.arms import figures, test_figures
-from server.events import RoundEnded, SiteAnswered, StudyPaused, StudyResumed
+from server.events import RoundEnded, SiteAnswered, SiteRefused, StudyPaused, StudyResumed
 from server.exchange import Moment
 from server.gather import Gathered, let_go, record_of, size_of
 from server.job import Job
@@ -295,13 +295,22 @@ class StudyRun:
         counts: dict[str, Counts] = {}
         for node, reply in self._members.grid.replies(messages, deadline, self._members.cut_off):
             site = nodes[node]
-            measured = read_counts(reply, site, round_, part, self.plan.task)
+            facts = self.job.facts.get(site)
+            measured = read_counts(reply, site, round_, part, self.plan.task, facts)
             self._tell(round_, site, part)
             if isinstance(measured, Measured):
                 counts[site] = measured.counts
+                self._members.note(site, None, "counts")
             else:
-                _LOG.warning("%s could not be measured: %s", site, measured.reason)
+                self._unmeasured(site, measured)
         return counts
+
+    def _unmeasured(self, site: str, bad: Bad) -> None:
+        _LOG.warning("%s could not be measured: %s", site, bad.reason)
+        if bad.kind == "invalid":
+            told = SiteRefused(self.job.arm.name, self.job.round, site, bad.kind, bad.reason)
+            self.job.listen(told)
+        self._members.note(site, bad, "counts")
 
     def _order(self, round_: int, **more: Any) -> ConfigRecord:
         signed = self.job.signed
