@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -42,11 +42,13 @@ class Measured:
 class Bad:
     """A reply that does not count, and why, in words that name no file and no person.
 
-    ``kind`` is the refusal's, or ``invalid`` for an answer that breaks a rule.
+    ``kind`` is the refusal's, or ``invalid`` for an answer that breaks a rule; ``outcome`` says
+    what an update was made of that arrived and does not count.
     """
 
     reason: str
     kind: str = "invalid"
+    outcome: TrainOutcome | None = None
 
 
 def read_facts(message: Message) -> SiteFacts | Bad:
@@ -85,15 +87,17 @@ def read_update(
     most_change : float
         Largest L2 norm of the change, in units of the model's own (at least 1).
     """
+    outcome = None
     try:
-        outcome = TrainOutcome.from_flat(_config(message, "outcome"))
-        _same(outcome.site, site, outcome.round, round_)
+        told = TrainOutcome.from_flat(_config(message, "outcome"))
+        _same(told.site, site, told.round, round_)
+        outcome = told
         size = _check_arrays(_record(message, "arrays"), expected, most_change)
         weight = _check_weight(message, outcome)
         _check_claims(outcome, facts)
         return Update(message, outcome, size, weight)
     except FedwardError as error:
-        return _bad(error)
+        return replace(_bad(error), outcome=outcome)
 
 
 def read_counts(

@@ -26,7 +26,8 @@ from server.gather import Gathered, let_go, record_of, size_of
 from server.job import Job
 from server.members import Members
 from server.replies import Bad, Measured, Update, read_counts, read_update
-from server.results import Failure, Round, SitePrivacy, SiteRound
+from server.results import Failure, Round, SiteRound
+from server.spent import charge
 from strategies.averaging import blend, decay_at
 from strategies.memory import folds, memory_of, remember
 from strategies.registry import build_strategy
@@ -197,6 +198,8 @@ class StudyRun:
                 reply, site, round_, expected, self.job.facts.get(site), self.job.most_change
             )
             self._tell(round_, site, "train")
+            if update.outcome is not None:
+                charge(self.job.arm, update.outcome, self.plan.privacy.delta)
             if isinstance(update, Bad):
                 let_go(reply)
                 failures[site] = update
@@ -214,15 +217,12 @@ class StudyRun:
         for update in updates:
             out = update.outcome
             result.bytes_up += update.size
+            spent = self.job.arm.privacy.get(out.site)
             result.sites[out.site] = SiteRound(
                 patients=out.patients, images=out.images, steps=out.steps, loss=out.loss,
-                seconds=out.seconds, cpu_seconds=out.cpu_seconds, epsilon=out.epsilon,
+                seconds=out.seconds, cpu_seconds=out.cpu_seconds,
+                epsilon=spent.epsilon if spent else None,
             )  # fmt: skip
-            if out.noise_multiplier and out.sampling_rate and out.delta and out.epsilon is not None:
-                self.job.arm.privacy[out.site] = SitePrivacy(
-                    epsilon=out.epsilon, delta=out.delta, noise_multiplier=out.noise_multiplier,
-                    sampling_rate=out.sampling_rate, steps=out.steps * result.round,
-                )  # fmt: skip
         told = [(site.loss, site.images) for site in result.sites.values() if site.loss is not None]
         if total := sum(images for _, images in told):
             result.train_loss = sum(loss * images for loss, images in told) / total

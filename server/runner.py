@@ -38,6 +38,7 @@ from server.registry import Registry, open_registry
 from server.registry.records import Study
 from server.results import Arm, StudyResults
 from server.rounds import StudyRun
+from server.spent import carry_over
 
 _LOG = logging.getLogger("fedward.server")
 _LOOK: Final = 0.5
@@ -86,6 +87,8 @@ class Runner:
         began = time.perf_counter() - self.results.seconds
         if self.keeper.restore(self.job):
             self._tell("restored", {"round": len(self.job.arm.rounds)})
+        if self.results.arms:
+            carry_over(self.job.arm, self.results.arms[0])
         self.results.arms = [self.job.arm]
         threading.Thread(target=self._watch, daemon=True, name="wishes").start()
         pause = 0.5
