@@ -65,13 +65,16 @@ def init(
 @app.command()
 def run(config: Config = SERVER) -> None:
     """Run the SuperLink, the studies and the operator API, and keep them running."""
+    from server.alone import alone
     from server.config import load_config
     from server.supervise import supervise
 
-    log_to_stderr()
+    settings = load_config(config)
+    log_to_stderr(settings.server.log_level)
     stop = threading.Event()
     stop_on_signals(stop)
-    raise typer.Exit(supervise(load_config(config), config.absolute(), stop))
+    with alone(settings.server.state, "run"):
+        raise typer.Exit(supervise(settings, config.absolute(), stop))
 
 
 @app.command()

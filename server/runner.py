@@ -263,7 +263,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _end)
     signal.signal(signal.SIGINT, _end)
     try:
-        _run(load_config(given.config), given.study)
+        config = load_config(given.config)
+        log_to_stderr(config.server.log_level)
+        _run(config, given.study)
     except FedwardError as error:
         _LOG.error("%s", error)
         sys.exit(error.exit_code)
