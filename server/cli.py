@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
@@ -15,6 +15,10 @@ from fedward.console import log_to_stderr, print_json, run_command, stop_on_sign
 from server.commands.options import SERVER, Ca, Config, Json, Token, Url, api
 from server.commands.site import site_app
 from server.commands.study import study_app
+from server.place import at
+
+if TYPE_CHECKING:
+    from server.certificates import Facts
 
 app = typer.Typer(
     help="Run an aggregator: enrol hospitals, submit studies.", no_args_is_help=True,
@@ -163,7 +167,7 @@ def revoke_token(
     token: Token = "", ca: Ca = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """End a token, at once."""
-    made = api(config, url, token, ca).call("DELETE", f"/v1/tokens/{name}")
+    made = api(config, url, token, ca).call("DELETE", at("tokens", name))
     if as_json:
         print_json(made)
     else:
@@ -191,12 +195,12 @@ def renew_certificate(
     _print_certificate(renew(load_config(config), tuple(host or ())), as_json=as_json)
 
 
-def _print_certificate(facts: object, *, as_json: bool) -> None:
-    told = {name: str(value) for name, value in vars(facts).items()}
+def _print_certificate(facts: Facts, *, as_json: bool) -> None:
+    told = {**vars(facts), "hosts": list(facts.hosts), "expires": str(facts.expires)}
     if as_json:
         print_json(told)
     else:
-        for name, value in told.items():
+        for name, value in (told | {"hosts": ", ".join(facts.hosts)}).items():
             typer.echo(f"{name}: {value}")
 
 
