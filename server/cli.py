@@ -103,7 +103,7 @@ def backup(
     config: Config = SERVER,
     as_json: Json = False,
 ) -> None:
-    """Copy studies and registry into one archive; the service may run."""
+    """Copy studies, weights and registry into one archive; the service may run."""
     from server.backup import backup as write_backup
     from server.config import load_config
 
@@ -121,14 +121,14 @@ def restore(
     as_json: Json = False,
 ) -> None:
     """Put an archive back; the service must not run, and enrols the sites anew at its start."""
-    from server.backup import restore as put_back
     from server.config import load_config
+    from server.restore import restore as put_back
 
-    found = put_back(load_config(config), source)
+    done = put_back(load_config(config), source)
     if as_json:
-        print_json({"restored": found})
+        print_json({"restored": done.parts, "before": done.aside})
     else:
-        typer.echo(f"Restored {', '.join(found)}; what was there is in before-restore.")
+        typer.echo(f"Restored {', '.join(done.parts)}; what was there is in {done.aside}.")
 
 
 @token_app.command("create")

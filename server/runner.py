@@ -87,6 +87,9 @@ class Runner:
         began = time.perf_counter() - self.results.seconds
         if self.keeper.restore(self.job):
             self._tell("restored", {"round": len(self.job.arm.rounds)})
+        else:
+            self.job.arrays = self._initial()
+            self.job.average = dict(self.job.arrays)
         if self.results.arms:
             carry_over(self.job.arm, self.results.arms[0])
         self.results.arms = [self.job.arm]
@@ -155,7 +158,7 @@ class Runner:
         name = "federated" if epsilon is None else f"federated, ε = {epsilon:g}"
         arm = Arm(name=name, kind="federated", epsilon=epsilon, delta=delta)
         return Job(
-            self.plan, self._initial(), arm, self.study.seed, self._listen, self.stop,
+            self.plan, {}, arm, self.study.seed, self._listen, self.stop,
             signed={
                 "study": self.study.id, "coordinator": self.study.coordinator,
                 "signature": self.study.signature,
@@ -167,7 +170,7 @@ class Runner:
     def _initial(self) -> Arrays:
         model = build_model(self.plan, self.study.seed)
         if self.plan.model.initial_weights is not None:
-            report = load_initial(model, self.plan, self.config.server.state / "weights")
+            report = load_initial(model, self.plan, self.config.weights)
             self.results.weights_report = {
                 "matched": len(report.matched), "reshaped_head": len(report.reshaped_head),
                 "missing": len(report.missing), "unused": len(report.unused),
