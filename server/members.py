@@ -21,6 +21,7 @@ _LOG = logging.getLogger("fedward.server")
 _QUARANTINE_AFTER: Final = 3
 _PAUSE: Final = 0.05
 _LAST_WORDS: Final = 1.0
+_NOT_HERE: Final = Bad("not connected", "silent")
 _PASSING: Final = frozenset({"pending", "paused", "busy", "error", "silent"})
 
 
@@ -140,6 +141,14 @@ class Members:
         self._out.add(site)
         self.nodes = {n: s for n, s in self.nodes.items() if s != site}
         self._job.listen(SiteQuarantined(self._job.arm.name, self._job.round, site, reason))
+
+    def absent(self) -> dict[str, Bad]:
+        """Sites of the study that take no part now, and why: refused, put out, or not there."""
+        here = set(self.nodes.values())
+        refused = {site: Bad(reason, kind) for site, (_, reason, kind) in self._refused.items()}
+        named = dict.fromkeys(self._named.values(), _NOT_HERE)
+        known = {**named, **(named and refused), **self._job.left_out}
+        return {site: bad for site, bad in known.items() if site not in here}
 
     def cut_off(self) -> set[int]:
         """Nodes of sites that were removed meanwhile, or have another key."""

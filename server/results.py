@@ -122,6 +122,9 @@ class StudyResults(Strict):
     weights_report: dict[str, int] = Field(
         default_factory=dict, description="initial weights: matched, reshaped_head, missing, unused"
     )
+    named: list[str] = Field(
+        default_factory=list, description="between hospitals: the sites that the study names"
+    )
     sites: list[SiteFacts] = Field(default_factory=list)
     arms: list[Arm] = Field(default_factory=list)
     start_up_seconds: float = Field(default=0.0, description="from the command to the first round")

@@ -186,11 +186,13 @@ class StudyRun:
         """Add the valid updates; give why each site that has none has none."""
         nodes = dict(self._members.nodes)
         asked = {nodes[message.metadata.dst_node_id] for message in messages}
-        failures = {
+        silent = {
             site: Bad("no answer in time" if site in asked else "not connected", "silent")
-            for site in {*nodes.values(), *(self.job.members or {}).values()}
-            - set(gathered.updates)
+            for site in nodes.values()
         }
+        failures = self._members.absent() | silent
+        for site in gathered.updates:
+            failures.pop(site, None)
         deadline = self.job.patience
         for node, reply in self._members.grid.replies(messages, deadline, self._members.cut_off):
             site = nodes[node]

@@ -36,6 +36,8 @@ from server.job import Arrays, Job
 from server.keeper import AWAY, Keeper
 from server.registry import Registry, open_registry
 from server.registry.records import Study
+from server.registry.sites import Site
+from server.replies import Bad
 from server.results import Arm, StudyResults
 from server.rounds import StudyRun
 from server.spent import carry_over
@@ -70,6 +72,7 @@ class Runner:
         self.plan = self.study.read_plan()
         self.folder = self.config.study_folder(self.study.id)
         self.results = self._results()
+        self.results.named = list(self.study.sites)
         self.keeper = Keeper(
             self.folder, self.registry, self.study, self.plan, self.results, self.stop
         )
@@ -144,13 +147,15 @@ class Runner:
     def _see_members(self) -> Mapping[int, str]:
         """The study's sites that may take part: enrolled, not quarantined, with their last key."""
         with self._looking:
-            self.job.members = {
-                int(site.node_id): site.name
-                for site in self.registry.sites.list()
-                if site.name in self.study.sites
-                and site.state == "active"
-                and site.node_id is not None
+            there = {one.name: one for one in self.registry.sites.list()}
+            named = {name: there.get(name) for name in self.study.sites}
+            self.job.left_out = {
+                name: bad for name, site in named.items() if (bad := _left_out(site)) is not None
             }
+            self.job.members = {
+                site.node_id: name for name, site in named.items()
+                if site is not None and site.node_id is not None and name not in self.job.left_out
+            }  # fmt: skip
             return self.job.members
 
     def _job(self) -> Job:
@@ -250,6 +255,15 @@ def _telling(event: events.Event) -> tuple[str, dict[str, Any]] | None:
         case events.SiteAnswered():
             return "answered", {"site": event.site, "round": event.round, "what": event.what}
     return None
+
+
+def _left_out(site: Site | None) -> Bad | None:
+    """Why a site of the study may take no part now."""
+    if site is None:
+        return Bad("not enrolled any more", "silent")
+    if site.state != "active":
+        return Bad(f"quarantined: {site.reason}")
+    return None if site.node_id is not None else Bad("not known to the SuperLink yet", "silent")
 
 
 def _versions() -> dict[str, str]:

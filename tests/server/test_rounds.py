@@ -28,6 +28,7 @@ from fedward.models import build_model, to_arrays
 from fedward.plan import Plan
 from fedward.protocol import EvaluateOutcome, RoundOrder, TrainOutcome
 from server.events import Event, RoundEnded, SiteAnswered, SiteRefused, StudyStarted
+from server.replies import Bad
 from server.results import Arm, Figures
 from server.rounds import Job, StudyRun
 from simulation import flower
@@ -184,6 +185,15 @@ def test_a_bad_update_costs_its_site_the_round_and_is_named(
         assert not good.failures
         assert list(good.sites) == ["site-1", "site-2", "site-3"]
     assert all(np.isfinite(value).all() for value in job.arrays.values())
+
+
+def test_who_is_left_out_is_named_in_each_round(make_plan: Make, sites: list[PreparedSite]) -> None:
+    job = job_of(three_rounds(make_plan))
+    job.left_out = {"east": Bad("quarantined: an update must be finite.")}
+    with grid_of(SimulatedSites(sites, SEEDED)) as grid:
+        StudyRun(job, grid).run()
+    told = [[(f.site, f.reason, f.kind) for f in one.failures] for one in job.arm.rounds]
+    assert told == [[("east", "quarantined: an update must be finite.", "invalid")]] * 3
 
 
 class SwellingTrainer(Trainer):
