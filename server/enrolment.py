@@ -154,11 +154,15 @@ class Enrolment:
         return True
 
     def _end_leftovers(self, known: dict[int, Node]) -> bool:
-        # A registry that is new, or the wrong one, must not cost all hospitals their keys.
-        if not self.registry.sites.list(history=True):
-            return True
-        present = {site.node_id for site in self.registry.sites.list()}
-        return not [node for node in known if node not in present and not self._try_end(node)]
+        # A key that the registry never had waits for the next try of the call that broke off:
+        # ended once, the SuperLink would never take it again. No study reaches its node.
+        over = {
+            stored_key(site.public_key.encode())
+            for site in self.registry.sites.list(history=True)
+            if site.state in ("removed", "rotated")
+        }
+        left = [number for number, node in known.items() if node.public_key in over]
+        return not [number for number in left if not self._try_end(number)]
 
     def _tell_once(self, text: str) -> None:
         if text not in self._told:

@@ -105,10 +105,13 @@ def test_one_site_that_the_superlink_refuses_does_not_stop_the_others(
     assert len([one for one in caplog.messages if "north" in one]) == 1
 
 
-def test_a_new_registry_does_not_end_all_keys(api: Any, site_key: Key) -> None:
-    api.link.register(site_key().encode(), "north")
-    api.enrolment.reconcile()
-    assert len(api.link.known) == 1
+def test_a_killed_rotation_is_done_again_after_a_restart(api: Any, site_key: Key) -> None:
+    add(api, "north", site_key())
+    new = site_key()
+    node = api.link.register(new.encode(), "north")  # killed before the registry was told
+    Enrolment(api.registry, api.link).reconcile()
+    assert rotate(api, "north", new).status_code == 200
+    assert list(api.link.known) == [node]
 
 
 def test_what_is_left_is_tidied_up_when_the_superlink_is_back(
