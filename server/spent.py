@@ -9,7 +9,7 @@ from fedward.privacy import Mechanism, epsilon_composed
 from fedward.protocol import TrainOutcome
 from server.results import Arm, SitePrivacy
 
-# Told where no accountant can follow what a site says of its noise.
+# Told where there is no noise, or no accountant can follow what a site says of it.
 _NO_BOUND: Final = 1e9
 
 
@@ -28,9 +28,10 @@ def charge(arm: Arm, outcome: TrainOutcome, delta: float | None) -> None:
     delta : float or None
         The plan's δ; None: nothing is private.
     """
-    noise, rate = outcome.noise_multiplier, outcome.sampling_rate
-    if delta is None or not noise or not rate:
+    if delta is None:
         return
+    # Who does not say how it was private was not.
+    noise, rate = outcome.noise_multiplier or 0.0, outcome.sampling_rate or 1.0
     before, steps = arm.privacy.get(outcome.site), outcome.steps
     if before is not None:
         if before.last_round >= outcome.round:
@@ -51,6 +52,8 @@ def carry_over(arm: Arm, told: Arm) -> None:
 
 
 def _epsilon(mechanism: Mechanism, delta: float) -> float:
+    if mechanism.noise_multiplier <= 0 or not 0 < mechanism.sampling_rate <= 1:
+        return _NO_BOUND
     try:
         return min(_NO_BOUND, epsilon_composed([mechanism], delta))
     except PrivacyError:

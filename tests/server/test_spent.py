@@ -132,6 +132,13 @@ def test_a_round_costs_once_and_the_worst_noise_stands_for_all() -> None:
     assert Arm.model_validate_json(arm.model_dump_json()) == arm
 
 
+@pytest.mark.parametrize(("noise", "rate"), [(None, None), (0.0, 0.1), (-1.0, 0.1), (1.0, 7.0)])
+def test_what_is_not_private_has_no_bound(noise: float | None, rate: float | None) -> None:
+    arm, claim = Arm(name="t", kind="federated"), {"noise_multiplier": noise, "sampling_rate": rate}
+    charge(arm, outcome(1).model_copy(update=claim), 1e-3)
+    assert arm.privacy["north"].epsilon == 1e9
+
+
 def test_without_privacy_nothing_is_spent() -> None:
     arm = Arm(name="t", kind="federated")
     charge(arm, outcome(1), None)
