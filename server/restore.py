@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import BinaryIO, Final
 
 from fedward.errors import ConfigError, OutputError
 from server.alone import alone
@@ -116,25 +116,27 @@ def _swap(new: Path, place: Path, aside: Path) -> None:
 
 
 def _unpack(source: Path, folder: Path) -> list[str]:
-    try:
-        file = source.open("rb")
-    except OSError as error:
-        raise ConfigError(
-            "a backup must be a readable file", value=f"{source.name}: {error.strerror}",
-            fix="Check its name, and its owner",
-        ) from None  # fmt: skip
-    with file:
+    with _opened(source) as file:
         try:
             with tarfile.open(fileobj=file, mode="r:gz") as archive:
                 _extract(archive, folder)
-            found = [one for one in _KNOWN if (folder / one).exists()]
-            if REGISTRY in found:
+            if (folder / REGISTRY).exists():
                 _check_registry(folder / REGISTRY)
         except (tarfile.TarError, EOFError, OSError, IndexError, zlib.error, ValueError) as error:
             if isinstance(error, OSError) and error.errno:
                 raise
             raise _broken(source) from None
-    return found
+    return [one for one in _KNOWN if (folder / one).exists()]
+
+
+def _opened(source: Path) -> BinaryIO:
+    try:
+        return source.open("rb")
+    except OSError as error:
+        raise ConfigError(
+            "a backup must be a readable file", value=f"{source.name}: {error.strerror}",
+            fix="Check its name, and its owner",
+        ) from None  # fmt: skip
 
 
 def _extract(archive: tarfile.TarFile, folder: Path) -> None:
