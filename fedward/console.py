@@ -80,13 +80,21 @@ def leave() -> NoReturn:
     os._exit(0)
 
 
-def log_to_stderr() -> None:
-    """Our own log lines, and nobody else's below errors: libraries quote what they work on."""
+def log_to_stderr(level: str = "info") -> None:
+    """Our own log lines from a level on, and nobody else's below errors.
+
+    Libraries quote what they work on.
+
+    Parameters
+    ----------
+    level : str
+        ``debug``, ``info``, ``warning`` or ``error``.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("fedward")
     logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level.upper())
     for noisy in ("flwr", "httpx", "httpcore", "alembic"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 

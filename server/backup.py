@@ -1,4 +1,4 @@
-"""Copy an aggregator's state while it runs, and put it back.
+"""Copy an aggregator's state while it runs.
 
 Studies first, then the registry: a study that goes on after a restore trains again what the copy
 of its checkpoints does not have. Flower's own database is left out; the service enrols the
@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 import sqlite3
 import tarfile
 import tempfile
 from contextlib import closing
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Final
 
 from sqlalchemy.engine import make_url
@@ -23,8 +22,32 @@ from fedward.errors import ConfigError, OutputError
 from server.config import ServerConfig
 from server.registry.transfer import copy_registry
 
-_FORMAT: Final = "fedward aggregator backup 1\n"
-_REGISTRY: Final = "registry.db"
+FORMAT: Final = "fedward aggregator backup 1\n"
+REGISTRY: Final = "registry.db"
+
+
+def folders(config: ServerConfig) -> dict[str, Path]:
+    """The folders in an archive, and where they belong."""
+    return {"studies": config.studies, "weights": config.weights}
+
+
+def key_files(config: ServerConfig) -> dict[str, Path]:
+    """The files of ``--keys`` in an archive, and where they belong; no other lies with them."""
+    tls, signing = config.tls, config.coordinator_key
+    keys = (
+        signing, signing.with_suffix(".pub"), config.control_secret, config.runtime_secret,
+        config.local_token,
+    )  # fmt: skip
+    return {f"keys/{path.name}": path for path in keys} | {
+        "tls/server.crt": tls.certificate, "tls/server.key": tls.key, "tls/ca.crt": tls.ca,
+        "tls/ca.key": config.ca_key,
+    }  # fmt: skip
+
+
+def registry_file(config: ServerConfig) -> Path | None:
+    """The registry's file; None where it is no file."""
+    url = make_url(config.database_url)
+    return Path(url.database) if url.get_backend_name() == "sqlite" and url.database else None
 
 
 def backup(config: ServerConfig, target: Path, *, keys: bool) -> int:
@@ -42,7 +65,7 @@ def backup(config: ServerConfig, target: Path, *, keys: bool) -> int:
     Raises
     ------
     ConfigError
-        The registry cannot be read.
+        The registry is missing, or cannot be read.
     OutputError
         The archive is there already, or cannot be written.
     """
@@ -52,71 +75,29 @@ def backup(config: ServerConfig, target: Path, *, keys: bool) -> int:
             raise OutputError(
                 "a backup overwrites nothing", value=target.name, fix="Name another file"
             )
-        handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            with tarfile.open(fileobj=file, mode="w:gz") as archive:
-                _add_text(archive, "FORMAT", _FORMAT)
-                _add_folder(archive, config.studies, "studies")
-                _add_registry(archive, config)
-                if keys:
-                    _add_folder(archive, config.server.keys, "keys")
-                    _add_folder(archive, config.tls.ca.parent, "tls")
-            file.flush()
-            os.fsync(file.fileno())
+        _write(config, part, keys=keys)
         part.replace(target)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise OutputError(
             "the backup must be writable", value=error.strerror, fix="Choose another place"
         ) from None
+    finally:
+        part.unlink(missing_ok=True)
     return target.stat().st_size
 
 
-def restore(config: ServerConfig, source: Path) -> list[str]:
-    """Put an archive back, in place of what is there; gives what was restored.
-
-    What it replaces is kept beside it under ``before-restore``. The service must not run.
-
-    Raises
-    ------
-    ConfigError
-        The file is no backup, or is damaged.
-    OutputError
-        The state folder cannot be written.
-    """
-    registry = _sqlite(config)
-    places = {
-        "studies": config.studies, "keys": config.server.keys, "tls": config.tls.ca.parent
-    }  # fmt: skip
-    aside = config.server.state / "before-restore"
-    try:
-        with tempfile.TemporaryDirectory(dir=config.server.state) as name:
-            found = _unpack(source, Path(name))
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(mode=0o700)
-            for part in found:
-                if part != _REGISTRY:
-                    _swap(Path(name) / part, places[part], aside / part)
-            if _REGISTRY in found and registry is None:
-                _load(config.database_url, Path(name) / _REGISTRY, aside / _REGISTRY)
-            elif _REGISTRY in found and registry is not None:
-                _swap(Path(name) / _REGISTRY, registry, aside / _REGISTRY)
-                for left in ("-wal", "-shm"):
-                    registry.with_name(registry.name + left).unlink(missing_ok=True)
-            # Its runs and node numbers belong to the time before.
-            for path in config.server.state.glob(config.superlink_database.name + "*"):
-                path.replace(aside / path.name)
-    except OSError as error:
-        raise OutputError(
-            "the state folder must be writable", value=error.strerror, fix="Free some space"
-        ) from None
-    return sorted(found)
-
-
-def _sqlite(config: ServerConfig) -> Path | None:
-    """The registry's file; None where it is no file."""
-    url = make_url(config.database_url)
-    return Path(url.database) if url.get_backend_name() == "sqlite" and url.database else None
+def _write(config: ServerConfig, part: Path, *, keys: bool) -> None:
+    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        with tarfile.open(fileobj=file, mode="w:gz") as archive:
+            _add_text(archive, "FORMAT", FORMAT)
+            for name, folder in folders(config).items():
+                _add_folder(archive, folder, name)
+            _add_registry(archive, config)
+            for name, path in key_files(config).items() if keys else ():
+                _add_file(archive, path, name)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _add_text(archive: tarfile.TarFile, name: str, text: str) -> None:
@@ -129,62 +110,44 @@ def _add_folder(archive: tarfile.TarFile, folder: Path, name: str) -> None:
     """A folder whose parts may be renamed meanwhile; each file is whole, as it was written."""
     for path in sorted(folder.rglob("*")):
         if path.is_file() and ".part" not in path.name and "/.part" not in str(path):
-            try:
-                content = path.read_bytes()
-            except FileNotFoundError:
-                continue  # an older checkpoint that just made room
-            info = tarfile.TarInfo(f"{name}/{path.relative_to(folder).as_posix()}")
-            info.size, info.mode = len(content), path.stat().st_mode & 0o777
-            archive.addfile(info, io.BytesIO(content))
+            _add_file(archive, path, f"{name}/{path.relative_to(folder).as_posix()}")
+
+
+def _add_file(archive: tarfile.TarFile, path: Path, name: str) -> None:
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return  # an older checkpoint that just made room, or a key that is not here
+    with file:
+        info, about = tarfile.TarInfo(name), os.fstat(file.fileno())
+        info.size, info.mode = about.st_size, about.st_mode & 0o777
+        archive.addfile(info, file)
 
 
 def _add_registry(archive: tarfile.TarFile, config: ServerConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        copy, source = Path(folder) / _REGISTRY, _sqlite(config)
+        copy, source = Path(folder) / REGISTRY, registry_file(config)
         if source is None:
             copy_registry(config.database_url, f"sqlite:///{copy}")
         else:
-            with closing(sqlite3.connect(source)) as live, closing(sqlite3.connect(copy)) as made:
-                live.backup(made)
+            _copy_file(source, copy)
         # Out of write-ahead mode, so that it is one file.
         with closing(sqlite3.connect(copy)) as made:
             made.execute("PRAGMA journal_mode=DELETE")
-        archive.add(copy, _REGISTRY)
+        archive.add(copy, REGISTRY)
 
 
-def _unpack(source: Path, folder: Path) -> list[str]:
-    known = {"studies", _REGISTRY, "keys", "tls"}
+def _copy_file(source: Path, copy: Path) -> None:
+    # The mode makes none where none is.
+    address = f"{source.absolute().as_uri()}?mode=rw"
     try:
-        with tarfile.open(source, "r:gz") as archive:
-            first = archive.next()
-            text = archive.extractfile(first) if first and first.name == "FORMAT" else None
-            if text is None or text.read() != _FORMAT.encode():
-                raise _broken(source)
-            members = [one for one in archive.getmembers() if one.name != "FORMAT"]
-            if any(PurePosixPath(one.name).parts[0] not in known for one in members):
-                raise _broken(source)
-            archive.extractall(folder, members, filter="data")
-    except (tarfile.TarError, EOFError, OSError, IndexError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise
-        raise _broken(source) from None
-    return [one for one in sorted(known) if (folder / one).exists()]
-
-
-def _swap(new: Path, place: Path, aside: Path) -> None:
-    if place.exists():
-        shutil.move(place, aside)
-    shutil.move(new, place)
-    place.chmod(0o700 if place.is_dir() else 0o600)
-
-
-def _load(url: str, archived: Path, aside: Path) -> None:
-    copy_registry(url, f"sqlite:///{aside}")
-    copy_registry(f"sqlite:///{archived}", url)
-
-
-def _broken(source: Path) -> ConfigError:
-    return ConfigError(
-        "a backup must be a whole archive that `fedward-server backup` wrote", value=source.name,
-        fix="Take another one",
-    )  # fmt: skip
+        with (
+            closing(sqlite3.connect(address, uri=True)) as live,
+            closing(sqlite3.connect(copy)) as made,
+        ):
+            live.backup(made)
+    except sqlite3.Error as error:
+        raise ConfigError(
+            "the registry must be there, and whole", value=f"{source.name}: {error}",
+            fix="Restore a backup", where="database.url",
+        ) from None  # fmt: skip

@@ -40,6 +40,7 @@ class _State(BaseModel):
     memory_stage: str
     arm: Arm
     facts: dict[str, SiteFacts]
+    bad_answers: dict[str, int] = {}
     tensors_sha256: str
 
 
@@ -105,7 +106,7 @@ class Checkpoints:
         tensors = save({name: np.ascontiguousarray(value) for name, value in _arrays(job).items()})
         state = _State(
             plan_hash=self._hash, seed=job.seed, complete=job.complete, arm=job.arm,
-            memory_stage=job.memory_stage, facts=job.facts,
+            memory_stage=job.memory_stage, facts=job.facts, bad_answers=job.bad_answers,
             tensors_sha256=hashlib.sha256(tensors).hexdigest(),
         )  # fmt: skip
         _write(folder / _TENSORS, tensors)
@@ -128,6 +129,7 @@ class Checkpoints:
         job.average = kinds["average"] or dict(job.arrays)
         job.arm, job.seed, job.complete = state.arm, state.seed, state.complete
         job.memory_stage, job.facts = state.memory_stage, dict(state.facts)
+        job.bad_answers = dict(state.bad_answers)
 
 
 def _arrays(job: Job) -> dict[str, NDArray[Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
@@ -15,6 +15,10 @@ from fedward.console import log_to_stderr, print_json, run_command, stop_on_sign
 from server.commands.options import SERVER, Ca, Config, Json, Token, Url, api
 from server.commands.site import site_app
 from server.commands.study import study_app
+from server.place import at
+
+if TYPE_CHECKING:
+    from server.certificates import Facts
 
 app = typer.Typer(
     help="Run an aggregator: enrol hospitals, submit studies.", no_args_is_help=True,
@@ -65,13 +69,16 @@ def init(
 @app.command()
 def run(config: Config = SERVER) -> None:
     """Run the SuperLink, the studies and the operator API, and keep them running."""
+    from server.alone import alone
     from server.config import load_config
     from server.supervise import supervise
 
-    log_to_stderr()
+    settings = load_config(config)
+    log_to_stderr(settings.server.log_level)
     stop = threading.Event()
     stop_on_signals(stop)
-    raise typer.Exit(supervise(load_config(config), config.absolute(), stop))
+    with alone(settings.server.state, "run"):
+        raise typer.Exit(supervise(settings, config.absolute(), stop))
 
 
 @app.command()
@@ -96,7 +103,7 @@ def backup(
     config: Config = SERVER,
     as_json: Json = False,
 ) -> None:
-    """Copy studies and registry into one archive; the service may run."""
+    """Copy studies, weights and registry into one archive; the service may run."""
     from server.backup import backup as write_backup
     from server.config import load_config
 
@@ -114,14 +121,14 @@ def restore(
     as_json: Json = False,
 ) -> None:
     """Put an archive back; the service must not run, and enrols the sites anew at its start."""
-    from server.backup import restore as put_back
     from server.config import load_config
+    from server.restore import restore as put_back
 
-    found = put_back(load_config(config), source)
+    done = put_back(load_config(config), source)
     if as_json:
-        print_json({"restored": found})
+        print_json({"restored": done.parts, "before": done.aside})
     else:
-        typer.echo(f"Restored {', '.join(found)}; what was there is in before-restore.")
+        typer.echo(f"Restored {', '.join(done.parts)}; what was there is in {done.aside}.")
 
 
 @token_app.command("create")
@@ -160,7 +167,7 @@ def revoke_token(
     token: Token = "", ca: Ca = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """End a token, at once."""
-    made = api(config, url, token, ca).call("DELETE", f"/v1/tokens/{name}")
+    made = api(config, url, token, ca).call("DELETE", at("tokens", name))
     if as_json:
         print_json(made)
     else:
@@ -188,12 +195,12 @@ def renew_certificate(
     _print_certificate(renew(load_config(config), tuple(host or ())), as_json=as_json)
 
 
-def _print_certificate(facts: object, *, as_json: bool) -> None:
-    told = {name: str(value) for name, value in vars(facts).items()}
+def _print_certificate(facts: Facts, *, as_json: bool) -> None:
+    told = {**vars(facts), "hosts": list(facts.hosts), "expires": str(facts.expires)}
     if as_json:
         print_json(told)
     else:
-        for name, value in told.items():
+        for name, value in (told | {"hosts": ", ".join(facts.hosts)}).items():
             typer.echo(f"{name}: {value}")
 
 

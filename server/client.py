@@ -3,52 +3,14 @@
 from __future__ import annotations
 
 import json
-import ssl
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
 
 from fedward import errors
-from fedward.errors import FedwardError, ServiceError
-from server.config import load_config
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the API is, and with what it is called.
-
-    Attributes
-    ----------
-    url, token : str
-        Base address and bearer token.
-    ca : Path or None
-        The authority; None: the machine's.
-    here : bool
-        Whether it is this machine, whose certificate may stand for other names only.
-    """
-
-    url: str
-    token: str
-    ca: Path | None
-    here: bool = False
-
-    @classmethod
-    def find(cls, config: Path, url: str, token: str, ca: Path | None) -> Place:
-        """What the options say; for the rest, what the configuration of this machine says.
-
-        Raises
-        ------
-        ConfigError
-            There is neither.
-        """
-        if url:
-            return cls(url.rstrip("/"), token, ca)
-        here = load_config(config)
-        own = token or here.local_token.read_text().strip()
-        return cls(here.api_url, own, ca or here.tls.ca, here=True)
+from fedward.errors import AccessError, FedwardError, ServiceError
+from server.place import Place
 
 
 class ApiClient:
@@ -58,19 +20,34 @@ class ApiClient:
     ----------
     place : Place
         Where it is.
+
+    Raises
+    ------
+    ConfigError, AccessError, ServiceError
+        The authority, the token or the address is none.
     """
 
     def __init__(self, place: Place) -> None:
-        context = ssl.create_default_context(cafile=str(place.ca) if place.ca else None)
-        context.check_hostname = not place.here
-        self._http = httpx.Client(
-            base_url=place.url, verify=context, timeout=30.0,
-            headers={"Authorization": f"Bearer {place.token}"} if place.token else {},
-        )  # fmt: skip
+        if not place.token.isascii() or not place.token.isprintable() or " " in place.token:
+            raise AccessError(
+                "a token must be the text that `token create` showed", fix="Copy it anew",
+                where="--token",
+            )  # fmt: skip
+        try:
+            self._http = httpx.Client(
+                base_url=place.url, verify=place.trust(), timeout=30.0,
+                headers={"Authorization": f"Bearer {place.token}"} if place.token else {},
+            )  # fmt: skip
+        except httpx.InvalidURL:
+            raise _no_api() from None
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
         """A call and its JSON answer."""
-        return self._send(method, path, body).json()
+        answer = self._send(method, path, body)
+        try:
+            return answer.json()
+        except ValueError:
+            raise _no_api(answer.status_code) from None
 
     def fetch(self, path: str) -> bytes:
         """A file."""
@@ -104,6 +81,8 @@ class ApiClient:
                     yield json.loads(line)
         except httpx.HTTPError as error:
             raise _unreachable(error) from None
+        except ValueError:
+            raise _no_api() from None
 
     def _send(self, method: str, path: str, body: Any = None) -> httpx.Response:
         try:
@@ -129,11 +108,14 @@ def _problem(answer: httpx.Response) -> FedwardError:
         )
         made.exit_code = int(told["exit_code"])
     except (ValueError, KeyError, TypeError):
-        return ServiceError(
-            "the address must be that of an aggregator's API", value=answer.status_code,
-            fix="Check --url",
-        )  # fmt: skip
+        return _no_api(answer.status_code)
     return made
+
+
+def _no_api(status: int | None = None) -> ServiceError:
+    return ServiceError(
+        "the address must be that of an aggregator's API", value=status, fix="Check --url"
+    )
 
 
 def _unreachable(error: httpx.HTTPError) -> ServiceError:

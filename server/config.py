@@ -139,6 +139,11 @@ class ServerConfig(Section):
         """Folder of the studies' checkpoints and models."""
         return self.server.state / "studies"
 
+    @property
+    def weights(self) -> Path:
+        """Folder of the weights files that plans start from."""
+        return self.server.state / "weights"
+
     def study_folder(self, study: str) -> Path:
         """Folder of one study; the delivered model in it is ``model.safetensors``."""
         return self.studies / study
@@ -147,6 +152,11 @@ class ServerConfig(Section):
     def coordinator_key(self) -> Path:
         """Ed25519 key with which studies are signed (PKCS #8, PEM)."""
         return self.server.keys / "coordinator.key"
+
+    @property
+    def ca_key(self) -> Path:
+        """Key of ``init``'s own authority; there is none of one that was brought."""
+        return self.tls.ca.with_name("ca.key")
 
     @property
     def control_secret(self) -> Path:

@@ -14,6 +14,7 @@ from fedward.errors import FedwardError
 from fedward.plan.schema import Plan
 from fedward.protocol import SiteFacts
 from server.events import Listener, ignore
+from server.replies import Bad
 from server.results import Arm
 
 Arrays = dict[str, NDArray[Any]]
@@ -49,8 +50,12 @@ class Job:
         Between hospitals: node ids and names of the study's sites that may take part; it is
         replaced when one is removed, released or gets another key. None: every node of the grid,
         which says itself who it is.
+    left_out : mapping
+        Sites of the study that may take no part now, and why.
     signed : mapping
         What shows the hospitals who asks (see :mod:`fedward.signing`).
+    bad_answers : dict
+        How many invalid answers in a row each site has given, by kind of answer.
     memory, memory_stage : dict, str
         What the strategy remembers, and in which stage.
     save : callable
@@ -74,6 +79,8 @@ class Job:
     average: Arrays = field(default_factory=dict)
     facts: dict[str, SiteFacts] = field(default_factory=dict)
     members: Mapping[int, str] | None = None
+    left_out: Mapping[str, Bad] = field(default_factory=dict)
+    bad_answers: dict[str, int] = field(default_factory=dict)
     signed: Mapping[str, str] = field(default_factory=dict)
     memory: Arrays = field(default_factory=dict)
     memory_stage: str = ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -22,6 +21,7 @@ _LOG = logging.getLogger("fedward.server")
 _QUARANTINE_AFTER: Final = 3
 _PAUSE: Final = 0.05
 _LAST_WORDS: Final = 1.0
+_NOT_HERE: Final = Bad("not connected", "silent")
 _PASSING: Final = frozenset({"pending", "paused", "busy", "error", "silent"})
 
 
@@ -41,7 +41,6 @@ class Members:
     def __init__(self, job: Job, grid: Grid, order: Callable[[], ConfigRecord]) -> None:
         self._job, self._everyone, self._order = job, grid, order
         self._needs = job.plan.participation
-        self._bad: Counter[str] = Counter()
         self._refused: dict[str, tuple[float, str, str]] = {}
         self._out: set[str] = set()
         self._asked: dict[str, int] = {}
@@ -123,18 +122,33 @@ class Members:
     def _reachable(self) -> set[int]:
         return set(self._everyone.get_node_ids() if self._anyone else self._named)
 
-    def note(self, site: str, bad: Bad | None) -> None:
-        """Count what a site's update was worth; one bad over and over is put out."""
-        if bad is None or bad.kind != "invalid":
-            self._bad[site] = 0
-            return
-        self._bad[site] += 1
-        if self._bad[site] >= _QUARANTINE_AFTER and not self._anyone:
-            self._bad[site] = 0
-            self._out.add(site)
-            self.nodes = {n: s for n, s in self.nodes.items() if s != site}
-            name = self._job.arm.name
-            self._job.listen(SiteQuarantined(name, self._job.round, site, bad.reason))
+    def note(self, site: str, bad: Bad | None, what: str = "update") -> None:
+        """Count what an answer of a site was worth; one bad over and over is put out.
+
+        Only a valid answer of the same kind wipes the slate: silence and refusals do not, nor does
+        a runner's restart.
+        """
+        mark, bad_ones = f"{what} of {site}", self._job.bad_answers
+        if bad is None:
+            bad_ones.pop(mark, None)
+        elif bad.kind == "invalid":
+            bad_ones[mark] = bad_ones.get(mark, 0) + 1
+            if bad_ones[mark] >= _QUARANTINE_AFTER and not self._anyone:
+                del bad_ones[mark]
+                self._quarantine(site, bad.reason)
+
+    def _quarantine(self, site: str, reason: str) -> None:
+        self._out.add(site)
+        self.nodes = {n: s for n, s in self.nodes.items() if s != site}
+        self._job.listen(SiteQuarantined(self._job.arm.name, self._job.round, site, reason))
+
+    def absent(self) -> dict[str, Bad]:
+        """Sites of the study that take no part now, and why: refused, put out, or not there."""
+        here = set(self.nodes.values())
+        refused = {site: Bad(reason, kind) for site, (_, reason, kind) in self._refused.items()}
+        named = dict.fromkeys(self._named.values(), _NOT_HERE)
+        known = {**named, **(named and refused), **self._job.left_out}
+        return {site: bad for site, bad in known.items() if site not in here}
 
     def cut_off(self) -> set[int]:
         """Nodes of sites that were removed meanwhile, or have another key."""

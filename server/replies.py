@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -42,11 +42,13 @@ class Measured:
 class Bad:
     """A reply that does not count, and why, in words that name no file and no person.
 
-    ``kind`` is the refusal's, or ``invalid`` for an answer that breaks a rule.
+    ``kind`` is the refusal's, or ``invalid`` for an answer that breaks a rule; ``outcome`` says
+    what an update was made of that arrived and does not count.
     """
 
     reason: str
     kind: str = "invalid"
+    outcome: TrainOutcome | None = None
 
 
 def read_facts(message: Message) -> SiteFacts | Bad:
@@ -85,19 +87,40 @@ def read_update(
     most_change : float
         Largest L2 norm of the change, in units of the model's own (at least 1).
     """
+    outcome = None
     try:
-        outcome = TrainOutcome.from_flat(_config(message, "outcome"))
-        _same(outcome.site, site, outcome.round, round_)
+        told = TrainOutcome.from_flat(_config(message, "outcome"))
+        _same(told.site, site, told.round, round_)
+        outcome = told
         size = _check_arrays(_record(message, "arrays"), expected, most_change)
         weight = _check_weight(message, outcome)
         _check_claims(outcome, facts)
         return Update(message, outcome, size, weight)
     except FedwardError as error:
-        return _bad(error)
+        return replace(_bad(error), outcome=outcome)
 
 
-def read_counts(message: Message, site: str, round_: int, part: str, task: Task) -> Measured | Bad:
-    """Check the counts of an evaluation."""
+def read_counts(
+    message: Message,
+    site: str,
+    round_: int,
+    part: str,
+    task: Task,
+    facts: SiteFacts | None = None,
+) -> Measured | Bad:
+    """Check the counts of an evaluation; of no more images than the site described.
+
+    Parameters
+    ----------
+    message : Message
+        The reply.
+    site, round_, part : str, int, str
+        Who was asked, for which round, to measure on which part.
+    task : Task
+        What kind of counts there must be.
+    facts : SiteFacts or None
+        What the site said of itself.
+    """
     try:
         outcome = EvaluateOutcome.from_flat(_config(message, "outcome"))
         _same(outcome.site, site, outcome.round, round_)
@@ -105,7 +128,9 @@ def read_counts(message: Message, site: str, round_: int, part: str, task: Task)
             raise ProtocolError("a reply must be for the part that was asked", value=outcome.part)
         record = _record(message, "counts")
         arrays = {name: _decoded(array) for name, array in record.items()}
-        return Measured(outcome, counts_from_arrays(task, arrays))
+        counts = counts_from_arrays(task, arrays)
+        _check_counted(counts, part, facts)
+        return Measured(outcome, counts)
     except FedwardError as error:
         return _bad(error)
 
@@ -186,6 +211,15 @@ def _check_claims(outcome: TrainOutcome, facts: SiteFacts | None) -> None:
                 f"an update must not claim more {what} than its site described",
                 value=f"{claimed} of {described}",
             )
+
+
+def _check_counted(counts: Counts, part: str, facts: SiteFacts | None) -> None:
+    described = getattr(facts, f"{part}_images", counts.images)
+    if counts.images > described:
+        raise ProtocolError(
+            "counts must be of no more images than the site described",
+            value=f"{counts.images} of {described}",
+        )
 
 
 def _check_arrays(record: ArrayRecord, expected: Shapes, most_change: float) -> int:

@@ -39,7 +39,7 @@ class SiteRound(Strict):
     )
     seconds: float = Field(description="wall seconds of training at the site")
     cpu_seconds: float = Field(default=0.0, description="CPU seconds of training at the site")
-    epsilon: float | None = Field(default=None, description="ε spent so far at δ, where accounted")
+    epsilon: float | None = Field(default=None, description="ε spent so far at δ")
     validation: Figures = Field(
         default_factory=dict, description="figures on its validation patients"
     )
@@ -64,11 +64,12 @@ class Round(Strict):
 class SitePrivacy(Strict):
     """What one site's patients were promised, and what was spent."""
 
-    epsilon: float = Field(description="ε spent at the end")
+    epsilon: float = Field(description="ε at δ of all steps, computed by the aggregator")
     delta: float
     noise_multiplier: float
     sampling_rate: float
-    steps: int
+    steps: int = Field(description="private steps behind the updates that arrived, valid or not")
+    last_round: int = Field(default=0, description="the last round of those steps")
 
 
 class TestFigures(Strict):
@@ -120,6 +121,9 @@ class StudyResults(Strict):
     )
     weights_report: dict[str, int] = Field(
         default_factory=dict, description="initial weights: matched, reshaped_head, missing, unused"
+    )
+    named: list[str] = Field(
+        default_factory=list, description="between hospitals: the sites that the study names"
     )
     sites: list[SiteFacts] = Field(default_factory=list)
     arms: list[Arm] = Field(default_factory=list)

@@ -20,13 +20,14 @@ from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Stage
 from fedward.protocol import RoundOrder
 from server.arms import figures, test_figures
-from server.events import RoundEnded, SiteAnswered, StudyPaused, StudyResumed
+from server.events import RoundEnded, SiteAnswered, SiteRefused, StudyPaused, StudyResumed
 from server.exchange import Moment
 from server.gather import Gathered, let_go, record_of, size_of
 from server.job import Job
 from server.members import Members
 from server.replies import Bad, Measured, Update, read_counts, read_update
-from server.results import Failure, Round, SitePrivacy, SiteRound
+from server.results import Failure, Round, SiteRound
+from server.spent import charge
 from strategies.averaging import blend, decay_at
 from strategies.memory import folds, memory_of, remember
 from strategies.registry import build_strategy
@@ -185,11 +186,13 @@ class StudyRun:
         """Add the valid updates; give why each site that has none has none."""
         nodes = dict(self._members.nodes)
         asked = {nodes[message.metadata.dst_node_id] for message in messages}
-        failures = {
+        silent = {
             site: Bad("no answer in time" if site in asked else "not connected", "silent")
-            for site in {*nodes.values(), *(self.job.members or {}).values()}
-            - set(gathered.updates)
+            for site in nodes.values()
         }
+        failures = self._members.absent() | silent
+        for site in gathered.updates:
+            failures.pop(site, None)
         deadline = self.job.patience
         for node, reply in self._members.grid.replies(messages, deadline, self._members.cut_off):
             site = nodes[node]
@@ -197,6 +200,8 @@ class StudyRun:
                 reply, site, round_, expected, self.job.facts.get(site), self.job.most_change
             )
             self._tell(round_, site, "train")
+            if update.outcome is not None:
+                charge(self.job.arm, update.outcome, self.plan.privacy.delta)
             if isinstance(update, Bad):
                 let_go(reply)
                 failures[site] = update
@@ -214,15 +219,12 @@ class StudyRun:
         for update in updates:
             out = update.outcome
             result.bytes_up += update.size
+            spent = self.job.arm.privacy.get(out.site)
             result.sites[out.site] = SiteRound(
                 patients=out.patients, images=out.images, steps=out.steps, loss=out.loss,
-                seconds=out.seconds, cpu_seconds=out.cpu_seconds, epsilon=out.epsilon,
+                seconds=out.seconds, cpu_seconds=out.cpu_seconds,
+                epsilon=spent.epsilon if spent else None,
             )  # fmt: skip
-            if out.noise_multiplier and out.sampling_rate and out.delta and out.epsilon is not None:
-                self.job.arm.privacy[out.site] = SitePrivacy(
-                    epsilon=out.epsilon, delta=out.delta, noise_multiplier=out.noise_multiplier,
-                    sampling_rate=out.sampling_rate, steps=out.steps * result.round,
-                )  # fmt: skip
         told = [(site.loss, site.images) for site in result.sites.values() if site.loss is not None]
         if total := sum(images for _, images in told):
             result.train_loss = sum(loss * images for loss, images in told) / total
@@ -295,13 +297,22 @@ class StudyRun:
         counts: dict[str, Counts] = {}
         for node, reply in self._members.grid.replies(messages, deadline, self._members.cut_off):
             site = nodes[node]
-            measured = read_counts(reply, site, round_, part, self.plan.task)
+            facts = self.job.facts.get(site)
+            measured = read_counts(reply, site, round_, part, self.plan.task, facts)
             self._tell(round_, site, part)
             if isinstance(measured, Measured):
                 counts[site] = measured.counts
+                self._members.note(site, None, "counts")
             else:
-                _LOG.warning("%s could not be measured: %s", site, measured.reason)
+                self._unmeasured(site, measured)
         return counts
+
+    def _unmeasured(self, site: str, bad: Bad) -> None:
+        _LOG.warning("%s could not be measured: %s", site, bad.reason)
+        if bad.kind == "invalid":
+            told = SiteRefused(self.job.arm.name, self.job.round, site, bad.kind, bad.reason)
+            self.job.listen(told)
+        self._members.note(site, bad, "counts")
 
     def _order(self, round_: int, **more: Any) -> ConfigRecord:
         signed = self.job.signed

@@ -36,8 +36,11 @@ from server.job import Arrays, Job
 from server.keeper import AWAY, Keeper
 from server.registry import Registry, open_registry
 from server.registry.records import Study
+from server.registry.sites import Site
+from server.replies import Bad
 from server.results import Arm, StudyResults
 from server.rounds import StudyRun
+from server.spent import carry_over
 
 _LOG = logging.getLogger("fedward.server")
 _LOOK: Final = 0.5
@@ -69,6 +72,7 @@ class Runner:
         self.plan = self.study.read_plan()
         self.folder = self.config.study_folder(self.study.id)
         self.results = self._results()
+        self.results.named = list(self.study.sites)
         self.keeper = Keeper(
             self.folder, self.registry, self.study, self.plan, self.results, self.stop
         )
@@ -86,6 +90,11 @@ class Runner:
         began = time.perf_counter() - self.results.seconds
         if self.keeper.restore(self.job):
             self._tell("restored", {"round": len(self.job.arm.rounds)})
+        else:
+            self.job.arrays = self._initial()
+            self.job.average = dict(self.job.arrays)
+        if self.results.arms:
+            carry_over(self.job.arm, self.results.arms[0])
         self.results.arms = [self.job.arm]
         threading.Thread(target=self._watch, daemon=True, name="wishes").start()
         pause = 0.5
@@ -138,13 +147,15 @@ class Runner:
     def _see_members(self) -> Mapping[int, str]:
         """The study's sites that may take part: enrolled, not quarantined, with their last key."""
         with self._looking:
-            self.job.members = {
-                int(site.node_id): site.name
-                for site in self.registry.sites.list()
-                if site.name in self.study.sites
-                and site.state == "active"
-                and site.node_id is not None
+            there = {one.name: one for one in self.registry.sites.list()}
+            named = {name: there.get(name) for name in self.study.sites}
+            self.job.left_out = {
+                name: bad for name, site in named.items() if (bad := _left_out(site)) is not None
             }
+            self.job.members = {
+                site.node_id: name for name, site in named.items()
+                if site is not None and site.node_id is not None and name not in self.job.left_out
+            }  # fmt: skip
             return self.job.members
 
     def _job(self) -> Job:
@@ -152,7 +163,7 @@ class Runner:
         name = "federated" if epsilon is None else f"federated, ε = {epsilon:g}"
         arm = Arm(name=name, kind="federated", epsilon=epsilon, delta=delta)
         return Job(
-            self.plan, self._initial(), arm, self.study.seed, self._listen, self.stop,
+            self.plan, {}, arm, self.study.seed, self._listen, self.stop,
             signed={
                 "study": self.study.id, "coordinator": self.study.coordinator,
                 "signature": self.study.signature,
@@ -164,7 +175,7 @@ class Runner:
     def _initial(self) -> Arrays:
         model = build_model(self.plan, self.study.seed)
         if self.plan.model.initial_weights is not None:
-            report = load_initial(model, self.plan, self.config.server.state / "weights")
+            report = load_initial(model, self.plan, self.config.weights)
             self.results.weights_report = {
                 "matched": len(report.matched), "reshaped_head": len(report.reshaped_head),
                 "missing": len(report.missing), "unused": len(report.unused),
@@ -246,6 +257,15 @@ def _telling(event: events.Event) -> tuple[str, dict[str, Any]] | None:
     return None
 
 
+def _left_out(site: Site | None) -> Bad | None:
+    """Why a site of the study may take no part now."""
+    if site is None:
+        return Bad("not enrolled any more", "silent")
+    if site.state != "active":
+        return Bad(f"quarantined: {site.reason}")
+    return None if site.node_id is not None else Bad("not known to the SuperLink yet", "silent")
+
+
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
@@ -260,7 +280,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _end)
     signal.signal(signal.SIGINT, _end)
     try:
-        _run(load_config(given.config), given.study)
+        config = load_config(given.config)
+        log_to_stderr(config.server.log_level)
+        _run(config, given.study)
     except FedwardError as error:
         _LOG.error("%s", error)
         sys.exit(error.exit_code)

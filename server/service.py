@@ -5,29 +5,28 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
-import grpc
-import uvicorn
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-
 from fedward.console import log_to_stderr, stop_on_signals
-from fedward.errors import ServiceError
+from fedward.errors import ConfigError, FedwardError
+from server.alone import alone
 from server.api.app import build_api
 from server.api.health import Health
 from server.config import ServerConfig, load_config
 from server.dispatch import Dispatcher
-from server.enrolment import reconcile_when_ready
+from server.enrolment import Enrolment
 from server.flower.control import Link
+from server.listen import ApiThread, check_tls, serve_health
 from server.registry import open_registry
 
 _LOG = logging.getLogger("fedward.server")
-_LOOK: Final = 1.0
+# The one before may still be ending its runners.
+_PATIENCE: Final = 20.0
 
 
 def serve(path: Path, stop: threading.Event) -> None:
@@ -36,65 +35,46 @@ def serve(path: Path, stop: threading.Event) -> None:
     Raises
     ------
     FedwardError
-        The registry, a key or a port cannot be used.
+        The registry, a key or a port cannot be used, or another service uses the state folder.
     """
     config = load_config(path)
+    log_to_stderr(config.server.log_level)
     os.environ["FLWR_HOME"] = str(config.server.state / "flwr")
-    registry = open_registry(config)
-    secret = config.control_secret.read_bytes().strip()
-    link = Link(config.superlink_address, config.tls.ca.read_bytes(), secret)
-    found = Health(config, registry, link)
-    api = uvicorn.Server(
-        uvicorn.Config(
-            build_api(config, registry, link, found), host=config.api.address,
-            port=config.api.port, ssl_certfile=str(config.tls.certificate),
-            ssl_keyfile=str(config.tls.key), access_log=False, log_level="warning",
-            server_header=False, timeout_graceful_shutdown=2,
-        )
-    )  # fmt: skip
-    api.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
-    thread = threading.Thread(target=api.run, name="api")
-    thread.start()
-    grpc_server = _serve_health(config, found, stop)
-    threading.Thread(
-        target=reconcile_when_ready, args=(registry, link, stop), daemon=True, name="enrolment"
-    ).start()
+    with alone(config.server.state, "service", _PATIENCE):
+        registry, link = open_registry(config), _link(config)
+        try:
+            _serve(config, path, Enrolment(registry, link), stop)
+        finally:
+            registry.close()
+            link.close()
+
+
+def _serve(config: ServerConfig, path: Path, enrolment: Enrolment, stop: threading.Event) -> None:
+    found = Health(config, enrolment.registry, enrolment.link)
+    health = serve_health(config, found, stop)
     try:
-        Dispatcher(path, registry).run(stop)
+        api = ApiThread(config, build_api(config, enrolment, found), stop)
+        try:
+            threading.Thread(
+                target=enrolment.keep, args=(stop,), daemon=True, name="enrolment"
+            ).start()
+            Dispatcher(path, enrolment.registry).run(stop)
+        finally:
+            api.end()
     finally:
-        api.should_exit = True
-        grpc_server.stop(1)
-        thread.join(5)
-        registry.close()
-        link.close()
+        health.stop(1)
 
 
-def _serve_health(config: ServerConfig, found: Health, stop: threading.Event) -> grpc.Server:
-    """gRPC health (grpc.health.v1): SERVING only while a study could run."""
-    server = grpc.server(ThreadPoolExecutor(4, "health"))
-    servicer = health.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    pair = (config.tls.key.read_bytes(), config.tls.certificate.read_bytes())
-    address = f"{config.api.address}:{config.api.health_port}"
+def _link(config: ServerConfig) -> Link:
+    check_tls(config)
     try:
-        server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
-    except RuntimeError:
-        raise ServiceError(
-            "the health service's port must be free", value=config.api.health_port,
-            fix="Change api.health_port", where="api.health_port",
+        secret = config.control_secret.read_bytes().strip()
+    except OSError as error:
+        raise ConfigError(
+            "this machine's secrets must be readable", value=error.strerror, where="server.keys",
+            fix="Restore them from a backup with keys",
         ) from None  # fmt: skip
-    server.start()
-    status = health_pb2.HealthCheckResponse
-
-    def look() -> None:
-        while True:
-            servicer.set("", status.SERVING if found.ready else status.NOT_SERVING)
-            if stop.wait(_LOOK):
-                servicer.set("", status.NOT_SERVING)
-                return
-
-    threading.Thread(target=look, daemon=True, name="health").start()
-    return server
+    return Link(config.superlink_address, config.tls.ca.read_bytes(), secret)
 
 
 def main() -> None:
@@ -105,7 +85,11 @@ def main() -> None:
     log_to_stderr()
     stop = threading.Event()
     stop_on_signals(stop)
-    serve(path, stop)
+    try:
+        serve(path, stop)
+    except FedwardError as error:
+        _LOG.error("%s", error)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

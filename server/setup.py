@@ -23,7 +23,6 @@ from server.config import ServerConfig, config_from, load_config
 from server.registry import open_registry
 
 CONFIG_NAME: Final = "server.toml"
-CA_KEY_NAME: Final = "ca.key"
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def renew(config: ServerConfig, hosts: Sequence[str] = ()) -> certificates.Facts
     ConfigError
         The authority is not the one that ``init`` made.
     """
-    ca_key_path = config.tls.ca.with_name(CA_KEY_NAME)
+    ca_key_path = config.ca_key
     if not ca_key_path.exists():
         raise ConfigError(
             "only certificates of init's own authority are renewed here", where="tls",
@@ -180,7 +179,7 @@ def _tls(config: ServerConfig, wishes: Wishes) -> None:
     ca = make_ca(wishes.name, ca_key)
     server = make_certificate((*wishes.hosts, *ALWAYS), key, ca, ca_key)
     write_private(config.tls.ca, certificate_pem(ca), 0o644)
-    write_private(config.tls.ca.with_name(CA_KEY_NAME), key_pem(ca_key))
+    write_private(config.ca_key, key_pem(ca_key))
     write_private(config.tls.certificate, certificate_pem(server), 0o644)
     write_private(config.tls.key, key_pem(key))
 

@@ -137,6 +137,11 @@ class SegmentationCounts:
         """Number of foreground classes, K."""
         return int(self.counts.shape[1])
 
+    @property
+    def images(self) -> int:
+        """Fewest images that these sums can be of; a site may withhold parts."""
+        return max(int(self.loss[1]), int(self.counts.max(initial=0)))
+
     def merge(self, other: SegmentationCounts) -> SegmentationCounts:
         """The sums over both.
 

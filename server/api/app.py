@@ -21,8 +21,7 @@ from server.api.sites import sites_router
 from server.api.studies import studies_router
 from server.api.tokens import tokens_router
 from server.config import ServerConfig
-from server.flower.control import Link
-from server.registry import Registry
+from server.enrolment import Enrolment
 
 _ABOUT = """Operate an aggregator: enrol hospitals, submit studies, watch them, take their models.
 
@@ -31,20 +30,19 @@ submits and steers studies, `admin` also enrols sites and makes tokens.
 """
 
 
-def build_api(config: ServerConfig, registry: Registry, link: Link, health: Health) -> FastAPI:
+def build_api(config: ServerConfig, enrolment: Enrolment, health: Health) -> FastAPI:
     """The application.
 
     Parameters
     ----------
     config : ServerConfig
         The aggregator.
-    registry : Registry
-        What it knows.
-    link : Link
-        The SuperLink.
+    enrolment : Enrolment
+        Its hospitals, with what it and the SuperLink know.
     health : Health
         Whether it is ready.
     """
+    registry, link = enrolment.registry, enrolment.link
     problems: dict[int | str, dict[str, Any]] = {
         code: {"model": Problem, "description": text}
         for code, text in (
@@ -65,7 +63,7 @@ def build_api(config: ServerConfig, registry: Registry, link: Link, health: Heal
         app.add_exception_handler(away, answer_problem)
     app.add_exception_handler(Exception, answer_problem)
     for router in (
-        health_router(health, registry, link), sites_router(registry, link, access),
+        health_router(health, registry, link), sites_router(enrolment, access),
         studies_router(config, registry, access), tokens_router(registry, access),
     ):  # fmt: skip
         app.include_router(describe_roles(router))

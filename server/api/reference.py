@@ -14,6 +14,7 @@ from fedward.schema_doc import anchor
 from server.api.app import build_api
 from server.api.health import Health
 from server.config import ServerConfig
+from server.enrolment import Enrolment
 from server.flower.control import Link
 from server.registry import Registry
 
@@ -74,7 +75,8 @@ def description() -> dict[str, Any]:
     registry = Registry(create_engine("sqlite://"), lambda *_: {})
     nothing = cast(Link, None)
     config = ServerConfig(version=1)
-    return build_api(config, registry, nothing, Health(config, registry, nothing)).openapi()
+    health = Health(config, registry, nothing)
+    return build_api(config, Enrolment(registry, nothing), health).openapi()
 
 
 def _statuses(told: Schema) -> Iterator[str]:

@@ -9,7 +9,8 @@ from pydantic import BaseModel, Field
 
 from fedward.protocol import SITE_NAME, SiteFacts
 from server.api.access import Access
-from server.flower.control import Link, Node
+from server.enrolment import Enrolment
+from server.flower.control import Node
 from server.registry import Registry
 from server.registry.sites import Site, SiteState
 
@@ -36,7 +37,7 @@ class SiteAnswer(BaseModel):
     fingerprint: str = Field(description="SHA-256 of the key's DER form, to compare by telephone")
     state: SiteState
     status: str = Field(description="online, offline or registered (never seen)")
-    last_seen: str = Field(description="when it came online last, UTC")
+    last_seen: str = Field(description="now, or its last sign of life, UTC")
     reason: str = Field(description="why it is quarantined")
     version: str = Field(description="the release that it runs; known after its first study")
     facts: SiteFacts | None = Field(description="what it said last, as its policy lets it be told")
@@ -46,8 +47,9 @@ class SiteAnswer(BaseModel):
     studies: list[str] = Field(description="studies that name it and have not ended")
 
 
-def sites_router(registry: Registry, link: Link, access: Access) -> APIRouter:
+def sites_router(enrolment: Enrolment, access: Access) -> APIRouter:
     """The calls about hospitals."""
+    registry, link = enrolment.registry, enrolment.link
     router = APIRouter(prefix="/v1/sites", tags=["sites"])
 
     @router.get("", dependencies=[Depends(access.need("viewer"))])
@@ -59,31 +61,17 @@ def sites_router(registry: Registry, link: Link, access: Access) -> APIRouter:
     @router.post("", status_code=201, dependencies=[Depends(access.need("admin"))])
     def add_site(site: NewSite) -> SiteAnswer:
         """Enrol a hospital by its public key."""
-        added = registry.sites.add(site.name, site.public_key)
-        try:
-            node = link.register(added.public_key.encode(), site.name)
-        except BaseException:
-            registry.sites.remove(site.name)
-            raise
-        return _answer(registry, registry.sites.set_node(site.name, node), {})
+        return _answer(registry, enrolment.add(site.name, site.public_key), {})
 
     @router.delete("/{name}", dependencies=[Depends(access.need("admin"))])
     def remove_site(name: str) -> SiteAnswer:
         """Cut a hospital off, at once."""
-        site = registry.sites.get(name)
-        if site.node_id is not None:
-            link.remove(site.node_id)
-        return _answer(registry, registry.sites.remove(name), {})
+        return _answer(registry, enrolment.remove(name), {})
 
     @router.post("/{name}/rotate", dependencies=[Depends(access.need("admin"))])
     def rotate_site(name: str, key: NewKey) -> SiteAnswer:
         """Take another key for a hospital; the old one ends at once."""
-        old = registry.sites.get(name)
-        registry.sites.rotate(name, key.public_key)
-        node = link.register(registry.sites.get(name).public_key.encode(), name)
-        if old.node_id is not None:
-            link.remove(old.node_id)
-        return _answer(registry, registry.sites.set_node(name, node), {})
+        return _answer(registry, enrolment.rotate(name, key.public_key), {})
 
     @router.post("/{name}/release", dependencies=[Depends(access.need("admin"))])
     def release_site(name: str) -> SiteAnswer:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from importlib.metadata import version
 
 from fedward.plan.schema import Plan
 from server.results import Arm, StudyResults
@@ -44,7 +43,9 @@ def _head(study: str, plan: Plan, results: StudyResults) -> Iterator[str]:
     yield f"- Plan: SHA-256 `{results.plan_sha256}`"
     yield f"- Task: {plan.task.kind}, {plan.task.dimensions}D, {', '.join(plan.task.classes)}"
     yield f"- Network: {plan.model.name}, {results.parameters:,} parameters"
-    yield f"- Made with: Fedward {version('fedward')}, " + ", ".join(
+    # Of what ran the study, whoever writes the card.
+    release = results.versions.get("fedward", "(release not known)")
+    yield f"- Made with: Fedward {release}, " + ", ".join(
         f"{name} {number}" for name, number in sorted(results.versions.items())
         if name != "fedward"
     )  # fmt: skip
@@ -61,6 +62,8 @@ def _data(results: StudyResults, arm: Arm) -> Iterator[str]:
             f"| {site.site} | {site.patients} | {site.train_patients} | "
             f"{site.validation_patients} | {site.test_patients} | {taken} of {len(arm.rounds)} |"
         )
+    for name in sorted(set(results.named) - {site.site for site in results.sites}):
+        yield f"| {name} | – | – | – | – | 0 of {len(arm.rounds)} |"
 
 
 def _privacy(plan: Plan, arm: Arm) -> Iterator[str]:

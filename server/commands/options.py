@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from server.client import ApiClient, Place
+from server.client import ApiClient
+from server.place import Place
 
 Config = Annotated[
     Path, typer.Option("--config", envvar="FEDWARD_SERVER", help="server.toml, on its machine")

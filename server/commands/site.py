@@ -13,6 +13,7 @@ from rich.table import Table
 from fedward.console import print_json
 from fedward.errors import ConfigError
 from server.commands.options import SERVER, Ca, Config, Json, Token, Url, api
+from server.place import at
 
 site_app = typer.Typer(help="Enrol hospitals, list them, cut them off.", no_args_is_help=True)
 Name = Annotated[str, typer.Argument(help="the site's name")]
@@ -56,7 +57,7 @@ def remove(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Cut a hospital off at once, also in the middle of a round."""
-    made = api(config, url, token, ca).call("DELETE", f"/v1/sites/{name}")
+    made = api(config, url, token, ca).call("DELETE", at("sites", name))
     _told(made, f"{name} is cut off.", as_json=as_json)
 
 
@@ -67,7 +68,7 @@ def rotate(
 ) -> None:  # fmt: skip
     """Take another key for a hospital; the old one ends at once."""
     body = {"public_key": _read(key)}
-    made = api(config, url, token, ca).call("POST", f"/v1/sites/{name}/rotate", body)
+    made = api(config, url, token, ca).call("POST", at("sites", name, "rotate"), body)
     _told(made, f"{name} has a new key: {made['fingerprint']}", as_json=as_json)
 
 
@@ -77,7 +78,7 @@ def release(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """End a hospital's quarantine."""
-    made = api(config, url, token, ca).call("POST", f"/v1/sites/{name}/release")
+    made = api(config, url, token, ca).call("POST", at("sites", name, "release"))
     _told(made, f"{name} takes part again.", as_json=as_json)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +17,9 @@ from fedward.console import print_json
 from fedward.errors import OutputError, PlanError, StudyError
 from fedward.plan.load import from_canonical
 from server.client import ApiClient
+from server.commands.follow import follow
 from server.commands.options import SERVER, Ca, Config, Json, Token, Url, api
+from server.place import at
 
 study_app = typer.Typer(help="Submit studies, watch them, take their models.", no_args_is_help=True)
 StudyId = Annotated[str, typer.Argument(help="the study's id")]
@@ -68,7 +71,7 @@ def show(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Where a study stands, round by round."""
-    found = api(config, url, token, ca).call("GET", f"/v1/studies/{study}")
+    found = api(config, url, token, ca).call("GET", at("studies", study))
     if as_json:
         print_json(found)
         return
@@ -89,7 +92,7 @@ def watch(
     """Follow a study as it runs; ends with it."""
     client, state = api(config, url, token, ca), ""
     console = Console()
-    for event in client.lines(f"/v1/studies/{study}/events?follow=true"):
+    for event in follow(client, at("studies", study, "events")):
         if as_json:
             print_json(event)
         elif text := _telling(event):
@@ -132,7 +135,7 @@ def report(
     token: Token = "", ca: Ca = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Write the report, of what stands so far, as one HTML file."""
-    _write(out, api(config, url, token, ca).fetch(f"/v1/studies/{study}/report"))
+    _write(out, api(config, url, token, ca).fetch(at("studies", study, "report")))
     _said({"report": out.name}, f"Report: {out}", as_json=as_json)
 
 
@@ -143,9 +146,9 @@ def model(
 ) -> None:  # fmt: skip
     """Write the finished model (safetensors) and, beside it, its card (Markdown)."""
     client = api(config, url, token, ca)
-    _write(out, client.fetch(f"/v1/studies/{study}/model"))
+    _write(out, client.fetch(at("studies", study, "model")))
     card = out.with_suffix(".md")
-    _write(card, client.fetch(f"/v1/studies/{study}/card"))
+    _write(card, client.fetch(at("studies", study, "card")))
     _said({"model": out.name, "card": card.name}, f"Model: {out}, card: {card}", as_json=as_json)
 
 
@@ -164,10 +167,10 @@ def export(
     client = api(config, url, token, ca)
     with TemporaryDirectory() as folder:
         fetched = Path(folder) / "model.safetensors"
-        fetched.write_bytes(client.fetch(f"/v1/studies/{study}/model"))
+        fetched.write_bytes(client.fetch(at("studies", study, "model")))
         arrays, _ = load_model(fetched)
-    card = client.fetch(f"/v1/studies/{study}/card").decode()
-    plan = from_canonical(client.call("GET", f"/v1/studies/{study}")["study"]["plan"])
+    card = client.fetch(at("studies", study, "card")).decode()
+    plan = from_canonical(client.call("GET", at("studies", study))["study"]["plan"])
     target = out or Path(f"{study}-bundle")
     made = export_bundle(Delivered(plan, arrays, card), target)
     _said(
@@ -178,7 +181,7 @@ def export(
 
 
 def _wish(client: ApiClient, study: str, wish: str, *, as_json: bool) -> None:
-    made = client.call("POST", f"/v1/studies/{study}/{wish}")
+    made = client.call("POST", at("studies", study, wish))
     _said(made, f"{study} is {made['state']}.", as_json=as_json)
 
 
@@ -191,12 +194,20 @@ def _said(made: dict[str, Any], text: str, *, as_json: bool) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text("utf-8-sig"))
+        plan = tomllib.loads(path.read_text("utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise PlanError(
             "a plan must be a readable TOML file", value=f"{path.name}: {type(error).__name__}",
             fix="See `fedward-simulate plan check`",
         ) from None  # fmt: skip
+    try:
+        json.dumps(plan, allow_nan=False)
+    except (TypeError, ValueError):
+        raise PlanError(
+            "a plan must hold no date, time, inf or nan", value=path.name,
+            fix="Put it in quotes, or take it out",
+        ) from None  # fmt: skip
+    return plan
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -59,12 +60,15 @@ class Node:
     status : str
         ``online``, ``offline``, ``registered`` (never seen) or ``unregistered``.
     last_seen : str
-        When it came online last, ISO 8601, or "".
+        The last sign of life, ISO 8601, or "".
+    public_key : bytes
+        As :func:`stored_key` has it.
     """
 
     node_id: int
     status: Literal["online", "offline", "registered", "unregistered"]
     last_seen: str
+    public_key: bytes = b""
 
 
 class Link:
@@ -95,7 +99,7 @@ class Link:
         StudyError
             The SuperLink refuses the key, or cannot be reached.
         """
-        request = RegisterNodeRequest(public_key=_openssh(public_key), name=name)
+        request = RegisterNodeRequest(public_key=stored_key(public_key), name=name)
         return int(self._call("RegisterNode", request).node_id)
 
     def remove(self, node_id: int) -> None:
@@ -110,8 +114,11 @@ class Link:
 
     def nodes(self) -> list[Node]:
         """All hospitals that were ever enrolled."""
-        found = self._call("ListNodes", ListNodesRequest()).nodes_info
-        return [Node(n.node_id, n.status, n.last_activated_at or "") for n in found if n.status]
+        answer = self._call("ListNodes", ListNodesRequest())
+        return [
+            Node(one.node_id, one.status, _last_seen(one, answer.now), one.public_key)
+            for one in answer.nodes_info if one.status
+        ]  # fmt: skip
 
     def start_run(self) -> int:
         """Start a Flower run for a study; gives its id."""
@@ -161,8 +168,23 @@ class _Secret:
         return response
 
 
-def _openssh(pem: bytes) -> bytes:
-    """The key as the SuperLink stores it."""
+def _last_seen(node: Any, now: str) -> str:
+    """Now, for one that is there; else when it went, or when its last sign of life ran out."""
+    if node.status == "online":
+        return now
+    if node.last_deactivated_at or not node.online_until:
+        return str(node.last_deactivated_at or node.last_activated_at)
+    return datetime.fromtimestamp(node.online_until, UTC).isoformat()
+
+
+def stored_key(pem: bytes) -> bytes:
+    """A hospital's public key (PEM, NIST curve) as the SuperLink stores it.
+
+    Raises
+    ------
+    StudyError
+        It is no such key.
+    """
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
     from flwr.supercore.primitives.asymmetric import public_key_to_bytes

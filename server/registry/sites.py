@@ -8,7 +8,7 @@ from typing import Any, Literal
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
-from sqlalchemy import Connection, Engine, Row, insert, select, update
+from sqlalchemy import Connection, Engine, Row, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from fedward.errors import ConfigError
@@ -85,14 +85,24 @@ class SiteStore:
         """End a site; its key is not taken again (see :meth:`get` for errors)."""
         return self._change(name, state="removed")
 
+    def forget(self, name: str) -> None:
+        """Take back :meth:`add`, as if it had never been (see :meth:`get` for errors)."""
+        with self._engine.begin() as connection:
+            connection.execute(delete(sites).where(sites.c.id == _locked(connection, name).id))
+
+    def check_new(self, public_key: str) -> str:
+        """A key as PEM, if it may be enrolled (see :meth:`add` for errors)."""
+        with reading(self._engine) as connection:
+            return _new_key(connection, public_key)[0]
+
     def rotate(self, name: str, public_key: str, node_id: int | None = None) -> Site:
         """Replace a site's key; the old one is not taken again (see :meth:`add`, :meth:`get`)."""
         with self._engine.begin() as connection:
             old = _locked(connection, name)
             _update(connection, old, state="rotated")
-            new = _insert(connection, name, public_key, node_id)
-            _update_name(connection, name, facts=old.facts, state=old.state, reason=old.reason)
-            return new.model_copy(update={"state": old.state, "reason": old.reason})
+            _insert(connection, name, public_key, node_id)
+            new, kept = _locked(connection, name), ("facts", "state", "reason")
+            return _update(connection, new, **{key: getattr(old, key) for key in kept})
 
     def quarantine(self, name: str, reason: str) -> Site:
         """Leave a site out of all rounds until an operator releases it (see :meth:`get`)."""
@@ -149,13 +159,18 @@ def normal_key(text: str) -> tuple[str, str]:
     return pem, hashlib.sha256(der).hexdigest()
 
 
-def _insert(connection: Connection, name: str, public_key: str, node_id: int | None) -> Site:
+def _new_key(connection: Connection, public_key: str) -> tuple[str, str]:
     pem, mark = normal_key(public_key)
     if connection.execute(select(sites.c.id).where(sites.c.fingerprint == mark)).first():
         raise ConfigError(
             "a key is enrolled once", value=f"fingerprint {mark[:16]}…", where="public_key",
             fix="Make a new key at the hospital with fedward-client enrol",
         )  # fmt: skip
+    return pem, mark
+
+
+def _insert(connection: Connection, name: str, public_key: str, node_id: int | None) -> Site:
+    pem, mark = _new_key(connection, public_key)
     at = now()
     values = {
         "name": name, "public_key": pem, "fingerprint": mark, "state": "active",
@@ -182,10 +197,6 @@ def _update(connection: Connection, row: Row[Any], **values: str) -> Site:
     values["updated"] = now()
     connection.execute(update(sites).where(sites.c.id == row.id).values(**values))
     return _site(connection.execute(select(sites).where(sites.c.id == row.id)).one())
-
-
-def _update_name(connection: Connection, name: str, **values: str) -> None:
-    connection.execute(update(sites).where(_present(name)).values(**values))
 
 
 def _present(name: str) -> Any:

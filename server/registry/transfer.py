@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from sqlalchemy import Engine, delete, func, insert, select
+from sqlalchemy.exc import SQLAlchemyError
 
+from fedward.errors import ServiceError
 from server.registry.database import open_database, reading
 from server.registry.schema import metadata
 
@@ -18,14 +20,19 @@ def copy_registry(source: str, target: str) -> None:
 
     Raises
     ------
-    ConfigError
-        A database cannot be reached, is damaged, or is newer than this release.
+    ConfigError, ServiceError
+        A database is damaged or newer than this release, or cannot be reached or written.
     """
     old = open_database(source)
     try:
         new = open_database(target)
         try:
             _copy(old, new)
+        except SQLAlchemyError as error:
+            raise ServiceError(
+                "a registry must be copied whole, or not at all", value=type(error).__name__,
+                fix="Check the database's server and the disks", where="database.url",
+            ) from None  # fmt: skip
         finally:
             new.dispose()
     finally:

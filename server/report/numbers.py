@@ -37,11 +37,12 @@ def of_kind(results: StudyResults, kind: str) -> list[Arm]:
 
 
 def site_names(results: StudyResults) -> list[str]:
-    """Every site that the results speak of, first as the sites said it."""
-    names = [facts.site for facts in results.sites]
+    """Every site that the results speak of, those that never took part too; first as they said."""
+    names = [*(facts.site for facts in results.sites), *results.named]
     for arm in results.arms:
         names.extend(arm.test.per_site if arm.test else ())
         names.extend(name for round_ in arm.rounds for name in round_.sites)
+        names.extend(failure.site for round_ in arm.rounds for failure in round_.failures)
     return list(dict.fromkeys(names))
 
 

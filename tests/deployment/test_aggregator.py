@@ -6,7 +6,10 @@ import json
 import os
 import signal
 import ssl
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from server.config import load_config
+from server.flower.control import Link, stored_key
 from simulation.options import Hospital, Options
 from simulation.study import Study
 
@@ -192,6 +197,56 @@ def test_a_removed_site_is_cut_off_in_the_middle_of_a_study(
     last = [event["payload"] for event in told if event["kind"] == "round"][-1]
     assert last["round"] == 6
     assert list(last["sites"]) == ["hospital 1"]
+
+
+@contextmanager
+def without_superlink(service: Any, until: Make) -> Iterator[None]:
+    """The SuperLink is down, and nobody starts it again meanwhile."""
+    os.kill(service.process.pid, signal.SIGSTOP)
+    os.kill(service.processes()["server.flower.superlink"], signal.SIGKILL)
+    try:
+        yield
+    finally:
+        os.kill(service.process.pid, signal.SIGCONT)
+    until(service.ready)
+
+
+def test_site_calls_that_failed_with_the_superlink_down_are_done_again(
+    service: Any, hospitals: list[Any], new_key: Make, tmp_path: Path, until: Make
+) -> None:
+    keys = [tmp_path / f"{number}.pub" for number in range(3)]
+    for path in keys:
+        path.write_bytes(new_key()[1])
+    service.call("site", "add", "third", keys[0])
+    with without_superlink(service, until):
+        assert "reachable" in service.call("site", "add", "fourth", keys[1], code=17)["message"]
+        service.call("site", "rotate", "third", keys[2], code=17)
+    service.call("site", "add", "fourth", keys[1])
+    service.call("site", "rotate", "third", keys[2])
+    with without_superlink(service, until):
+        for name in ("third", "fourth"):
+            assert service.call("site", "remove", name)["state"] == "removed"
+
+    config = load_config(service.config)
+    secret = config.control_secret.read_bytes()
+    link = Link(config.superlink_address, config.tls.ca.read_bytes(), secret)
+    gone = {stored_key(path.read_bytes()) for path in keys}
+    until(lambda: {n.status for n in link.nodes() if n.public_key in gone} == {"unregistered"})
+    assert len([n for n in link.nodes() if n.public_key in gone]) == 3
+    link.close()
+
+
+def test_a_service_that_runs_is_alone_and_is_not_restored_over(
+    service: Any, tmp_path: Path
+) -> None:
+    service.call("backup", tmp_path / "b.tar.gz")
+    refused = service.call("restore", tmp_path / "b.tar.gz", code=25)
+    assert "one aggregator at a time" in refused["message"]
+    command = [sys.executable, "-m", "server.cli", "run", "--config", str(service.config)]
+    second = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert second.returncode == 25
+    assert "one aggregator at a time" in second.stderr and "Traceback" not in second.stderr
+    assert service.ready()
 
 
 def test_the_whole_ends_cleanly(service: Any, hospitals: list[Any]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
+import stat
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +14,12 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedward.errors import ConfigError, OutputError
-from server.backup import backup, restore
+from fedward.errors import ConfigError, FedwardError, OutputError, ServiceError
+from server.alone import alone
+from server.backup import backup
 from server.config import ServerConfig, load_config
 from server.registry import open_registry
+from server.restore import restore
 from server.setup import Wishes, initialise
 
 
@@ -61,7 +65,8 @@ def test_what_was_backed_up_comes_back_over_damage(
     (config.server.state / "registry.db").write_bytes(b"damaged")
     (config.study_folder(study) / "rounds" / "round-000001" / "state.json").write_text("damaged")
     config.coordinator_key.write_bytes(b"damaged")
-    assert restore(config, tmp_path / "b.tar.gz") == ["keys", "registry.db", "studies", "tls"]
+    done = restore(config, tmp_path / "b.tar.gz")
+    assert done.parts == ["keys", "registry.db", "studies", "tls"]
 
     back = open_registry(config)
     assert back.studies.get(study).sites == ("north", "south")
@@ -70,7 +75,7 @@ def test_what_was_backed_up_comes_back_over_damage(
     assert config.coordinator_key.read_bytes() == signing
     kept = config.study_folder(study) / "rounds" / "round-000001" / "state.json"
     assert kept.read_text() == "{}"
-    aside = config.server.state / "before-restore"
+    aside = config.server.state / done.aside
     assert (aside / "registry.db").read_bytes() == b"damaged"
 
 
@@ -110,3 +115,134 @@ def test_an_archive_that_reaches_outside_is_refused(config: ServerConfig, tmp_pa
     with pytest.raises(ConfigError):
         restore(config, path)
     assert not (config.server.state.parent / "x").exists()
+
+
+def archive(config: ServerConfig, tmp_path: Path) -> Path:
+    path = tmp_path / "b.tar.gz"
+    backup(config, path, keys=True)
+    return path
+
+
+def test_the_weights_that_plans_start_from_come_along(config: ServerConfig, tmp_path: Path) -> None:
+    config.weights.mkdir()
+    (config.weights / "start.pt").write_bytes(b"weights")
+    path = archive(config, tmp_path)
+    (config.weights / "start.pt").unlink()
+    assert "weights" in restore(config, path).parts
+    assert (config.weights / "start.pt").read_bytes() == b"weights"
+
+
+def test_of_certificates_elsewhere_only_the_named_files_come_and_go(
+    config: ServerConfig, tmp_path: Path
+) -> None:
+    etc = tmp_path / "etc"
+    etc.mkdir()
+    places = {"certificate": "fullchain.pem", "key": "privkey.pem", "ca": "root.pem"}
+    tls = config.tls.model_copy(update={key: etc / name for key, name in places.items()})
+    for name in (*places.values(), "ca.key", "shadow"):
+        (etc / name).write_text(f"old {name}")
+    config = config.model_copy(update={"tls": tls})
+    path = archive(config, tmp_path)
+    with tarfile.open(path) as made:
+        kept = {name for name in made.getnames() if name.startswith("tls")}
+    assert kept == {"tls/server.crt", "tls/server.key", "tls/ca.crt", "tls/ca.key"}
+    for name in (*places.values(), "shadow"):
+        (etc / name).write_text(f"new {name}")
+    done = restore(config, path)
+    assert (etc / "shadow").read_text() == "new shadow"
+    assert {(etc / name).read_text() for name in places.values()} == {
+        f"old {name}" for name in places.values()
+    }
+    assert stat.S_IMODE((etc / "privkey.pem").stat().st_mode) == 0o600
+    aside = config.server.state / done.aside / "tls" / "server.crt"
+    assert aside.read_text() == "new fullchain.pem"
+
+
+@pytest.mark.parametrize("holder", ["run", "service"])
+def test_under_a_live_service_nothing_is_restored(
+    config: ServerConfig, make_plan: Callable[..., Any], tmp_path: Path, holder: Any
+) -> None:
+    fill(config, make_plan())
+    path = archive(config, tmp_path)
+    with (
+        alone(config.server.state, holder),
+        pytest.raises(ServiceError, match="one aggregator at a time"),
+    ):
+        restore(config, path)
+    assert not (config.server.state / "before-restore").exists()
+
+
+def test_a_database_that_fails_costs_nothing_and_no_original_is_ever_deleted(
+    config: ServerConfig, make_plan: Callable[..., Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    fill(config, make_plan())
+    path = archive(config, tmp_path)
+    config.coordinator_key.write_bytes(b"original")
+
+    def fail(*anything: object) -> None:
+        raise ServiceError("the registry's database must be reachable")
+
+    with monkeypatch.context() as away:
+        away.setattr("server.restore._put_registry", fail)
+        with pytest.raises(ServiceError):
+            restore(config, path)
+    assert config.coordinator_key.read_bytes() == b"original"
+    first, second = restore(config, path), restore(config, path)
+    assert first.aside != second.aside
+    kept = config.server.state / first.aside / "keys" / "coordinator.key"
+    assert kept.read_bytes() == b"original"
+
+
+def test_a_registry_that_is_missing_or_damaged_is_no_backup(
+    config: ServerConfig, tmp_path: Path
+) -> None:
+    registry = config.server.state / "registry.db"
+    for content in (b"damaged" * 1000, None):
+        registry.unlink()
+        if content is not None:
+            registry.write_bytes(content)
+        with pytest.raises(ConfigError, match="registry must be there, and whole"):
+            backup(config, tmp_path / "b.tar.gz", keys=False)
+    assert list(tmp_path.glob("*b.tar.gz*")) == [] and not registry.exists()
+
+
+@pytest.mark.parametrize("name", ["none.tar.gz", "folder"])
+def test_an_archive_that_is_not_there_is_told_as_that(
+    config: ServerConfig, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match="a backup must be a readable file"):
+        restore(config, tmp_path / name)
+
+
+def test_an_archive_that_is_damaged_anywhere_is_told_as_that(
+    config: ServerConfig, make_plan: Callable[..., Any], tmp_path: Path
+) -> None:
+    fill(config, make_plan())
+    (config.weights).mkdir()
+    (config.weights / "w.pt").write_bytes(os.urandom(200_000))
+    whole = archive(config, tmp_path).read_bytes()
+    path = tmp_path / "cut.tar.gz"
+    for place in range(20, len(whole), len(whole) // 40):
+        path.write_bytes(whole[:place] + bytes(40) + whole[place + 40 :])
+        try:
+            restore(config, path)
+        except FedwardError as error:
+            assert isinstance(error, ConfigError), place
+
+
+def test_what_was_written_last_is_kept_with_the_registry_that_is_replaced(
+    config: ServerConfig, make_plan: Callable[..., Any], tmp_path: Path
+) -> None:
+    path = archive(config, tmp_path)
+    registry = config.server.state / "registry.db"
+    live = sqlite3.connect(registry)
+    live.execute("PRAGMA journal_mode=WAL")
+    live.execute("CREATE TABLE late (x)")
+    live.commit()
+    wal = registry.with_name("registry.db-wal").read_bytes()
+    done = restore(config, path)
+    live.close()
+    assert (config.server.state / done.aside / "registry.db-wal").read_bytes() == wal
+    assert not registry.with_name("registry.db-wal").exists()

@@ -12,11 +12,15 @@ from flwr.common.constant import ErrorCode
 
 from fedward.metrics import ClassificationCounts
 from fedward.plan.schema import Task
-from fedward.protocol import EvaluateOutcome, TrainOutcome
+from fedward.protocol import EvaluateOutcome, SiteFacts, TrainOutcome
 from server.replies import Bad, Measured, Update, read_counts, read_update
 from simulation import flower
 
 EXPECTED = {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float32)}
+SIZES = {
+    f"{part}{kind}" for part in ("", "train_", "validation_", "test_")
+    for kind in ("images", "patients")
+}  # fmt: skip
 OUTCOME = TrainOutcome(site="x", round=1, patients=5, images=9, steps=2, seconds=0.1)
 
 
@@ -123,6 +127,39 @@ def test_counts_are_held_against_what_was_asked() -> None:
         (counts_reply(more=np.zeros(2)), "x", 0, "test", task),
     ):
         assert isinstance(read_counts(message, site, round_, part, for_task), Bad)
+
+
+def facts(**images: int) -> SiteFacts:
+    sizes = dict.fromkeys(SIZES, 2)
+    return SiteFacts.model_validate({"site": "x", **sizes, **images})
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_counts_are_of_no_more_images_than_the_site_described(part: str) -> None:
+    task = Task(kind="classification", classes=("no", "yes"))
+    honest = ClassificationCounts.from_scores(np.array([[0.2, 0.8]]), np.array([1]))
+    swollen = {name: np.asarray(value) * 10**6 for name, value in honest.to_arrays().items()}
+    message = counts_reply(part, **swollen)
+    bad = read_counts(message, "x", 0, part, task, facts())
+    assert isinstance(bad, Bad)
+    assert bad.reason.startswith("counts must be of no more images than the site described")
+    assert (bad.kind, "1000000 of 2" in bad.reason) == ("invalid", True)
+    assert isinstance(read_counts(counts_reply(part), "x", 0, part, task, facts()), Measured)
+    one = facts(**{f"{part}_images": 1})
+    assert isinstance(read_counts(counts_reply(part), "x", 0, part, task, one), Bad)
+
+
+def test_sums_of_masks_are_of_no_more_images_than_the_site_described() -> None:
+    task = Task(kind="segmentation", classes=("lesion",))
+    counts = np.array([[1], [1], [0]], np.int64) * 10**6
+    sums = counts.astype(np.float64)
+    arrays = {"counts": counts, "sums": sums, "squares": sums, "loss": np.zeros(2)}
+    outcome = EvaluateOutcome(site="x", round=0, part="test", images=1, seconds=0.0)
+    record = ArrayRecord({name: Array(value) for name, value in arrays.items()})
+    content = {"counts": record, "outcome": ConfigRecord(outcome.to_flat())}  # type: ignore[arg-type]
+    message = Message(RecordDict(content), 1, "evaluate")  # type: ignore[arg-type]
+    assert isinstance(read_counts(message, "x", 0, "test", task, facts()), Bad)
+    assert isinstance(read_counts(message, "x", 0, "test", task), Measured)
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,9 @@ from fedward.errors import StudyError
 from fedward.metrics import counts_from_arrays
 from fedward.models import build_model, to_arrays
 from fedward.plan import Plan
-from fedward.protocol import RoundOrder, TrainOutcome
-from server.events import Event, RoundEnded, SiteAnswered, StudyStarted
+from fedward.protocol import EvaluateOutcome, RoundOrder, TrainOutcome
+from server.events import Event, RoundEnded, SiteAnswered, SiteRefused, StudyStarted
+from server.replies import Bad
 from server.results import Arm, Figures
 from server.rounds import Job, StudyRun
 from simulation import flower
@@ -184,6 +185,50 @@ def test_a_bad_update_costs_its_site_the_round_and_is_named(
         assert not good.failures
         assert list(good.sites) == ["site-1", "site-2", "site-3"]
     assert all(np.isfinite(value).all() for value in job.arrays.values())
+
+
+def test_who_is_left_out_is_named_in_each_round(make_plan: Make, sites: list[PreparedSite]) -> None:
+    job = job_of(three_rounds(make_plan))
+    job.left_out = {"east": Bad("quarantined: an update must be finite.")}
+    with grid_of(SimulatedSites(sites, SEEDED)) as grid:
+        StudyRun(job, grid).run()
+    told = [[(f.site, f.reason, f.kind) for f in one.failures] for one in job.arm.rounds]
+    assert told == [[("east", "quarantined: an update must be finite.", "invalid")]] * 3
+
+
+class SwellingTrainer(Trainer):
+    """A trainer that counts each image a million times."""
+
+    def evaluate(
+        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder
+    ) -> tuple[Arrays, EvaluateOutcome]:
+        """Measure rightly, then multiply."""
+        counts, outcome = super().evaluate(arrays, order)
+        return {name: value * 10**6 for name, value in counts.items()}, outcome
+
+
+class SwellingSites(SimulatedSites):
+    """Sites of which one counts too much."""
+
+    def trainer(self, context: Context, plan: Plan) -> Trainer:
+        """The real trainer, or the one that counts too much."""
+        trainer = super().trainer(context, plan)
+        if self.name(context) == "site-2":
+            trainer.__class__ = SwellingTrainer
+        return trainer
+
+
+def test_figures_of_more_images_than_described_are_left_out_and_told(
+    make_plan: Make, sites: list[PreparedSite]
+) -> None:
+    events: list[Event] = []
+    plan = three_rounds(make_plan)
+    job = study(plan, SwellingSites(sites, SEEDED), listen=events.append)
+    assert job.arm.test is not None
+    assert list(job.arm.test.per_site) == ["site-1", "site-3"]
+    told = [event for event in events if isinstance(event, SiteRefused)]
+    assert [(one.site, one.kind) for one in told] == [("site-2", "invalid")] * 4
+    assert "no more images" in told[0].reason
 
 
 def test_what_an_exception_quotes_stays_at_the_site(

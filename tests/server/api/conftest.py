@@ -14,10 +14,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fastapi import FastAPI
 
+from fedward.errors import StudyError
 from server.api.app import build_api
 from server.api.health import Health
 from server.config import LimitsSection, ServerConfig, load_config
-from server.flower.control import Link, Node
+from server.enrolment import Enrolment
+from server.flower.control import Link, Node, stored_key
 from server.registry import Registry, open_registry
 from server.setup import Wishes, initialise
 
@@ -27,22 +29,28 @@ class Enrolled:
     """Stands for the SuperLink's Control API; the real one is in ``tests/deployment``."""
 
     known: dict[int, Node] = field(default_factory=dict)
+    ever: set[bytes] = field(default_factory=set)
     broken: bool = False
 
     def nodes(self) -> list[Node]:
         if self.broken:
-            from fedward.errors import StudyError
-
             raise StudyError("the SuperLink must answer")
         return list(self.known.values())
 
     def register(self, key: bytes, name: str) -> int:
         self.nodes()
-        node = 1000 + len(self.known)
-        self.known[node] = Node(node, "registered", "")
+        stored = stored_key(key)
+        if stored in self.ever:
+            raise StudyError("the SuperLink must accept the call", value="Public key in use")
+        node = 1000 + len(self.ever)
+        self.ever.add(stored)
+        self.known[node] = Node(node, "registered", "", stored)
         return node
 
     def remove(self, node: int) -> None:
+        self.nodes()
+        if node not in self.known:
+            raise StudyError("the SuperLink must accept the call", value="Node ID not found")
         del self.known[node]
 
 
@@ -72,8 +80,9 @@ class Api:
         self.registry: Registry = open_registry(config)
         self.link = Enrolled()
         link = cast(Link, self.link)
+        self.enrolment = Enrolment(self.registry, link)
         self.health = Health(config, self.registry, link)
-        self.client = Client(build_api(config, self.registry, link, self.health))
+        self.client = Client(build_api(config, self.enrolment, self.health))
         self.tokens = {
             role: self.registry.tokens.create(f"the {role}", role).text  # type: ignore[arg-type]
             for role in ("viewer", "coordinator", "admin")

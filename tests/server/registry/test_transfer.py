@@ -10,10 +10,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from sqlalchemy import text
 
-from server.backup import backup, restore
+from server.backup import backup
 from server.config import ServerConfig, load_config
 from server.registry import open_registry
 from server.registry.database import connect
+from server.restore import restore
 from server.setup import Wishes, initialise
 
 
@@ -52,7 +53,7 @@ def test_a_registry_in_postgresql_is_backed_up_and_put_back(
     registry.sites.add("late", new_key())
     registry.close()
 
-    assert "registry.db" in restore(config, tmp_path / "b.tar.gz")
+    assert "registry.db" in restore(config, tmp_path / "b.tar.gz").parts
     assert sites(config) == ["north", "south"]
     registry = open_registry(config)
     assert registry.studies.get(study.id) == study

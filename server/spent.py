@@ -1,0 +1,60 @@
+"""What a study has cost each site's patients: the private steps behind what left the site."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from fedward.errors import PrivacyError
+from fedward.privacy import Mechanism, epsilon_composed
+from fedward.protocol import TrainOutcome
+from server.results import Arm, SitePrivacy
+
+# Told where there is no noise, or no accountant can follow what a site says of it.
+_NO_BOUND: Final = 1e9
+
+
+def charge(arm: Arm, outcome: TrainOutcome, delta: float | None) -> None:
+    """Add the steps of an update that arrived, whether or not it counts.
+
+    A round costs once: asked again, a site gives the same update again. Where noise or sampling
+    changed on the way, the worse of both stands for all steps, an upper bound.
+
+    Parameters
+    ----------
+    arm : Arm
+        Whose ``privacy`` is brought up to date.
+    outcome : TrainOutcome
+        What the update was made of.
+    delta : float or None
+        The plan's δ; None: nothing is private.
+    """
+    if delta is None:
+        return
+    # Who does not say how it was private was not.
+    noise, rate = outcome.noise_multiplier or 0.0, outcome.sampling_rate or 1.0
+    before, steps = arm.privacy.get(outcome.site), outcome.steps
+    if before is not None:
+        if before.last_round >= outcome.round:
+            return
+        noise, rate = min(noise, before.noise_multiplier), max(rate, before.sampling_rate)
+        steps += before.steps
+    arm.privacy[outcome.site] = SitePrivacy(
+        epsilon=_epsilon(Mechanism(noise, rate, steps), delta), delta=delta, noise_multiplier=noise,
+        sampling_rate=rate, steps=steps, last_round=outcome.round,
+    )  # fmt: skip
+
+
+def carry_over(arm: Arm, told: Arm) -> None:
+    """Keep what was told before a restart: an update may have come after the last checkpoint."""
+    for site, spent in told.privacy.items():
+        if site not in arm.privacy or arm.privacy[site].steps < spent.steps:
+            arm.privacy[site] = spent
+
+
+def _epsilon(mechanism: Mechanism, delta: float) -> float:
+    if mechanism.noise_multiplier <= 0 or not 0 < mechanism.sampling_rate <= 1:
+        return _NO_BOUND
+    try:
+        return min(_NO_BOUND, epsilon_composed([mechanism], delta))
+    except PrivacyError:
+        return _NO_BOUND

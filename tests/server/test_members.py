@@ -1,0 +1,163 @@
+"""Who is put out of a study, and what does not save them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from fedward.plan.load import plan_hash
+from fedward.protocol import Refusal, SiteFacts
+from server.checkpoint import Checkpoints
+from server.config import ServerConfig
+from server.events import Event, SiteQuarantined
+from server.job import Job
+from server.members import Members
+from server.registry import Registry
+from server.replies import Bad
+from server.results import Arm
+from server.runner import Runner
+from simulation import flower
+
+Make = Callable[..., Any]
+INVALID = Bad("an update must be finite.")
+OTHERS = [Bad("no answer in time", "silent"), Bad("it works", "busy"), Bad("paused", "paused")]
+
+
+def site_key() -> str:
+    key = ec.generate_private_key(ec.SECP384R1()).public_key()
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+
+
+def facts(site: str, **more: int) -> SiteFacts:
+    return SiteFacts.model_validate({
+        "site": site, "patients": 20, "images": 40, "train_patients": 14, "validation_patients": 2,
+        "test_patients": 4, "train_images": 28, "validation_images": 4, "test_images": 8, **more,
+    })  # fmt: skip
+
+
+@pytest.fixture
+def heard() -> list[Event]:
+    return []
+
+
+@pytest.fixture
+def job(make_plan: Make, heard: list[Event]) -> Job:
+    start = {"w": np.zeros(2, np.float32)}
+    return Job(
+        make_plan(), start, Arm(name="t", kind="federated"), listen=heard.append,
+        members={1: "north", 2: "south"}, facts={s: facts(s) for s in ("north", "south")},
+    )  # fmt: skip
+
+
+def members(job: Job) -> Members:
+    return Members(job, cast(Any, None), lambda: ConfigRecord({}))
+
+
+def quarantined(heard: list[Event]) -> list[str]:
+    return [event.site for event in heard if isinstance(event, SiteQuarantined)]
+
+
+@pytest.mark.parametrize("between", OTHERS, ids=lambda bad: bad.kind)
+def test_neither_silence_nor_a_refusal_saves_from_quarantine(
+    job: Job, heard: list[Event], between: Bad
+) -> None:
+    ours = members(job)
+    for bad in (INVALID, between, INVALID, between, INVALID):
+        ours.note("north", bad)
+    assert quarantined(heard) == ["north"]
+    assert ours.nodes == {2: "south"}
+
+
+def test_a_valid_answer_does(job: Job, heard: list[Event]) -> None:
+    ours = members(job)
+    for bad in (INVALID, INVALID, None, INVALID, INVALID):
+        ours.note("north", bad)
+    assert quarantined(heard) == []
+
+
+def test_good_updates_do_not_make_up_for_bad_counts(job: Job, heard: list[Event]) -> None:
+    ours = members(job)
+    for _ in range(3):
+        ours.note("north", None)
+        ours.note("north", INVALID, "counts")
+    assert quarantined(heard) == ["north"]
+
+
+def test_a_new_session_and_a_new_runner_go_on_counting(
+    job: Job, heard: list[Event], tmp_path: Path, make_plan: Make
+) -> None:
+    members(job).note("north", INVALID)
+    members(job).note("north", INVALID)
+    kept = Checkpoints(tmp_path, plan_hash(job.plan))
+    kept.save(job)
+    job.bad_answers = {}
+    assert kept.restore(job)
+    members(job).note("north", INVALID)
+    assert quarantined(heard) == ["north"]
+
+
+class Replies:
+    """A grid on which each site's answer is there at once."""
+
+    def __init__(self, *refusals: Refusal) -> None:
+        self.refusals = refusals
+
+    def get_node_ids(self) -> list[int]:
+        return [1, 2]
+
+    def push_messages(self, messages: Any) -> list[str]:
+        return [f"m{message.metadata.dst_node_id}" for message in messages]
+
+    def pull_messages(self, message_ids: Any) -> list[Any]:
+        return [reply(refusal, f"m{node}") for node, refusal in enumerate(self.refusals, 1)]
+
+
+def reply(refusal: Refusal, asked: str) -> Any:
+    content = RecordDict({"refusal": ConfigRecord(refusal.to_flat())})  # type: ignore[arg-type]
+    message = Message(content, 1, "query")
+    message.metadata._reply_to_message_id = asked  # type: ignore[attr-defined]
+    return message
+
+
+def test_who_refused_to_enrol_is_absent_with_its_own_reason(job: Job) -> None:
+    job.facts, job.ask_again_seconds = {}, 60.0
+    kinds: list[Any] = ["pending", "busy"]
+    flower.become_server()
+    grid = Replies(*(Refusal(site=s, kind=k, round=0, rule=f"it is {k}")
+                     for s, k in zip(("north", "south"), kinds, strict=True)))  # fmt: skip
+    ours = Members(job, cast(Any, grid), lambda: ConfigRecord({}))
+    assert {bad.reason for bad in ours.absent().values()} == {"not connected"}
+    ours.refresh()
+    ours.refresh()
+    told = {site: (bad.kind, bad.reason) for site, bad in ours.absent().items()}
+    assert told == {"north": ("pending", "it is pending."), "south": ("busy", "it is busy.")}
+    assert ours._refused_for_good() == 0  # both may come in yet
+
+
+def test_who_is_put_out_or_gone_is_absent_with_the_reason(
+    config: ServerConfig, registry: Registry, make_plan: Make
+) -> None:
+    for number, name in enumerate(("north", "south", "east", "west"), 1):
+        registry.sites.add(name, site_key(), number)
+    names = ["north", "south", "east"]
+    study = registry.studies.submit(make_plan(participation={"sites": 1}), names)
+    registry.sites.quarantine("south", "an update must be finite.")
+    registry.sites.remove("east")
+    runner = Runner(config, registry, study)
+    assert dict(runner._see_members()) == {1: "north"}
+    told = {site: (bad.kind, bad.reason) for site, bad in members(runner.job).absent().items()}
+    assert told == {
+        "north": ("silent", "not connected"),
+        "south": ("invalid", "quarantined: an update must be finite."),
+        "east": ("silent", "not enrolled any more"),
+    }
+    assert runner.results.named == sorted(names)
+    registry.sites.release("south")
+    assert dict(runner._see_members()) == {1: "north", 2: "south"}
