@@ -64,7 +64,10 @@ class Round(Strict):
 class SitePrivacy(Strict):
     """What one site's patients were promised, and what was spent."""
 
-    epsilon: float = Field(description="ε at δ of all steps, computed by the aggregator")
+    epsilon: float = Field(
+        description="ε at δ of all steps, worked out by the aggregator in rounds that are "
+        "evaluated, and when the study ends or stands still"
+    )
     delta: float
     noise_multiplier: float
     sampling_rate: float

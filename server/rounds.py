@@ -27,7 +27,7 @@ from server.job import Job
 from server.members import Members
 from server.replies import Bad, Measured, Update, read_counts, read_update
 from server.results import Failure, Round, SiteRound
-from server.spent import charge
+from server.spent import charge, settle
 from strategies.averaging import blend, decay_at
 from strategies.memory import folds, memory_of, remember
 from strategies.registry import build_strategy
@@ -78,6 +78,7 @@ class StudyRun:
                     return
             self._patiently(self._finish)
         finally:
+            settle(self.job.arm)
             self.job.arm.seconds = time.perf_counter() - started
 
     def _patiently(self, step: Any) -> None:
@@ -116,12 +117,15 @@ class StudyRun:
             return
         self._open = None
         self._aggregate(stage, place, gathered, names)
-        if round_ % self.plan.metrics.evaluate_every == 0 or round_ == self.plan.rounds:
+        if self._is_looked_at(round_):
             self._validate(round_, result)
         result.seconds = time.perf_counter() - started
         self.job.arm.rounds.append(result)
         self.job.save(self.job)
         self.job.listen(RoundEnded(self.job.arm.name, result, self.plan.rounds))
+
+    def _is_looked_at(self, round_: int) -> bool:
+        return round_ % self.plan.metrics.evaluate_every == 0 or round_ == self.plan.rounds
 
     def _updates(
         self, round_: int, stage: Stage, place: int, names: Iterable[str], result: Round
@@ -163,7 +167,7 @@ class StudyRun:
         grid = Moment(self._everyone, missing, self.job.stop)
         if not grid.get_node_ids():  # Flower would wait for one without end
             return []
-        account = round_ % self.plan.metrics.evaluate_every == 0 or round_ == self.plan.rounds
+        account = self._is_looked_at(round_)
         messages = list(
             self._strategy_of(stage).configure_train(
                 place + 1, record_of(expected), self._order(round_, account=account), grid
@@ -216,6 +220,9 @@ class StudyRun:
         ]
 
     def _note(self, updates: Iterable[Update], result: Round) -> None:
+        looked = self._is_looked_at(result.round)
+        if looked:
+            settle(self.job.arm)
         for update in updates:
             out = update.outcome
             result.bytes_up += update.size
@@ -223,7 +230,7 @@ class StudyRun:
             result.sites[out.site] = SiteRound(
                 patients=out.patients, images=out.images, steps=out.steps, loss=out.loss,
                 seconds=out.seconds, cpu_seconds=out.cpu_seconds,
-                epsilon=spent.epsilon if spent else None,
+                epsilon=spent.epsilon if spent and looked else None,
             )  # fmt: skip
         told = [(site.loss, site.images) for site in result.sites.values() if site.loss is not None]
         if total := sum(images for _, images in told):

@@ -14,7 +14,7 @@ _NO_BOUND: Final = 1e9
 
 
 def charge(arm: Arm, outcome: TrainOutcome, delta: float | None) -> None:
-    """Add the steps of an update that arrived, whether or not it counts.
+    """Add the steps of an update that arrived, whether or not it counts; see :func:`settle`.
 
     A round costs once: asked again, a site gives the same update again. Where noise or sampling
     changed on the way, the worse of both stands for all steps, an upper bound.
@@ -22,7 +22,7 @@ def charge(arm: Arm, outcome: TrainOutcome, delta: float | None) -> None:
     Parameters
     ----------
     arm : Arm
-        Whose ``privacy`` is brought up to date.
+        Whose ``privacy`` gets them.
     outcome : TrainOutcome
         What the update was made of.
     delta : float or None
@@ -39,9 +39,20 @@ def charge(arm: Arm, outcome: TrainOutcome, delta: float | None) -> None:
         noise, rate = min(noise, before.noise_multiplier), max(rate, before.sampling_rate)
         steps += before.steps
     arm.privacy[outcome.site] = SitePrivacy(
-        epsilon=_epsilon(Mechanism(noise, rate, steps), delta), delta=delta, noise_multiplier=noise,
+        epsilon=before.epsilon if before else 0.0, delta=delta, noise_multiplier=noise,
         sampling_rate=rate, steps=steps, last_round=outcome.round,
     )  # fmt: skip
+
+
+def settle(arm: Arm) -> None:
+    """Work out each site's ε anew, also of those that sent nothing since.
+
+    Once for several rounds: it takes a tenth of a second a site, for which no answer should wait.
+    """
+    for site, spent in arm.privacy.items():
+        mechanism = Mechanism(spent.noise_multiplier, spent.sampling_rate, spent.steps)
+        epsilon = _epsilon(mechanism, spent.delta)
+        arm.privacy[site] = spent.model_copy(update={"epsilon": epsilon})
 
 
 def carry_over(arm: Arm, told: Arm) -> None:
