@@ -274,7 +274,10 @@ class StudyRun:
         sites = {s for s, facts in self.job.facts.items() if facts.validation_images}
         if not sites:
             return
-        per_site, result.validation = figures(self.plan, self._measure(round_, "validation", sites))
+        counts = self._measure(round_, "validation", sites)
+        if self.job.stop.is_set():  # of some of the sites they would pass for those of all
+            return
+        per_site, result.validation = figures(self.plan, counts)
         for site, values in per_site.items():
             if site in result.sites:
                 result.sites[site].validation = values

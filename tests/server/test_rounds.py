@@ -470,6 +470,23 @@ def test_stop_ends_promptly_and_keeps_what_is_finished(
     assert isinstance(events[0], StudyStarted)
 
 
+def test_figures_of_a_part_of_the_sites_are_none(
+    make_plan: Make, sites: list[PreparedSite]
+) -> None:
+    job = job_of(make_plan(training={"rounds": 3}))
+
+    def listen(event: Event) -> None:
+        if isinstance(event, SiteAnswered) and event.what == "validation":
+            job.stop.set()
+
+    job.listen = listen
+    with grid_of(SimulatedSites(sites, SEEDED)) as grid:
+        StudyRun(job, grid).run()
+    (round_,) = job.arm.rounds
+    assert len(round_.sites) == len(sites)
+    assert round_.validation == {}
+
+
 @pytest.mark.integration
 def test_a_killed_worker_costs_its_update_only(
     make_plan: Make, sites: list[PreparedSite], tmp_path: Path
