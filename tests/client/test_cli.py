@@ -184,6 +184,20 @@ def test_a_plan_that_does_not_fit_ends_with_11(run, site, tmp_path):
 
 
 @pytest.mark.integration
+def test_a_dataset_whose_classes_are_misspelt_cannot_serve(run, site, export, tmp_path):
+    table = export / "labels.csv"
+    table.write_text(table.read_text().replace(",sick", ",sik").replace(",well", ",wel"))
+    (tmp_path / "study.toml").write_text(PLAN)
+    done = run(site, "check", "chest", "--plan", str(tmp_path / "study.toml"), "--json")
+    assert done.returncode == 11
+    answer = json.loads(done.stdout)
+    assert not answer["can_serve"]
+    (failed,) = [one for one in answer["findings"] if one["status"] == "fail"]
+    assert failed["name"] == "samples" and "report" in failed["fix"]
+    quiet_about_people(done)
+
+
+@pytest.mark.integration
 def test_a_page_is_never_written_into_the_dataset(run, site, export):
     before = sorted(export.rglob("*"))
     done = run(site, "preview", "chest", "--out", str(export / "page.html"))
