@@ -94,7 +94,7 @@ def make_report(
         images_by_class=classes.images, patients_by_class=classes.patients,
         pixels_by_class=classes.pixels,
         split=_split(found.samples), left_out=dict(sorted(left_out.items())),
-        risks=find_risks(dataset, found, index, left_out),
+        risks=find_risks(dataset, found, index, extract, left_out),
     )  # fmt: skip
 
 

@@ -9,12 +9,12 @@ from typing import Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from client.cohort.build import classes_of
+from client.cohort.copies import OF_IMAGES, copies, shared
 from client.config import DatasetSection
 from client.data import reasons
 from client.data.types import Dataset
+from client.index.extract import Extractor
 from client.index.store import Index
-
-_OF_IMAGES = "reason = '' AND pixels != ''"
 
 
 class Risk(BaseModel):
@@ -31,11 +31,13 @@ class Risk(BaseModel):
 
 
 def find_risks(
-    dataset: DatasetSection, found: Dataset, index: Index, left_out: Counter[str]
-) -> list[Risk]:
+    dataset: DatasetSection, found: Dataset, index: Index, extract: Extractor,
+    left_out: Counter[str],
+) -> list[Risk]:  # fmt: skip
     """All risks that are there, none that is not."""
     risks = [
-        *_of_patients(dataset, found), *_of_classes(dataset, found), *_of_copies(index),
+        *_of_patients(dataset, found), *_of_classes(dataset, found),
+        *_of_copies(found, index, extract),
         *_of_ids(dataset, index, left_out), *_of_people(index), *_of_parts(found),
         *_of_series(found, index),
         *_of_labels(left_out),
@@ -98,28 +100,24 @@ def _of_classes(dataset: DatasetSection, found: Dataset) -> Iterator[Risk]:
     )  # fmt: skip
 
 
-def _of_copies(index: Index) -> list[Risk]:
-    """The same pixels twice; between patients it leaks from training into the test."""
-    one = index.connection.execute
-    within, across = one(
-        "SELECT coalesce(sum(n - 1), 0), coalesce(sum(p > 1), 0) FROM (SELECT count(*) AS n, "
-        f"count(DISTINCT patient) AS p FROM files WHERE {_OF_IMAGES} GROUP BY pixels HAVING n > 1)"
-    ).fetchone()
+def _of_copies(found: Dataset, index: Index, extract: Extractor) -> list[Risk]:
+    """The same pixels twice; between patients or parts it leaks from training into the test."""
     return [
         Risk(
-            rule="no two files show the same pixels", count=int(within), severity="low",
+            rule="no two files show the same pixels", count=copies(index), severity="low",
             fix="Take the copies out",
         ),
         Risk(
-            rule="no two patients share an image, or a test would leak", count=int(across),
-            severity="high", fix="Find out whose images these are; one person may have two ids",
+            rule="no two patients or parts share an image, or a test would leak",
+            count=shared(found.samples, index, extract), severity="high",
+            fix="Take the copies out, or find out whose they are; one person may have two ids",
         ),
     ]  # fmt: skip
 
 
 def _of_series(found: Dataset, index: Index) -> list[Risk]:
     row = index.connection.execute(
-        f"SELECT count(*) FROM (SELECT 1 FROM files WHERE {_OF_IMAGES} AND series != '' "
+        f"SELECT count(*) FROM (SELECT 1 FROM files WHERE {OF_IMAGES} AND series != '' "
         "GROUP BY series HAVING count(DISTINCT spacing) > 1)"
     ).fetchone()
     tilted = sum(sample.columns.get("tilted") == "yes" for sample in found.samples)
@@ -154,7 +152,7 @@ def _of_people(index: Index) -> list[Risk]:
 
     def several(what: str, by: str) -> int:
         row = index.connection.execute(
-            f"SELECT count(*) FROM (SELECT 1 FROM files WHERE {_OF_IMAGES} AND {by} != '' AND "
+            f"SELECT count(*) FROM (SELECT 1 FROM files WHERE {OF_IMAGES} AND {by} != '' AND "
             f"{what} != '' GROUP BY {by} HAVING count(DISTINCT {what}) > 1)"
         ).fetchone()
         return int(row[0])

@@ -87,7 +87,7 @@ def test_risks_are_counted(run, site, export, dx):
     risks = {risk["rule"]: risk["count"] for risk in made["risks"]}
     assert risks == {
         "no two files show the same pixels": 1,
-        "no two patients share an image, or a test would leak": 1,
+        "no two patients or parts share an image, or a test would leak": 1,
         "a patient id stands for one patient": 1,
         "every image names its patient": 1,
         "no text is burnt into the pixels": 1,
@@ -99,7 +99,7 @@ def test_risks_are_counted(run, site, export, dx):
         "every label and every mask has an image": 2,
     }
     severity = {risk["rule"]: risk["severity"] for risk in made["risks"]}
-    assert severity["no two patients share an image, or a test would leak"] == "high"
+    assert severity["no two patients or parts share an image, or a test would leak"] == "high"
     assert severity["the rows of one image agree"] == "medium"
     assert made["left_out"]["shared patient id"] == 1
     assert made["left_out"]["no patient id"] == 1

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image as Pillow
@@ -49,6 +50,10 @@ def reading() -> Any:
             yield Work(config, "chest", index, extract)
 
     return work
+
+
+def grey(*shape: int) -> np.ndarray:
+    return RNG.integers(0, 255, shape).astype(np.uint8)
 
 
 def risks_of(found: DatasetReport) -> dict[str, int]:
@@ -270,3 +275,54 @@ unlabelled = ["?"]
         found = make_report("chest", work.dataset, work.index, work.extract)
     assert found.images_by_class == {"well": 1, "sick": 1}
     assert found.left_out == {"no image": 1, "no label": 2}
+
+
+LEAK = "no two patients or parts share an image, or a test would leak"
+
+
+def high(found: DatasetReport) -> dict[str, int]:
+    return {risk.rule: risk.count for risk in found.risks if risk.severity == "high"}
+
+
+@pytest.mark.integration
+def test_one_picture_in_training_and_test_is_a_high_risk(tmp_path, reading):
+    root = tmp_path / "export"
+    for part in ("train", "test"):
+        for kind in ("well", "sick"):
+            (root / part / kind).mkdir(parents=True)
+            Pillow.fromarray(grey(9, 8)).save(root / part / kind / f"{part}-{kind}.png")
+    same = Pillow.open(root / "train" / "well" / "train-well.png")
+    same.save(root / "test" / "well" / "again.tif")  # other bytes, the same pixels
+    (tmp_path / "site.toml").write_text(SITE.replace('"dicom"', '"folders"'))
+    with reading(tmp_path / "site.toml") as work:
+        found = make_report("chest", work.dataset, work.index, work.extract)
+        assert high(found) == {LEAK: 1}
+        # Of one patient and in one part it leaks nothing.
+        (root / "test" / "well" / "again.tif").rename(root / "train" / "well" / "again.tif")
+        (root / "patients.csv").write_text(
+            "image,patient\ntrain/well/train-well.png,P1\ntrain/well/again.tif,P1\n"
+            "train/sick/train-sick.png,P2\ntest/well/test-well.png,P3\n"
+            "test/sick/test-sick.png,P4\n"
+        )
+    with reading(tmp_path / "site.toml") as work:
+        found = make_report("chest", work.dataset, work.index, work.extract)
+    assert found.samples == 5 and high(found) == {}
+    assert risks_of(found)["no two files show the same pixels"] == 1
+
+
+@pytest.mark.integration
+def test_one_volume_of_two_patients_is_a_high_risk(tmp_path, reading):
+    root = tmp_path / "export"
+    root.mkdir()
+    volume = grey(6, 5, 4).astype(np.int16)
+    for name in ("a.nii", "b.nii.gz", "c.nii.gz"):
+        values = volume + (name == "c.nii.gz")
+        nib.save(nib.Nifti1Image(values, np.diag([1, 2, 3, 1])), root / name)
+    (root / "labels.csv").write_text(
+        "file,label,patient\na.nii,well,P1\nb.nii.gz,well,P2\nc.nii.gz,sick,P3\n"
+    )
+    text = SITE.replace('"dicom"', '"nifti"').replace("minimum_patients = 1", "dimensions = 3")
+    (tmp_path / "site.toml").write_text(text + "minimum_patients = 1\n")
+    with reading(tmp_path / "site.toml") as work:
+        found = make_report("chest", work.dataset, work.index, work.extract)
+    assert found.samples == 3 and high(found) == {LEAK: 1}
