@@ -12,7 +12,7 @@ from client.data.types import Sample
 from client.index.extract import Extractor
 from client.index.store import Index
 
-OF_IMAGES: Final = "reason = '' AND pixels != ''"
+OF_IMAGES: Final = "reason = '' AND marked = '' AND pixels != ''"
 
 
 def copies(index: Index) -> int:

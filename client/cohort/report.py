@@ -23,7 +23,9 @@ from fedward.plan.schema import Split
 
 _WORD: Final = re.compile(r"[A-Za-z0-9 _.,()/&+-]{1,64}")
 _NUMBER: Final = re.compile(r"\d{5,}|\d{4}-\d{2}")  # what could be a date, an id or part of one
-_IMAGES: Final = "reason = '' AND rows > 0 AND format IN ('dicom', 'nifti', 'picture')"
+_IMAGES: Final = (
+    "reason = '' AND marked = '' AND rows > 0 AND format IN ('dicom', 'nifti', 'picture')"
+)
 
 
 class Range(BaseModel):
@@ -42,8 +44,8 @@ class DatasetReport(BaseModel):
     model_config = ConfigDict(extra="forbid")
     dataset: str
     files: int = Field(description="files in the dataset, whatever they are")
-    instances: int = Field(description="files with an image that could be decoded")
-    patients: int = Field(description="patients of these, where files name one")
+    instances: int = Field(description="files with an image that could be decoded; no masks")
+    patients: int = Field(description="patients of these; outside DICOM those of the samples")
     studies: int
     series: int
     modality: Counts = Field(description="instances by modality; the next ones likewise")
@@ -82,16 +84,17 @@ def make_report(
     found = usable(dataset, index, extract)
     left_out = why_left_out(dataset, found, index, extract)
     classes = balance(dataset, found.samples, index, extract)
+    people = len({sample.patient for sample in found.samples})
     return DatasetReport(
         dataset=name, files=index.count(), instances=_number(index, "count(*)"),
-        patients=_distinct(index, "patient"), studies=_distinct(index, "study"),
+        patients=_distinct(index, "patient") if extract.format == "dicom" else people,
+        studies=_distinct(index, "study"),
         series=_distinct(index, "series"), modality=_by(index, "modality"),
         body_part=_by(index, "body_part"), manufacturer=_by(index, "manufacturer"),
         object_type=_by(index, "object_type"), transfer_syntax=_by(index, "syntax"),
         size=_by(index, "rows || ' x ' || columns"), spacing=_spacings(index),
         intensity=_ranges(index), samples=len(found.samples),
-        sample_patients=len({sample.patient for sample in found.samples}),
-        images_by_class=classes.images, patients_by_class=classes.patients,
+        sample_patients=people, images_by_class=classes.images, patients_by_class=classes.patients,
         pixels_by_class=classes.pixels,
         split=_split(found.samples), left_out=dict(sorted(left_out.items())),
         risks=find_risks(dataset, found, index, extract, left_out),

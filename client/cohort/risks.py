@@ -200,12 +200,12 @@ def _of_ids(dataset: DatasetSection, index: Index, left_out: Counter[str]) -> li
         ),
         Risk(
             rule="every image names its patient", severity="medium",
-            count=count("nobody = 'missing' AND rows > 0", reasons.NO_PATIENT),
+            count=count("nobody = 'missing' AND marked = '' AND rows > 0", reasons.NO_PATIENT),
             fix=f"Fill in its id; {_FATE[dataset.patients.missing]}",
         ),
         Risk(
             rule="no text is burnt into the pixels",
-            count=count("burned_in = 'YES' AND rows > 0"), severity="high",
+            count=count("burned_in = 'YES' AND marked = '' AND rows > 0"), severity="high",
             fix="Look at these images; a name in the pixels can be learnt",
         ),
     ]  # fmt: skip

@@ -26,7 +26,7 @@ from client.secret import Pseudonyms
 from fedward.errors import DataError
 
 AGAIN: Final = -1  # a time of change that no file has, so that the next scan reads it again
-_VERSION: Final = 4  # of what is extracted; files read by another are read again
+_VERSION: Final = 5  # of what is extracted; files read by another are read again
 _CHUNK: Final = 1 << 20
 _PICTURES: Final = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 _TABLES: Final = (".csv", ".xlsx")
@@ -103,7 +103,7 @@ class Extractor:
             return found
         with suppress(DataError):  # no label map, which its reader tells again
             return replace(found, marked=values_of(mask()))
-        return found
+        return replace(found, marked="{}")
 
     def _image(self, path: Path, name: str, facts: FileFacts) -> FileFacts:
         if name.endswith((".nii", ".nii.gz")):

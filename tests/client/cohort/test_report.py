@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,6 @@ from PIL import Image as Pillow
 from client.cohort.build import usable
 from client.cohort.freeze import make_cohort
 from client.cohort.report import DatasetReport, make_report
-from client.commands.work import Work, extractor
-from client.config import load_config
-from client.data.files import find
-from client.index.store import open_index
 from fedward.errors import DataError
 
 RNG = np.random.default_rng(5)
@@ -33,23 +27,6 @@ task = "classification"
 classes = ["well", "sick"]
 minimum_patients = 1
 """
-
-
-@pytest.fixture
-def reading() -> Any:
-    """Opens a dataset that is read in this process: its scan has tests of its own."""
-
-    @contextmanager
-    def work(site: Path) -> Iterator[Work]:
-        config = load_config(site)
-        extract = extractor(config, "chest")
-        with open_index(config.site.state, "chest") as index:
-            number = index.next_scan()
-            index.put(map(extract, find(extract.root)), (), number, extract.settings)
-            index.drop_before(number)
-            yield Work(config, "chest", index, extract)
-
-    return work
 
 
 def grey(*shape: int) -> np.ndarray:
