@@ -39,7 +39,7 @@ def dicom_facts(
     Raises
     ------
     DataError
-        "too large", when a deflated file would fill the memory.
+        "too large", when the header would fill the memory.
     Exception
         Whatever pydicom raises on a broken header.
     """

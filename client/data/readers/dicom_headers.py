@@ -13,7 +13,7 @@ from client.data import reasons
 from client.data.decode import Place, place_of
 from client.data.patient_options import PatientOptions
 from client.data.quiet import quiet
-from client.data.readers.dicom_files import MASKS, NO_PICTURES, check_inflated, is_dicom
+from client.data.readers.dicom_files import MASKS, NO_PICTURES, check_header, is_dicom
 from client.data.types import LeftOut
 from fedward.errors import DataError
 from fedward.plan.schema import Task
@@ -32,6 +32,7 @@ _TAGS: Final = [
 _SCOUTS: Final = frozenset({"LOCALIZER", "SCOUT"})
 _MOSAIC: Final = "MOSAIC"  # Siemens: the slices of a volume as tiles of one picture
 _FRAME: Final = 8  # bytes of the smallest frame that there is
+_LONGEST: Final = 1 << 16  # bytes of a value; each is made into objects of a hundred bytes
 _INFLATED: Final = 1 << 20  # frames of a deflated file
 _PIXELS: Final = frozenset(  # tags (7FE0,0008), (7FE0,0009), (7FE0,0010) in either byte order
     bytes.fromhex(tag)
@@ -120,10 +121,7 @@ def _header(path: Path, task: Task, patients: PatientOptions) -> Header | MaskOb
     if not is_dicom(path):
         raise reasons.unusable(reasons.NOT_DICOM)
     try:
-        check_inflated(path)
-        with path.open("rb") as file:
-            tags = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS, force=True)
-            pixels_next = file.read(4) in _PIXELS or _deflated(tags)
+        tags, pixels_next = _read(path)
         words = {name.lower(): str(tags.get(name) or "").strip() for name in _TAGS}
         frames = int(tags.get("NumberOfFrames") or 1)
         kinds = _kinds(tags)
@@ -159,6 +157,19 @@ def _header(path: Path, task: Task, patients: PatientOptions) -> Header | MaskOb
         space=words["frameofreferenceuid"],
         place=_place(tags) if frames <= 1 and task.dimensions == 3 else None,
     )  # fmt: skip
+
+
+def _read(path: Path) -> tuple[pydicom.FileDataset, bool]:
+    """The tags that are asked for, and whether pixels come after the header."""
+    check_header(path)
+    with path.open("rb") as file:
+        tags = pydicom.dcmread(
+            file, defer_size=_LONGEST, stop_before_pixels=True, specific_tags=_TAGS, force=True
+        )
+        pixels_next = file.read(4) in _PIXELS or _deflated(tags)
+    if any(getattr(element, "length", 0) > _LONGEST for element in tags.values()):
+        raise reasons.unusable(reasons.TOO_LARGE)
+    return tags, pixels_next
 
 
 def _place(tags: pydicom.FileDataset) -> Place | None:
