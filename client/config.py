@@ -105,6 +105,26 @@ class SiteConfig(Section):
             )  # fmt: skip
         return self.datasets[name]
 
+    def present(self, name: str) -> DatasetSection:
+        """A dataset that is to be read now.
+
+        Raises
+        ------
+        ConfigError
+            There is none of that name, or its folder or its table of labels is not there.
+        """
+        dataset = self.dataset(name)
+        for key, rule, there in (
+            ("root", "the dataset must exist", dataset.root.exists()),
+            ("labels.file", "the table of labels must exist",
+             dataset.labels.file is None or dataset.labels.file.is_file()),
+        ):  # fmt: skip
+            if not there:
+                raise ConfigError(
+                    rule, fix="Check the path and the mount", where=f"datasets.{name}.{key}"
+                )
+        return dataset
+
 
 def load_config(path: Path, *, datasets_here: bool = True) -> SiteConfig:
     """Read and validate ``site.toml``; relative paths in it are relative to its folder.
@@ -114,7 +134,7 @@ def load_config(path: Path, *, datasets_here: bool = True) -> SiteConfig:
     path : Path
         The file.
     datasets_here : bool
-        Whether the datasets must exist; for the connector they must not.
+        Whether all datasets must exist; see :meth:`SiteConfig.present` for the one that is used.
 
     Raises
     ------
@@ -150,13 +170,8 @@ def config_from(content: dict[str, Any], folder: Path, *, datasets_here: bool = 
     except ValidationError as error:
         raise schema_error(error, ConfigError) from None
     state = folder / raw.site.state
-    for name, one in placed.items():
-        _check_place(name, one.root, state, here=datasets_here)
-        if datasets_here and one.labels.file is not None and not one.labels.file.is_file():
-            raise ConfigError(
-                "the table of labels must exist", fix="Check the path and the mount",
-                where=f"datasets.{name}.labels.file",
-            )  # fmt: skip
+    for one in placed.values():
+        _check_place(one.root, state)
     made = raw.model_copy(
         update={
             "site": raw.site.model_copy(update={"state": state}),
@@ -165,6 +180,8 @@ def config_from(content: dict[str, Any], folder: Path, *, datasets_here: bool = 
             "trainer": raw.trainer.model_copy(update={"socket": folder / raw.trainer.socket}),
         }
     )
+    for name in made.datasets if datasets_here else ():
+        made.present(name)
     _check_apart(made)
     _check_served(made)
     return made
@@ -234,12 +251,7 @@ def _broken(dataset: DatasetSection) -> Iterator[tuple[str, str, str]]:
         yield "modality", "`any` stands alone", "List modalities, or only `any`"
 
 
-def _check_place(name: str, root: Path, state: Path, *, here: bool) -> None:
-    if here and not root.exists():
-        raise ConfigError(
-            "the dataset must exist", fix="Check the path and the mount",
-            where=f"datasets.{name}.root",
-        )  # fmt: skip
+def _check_place(root: Path, state: Path) -> None:
     if state.resolve().is_relative_to(root.resolve()):
         raise ConfigError(
             "the state folder must not lie inside a dataset", fix="Put it elsewhere",

@@ -89,10 +89,10 @@ class Work:
 
 
 def load_site(path: Path) -> SiteConfig:
-    """The site's configuration."""
+    """The site's configuration; a dataset must be there only when it is used."""
     from client.config import load_config
 
-    return load_config(path)
+    return load_config(path, datasets_here=False)
 
 
 @contextmanager
@@ -122,12 +122,18 @@ def scan_dataset(site: SiteConfig, name: str) -> Summary:
 
 
 def extractor(site: SiteConfig, name: str) -> Extractor:
-    """What reads the files of a dataset."""
+    """What reads the files of a dataset, which must be there.
+
+    Raises
+    ------
+    ConfigError
+        It is not.
+    """
     from client.data.read import detect
     from client.index.extract import Extractor
     from client.secret import site_secret
 
-    dataset = site.dataset(name)
+    dataset = site.present(name)
     format = dataset.format or detect(dataset.root)
     return Extractor(dataset.root, format, site_secret(site.site.state), dataset.patients.options())
 

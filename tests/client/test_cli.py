@@ -72,6 +72,30 @@ def test_index_then_report(run, site, export):
 
 
 @pytest.mark.integration
+def test_a_dataset_that_is_not_mounted_stops_only_its_own_commands(run, site, tmp_path):
+    more = """
+[datasets.{name}]
+root = "MRN4711-{name}"
+task = "classification"
+classes = ["well", "sick"]
+"""
+    site.write_text(site.read_text() + more.format(name="away") + more.format(name="pelvis"))
+    (tmp_path / "MRN4711-pelvis").mkdir()
+    (tmp_path / "MRN4711-pelvis" / "notes.txt").write_text("no image")
+    whole = run(site, "index", "--json")
+    answer = json.loads(whole.stdout)
+    assert list(answer["datasets"]) == ["chest"] and answer["datasets"]["chest"]["new"] == 20
+    assert set(answer["failed"]) == {"away", "pelvis"}
+    assert whole.returncode == 19
+    assert "datasets.away.root" in whole.stderr and "mount" in whole.stderr
+    one, other = run(site, "report", "chest", "--json"), run(site, "index", "away", "--json")
+    assert one.returncode == 0 and json.loads(one.stdout)["samples"] == 12
+    assert other.returncode == 19 and "must exist" in json.loads(other.stdout)["message"]
+    for done in (whole, one, other):
+        quiet_about_people(done)
+
+
+@pytest.mark.integration
 def test_risks_are_counted(run, site, export, dx):
     same = pydicom.dcmread(export / "MRN47110" / "DOE^JANE-0.dcm").pixel_array
     dx(export / "r1.dcm", same, PatientID="MRN47113", BurnedInAnnotation="YES")
