@@ -109,12 +109,19 @@ class _Able:
         return self.bad[path]
 
 
+def why_unreadable(index: Index) -> Counter[str]:
+    """By file: what the scan said of its pixels."""
+    rows = index.connection.execute(
+        "SELECT reason, count(*) FROM files WHERE reason != '' GROUP BY 1"
+    )
+    return Counter(dict(rows))
+
+
 def why_left_out(
     dataset: DatasetSection, found: Dataset, index: Index, extract: Extractor
 ) -> Counter[str]:
     """By file: what the scan said of its pixels leads, then what the reader says of its use."""
-    sql = index.connection.execute
-    counts = Counter(dict(sql("SELECT reason, count(*) FROM files WHERE reason != '' GROUP BY 1")))
+    counts = why_unreadable(index)
     for item in found.left_out:
         # The name may be a table's key, and that may look like a path from the root of the disk.
         if PurePosixPath(item.name).is_absolute() or not index.reason(

@@ -12,13 +12,15 @@ from typing import Final
 from pydantic import BaseModel, ConfigDict, Field
 
 from client.cohort.balance import Counts, balance
-from client.cohort.build import usable, why_left_out
-from client.cohort.risks import Risk, find_risks
+from client.cohort.build import usable, why_left_out, why_unreadable
+from client.cohort.risks import Risk, find_risks, unlabelled_risks
 from client.config import DatasetSection
+from client.data import reasons
 from client.data.split import split_by_patient
-from client.data.types import Sample
+from client.data.types import Dataset, Sample
 from client.index.extract import Extractor
 from client.index.store import Index
+from fedward.errors import DataError
 from fedward.plan.schema import Split
 
 _WORD: Final = re.compile(r"[A-Za-z0-9 _.,()/&+-]{1,64}")
@@ -76,13 +78,22 @@ def make_report(
 ) -> DatasetReport:
     """Count what is in an index, and what a study could make of it.
 
+    Before there are labels or masks, that they are missing is a risk, and there are no samples.
+
     Raises
     ------
     DataError
-        The dataset has no table of labels, or a broken one.
+        The dataset has a broken table of labels.
     """
-    found = usable(dataset, index, extract)
-    left_out = why_left_out(dataset, found, index, extract)
+    try:
+        found = usable(dataset, index, extract)
+        left_out = why_left_out(dataset, found, index, extract)
+        risks = find_risks(dataset, found, index, extract, left_out)
+    except DataError as error:
+        if error.where not in (reasons.NO_TABLE, reasons.NO_MASKS):
+            raise
+        found, left_out = Dataset(()), why_unreadable(index)
+        risks = unlabelled_risks(dataset, error, index, left_out)
     classes = balance(dataset, found.samples, index, extract)
     people = len({sample.patient for sample in found.samples})
     return DatasetReport(
@@ -97,7 +108,7 @@ def make_report(
         sample_patients=people, images_by_class=classes.images, patients_by_class=classes.patients,
         pixels_by_class=classes.pixels,
         split=_split(found.samples), left_out=dict(sorted(left_out.items())),
-        risks=find_risks(dataset, found, index, extract, left_out),
+        risks=risks,
     )  # fmt: skip
 
 

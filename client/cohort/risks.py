@@ -15,6 +15,7 @@ from client.data import reasons
 from client.data.types import Dataset
 from client.index.extract import Extractor
 from client.index.store import Index
+from fedward.errors import DataError
 
 
 class Risk(BaseModel):
@@ -43,6 +44,16 @@ def find_risks(
         *_of_labels(left_out),
     ]  # fmt: skip
     return [risk for risk in risks if risk.count]
+
+
+def unlabelled_risks(
+    dataset: DatasetSection, error: DataError, index: Index, left_out: Counter[str]
+) -> list[Risk]:
+    """The risks of a dataset that nobody has labelled yet, as its files alone tell them."""
+    what = "a table of labels" if error.where == reasons.NO_TABLE else "masks"
+    missing = Risk(rule=f"the dataset has {what}", count=1, severity="high", fix=error.fix)
+    others = [*_of_ids(dataset, index, left_out), *_of_people(index)]
+    return [missing, *(risk for risk in others if risk.count)]
 
 
 def _of_labels(left_out: Counter[str]) -> list[Risk]:

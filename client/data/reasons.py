@@ -45,6 +45,10 @@ REASONS: Final = frozenset(
     }
 )  # fmt: skip
 
+# Where an error says that a dataset has no table of labels, or no masks, at all.
+NO_TABLE: Final = "labels"
+NO_MASKS: Final = "masks"
+
 
 def unusable(reason: str) -> DataError:
     """The error with which a sample's ``load`` or ``mask`` says that the image is left out."""

@@ -166,6 +166,7 @@ def label_table(root: Path, task: Task, options: LabelOptions) -> Table | None:
             "DICOM files for classification need a labels.csv or labels.xlsx",
             fix="Write one with a column PatientID, StudyInstanceUID, SeriesInstanceUID, "
             "SOPInstanceUID, AccessionNumber or file, and a column label",
+            where=reasons.NO_TABLE,
         )
     if options.key and not options.means and low(options.key) not in KEYS:
         raise DataError(
@@ -190,6 +191,7 @@ def _masks(
             "DICOM files for segmentation need masks",
             fix="Put PNG or NIfTI masks named by file stem or SOPInstanceUID into a folder masks, "
             "or DICOM segmentations or structure sets anywhere",
+            where=reasons.NO_MASKS,
         )
     read = []
     for path in objects:

@@ -303,3 +303,41 @@ def test_one_volume_of_two_patients_is_a_high_risk(tmp_path, reading):
     with reading(tmp_path / "site.toml") as work:
         found = make_report("chest", work.dataset, work.index, work.extract)
     assert found.samples == 3 and high(found) == {LEAK: 1}
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+@pytest.mark.parametrize("format", ["dicom", "folders", "nifti"])
+def test_what_is_there_is_told_before_anybody_has_labelled_it(tmp_path, reading, dx, format, task):
+    root = tmp_path / "export"
+    (root / "images").mkdir(parents=True)
+    for k in range(3):
+        if format == "dicom":
+            shot(dx, root / "images" / f"{k}.dcm", "" if k == 2 else f"P{k}", str(k))
+        elif format == "nifti":
+            image = nib.Nifti1Image(grey(6, 5, 1).astype(np.int16), np.eye(4))
+            nib.save(image, root / "images" / f"{k}.nii.gz")
+        else:
+            Pillow.fromarray(grey(6, 5)).save(root / "images" / f"{k}.png")
+    (root / "images" / "empty.dcm").write_bytes(b"")
+    text = SITE.replace('"dicom"', f'"{format}"').replace("classification", task)
+    (tmp_path / "site.toml").write_text(text)
+    with reading(tmp_path / "site.toml") as work:
+        found = make_report("chest", work.dataset, work.index, work.extract)
+    assert (found.files, found.instances, found.samples) == (4, 3, 0)
+    assert sum(found.left_out.values()) >= 1
+    if (format, task) == ("folders", "classification"):
+        return  # there the folders are the labels
+    missing = "masks" if task == "segmentation" else "a table of labels"
+    first = found.risks[0]
+    assert (first.rule, first.severity) == (f"the dataset has {missing}", "high") and first.fix
+    others = {"every image names its patient": 1} if format == "dicom" else {}
+    assert risks_of(found) == {first.rule: 1} | others
+
+
+@pytest.mark.integration
+def test_a_broken_table_is_no_missing_one(people, reading):
+    people.write_text(SITE)
+    (people.parent / "export" / "labels.csv").write_text("no,columns\n1,2\n")
+    with reading(people) as work, pytest.raises(DataError, match="needs a column"):
+        make_report("chest", work.dataset, work.index, work.extract)
