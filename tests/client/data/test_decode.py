@@ -119,6 +119,17 @@ def test_padding_becomes_the_darkest_value(tmp_path, make_dicom):
     np.testing.assert_array_equal(read_frame(path).image.pixels[0], [[-1000, 40], [-1000, 3000]])
 
 
+@pytest.mark.parametrize(("dtype", "written"), [(np.int16, 63536), (np.uint16, -2000)])
+def test_padding_counts_in_either_sign(tmp_path, make_dicom, dtype, written):
+    stored = np.array([[-2000, 40], [100, 3000]], np.int16).view(np.uint16).astype(dtype)
+    path = make_dicom(tmp_path / "a", stored)
+    file = pydicom.dcmread(path)
+    file.add_new("PixelPaddingValue", "US" if written > 0 else "SS", written)
+    file.add_new("PixelPaddingRangeLimit", "US" if written > 0 else "SS", written + 7)
+    file.save_as(path)
+    np.testing.assert_array_equal(read_frame(path).image.pixels[0], [[40, 40], [100, 3000]])
+
+
 def test_colour_in_both_planar_configurations(tmp_path, make_dicom):
     rgb = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     image = read_frame(make_dicom(tmp_path / "a", rgb)).image
