@@ -42,19 +42,20 @@ def test_index_then_report(run, site, export):
     first = run(site, "index", "--json")
     assert first.returncode == 0
     found = json.loads(first.stdout)["datasets"]["chest"]
-    assert (found["new"], found["reasons"]["not DICOM"]) == (20, 2)
+    assert (found["new"], found["reasons"]["not DICOM"]) == (21, 2)
     second = run(site, "report", "chest", "--json")
     assert second.returncode == 0, second.stderr
     made = json.loads(second.stdout)
     assert {key: made[key] for key in ("files", "instances", "patients", "studies", "series")} == {
-        "files": 20, "instances": 12, "patients": 6, "studies": 6, "series": 6,
+        "files": 21, "instances": 12, "patients": 6, "studies": 6, "series": 6,
     }  # fmt: skip
     assert made["images_by_class"] == {"well": 6, "sick": 6}
     assert made["patients_by_class"] == {"well": 3, "sick": 3}
     assert sum(made["split"].values()) == 6
     assert made["size"] == {"12 x 10": 12}
     assert made["left_out"] == {
-        "no pixel data": 1, "not DICOM": 2, "not a file": 2, "not readable": 1, "too large": 1,
+        "no pixel data": 1, "not DICOM": 2, "not a file": 2, "linked folder": 1,
+        "not readable": 1, "too large": 1,
     }  # fmt: skip
     assert [(risk["rule"], risk["count"]) for risk in made["risks"]] == [
         ("every class has at least 4 patients", 2)
@@ -84,7 +85,7 @@ classes = ["well", "sick"]
     (tmp_path / "MRN4711-pelvis" / "notes.txt").write_text("no image")
     whole = run(site, "index", "--json")
     answer = json.loads(whole.stdout)
-    assert list(answer["datasets"]) == ["chest"] and answer["datasets"]["chest"]["new"] == 20
+    assert list(answer["datasets"]) == ["chest"] and answer["datasets"]["chest"]["new"] == 21
     assert set(answer["failed"]) == {"away", "pelvis"}
     assert whole.returncode == 19
     assert "datasets.away.root" in whole.stderr and "mount" in whole.stderr

@@ -35,7 +35,7 @@ def reading() -> Any:
         extract = extractor(config, "chest")
         with open_index(config.site.state, "chest") as index:
             number = index.next_scan()
-            index.put(map(extract, find(extract.root)), (), number, extract.settings)
+            index.put(map(extract, find(extract.root, skipped=True)), (), number, extract.settings)
             index.drop_before(number)
             yield Work(config, "chest", index, extract)
 
