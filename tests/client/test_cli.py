@@ -17,7 +17,7 @@ import pydicom
 import pytest
 from PIL import Image as Pillow
 
-from client.cohort.report import safe_word
+from client.cohort.contents import safe_word
 
 PLANTED = ("DOE^JANE", "MRN4711", "1.2.826.0.99.4711", "19550712", "ward-7-doe", "ACC99123")
 

@@ -146,8 +146,11 @@ def _laid_out(items: Iterator[Sample | str], group: Stack, task: Task) -> Iterat
         if isinstance(item, str) or task.dimensions != 3:
             yield item
             continue
-        reason, tilt = layout(group)
-        yield reason or (replace(item, columns={**item.columns, "tilted": "yes"}) if tilt else item)
+        found = layout(group)
+        more = {"tilted": "yes"} if found.tilt else {}
+        if found.step:
+            more["slice_distance"] = f"{found.step:.3g}"
+        yield found.reason or replace(item, columns={**item.columns, **more})
 
 
 def label_table(root: Path, task: Task, options: LabelOptions) -> Table | None:

@@ -16,6 +16,7 @@ from PIL import Image as Pillow
 from pydicom.data import get_testdata_file
 
 from client.cohort.report import make_report
+from client.commands.tables import report_tables
 from client.commands.work import Work
 from client.data.quiet import quiet
 
@@ -90,6 +91,7 @@ def test_a_tree_of_two_modalities_with_masks_of_two_kinds(tmp_path, reading, dx)
         "object_type": {"CT Image Storage": 3, "MR Image Storage": 2},
         "transfer_syntax": {"Explicit VR Little Endian": 3, "RLE Lossless": 2},
         "size": {"8 x 9": 3, "6 x 10": 2}, "spacing": {"0.7 x 0.9": 3, "1.25 x 1.25": 2},
+        "slice_distance": {},
         "intensity": {
             "CT": {
                 "lowest": -800, "highest": -796, "typical_lowest": -798, "typical_highest": -798,
@@ -141,3 +143,28 @@ def test_volumes_with_masks(tmp_path, reading):
     assert 100 <= made["intensity"]["not stated"]["lowest"] < 200
     assert made["pixels_by_class"] == {"lung": 20, "heart": 0}
     assert made["risks"] == []
+
+
+@pytest.mark.integration
+def test_the_distance_of_slices(tmp_path, reading, dx):
+    """What the slices say of their place counts, not the thickness that they state."""
+    root = tmp_path / "export"
+    for patient, step, count in (("P1", 2.5, 4), ("P2", 2.5, 3), ("P3", 0.7, 5)):
+        for k in range(count):
+            dx(root / patient / f"{k}.dcm", np.full((6, 5), k), PatientID=patient, Modality="CT",
+               SOPClassUID=pydicom.uid.CTImageStorage, SeriesInstanceUID=f"1.2.{patient[1]}",
+               ImagePositionPatient=[0, 0, -step * k], SliceThickness=9, PatientName="",
+               ImageOrientationPatient=[1, 0, 0, 0, 1, 0], PatientBirthDate="",
+               StudyInstanceUID=f"1.3.{patient[1]}")  # fmt: skip
+    (root / "labels.csv").write_text("PatientID,label\nP1,lung\nP2,heart\nP3,lung\n")
+    site = tmp_path / "site.toml"
+    text = SITE.format(format="dicom", dimensions=3).replace("segmentation", "classification")
+    site.write_text(text)
+    with reading(site) as work:
+        made = make_report("chest", work.dataset, work.index, work.extract)
+    assert made.samples == 3
+    assert made.slice_distance == {"2.5": 2, "0.7": 1}
+    assert made.spacing == {"0.5 x 0.5": 12}
+    assert any(
+        "between slices, mm" in str(cell) for cell in report_tables(made)[0].columns[0].cells
+    )
