@@ -15,6 +15,7 @@ from client.cohort.contents import Range, by, distinct, number, ranges, spacings
 from client.cohort.risks import Risk, find_risks, unlabelled_risks
 from client.config import DatasetSection
 from client.data import reasons
+from client.data.readers.dicom_headers import Listen, unheard
 from client.data.split import split_by_patient
 from client.data.types import Dataset, Sample
 from client.index.extract import Extractor
@@ -58,11 +59,13 @@ class DatasetReport(BaseModel):
 
 
 def make_report(
-    name: str, dataset: DatasetSection, index: Index, extract: Extractor
-) -> DatasetReport:
+    name: str, dataset: DatasetSection, index: Index, extract: Extractor,
+    listen: Listen = unheard,
+) -> DatasetReport:  # fmt: skip
     """Count what is in an index, and what a study could make of it.
 
     Before there are labels or masks, that they are missing is a risk, and there are no samples.
+    `listen` hears how many headers are read, and of how many.
 
     Raises
     ------
@@ -70,7 +73,7 @@ def make_report(
         The dataset has a broken table of labels.
     """
     try:
-        found = usable(dataset, index, extract)
+        found = usable(dataset, index, extract, listen)
         left_out = why_left_out(dataset, found, index, extract)
         risks = find_risks(dataset, found, index, extract, left_out)
     except DataError as error:

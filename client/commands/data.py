@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from client.commands.tables import check_table, cohort_table, report_tables, scan_table
-from client.commands.work import busy, load_site, scan_dataset, work_on
+from client.commands.work import busy, load_site, reading, scan_dataset, work_on
 from fedward.console import print_json
 from fedward.errors import ConfigError, DataError, FedwardError
 
@@ -66,8 +66,8 @@ def report(name: Name, config: Config = _SITE, as_json: AsJson = False) -> None:
     """Tell what a dataset holds, what was left out and why, and what is risky."""
     from client.cohort.report import make_report
 
-    with work_on(load_site(config), name) as work, busy(f"{name}: reading headers and labels"):
-        made = make_report(name, work.dataset, work.index, work.extract)
+    with work_on(load_site(config), name) as work, reading(name) as listen:
+        made = make_report(name, work.dataset, work.index, work.extract, listen)
     if as_json:
         print_json(made.model_dump(mode="json"))
         return
@@ -82,8 +82,8 @@ def freeze(name: Name, config: Config = _SITE, as_json: AsJson = False) -> None:
     from client.cohort.freeze import counts, make_cohort, save
 
     with work_on(load_site(config), name) as work:
-        with busy(f"{name}: reading headers and labels"):
-            found = usable(work.dataset, work.index, work.extract)
+        with reading(name) as listen:
+            found = usable(work.dataset, work.index, work.extract, listen)
             cohort = make_cohort(name, work.dataset, found, work.index, work.extract)
         save(cohort, work.site.site.state)
         made = counts(cohort, work.dataset)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -31,6 +31,7 @@ _TAGS: Final = [
 ]  # fmt: skip
 _SCOUTS: Final = frozenset({"LOCALIZER", "SCOUT"})
 _MOSAIC: Final = "MOSAIC"  # Siemens: the slices of a volume as tiles of one picture
+_OFTEN: Final = 50  # files after which the progress is told
 _FRAME: Final = 8  # bytes of the smallest frame that there is
 _LONGEST: Final = 1 << 16  # bytes of a value; each is made into objects of a hundred bytes
 _INFLATED: Final = 1 << 20  # frames of a deflated file
@@ -38,6 +39,8 @@ _PIXELS: Final = frozenset(  # tags (7FE0,0008), (7FE0,0009), (7FE0,0010) in eit
     bytes.fromhex(tag)
     for tag in ("e07f0800", "e07f0900", "e07f1000", "7fe00008", "7fe00009", "7fe00010")
 )
+
+Listen = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,14 @@ class MaskObject:
     path: Path
 
 
+def unheard(done: int, of: int) -> None:
+    """Who listens to nothing."""
+
+
 def read_headers(
-    files: Sequence[Path], root: Path, task: Task, patients: PatientOptions | None = None
-) -> tuple[list[Header], list[Path], list[LeftOut]]:
+    files: Sequence[Path], root: Path, task: Task, patients: PatientOptions | None = None,
+    listen: Listen = unheard,
+) -> tuple[list[Header], list[Path], list[LeftOut]]:  # fmt: skip
     """The images among files, the masks if the task is segmentation, and what was left out."""
     patients = patients or PatientOptions()
     headers: list[Header] = []
@@ -100,7 +108,9 @@ def read_headers(
     left_out: list[LeftOut] = []
     seen: set[str] = set()
     with quiet():
-        for file in files:
+        for place, file in enumerate(files):
+            if place % _OFTEN == 0:
+                listen(place, len(files))
             try:
                 header = _header(file, task, patients)
                 if isinstance(header, MaskObject):
