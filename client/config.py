@@ -26,8 +26,9 @@ class SiteSection(Section):
     name: str = Field(pattern=SITE_NAME, description="the site's name, as studies know it")
     state: Place = Field(
         default=Path("state"),
-        description="folder for the index and the site's secret; only its owner can read it",
-    )
+        description="folder for the index and the site's secret; only its owner can read what is "
+        "in it",
+    )  # fmt: skip
     cache_gib: float = Field(
         default=50.0, gt=0, allow_inf_nan=False,
         description="GiB that prepared images may take in the state folder; those that were used "
