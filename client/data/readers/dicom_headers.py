@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final, cast
 
 import pydicom
 
@@ -13,7 +13,7 @@ from client.data import reasons
 from client.data.decode import Place, place_of
 from client.data.patient_options import PatientOptions
 from client.data.quiet import quiet
-from client.data.readers.dicom_files import MASKS, NO_PICTURES, check_header, is_dicom
+from client.data.readers.dicom_files import MASKS, NO_PICTURES, Watched, check_inflated, is_dicom
 from client.data.types import LeftOut
 from fedward.errors import DataError
 from fedward.plan.schema import Task
@@ -171,11 +171,12 @@ def _header(path: Path, task: Task, patients: PatientOptions) -> Header | MaskOb
 
 def _read(path: Path) -> tuple[pydicom.FileDataset, bool]:
     """The tags that are asked for, and whether pixels come after the header."""
-    check_header(path)
+    check_inflated(path)
     with path.open("rb") as file:
         tags = pydicom.dcmread(
-            file, defer_size=_LONGEST, stop_before_pixels=True, specific_tags=_TAGS, force=True
-        )
+            cast(BinaryIO, Watched(file, path)), defer_size=_LONGEST, stop_before_pixels=True,
+            specific_tags=_TAGS, force=True,
+        )  # fmt: skip
         pixels_next = file.read(4) in _PIXELS or _deflated(tags)
     if any(getattr(element, "length", 0) > _LONGEST for element in tags.values()):
         raise reasons.unusable(reasons.TOO_LARGE)
