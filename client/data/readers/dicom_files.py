@@ -25,6 +25,7 @@ _LARGEST: Final = 2 << 30  # bytes of a mask's file, which is read as a whole
 _ITEMS: Final = 2_000_000  # of all sequences of a mask's file; each takes about a kilobyte
 _FEWER: Final = 400_000  # of an image's: a dozen of each of 30,000 frames
 _MANY: Final = 20_000  # items after which the rest is counted before it is parsed
+_READS: Final = 8_000_000  # of one header: one or two for each element; 20 seconds
 _EMPTY: Final = 8  # bytes of the smallest item
 _ITEM: Final = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # in either byte order
 _META: Final = 4096  # bytes in which the file meta group nearly always ends
@@ -104,7 +105,7 @@ class Watched:
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.name, self.seek, self.tell = file.name, file.seek, file.tell
-        self._read, self._path, self._items = file.read, path, 0
+        self._read, self._path, self._items, self._reads = file.read, path, 0, 0
 
     def read(self, size: int = -1) -> bytes:
         """As the file does.
@@ -112,9 +113,11 @@ class Watched:
         Raises
         ------
         DataError
-            "too large": see :func:`check_items`.
+            "too large": see :func:`check_items`; or too many elements.
         """
-        data = self._read(size)
+        data, self._reads = self._read(size), self._reads + 1
+        if self._reads > _READS:
+            raise reasons.unusable(reasons.TOO_LARGE)
         if data[:4] in _ITEM:
             self._items += 1
             if self._items == _MANY:

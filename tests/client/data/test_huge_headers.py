@@ -54,6 +54,20 @@ def test_many_items_are_no_too_many(tmp_path, make_dicom):
     assert read_frame(path).image.pixels.max() == 1
 
 
+def test_a_header_of_elements_without_end(tmp_path, make_dicom, make_plan, monkeypatch):
+    monkeypatch.setattr(dicom_files, "_READS", 10_000)  # the real limit takes 20 seconds
+    path = make_dicom(tmp_path / "x.dcm", np.ones((8, 8), np.uint16))
+    raw = path.read_bytes()
+    place = raw.rindex(b"\xe0\x7f\x10\x00")
+    elements = b"".join(struct.pack("<HH2sH", 0x5401, 4096 + k, b"CS", 0) for k in range(20_000))
+    path.write_bytes(raw[:place] + elements + raw[place:])
+    (tmp_path / "labels.csv").write_text("PatientID,label\nP1,sick\n")
+    dataset = read_dataset(DatasetSpec(tmp_path, "dicom"), make_plan().task, empty=True)
+    assert [item.reason for item in dataset.left_out] == ["too large"]
+    with pytest.raises(DataError, match="too large"):
+        read_frame(path)
+
+
 def test_who_lists_a_dataset_reads_no_pixels(tmp_path, make_dicom, make_plan, monkeypatch):
     make_dicom(tmp_path / "x.dcm", np.ones((3000, 3000), np.uint16))
     (tmp_path / "labels.csv").write_text("PatientID,label\nP1,sick\n")
