@@ -26,8 +26,9 @@ class SiteSection(Section):
     name: str = Field(pattern=SITE_NAME, description="the site's name, as studies know it")
     state: Place = Field(
         default=Path("state"),
-        description="folder for the index and the site's secret; only its owner can read it",
-    )
+        description="folder for the index and the site's secret; only its owner can read what is "
+        "in it",
+    )  # fmt: skip
     cache_gib: float = Field(
         default=50.0, gt=0, allow_inf_nan=False,
         description="GiB that prepared images may take in the state folder; those that were used "
@@ -105,6 +106,26 @@ class SiteConfig(Section):
             )  # fmt: skip
         return self.datasets[name]
 
+    def present(self, name: str) -> DatasetSection:
+        """A dataset that is to be read now.
+
+        Raises
+        ------
+        ConfigError
+            There is none of that name, or its folder or its table of labels is not there.
+        """
+        dataset = self.dataset(name)
+        for key, rule, there in (
+            ("root", "the dataset must exist", dataset.root.exists()),
+            ("labels.file", "the table of labels must exist",
+             dataset.labels.file is None or dataset.labels.file.is_file()),
+        ):  # fmt: skip
+            if not there:
+                raise ConfigError(
+                    rule, fix="Check the path and the mount", where=f"datasets.{name}.{key}"
+                )
+        return dataset
+
 
 def hidden_places(config: SiteConfig) -> list[Path]:
     """What the connector must not see: the site's state, the datasets, their tables of labels."""
@@ -128,7 +149,7 @@ def load_config(path: Path, *, datasets_here: bool = True) -> SiteConfig:
     path : Path
         The file.
     datasets_here : bool
-        Whether the datasets must exist; for the connector they must not.
+        Whether all datasets must exist; see :meth:`SiteConfig.present` for the one that is used.
 
     Raises
     ------
@@ -164,13 +185,8 @@ def config_from(content: dict[str, Any], folder: Path, *, datasets_here: bool = 
     except ValidationError as error:
         raise schema_error(error, ConfigError) from None
     state = folder / raw.site.state
-    for name, one in placed.items():
-        _check_place(name, one.root, state, here=datasets_here)
-        if datasets_here and one.labels.file is not None and not one.labels.file.is_file():
-            raise ConfigError(
-                "the table of labels must exist", fix="Check the path and the mount",
-                where=f"datasets.{name}.labels.file",
-            )  # fmt: skip
+    for one in placed.values():
+        _check_place(one.root, state)
     made = raw.model_copy(
         update={
             "site": raw.site.model_copy(update={"state": state}),
@@ -179,6 +195,8 @@ def config_from(content: dict[str, Any], folder: Path, *, datasets_here: bool = 
             "trainer": raw.trainer.model_copy(update={"socket": folder / raw.trainer.socket}),
         }
     )
+    for name in made.datasets if datasets_here else ():
+        made.present(name)
     _check_apart(made)
     _check_served(made)
     return made
@@ -248,12 +266,7 @@ def _broken(dataset: DatasetSection) -> Iterator[tuple[str, str, str]]:
         yield "modality", "`any` stands alone", "List modalities, or only `any`"
 
 
-def _check_place(name: str, root: Path, state: Path, *, here: bool) -> None:
-    if here and not root.exists():
-        raise ConfigError(
-            "the dataset must exist", fix="Check the path and the mount",
-            where=f"datasets.{name}.root",
-        )  # fmt: skip
+def _check_place(root: Path, state: Path) -> None:
     if state.resolve().is_relative_to(root.resolve()):
         raise ConfigError(
             "the state folder must not lie inside a dataset", fix="Put it elsewhere",

@@ -93,9 +93,9 @@ def frozen_sites(plan: Plan, options: Options, crew: Preparers, note: Note) -> l
 
 
 def _configured(hospital: Hospital) -> tuple[SiteConfig, str]:
-    config = load_config(hospital.config)
+    config = load_config(hospital.config, datasets_here=False)
     if hospital.dataset:
-        config.dataset(hospital.dataset)
+        config.present(hospital.dataset)
         return config, hospital.dataset
     if len(config.datasets) > 1:
         raise ConfigError(
@@ -103,7 +103,9 @@ def _configured(hospital: Hospital) -> tuple[SiteConfig, str]:
             value=", ".join(sorted(config.datasets)),
             fix="Give --site site.toml:DATASET", where=config.site.name,
         )  # fmt: skip
-    return config, next(iter(config.datasets))
+    name = next(iter(config.datasets))
+    config.present(name)
+    return config, name
 
 
 def _check_different(names: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from client.config import DatasetSection
 from client.data import reasons
 from client.data.read import DatasetSpec, read_dataset
 from client.data.readers.dicom import label_table
+from client.data.readers.dicom_headers import Listen, unheard
 from client.data.readers.dicom_masks import SegmentedFrame, SegmentedSeries
 from client.data.types import Dataset, LeftOut, Sample
 from client.index.extract import Extractor
@@ -27,7 +28,9 @@ _COLUMNS: Final = {
 }  # fmt: skip
 
 
-def usable(dataset: DatasetSection, index: Index, extract: Extractor) -> Dataset:
+def usable(
+    dataset: DatasetSection, index: Index, extract: Extractor, listen: Listen = unheard
+) -> Dataset:
     """Read a dataset's tables and headers, without samples of files that cannot be decoded.
 
     Parameters
@@ -38,13 +41,15 @@ def usable(dataset: DatasetSection, index: Index, extract: Extractor) -> Dataset
         Brought up to date before.
     extract : Extractor
         Which knows the names of files in the index.
+    listen : callable, optional
+        Hears how many headers are read, and of how many.
 
     Raises
     ------
     DataError
         The dataset has no table of labels, or a broken one.
     """
-    found = _read(dataset)
+    found = _read(dataset, listen)
     able = _Able(index, extract)
     items = [able(sample) for sample in found.samples]
     kept = tuple(item for item in items if isinstance(item, Sample))
@@ -109,12 +114,19 @@ class _Able:
         return self.bad[path]
 
 
+def why_unreadable(index: Index) -> Counter[str]:
+    """By file: what the scan said of its pixels."""
+    rows = index.connection.execute(
+        "SELECT reason, count(*) FROM files WHERE reason != '' GROUP BY 1"
+    )
+    return Counter(dict(rows))
+
+
 def why_left_out(
     dataset: DatasetSection, found: Dataset, index: Index, extract: Extractor
 ) -> Counter[str]:
     """By file: what the scan said of its pixels leads, then what the reader says of its use."""
-    sql = index.connection.execute
-    counts = Counter(dict(sql("SELECT reason, count(*) FROM files WHERE reason != '' GROUP BY 1")))
+    counts = why_unreadable(index)
     for item in found.left_out:
         # The name may be a table's key, and that may look like a path from the root of the disk.
         if PurePosixPath(item.name).is_absolute() or not index.reason(
@@ -144,10 +156,11 @@ def _rows_without_image(dataset: DatasetSection, index: Index, extract: Extracto
     )
 
 
-def _read(dataset: DatasetSection) -> Dataset:
+def _read(dataset: DatasetSection, listen: Listen) -> Dataset:
     spec = DatasetSpec(
         dataset.root, dataset.format, masks=dataset.masks.options(),
         patients=dataset.patients.options(), labels=dataset.labels.options(),
+        listen=listen,
     )  # fmt: skip
     return read_dataset(spec, dataset.as_task(), empty=True)  # an empty one is worth a report too
 

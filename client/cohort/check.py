@@ -14,6 +14,7 @@ from client.cohort.findings import (
     model_finding,
     patient_findings,
     probe_findings,
+    sample_finding,
     task_findings,
 )
 from client.cohort.probe import probe
@@ -61,7 +62,9 @@ def check_plan(
     findings = [*task_findings(dataset.as_task(), plan), model_finding(plan)]
     fits = all(one.status != "fail" for one in findings)
     taken = _of_modality(samples, modalities, plan)
-    findings.append(modality_finding(plan, len(samples), taken))
+    findings.append(sample_finding(len(samples)))
+    if samples:
+        findings.append(modality_finding(plan, len(samples), taken))
     parts: dict[str, int] = {}
     classes: dict[str, int] = {}
     cost: Cost | None = None

@@ -45,6 +45,14 @@ def model_finding(plan: Plan) -> Finding:
     return finding("model", "pass", f"{plan.model.name}, {parameters:,} parameters", "")
 
 
+def sample_finding(count: int) -> Finding:
+    """Whether the dataset holds anything that a study could use."""
+    return finding(
+        "samples", "pass" if count else "fail", f"{count} that a study could use",
+        "See the dataset's report for what was left out and why",
+    )  # fmt: skip
+
+
 def modality_finding(plan: Plan, before: int, samples: Sequence[Sample]) -> Finding:
     """How many samples are of a modality that the plan accepts."""
     wanted = ", ".join(plan.task.modality)

@@ -5,35 +5,23 @@ All of it is counts and words of the standard; a report names no person and no f
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from typing import Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from client.cohort.balance import Counts, balance
-from client.cohort.build import usable, why_left_out
-from client.cohort.risks import Risk, find_risks
+from client.cohort.build import usable, why_left_out, why_unreadable
+from client.cohort.contents import Range, by, distinct, number, ranges, spacings
+from client.cohort.risks import Risk, find_risks, unlabelled_risks
 from client.config import DatasetSection
+from client.data import reasons
+from client.data.readers.dicom_headers import Listen, unheard
 from client.data.split import split_by_patient
-from client.data.types import Sample
+from client.data.types import Dataset, Sample
 from client.index.extract import Extractor
 from client.index.store import Index
+from fedward.errors import DataError
 from fedward.plan.schema import Split
-
-_WORD: Final = re.compile(r"[A-Za-z0-9 _.,()/&+-]{1,64}")
-_NUMBER: Final = re.compile(r"\d{5,}|\d{4}-\d{2}")  # what could be a date, an id or part of one
-_IMAGES: Final = "reason = '' AND rows > 0 AND format IN ('dicom', 'nifti', 'picture')"
-
-
-class Range(BaseModel):
-    """Pixels of a modality, as the modality means them (HU for CT)."""
-
-    model_config = ConfigDict(extra="forbid")
-    lowest: float = Field(description="of all images")
-    highest: float = Field(description="of all images")
-    typical_lowest: float = Field(description="median over images of each one's lowest pixel")
-    typical_highest: float = Field(description="median over images of each one's highest pixel")
 
 
 class DatasetReport(BaseModel):
@@ -42,8 +30,8 @@ class DatasetReport(BaseModel):
     model_config = ConfigDict(extra="forbid")
     dataset: str
     files: int = Field(description="files in the dataset, whatever they are")
-    instances: int = Field(description="files with an image that could be decoded")
-    patients: int = Field(description="patients of these, where files name one")
+    instances: int = Field(description="files with an image that could be decoded; no masks")
+    patients: int = Field(description="patients of these; outside DICOM those of the samples")
     studies: int
     series: int
     modality: Counts = Field(description="instances by modality; the next ones likewise")
@@ -53,6 +41,7 @@ class DatasetReport(BaseModel):
     transfer_syntax: Counts
     size: Counts = Field(description="rows x columns")
     spacing: Counts = Field(description="mm between rows x columns")
+    slice_distance: Counts = Field(description="samples by mm between slices: DICOM volumes")
     intensity: dict[str, Range] = Field(description="range of the pixels by modality")
     samples: int = Field(description="images or volumes that a study could use")
     sample_patients: int = Field(description="patients of these")
@@ -70,92 +59,50 @@ class DatasetReport(BaseModel):
 
 
 def make_report(
-    name: str, dataset: DatasetSection, index: Index, extract: Extractor
-) -> DatasetReport:
+    name: str, dataset: DatasetSection, index: Index, extract: Extractor,
+    listen: Listen = unheard,
+) -> DatasetReport:  # fmt: skip
     """Count what is in an index, and what a study could make of it.
+
+    Before there are labels or masks, that they are missing is a risk, and there are no samples.
+    `listen` hears how many headers are read, and of how many.
 
     Raises
     ------
     DataError
-        The dataset has no table of labels, or a broken one.
+        The dataset has a broken table of labels.
     """
-    found = usable(dataset, index, extract)
-    left_out = why_left_out(dataset, found, index, extract)
+    try:
+        found = usable(dataset, index, extract, listen)
+        left_out = why_left_out(dataset, found, index, extract)
+        risks = find_risks(dataset, found, index, extract, left_out)
+    except DataError as error:
+        if error.where not in (reasons.NO_TABLE, reasons.NO_MASKS):
+            raise
+        found, left_out = Dataset(()), why_unreadable(index)
+        risks = unlabelled_risks(dataset, error, index, left_out)
     classes = balance(dataset, found.samples, index, extract)
+    people = len({sample.patient for sample in found.samples})
     return DatasetReport(
-        dataset=name, files=index.count(), instances=_number(index, "count(*)"),
-        patients=_distinct(index, "patient"), studies=_distinct(index, "study"),
-        series=_distinct(index, "series"), modality=_by(index, "modality"),
-        body_part=_by(index, "body_part"), manufacturer=_by(index, "manufacturer"),
-        object_type=_by(index, "object_type"), transfer_syntax=_by(index, "syntax"),
-        size=_by(index, "rows || ' x ' || columns"), spacing=_spacings(index),
-        intensity=_ranges(index), samples=len(found.samples),
-        sample_patients=len({sample.patient for sample in found.samples}),
-        images_by_class=classes.images, patients_by_class=classes.patients,
+        dataset=name, files=index.count(), instances=number(index, "count(*)"),
+        patients=distinct(index, "patient") if extract.format == "dicom" else people,
+        studies=distinct(index, "study"),
+        series=distinct(index, "series"), modality=by(index, "modality"),
+        body_part=by(index, "body_part"), manufacturer=by(index, "manufacturer"),
+        object_type=by(index, "object_type"), transfer_syntax=by(index, "syntax"),
+        size=by(index, "rows || ' x ' || columns"), spacing=spacings(index),
+        slice_distance=_distances(found.samples),
+        intensity=ranges(index), samples=len(found.samples),
+        sample_patients=people, images_by_class=classes.images, patients_by_class=classes.patients,
         pixels_by_class=classes.pixels,
         split=_split(found.samples), left_out=dict(sorted(left_out.items())),
-        risks=find_risks(dataset, found, index, left_out),
+        risks=risks,
     )  # fmt: skip
 
 
-def _number(index: Index, what: str) -> int:
-    row = index.connection.execute(f"SELECT {what} FROM files WHERE {_IMAGES}").fetchone()
-    return int(row[0])
-
-
-def _distinct(index: Index, column: str) -> int:
-    return _number(index, f"count(DISTINCT nullif({column}, ''))")
-
-
-def _by(index: Index, column: str) -> Counts:
-    rows = index.connection.execute(
-        f"SELECT {column}, count(*) FROM files WHERE {_IMAGES} GROUP BY 1 ORDER BY 2 DESC, 1"
-    )
-    counts: Counter[str] = Counter()
-    for value, count in rows:
-        counts[safe_word(str(value))] += count
-    return dict(counts.most_common())
-
-
-def safe_word(text: str) -> str:
-    """A free text as it may be shown: "other" when it could hold an id or a date."""
-    if not text:
-        return "not stated"
-    return text if _WORD.fullmatch(text) and not _NUMBER.search(text) else "other"
-
-
-def _spacings(index: Index) -> Counts:
-    counts: Counter[str] = Counter()
-    rows = index.connection.execute(
-        f"SELECT spacing, count(*) FROM files WHERE {_IMAGES} GROUP BY 1"
-    )
-    for text, count in rows:
-        sides = [float(side) for side in text.strip("[]").split(",") if side.strip()]
-        counts[" x ".join(f"{side:.3g}" for side in sides)] += count
-    return dict(counts.most_common())
-
-
-def _ranges(index: Index) -> dict[str, Range]:
-    rows = index.connection.execute(
-        f"SELECT modality, min(low), max(high), count(*) FROM files WHERE {_IMAGES} "
-        "AND low IS NOT NULL GROUP BY 1 ORDER BY 1"
-    ).fetchall()
-    return {
-        safe_word(modality): Range(
-            lowest=low, highest=high, typical_lowest=_median(index, "low", modality, count),
-            typical_highest=_median(index, "high", modality, count),
-        )
-        for modality, low, high, count in rows
-    }  # fmt: skip
-
-
-def _median(index: Index, column: str, modality: str, count: int) -> float:
-    """The lower median, found by the database."""
-    row = index.connection.execute(
-        f"SELECT {column} FROM files WHERE {_IMAGES} AND low IS NOT NULL AND modality = ? "
-        f"ORDER BY 1 LIMIT 1 OFFSET ?", (modality, (count - 1) // 2),
-    ).fetchone()  # fmt: skip
-    return float(row[0])
+def _distances(samples: tuple[Sample, ...]) -> Counts:
+    told = (sample.columns.get("slice_distance") for sample in samples)
+    return dict(Counter(mm for mm in told if mm).most_common())
 
 
 def _split(samples: tuple[Sample, ...]) -> Counts:

@@ -9,12 +9,13 @@ from typing import Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from client.cohort.build import classes_of
+from client.cohort.copies import OF_IMAGES, copies, shared
 from client.config import DatasetSection
 from client.data import reasons
 from client.data.types import Dataset
+from client.index.extract import Extractor
 from client.index.store import Index
-
-_OF_IMAGES = "reason = '' AND pixels != ''"
+from fedward.errors import DataError
 
 
 class Risk(BaseModel):
@@ -31,16 +32,28 @@ class Risk(BaseModel):
 
 
 def find_risks(
-    dataset: DatasetSection, found: Dataset, index: Index, left_out: Counter[str]
-) -> list[Risk]:
+    dataset: DatasetSection, found: Dataset, index: Index, extract: Extractor,
+    left_out: Counter[str],
+) -> list[Risk]:  # fmt: skip
     """All risks that are there, none that is not."""
     risks = [
-        *_of_patients(dataset, found), *_of_classes(dataset, found), *_of_copies(index),
+        *_of_patients(dataset, found), *_of_classes(dataset, found),
+        *_of_copies(found, index, extract),
         *_of_ids(dataset, index, left_out), *_of_people(index), *_of_parts(found),
         *_of_series(found, index),
         *_of_labels(left_out),
     ]  # fmt: skip
     return [risk for risk in risks if risk.count]
+
+
+def unlabelled_risks(
+    dataset: DatasetSection, error: DataError, index: Index, left_out: Counter[str]
+) -> list[Risk]:
+    """The risks of a dataset that nobody has labelled yet, as its files alone tell them."""
+    what = "a table of labels" if error.where == reasons.NO_TABLE else "masks"
+    missing = Risk(rule=f"the dataset has {what}", count=1, severity="high", fix=error.fix)
+    others = [*_of_ids(dataset, index, left_out), *_of_people(index)]
+    return [missing, *(risk for risk in others if risk.count)]
 
 
 def _of_labels(left_out: Counter[str]) -> list[Risk]:
@@ -98,28 +111,24 @@ def _of_classes(dataset: DatasetSection, found: Dataset) -> Iterator[Risk]:
     )  # fmt: skip
 
 
-def _of_copies(index: Index) -> list[Risk]:
-    """The same pixels twice; between patients it leaks from training into the test."""
-    one = index.connection.execute
-    within, across = one(
-        "SELECT coalesce(sum(n - 1), 0), coalesce(sum(p > 1), 0) FROM (SELECT count(*) AS n, "
-        f"count(DISTINCT patient) AS p FROM files WHERE {_OF_IMAGES} GROUP BY pixels HAVING n > 1)"
-    ).fetchone()
+def _of_copies(found: Dataset, index: Index, extract: Extractor) -> list[Risk]:
+    """The same pixels twice; between patients or parts it leaks from training into the test."""
     return [
         Risk(
-            rule="no two files show the same pixels", count=int(within), severity="low",
+            rule="no two files show the same pixels", count=copies(index), severity="low",
             fix="Take the copies out",
         ),
         Risk(
-            rule="no two patients share an image, or a test would leak", count=int(across),
-            severity="high", fix="Find out whose images these are; one person may have two ids",
+            rule="no two patients or parts share an image, or a test would leak",
+            count=shared(found.samples, index, extract), severity="high",
+            fix="Take the copies out, or find out whose they are; one person may have two ids",
         ),
     ]  # fmt: skip
 
 
 def _of_series(found: Dataset, index: Index) -> list[Risk]:
     row = index.connection.execute(
-        f"SELECT count(*) FROM (SELECT 1 FROM files WHERE {_OF_IMAGES} AND series != '' "
+        f"SELECT count(*) FROM (SELECT 1 FROM files WHERE {OF_IMAGES} AND series != '' "
         "GROUP BY series HAVING count(DISTINCT spacing) > 1)"
     ).fetchone()
     tilted = sum(sample.columns.get("tilted") == "yes" for sample in found.samples)
@@ -154,7 +163,7 @@ def _of_people(index: Index) -> list[Risk]:
 
     def several(what: str, by: str) -> int:
         row = index.connection.execute(
-            f"SELECT count(*) FROM (SELECT 1 FROM files WHERE {_OF_IMAGES} AND {by} != '' AND "
+            f"SELECT count(*) FROM (SELECT 1 FROM files WHERE {OF_IMAGES} AND {by} != '' AND "
             f"{what} != '' GROUP BY {by} HAVING count(DISTINCT {what}) > 1)"
         ).fetchone()
         return int(row[0])
@@ -202,12 +211,12 @@ def _of_ids(dataset: DatasetSection, index: Index, left_out: Counter[str]) -> li
         ),
         Risk(
             rule="every image names its patient", severity="medium",
-            count=count("nobody = 'missing' AND rows > 0", reasons.NO_PATIENT),
+            count=count("nobody = 'missing' AND marked = '' AND rows > 0", reasons.NO_PATIENT),
             fix=f"Fill in its id; {_FATE[dataset.patients.missing]}",
         ),
         Risk(
             rule="no text is burnt into the pixels",
-            count=count("burned_in = 'YES' AND rows > 0"), severity="high",
+            count=count("burned_in = 'YES' AND marked = '' AND rows > 0"), severity="high",
             fix="Look at these images; a name in the pixels can be learnt",
         ),
     ]  # fmt: skip

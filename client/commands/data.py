@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,11 +10,12 @@ import typer
 from rich.console import Console
 
 from client.commands.tables import check_table, cohort_table, report_tables, scan_table
-from client.commands.work import busy, load_site, scan_dataset, work_on
+from client.commands.work import busy, load_site, reading, scan_dataset, work_on
 from fedward.console import print_json
-from fedward.errors import DataError
+from fedward.errors import ConfigError, DataError, FedwardError
 
 if TYPE_CHECKING:
+    from client.config import SiteConfig
     from client.index.scan import Summary
 
 data_app = typer.Typer(
@@ -42,13 +44,21 @@ def index(
 ) -> None:
     """Read every new or changed file once and keep what is known of it."""
     site = load_site(config)
-    names = [name] if name else sorted(site.datasets)
-    found = {one: scan_dataset(site, one) for one in names}
+    found, failed = _scan_all(site, [name] if name else sorted(site.datasets))
+    if name and failed:
+        raise failed[name]
     if as_json:
-        print_json({"datasets": {one: _plain(summary) for one, summary in found.items()}})
-        return
-    for one, summary in found.items():
-        Console().print(scan_table(one, summary))
+        print_json({
+            "datasets": {one: _plain(summary) for one, summary in found.items()},
+            "failed": {one: str(error) for one, error in failed.items()},
+        })  # fmt: skip
+    else:
+        for one, summary in found.items():
+            Console().print(scan_table(one, summary))
+    for wrong in failed.values():
+        typer.secho(f"error: {wrong}", err=True, fg="red")
+    if failed:
+        raise typer.Exit(next(iter(failed.values())).exit_code)
 
 
 @data_app.command("report")
@@ -56,8 +66,8 @@ def report(name: Name, config: Config = _SITE, as_json: AsJson = False) -> None:
     """Tell what a dataset holds, what was left out and why, and what is risky."""
     from client.cohort.report import make_report
 
-    with work_on(load_site(config), name) as work, busy(f"{name}: reading headers and labels"):
-        made = make_report(name, work.dataset, work.index, work.extract)
+    with work_on(load_site(config), name) as work, reading(name) as listen:
+        made = make_report(name, work.dataset, work.index, work.extract, listen)
     if as_json:
         print_json(made.model_dump(mode="json"))
         return
@@ -72,8 +82,8 @@ def freeze(name: Name, config: Config = _SITE, as_json: AsJson = False) -> None:
     from client.cohort.freeze import counts, make_cohort, save
 
     with work_on(load_site(config), name) as work:
-        with busy(f"{name}: reading headers and labels"):
-            found = usable(work.dataset, work.index, work.extract)
+        with reading(name) as listen:
+            found = usable(work.dataset, work.index, work.extract, listen)
             cohort = make_cohort(name, work.dataset, found, work.index, work.extract)
         save(cohort, work.site.site.state)
         made = counts(cohort, work.dataset)
@@ -158,6 +168,20 @@ def check(
         Console().print(check_table(made))
     if not made.can_serve:
         raise typer.Exit(DataError.exit_code)
+
+
+def _scan_all(
+    site: SiteConfig, names: Sequence[str]
+) -> tuple[dict[str, Summary], dict[str, FedwardError]]:
+    """Scan one dataset after another; what is wrong with one is no reason to leave the rest."""
+    found: dict[str, Summary] = {}
+    failed: dict[str, FedwardError] = {}
+    for name in names:
+        try:
+            found[name] = scan_dataset(site, name)
+        except (ConfigError, DataError) as error:
+            failed[name] = error
+    return found, failed
 
 
 def _plain(summary: Summary) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import typer
 from rich.console import Console
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from client.index.extract import Extractor
     from client.index.scan import Summary
     from client.index.store import Index
+
+_EVERY: Final = 5.0  # seconds between two lines
 
 
 @dataclass(frozen=True)
@@ -81,18 +86,18 @@ class Work:
         if which is not None:
             cohort = self.open_cohort(which)
             return cohort.name, cohort.dataset.samples
-        with busy(f"{self.name}: reading headers and labels"):
-            found = usable(self.dataset, self.index, self.extract)
+        with reading(self.name) as listen:
+            found = usable(self.dataset, self.index, self.extract, listen)
         if strict:
             check_patients(self.dataset, found)
         return "", found.samples
 
 
 def load_site(path: Path) -> SiteConfig:
-    """The site's configuration."""
+    """The site's configuration; a dataset must be there only when it is used."""
     from client.config import load_config
 
-    return load_config(path)
+    return load_config(path, datasets_here=False)
 
 
 @contextmanager
@@ -122,22 +127,60 @@ def scan_dataset(site: SiteConfig, name: str) -> Summary:
 
 
 def extractor(site: SiteConfig, name: str) -> Extractor:
-    """What reads the files of a dataset."""
+    """What reads the files of a dataset, which must be there.
+
+    Raises
+    ------
+    ConfigError
+        It is not.
+    """
     from client.data.read import detect
     from client.index.extract import Extractor
     from client.secret import site_secret
 
-    dataset = site.dataset(name)
+    dataset = site.present(name)
     format = dataset.format or detect(dataset.root)
     return Extractor(dataset.root, format, site_secret(site.site.state), dataset.patients.options())
 
 
 @contextmanager
+def reading(name: str) -> Iterator[Callable[[int, int], None]]:
+    """The same while headers and labels are read; what it yields is told how far that is."""
+    text = f"{name}: reading headers and labels"
+    with busy(text) as tell:
+        yield lambda done, of: tell(f"{text}, {done} of {of} files")
+
+
+@contextmanager
 def busy(text: str) -> Iterator[Callable[[str], None]]:
-    """A line on standard error that moves while something takes its time."""
+    """A line on standard error that moves while something takes its time.
+
+    Where that is no terminal, a line every few seconds.
+    """
+    if not sys.stderr.isatty():
+        with _lines(text) as tell:
+            yield tell
+        return
     with Progress(
         SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(),
         console=Console(stderr=True), transient=True,
     ) as progress:  # fmt: skip
         shown = progress.add_task(text)
         yield lambda now: progress.update(shown, description=now)
+
+
+@contextmanager
+def _lines(text: str) -> Iterator[Callable[[str], None]]:
+    now, began, done = [text], time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not done.wait(_EVERY):
+            typer.echo(f"{now[0]} ({time.monotonic() - began:.0f} s)", err=True)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield lambda new: now.__setitem__(0, new)
+    finally:
+        done.set()
+        teller.join()

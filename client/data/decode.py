@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from pydicom.dataset import Dataset
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 
 from client.data import reasons, voi
+from client.data.padding import padding
 from client.data.quiet import quiet
 from client.data.stored import open_dicom, stored_values
 from client.data.types import Image, Lookup
@@ -25,6 +26,7 @@ _GROUPS: Final = (
     "PlanePositionSequence", "PlaneOrientationSequence",
 )  # fmt: skip
 _LARGEST: Final = 2 << 30  # bytes of one decoded frame: a square of 16,000 pixels
+_MEASURED: Final = ("PT",)  # modalities
 _SPACINGS: Final = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
 
 
@@ -206,17 +208,25 @@ def _grey(
     flat: Dataset, pixels: NDArray[np.generic]
 ) -> tuple[NDArray[np.float32], tuple[float, float] | None, Lookup | None]:
     values = np.asarray(apply_modality_lut(pixels, flat), np.float64)
-    window, lookup = voi.window(flat), voi.lookup(flat)
+    window, lookup = _shown(flat)
     if flat.get("PhotometricInterpretation") == "MONOCHROME1":
         # The stored range turned over: what the modality LUT makes of its two ends, summed.
         ends = float(np.sum(apply_modality_lut(_stored_range(flat, pixels), flat), dtype=float))
         values = ends - values
         window = (ends - window[1], ends - window[0]) if window else None
         lookup = voi.turned(lookup, ends)
-    padding = _padding(flat, pixels)
-    if padding.any() and not padding.all():
-        values[padding] = values[~padding].min()
+    outside = padding(flat, pixels)
+    if outside.any() and not outside.all():
+        values[outside] = values[~outside].min()
     return values[None].astype(np.float32), window, lookup
+
+
+def _shown(flat: Dataset) -> tuple[tuple[float, float] | None, Lookup | None]:
+    """Window and table that the file proposes for display."""
+    # What is measured in a unit (becquerel, SUV) must not be cut off at what one reader looked at.
+    if flat.get("Modality") in _MEASURED:
+        return None, None
+    return voi.window(flat), voi.lookup(flat)
 
 
 def _stored_range(flat: Dataset, pixels: NDArray[np.generic]) -> NDArray[np.generic]:
@@ -225,17 +235,6 @@ def _stored_range(flat: Dataset, pixels: NDArray[np.generic]) -> NDArray[np.gene
     bits = int(flat.get("BitsStored", 16))
     low = -(2 ** (bits - 1)) if flat.get("PixelRepresentation", 0) else 0
     return np.array([low, low + 2**bits - 1]).astype(pixels.dtype)
-
-
-def _padding(flat: Dataset, pixels: NDArray[np.generic]) -> NDArray[np.bool_]:
-    """Where the file says that there is no image (C.7.5.1.1.2)."""
-    value = flat.get("PixelPaddingValue")
-    if not isinstance(value, int):
-        return np.zeros(pixels.shape, bool)
-    limit = flat.get("PixelPaddingRangeLimit")
-    low, high = sorted((value, limit if isinstance(limit, int) else value))
-    stored: NDArray[Any] = pixels
-    return np.asarray((stored >= low) & (stored <= high))
 
 
 def _spacing(flat: Dataset) -> tuple[float, float]:

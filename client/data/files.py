@@ -21,27 +21,31 @@ def walk(root: Path, *, without: Sequence[str] = ()) -> list[Path]:
     return [path for path in find(root, without=without) if path.is_file()]
 
 
-def find(root: Path, *, without: Sequence[str] = ()) -> Iterator[Path]:
+def find(root: Path, *, without: Sequence[str] = (), skipped: bool = False) -> Iterator[Path]:
     """The same and whatever else lies there, one after another, in the memory of one folder.
 
-    A folder that cannot be listed comes in place of what is in it.
+    A folder that cannot be listed comes in place of what is in it. With `skipped`, hidden entries
+    and linked folders come too; they are not entered either.
     """
     waiting = [root]  # no recursion: a tree may be deeper than Python's stack
     while waiting:
         folder = waiting.pop()
         try:
             with os.scandir(folder) as entries:
-                found = sorted((e.name, _kind(e)) for e in entries if not _hidden(e.name))
+                found = sorted((e.name, _kind(e)) for e in entries)
         except OSError:
             yield folder
             continue
         skip = set(without) if folder is root else set()
-        yield from (folder / name for name, kind in found if kind == "file")
+        told = ("file", "link", "hidden") if skipped else ("file",)
+        yield from (folder / name for name, kind in found if kind in told)
         below = [folder / name for name, kind in found if kind == "folder" and name not in skip]
         waiting += reversed(below)
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
+    if is_hidden(entry.name):
+        return "hidden"
     try:
         folder = entry.is_dir()
     except OSError:
@@ -51,10 +55,11 @@ def _kind(entry: os.DirEntry[str]) -> str:
 
 def folders(root: Path) -> list[Path]:
     """The visible sub-folders of `root`, sorted by name."""
-    return sorted(p for p in root.iterdir() if p.is_dir() and not _hidden(p.name))
+    return sorted(p for p in root.iterdir() if p.is_dir() and not is_hidden(p.name))
 
 
-def _hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Whether nobody would look for images in a file or folder of that name."""
     return name.startswith((".", "__MACOSX")) or name == "Thumbs.db"
 
 

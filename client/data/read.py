@@ -16,6 +16,7 @@ from client.data.patient_options import PatientOptions
 from client.data.readers import dicom, nifti, npz
 from client.data.readers import folders as pictures
 from client.data.readers.dicom_files import is_dicom
+from client.data.readers.dicom_headers import Listen, unheard
 from client.data.readers.pictures import is_picture
 from client.data.types import Dataset, Format, LeftOut, Sample
 from fedward.errors import DataError
@@ -26,7 +27,7 @@ _READERS: Final[dict[Format, Callable[[Path, Task, DatasetSpec], Dataset]]] = {
     "folders": lambda root, task, spec: pictures.read(root, task, spec.labels, spec.patients),
     "nifti": lambda root, task, spec: nifti.read(root, task, spec.labels, spec.patients),
     "dicom": lambda root, task, spec: dicom.read(
-        root, task, spec.masks, spec.patients, spec.labels
+        root, task, spec.masks, spec.patients, spec.labels, spec.listen
     ),
 }
 _LOOK_AT = 200  # files that decide what a folder holds
@@ -50,6 +51,8 @@ class DatasetSpec:
         What missing and shared patient ids mean.
     labels : LabelOptions
         Where the table of labels lies, and what its words mean.
+    listen : callable
+        DICOM: hears how many headers are read, and of how many.
     """
 
     root: Path
@@ -58,6 +61,7 @@ class DatasetSpec:
     masks: MaskOptions = field(default_factory=MaskOptions)
     patients: PatientOptions = field(default_factory=PatientOptions)
     labels: LabelOptions = field(default_factory=LabelOptions)
+    listen: Listen = field(default=unheard, compare=False, repr=False)
 
 
 def read_dataset(spec: DatasetSpec, task: Task, *, empty: bool = False) -> Dataset:

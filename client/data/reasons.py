@@ -33,6 +33,8 @@ TOO_LARGE: Final = "too large"
 CHANGED: Final = "changed while read"
 NOT_PERMITTED: Final = "not permitted"
 NOT_A_FILE: Final = "not a file"
+LINKED: Final = "linked folder"
+HIDDEN: Final = "hidden"
 DECODER_FAILED: Final = "decoder failed"
 OTHER_FORMAT: Final = "other format"
 
@@ -41,9 +43,14 @@ REASONS: Final = frozenset(
         NOT_READABLE, NOT_DICOM, NO_PIXELS, OTHER_MODALITY, NO_PATIENT, SHARED_PATIENT, NO_LABEL,
         UNKNOWN_CLASS, CONFLICTING, NO_MASK, NO_IMAGE, DUPLICATE, WRONG_SHAPE, MASK_SHAPE,
         MASK_POSITION, MASK_CLASS, NO_CONTOURS, INCOMPLETE, UNEVEN, DUPLICATE_SLICES, SCOUT, MOSAIC,
-        TILTED, TOO_LARGE, CHANGED, NOT_PERMITTED, NOT_A_FILE, DECODER_FAILED, OTHER_FORMAT,
+        TILTED, TOO_LARGE, CHANGED, NOT_PERMITTED, NOT_A_FILE, LINKED, HIDDEN,
+        DECODER_FAILED, OTHER_FORMAT,
     }
 )  # fmt: skip
+
+# Where an error says that a dataset has no table of labels, or no masks, at all.
+NO_TABLE: Final = "labels"
+NO_MASKS: Final = "masks"
 
 
 def unusable(reason: str) -> DataError:

@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, cast
 
 import numpy as np
 import pydicom
@@ -18,7 +18,7 @@ from pydicom.pixels.utils import as_pixel_options, pixel_array
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from client.data import reasons
-from client.data.readers.dicom_files import check_inflated, is_deflated
+from client.data.readers.dicom_files import Watched, check_inflated, check_items, is_deflated
 
 _PIXELS: Final = {
     (0x7FE0, 0x0008): "FloatPixelData", (0x7FE0, 0x0009): "DoubleFloatPixelData",
@@ -51,7 +51,7 @@ def open_dicom(path: Path) -> Opened:
     Raises
     ------
     DataError
-        "too large", when a deflated file would fill the memory.
+        "too large", when the header would fill the memory.
     Exception
         Whatever pydicom raises on a broken header.
     """
@@ -63,8 +63,13 @@ def _open(path: Path, changed: int) -> Opened:
     # The header of a multi-frame file is long, and every frame asks for it again.
     check_inflated(path)
     with path.open("rb") as file:
-        header = pydicom.dcmread(file, stop_before_pixels=True, force=True)
-        return Opened(path, header, file.tell())
+        header = pydicom.dcmread(
+            cast(BinaryIO, Watched(file, path)), stop_before_pixels=True, force=True
+        )
+        place = file.tell()
+    if not is_deflated(header):
+        check_items(path, place)  # those of known length are parsed only when they are asked for
+    return Opened(path, header, place)
 
 
 def stored_values(opened: Opened, frame: int) -> NDArray[np.generic]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import dropwhile
 from pathlib import Path
@@ -57,7 +60,7 @@ def read_table(
     Parameters
     ----------
     path : Path
-        CSV with a header (comma, semicolon or tab; UTF-8 or Latin-1), or XLSX.
+        CSV with a header (comma, semicolon or tab; UTF-8 or Windows-1252), or XLSX.
     columns : sequence of str
         What keys may be.
     task : Task or None
@@ -159,20 +162,25 @@ def _text(cell: object) -> str:
 
 def _separated(path: Path, header: int) -> list[list[str]]:
     try:
-        raw = path.read_bytes()
-        try:
-            text = raw.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            text = raw.decode("latin-1")
-        lines = text.splitlines()
+        text = _decoded(path.read_bytes())
+        lines = re.split(r"\r\n|\r|\n", text)
         names = next((line for line in lines[header - 1 :] if line.strip()), "")
         delimiter = max(",;\t", key=names.count)
-        return list(csv.reader(lines, delimiter=delimiter))
+        # Not str.splitlines, which ends a row at an ellipsis of Windows read as Latin-1, and at
+        # what word processors put between paragraphs.
+        return list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
     except (OSError, csv.Error):
         # The error's own text may quote a row.
         raise DataError(
             "must be a readable CSV file", where=path.name, fix="Save it as UTF-8 CSV"
         ) from None
+
+
+def _decoded(raw: bytes) -> str:
+    for encoding in ("utf-8-sig", "cp1252"):
+        with suppress(UnicodeDecodeError):
+            return raw.decode(encoding)
+    return raw.decode("latin-1")  # to which any byte is a letter
 
 
 def _entry(

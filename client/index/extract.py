@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from client.data import reasons
+from client.data.files import is_hidden
 from client.data.patient_options import PatientOptions
 from client.data.quiet import quiet
 from client.data.readers.dicom_files import is_dicom
@@ -26,7 +27,7 @@ from client.secret import Pseudonyms
 from fedward.errors import DataError
 
 AGAIN: Final = -1  # a time of change that no file has, so that the next scan reads it again
-_VERSION: Final = 4  # of what is extracted; files read by another are read again
+_VERSION: Final = 5  # of what is extracted; files read by another are read again
 _CHUNK: Final = 1 << 20
 _PICTURES: Final = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 _TABLES: Final = (".csv", ".xlsx")
@@ -72,7 +73,11 @@ class Extractor:
             reason = reasons.NOT_A_FILE if path.is_symlink() else _of_system(error)
             return FileFacts(name, 0, 0, 0, reason=reason)
         facts = FileFacts(name, before.st_size, before.st_mtime_ns, before.st_ctime_ns)
+        if path != self.root and is_hidden(path.name):
+            return replace(facts, reason=reasons.HIDDEN)
         if stat.S_ISDIR(before.st_mode):
+            if path.is_symlink():
+                return replace(facts, reason=reasons.LINKED)
             return replace(facts, modified=AGAIN, reason=_of_folder(path))
         if not stat.S_ISREG(before.st_mode) or not _inside(path, self.root):
             return replace(facts, reason=reasons.NOT_A_FILE)
@@ -103,7 +108,7 @@ class Extractor:
             return found
         with suppress(DataError):  # no label map, which its reader tells again
             return replace(found, marked=values_of(mask()))
-        return found
+        return replace(found, marked="{}")
 
     def _image(self, path: Path, name: str, facts: FileFacts) -> FileFacts:
         if name.endswith((".nii", ".nii.gz")):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -19,11 +18,18 @@ from client.index.extract_images import LARGEST, measured
 from client.index.extract_masks import segments_of
 from client.index.extract_people import people
 from client.index.facts import FileFacts
+from client.index.terms import (
+    BODY_PARTS,
+    IMAGE_TYPES,
+    MODALITIES,
+    PHOTOMETRIC,
+    YES_NO,
+    Own,
+    term,
+)
 from client.secret import Pseudonyms
 from fedward.errors import DataError
 
-_CODE: Final = re.compile(r"[A-Za-z0-9 _-]{1,16}")  # a code string (PS3.5, 6.2), leniently
-_NUMBER: Final = re.compile(r"[0-9]{5}")  # could be a date, or part of an id
 _VALUES: Final = 16  # of ImageType
 _WHO: Final = (
     "PatientID", "IssuerOfPatientID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID",
@@ -39,7 +45,7 @@ def dicom_facts(
     Raises
     ------
     DataError
-        "too large", when a deflated file would fill the memory.
+        "too large", when the header would fill the memory.
     Exception
         Whatever pydicom raises on a broken header.
     """
@@ -80,32 +86,22 @@ def _what(header: pydicom.Dataset) -> dict[str, Any]:
     meta = getattr(header, "file_meta", {})
     image_type = header.get("ImageType") or ()
     words = [image_type] if isinstance(image_type, str) else image_type
+    own, types = Own.of(header), [term(word, IMAGE_TYPES) for word in list(words)[:_VALUES]]
     return {
-        "modality": _code(header.get("Modality")),
-        "body_part": _code(header.get("BodyPartExamined")),
-        "manufacturer": _words(header.get("Manufacturer")),
+        "modality": term(header.get("Modality"), MODALITIES),  # of two letters, as a name may be
+        "body_part": own.without(term(header.get("BodyPartExamined"), BODY_PARTS)),
+        "manufacturer": own.free(header.get("Manufacturer")),
         "syntax": _uid_name(meta.get("TransferSyntaxUID")),
-        "photometric": _code(header.get("PhotometricInterpretation")),
+        "photometric": term(header.get("PhotometricInterpretation"), PHOTOMETRIC),
         "object_type": _uid_name(header.get("SOPClassUID")),
-        "image_type": "\\".join(_code(word) for word in list(words)[:_VALUES]),
+        "image_type": "\\".join(map(own.without, types)),
         "rows": _count(header.get("Rows")), "columns": _count(header.get("Columns")),
         "frames": max(1, _count(header.get("NumberOfFrames"))),
         "bits": _count(header.get("BitsStored")),
         "thickness": _positive(header.get("SliceThickness")),
-        "burned_in": _code(header.get("BurnedInAnnotation")),
+        "burned_in": term(header.get("BurnedInAnnotation"), YES_NO),
         "synthetic": str(header.get("SyntheticData") or "").upper() == "YES",
     }  # fmt: skip
-
-
-def _code(value: object) -> str:
-    """A code as it is; "other" for what is none, which could be anybody's name or number."""
-    text = str(value or "").strip()
-    return text if not text or (_CODE.fullmatch(text) and not _NUMBER.search(text)) else "other"
-
-
-def _words(value: object) -> str:
-    text = str(value or "").strip()[:64]
-    return "other" if "^" in text or _NUMBER.search(text) else text
 
 
 def _uid_name(value: object) -> str:

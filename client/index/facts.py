@@ -39,10 +39,11 @@ class FileFacts:
         the id without case, blanks, marks and leading zeros; "" where something is absent.
     marked : str
         Masks: JSON of the pixels (structure sets: closed contours) of each segment or value by its
-        number; "" for what is none.
+        number; "{}" for a mask that marks nothing, "" for what is none.
     modality, body_part, manufacturer, syntax, photometric : str
-        As DICOM says; "" when absent. "other" for a code that is none, and for a manufacturer with
-        a caret or five digits in a row, since it could be a name or a number of somebody.
+        As DICOM says; "" when absent. "other" for what is no word of the standard, and for a
+        manufacturer, body part or image type with a word of the patient's name or with the id; a
+        manufacturer with a caret or five digits in a row too.
     object_type : str
         Name of the SOP class, such as "CT Image Storage"; "" when absent.
     image_type : str

@@ -109,7 +109,7 @@ class _Scan:
     def _unknown(self) -> Iterator[Path]:
         """Files that are new or changed; those that are known are marked as seen."""
         root = self.extract.root
-        for path in [root] if root.is_file() else find(root):
+        for path in [root] if root.is_file() else find(root, skipped=True):
             name = self.extract.name(path)
             try:
                 info = path.stat()

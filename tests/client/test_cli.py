@@ -17,7 +17,7 @@ import pydicom
 import pytest
 from PIL import Image as Pillow
 
-from client.cohort.report import safe_word
+from client.cohort.contents import safe_word
 
 PLANTED = ("DOE^JANE", "MRN4711", "1.2.826.0.99.4711", "19550712", "ward-7-doe", "ACC99123")
 
@@ -42,19 +42,20 @@ def test_index_then_report(run, site, export):
     first = run(site, "index", "--json")
     assert first.returncode == 0
     found = json.loads(first.stdout)["datasets"]["chest"]
-    assert (found["new"], found["reasons"]["not DICOM"]) == (20, 2)
+    assert (found["new"], found["reasons"]["not DICOM"]) == (21, 2)
     second = run(site, "report", "chest", "--json")
     assert second.returncode == 0, second.stderr
     made = json.loads(second.stdout)
     assert {key: made[key] for key in ("files", "instances", "patients", "studies", "series")} == {
-        "files": 20, "instances": 12, "patients": 6, "studies": 6, "series": 6,
+        "files": 21, "instances": 12, "patients": 6, "studies": 6, "series": 6,
     }  # fmt: skip
     assert made["images_by_class"] == {"well": 6, "sick": 6}
     assert made["patients_by_class"] == {"well": 3, "sick": 3}
     assert sum(made["split"].values()) == 6
     assert made["size"] == {"12 x 10": 12}
     assert made["left_out"] == {
-        "no pixel data": 1, "not DICOM": 2, "not a file": 2, "not readable": 1, "too large": 1,
+        "no pixel data": 1, "not DICOM": 2, "not a file": 2, "linked folder": 1,
+        "not readable": 1, "too large": 1,
     }  # fmt: skip
     assert [(risk["rule"], risk["count"]) for risk in made["risks"]] == [
         ("every class has at least 4 patients", 2)
@@ -68,6 +69,30 @@ def test_index_then_report(run, site, export):
     shown = run(site, "report", "chest")
     assert "12 x 10" in shown.stdout
     for done in (first, second, shown):
+        quiet_about_people(done)
+
+
+@pytest.mark.integration
+def test_a_dataset_that_is_not_mounted_stops_only_its_own_commands(run, site, tmp_path):
+    more = """
+[datasets.{name}]
+root = "MRN4711-{name}"
+task = "classification"
+classes = ["well", "sick"]
+"""
+    site.write_text(site.read_text() + more.format(name="away") + more.format(name="pelvis"))
+    (tmp_path / "MRN4711-pelvis").mkdir()
+    (tmp_path / "MRN4711-pelvis" / "notes.txt").write_text("no image")
+    whole = run(site, "index", "--json")
+    answer = json.loads(whole.stdout)
+    assert list(answer["datasets"]) == ["chest"] and answer["datasets"]["chest"]["new"] == 21
+    assert set(answer["failed"]) == {"away", "pelvis"}
+    assert whole.returncode == 19
+    assert "datasets.away.root" in whole.stderr and "mount" in whole.stderr
+    one, other = run(site, "report", "chest", "--json"), run(site, "index", "away", "--json")
+    assert one.returncode == 0 and json.loads(one.stdout)["samples"] == 12
+    assert other.returncode == 19 and "must exist" in json.loads(other.stdout)["message"]
+    for done in (whole, one, other):
         quiet_about_people(done)
 
 
@@ -87,7 +112,7 @@ def test_risks_are_counted(run, site, export, dx):
     risks = {risk["rule"]: risk["count"] for risk in made["risks"]}
     assert risks == {
         "no two files show the same pixels": 1,
-        "no two patients share an image, or a test would leak": 1,
+        "no two patients or parts share an image, or a test would leak": 1,
         "a patient id stands for one patient": 1,
         "every image names its patient": 1,
         "no text is burnt into the pixels": 1,
@@ -99,7 +124,7 @@ def test_risks_are_counted(run, site, export, dx):
         "every label and every mask has an image": 2,
     }
     severity = {risk["rule"]: risk["severity"] for risk in made["risks"]}
-    assert severity["no two patients share an image, or a test would leak"] == "high"
+    assert severity["no two patients or parts share an image, or a test would leak"] == "high"
     assert severity["the rows of one image agree"] == "medium"
     assert made["left_out"]["shared patient id"] == 1
     assert made["left_out"]["no patient id"] == 1
@@ -180,6 +205,20 @@ def test_a_plan_that_does_not_fit_ends_with_11(run, site, tmp_path):
     done = run(site, "check", "chest", "--plan", str(tmp_path / "study.toml"))
     assert done.returncode == 11
     assert "cannot serve" in done.stdout and "order" in done.stdout
+    quiet_about_people(done)
+
+
+@pytest.mark.integration
+def test_a_dataset_whose_classes_are_misspelt_cannot_serve(run, site, export, tmp_path):
+    table = export / "labels.csv"
+    table.write_text(table.read_text().replace(",sick", ",sik").replace(",well", ",wel"))
+    (tmp_path / "study.toml").write_text(PLAN)
+    done = run(site, "check", "chest", "--plan", str(tmp_path / "study.toml"), "--json")
+    assert done.returncode == 11
+    answer = json.loads(done.stdout)
+    assert not answer["can_serve"]
+    (failed,) = [one for one in answer["findings"] if one["status"] == "fail"]
+    assert failed["name"] == "samples" and "report" in failed["fix"]
     quiet_about_people(done)
 
 

@@ -21,7 +21,7 @@ from client.data.label_options import TABLES, LabelOptions, low
 from client.data.mask_options import MaskOptions
 from client.data.patient_options import PatientOptions
 from client.data.readers.dicom_files import is_dicom
-from client.data.readers.dicom_headers import KEYS, Header, read_headers
+from client.data.readers.dicom_headers import KEYS, Header, Listen, read_headers, unheard
 from client.data.readers.dicom_layout import layout
 from client.data.readers.dicom_mask_files import MaskFile, link, read_mask_file
 from client.data.readers.dicom_masks import SegmentedFrame, SegmentedSeries, SegmentedVolume
@@ -69,6 +69,7 @@ class DicomVolume:
 def read(
     root: Path, task: Task, options: MaskOptions | None = None,
     patients: PatientOptions | None = None, labels: LabelOptions | None = None,
+    listen: Listen = unheard,
 ) -> Dataset:  # fmt: skip
     """Read a DICOM tree.
 
@@ -84,6 +85,8 @@ def read(
         What missing and shared patient ids mean.
     labels : LabelOptions, optional
         Where the table of labels lies, and what its words mean.
+    listen : callable, optional
+        Hears how many headers are read, and of how many.
 
     Raises
     ------
@@ -96,7 +99,7 @@ def read(
     if labels is not None and labels.file is not None:
         name, place = labels.file.name, labels.file
         files = [f for f in files if f.name != name or not f.samefile(place)]
-    headers, found, left_out = read_headers(files, root, task, patients)
+    headers, found, left_out = read_headers(files, root, task, patients, listen)
     words = Options(options or MaskOptions(), patients or PatientOptions())
     masks = _masks(root, task, found, headers, words, left_out)
     samples: list[Sample] = []
@@ -146,8 +149,11 @@ def _laid_out(items: Iterator[Sample | str], group: Stack, task: Task) -> Iterat
         if isinstance(item, str) or task.dimensions != 3:
             yield item
             continue
-        reason, tilt = layout(group)
-        yield reason or (replace(item, columns={**item.columns, "tilted": "yes"}) if tilt else item)
+        found = layout(group)
+        more = {"tilted": "yes"} if found.tilt else {}
+        if found.step:
+            more["slice_distance"] = f"{found.step:.3g}"
+        yield found.reason or replace(item, columns={**item.columns, **more})
 
 
 def label_table(root: Path, task: Task, options: LabelOptions) -> Table | None:
@@ -166,6 +172,7 @@ def label_table(root: Path, task: Task, options: LabelOptions) -> Table | None:
             "DICOM files for classification need a labels.csv or labels.xlsx",
             fix="Write one with a column PatientID, StudyInstanceUID, SeriesInstanceUID, "
             "SOPInstanceUID, AccessionNumber or file, and a column label",
+            where=reasons.NO_TABLE,
         )
     if options.key and not options.means and low(options.key) not in KEYS:
         raise DataError(
@@ -190,6 +197,7 @@ def _masks(
             "DICOM files for segmentation need masks",
             fix="Put PNG or NIfTI masks named by file stem or SOPInstanceUID into a folder masks, "
             "or DICOM segmentations or structure sets anywhere",
+            where=reasons.NO_MASKS,
         )
     read = []
     for path in objects:

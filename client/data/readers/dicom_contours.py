@@ -15,7 +15,7 @@ from pydicom.dataset import Dataset
 from client.data import reasons
 from client.data.decode import Place
 from client.data.quiet import quiet
-from client.data.readers.dicom_files import check_inflated, check_mask
+from client.data.readers.dicom_files import check_mask
 from client.data.readers.dicom_mask_files import MaskFile, contours_of
 from client.data.readers.dicom_planes import Slices
 from client.data.readers.raster import fill
@@ -137,7 +137,6 @@ def read_contours(file: MaskFile, changed: int) -> tuple[Contour, ...]:
     """
     with quiet():
         try:
-            check_inflated(file.path)
             check_mask(file.path)
             header = pydicom.dcmread(file.path, force=True)
             spaces = {

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final, cast
 
 import pydicom
 
@@ -13,7 +13,7 @@ from client.data import reasons
 from client.data.decode import Place, place_of
 from client.data.patient_options import PatientOptions
 from client.data.quiet import quiet
-from client.data.readers.dicom_files import MASKS, NO_PICTURES, check_inflated, is_dicom
+from client.data.readers.dicom_files import MASKS, NO_PICTURES, Watched, check_inflated, is_dicom
 from client.data.types import LeftOut
 from fedward.errors import DataError
 from fedward.plan.schema import Task
@@ -31,12 +31,16 @@ _TAGS: Final = [
 ]  # fmt: skip
 _SCOUTS: Final = frozenset({"LOCALIZER", "SCOUT"})
 _MOSAIC: Final = "MOSAIC"  # Siemens: the slices of a volume as tiles of one picture
+_OFTEN: Final = 50  # files after which the progress is told
 _FRAME: Final = 8  # bytes of the smallest frame that there is
+_LONGEST: Final = 1 << 16  # bytes of a value; each is made into objects of a hundred bytes
 _INFLATED: Final = 1 << 20  # frames of a deflated file
 _PIXELS: Final = frozenset(  # tags (7FE0,0008), (7FE0,0009), (7FE0,0010) in either byte order
     bytes.fromhex(tag)
     for tag in ("e07f0800", "e07f0900", "e07f1000", "7fe00008", "7fe00009", "7fe00010")
 )
+
+Listen = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,14 @@ class MaskObject:
     path: Path
 
 
+def unheard(done: int, of: int) -> None:
+    """Who listens to nothing."""
+
+
 def read_headers(
-    files: Sequence[Path], root: Path, task: Task, patients: PatientOptions | None = None
-) -> tuple[list[Header], list[Path], list[LeftOut]]:
+    files: Sequence[Path], root: Path, task: Task, patients: PatientOptions | None = None,
+    listen: Listen = unheard,
+) -> tuple[list[Header], list[Path], list[LeftOut]]:  # fmt: skip
     """The images among files, the masks if the task is segmentation, and what was left out."""
     patients = patients or PatientOptions()
     headers: list[Header] = []
@@ -99,7 +108,9 @@ def read_headers(
     left_out: list[LeftOut] = []
     seen: set[str] = set()
     with quiet():
-        for file in files:
+        for place, file in enumerate(files):
+            if place % _OFTEN == 0:
+                listen(place, len(files))
             try:
                 header = _header(file, task, patients)
                 if isinstance(header, MaskObject):
@@ -120,10 +131,7 @@ def _header(path: Path, task: Task, patients: PatientOptions) -> Header | MaskOb
     if not is_dicom(path):
         raise reasons.unusable(reasons.NOT_DICOM)
     try:
-        check_inflated(path)
-        with path.open("rb") as file:
-            tags = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS, force=True)
-            pixels_next = file.read(4) in _PIXELS or _deflated(tags)
+        tags, pixels_next = _read(path)
         words = {name.lower(): str(tags.get(name) or "").strip() for name in _TAGS}
         frames = int(tags.get("NumberOfFrames") or 1)
         kinds = _kinds(tags)
@@ -159,6 +167,20 @@ def _header(path: Path, task: Task, patients: PatientOptions) -> Header | MaskOb
         space=words["frameofreferenceuid"],
         place=_place(tags) if frames <= 1 and task.dimensions == 3 else None,
     )  # fmt: skip
+
+
+def _read(path: Path) -> tuple[pydicom.FileDataset, bool]:
+    """The tags that are asked for, and whether pixels come after the header."""
+    check_inflated(path)
+    with path.open("rb") as file:
+        tags = pydicom.dcmread(
+            cast(BinaryIO, Watched(file, path)), defer_size=_LONGEST, stop_before_pixels=True,
+            specific_tags=_TAGS, force=True,
+        )  # fmt: skip
+        pixels_next = file.read(4) in _PIXELS or _deflated(tags)
+    if any(getattr(element, "length", 0) > _LONGEST for element in tags.values()):
+        raise reasons.unusable(reasons.TOO_LARGE)
+    return tags, pixels_next
 
 
 def _place(tags: pydicom.FileDataset) -> Place | None:

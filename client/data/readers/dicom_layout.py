@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from client.data import reasons
@@ -13,8 +15,27 @@ from client.data.stored import open_dicom
 from fedward.errors import DataError
 
 
-def layout(stack: Stack) -> tuple[str, float]:
-    """The reason why a stack of slices makes no volume ("" if it does), and its tilt in degrees.
+@dataclass(frozen=True)
+class Layout:
+    """What headers tell of a stack of slices.
+
+    Attributes
+    ----------
+    reason : str
+        Why it makes no volume; "" if it does.
+    tilt : float
+        Degrees; 0 for an upright one.
+    step : float
+        mm between slices; 0 where headers do not tell.
+    """
+
+    reason: str = ""
+    tilt: float = 0.0
+    step: float = 0.0
+
+
+def layout(stack: Stack) -> Layout:
+    """Whether a stack of slices makes a volume, and how they lie.
 
     Two slices in one place are no reason yet: whether they are the same, only their pixels tell.
     """
@@ -22,15 +43,16 @@ def layout(stack: Stack) -> tuple[str, float]:
         with quiet():
             places = _places(stack)
     except Exception:  # whoever reads the frames meets this again, and tells
-        return "", 0.0
+        return Layout()
     alone = {tuple(np.round(p.position, 3)): p for p in places if p.position is not None}
     lying = [place for place in places if place.position is None]
     if not lying and len(alone) < 2 <= len(places):
-        return "", 0.0
+        return Layout()
     try:
-        return "", geometry([*alone.values(), *lying], places[0].spacing).tilt
+        found = geometry([*alone.values(), *lying], places[0].spacing)
+        return Layout(tilt=found.tilt, step=found.step)
     except DataError as error:
-        return reasons.reason_of(error), 0.0
+        return Layout(reasons.reason_of(error))
 
 
 def _places(stack: Stack) -> list[Place]:

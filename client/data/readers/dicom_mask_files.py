@@ -16,7 +16,7 @@ from client.data.files import file_identity
 from client.data.mask_options import Labels, MaskOptions
 from client.data.patient_options import PatientOptions
 from client.data.quiet import quiet
-from client.data.readers.dicom_files import STRUCTURES, check_inflated, check_mask
+from client.data.readers.dicom_files import STRUCTURES, check_mask
 from client.data.readers.dicom_headers import Header
 from fedward.errors import ConfigError, DataError
 from fedward.plan.schema import Task
@@ -85,7 +85,6 @@ def read_mask_file(
     options = options or MaskOptions()
     with quiet():
         try:
-            check_inflated(path)
             check_mask(path)
             header = pydicom.dcmread(path, stop_before_pixels=True, force=True)
             contours = str(header.SOPClassUID) == STRUCTURES

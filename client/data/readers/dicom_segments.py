@@ -15,7 +15,7 @@ from pydicom.dataset import Dataset
 from client.data import reasons
 from client.data.decode import Place, frame_bytes, place_of
 from client.data.quiet import quiet
-from client.data.readers.dicom_files import check_inflated, check_mask
+from client.data.readers.dicom_files import check_mask
 from client.data.readers.dicom_mask_files import MaskFile
 from client.data.stored import check_length, open_dicom, stored_values
 
@@ -89,7 +89,6 @@ def read_layers(file: MaskFile) -> tuple[Layer, ...]:
 def _layers(path: Path, changed: int) -> tuple[Layer, ...]:
     with quiet():
         try:
-            check_inflated(path)
             check_mask(path)
             whole = pydicom.dcmread(path, force=True)
             if frame_bytes(whole) > _LARGEST:

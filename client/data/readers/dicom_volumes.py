@@ -46,12 +46,15 @@ class Geometry:
         ``(D, 2)`` pixels (rows, columns) by which each slice must move to stand upright.
     tilt : float
         Degrees between the stack of slices and their normal; 0 for an upright one.
+    step : float
+        mm between slices along their normal.
     """
 
     order: tuple[int, ...]
     affine: Vector
     drift: Vector
     tilt: float
+    step: float
 
     def volume(self, slices: Sequence[NDArray[Any]], *, labels: bool) -> tuple[Any, Any]:
         """Frames ``(H, W)`` in their first order to ``(x, y, z)`` in RAS, and its spacing, mm."""
@@ -114,8 +117,9 @@ def geometry(frames: Sequence[Placed], spacing: tuple[float, ...]) -> Geometry:
     corner = places[order[0]]
     if tilt:  # the upright stack stands over the middle of the tilted one
         corner = corner - aside[0] @ np.stack([along[1], along[0]])
-    affine = _affine(corner, along, normal, float(np.mean(steps)), spacing)
-    return Geometry(tuple(int(k) for k in order), affine, aside / np.array(spacing[:2]), tilt)
+    step = float(np.mean(steps))
+    affine, drift = _affine(corner, along, normal, step, spacing), aside / np.array(spacing[:2])
+    return Geometry(tuple(int(k) for k in order), affine, drift, tilt, step)
 
 
 def _without_copies(frames: Sequence[Frame]) -> list[Frame]:

@@ -168,6 +168,7 @@ def _pairs(root: Path, people: People) -> Iterator[Item]:
         raise DataError(
             "a segmentation folder must hold images/ and masks/",
             fix="Put masks of the same stem into masks/",
+            where=reasons.NO_MASKS,
         )
     return pairs(
         root / "images",

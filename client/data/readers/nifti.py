@@ -113,6 +113,7 @@ def read(
         raise DataError(
             f"a NIfTI folder for {task.kind} must hold {needs}",
             fix="See the data page for the layouts",
+            where=reasons.NO_TABLE if task.kind == "classification" else reasons.NO_MASKS,
         )
     items = folders.pairs(
         images, masks, is_nifti, lambda i, m: (NiftiImage(i, d), NiftiMask(m, d, i)), people

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from client.commands.work import Work, load_site, work_on
+from client.commands.work import Work, extractor, load_site, work_on
+from client.config import load_config
+from client.data.files import find
+from client.index.store import open_index
 
 
 @pytest.fixture
@@ -17,5 +21,22 @@ def working() -> Callable[..., AbstractContextManager[Work]]:
 
     def work(site: Path, name: str = "chest") -> AbstractContextManager[Work]:
         return work_on(load_site(site), name)
+
+    return work
+
+
+@pytest.fixture
+def reading() -> Any:
+    """Opens a dataset that is read in this process: its scan has tests of its own."""
+
+    @contextmanager
+    def work(site: Path) -> Iterator[Work]:
+        config = load_config(site)
+        extract = extractor(config, "chest")
+        with open_index(config.site.state, "chest") as index:
+            number = index.next_scan()
+            index.put(map(extract, find(extract.root, skipped=True)), (), number, extract.settings)
+            index.drop_before(number)
+            yield Work(config, "chest", index, extract)
 
     return work

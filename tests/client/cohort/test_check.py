@@ -77,6 +77,13 @@ def test_modalities_that_the_plan_refuses_are_left_out(checked):
     assert found["modality"].status == "pass" and made.can_serve
 
 
+def test_a_dataset_without_anything_usable_cannot_serve(checked):
+    made, found = checked([], modality="CT", task={"modality": ["CT"]})
+    assert not made.can_serve
+    assert found["samples"].status == "fail" and "report" in found["samples"].fix
+    assert checked(chests())[1]["samples"].status == "pass"
+
+
 def test_the_sites_own_minimum_counts_too(checked, dataset):
     strict = dataset.model_copy(update={"minimum_patients": 41})
     _, found = checked(chests(), dataset=strict)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from client.cohort.build import usable
+from client.cohort.freeze import make_cohort, save
 from client.cohort.private import write_private
 from fedward.errors import OutputError
 
@@ -29,3 +31,19 @@ def test_a_link_is_replaced_and_what_it_led_to_stays(tmp_path):
 def test_a_folder_that_is_missing_is_an_output_error(tmp_path):
     with pytest.raises(OutputError, match="must be writable"):
         write_private(tmp_path / "none" / "page.html", b"new")
+
+
+@pytest.mark.integration
+def test_what_is_kept_is_for_its_owner_only_whatever_the_mode_of_the_state_folder(
+    site, tmp_path, reading
+):
+    (tmp_path / "state").mkdir(mode=0o755)
+    with reading(site) as work:
+        found = usable(work.dataset, work.index, work.extract)
+        made = make_cohort("chest", work.dataset, found, work.index, work.extract)
+        save(made, work.site.site.state)
+        kept = sorted((tmp_path / "state").rglob("*"))
+        modes = {path.stat().st_mode & 0o777 for path in kept if path.is_file()}
+        folders = {path.stat().st_mode & 0o777 for path in kept if path.is_dir()}
+    assert len(kept) >= 5 and modes == {0o600} and folders == {0o700}
+    assert (tmp_path / "state").stat().st_mode & 0o777 == 0o755

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image as Pillow
@@ -14,10 +13,6 @@ from PIL import Image as Pillow
 from client.cohort.build import usable
 from client.cohort.freeze import make_cohort
 from client.cohort.report import DatasetReport, make_report
-from client.commands.work import Work, extractor
-from client.config import load_config
-from client.data.files import find
-from client.index.store import open_index
 from fedward.errors import DataError
 
 RNG = np.random.default_rng(5)
@@ -34,21 +29,8 @@ minimum_patients = 1
 """
 
 
-@pytest.fixture
-def reading() -> Any:
-    """Opens a dataset that is read in this process: its scan has tests of its own."""
-
-    @contextmanager
-    def work(site: Path) -> Iterator[Work]:
-        config = load_config(site)
-        extract = extractor(config, "chest")
-        with open_index(config.site.state, "chest") as index:
-            number = index.next_scan()
-            index.put(map(extract, find(extract.root)), (), number, extract.settings)
-            index.drop_before(number)
-            yield Work(config, "chest", index, extract)
-
-    return work
+def grey(*shape: int) -> np.ndarray:
+    return RNG.integers(0, 255, shape).astype(np.uint8)
 
 
 def risks_of(found: DatasetReport) -> dict[str, int]:
@@ -181,7 +163,8 @@ def test_people_who_are_not_told_apart(tmp_path, reading, dx):
         "no patient is in two parts of the division that the data brings": 1,
     }
     stored = b"".join(p.read_bytes() for p in (tmp_path / "state" / "index").iterdir())
-    for planted in ("DOE", "MRN", "1955", "2001", "Anonym", "1900"):
+    # Whole dates: keyed hashes are random digits, and four in a row come by chance.
+    for planted in ("DOE", "MRN", "19550712", "20010101", "Anonym", "19000101"):
         assert planted not in text
         assert planted.encode() not in stored and planted.lower().encode() not in stored
 
@@ -270,3 +253,92 @@ unlabelled = ["?"]
         found = make_report("chest", work.dataset, work.index, work.extract)
     assert found.images_by_class == {"well": 1, "sick": 1}
     assert found.left_out == {"no image": 1, "no label": 2}
+
+
+LEAK = "no two patients or parts share an image, or a test would leak"
+
+
+def high(found: DatasetReport) -> dict[str, int]:
+    return {risk.rule: risk.count for risk in found.risks if risk.severity == "high"}
+
+
+@pytest.mark.integration
+def test_one_picture_in_training_and_test_is_a_high_risk(tmp_path, reading):
+    root = tmp_path / "export"
+    for part in ("train", "test"):
+        for kind in ("well", "sick"):
+            (root / part / kind).mkdir(parents=True)
+            Pillow.fromarray(grey(9, 8)).save(root / part / kind / f"{part}-{kind}.png")
+    same = Pillow.open(root / "train" / "well" / "train-well.png")
+    same.save(root / "test" / "well" / "again.tif")  # other bytes, the same pixels
+    (tmp_path / "site.toml").write_text(SITE.replace('"dicom"', '"folders"'))
+    with reading(tmp_path / "site.toml") as work:
+        found = make_report("chest", work.dataset, work.index, work.extract)
+        assert high(found) == {LEAK: 1}
+        # Of one patient and in one part it leaks nothing.
+        (root / "test" / "well" / "again.tif").rename(root / "train" / "well" / "again.tif")
+        (root / "patients.csv").write_text(
+            "image,patient\ntrain/well/train-well.png,P1\ntrain/well/again.tif,P1\n"
+            "train/sick/train-sick.png,P2\ntest/well/test-well.png,P3\n"
+            "test/sick/test-sick.png,P4\n"
+        )
+    with reading(tmp_path / "site.toml") as work:
+        found = make_report("chest", work.dataset, work.index, work.extract)
+    assert found.samples == 5 and high(found) == {}
+    assert risks_of(found)["no two files show the same pixels"] == 1
+
+
+@pytest.mark.integration
+def test_one_volume_of_two_patients_is_a_high_risk(tmp_path, reading):
+    root = tmp_path / "export"
+    root.mkdir()
+    volume = grey(6, 5, 4).astype(np.int16)
+    for name in ("a.nii", "b.nii.gz", "c.nii.gz"):
+        values = volume + (name == "c.nii.gz")
+        nib.save(nib.Nifti1Image(values, np.diag([1, 2, 3, 1])), root / name)
+    (root / "labels.csv").write_text(
+        "file,label,patient\na.nii,well,P1\nb.nii.gz,well,P2\nc.nii.gz,sick,P3\n"
+    )
+    text = SITE.replace('"dicom"', '"nifti"').replace("minimum_patients = 1", "dimensions = 3")
+    (tmp_path / "site.toml").write_text(text + "minimum_patients = 1\n")
+    with reading(tmp_path / "site.toml") as work:
+        found = make_report("chest", work.dataset, work.index, work.extract)
+    assert found.samples == 3 and high(found) == {LEAK: 1}
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+@pytest.mark.parametrize("format", ["dicom", "folders", "nifti"])
+def test_what_is_there_is_told_before_anybody_has_labelled_it(tmp_path, reading, dx, format, task):
+    root = tmp_path / "export"
+    (root / "images").mkdir(parents=True)
+    for k in range(3):
+        if format == "dicom":
+            shot(dx, root / "images" / f"{k}.dcm", "" if k == 2 else f"P{k}", str(k))
+        elif format == "nifti":
+            image = nib.Nifti1Image(grey(6, 5, 1).astype(np.int16), np.eye(4))
+            nib.save(image, root / "images" / f"{k}.nii.gz")
+        else:
+            Pillow.fromarray(grey(6, 5)).save(root / "images" / f"{k}.png")
+    (root / "images" / "empty.dcm").write_bytes(b"")
+    text = SITE.replace('"dicom"', f'"{format}"').replace("classification", task)
+    (tmp_path / "site.toml").write_text(text)
+    with reading(tmp_path / "site.toml") as work:
+        found = make_report("chest", work.dataset, work.index, work.extract)
+    assert (found.files, found.instances, found.samples) == (4, 3, 0)
+    assert sum(found.left_out.values()) >= 1
+    if (format, task) == ("folders", "classification"):
+        return  # there the folders are the labels
+    missing = "masks" if task == "segmentation" else "a table of labels"
+    first = found.risks[0]
+    assert (first.rule, first.severity) == (f"the dataset has {missing}", "high") and first.fix
+    others = {"every image names its patient": 1} if format == "dicom" else {}
+    assert risks_of(found) == {first.rule: 1} | others
+
+
+@pytest.mark.integration
+def test_a_broken_table_is_no_missing_one(people, reading):
+    people.write_text(SITE)
+    (people.parent / "export" / "labels.csv").write_text("no,columns\n1,2\n")
+    with reading(people) as work, pytest.raises(DataError, match="needs a column"):
+        make_report("chest", work.dataset, work.index, work.extract)

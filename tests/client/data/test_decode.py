@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
+from PIL import Image as Pillow
 from pydicom.data import get_testdata_file
-from pydicom.dataset import Dataset
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate
 from pydicom.pixels.utils import pixel_array
 from pydicom.sequence import Sequence
 
 from client.data.decode import read_frame
+from client.index.extract import Extractor
 from fedward.errors import DataError
 
 PLAIN = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
@@ -119,6 +123,17 @@ def test_padding_becomes_the_darkest_value(tmp_path, make_dicom):
     np.testing.assert_array_equal(read_frame(path).image.pixels[0], [[-1000, 40], [-1000, 3000]])
 
 
+@pytest.mark.parametrize(("dtype", "written"), [(np.int16, 63536), (np.uint16, -2000)])
+def test_padding_counts_in_either_sign(tmp_path, make_dicom, dtype, written):
+    stored = np.array([[-2000, 40], [100, 3000]], np.int16).view(np.uint16).astype(dtype)
+    path = make_dicom(tmp_path / "a", stored)
+    file = pydicom.dcmread(path)
+    file.add_new("PixelPaddingValue", "US" if written > 0 else "SS", written)
+    file.add_new("PixelPaddingRangeLimit", "US" if written > 0 else "SS", written + 7)
+    file.save_as(path)
+    np.testing.assert_array_equal(read_frame(path).image.pixels[0], [[40, 40], [100, 3000]])
+
+
 def test_colour_in_both_planar_configurations(tmp_path, make_dicom):
     rgb = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     image = read_frame(make_dicom(tmp_path / "a", rgb)).image
@@ -213,6 +228,48 @@ def test_ybr_jpeg_comes_as_rgb():
     path = Path(get_testdata_file("SC_rgb_dcmtk_+eb+cy+n1.dcm"))
     plain = read_frame(Path(get_testdata_file("SC_rgb.dcm"))).image.pixels
     assert np.abs(read_frame(path).image.pixels - plain).mean() < 3
+
+
+def dermoscopy(path, rgb):
+    """A VL photograph as a dermatoscope sends it: baseline JPEG, 4:2:2, in YBR."""
+    stream = io.BytesIO()
+    Pillow.fromarray(rgb).save(stream, "JPEG", quality=95, subsampling="4:2:2")
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
+    meta.MediaStorageSOPClassUID = pydicom.uid.VLPhotographicImageStorage
+    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    file = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    values = {
+        "SOPClassUID": meta.MediaStorageSOPClassUID, "Modality": "XC", "PatientID": "P1",
+        "SOPInstanceUID": meta.MediaStorageSOPInstanceUID, "BodyPartExamined": "SKIN",
+        "ImageType": ["ORIGINAL", "PRIMARY"], "Rows": rgb.shape[0], "Columns": rgb.shape[1],
+        "SamplesPerPixel": 3, "PhotometricInterpretation": "YBR_FULL_422",
+        "PlanarConfiguration": 0, "BitsAllocated": 8, "BitsStored": 8, "HighBit": 7,
+        "PixelRepresentation": 0, "LossyImageCompression": "01",
+        "PixelData": encapsulate([stream.getvalue()]),
+    }  # fmt: skip
+    for name, value in values.items():
+        setattr(file, name, value)
+    file["PixelData"].VR = "OB"
+    file.save_as(path, enforce_file_format=True)
+    return np.asarray(Pillow.open(io.BytesIO(stream.getvalue())).convert("RGB"), float)
+
+
+def test_dermoscopy_is_decoded_to_the_colours_of_the_skin(tmp_path):
+    y, x = np.mgrid[:48, :64]
+    spot = np.hypot(y - 24, x - 32) < 14
+    rgb = np.where(spot[..., None], (92, 51, 40), (226, 181, 160)).astype(np.uint8)
+    expected = dermoscopy(tmp_path / "skin.dcm", rgb)
+    image = read_frame(tmp_path / "skin.dcm").image
+    assert image.pixels.shape == (3, 48, 64) and image.window == (0, 255)
+    assert np.abs(np.moveaxis(image.pixels, 0, -1) - expected).max() <= 3  # two decoders round
+    for place in ((24, 32), (4, 4)):  # not in YBR, and not with channels swapped
+        np.testing.assert_allclose(image.pixels[:, *place], rgb[place], atol=4)
+    facts = Extractor(tmp_path, "dicom", b"k" * 32)(tmp_path / "skin.dcm")
+    assert (facts.object_type, facts.syntax) == (
+        "VL Photographic Image Storage", "JPEG Baseline (Process 1)",
+    )  # fmt: skip
+    assert (facts.modality, facts.body_part, facts.photometric) == ("XC", "SKIN", "YBR_FULL_422")
 
 
 def test_big_endian_palette_of_a_real_device():

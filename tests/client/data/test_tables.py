@@ -109,3 +109,26 @@ def test_a_column_that_is_there_twice(tmp_path, read):
 
 def test_blank_lines_and_rows_without_a_key(tmp_path, read):
     assert read(csv(tmp_path, "\n\nPatientID,label\n\n,nodule\na,1\n")) == {"a": (1,)}
+
+
+REMARKS = "PatientID;Remark;Label\nA;{0};normal\nB;{0};nodule\n"
+
+
+@pytest.mark.parametrize(
+    ("remark", "encoding"),
+    [("wait\u2026", "cp1252"), ("wait\u2026\x81", "latin-1-like"), ("a\u2028b", "utf-8"),
+     ("a\x0bb", "utf-8"), ("a\x0cb", "utf-8"), ("a\x85b", "utf-8"), ('"a\n;b"', "utf-8")],
+)  # fmt: skip
+def test_only_ends_of_lines_end_a_row(tmp_path, read, remark, encoding):
+    text = REMARKS.format(remark)
+    raw = text.encode("utf-8") if encoding == "utf-8" else text.replace("\x81", "").encode("cp1252")
+    if encoding == "latin-1-like":  # a byte that Windows-1252 does not know
+        raw = raw.replace(b"\x85", b"\x85\x81")
+    for ends in (b"\n", b"\r\n", b"\r"):
+        (tmp_path / "labels.csv").write_bytes(raw.replace(b"\n", ends))
+        assert read(tmp_path / "labels.csv") == {"A": (0,), "B": (2,)}
+
+
+def test_words_of_windows_are_read_as_such(tmp_path, read):
+    (tmp_path / "labels.csv").write_bytes("PatientID,Label\nA,œdème – 5 €\n".encode("cp1252"))
+    assert read(tmp_path / "labels.csv", words={"œdème – 5 €": "effusion"}) == {"A": (1,)}

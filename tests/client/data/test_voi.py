@@ -97,3 +97,24 @@ def test_the_plans_window_and_percentiles_lead(tmp_path, make_dicom, make_plan):
 def test_a_broken_table_is_a_reason(tmp_path, make_dicom, table):
     with pytest.raises(DataError, match="not readable"):
         read_frame(written(tmp_path / "x.dcm", make_dicom, table))
+
+
+@pytest.mark.parametrize("intensity", ["zscore", "unit"])
+def test_units_of_pet_are_left_alone(tmp_path, make_dicom, make_plan, intensity):
+    stored = np.arange(600, dtype=np.uint16).reshape(20, 30) * 50
+    path = make_dicom(
+        tmp_path / "pet.dcm", stored, Modality="PT", Units="BQML", RescaleSlope=0.5,
+        RescaleIntercept=0, WindowCenter=100, WindowWidth=50,
+        VOILUTSequence=lut(0, curve(900, 4095)),
+    )  # fmt: skip
+    image = read_frame(path).image
+    assert image.window is None and image.lookup is None
+    np.testing.assert_array_equal(image.pixels[0], stored / 2)
+    prep = make_plan(intensity=intensity, size=(20, 30)).preprocessing
+    values, mapped = to_unit(image, prep)
+    assert mapped is (intensity == "unit")
+    expected = stored / 2 if intensity == "zscore" else stored / stored.max()
+    np.testing.assert_allclose(values[0], expected, rtol=1e-6)
+    # What the plan says holds for PET too.
+    prep = make_plan(intensity=intensity, window=[0, 100]).preprocessing
+    assert to_unit(image, prep)[0].max() == 1

@@ -93,6 +93,29 @@ def test_the_order_is_the_same_and_links_are_not_entered(tmp_path):
     found = [path.relative_to(tmp_path).as_posix() for path in find(tmp_path)]
     assert found == ["z", "a/1", "a/itself", "b/1", "b/2"]
     assert [path.name for path in find(tmp_path, without=("a", "b"))] == ["z"]
+    found = [path.relative_to(tmp_path).as_posix() for path in find(tmp_path, skipped=True)]
+    assert found == [".hidden", "__MACOSX", "z", "a/1", "a/itself", "a/up", "b/1", "b/2"]
+
+
+@pytest.mark.integration
+def test_what_is_not_entered_is_counted(tmp_path, index, dx):
+    root = tmp_path / ".export"  # a dataset may lie in a hidden folder
+    shown = dx(root / "sub" / "a.dcm", np.ones((4, 4)))
+    for name in (".trash", "__MACOSX"):
+        dx(root / name / "b.dcm", np.ones((4, 4)))
+    (root / "sub" / ".a.dcm").write_bytes(shown.read_bytes())
+    (root / "sub" / "Thumbs.db").write_bytes(b"")
+    (root / "up").symlink_to(root)
+    dx(tmp_path / "elsewhere" / "c.dcm", np.ones((4, 4)))
+    (root / "more").symlink_to(tmp_path / "elsewhere")
+    found = by_path(root, index)
+    assert found(shown).reason == ""
+    hidden = (".trash", "__MACOSX", "sub/.a.dcm", "sub/Thumbs.db")
+    assert {found(root / name).reason for name in hidden} == {"hidden"}
+    assert {found(root / name).reason for name in ("up", "more")} == {"linked folder"}
+    assert index.count() == 7
+    again = scan(Extractor(root, "dicom", SECRET), index, ONE)
+    assert (again.new, again.unchanged) == (0, 7)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can read as another user")

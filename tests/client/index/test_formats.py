@@ -125,3 +125,38 @@ def test_words_that_are_no_codes_are_not_kept(tmp_path, dx):
     assert (facts.manufacturer, facts.body_part) == ("other", "other")
     assert facts.image_type.startswith("ORIGINAL\\PRIMARY\\other\\other\\AXIAL")
     assert len(facts.image_type) < 120
+
+
+def test_names_in_coded_fields_are_not_kept(tmp_path, dx):
+    tags = {"PatientName": "Meyer^Anna^^Mr", "PatientID": "Q71"}
+    planted = {
+        "BodyPartExamined": ["MEYER ANNA", "SCHMIDT", "HAND Q71"],
+        "Manufacturer": ["Meyer Anna", "room of ANNA", "unit-Q71", "annameyers", "MEYER"],
+        "Modality": ["MEYER", "ANNA"], "BurnedInAnnotation": ["MEYER"],
+        "PhotometricInterpretation": ["MEYER"],
+    }  # fmt: skip
+    columns = {
+        "BodyPartExamined": "body_part", "Manufacturer": "manufacturer", "Modality": "modality",
+        "BurnedInAnnotation": "burned_in", "PhotometricInterpretation": "photometric",
+    }  # fmt: skip
+    with quiet():
+        for field, values in planted.items():
+            for value in values:
+                path = dx(tmp_path / "a.dcm", np.ones((4, 4)), **tags, **{field: value})
+                assert getattr(facts_of(path), columns[field]) == "other", value
+        image_type = ["DERIVED", "SECONDARY", "MEYER 1203", "Q71"]
+        facts = facts_of(dx(tmp_path / "a.dcm", np.ones((4, 4)), **tags, ImageType=image_type))
+    assert facts.image_type == "DERIVED\\SECONDARY\\other\\other"
+
+
+@pytest.mark.parametrize(
+    ("field", "column", "value"),
+    [("BodyPartExamined", "body_part", "WHOLE BODY"), ("BodyPartExamined", "body_part", "Chest"),
+     ("Manufacturer", "manufacturer", "GE MEDICAL SYSTEMS"), ("Modality", "modality", "MR"),
+     ("Manufacturer", "manufacturer", "Philips, Best 2019")],
+)  # fmt: skip
+def test_words_of_the_standard_and_of_makers_are_kept(tmp_path, dx, field, column, value):
+    for name in ("Meyer^Anna^^Mr", "", "A^O"):
+        with quiet():
+            path = dx(tmp_path / "a.dcm", np.ones((4, 4)), PatientName=name, **{field: value})
+        assert getattr(facts_of(path), column) == value
