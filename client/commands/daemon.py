@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from enum import StrEnum
 from pathlib import Path
@@ -25,6 +26,7 @@ PlanHash = Annotated[
     str, typer.Option("--plan", help="start of the plan's hash, where there are several")
 ]
 _SITE = Path("site.toml")
+_LOG = logging.getLogger("fedward.daemon")
 
 
 class Process(StrEnum):
@@ -40,7 +42,9 @@ def run(config: Config = _SITE) -> None:
     from client.daemon.supervise import Supervisor
 
     log_to_stderr()
-    load_config(config)
+    for name, one in load_config(config, datasets_here=False).datasets.items():
+        if not one.root.exists():
+            _LOG.warning("dataset %s is not there; studies that need it are refused", name)
     stop = threading.Event()
     stop_on_signals(stop)
     raise typer.Exit(Supervisor(config.absolute(), stop).run())

@@ -202,4 +202,10 @@ def test_a_dataset_that_went_away_is_told_and_comes_back(
     assert "outcome" in ask(3).config_records
     shutil.rmtree(away)
     assert stopping.daemon.stop() == 0
+    # As after a boot at which the mount is late.
+    stopping.start()
+    until(lambda: stopping.online)
+    assert "dataset chest is not there; studies that need it are refused" in stopping.daemon.log
+    assert refusal_of(ask(4))[0] == "data"
+    assert stopping.daemon.stop() == 0
     stopping.daemon.config.write_text(text)
