@@ -84,8 +84,9 @@ def run_case(case: Case, seed: int, data: Path, out: Path) -> StudyResults:
     path = REPOSITORY / "studies" / f"{case.plan}.toml"
     plan = load_plan(path)
     folder = out / f"{case.plan}-seed{seed}"
+    made = None if case.partition == "folders" else case.sites
     options = Options(
-        data=data / case.data, out=folder, partition=case.partition, sites=case.sites,
+        data=data / case.data, out=folder, partition=case.partition, sites=made,
         baselines=not case.epsilons, epsilons=case.epsilons, seed=seed, plan_folder=path.parent,
     )  # fmt: skip
     started = time.perf_counter()

@@ -118,6 +118,9 @@ class StudyResults(Strict):
     left_out: dict[str, int] = Field(
         default_factory=dict, description="files and rows that no hospital got: reason, count"
     )
+    missing_classes: dict[str, list[str]] = Field(
+        default_factory=dict, description="simulations: classes that a site has no image of"
+    )
     weights_report: dict[str, int] = Field(
         default_factory=dict, description="initial weights: matched, reshaped_head, missing, unused"
     )

@@ -58,7 +58,9 @@ _FORMATS: dict[FormatName, Format] = {
 PlanFile = Annotated[Path, typer.Argument(help="The study plan (TOML).", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
+Seed = Annotated[
+    int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of everything random.")
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:INDEX.")]
 
 
@@ -130,7 +132,7 @@ def run(
         epsilons=others, seed=seed, plan_folder=plan.parent, cache_gib=cache_gib,
         hospitals=tuple(map(Hospital.parse, site or ())),
     )  # fmt: skip
-    check_out(out)
+    check_out(out, data)
     _run_studies([Study(loaded, options)], out, as_json)
 
 

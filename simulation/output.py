@@ -12,17 +12,30 @@ from fedward.models import save_model
 from fedward.plan.load import canonical, plan_hash
 from server.report import write_metrics, write_report
 from server.results import StudyResults
+from simulation.left_out import FILE, write_left_out
 from simulation.study import Study
 
 
-def check_out(out: Path) -> None:
+def check_out(out: Path, data: Path | None = None) -> None:
     """Find out before the work whether its results can be written.
+
+    Parameters
+    ----------
+    out : Path
+        The folder for the results; made when missing.
+    data : Path or None
+        The images: what is written among them would be read as data by the next run.
 
     Raises
     ------
     OutputError
         They cannot.
     """
+    if data is not None and out.resolve().is_relative_to(data.resolve()):
+        raise OutputError(
+            "the output folder must lie outside the data", value=out.name,
+            fix="Choose another folder with --out", where="--out",
+        )  # fmt: skip
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
@@ -60,6 +73,7 @@ def _write_study(study: Study, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _write_text(folder / "plan.json", canonical(study.plan))
     (folder / "plan.sha256").write_text(f"{plan_hash(study.plan)}  plan.json\n", "utf-8")
+    write_left_out(study.left_out, folder / FILE)
     if study.model is not None:
         facts = {
             "study": study.plan.study.name, "plan_sha256": plan_hash(study.plan),

@@ -27,10 +27,13 @@ from server.events import Listener, ignore
 from server.results import Arm, StudyResults
 from server.rounds import Job
 from simulation.baselines import lone_arm, shares
+from simulation.classes import missing_classes, told
+from simulation.divided import divided_sites
+from simulation.left_out import Missed, counted
 from simulation.local import State, run_local
 from simulation.options import Options as Options
 from simulation.pool import Pool, cores
-from simulation.prepare import divided_sites, frozen_sites
+from simulation.prepare import frozen_sites
 from simulation.sites import SimulatedSites
 
 Arrays = dict[str, NDArray[Any]]
@@ -47,6 +50,8 @@ class Study:
         Grows while the study runs, so that an interrupted one keeps what is finished.
     model : dict or None
         The delivered model of the main arm.
+    left_out : list of Missed
+        Files and rows that were not taken, by name; stays on this machine.
     """
 
     plan: Plan
@@ -56,6 +61,7 @@ class Study:
     stop: threading.Event = field(default_factory=threading.Event)
     results: StudyResults = field(init=False)
     model: Arrays | None = None
+    left_out: list[Missed] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         plan, options = self.plan, self.options
@@ -77,8 +83,7 @@ class Study:
         """
         self._began = time.perf_counter()
         sites = self._prepare()
-        self.results.sites = [site_facts(self.plan, site) for site in sites]
-        self.results.synthetic = any(site.synthetic for site in sites)
+        self._describe(sites)
         arrays = self._initial()
         runtime, workers = self._machine(len(sites))
         pool = Pool(State(SimulatedSites(sites, runtime)), workers)
@@ -102,9 +107,17 @@ class Study:
         with preparers(Limits(workers=cores())) as crew:
             if self.options.hospitals:
                 return frozen_sites(self.plan, self.options, crew, self.note)
-            sites, left_out = divided_sites(self.plan, self.options, crew, self.note)
-        self.results.left_out = left_out
-        return sites
+            found = divided_sites(self.plan, self.options, crew, self.note)
+        self.left_out = found.missed
+        self.results.left_out = counted(one for one in found.missed if not one.site)
+        return found.sites
+
+    def _describe(self, sites: Sequence[PreparedSite]) -> None:
+        self.results.sites = [site_facts(self.plan, site) for site in sites]
+        self.results.synthetic = any(site.synthetic for site in sites)
+        self.results.missing_classes = missing_classes(self.plan, sites)
+        for line in told(self.results.missing_classes):
+            self.note(line)
 
     def _initial(self) -> Arrays:
         model = build_model(self.plan, self.options.seed)

@@ -58,6 +58,7 @@ class StudyPage:
     privacy_words: Sequence[tuple[str, str]]
     privacy_curve: Chart | None
     sites: tables.Table | None
+    missing_classes: Sequence[str]
     participation: tables.Table | None
     participation_words: str
     participation_charts: Sequence[Chart]
@@ -128,6 +129,10 @@ def _study(name: str, results: StudyResults) -> StudyPage:
         privacy_words=sentences.privacy_words(results),
         privacy_curve=_privacy_curve(name, results),
         sites=site_tables.sites_table(results),
+        missing_classes=[
+            f"{site} has no image of {words.listed(names)}."
+            for site, names in results.missing_classes.items()
+        ],
         participation=site_tables.participation_table(results),
         participation_words=_participation_words(results),
         participation_charts=_participation(name, results),
