@@ -184,7 +184,10 @@ def check(plan: PlanFile, as_json: AsJson = False) -> None:
 
     loaded = load_plan(plan)
     from fedward.models import describe
+    from simulation.feasible import check_privacy, start_model
 
+    start_model(loaded, 0, plan.parent)
+    check_privacy(loaded)
     parameters = describe(loaded).parameters
     if as_json:
         print_json(

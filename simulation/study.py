@@ -19,7 +19,7 @@ from client.training.runtime import Runtime
 from client.training.trainer import site_facts
 from client.workers import Limits
 from fedward.errors import Interrupted, PlanError, StudyError
-from fedward.models import WeightsReport, build_model, describe, load_initial, to_arrays
+from fedward.models import describe, to_arrays
 from fedward.plan.load import plan_from, plan_hash
 from fedward.plan.schema import Plan
 from server.app import server_app
@@ -29,6 +29,7 @@ from server.rounds import Job
 from simulation.baselines import lone_arm, shares
 from simulation.classes import missing_classes, told
 from simulation.divided import divided_sites
+from simulation.feasible import check_privacy, start_model
 from simulation.left_out import Missed, counted
 from simulation.local import State, run_local
 from simulation.options import Options as Options
@@ -82,13 +83,14 @@ class Study:
             Ctrl-C; ``results`` and ``model`` hold what was finished.
         """
         self._began = time.perf_counter()
+        # What is wrong with the plan shows before an image is read.
+        arrays, plans = self._initial(), self._plans()
         sites = self._prepare()
         self._describe(sites)
-        arrays = self._initial()
         runtime, workers = self._machine(len(sites))
         pool = Pool(State(SimulatedSites(sites, runtime)), workers)
         try:
-            self._federated(pool, sites, runtime, arrays)
+            self._federated(pool, sites, runtime, [self._job(plan, arrays) for plan in plans])
             if self.options.baselines:
                 self._baselines(pool, sites, arrays)
             self.results.complete = True
@@ -120,13 +122,10 @@ class Study:
             self.note(line)
 
     def _initial(self) -> Arrays:
-        model = build_model(self.plan, self.options.seed)
-        if self.plan.model.initial_weights is not None:
-            report: WeightsReport = load_initial(model, self.plan, self.options.plan_folder)
-            self.results.weights_report = {
-                "matched": len(report.matched), "reshaped_head": len(report.reshaped_head),
-                "missing": len(report.missing), "unused": len(report.unused),
-            }  # fmt: skip
+        plan, options = self.plan, self.options
+        model, report = start_model(plan, options.seed, options.plan_folder)
+        if plan.model.initial_weights is not None:
+            self.results.take_weights(report)
         return to_arrays(model)
 
     def _machine(self, sites: int) -> tuple[Runtime, int]:
@@ -141,9 +140,8 @@ class Study:
         return runtime, workers
 
     def _federated(
-        self, pool: Pool, sites: Sequence[PreparedSite], runtime: Runtime, arrays: Arrays
+        self, pool: Pool, sites: Sequence[PreparedSite], runtime: Runtime, jobs: Sequence[Job]
     ) -> None:
-        jobs = [self._job(plan, arrays) for plan in self._plans()]
         self.results.start_up_seconds = time.perf_counter() - self._began
         for job in jobs:
             self.results.arms.append(job.arm)
@@ -187,6 +185,8 @@ class Study:
             raise PlanError(
                 "other values of epsilon need a plan with privacy", fix="Set [privacy] in the plan"
             )
+        for plan in plans:
+            check_privacy(plan)
         return plans
 
     def _baselines(self, pool: Pool, sites: Sequence[PreparedSite], arrays: Arrays) -> None:
