@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from client.data.types import Format
-from fedward.console import print_json, run_command
+from fedward.console import Version, print_json, run_command
 
 app = typer.Typer(
     help="Run a federated study on this machine.", no_args_is_help=True, add_completion=False,
@@ -62,6 +62,11 @@ Seed = Annotated[
     int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of everything random.")
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:INDEX.")]
+
+
+@app.callback()
+def _top(version: Version = False) -> None:
+    """Run a federated study on this machine."""
 
 
 @app.command()
@@ -226,10 +231,11 @@ def export(
 def _run_studies(studies: list[Any], out: Path, as_json: bool) -> None:
     from server.report import headline, summary_table
     from simulation import flower
-    from simulation.output import write_outputs
+    from simulation.output import set_aside, write_outputs
     from simulation.progress import StudyProgress
 
     flower.quiet()
+    set_aside(studies, out)
     _log_to(out / "run.log")
     console = _console(as_json)
     try:

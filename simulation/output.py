@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from fedward.errors import OutputError
@@ -14,6 +15,11 @@ from server.report import write_metrics, write_report
 from server.results import StudyResults
 from simulation.left_out import FILE, write_left_out
 from simulation.study import Study
+
+_EARLIER = "earlier-results"
+_RESULTS = (
+    "report.html", "metrics.json", "model.safetensors", "plan.json", "plan.sha256", "run.log", FILE,
+)  # fmt: skip
 
 
 def check_out(out: Path, data: Path | None = None) -> None:
@@ -47,6 +53,40 @@ def check_out(out: Path, data: Path | None = None) -> None:
         ) from error  # fmt: skip
 
 
+def set_aside(studies: Sequence[Study], out: Path) -> None:
+    """Move earlier results into a sub-folder, lest they pass for those of a run that fails.
+
+    Raises
+    ------
+    OutputError
+        They cannot be moved.
+    """
+    try:
+        for folder in _folders(studies, out):
+            there = [folder / name for name in _RESULTS if (folder / name).exists()]
+            if there:
+                (folder / _EARLIER).mkdir(exist_ok=True)
+            for path in there:
+                path.replace(folder / _EARLIER / path.name)
+    except OSError as error:
+        raise OutputError(
+            f"earlier results must be movable to {_EARLIER}/", value=error.strerror,
+            fix="Choose another folder with --out", where="--out",
+        ) from error  # fmt: skip
+
+
+def _forget_earlier(studies: Sequence[Study], out: Path) -> None:
+    for folder in _folders(studies, out):
+        for name in _RESULTS:
+            (folder / _EARLIER / name).unlink(missing_ok=True)
+        with suppress(OSError):  # not there, or it holds something else
+            (folder / _EARLIER).rmdir()
+
+
+def _folders(studies: Sequence[Study], out: Path) -> list[Path]:
+    return [out] if len(studies) == 1 else [out, *(out / s.plan.study.name for s in studies)]
+
+
 def write_outputs(studies: Sequence[Study], out: Path) -> None:
     """Write report, metrics, models and plans; of several studies each in a folder of its own.
 
@@ -62,6 +102,7 @@ def write_outputs(studies: Sequence[Study], out: Path) -> None:
         for study in studies:
             _write_study(study, out if len(studies) == 1 else out / study.plan.study.name)
         write_report(results, out / "report.html")
+        _forget_earlier(studies, out)
     except OSError as error:
         raise OutputError(
             "results must be written", value=error.strerror, fix="Free the disk, or change --out",
