@@ -119,7 +119,8 @@ class StudyResults(Strict):
     primary: str = Field(description="the metric that comparisons use")
     parameters: int = Field(description="parameters of the model")
     left_out: dict[str, int] = Field(
-        default_factory=dict, description="files and rows that no hospital got: reason, count"
+        default_factory=dict,
+        description="files and rows left out that belong to no site: reason, count",
     )
     missing_classes: dict[str, list[str]] = Field(
         default_factory=dict, description="simulations: classes that a site has no image of"
