@@ -3,7 +3,7 @@
 Run ``python benchmarks/accuracy.py --data FOLDER`` where FOLDER holds ``pneumonia``, ``covid-ct``,
 ``lungs`` and ``hippocampus``. Each study runs with three seeds (model, partition, sampling and
 noise). A finished run is kept and not repeated while its plan stays the same; ``--only NAME`` runs
-one study, ``--fresh`` forgets what is there.
+one study and leaves the others' lines as they are, ``--fresh`` forgets what is there.
 """
 
 from __future__ import annotations
@@ -84,8 +84,9 @@ def run_case(case: Case, seed: int, data: Path, out: Path) -> StudyResults:
     path = REPOSITORY / "studies" / f"{case.plan}.toml"
     plan = load_plan(path)
     folder = out / f"{case.plan}-seed{seed}"
+    made = None if case.partition == "folders" else case.sites
     options = Options(
-        data=data / case.data, out=folder, partition=case.partition, sites=case.sites,
+        data=data / case.data, out=folder, partition=case.partition, sites=made,
         baselines=not case.epsilons, epsilons=case.epsilons, seed=seed, plan_folder=path.parent,
     )  # fmt: skip
     started = time.perf_counter()
@@ -183,10 +184,24 @@ def verdict(case: Case, runs: Sequence[StudyResults]) -> str:
     return f"- **{case.plan}** ({runs[0].primary}, seeds: {len(runs)}): " + "; ".join(parts) + "."
 
 
+def settings(case: Case, runs: Sequence[StudyResults]) -> str:
+    """What was run, in a line."""
+    return (
+        f"- `studies/{case.plan}.toml`, plan SHA-256 `{runs[0].plan_sha256[:16]}…`, partition "
+        f"`{case.partition}`, {case.sites} sites, {runs[0].parameters:,} parameters, seeds "
+        f"{', '.join(str(run.seed) for run in runs)}"
+    )
+
+
+def earlier(page: str, start: str) -> list[str]:
+    """Lines of an earlier page that begin so; its runs may be gone."""
+    return [line for line in page.splitlines() if line.startswith(start)]
+
+
 def write_page(done: dict[Case, list[StudyResults]], path: Path) -> None:
-    """Write the page; notes after the marker are kept."""
+    """Write the page; lines about other studies, and notes after the marker, are kept."""
     marker = "<!-- notes -->"
-    notes = path.read_text("utf-8").partition(marker)[2] if path.exists() else "\n"
+    page, _, notes = (path.read_text("utf-8") if path.exists() else "").partition(marker)
     lines = [
         "# Accuracy of the shipped plans", "",
         "Written by `python benchmarks/accuracy.py`. Mean ± standard deviation over the seeds; AUC "
@@ -197,17 +212,17 @@ def write_page(done: dict[Case, list[StudyResults]], path: Path) -> None:
         f"Machine: {platform.machine()}, {cores()} cores, Python {platform.python_version()}.",
         "", "| plan | arm | together | own | plain script | seconds |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for case, runs in done.items():
-        lines += rows(case, runs)
-    lines += ["", "## In words", ""] + [verdict(case, runs) for case, runs in done.items()]
+    for case in CASES:
+        lines += rows(case, done[case]) if case in done else earlier(page, f"| {case.plan} |")
+    lines += ["", "## In words", ""]
+    for case in CASES:
+        start = f"- **{case.plan}** "
+        lines += [verdict(case, done[case])] if case in done else earlier(page, start)
     lines += ["", "## Settings", ""]
-    lines += [
-        f"- `studies/{case.plan}.toml`, plan SHA-256 `{runs[0].plan_sha256[:16]}…`, partition "
-        f"`{case.partition}`, {case.sites} sites, {runs[0].parameters:,} parameters, seeds "
-        f"{', '.join(str(run.seed) for run in runs)}"
-        for case, runs in done.items()
-    ]
-    path.write_text("\n".join(lines) + f"\n\n{marker}{notes}", "utf-8")
+    for case in CASES:
+        start = f"- `studies/{case.plan}.toml`"
+        lines += [settings(case, done[case])] if case in done else earlier(page, start)
+    path.write_text("\n".join(lines) + f"\n\n{marker}{notes or chr(10)}", "utf-8")
 
 
 def main() -> None:
@@ -223,16 +238,21 @@ def main() -> None:
         raise SystemExit("the images are not here; name their folder with --data")
     flower.quiet()
     done: dict[Case, list[StudyResults]] = {}
+    page = HERE / "accuracy.md"
+    text = page.read_text("utf-8") if page.exists() else ""
+    there = {case.plan for case in CASES if earlier(text, f"| {case.plan} |")}
     # Seeds outside: an interrupted call leaves something of every study.
     for seed in range(options.seeds):
         for case in CASES:
             wanted = not options.only or case.plan in options.only
+            if not wanted and case.plan in there:
+                continue  # its lines stay, also where some of its runs are gone
             run = None if options.fresh and wanted else kept_case(case, seed, options.out)
             if run is None and wanted:
                 run = run_case(case, seed, options.data, options.out)
             if run is not None:
                 done.setdefault(case, []).append(run)
-                write_page(done, HERE / "accuracy.md")
+                write_page(done, page)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def _answer(sites: Sites, message: Message, context: Context, handle: Handler) -
         round_ = order.round
         content = handle(sites.trainer(context, order.read_plan()), order, message)
     except FedwardError as error:
-        content = _refusal(site, round_, error.rule, error.where)
+        content = _refusal(site, round_, error.rule, _got(error))
     except Exception as error:
         # What went wrong may quote a path or an identifier: the log stays here, the class goes.
         _LOG.exception("an unexpected error stopped the site in round %d", round_)
@@ -69,6 +69,12 @@ def _answer(sites: Sites, message: Message, context: Context, handle: Handler) -
             site, round_, "an unexpected error stopped the site", type(error).__name__
         )
     return Message(content, reply_to=message)
+
+
+def _got(error: FedwardError) -> str:
+    """Which key, and what stood there."""
+    found = "" if error.value is None else str(error.value)
+    return ": ".join(part for part in (error.where, found) if part)
 
 
 def _describe(trainer: Trainer, order: RoundOrder, message: Message) -> RecordDict:

@@ -7,7 +7,7 @@ import typer
 from client.commands.audit import audit_app
 from client.commands.daemon import add_to
 from client.commands.data import data_app
-from fedward.console import run_command
+from fedward.console import Version, run_command
 
 app = typer.Typer(
     help="A hospital's images and its part in studies, at the hospital.", no_args_is_help=True,
@@ -19,7 +19,7 @@ add_to(app)
 
 
 @app.callback()
-def _top() -> None:
+def _top(version: Version = False) -> None:
     """A hospital's images and its part in studies, at the hospital."""
 
 

@@ -9,8 +9,10 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, Final, NoReturn
+from importlib.metadata import version
+from typing import Annotated, Any, Final, NoReturn
 
+import click
 import typer
 
 from fedward.errors import FedwardError, Interrupted
@@ -32,6 +34,11 @@ def run_command(app: Callable[..., Any]) -> None:
         fail(Interrupted("the command was interrupted", fix="Run it again"))
     except FedwardError as error:
         fail(error)
+    except SystemExit as ended:
+        # Typer has printed a mistake in the command's words by now, for people.
+        if isinstance(ended.__context__, click.ClickException):
+            _tell_program("UsageError", ended.__context__.exit_code, ended.__context__.message)
+        raise
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in _OURS:
             raise
@@ -40,12 +47,26 @@ def run_command(app: Callable[..., Any]) -> None:
 
 def fail(error: FedwardError) -> NoReturn:
     """Tell the user, and any program that asked with ``--json``, and end."""
-    if "--json" in sys.argv:
-        print_json(
-            {"error": type(error).__name__, "exit_code": error.exit_code, "message": str(error)}
-        )
+    _tell_program(type(error).__name__, error.exit_code, str(error))
     typer.secho(f"error: {error}", err=True, fg="red")
     raise SystemExit(error.exit_code)
+
+
+def _tell_program(error: str, exit_code: int, message: str) -> None:
+    if "--json" in sys.argv:
+        print_json({"error": error, "exit_code": exit_code, "message": message})
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fedward {version('fedward')}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option("--version", help="The version.", is_eager=True, callback=_show_version),
+]
 
 
 def _missing(error: ModuleNotFoundError) -> FedwardError:

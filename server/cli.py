@@ -11,7 +11,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 import typer
 
-from fedward.console import log_to_stderr, print_json, run_command, stop_on_signals
+from fedward.console import Version, log_to_stderr, print_json, run_command, stop_on_signals
 from server.commands.options import SERVER, Ca, Config, Json, Token, Url, api
 from server.commands.site import site_app
 from server.commands.study import study_app
@@ -30,6 +30,11 @@ app.add_typer(site_app, name="site")
 app.add_typer(study_app, name="study")
 app.add_typer(token_app, name="token")
 app.add_typer(certificate_app, name="certificate")
+
+
+@app.callback()
+def _top(version: Version = False) -> None:
+    """Run an aggregator: enrol hospitals, submit studies."""
 
 
 @app.command()

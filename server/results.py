@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from fedward.protocol import SiteFacts
+
+if TYPE_CHECKING:
+    from fedward.models import WeightsReport
 
 Figures = dict[str, float | None]
 ArmKind = Literal["federated", "alone", "pooled"]
@@ -120,7 +123,11 @@ class StudyResults(Strict):
     primary: str = Field(description="the metric that comparisons use")
     parameters: int = Field(description="parameters of the model")
     left_out: dict[str, int] = Field(
-        default_factory=dict, description="files and rows that no hospital got: reason, count"
+        default_factory=dict,
+        description="files and rows left out that belong to no site: reason, count",
+    )
+    missing_classes: dict[str, list[str]] = Field(
+        default_factory=dict, description="simulations: classes that a site has no image of"
     )
     weights_report: dict[str, int] = Field(
         default_factory=dict, description="initial weights: matched, reshaped_head, missing, unused"
@@ -128,11 +135,23 @@ class StudyResults(Strict):
     named: list[str] = Field(
         default_factory=list, description="between hospitals: the sites that the study names"
     )
+    weights_names: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description="initial weights: the model's arrays that are missing in the file, and those "
+        "of a reshaped_head",
+    )
     sites: list[SiteFacts] = Field(default_factory=list)
     arms: list[Arm] = Field(default_factory=list)
     start_up_seconds: float = Field(default=0.0, description="from the command to the first round")
     seconds: float = Field(default=0.0, description="wall seconds of the whole run")
     versions: dict[str, str] = Field(default_factory=dict, description="fedward, torch, flwr, …")
+
+    def take_weights(self, report: WeightsReport) -> None:
+        """Write down what became of the public weights: all counts, and what stays fresh."""
+        kinds = ("matched", "reshaped_head", "missing", "unused")
+        self.weights_report = {kind: len(getattr(report, kind)) for kind in kinds}
+        names = {"missing": report.missing, "reshaped_head": report.reshaped_head}
+        self.weights_names = {kind: list(of) for kind, of in names.items() if of}
 
     def arm(self, kind: ArmKind) -> Arm | None:
         """The first arm of a kind, if there is one."""

@@ -176,10 +176,7 @@ class Runner:
         model = build_model(self.plan, self.study.seed)
         if self.plan.model.initial_weights is not None:
             report = load_initial(model, self.plan, self.config.weights)
-            self.results.weights_report = {
-                "matched": len(report.matched), "reshaped_head": len(report.reshaped_head),
-                "missing": len(report.missing), "unused": len(report.unused),
-            }  # fmt: skip
+            self.results.take_weights(report)
         return to_arrays(model)
 
     def _listen(self, event: events.Event) -> None:

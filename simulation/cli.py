@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from client.data.types import Format
-from fedward.console import print_json, run_command
+from fedward.console import Version, print_json, run_command
 
 app = typer.Typer(
     help="Run a federated study on this machine.", no_args_is_help=True, add_completion=False,
@@ -58,8 +58,15 @@ _FORMATS: dict[FormatName, Format] = {
 PlanFile = Annotated[Path, typer.Argument(help="The study plan (TOML).", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
+Seed = Annotated[
+    int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of everything random.")
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:INDEX.")]
+
+
+@app.callback()
+def _top(version: Version = False) -> None:
+    """Run a federated study on this machine."""
 
 
 @app.command()
@@ -130,7 +137,7 @@ def run(
         epsilons=others, seed=seed, plan_folder=plan.parent, cache_gib=cache_gib,
         hospitals=tuple(map(Hospital.parse, site or ())),
     )  # fmt: skip
-    check_out(out)
+    check_out(out, data)
     _run_studies([Study(loaded, options)], out, as_json)
 
 
@@ -182,7 +189,10 @@ def check(plan: PlanFile, as_json: AsJson = False) -> None:
 
     loaded = load_plan(plan)
     from fedward.models import describe
+    from simulation.feasible import check_privacy, start_model
 
+    start_model(loaded, 0, plan.parent)
+    check_privacy(loaded)
     parameters = describe(loaded).parameters
     if as_json:
         print_json(
@@ -221,10 +231,11 @@ def export(
 def _run_studies(studies: list[Any], out: Path, as_json: bool) -> None:
     from server.report import headline, summary_table
     from simulation import flower
-    from simulation.output import write_outputs
+    from simulation.output import set_aside, write_outputs
     from simulation.progress import StudyProgress
 
     flower.quiet()
+    set_aside(studies, out)
     _log_to(out / "run.log")
     console = _console(as_json)
     try:

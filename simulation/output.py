@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from fedward.errors import OutputError
@@ -12,17 +13,35 @@ from fedward.models import save_model
 from fedward.plan.load import canonical, plan_hash
 from server.report import write_metrics, write_report
 from server.results import StudyResults
+from simulation.left_out import FILE, write_left_out
 from simulation.study import Study
 
+_EARLIER = "earlier-results"
+_RESULTS = (
+    "report.html", "metrics.json", "model.safetensors", "plan.json", "plan.sha256", "run.log", FILE,
+)  # fmt: skip
 
-def check_out(out: Path) -> None:
+
+def check_out(out: Path, data: Path | None = None) -> None:
     """Find out before the work whether its results can be written.
+
+    Parameters
+    ----------
+    out : Path
+        The folder for the results; made when missing.
+    data : Path or None
+        The images: what is written among them would be read as data by the next run.
 
     Raises
     ------
     OutputError
         They cannot.
     """
+    if data is not None and out.resolve().is_relative_to(data.resolve()):
+        raise OutputError(
+            "the output folder must lie outside the data", value=out.name,
+            fix="Choose another folder with --out", where="--out",
+        )  # fmt: skip
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
@@ -32,6 +51,40 @@ def check_out(out: Path) -> None:
             "the output folder must be writable", value=error.strerror,
             fix="Choose another folder with --out", where="--out",
         ) from error  # fmt: skip
+
+
+def set_aside(studies: Sequence[Study], out: Path) -> None:
+    """Move earlier results into a sub-folder, lest they pass for those of a run that fails.
+
+    Raises
+    ------
+    OutputError
+        They cannot be moved.
+    """
+    try:
+        for folder in _folders(studies, out):
+            there = [folder / name for name in _RESULTS if (folder / name).exists()]
+            if there:
+                (folder / _EARLIER).mkdir(exist_ok=True)
+            for path in there:
+                path.replace(folder / _EARLIER / path.name)
+    except OSError as error:
+        raise OutputError(
+            f"earlier results must be movable to {_EARLIER}/", value=error.strerror,
+            fix="Choose another folder with --out", where="--out",
+        ) from error  # fmt: skip
+
+
+def _forget_earlier(studies: Sequence[Study], out: Path) -> None:
+    for folder in _folders(studies, out):
+        for name in _RESULTS:
+            (folder / _EARLIER / name).unlink(missing_ok=True)
+        with suppress(OSError):  # not there, or it holds something else
+            (folder / _EARLIER).rmdir()
+
+
+def _folders(studies: Sequence[Study], out: Path) -> list[Path]:
+    return [out] if len(studies) == 1 else [out, *(out / s.plan.study.name for s in studies)]
 
 
 def write_outputs(studies: Sequence[Study], out: Path) -> None:
@@ -49,6 +102,7 @@ def write_outputs(studies: Sequence[Study], out: Path) -> None:
         for study in studies:
             _write_study(study, out if len(studies) == 1 else out / study.plan.study.name)
         write_report(results, out / "report.html")
+        _forget_earlier(studies, out)
     except OSError as error:
         raise OutputError(
             "results must be written", value=error.strerror, fix="Free the disk, or change --out",
@@ -60,6 +114,7 @@ def _write_study(study: Study, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _write_text(folder / "plan.json", canonical(study.plan))
     (folder / "plan.sha256").write_text(f"{plan_hash(study.plan)}  plan.json\n", "utf-8")
+    write_left_out(study.left_out, folder / FILE)
     if study.model is not None:
         facts = {
             "study": study.plan.study.name, "plan_sha256": plan_hash(study.plan),

@@ -11,6 +11,9 @@ from simulation.skew import assign
 
 __all__ = ["Partition", "parse_partition", "partition"]
 
+# Not of the table: how a reader says that images are made up.
+_INTERNAL = "synthetic"
+
 Sites = dict[str, tuple[Sample, ...]]
 
 
@@ -76,7 +79,12 @@ def _natural(samples: Sequence[Sample], name: Callable[[Sample], str], what: str
 
 
 def _check_column(samples: Sequence[Sample], name: str) -> None:
-    known = sorted({column for sample in samples for column in sample.columns})
+    known = {column for sample in samples for column in sample.columns}
     if name not in known:
-        fix = f"Choose one of {', '.join(known)}" if known else "Give a label table with columns"
+        known.discard(_INTERNAL)
+        fix = (
+            f"Choose one of {', '.join(sorted(known))}"
+            if known
+            else "Give a label table with columns"
+        )
         raise partition_error("the label table must have the column", name, fix)

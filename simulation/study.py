@@ -19,7 +19,7 @@ from client.training.runtime import Runtime
 from client.training.trainer import site_facts
 from client.workers import Limits
 from fedward.errors import Interrupted, PlanError, StudyError
-from fedward.models import WeightsReport, build_model, describe, load_initial, to_arrays
+from fedward.models import describe, to_arrays
 from fedward.plan.load import plan_from, plan_hash
 from fedward.plan.schema import Plan
 from server.app import server_app
@@ -27,10 +27,14 @@ from server.events import Listener, ignore
 from server.results import Arm, StudyResults
 from server.rounds import Job
 from simulation.baselines import lone_arm, shares
+from simulation.classes import missing_classes, told
+from simulation.divided import divided_sites
+from simulation.feasible import check_privacy, start_model
+from simulation.left_out import Missed, counted
 from simulation.local import State, run_local
 from simulation.options import Options as Options
 from simulation.pool import Pool, cores
-from simulation.prepare import divided_sites, frozen_sites
+from simulation.prepare import frozen_sites
 from simulation.sites import SimulatedSites
 
 Arrays = dict[str, NDArray[Any]]
@@ -47,6 +51,8 @@ class Study:
         Grows while the study runs, so that an interrupted one keeps what is finished.
     model : dict or None
         The delivered model of the main arm.
+    left_out : list of Missed
+        Files and rows that were not taken, by name; stays on this machine.
     """
 
     plan: Plan
@@ -56,6 +62,7 @@ class Study:
     stop: threading.Event = field(default_factory=threading.Event)
     results: StudyResults = field(init=False)
     model: Arrays | None = None
+    left_out: list[Missed] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         plan, options = self.plan, self.options
@@ -76,14 +83,14 @@ class Study:
             Ctrl-C; ``results`` and ``model`` hold what was finished.
         """
         self._began = time.perf_counter()
+        # What is wrong with the plan shows before an image is read.
+        arrays, plans = self._initial(), self._plans()
         sites = self._prepare()
-        self.results.sites = [site_facts(self.plan, site) for site in sites]
-        self.results.synthetic = any(site.synthetic for site in sites)
-        arrays = self._initial()
+        self._describe(sites)
         runtime, workers = self._machine(len(sites))
         pool = Pool(State(SimulatedSites(sites, runtime)), workers)
         try:
-            self._federated(pool, sites, runtime, arrays)
+            self._federated(pool, sites, runtime, [self._job(plan, arrays) for plan in plans])
             if self.options.baselines:
                 self._baselines(pool, sites, arrays)
             self.results.complete = True
@@ -102,18 +109,23 @@ class Study:
         with preparers(Limits(workers=cores())) as crew:
             if self.options.hospitals:
                 return frozen_sites(self.plan, self.options, crew, self.note)
-            sites, left_out = divided_sites(self.plan, self.options, crew, self.note)
-        self.results.left_out = left_out
-        return sites
+            found = divided_sites(self.plan, self.options, crew, self.note)
+        self.left_out = found.missed
+        self.results.left_out = counted(one for one in found.missed if not one.site)
+        return found.sites
+
+    def _describe(self, sites: Sequence[PreparedSite]) -> None:
+        self.results.sites = [site_facts(self.plan, site) for site in sites]
+        self.results.synthetic = any(site.synthetic for site in sites)
+        self.results.missing_classes = missing_classes(self.plan, sites)
+        for line in told(self.results.missing_classes):
+            self.note(line)
 
     def _initial(self) -> Arrays:
-        model = build_model(self.plan, self.options.seed)
-        if self.plan.model.initial_weights is not None:
-            report: WeightsReport = load_initial(model, self.plan, self.options.plan_folder)
-            self.results.weights_report = {
-                "matched": len(report.matched), "reshaped_head": len(report.reshaped_head),
-                "missing": len(report.missing), "unused": len(report.unused),
-            }  # fmt: skip
+        plan, options = self.plan, self.options
+        model, report = start_model(plan, options.seed, options.plan_folder)
+        if plan.model.initial_weights is not None:
+            self.results.take_weights(report)
         return to_arrays(model)
 
     def _machine(self, sites: int) -> tuple[Runtime, int]:
@@ -128,9 +140,8 @@ class Study:
         return runtime, workers
 
     def _federated(
-        self, pool: Pool, sites: Sequence[PreparedSite], runtime: Runtime, arrays: Arrays
+        self, pool: Pool, sites: Sequence[PreparedSite], runtime: Runtime, jobs: Sequence[Job]
     ) -> None:
-        jobs = [self._job(plan, arrays) for plan in self._plans()]
         self.results.start_up_seconds = time.perf_counter() - self._began
         for job in jobs:
             self.results.arms.append(job.arm)
@@ -174,6 +185,8 @@ class Study:
             raise PlanError(
                 "other values of epsilon need a plan with privacy", fix="Set [privacy] in the plan"
             )
+        for plan in plans:
+            check_privacy(plan)
         return plans
 
     def _baselines(self, pool: Pool, sites: Sequence[PreparedSite], arrays: Arrays) -> None:

@@ -36,7 +36,7 @@ _TYPES = {
     "less_than_equal": ("must be at most {le}", "Lower it"),
     "literal_error": ("must be {expected}", "Choose one of them"),
 }
-_WITHOUT_VALUE = {"missing", "value_error", "plan_rule"}
+_WITHOUT_VALUE = {"missing", "value_error"}
 _UNION_TAGS = {"float", "int"}
 
 
@@ -52,8 +52,25 @@ def schema_error(error: ValidationError, kind: type[FedwardError]) -> FedwardErr
     rule, fix = _rule(first)
     if more:
         fix = f"{fix}. {more} more to mend after this one"
-    value = None if first["type"] in _WITHOUT_VALUE else _short(first["input"])
-    return kind(rule, value=value, fix=fix, where=_where(first))
+    return kind(rule, value=_value(first), fix=fix, where=_where(first))
+
+
+def _value(first: ErrorDetails) -> str | None:
+    if first["type"] in _WITHOUT_VALUE:
+        return None
+    found = first["input"]
+    if first["type"] != "plan_rule":
+        return _short(found)
+    # The input is all that the rule is about, the value one key of it.
+    for part in _within(first):
+        found = found.get(part) if isinstance(found, dict) else None
+    return None if found is None else _short(found)
+
+
+def _within(first: ErrorDetails) -> list[str]:
+    """The way from a rule's input to the key that it names."""
+    loc, parts = [str(part) for part in first["loc"]], _where(first).split(".")
+    return parts[len(loc) :] if parts[: len(loc)] == loc else parts
 
 
 def _rule(first: ErrorDetails) -> tuple[str, str]:

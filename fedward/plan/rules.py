@@ -50,6 +50,12 @@ def _task_rules(plan: Plan) -> Iterator[tuple[str, str]]:
         )
     if "any" in task.modality and len(task.modality) > 1:
         yield "task.modality", "`any` stands alone; list modalities, or only `any`"
+    for key, names in (
+        ("task.modality", task.modality),
+        ("metrics.report", plan.metrics.report),
+    ):
+        if len(set(names)) != len(names):
+            yield key, "its entries must differ; name each once"
     wrong = set(plan.metrics.report) - (
         SEGMENTATION_METRICS if segmentation else CLASSIFICATION_METRICS
     )

@@ -58,12 +58,14 @@ class StudyPage:
     privacy_words: Sequence[tuple[str, str]]
     privacy_curve: Chart | None
     sites: tables.Table | None
+    missing_classes: Sequence[str]
     participation: tables.Table | None
     participation_words: str
     participation_charts: Sequence[Chart]
     cost: tables.Table | None
     rounds: Sequence[tables.Table]
     weights: Sequence[tuple[str, str]]
+    weights_names: Sequence[tuple[str, str]]
     plan: str
     intended_use: str
     unfinished: Sequence[str]
@@ -128,12 +130,17 @@ def _study(name: str, results: StudyResults) -> StudyPage:
         privacy_words=sentences.privacy_words(results),
         privacy_curve=_privacy_curve(name, results),
         sites=site_tables.sites_table(results),
+        missing_classes=[
+            f"{site} has no image of {words.listed(names)}."
+            for site, names in results.missing_classes.items()
+        ],
         participation=site_tables.participation_table(results),
         participation_words=_participation_words(results),
         participation_charts=_participation(name, results),
         cost=site_tables.cost_table(results),
         rounds=[site_tables.rounds_table(results, arm) for arm in _with_rounds(results)],
         weights=_weights(results),
+        weights_names=_weights_names(results),
         plan=toml_text(_shown(results.plan)),
         intended_use=str(results.plan.get("study", {}).get("intended_use", "")),
         unfinished=[arm.name for arm in ordered(results.arms) if arm.test is None],
@@ -235,6 +242,11 @@ def _weights(results: StudyResults) -> list[tuple[str, str]]:
         (labels.get(key, key.replace("_", " ")), f"{value:,}")
         for key, value in results.weights_report.items()
     ]
+
+
+def _weights_names(results: StudyResults) -> list[tuple[str, str]]:
+    labels = {"missing": "Not in the file, made anew", "reshaped_head": "Of another shape"}
+    return [(labels.get(k, k), ", ".join(names)) for k, names in results.weights_names.items()]
 
 
 def _shown(plan: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedward.protocol import SiteFacts
@@ -21,6 +21,9 @@ def sites_table(results: StudyResults) -> Table | None:
     rows = [Row(facts.site, _site_cells(facts, len(classes))) for facts in results.sites]
     if len(rows) > 1:
         rows.append(_sum_row(results.sites, len(classes)))
+    if results.left_out:
+        nothing = [Cell(NOTHING)] * (5 + len(classes))
+        rows.append(Row("not given to any site", [*nothing, Cell(_reasons(results.left_out))]))
     columns = ["patients", "training", "validation", "test", "images", *classes, "left out"]
     return Table(
         "Patients, images and classes", "site", columns, rows, frozenset({len(columns) - 1})
@@ -55,8 +58,11 @@ def _sum_row(sites: Sequence[SiteFacts], classes: int) -> Row:
 
 
 def _left_out(facts: SiteFacts) -> str:
-    pairs = zip(facts.left_out_reasons, facts.left_out_counts, strict=False)
-    return "; ".join(f"{reason}: {count:,}" for reason, count in pairs) or "none"
+    return _reasons(dict(zip(facts.left_out_reasons, facts.left_out_counts, strict=False)))
+
+
+def _reasons(counts: Mapping[str, int]) -> str:
+    return "; ".join(f"{reason}: {count:,}" for reason, count in counts.items()) or "none"
 
 
 def _class_names(results: StudyResults) -> list[str]:

@@ -15,7 +15,7 @@ from client.training.runtime import Runtime
 from client.training.trainer import Trainer
 from fedward.metrics import counts_from_arrays
 from fedward.models import build_model, to_arrays
-from fedward.plan import Plan, plan_hash
+from fedward.plan import Plan, plan_from, plan_hash
 from fedward.protocol import EvaluateOutcome, Refusal, RoundOrder, SiteFacts, TrainOutcome
 from simulation import flower
 from simulation.sites import SimulatedSites
@@ -134,6 +134,19 @@ def test_a_plan_that_breaks_a_rule_is_refused_by_rule(
 def test_arrays_of_another_model_are_refused(ask: Callable[..., RecordDict]) -> None:
     refusal = refused(ask("train", arrays={"fc.weight": np.zeros((2, 2), np.float32)}))
     assert "cover the whole model" in refusal.rule
+    assert refusal.value.endswith(" missing")
+
+
+def test_a_refusal_tells_the_value_and_not_only_the_key(
+    ask: Callable[..., RecordDict], plan: Plan, make_order: Make
+) -> None:
+    privacy = {
+        "mechanism": "dp-sgd", "epsilon": 1e-12, "delta": 1e-3, "clipping_norm": 1.0,
+        "sampling_rate": 0.5,
+    }  # fmt: skip
+    private = plan_from({**plan.model_dump(mode="python"), "privacy": privacy})
+    refusal = refused(ask("train", make_order(private).to_flat()))
+    assert refusal.value.startswith("privacy: epsilon 1e-12, delta 0.001")
 
 
 def test_a_round_that_the_plan_has_not_is_refused(ask: Callable[..., RecordDict]) -> None:

@@ -63,6 +63,23 @@ def test_documented_options_exist(name: str) -> None:
     assert set(re.findall(r"^\| `(--[a-z-]+)` \|", page, re.MULTILINE)) <= known
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_documented_defaults_are_those_of_the_program(name: str) -> None:
+    page = sections((DOCS / "simulate.md").read_text("utf-8"))[f"fedward-simulate {name}"]
+    told = dict(re.findall(r"^\| `(--[a-z-]+)` \| `([^`|]*)` \|", page, re.MULTILINE))
+    for parameter in ALL[name].params:
+        if isinstance(parameter, Option) and _has_default(parameter):
+            assert told.get(parameter.opts[0]) == _plain(parameter.default), parameter.opts[0]
+
+
+def _has_default(option: Option) -> bool:
+    return not option.is_flag and option.default not in (None, "", [], ())
+
+
+def _plain(value: object) -> str:
+    return str(getattr(value, "value", value))
+
+
 @pytest.mark.parametrize("name", sorted(SETTINGS))
 def test_each_strategy_and_setting_is_documented_with_its_default(name: str) -> None:
     page = sections((DOCS / "strategies.md").read_text("utf-8"))

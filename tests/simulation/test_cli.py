@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,37 @@ def test_a_failure_with_json_is_an_object_too(tmp_path: Path) -> None:
     told: dict[str, Any] = json.loads(done.stdout)
     assert (told["error"], told["exit_code"], done.returncode) == ("PlanError", 10, 10)
     assert told["message"] in done.stderr
+
+
+@pytest.mark.parametrize("words", [("--nope",), ("--seed", "x"), ("--epsilons", "much")])
+def test_a_wrong_command_with_json_is_an_object_too(
+    words: tuple[str, ...], plan_file: Path, tmp_path: Path, commands: Any
+) -> None:
+    done = commands(PROGRAM, "run", plan_file, "--data", "x", *words, "--json", cwd=tmp_path)
+    told: dict[str, Any] = json.loads(done.stdout)
+    assert (told["error"], told["exit_code"], done.returncode) == ("UsageError", 2, 2)
+    assert words[-1].lstrip("-") in told["message"] or "1,3,8" in told["message"]
+
+
+@pytest.mark.parametrize("program", ["client.cli", "server.cli", PROGRAM])
+def test_each_program_tells_its_version(program: str, tmp_path: Path, commands: Any) -> None:
+    done = commands(program, "--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"fedward {version('fedward')}\n")
+
+
+def test_a_run_that_fails_leaves_no_report_that_looks_current(
+    npz_data: Path, plan_file: Path, tmp_path: Path, commands: Any
+) -> None:
+    words = ("run", plan_file, "--data", npz_data, *DIVIDED, "--out", "out")
+    assert commands(PROGRAM, *words, cwd=tmp_path).returncode == 0
+    out = tmp_path / "out"
+    first = (out / "report.html").read_bytes()
+    for _ in range(2):
+        assert commands(PROGRAM, *words, "--partition", "x", cwd=tmp_path).returncode == 11
+        assert {path.name for path in out.iterdir()} == {"cache", "earlier-results"}
+        assert (out / "earlier-results" / "report.html").read_bytes() == first
+    assert commands(PROGRAM, *words, cwd=tmp_path).returncode == 0
+    assert (out / "report.html").is_file() and not (out / "earlier-results").exists()
 
 
 def test_plan_check_explains_and_tells_the_hash(

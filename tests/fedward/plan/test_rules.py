@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,8 @@ BROKEN: list[tuple[str, dict[str, Any], str, str, str]] = [
     ),
     ("c", {"task.dimensions": 3}, "preprocessing.size", "needs 3 side lengths", "write"),
     ("c", {"task.modality": ["CT", "any"]}, "task.modality", "stands alone", "list modalities"),
+    ("c", {"task.modality": ["CT", "CT"]}, "task.modality", "must differ", "name each once"),
+    ("c", {"metrics.report": ["auc", "auc"]}, "metrics.report", "must differ", "name each once"),
     ("c", {"metrics.report": ["auc", "dice"]}, "metrics.report", "no metric dice", "remove"),
     ("s", {"metrics.report": ["dice", "auc"]}, "metrics.report", "no metric auc", "remove"),
     (
@@ -276,8 +279,24 @@ def test_a_broken_rule_names_key_rule_and_next_step(
     error = caught.value
     assert error.where == key
     assert rule in error.rule
+    assert error.value == stated_value(plan, key)
     assert fix in error.fix[:1].lower() + error.fix[1:]
     assert str(error).startswith(f"{key}: ") and rule in str(error) and error.fix in str(error)
+
+
+def stated_value(plan: dict[str, Any], key: str) -> str | None:
+    """What the plan says under a key, as a message shows it; None where it says nothing."""
+    found: Any = plan
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    text = None if found is None else json.dumps(found, ensure_ascii=False)
+    return text if text is None or len(text) <= 80 else f"{text[:77]}..."
+
+
+def test_a_rule_between_sections_tells_the_value(classification: str, change: Change) -> None:
+    plan = change(classification, {"model.name": "unet"})
+    with pytest.raises(PlanError, match=r'^model\.name: .* \(got "unet"\)'):
+        plan_from(plan)
 
 
 def test_every_rule_in_the_source_has_a_broken_plan(
