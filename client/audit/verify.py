@@ -112,6 +112,11 @@ def check_written(folder: Path, seq: int, hash_: str) -> None:
         )  # fmt: skip
 
 
+def check_there(folder: Path) -> None:
+    """Raise AuditError when there is no log."""
+    _content(folder)
+
+
 def entries(folder: Path) -> Iterator[Entry]:
     """The entries that can be read, oldest first; raises AuditError when there is no log."""
     for line in lines(_content(folder)[0])[0]:

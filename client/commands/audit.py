@@ -26,11 +26,12 @@ _SITE = Path("site.toml")
 def verify(config: Config = _SITE, as_json: Json = False) -> None:
     """Find what was changed, removed, added or moved; also against what a running daemon wrote."""
     from client.audit.log import audit_folder, audit_key
-    from client.audit.verify import check_written
+    from client.audit.verify import check_there, check_written
     from client.audit.verify import verify as verify_log
 
     site = _site(config)
     folder, last = audit_folder(site.site.state), _last_written(site)
+    check_there(folder)
     found = verify_log(folder, audit_key(site.site.state))
     found.enforce()
     if last is not None:

@@ -37,6 +37,7 @@ FALLBACK: Final[dict[RefusalKind, str]] = {
 # `#` stands for a number, `@` for a word of the plan or of its schema.
 _SENTENCES: Final = (
     *policy.RULES, *FALLBACK.values(), *sorted(REASONS), policy.MEMORY,
+    policy.STOPPED, policy.GIVEN_UP,
     # training and evaluation
     "a site needs @ patients to be measured", "a site needs training patients",
     "a site must have images that can be used", "a site must have images",

@@ -18,6 +18,7 @@ from client.cli import app
 from client.egress.counts import CLASSIFICATION
 from client.policy import words
 from client.policy.settings import PolicySection
+from client.secret import site_secret
 
 PAGE = (Path(__file__).parents[3] / "docs" / "policy.md").read_text("utf-8")
 PLAIN = " ".join(PAGE.split())
@@ -66,6 +67,7 @@ def run(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_audit_from_the_command_line(site: Path) -> None:
     state = site.parent / "state"
     assert run(site, "verify").returncode == 21  # nothing was written yet
+    site_secret(state)
     log = AuditLog(audit_folder(state), audit_key(state))
     for number in range(3):
         log.append("sent", study="s-1", round=number)
@@ -79,3 +81,7 @@ def test_audit_from_the_command_line(site: Path) -> None:
     found = run(site, "verify")
     assert (found.returncode, "edited at 2" in found.stderr) == (21, True)
     assert "Traceback" not in found.stderr and str(site.parent) not in found.stderr
+    (state / "site.secret").rename(state / "elsewhere")
+    lost = run(site, "verify")
+    assert (lost.returncode, "secret must be there" in lost.stderr) == (19, True)
+    assert not (state / "site.secret").exists()
