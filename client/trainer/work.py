@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
-import logging
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from client.audit.log import AuditLog
-from client.cohort.training import Preparers, cache_folder, prepare_cohort
+from client.cohort.training import Preparers
 from client.config import SiteConfig
 from client.egress.gate import expected_arrays
 from client.ledger import Charge, Ledger, Release, RoundRequest
 from client.ledger.ledger import Caps
 from client.ledger.releases import Releases
 from client.link.packets import Packet
-from client.policy import words
 from client.trainer.cases import Case, Cases
 from client.trainer.state import Board
+from client.trainer.warm import Warm
 from client.training.runtime import Runtime
 from client.training.trainer import Trainer
-from fedward.errors import DeviceError, PolicyError, ProtocolError
+from fedward.errors import ProtocolError
 from fedward.packing import Arrays, pack, unpack
 from fedward.privacy import Mechanism, calibrate, steps_per_round
 from fedward.protocol import RoundOrder, TrainOutcome
-
-_LOG = logging.getLogger("fedward.trainer")
-_WARM: Final = 2
-_T = TypeVar("_T")
 
 
 class Going(Protocol):
@@ -64,16 +56,18 @@ class Work:
         The site's.
     runtime : Runtime
         The machine.
+    crew : Preparers
+        Prepare the images.
     """
 
     def __init__(
         self, config: SiteConfig, cases: Cases, ledger: Ledger, releases: Releases,
         audit: AuditLog, board: Board, secret: bytes, runtime: Runtime, crew: Preparers,
     ) -> None:  # fmt: skip
-        self._config, self._cases, self._ledger, self._releases = config, cases, ledger, releases
-        self._audit, self._board, self._secret = audit, board, secret
-        self._runtime, self._crew = runtime, crew
-        self._warm: OrderedDict[tuple[str, str], Trainer] = OrderedDict()
+        self._cases, self._ledger, self._releases = cases, ledger, releases
+        self._audit, self._board = audit, board
+        watched = replace(runtime, watch=lambda step, steps: self._watch(step, steps))
+        self._warm = Warm(config, ledger, board, secret, watched, crew)
         self._going: Going = lambda *, done=False: None
 
     def do(
@@ -97,7 +91,7 @@ class Work:
         return answer
 
     def _describe(self, order: RoundOrder, case: Case, packet: Packet) -> Packet:
-        trainer = self._trainer(case)
+        trainer = self._warm.get(case)
         if case.plan.privacy.on:
             request, total = self._request(order, case, trainer, rounds=case.plan.rounds)
             self._ledger.check_study(request, total, self._caps(case))
@@ -110,7 +104,7 @@ class Work:
                 f"the plan has rounds 1 to {case.plan.rounds}", value=order.round,
                 fix="Order one of these",
             )  # fmt: skip
-        trainer = self._trainer(case)
+        trainer = self._warm.get(case)
         request, _ = self._request(order, case, trainer, rounds=1)
         self._going()
         charge = self._ledger.reserve(request, self._caps(case))
@@ -118,8 +112,8 @@ class Work:
             return self._again(order, charge)
         try:
             self._tell_charge(order, case, request)
-            arrays, outcome = self._with_memory(
-                trainer, case, lambda one: one.train(packet.arrays, order, packet.mu)
+            arrays, outcome = self._warm.use(
+                case, lambda one: one.train(packet.arrays, order, packet.mu)
             )
             outcome = self._cases.gate(case).check_update(
                 arrays, expected_arrays(case.plan, order.round), outcome, order.round
@@ -128,7 +122,7 @@ class Work:
         except BaseException:
             self._ledger.lose(charge)
             # What trained until it broke must not be where the next round goes on.
-            self._warm.pop(_key(case), None)
+            self._warm.drop(case)
             raise
 
     def _release(
@@ -151,64 +145,9 @@ class Work:
         return Packet("update", dict(outcome.to_flat()), arrays)
 
     def _evaluate(self, order: RoundOrder, case: Case, packet: Packet) -> Packet:
-        counts, outcome = self._with_memory(
-            self._trainer(case), case, lambda one: one.evaluate(packet.arrays, order)
-        )
+        counts, outcome = self._warm.use(case, lambda one: one.evaluate(packet.arrays, order))
         made, outcome = self._cases.gate(case).check_counts(counts, outcome, order.round)
         return Packet("counts", dict(outcome.to_flat()), made)
-
-    def _with_memory(self, trainer: Trainer, case: Case, act: Callable[[Trainer], _T]) -> _T:
-        """Do something; where the device's memory ends, with fewer images on it at once.
-
-        A step's patients and images stay the same: they only go through the network in more parts.
-        """
-        while True:
-            try:
-                return act(trainer)
-            except torch.OutOfMemoryError:
-                trainer = self._smaller(trainer, case)
-
-    def _smaller(self, trainer: Trainer, case: Case) -> Trainer:
-        smaller = trainer.runtime.physical_batch // 2
-        self._warm.pop(_key(case), None)
-        gc.collect()
-        torch.cuda.empty_cache()
-        if not smaller:
-            raise DeviceError(words.MEMORY, fix="Plan a smaller model") from None
-        _LOG.warning("out of memory: %d images at once from now on", smaller)
-        runtime = replace(trainer.runtime, physical_batch=smaller)
-        made = self._warm[_key(case)] = Trainer(case.plan, trainer.site, runtime)
-        return made
-
-    def _trainer(self, case: Case) -> Trainer:
-        """The study's trainer, warm from its last order."""
-        if not (self._board.get()["walls"] or self._config.trainer.allow_networked_trainer):
-            raise PolicyError(words.NETWORKED, fix="See fedward-client doctor")
-        key = _key(case)
-        if key not in self._warm:
-            self._warm[key] = self._open(case)
-            while len(self._warm) > _WARM:
-                self._warm.popitem(last=False)
-        self._warm.move_to_end(key)
-        return self._warm[key]
-
-    def _open(self, case: Case) -> Trainer:
-        cohort = case.cohort
-        if cohort is None:
-            raise PolicyError(words.COHORT)
-        people = {item.patient for item in cohort.items}
-        self._ledger.register(cohort.sha256, case.dataset, people)
-        site = prepare_cohort(
-            self._config, case.dataset, cohort.sha256, case.plan, secret=self._secret,
-            cache=cache_folder(self._config), crew=self._crew,
-        )  # fmt: skip
-        # A hospital's noise and sampling come from the system; what needs no secrecy follows the
-        # study's seed, so that a study can be told apart from a simulation of it by nothing else.
-        runtime = replace(
-            self._runtime, randomness="system" if case.plan.privacy.on else "seeded",
-            watch=self._watch,
-        )  # fmt: skip
-        return Trainer(case.plan, site, runtime)
 
     def _watch(self, step: int, steps: int) -> None:
         self._board.set(step=step, steps=steps)
@@ -257,8 +196,3 @@ class Work:
             "sent", study=order.study, round=order.round, what=what, tensors=len(answer.arrays),
             bytes=size, sha256=digest.hexdigest(),
         )  # fmt: skip
-
-
-def _key(case: Case) -> tuple[str, str]:
-    """Studies may share a plan, but never what a round left in the trainer."""
-    return case.study, case.plan_hash

@@ -89,7 +89,7 @@ def test_the_policy_refuses_before_an_image_is_opened(
     def fail(*args: Any, **more: Any) -> None:
         raise AssertionError("an image was opened")
 
-    monkeypatch.setattr("client.trainer.work.prepare_cohort", fail)
+    monkeypatch.setattr("client.trainer.warm.prepare_cohort", fail)
     refused(hospital.ask("train", plan), "policy", "must be differentially private")
     refused(hospital.ask("train", private_plan), "policy", "all studies together")
     refused(hospital.ask("describe", plan, 0, study="other-1"), "policy", "private")
@@ -210,7 +210,7 @@ def test_what_goes_wrong_inside_is_not_told_outside(
     def fail(*args: Any, **more: Any) -> None:
         raise RuntimeError(planted)
 
-    monkeypatch.setattr("client.trainer.work.prepare_cohort", fail)
+    monkeypatch.setattr("client.trainer.warm.prepare_cohort", fail)
     answer = hospital.ask("train", plan)
     refused(answer, "error", "unexpected error")
     text = json.dumps(answer.record) + json.dumps(hospital.desk.status())

@@ -11,7 +11,7 @@ import pytest
 from client.audit.log import audit_folder
 from client.audit.verify import entries
 from client.policy import words
-from client.trainer import work
+from client.trainer import warm
 from client.trainer.admin import Admin
 from fedward.errors import AuditError
 from fedward.plan.schema import Plan
@@ -45,13 +45,13 @@ def at_a_step(hospital: Any, act: Callable[[Any], object]) -> None:
 def while_preparing(
     hospital: Any, act: Callable[[Any], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare = work.prepare_cohort
+    prepare = warm.prepare_cohort
 
     def prepared(*given: Any, **named: Any) -> Any:
         act(hospital)
         return prepare(*given, **named)
 
-    monkeypatch.setattr(work, "prepare_cohort", prepared)
+    monkeypatch.setattr(warm, "prepare_cohort", prepared)
 
 
 def answer(hospital: Any, what: str, plan: Plan) -> tuple[str, str]:
