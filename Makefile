@@ -14,7 +14,7 @@ SHELL := /bin/bash
 help:
 	@echo "make demo   four synthetic hospitals, two studies, one report (a minute, and the first time the install)"
 	@echo "make test   all checks and tests"
-	@echo "make faults five hospitals in networks of their own, killed and cut off in each phase (half an hour)"
+	@echo "make faults five hospitals in networks of their own, killed and cut off in each phase (a quarter of an hour)"
 	@echo "make bench  the benchmarks behind the README's numbers (takes long)"
 	@echo "make docs   write the generated reference pages anew"
 

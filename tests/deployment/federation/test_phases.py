@@ -22,7 +22,7 @@ import pytest
 pytestmark = pytest.mark.integration
 Make = Callable[..., Any]
 BOTH = ["hospital 1", "hospital 2"]
-ROUNDS = 18
+ROUNDS = 40
 VICTIMS = [
     "connector", "trainer", "daemon", "runner", "superlink", "service", "aggregator", "restart"
 ]  # fmt: skip
@@ -59,7 +59,8 @@ class Round:
     def trained(self) -> int:
         """How many updates the hospital's trainer has handed to its connector, by its audit log."""
         folder = self.daemon.folder / "state" / "audit"
-        lines = [line for path in folder.iterdir() for line in path.read_bytes().splitlines()]
+        parts = folder.glob("*.jsonl")
+        lines = [line for path in parts for line in path.read_bytes().splitlines()]
         return sum(b'"sent"' in line and b'"train"' in line for line in lines)
 
     def answered(self) -> bool:
@@ -204,7 +205,9 @@ def restart(killed: Any, children: dict[str, int]) -> None:
 def plan(make_plan: Make) -> Any:
     return make_plan(
         study={"name": "killed"}, task={"classes": ["clear", "opacity"]}, split={"given": None},
-        training={"rounds": ROUNDS}, participation={"sites": 2, "quorum": 2, "deadline": 60.0},
+        # Large enough that a phase can be seen, and held, before it is over.
+        model={"channels": [64, 128]}, training={"rounds": ROUNDS, "local_epochs": 10},
+        participation={"sites": 2, "quorum": 2, "deadline": 60.0},
     )  # fmt: skip
 
 
@@ -283,7 +286,7 @@ def test_a_cable_is_pulled_in_this_phase_and_put_back(
     federation: Any, plan: Any, tmp_path: Path, phase: Callable[[Round], int | None]
 ) -> None:
     federation.ready(1, 2)
-    plan = plan.model_copy(update={"training": plan.training.model_copy(update={"rounds": 6})})
+    plan = plan.model_copy(update={"training": plan.training.model_copy(update={"rounds": 12})})
     study = federation.submit(plan, ",".join(BOTH), tmp_path, "--seed", 3)
     now = Round(federation, study, 1)
     try:
