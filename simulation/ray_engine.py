@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from client.app import client_app
 from client.data.types import SPLITS, PreparedSite
 from client.training.runtime import Runtime
 from client.training.trainer import Trainer
+from fedward.errors import DeviceError
 from fedward.plan.schema import Plan
 from simulation.pool import cores
 from simulation.sites import SimulatedSites
@@ -99,6 +101,38 @@ def load_site(folder: Path, name: str) -> PreparedSite:
         )
 
 
+def start_ray() -> None:
+    """Start Ray on this machine's cores; once more where its node was too slow.
+
+    Ray gives its node thirty seconds, which a busy machine may need for its imports alone.
+
+    Raises
+    ------
+    DeviceError
+        It does not start.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    # What the actors import lies where this process found it.
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
+    for last in (False, True):
+        try:
+            ray.init(
+                num_cpus=cores(), include_dashboard=False, log_to_driver=False,
+                logging_level="error", runtime_env=environment,
+            )  # fmt: skip
+            return
+        except Exception as error:  # Ray has no error of its own for this
+            ray.shutdown()
+            if last:
+                raise DeviceError(
+                    "Ray must start on this machine", value=type(error).__name__,
+                    fix="End other programs, or use --engine local", where="--engine",
+                ) from None  # fmt: skip
+
+
 def run_ray(
     app: ServerApp,
     sites: Sequence[PreparedSite],
@@ -120,16 +154,13 @@ def run_ray(
         "num_cpus": float(runtime.threads),
         "num_gpus": 1.0 if on_gpu else 0.0,
     }
+    start_ray()
     try:
         run_simulation(
             server_app=app,
             client_app=client_app(stored),
             num_supernodes=len(sites),
-            backend_config={
-                "client_resources": resources,
-                "init_args": {"num_cpus": cores(), "include_dashboard": False,
-                              "log_to_driver": False, "logging_level": "error"},
-            },
+            backend_config={"client_resources": resources},
         )  # fmt: skip
     except KeyboardInterrupt:
         stop.set()

@@ -13,6 +13,7 @@ import pytest
 
 from client.data.types import PreparedSite
 from client.training.runtime import Runtime
+from fedward.errors import DeviceError
 from fedward.models import build_model, to_arrays
 from fedward.plan import Plan
 from server.app import server_app
@@ -20,7 +21,7 @@ from server.results import Arm
 from server.rounds import Job
 from simulation.local import State, run_local
 from simulation.pool import Pool
-from simulation.ray_engine import load_site, run_ray, store_sites
+from simulation.ray_engine import load_site, run_ray, start_ray, store_sites
 from simulation.sites import SimulatedSites
 
 pytestmark = pytest.mark.integration
@@ -111,3 +112,23 @@ def test_ray_gives_the_same_models_and_survives_a_site_that_raises(
             assert [failure.site for failure in round_.failures] == ["site-4"]
             assert "raining" in round_.failures[0].reason
             assert list(round_.sites) == ["site-1", "site-2", "site-3"]
+
+
+def test_a_ray_that_is_slow_is_started_again_and_one_that_never_starts_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tries, slow = list[dict[str, Any]](), [True, False]
+
+    def init(**given: Any) -> None:
+        tries.append(given)
+        if slow[len(tries) - 1]:
+            raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", init)
+    start_ray()
+    assert len(tries) == 2
+    tries.clear()
+    slow[:] = [True, True]
+    with pytest.raises(DeviceError, match="Ray must start on this machine"):
+        start_ray()
