@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def _read(wanted: InitialWeights, base: Path | None) -> bytes:
     try:
         content = _resolve(wanted.file, base).read_bytes()
     except OSError as error:
-        raise _error("the weights file must be readable", type(error).__name__) from error
+        raise _error("the weights file must be readable", os.strerror(error.errno or 0)) from error
     digest = hashlib.sha256(content).hexdigest()
     if digest != wanted.sha256:
         raise WeightsError(

@@ -192,7 +192,7 @@ def test_tensors_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     ("file", "rule"),
     [
-        ("absent.pth", "must be readable"),
+        ("absent.pth", "must be readable (got No such file"),
         ("/etc/weights.pth", "relative to the plan"),
         ("package:nothing_like_this/w.pth", "must be installed"),
         ("package:os/../../w.pth", "written package:NAME/PATH"),
