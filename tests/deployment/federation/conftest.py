@@ -191,6 +191,7 @@ root = "{data}/segmentation/hospital-{number}"
 format = "dicom"
 task = "segmentation"
 classes = ["lung"]
+{real}
 [policy]
 coordinators = ["{coordinator}"]
 approval = "within-policy"
@@ -199,6 +200,7 @@ minimum_patients = 5
 minimum_per_class = 0
 minimum_count = 1
 rounding = 9
+{real_study}
 [[policy.studies]]
 match = "lungs*"
 dataset = "lungs"
@@ -206,6 +208,25 @@ dataset = "lungs"
 match = "*"
 dataset = "chest"
 """
+REAL = """[datasets.real]
+root = "{root}"
+task = "segmentation"
+classes = ["lung"]
+"""
+REAL_STUDY = """[[policy.studies]]
+match = "real"
+dataset = "real"
+"""
+REAL_SITES = ("italy", "germany", "china", "uk", "spain")
+
+
+def real_images(number: int) -> dict[str, str]:
+    """A hospital's real chest images and lungs, where the development images are here."""
+    found = Path(os.environ.get("FEDWARD_DATA", HERE.parents[3] / "shared" / "data"))
+    root = found / "lungs" / REAL_SITES[number - 1]
+    if not root.is_dir():
+        return {"real": "", "real_study": ""}
+    return {"real": REAL.format(root=root), "real_study": REAL_STUDY}
 
 
 @dataclass
@@ -245,7 +266,7 @@ class Federation:
         daemon.config.write_text(
             SITE.format(
                 name=daemon.name, address=address, data=self.folder, number=number,
-                coordinator=self.service.coordinator,
+                coordinator=self.service.coordinator, **real_images(number),
             )
         )  # fmt: skip
         self.service.ask("site", "add", daemon.name, daemon.folder / "connector" / "site.pub")
@@ -357,7 +378,9 @@ class Federation:
 
     def simulate(self, plan: Plan, folder: Path, seed: int, *numbers: int) -> Study:
         """The same plan, seed and cohorts on this machine."""
-        dataset = "lungs" if plan.task.kind == "segmentation" else "chest"
+        name = plan.study.name
+        known = "lungs" if plan.task.kind == "segmentation" else "chest"
+        dataset = name if name == "real" else known
         hospitals = tuple(Hospital(self.daemons[number].config, dataset) for number in numbers)
         alone = Study(plan, Options(data=None, out=folder, seed=seed, hospitals=hospitals))
         alone.run()

@@ -28,6 +28,9 @@ SEGMENTATION: dict[str, Any] = {
     "training": {"rounds": 2, "loss": "dice_ce"},
     "metrics": {"report": ["dice", "iou"], "primary": "dice"},
 }  # fmt: skip
+REAL: dict[str, Any] = {
+    **SEGMENTATION, "study": {"name": "real"}, "preprocessing": {"size": [64, 64]}
+}  # fmt: skip
 
 
 def leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -38,10 +41,15 @@ def leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, tree
 
 
-@pytest.mark.parametrize("kind", [CLASSIFICATION, SEGMENTATION], ids=["chest", "lungs"])
+@pytest.mark.parametrize(
+    "kind", [CLASSIFICATION, SEGMENTATION, REAL], ids=["chest", "lungs", "real images"]
+)
 def test_five_hospitals_make_the_model_of_the_simulation_bit_for_bit(
-    federation: Any, make_plan: Make, tmp_path: Path, kind: dict[str, Any]
-) -> None:
+    federation: Any, make_plan: Make, tmp_path: Path, kind: dict[str, Any],
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    if kind is REAL:
+        request.getfixturevalue("shared_data")
     plan = make_plan(**kind)
     names = federation.ready(*FIVE, dataset=plan.study.name)
     study = federation.submit(plan, ",".join(names), tmp_path, "--seed", 5)
