@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,6 +11,8 @@ from fedward.protocol import SiteFacts
 if TYPE_CHECKING:
     from fedward.models import WeightsReport
 
+# ε where there is no noise, or no accountant can follow what a site says of it.
+NO_BOUND: Final = 1e9
 Figures = dict[str, float | None]
 ArmKind = Literal["federated", "alone", "pooled"]
 
@@ -69,13 +71,17 @@ class SitePrivacy(Strict):
 
     epsilon: float = Field(
         description="ε at δ of all steps, worked out by the aggregator in rounds that are "
-        "evaluated, and when the study ends or stands still"
+        "evaluated, and when the study ends or stands still; 1e9: without a bound"
     )
     delta: float
     noise_multiplier: float
     sampling_rate: float
     steps: int = Field(description="private steps behind the updates that arrived, valid or not")
     last_round: int = Field(default=0, description="the last round of those steps")
+
+    def spent(self, form: str) -> str:
+        """ε for people, in a format of :func:`format`."""
+        return "no bound" if self.epsilon >= NO_BOUND else format(self.epsilon, form)
 
 
 class TestFigures(Strict):

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from fedward.errors import PrivacyError
 from fedward.privacy import Mechanism, epsilon_composed
 from fedward.protocol import TrainOutcome
-from server.results import Arm, SitePrivacy
-
-# Told where there is no noise, or no accountant can follow what a site says of it.
-_NO_BOUND: Final = 1e9
+from server.results import NO_BOUND, Arm, SitePrivacy
 
 
 def charge(arm: Arm, outcome: TrainOutcome, delta: float | None) -> None:
@@ -64,8 +59,8 @@ def carry_over(arm: Arm, told: Arm) -> None:
 
 def _epsilon(mechanism: Mechanism, delta: float) -> float:
     if mechanism.noise_multiplier <= 0 or not 0 < mechanism.sampling_rate <= 1:
-        return _NO_BOUND
+        return NO_BOUND
     try:
-        return min(_NO_BOUND, epsilon_composed([mechanism], delta))
+        return min(NO_BOUND, epsilon_composed([mechanism], delta))
     except PrivacyError:
-        return _NO_BOUND
+        return NO_BOUND

@@ -32,7 +32,7 @@ def _real_proxy(proxy: str) -> str:
 
 
 Address = Annotated[
-    str, Field(pattern=r"^[^\s/]+:[0-9]{1,5}$", max_length=260), AfterValidator(_real_port)
+    str, Field(pattern=r"^[^\s/\"\\]+:[0-9]{1,5}$", max_length=260), AfterValidator(_real_port)
 ]
 Mebibytes = Annotated[int, Field(ge=1, le=4096)]
 

@@ -160,12 +160,10 @@ class Approvals:
             self._write(file.model_copy(update={"approvals": others}))
             return new
 
-    def denied(self, study: str, plan_hash: str) -> bool:
-        """Whether the officer ended a study's plan."""
-        return any(
-            (one.study, one.plan_hash, one.state) == (study, plan_hash, "denied")
-            for one in self.all()
-        )
+    def denied(self, study: str, plan_hash: str, coordinator: str) -> bool:
+        """Whether the officer ended this coordinator's study."""
+        key = (study, plan_hash, coordinator)
+        return any(one.key == key and one.state == "denied" for one in self.all())
 
     @property
     def paused(self) -> bool:

@@ -192,7 +192,7 @@ class TrainerDesk:
                 self._board.set(doing="idle", waiting=self._turns.waiting())
 
     def _check_denied(self, order: RoundOrder) -> None:
-        if self._approvals.denied(order.study, order.plan_hash):
+        if self._approvals.denied(order.study, order.plan_hash, verify_study(order)):
             raise PolicyError(words.DENIED)
 
     def _ended(self) -> Refused:

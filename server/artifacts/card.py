@@ -81,7 +81,7 @@ def _privacy(plan: Plan, arm: Arm) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     for name, one in sorted(arm.privacy.items()):
         yield (
-            f"| {name} | {one.epsilon:.3g} | {one.delta:.1e} | {one.noise_multiplier:.3g} | "
+            f"| {name} | {one.spent('.3g')} | {one.delta:.1e} | {one.noise_multiplier:.3g} | "
             f"{one.sampling_rate:.3g} |"
         )
 

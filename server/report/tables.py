@@ -180,7 +180,7 @@ def privacy_table(results: StudyResults) -> Table | None:
             [
                 Cell(site),
                 Cell(NOTHING if arm.epsilon is None else f"{arm.epsilon:g}"),
-                Cell(f"{spent.epsilon:.3f}"),
+                Cell(spent.spent(".3f")),
                 Cell(f"{spent.delta:g}"),
                 Cell(f"{spent.noise_multiplier:.3f}"),
                 Cell(f"{spent.sampling_rate:.4g}"),

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from client.config import load_config
+import client
+from client.config import hidden_places, load_config, trusted_places
 from client.reference import page
 from fedward.errors import ConfigError
 
@@ -16,6 +17,24 @@ def test_paths_are_relative_to_the_file(site: Path, export: Path) -> None:
     assert config.dataset("chest").root == export
     assert config.site.state == site.parent / "state"
     assert config.dataset("chest").as_task().classes == ("well", "sick")
+
+
+def test_what_the_connector_must_not_see_and_not_change(site: Path, export: Path) -> None:
+    state, ca = site.parent / "state", site.parent / "ca.pem"
+    assert hidden_places(load_config(site)) == [state, export]
+    table = site.parent / "elsewhere.csv"
+    table.write_text("PatientID,label\nDOE,well\n")
+    text = site.read_text()
+    server = '[server]\naddress = "agg:1"\nca = "{}"\n'
+    labels = '[datasets.chest.labels]\nfile = "elsewhere.csv"\n'
+    site.write_text(f"{text}\n{labels}{server.format('ca.pem')}")
+    config = load_config(site)
+    assert hidden_places(config) == [state, export, table]
+    code = Path(client.__file__).parent
+    assert trusted_places(config) == [code, ca]
+    site.write_text(f"{text}\n{labels}{server.format('elsewhere.csv')}")
+    with pytest.raises(ConfigError, match=r"server\.ca: what the connector needs must lie outside"):
+        load_config(site)
 
 
 @pytest.mark.parametrize(

@@ -337,7 +337,23 @@ def test_walls(make: Callable[..., SiteConfig], monkeypatch: pytest.MonkeyPatch)
     )
     assert [line.status for line in machine.walls(config)] == ["fail", "fail", "warn"]
     allowed = make(trainer="allow_networked_trainer = true")
+    assert {line.found for line in machine.walls(allowed)} == {
+        "the kernel makes no namespaces for this user"
+    }
     assert [line.status for line in machine.walls(allowed)] == ["warn", "fail", "warn"]
+
+
+def test_a_kernel_that_cannot_make_all_read_only_is_told_apart(
+    make: Callable[..., SiteConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = "import client.daemon.isolation as i\ndef no(*a): raise OSError\ni._set_attributes = no\n"
+    wall = machine._wall
+    monkeypatch.setattr(
+        machine, "_wall", lambda name, code, **more: wall(name, f"{old}{code}", **more)
+    )
+    line = lines_of(machine.walls(make()))["connector and code"]
+    assert line.status == "warn"
+    assert line.found in ("1 of 2 places can be changed", "2 of 2 places can be changed")
 
 
 def test_who_the_connector_will_be(

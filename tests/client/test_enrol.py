@@ -52,6 +52,7 @@ def enrol(tmp_path: Path, authority: Path) -> Callable[..., BaseException | None
         ({"server": "agg.example"}, "--server: the aggregator is given as host:port"),
         ({"server": "https://agg:9443/"}, "--server: the aggregator is given as host:port"),
         ({"server": "agg:99999"}, "--server: the aggregator is given as host:port"),
+        ({"server": 'agg":9443'}, "--server: the aggregator is given as host:port"),
         ({"server": "agg:0"}, "--server: the aggregator is given as host:port"),
         ({"ca": Path("/nowhere/ca.pem")}, "--ca: the aggregator's authority must be a readable"),
         ({"ca": Path("/")}, "--ca: the aggregator's authority must be a readable"),

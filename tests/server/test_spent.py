@@ -141,6 +141,9 @@ def test_what_is_not_private_has_no_bound(noise: float | None, rate: float | Non
     charge(arm, outcome(1).model_copy(update=claim), 1e-3)
     settle(arm)
     assert arm.privacy["north"].epsilon == 1e9
+    assert arm.privacy["north"].spent(".3f") == "no bound"
+    told = SitePrivacy(epsilon=7.98, delta=1e-3, noise_multiplier=1, sampling_rate=1, steps=1)
+    assert told.spent(".3f") == "7.980"
 
 
 def test_without_privacy_nothing_is_spent() -> None:
