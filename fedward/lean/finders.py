@@ -61,7 +61,9 @@ def _unsharded(module: ModuleType) -> Iterator[None]:
 def _uncompiled(module: ModuleType) -> Iterator[None]:
     """What the compiler must leave alone is told to it only where somebody has loaded it."""
     yield
-    tell = module._disable_dynamo
+    tell = getattr(module, "_disable_dynamo", None)
+    if tell is None:  # a torch that does this otherwise starts as ever
+        return
 
     def wrap(fn: Callable[..., Any] | None = None, recursive: bool = True) -> Any:
         if fn is None:

@@ -6,9 +6,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+
+from fedward.lean.finders import _uncompiled
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN = """
@@ -127,3 +130,10 @@ def test_who_asks_for_the_real_thing_has_it(code: str, expected: list[Any]) -> N
 
 def test_opacus_steps_as_it_does_alone() -> None:
     assert told("import json", "import fedward", STEP) == told("import json", STEP)
+
+
+def test_a_torch_that_does_it_otherwise_starts_as_ever() -> None:
+    module = ModuleType("torch._compile")
+    with _uncompiled(module):
+        module.other = 1  # type: ignore[attr-defined]
+    assert not hasattr(module, "_disable_dynamo")

@@ -245,6 +245,10 @@ def test_approvals_are_private_and_a_broken_file_is_not_forgotten(
     Approvals(tmp_path).settle("tiny-1", "denied", "officer")
     with pytest.raises(PolicyError, match="denied"):
         Approvals(tmp_path).see(request_of()).enforce()
+    asked = request_of()
+    key = (asked.study, asked.plan_hash)
+    assert Approvals(tmp_path).denied(*key, asked.coordinator)
+    assert not Approvals(tmp_path).denied(*key, "b" * 64)
     path = tmp_path / "approvals.json"
     assert path.stat().st_mode & 0o777 == 0o600
     path.write_text("{")
