@@ -66,6 +66,8 @@ class Connector:
 
     def run(self) -> None:
         """Work until stopped; a broken link or trainer is waited for, for ever."""
+        # What a killed one wrote last would pass for this one's.
+        self._attachment.tell("starting")
         self._orders.resume()
         link = threading.Thread(target=self._keep, daemon=True, name="link")
         link.start()

@@ -158,8 +158,13 @@ class Desk:
 class Site:
     """A connector in this process, at an address, before a desk of its own."""
 
-    def __init__(self, folder: Path, address: str, ca: bytes, key: Any, idle: float) -> None:
-        folder.mkdir()
+    def __init__(
+        self, folder: Path, address: str, ca: bytes, key: Any, idle: float,
+        before: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        (folder / "connector").mkdir(parents=True)
+        if before:
+            (folder / "connector" / "link.json").write_text(json.dumps(before))
         (folder / "ca.pem").write_bytes(ca)
         self.desk, self.stop, self.folder = Desk(), threading.Event(), folder
         self._end = serve(self.desk, folder / "run" / "t.sock", 1 << 24)
@@ -231,11 +236,13 @@ def make_site(
     """Builds a site at an address that is enrolled; gives its number too."""
     made: list[Site] = []
 
-    def build(address: str = "", idle: float = 0.3) -> tuple[Site, int]:
+    def build(
+        address: str = "", idle: float = 0.3, before: dict[str, Any] | None = None
+    ) -> tuple[Site, int]:
         key, public = new_key()
         node = control.register(public, "north")
         folder = tmp_path / f"s{len(made)}"
-        made.append(Site(folder, address or server.address, server.ca, key, idle))
+        made.append(Site(folder, address or server.address, server.ca, key, idle, before))
         return made[-1], node
 
     yield build
@@ -511,6 +518,16 @@ def test_a_dead_network_is_told_and_a_stop_waits_for_nothing(
         until(lambda: wire._ends)
     assert site.close() < 5.0
     assert site.link["state"] == "stopped"
+
+
+def test_what_a_killed_connector_said_does_not_pass_for_the_next_one_s(
+    make_wire: Make, make_site: Make, until: Make
+) -> None:
+    wire = make_wire()
+    wire.silent = True
+    site, _ = make_site(wire.address, before={"state": "online"})
+    until(lambda: wire._ends)
+    assert site.link["state"] == "starting"
 
 
 def test_the_pauses_between_tries_grow_and_differ() -> None:

@@ -72,6 +72,8 @@ class Apart:
 
     def start(self, which: str) -> None:
         user = TRAINER if which == "trainer" else CONNECTOR
+        if which == "connector":  # what an earlier one said of its link is not this one's
+            (self.folder / "connector" / "link.json").unlink(missing_ok=True)
         alone = ["unshare", "--net"] if which == "trainer" else []
         with (self.folder / f"{which}.log").open("ab") as log:
             self.running[which] = subprocess.Popen(
