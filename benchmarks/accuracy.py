@@ -66,6 +66,8 @@ CASES = (
          {8: 0.957, 3: 0.946, 1: 0.937}, (8.0, 3.0, 1.0)),
     Case("covid-ct-transfer", "covid-ct", "folders", 3, None, 0.807,
          {8: 0.745, 3: 0.726}, (8.0, 3.0, 1.0)),
+    Case("lungs-private", "lungs", "folders", 7, None, 0.872,
+         {8: 0.817, 3: 0.723}, (8.0, 3.0, 1.0)),
 )  # fmt: skip
 
 
