@@ -9,6 +9,7 @@ one study and leaves the others' lines as they are, ``--fresh`` forgets what is 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import platform
 import statistics
@@ -202,8 +203,17 @@ def earlier(page: str, start: str) -> list[str]:
 
 def write_page(done: dict[Case, list[StudyResults]], path: Path) -> None:
     """Write the page; lines about other studies, and notes after the marker, are kept."""
+    with path.open("a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # another process may write of another study
+        file.seek(0)
+        text = _page(done, file.read())
+        file.truncate(0)
+        file.write(text)
+
+
+def _page(done: dict[Case, list[StudyResults]], before: str) -> str:
     marker = "<!-- notes -->"
-    page, _, notes = (path.read_text("utf-8") if path.exists() else "").partition(marker)
+    page, _, notes = before.partition(marker)
     lines = [
         "# Accuracy of the shipped plans", "",
         "Written by `python benchmarks/accuracy.py`. Mean ± standard deviation over the seeds; AUC "
@@ -224,7 +234,7 @@ def write_page(done: dict[Case, list[StudyResults]], path: Path) -> None:
     for case in CASES:
         start = f"- `studies/{case.plan}.toml`"
         lines += [settings(case, done[case])] if case in done else earlier(page, start)
-    path.write_text("\n".join(lines) + f"\n\n{marker}{notes or chr(10)}", "utf-8")
+    return "\n".join(lines) + f"\n\n{marker}{notes or chr(10)}"
 
 
 def main() -> None:

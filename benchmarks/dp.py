@@ -30,6 +30,7 @@ from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import Tensor, nn
 
+from client.training.runtime import Runtime
 from fedward.models.bookkeeping import backward, keep_books
 from fedward.models.noised import SumOptimizer
 from fedward.models.registry import build_model
@@ -110,8 +111,7 @@ def _line(row: dict[str, Any]) -> str:
 def _measure(name: str, device: str, mode: str, options: argparse.Namespace) -> dict[str, Any]:
     warnings.filterwarnings("ignore", category=UserWarning)
     kind, _, threads = device.partition(":")
-    if threads:
-        torch.set_num_threads(int(threads))
+    Runtime(device=kind, threads=int(threads or torch.get_num_threads())).enter()
     steps = [_plain_step] if mode == "plain" else [_plain_step, _private_step]
     plan = _plan(name, options)
     runs = [step(plan, kind, mode, options.batch) for step in steps]

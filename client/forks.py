@@ -2,7 +2,8 @@
 
 That one is started afresh and does nothing else, so what it forks shares no file, lock or thread
 with this process; only the pipe that it is given. It is reached over a pair of sockets without a
-name: nobody else can ask it for a process.
+name: nobody else can ask it for a process. It imports nothing of the program that asks, so a script
+needs no ``if __name__ == "__main__"`` for it.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 import atexit
 import importlib
 import json
-import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -30,7 +31,13 @@ _MOST: Final = 1 << 20
 _GONE: Final = 10.0
 _LEAVE: Final = 0.5
 _LOOK: Final = 0.5
-_SPAWN: Final = multiprocessing.get_context("spawn")
+# Where modules are comes over the socket, before one of ours is imported. Ctrl-C is the parent's.
+_BOOT: Final = (
+    "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); import json, socket, sys; "
+    "orders = socket.socket(fileno=int(sys.argv[1])); "
+    f"sys.path[:] = json.loads(orders.recv({_MOST})); "
+    "from client.forks import offer; offer(orders)"
+)
 
 
 @dataclass
@@ -83,9 +90,13 @@ class _Template:
     def __init__(self) -> None:
         self.owner = os.getpid()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._process = _SPAWN.Process(target=_offer, args=(theirs,), daemon=True)
-        self._process.start()
-        theirs.close()
+        with theirs:
+            command = [sys.executable, "-P", "-c", _BOOT, str(theirs.fileno())]
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
+            )
+        with suppress(OSError):  # it ended at once; whoever asks it hears that
+            self._socket.send(json.dumps(sys.path).encode())
 
     def fork(
         self, target: Callable[..., None], modules: Sequence[str], connection: Connection
@@ -99,8 +110,8 @@ class _Template:
 
     def close(self) -> None:
         self._socket.close()
-        self._process.kill()  # it holds nothing that could be lost
-        self._process.join(1.0)
+        self.process.kill()  # it holds nothing that could be lost
+        self.process.wait()
 
 
 _lock = threading.Lock()
@@ -150,10 +161,9 @@ def _end() -> None:
         _template.close()
 
 
-def _offer(orders: socket.socket) -> None:
-    """What the template does: fork on demand, until nobody asks any more."""
+def offer(orders: socket.socket) -> None:
+    """Fork on demand, until nobody asks any more: what the process does that others come from."""
     undumpable()  # what reads images has its parent's walls, and shows nobody its memory
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGCHLD, _reap)
     # In the middle of an import it would not hear that nobody asks any more.
     parent = os.getppid()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import signal
@@ -18,6 +17,7 @@ from types import TracebackType
 from typing import Final, Generic, Self, TypeVar
 
 from client.forks import Fork, fork
+from client.memory import keep_freed
 from fedward.errors import Interrupted
 
 Item = TypeVar("Item")
@@ -25,8 +25,7 @@ Result = TypeVar("Result")
 
 _START: Final = 120.0  # seconds in which a process must have begun
 _GRACE: Final = 10.0  # seconds more than the parent allows, after which a worker ends by itself
-_TRIM_THRESHOLD: Final = -1  # numbers of malloc.h
-_MMAP_THRESHOLD: Final = -3
+_FREED: Final = 64 << 20
 _AHEAD: Final = 8  # results of each worker that may wait for an earlier one
 
 
@@ -158,23 +157,12 @@ def _confine(memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would hold someone's image
     limit = memory + _mapped()
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    _keep_freed_memory()
+    keep_freed(_FREED)
     # Native decoders print what they meet, and that may be a name.
     silence = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(silence, stream)
     os.close(silence)
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep what one image leaves for the next (mallopt(3)).
-
-    It gives the pages back and asks for them again, which costs as much time as reading a CT slice.
-    """
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_MMAP_THRESHOLD, 32 << 20)
-        mallopt(_TRIM_THRESHOLD, 64 << 20)
 
 
 def _mapped() -> int:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 
+from client.memory import keep_freed
 from client.training.private import Mode
+
+_FREED: Final = 256 << 20  # about what a step of a U-Net takes and lets go
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Runtime:
     def enter(self) -> None:
         """Apply the settings to this process."""
         torch.set_num_threads(self.threads)
+        keep_freed(_FREED)
         if self.torch_device.type == "cuda":
             torch.backends.cudnn.deterministic = True
             torch.backends.cudnn.benchmark = False

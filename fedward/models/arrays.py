@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -182,14 +183,15 @@ def save_model(
 ) -> None:
     """Write arrays and metadata as one safetensors file; a reader sees all of it or none.
 
+    Equal arrays and metadata give equal bytes, so that two runs can be compared by a digest.
+
     Raises
     ------
     OutputError
         The file cannot be written.
     """
-    content = save(
-        {name: np.asarray(array, order="C") for name, array in arrays.items()}, dict(metadata)
-    )
+    whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    content = _ordered(save(whole, dict(metadata)))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_whole(path, content)
@@ -197,6 +199,17 @@ def save_model(
         raise OutputError(
             "the model file must be writable", value=error.strerror, fix="Check space and rights"
         ) from error
+
+
+def _ordered(content: bytes) -> bytes:
+    # The library writes metadata in an order that changes from call to call.
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def _write_whole(path: Path, content: bytes) -> None:

@@ -48,6 +48,16 @@ if __name__ == "__main__":
     print(made.pid, flush=True)
     time.sleep(600)
 """
+UNGUARDED = """
+from multiprocessing import Pipe
+from client.forks import fork
+import told
+print("begins", flush=True)
+ours, theirs = Pipe()
+made = fork(told.tell, [], theirs)
+print(ours.recv()[0] == made.pid, flush=True)
+made.kill()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +103,13 @@ def test_it_has_its_pipe_and_nothing_else_of_this_process(told: Any, tmp_path: P
 def test_another_takes_the_place_of_a_template_that_was_killed(told: Any) -> None:
     made, connection = start(told)
     assert forks._template is not None
-    before = forks._template._process.pid
+    before = forks._template.process.pid
     assert before is not None
     os.kill(before, signal.SIGKILL)
     again, other = start(told)
     assert connection.recv()[0] == made.pid
     assert other.recv()[0] == again.pid
-    assert forks._template._process.pid != before
+    assert forks._template.process.pid != before
     connection.close()  # what has no reader left ends
     assert made.wait(10)
     again.kill()
@@ -117,14 +127,22 @@ def test_threads_may_ask_at_the_same_time(told: Any) -> None:
         one.kill()
 
 
+def script(text: str, told: Any, folder: Path) -> subprocess.Popen[bytes]:
+    (folder / "asks.py").write_text(text)
+    paths = os.pathsep.join([str(ROOT), str(Path(told.__file__).parent)])
+    return subprocess.Popen(
+        [sys.executable, str(folder / "asks.py")],
+        env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def test_a_script_needs_no_guard_and_runs_once(told: Any, tmp_path: Path) -> None:
+    done, _ = script(UNGUARDED, told, tmp_path).communicate(timeout=60)
+    assert done.decode().split() == ["begins", "True"]
+
+
 def test_all_end_when_the_process_that_asked_is_killed(told: Any, tmp_path: Path) -> None:
-    (tmp_path / "asks.py").write_text(ORPHANS)
-    environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(told.__file__).parent)])
-    }  # fmt: skip
-    asks = subprocess.Popen(
-        [sys.executable, str(tmp_path / "asks.py")], env=environment, stdout=subprocess.PIPE
-    )
+    asks = script(ORPHANS, told, tmp_path)
     assert asks.stdout
     pid = json.loads(asks.stdout.readline())
     stat = Path(f"/proc/{pid}/stat")

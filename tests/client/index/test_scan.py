@@ -112,7 +112,7 @@ def test_a_decoder_that_dies_costs_its_file_alone(tmp_path, export, dx):
     def children() -> list[str]:
         if forks._template is None:
             return []
-        template = forks._template._process.pid
+        template = forks._template.process.pid
         return Path(f"/proc/{template}/task/{template}/children").read_text().split()
 
     def shoot() -> None:

@@ -127,6 +127,14 @@ def test_files_bring_back_every_bit(
     assert np.array_equal(loaded["b"], array.T, equal_nan=True)
 
 
+def test_equal_models_are_equal_files(tmp_path: Path) -> None:
+    facts = dict.fromkeys("abcdefgh", "of the study")
+    for place in range(8):
+        turned = dict(sorted(facts.items(), reverse=bool(place % 2)))
+        save_model(tmp_path / f"{place}", {"w": np.ones((3, 5), np.float32)}, turned)
+    assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 1
+
+
 def test_a_failed_write_keeps_the_old_file_and_no_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
