@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from fedward.protocol import SiteFacts
 from server.report.numbers import finite, mean, ordered, site_names
 from server.report.tables import Cell, Row, Table
 from server.report.words import NOTHING, duration, figure, listed, metric_name, runs, size
 from server.results import Arm, Round, StudyResults
+
+_ROWS: Final = 200  # more rows than anybody reads
 
 
 def sites_table(results: StudyResults) -> Table | None:
@@ -145,17 +147,27 @@ def _cost_cells(arm: Arm) -> list[Cell]:
 
 
 def rounds_table(results: StudyResults, arm: Arm) -> Table:
-    """Every round of an arm."""
+    """The rounds of an arm; of very many the measured ones and some between."""
     stages = Counter(round_.stage for round_ in arm.rounds)
     columns = [
         *(["stage"] if len(stages) > 1 else []), "time", "sent", "received", "training loss",
         f"{metric_name(results.primary)}, validation", "updates", "failed sites",
     ]  # fmt: skip
-    rows = [
-        Row(str(r.round), _round_cells(r, results.primary, len(stages) > 1)) for r in arm.rounds
-    ]
+    shown = _some(arm.rounds)
+    rows = [Row(str(r.round), _round_cells(r, results.primary, len(stages) > 1)) for r in shown]
     words = {len(columns) - 1, *([0] if len(stages) > 1 else [])}
-    return Table(arm.name, "round", columns, rows, frozenset(words))
+    part = f", {len(shown):,} of {len(arm.rounds):,} rounds; metrics.json has all"
+    caption = arm.name + (part if len(shown) < len(arm.rounds) else "")
+    return Table(caption, "round", columns, rows, frozenset(words))
+
+
+def _some(rounds: Sequence[Round]) -> Sequence[Round]:
+    step = max(1, -(-len(rounds) // _ROWS))
+    return [
+        one
+        for place, one in enumerate(rounds, start=1)
+        if one.validation or place in (1, len(rounds)) or place % step == 0
+    ]
 
 
 def _round_cells(round_: Round, metric: str, staged: bool) -> list[Cell]:

@@ -163,6 +163,22 @@ def test_time_and_traffic(classification: StudyResults, page: Any) -> None:
         ]  # fmt: skip
 
 
+def test_of_very_many_rounds_the_measured_ones_and_some_between_are_shown(
+    classification: StudyResults, read_page: Read
+) -> None:
+    arm = classification.arms[0]
+    first = arm.rounds[0]
+    every = [first.model_copy(update={"round": n, "validation": {}}) for n in range(1, 1001)]
+    every[498].validation = {"auc": 0.5}
+    arm.rounds = every
+    rows = read_page(render([classification])).rows(
+        f"{arm.name}, 202 of 1,000 rounds; metrics.json has all"
+    )
+    assert [int(number) for number in rows] == [1, *sorted([499, *range(5, 1001, 5)])]
+    arm.rounds = every[:200]
+    assert len(read_page(render([classification])).rows(arm.name)) == 200
+
+
 def test_charts_say_their_numbers_in_words(classification: StudyResults, page: Any) -> None:
     labels = [values["aria-label"] or "" for tag, values in page.tags if tag == "svg"]
     assert len(labels) == 5
