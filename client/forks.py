@@ -90,11 +90,16 @@ class _Template:
     def __init__(self) -> None:
         self.owner = os.getpid()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            command = [sys.executable, "-P", "-c", _BOOT, str(theirs.fileno())]
+        command = [sys.executable, "-P", "-c", _BOOT, str(theirs.fileno())]
+        try:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
             )
+        except BaseException:
+            self._socket.close()
+            raise
+        finally:
+            theirs.close()
         with suppress(OSError):  # it ended at once; whoever asks it hears that
             self._socket.send(json.dumps(sys.path).encode())
 
@@ -140,12 +145,14 @@ def fork(
     global _template
     with _lock:
         for _ in range(2):
-            if _template is None or _template.owner != os.getpid():
-                _template = _Template()
             try:
+                if _template is None or _template.owner != os.getpid():
+                    _template = None
+                    _template = _Template()
                 return _template.fork(target, modules, connection)
             except BaseException as error:  # after Ctrl-C an answer would be another's
-                _template.close()
+                if _template is not None:
+                    _template.close()
                 _template = None
                 if not isinstance(error, OSError | EOFError):
                     raise

@@ -18,6 +18,7 @@ import pytest
 
 from client import forks
 from client.forks import Fork, fork
+from fedward.errors import DeviceError
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.integration
@@ -113,6 +114,18 @@ def test_another_takes_the_place_of_a_template_that_was_killed(told: Any) -> Non
     connection.close()  # what has no reader left ends
     assert made.wait(10)
     again.kill()
+
+
+def test_a_machine_without_room_for_a_process_is_told(
+    told: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(forks, "_template", None)
+    monkeypatch.setattr("subprocess.Popen", full)
+    with pytest.raises(DeviceError, match="raise the limit of processes"):
+        start(told)
 
 
 def test_threads_may_ask_at_the_same_time(told: Any) -> None:
