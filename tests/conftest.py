@@ -24,6 +24,9 @@ from client.data.types import PreparedSite
 from fedward.plan import Plan, canonical, plan_from, plan_hash
 from fedward.protocol import RoundOrder
 
+# Real processes (a SuperLink, hospitals, an aggregator) that several folders of tests start.
+pytest_plugins = ("live_federation", "live_hospital")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 BASE: dict[str, Any] = {
     "version": 1,
