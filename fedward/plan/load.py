@@ -60,13 +60,15 @@ def plan_from(value: dict[str, Any]) -> Plan:
 
 
 def canonical(plan: Plan) -> str:
-    """The plan as canonical JSON: every key present, sorted, no spaces.
+    """The plan as canonical JSON: keys sorted, no spaces, no key that has its default value.
 
     Two files that mean the same study (order, comments, defaults left out or written) give the
-    same text.
+    same text. A release that adds a key with a default gives the same text for an older plan, so
+    its hash stays and a site with the previous release can read it. The reverse side: a default
+    must never change its meaning, or equal hashes would stand for different studies.
     """
     return json.dumps(
-        plan.model_dump(mode="json"),
+        plan.model_dump(mode="json", exclude_defaults=True),
         sort_keys=True,
         separators=(",", ":"),
         ensure_ascii=False,
