@@ -82,8 +82,7 @@ def _describe(trainer: Trainer, order: RoundOrder, message: Message) -> RecordDi
 
 
 def _train(trainer: Trainer, order: RoundOrder, message: Message) -> RecordDict:
-    mu = float(message.content.config_records["config"].get("proximal-mu", 0.0))  # type: ignore[arg-type]
-    arrays, outcome = trainer.train(_model(message), order, mu)
+    arrays, outcome = trainer.train(_model(message), order)
     weight = _weight(trainer.plan, outcome)
     return RecordDict(
         {

@@ -6,6 +6,7 @@ signed request at both ends. One array that holds them all, in the safetensors f
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any, Final
@@ -56,6 +57,18 @@ def unpack_bytes(content: bytes) -> Arrays:
         return {name: arrays.pop(name) for name in json.loads(names)} if arrays else {}
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError):
         raise _broken() from None
+
+
+def digest(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256 over names, dtypes, shapes and values of all arrays, whatever their order."""
+    found = hashlib.sha256()
+    for name in sorted(arrays):
+        value = np.ascontiguousarray(arrays[name])
+        # Each header states its own length and that of the values: no two models read alike.
+        header = json.dumps([name, value.dtype.str, list(np.shape(arrays[name])), value.nbytes])
+        found.update(len(header).to_bytes(8, "little") + header.encode())
+        found.update(value.data)
+    return found.hexdigest()
 
 
 def _broken() -> ProtocolError:

@@ -72,9 +72,14 @@ class RoundOrder(Record):
     plan : str
         The plan in canonical form; ``plan_hash`` is its SHA-256.
     round : int
-        From 1; 0 for an evaluation outside the rounds.
+        From 1; 0 for the description and the test.
+    task : str
+        What is asked for.
     part : str
         Evaluation: which part of the division.
+    arrays : str
+        Between hospitals: SHA-256 of the model that comes with the order (see
+        :func:`fedward.packing.digest`); "" where none does.
     seed : int
         Base of the random draws of a simulation; a hospital draws its noise from the system.
     account : bool
@@ -84,13 +89,15 @@ class RoundOrder(Record):
     coordinator : str
         Base64 of the coordinator's Ed25519 public key.
     signature : str
-        Base64 of its signature over study and plan (see :mod:`fedward.signing`).
+        Base64 of its signature over all other fields (see :mod:`fedward.signing`).
     """
 
     plan: str = Field(max_length=1_000_000)
     plan_hash: Digest
     round: Count
-    part: Literal["train", "validation", "test"] = "train"
+    task: Literal["describe", "train", "evaluate"] = "train"
+    part: Literal["validation", "test"] = "validation"
+    arrays: str = Field(default="", pattern=r"^$|^[0-9a-f]{64}$")
     seed: Count = 0
     account: bool = True
     study: str = Field(default="", pattern=rf"^$|{STUDY_ID}")
@@ -146,13 +153,31 @@ class TrainOutcome(Record):
 
 
 class EvaluateOutcome(Record):
-    """Up, beside the counts: what they were counted on."""
+    """Up, beside the counts: what they were counted on.
+
+    Attributes
+    ----------
+    site, round, part : str, int, str
+        Whose answer to which order.
+    images : int
+        Images of the part.
+    seconds : float
+        How long it took.
+    unit, noise : int, float or None
+        Noisy tables: what a patient (or else an image) weighs, and the scale of the Laplace noise
+        on each cell in these units. None: exact counts.
+    epsilon : float or None
+        What this evaluation cost each patient of the part; None where that has no bound.
+    """
 
     site: SiteName
     round: Count
-    part: Literal["train", "validation", "test"]
+    part: Literal["validation", "test"]
     images: Count
     seconds: Figure
+    unit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    noise: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    epsilon: Figure | None = None
 
 
 class Refusal(Record):

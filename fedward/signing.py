@@ -1,7 +1,9 @@
-"""Who asks for a study: the coordinator's signature over the study's id and plan.
+"""Who asks: the coordinator's Ed25519 signature (RFC 8032) over each order.
 
-The connector between aggregator and hospital is not trusted with the data; nor need it be with the
-question who asks for them. Ed25519 (RFC 8032).
+The connector between aggregator and hospital is not trusted with the data, and not with the
+questions either. A signature covers every field of an order, the digest of the model that comes
+with it included: a connector can send an order again, which gives the same answer again, and can
+neither change one nor make one.
 """
 
 from __future__ import annotations
@@ -9,15 +11,17 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import json
 from typing import Final
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedward.errors import ProtocolError
+from fedward.packing import Arrays, digest
 from fedward.protocol import RoundOrder
 
-_PURPOSE: Final = b"fedward study 1\n"
+_ORDER: Final = b"fedward order 1\n"
 
 
 def fingerprint(public: bytes) -> str:
@@ -30,22 +34,40 @@ def public_bytes(key: Ed25519PrivateKey) -> bytes:
     return key.public_key().public_bytes_raw()
 
 
-def sign_study(key: Ed25519PrivateKey, study: str, plan_hash: str) -> dict[str, str]:
-    """What an order carries to show who asks: ``study``, ``coordinator`` and ``signature``."""
-    return {
-        "study": study,
-        "coordinator": base64.b64encode(public_bytes(key)).decode(),
-        "signature": base64.b64encode(key.sign(_signed(study, plan_hash))).decode(),
-    }
+def encoded_public_key(key: Ed25519PrivateKey) -> str:
+    """Base64 of the public key, as orders carry it."""
+    return base64.b64encode(public_bytes(key)).decode()
 
 
-def verify_study(order: RoundOrder) -> str:
-    """The fingerprint of the coordinator that asks.
+def sign_order(key: Ed25519PrivateKey, order: RoundOrder) -> RoundOrder:
+    """The order with the coordinator's key and signature."""
+    named = order.model_copy(update={"coordinator": encoded_public_key(key)})
+    signature = base64.b64encode(key.sign(_signed(named))).decode()
+    return named.model_copy(update={"signature": signature})
+
+
+def verify_order(order: RoundOrder, task: str, arrays: Arrays) -> str:
+    """Check that an order is what its coordinator signed.
+
+    Parameters
+    ----------
+    order : RoundOrder
+        What came.
+    task : str
+        What the sender wants to have done with it.
+    arrays : dict
+        The model that came with it.
+
+    Returns
+    -------
+    str
+        The fingerprint of the coordinator.
 
     Raises
     ------
     ProtocolError
-        The order names no study, or its signature does not fit.
+        The order names no study, its signature does not fit, or it was signed for another task or
+        another model.
     """
     try:
         public = base64.b64decode(order.coordinator, validate=True)
@@ -53,14 +75,22 @@ def verify_study(order: RoundOrder) -> str:
         signature = base64.b64decode(order.signature, validate=True)
         if not order.study:
             raise ValueError
-        key.verify(signature, _signed(order.study, order.plan_hash))
+        key.verify(signature, _signed(order))
     except (ValueError, binascii.Error, InvalidSignature):
         raise ProtocolError(
             "an order must be signed by its coordinator",
             fix="Ask the coordinator to submit the study again",
         ) from None
+    if order.task != task or order.arrays != (digest(arrays) if arrays else ""):
+        raise ProtocolError(
+            "an order must come with the task and the model that its coordinator signed",
+            fix="Ask the coordinator to send it again",
+        )
     return fingerprint(public)
 
 
-def _signed(study: str, plan_hash: str) -> bytes:
-    return _PURPOSE + study.encode() + b"\n" + plan_hash.encode()
+def _signed(order: RoundOrder) -> bytes:
+    # The plan is covered by its hash, which the record itself checks.
+    content = {k: v for k, v in order.to_flat().items() if k not in ("plan", "signature")}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return _ORDER + text.encode()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedward.errors import FedwardError
 from fedward.plan.schema import Plan
-from fedward.protocol import SiteFacts
+from fedward.protocol import RoundOrder, SiteFacts
 from server.events import Listener, ignore
 from server.replies import Bad
 from server.results import Arm
@@ -52,8 +52,10 @@ class Job:
         which says itself who it is.
     left_out : mapping
         Sites of the study that may take no part now, and why.
-    signed : mapping
-        What shows the hospitals who asks (see :mod:`fedward.signing`).
+    study : str
+        Between hospitals: the study's id.
+    sign : callable or None
+        Between hospitals: signs an order as its coordinator (see :mod:`fedward.signing`).
     bad_answers : dict
         How many invalid answers in a row each site has given, by kind of answer.
     memory, memory_stage : dict, str
@@ -81,7 +83,8 @@ class Job:
     members: Mapping[int, str] | None = None
     left_out: Mapping[str, Bad] = field(default_factory=dict)
     bad_answers: dict[str, int] = field(default_factory=dict)
-    signed: Mapping[str, str] = field(default_factory=dict)
+    study: str = ""
+    sign: Callable[[RoundOrder], RoundOrder] | None = None
     memory: Arrays = field(default_factory=dict)
     memory_stage: str = ""
     save: Callable[[Job], None] = _nothing

@@ -13,7 +13,7 @@ from flwr.common.constant import ErrorCode
 from numpy.typing import NDArray
 
 from fedward.errors import FedwardError, ProtocolError
-from fedward.metrics import Counts, counts_from_arrays
+from fedward.metrics import AnyCounts, PrivateCounts, counts_from_arrays
 from fedward.plan.schema import Task
 from fedward.protocol import EvaluateOutcome, Refusal, SiteFacts, TrainOutcome
 
@@ -35,7 +35,7 @@ class Measured:
     """Valid counts of one site."""
 
     outcome: EvaluateOutcome
-    counts: Counts
+    counts: AnyCounts
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,11 @@ def read_counts(
             raise ProtocolError("a reply must be for the part that was asked", value=outcome.part)
         record = _record(message, "counts")
         arrays = {name: _decoded(array) for name, array in record.items()}
-        counts = counts_from_arrays(task, arrays)
+        counts: AnyCounts
+        if outcome.unit is not None and outcome.noise is not None:
+            counts = PrivateCounts.from_arrays(task, arrays, outcome.unit, outcome.noise)
+        else:
+            counts = counts_from_arrays(task, arrays)
         _check_counted(counts, part, facts)
         return Measured(outcome, counts)
     except FedwardError as error:
@@ -213,9 +217,10 @@ def _check_claims(outcome: TrainOutcome, facts: SiteFacts | None) -> None:
             )
 
 
-def _check_counted(counts: Counts, part: str, facts: SiteFacts | None) -> None:
+def _check_counted(counts: AnyCounts, part: str, facts: SiteFacts | None) -> None:
     described = getattr(facts, f"{part}_images", counts.images)
-    if counts.images > described:
+    slack = counts.images_deviation * 8 if isinstance(counts, PrivateCounts) else 0.0
+    if counts.images > described + slack:
         raise ProtocolError(
             "counts must be of no more images than the site described",
             value=f"{counts.images} of {described}",

@@ -94,6 +94,14 @@ class TestFigures(Strict):
         default_factory=dict, description="segmentation: metric, class, figure on all together"
     )
     images: dict[str, int] = Field(default_factory=dict, description="test images per site")
+    standard_errors: dict[str, float] = Field(
+        default_factory=dict,
+        description="standard deviation that the noise of private counts alone gives each figure "
+        "of `pooled`; empty: exact counts",
+    )
+    site_standard_errors: dict[str, dict[str, float]] = Field(
+        default_factory=dict, description="the same for each site of `per_site`"
+    )
 
 
 class Arm(Strict):

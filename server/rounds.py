@@ -14,8 +14,9 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from fedward.errors import StudyError
-from fedward.metrics import Counts
+from fedward.metrics import AnyCounts
 from fedward.models import build_model, trainable_names
+from fedward.packing import digest
 from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Stage
 from fedward.protocol import RoundOrder
@@ -54,7 +55,7 @@ class StudyRun:
         self.job, self.plan = job, job.plan
         self._canonical, self._hash = canonical(job.plan), plan_hash(job.plan)
         self._everyone = grid
-        self._members = Members(job, grid, lambda: self._order(0))
+        self._members = Members(job, grid, lambda: self._order(0, "describe", {}))
         self._model = build_model(job.plan, seed=0)
         self._strategy: tuple[str, Strategy] | None = None
         self._open: tuple[int, Gathered] | None = None
@@ -117,15 +118,12 @@ class StudyRun:
             return
         self._open = None
         self._aggregate(stage, place, gathered, names)
-        if self._is_looked_at(round_):
+        if self.plan.is_evaluated(round_, "validation"):
             self._validate(round_, result)
         result.seconds = time.perf_counter() - started
         self.job.arm.rounds.append(result)
         self.job.save(self.job)
         self.job.listen(RoundEnded(self.job.arm.name, result, self.plan.rounds))
-
-    def _is_looked_at(self, round_: int) -> bool:
-        return round_ % self.plan.metrics.evaluate_every == 0 or round_ == self.plan.rounds
 
     def _updates(
         self, round_: int, stage: Stage, place: int, names: Iterable[str], result: Round
@@ -167,11 +165,10 @@ class StudyRun:
         grid = Moment(self._everyone, missing, self.job.stop)
         if not grid.get_node_ids():  # Flower would wait for one without end
             return []
-        account = self._is_looked_at(round_)
+        account = self.plan.is_evaluated(round_, "validation")
+        order = self._order(round_, "train", self.job.arrays, account=account)
         messages = list(
-            self._strategy_of(stage).configure_train(
-                place + 1, record_of(expected), self._order(round_, account=account), grid
-            )
+            self._strategy_of(stage).configure_train(place + 1, record_of(expected), order, grid)
         )
         frozen = {name: value for name, value in self.job.arrays.items() if name not in expected}
         for message in messages:
@@ -220,7 +217,7 @@ class StudyRun:
         ]
 
     def _note(self, updates: Iterable[Update], result: Round) -> None:
-        looked = self._is_looked_at(result.round)
+        looked = self.plan.is_evaluated(result.round, "validation")
         if looked:
             settle(self.job.arm)
         for update in updates:
@@ -295,8 +292,8 @@ class StudyRun:
         self.job.complete = self.job.arm.test is not None
         self.job.save(self.job)
 
-    def _measure(self, round_: int, part: str, sites: set[str]) -> dict[str, Counts]:
-        order = self._order(round_, part=part)
+    def _measure(self, round_: int, part: str, sites: set[str]) -> dict[str, AnyCounts]:
+        order = self._order(round_, "evaluate", self.job.average, part=part)
         content = RecordDict({"arrays": record_of(self.job.average), "config": order})
         nodes = dict(self._members.nodes)
         members = [node for node in self._members.grid.get_node_ids() if nodes[node] in sites]
@@ -304,7 +301,7 @@ class StudyRun:
         deadline = self.job.patience
         for message in messages:
             message.metadata.ttl = deadline
-        counts: dict[str, Counts] = {}
+        counts: dict[str, AnyCounts] = {}
         for node, reply in self._members.grid.replies(messages, deadline, self._members.cut_off):
             site = nodes[node]
             facts = self.job.facts.get(site)
@@ -324,13 +321,21 @@ class StudyRun:
             self.job.listen(told)
         self._members.note(site, bad, "counts")
 
-    def _order(self, round_: int, **more: Any) -> ConfigRecord:
-        signed = self.job.signed
+    def _order(
+        self, round_: int, task: str, arrays: Mapping[str, NDArray[Any]], **more: Any
+    ) -> ConfigRecord:
         order = RoundOrder(
-            plan=self._canonical, plan_hash=self._hash, round=round_, seed=self.job.seed,
-            study=signed.get("study", ""), coordinator=signed.get("coordinator", ""),
-            signature=signed.get("signature", ""), **more,
-        )  # fmt: skip
+            plan=self._canonical,
+            plan_hash=self._hash,
+            round=round_,
+            task=task,  # type: ignore[arg-type]
+            seed=self.job.seed,
+            study=self.job.study,
+            **more,
+        )
+        if self.job.sign is not None:
+            named = order.model_copy(update={"arrays": digest(arrays) if arrays else ""})
+            order = self.job.sign(named)
         return ConfigRecord(order.to_flat())  # type: ignore[arg-type]
 
     def _tell(self, round_: int, site: str, what: str) -> None:

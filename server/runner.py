@@ -164,10 +164,7 @@ class Runner:
         arm = Arm(name=name, kind="federated", epsilon=epsilon, delta=delta)
         return Job(
             self.plan, {}, arm, self.study.seed, self._listen, self.stop,
-            signed={
-                "study": self.study.id, "coordinator": self.study.coordinator,
-                "signature": self.study.signature,
-            },
+            study=self.study.id, sign=self.registry.sign,
             save=self.keeper.keep, patient=True, ask_again_seconds=5.0, quorum=self.study.quorum,
             deadline=self.study.deadline,
         )  # fmt: skip

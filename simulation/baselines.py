@@ -64,7 +64,7 @@ def _train(trainer: Trainer, plan: Plan, arrays: Arrays, seed: int, arm: Arm) ->
         result = Round(
             round=round_, stage=plan.stage_of(round_)[0].name, seconds=0.0, train_loss=loss
         )
-        if round_ % plan.metrics.evaluate_every == 0 or round_ == plan.rounds:
+        if plan.is_evaluated(round_, "validation"):
             result.validation = _validate(trainer, plan, average, round_)
         result.seconds, before = time.perf_counter() - before, time.perf_counter()
         arm.rounds.append(result)

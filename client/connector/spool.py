@@ -61,7 +61,7 @@ class Spool:
         """Keep a message; a full disk only means that it is not kept."""
         head = {
             "envelope": message.envelope.hex(), "what": message.what,
-            "record": message.order.record, "mu": message.order.mu, "until": message.until,
+            "record": message.order.record, "until": message.until,
         }  # fmt: skip
         with suppress(OSError):
             if message.order.arrays:
@@ -87,7 +87,7 @@ class Spool:
         head = json.loads(path.read_bytes())
         tensors = path.with_suffix(".safetensors")
         arrays = _arrays(tensors) if tensors.exists() else {}
-        order = Packet("order", dict(head["record"]), arrays, float(head["mu"]))
+        order = Packet("order", dict(head["record"]), arrays)
         envelope, what = bytes.fromhex(head["envelope"]), str(head["what"])
         return InHand(path.stem, envelope, what, order, float(head["until"]))
 

@@ -30,13 +30,11 @@ def to_order(message: Message) -> tuple[str, Packet]:
     if what is None or list(configs) != ["config"] or message.content.metric_records:
         raise ProtocolError("a message must carry one order of a known kind")
     config = dict(configs["config"])
-    mu = config.get("proximal-mu", 0.0)
-    if not isinstance(mu, float | int):
-        raise ProtocolError("a proximal weight must be a number")
+    # A strategy's own keys change nothing at the site, which takes its settings from the plan.
     record = {key: value for key, value in config.items() if key not in _ADDED_BY_STRATEGIES}
     if any(isinstance(value, bytes) for value in record.values()):
         raise ProtocolError("an order holds no bytes")
-    return what, Packet("order", record, _arrays_of(message), float(mu))
+    return what, Packet("order", record, _arrays_of(message))
 
 
 def to_reply(packet: Packet, order: Packet) -> RecordDict:

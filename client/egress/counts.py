@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from fractions import Fraction
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from client.egress.coarse import coarse_bins, coarse_rows
+from client.policy import words
 from client.policy.settings import Limits
+from fedward.errors import PolicyError
 from fedward.metrics import ClassificationCounts, Counts, SegmentationCounts
+from fedward.metrics.private_counts import NoisyTables, noise_scale, parts_for, unit_of
 from fedward.metrics.rates import rates
+from fedward.plan.schema import Plan
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -22,6 +27,31 @@ CLASSIFICATION: Final[Mapping[str, frozenset[str]]] = {
     "loss": frozenset({"loss"}),
 }
 """The figures that each array of a classifier's counts gives."""
+
+
+def noise_for(plan: Plan, limits: Limits, part: str) -> NoisyTables | None:
+    """How the policy has an evaluation counted; None: exactly, in counts for :func:`release`.
+
+    Raises
+    ------
+    PolicyError
+        The policy lets out none of the plan's figures. This follows from plan and policy alone.
+    """
+    task, metrics = plan.task, plan.metrics
+    private = limits.counts == "private"
+    if not private and not limits.count_noise:
+        return None
+    parts = parts_for(task, metrics.report, limits.metrics, surface=part == "test")
+    if not parts:
+        raise PolicyError(words.WITHHELD, fix=words.FIX)
+    if private:
+        unit = unit_of(task, metrics.images_per_patient)
+        scale = noise_scale(task, parts, unit, plan.evaluation_epsilon(part))
+        return NoisyTables(parts, scale, unit, metrics.images_per_patient)
+    unit = unit_of(task, 1)
+    scale = Fraction(limits.count_noise) * unit
+    least = limits.minimum_count * unit
+    return NoisyTables(parts, scale, unit, by_patient=False, least=least)
 
 
 def release(counts: Counts, limits: Limits) -> tuple[Arrays, tuple[str, ...]]:

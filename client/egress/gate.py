@@ -14,13 +14,14 @@ from client.audit.entry import Event
 from client.audit.log import AuditLog
 from client.data.reasons import REASONS
 from client.egress.cost import check_cost
-from client.egress.counts import release
+from client.egress.counts import noise_for, release
 from client.egress.words import FALLBACK, Vocabulary
 from client.policy import words
 from client.policy.decide import DatasetFacts
 from client.policy.settings import Limits
 from fedward.errors import EgressError, PolicyError, ProtocolError
 from fedward.metrics import Counts, SegmentationCounts, counts_from_arrays
+from fedward.metrics.private_counts import NoisyTables, PrivateCounts
 from fedward.models.arrays import trainable_names
 from fedward.models.registry import outline
 from fedward.plan.schema import Plan
@@ -133,6 +134,11 @@ class Gate:
         """
         plan, outcome = self._known_plan(), _again(outcome)
         self._same(outcome.site, outcome.round, round_)
+        noise = noise_for(plan, self._limits, outcome.part)
+        if noise is not None:
+            return self._noisy(arrays, outcome, noise)
+        if (outcome.unit, outcome.noise, outcome.epsilon) != (None, None, None):
+            raise _not_so("exact counts must not pass as noisy ones")
         try:
             counts = counts_from_arrays(plan.task, {k: _plain(v) for k, v in arrays.items()})
         except ProtocolError:
@@ -143,6 +149,26 @@ class Gate:
             self._tell("withheld", parts=list(withheld), round=round_)
         if not any(array.any() for array in made.values()):
             raise PolicyError(words.WITHHELD, fix=words.FIX)
+        self._size(made)
+        return made, outcome.model_copy(update={"seconds": self._seconds(outcome.seconds)})
+
+    def _noisy(
+        self, arrays: Arrays, outcome: EvaluateOutcome, noise: NoisyTables
+    ) -> tuple[dict[str, NDArray[Any]], EvaluateOutcome]:
+        """Tables with noise: those that plan and policy name, with the noise that they ask for."""
+        plan = self._known_plan()
+        epsilon = plan.evaluation_epsilon(outcome.part) if noise.by_patient else None
+        stated = (outcome.unit, outcome.noise, outcome.epsilon)
+        if stated != (noise.unit, float(noise.scale), epsilon):
+            raise _not_so("counts must have the noise that plan and policy ask for")
+        if set(arrays) != set(noise.parts):
+            raise _not_so("counts must be the tables that plan and policy name")
+        try:
+            made = {name: _plain(array) for name, array in arrays.items()}
+            PrivateCounts.from_arrays(plan.task, made, noise.unit, float(noise.scale))
+        except ProtocolError:
+            raise _not_so("counts must be those of the plan's task") from None
+        _most(outcome.images, self._cohort().images, "images")
         self._size(made)
         return made, outcome.model_copy(update={"seconds": self._seconds(outcome.seconds)})
 

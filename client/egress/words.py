@@ -61,6 +61,13 @@ _SENTENCES: Final = (
     "@ has no dropout", "the plan does not have the hash that came with it",
     "a plan on the wire must be canonical JSON", "a plan on the wire must be an object",
     "a message must carry an order", policy.UNWRITTEN,
+    "an order must be signed by its coordinator",
+    "an order must come with the task and the model that its coordinator signed",
+    "a study is evaluated in the rounds that its plan names",
+    "a round of a study is evaluated once, with one model",
+    "an evaluation is tried a few times only",
+    "an evaluation is answered once",
+    "evaluations must stay within the site's budget for them",
     "the audit log must be whole", "the device must exist on this machine",
 )  # fmt: skip
 _VALUE_WORDS: Final = (

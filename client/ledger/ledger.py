@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from client.ledger.evaluations import Evaluations
 from client.ledger.store import Store, digest_of_patients
 from fedward.errors import BudgetError
 from fedward.privacy import Mechanism, epsilon_composed
@@ -114,6 +115,7 @@ class Ledger:
     ) -> None:  # fmt: skip
         self._store = Store(folder, read_only=read_only, secret_id=secret_id)
         self._clock, self._turn = clock, threading.RLock()
+        self.evaluations = Evaluations(self._store, self._turn, self._groups)
         self._live: set[int] = set()  # charges that somebody here holds
         if not read_only:
             # Whoever reserved these is gone, and nobody knows how far it came.

@@ -18,7 +18,11 @@ from client.cohort.private import write_private
 from client.secret import Pseudonyms
 from fedward.errors import BudgetError, OutputError
 
-_VERSION: Final = 2
+_VERSION: Final = 3
+# What the anchor's hash covers. An answer is covered by its digest in `evaluations`.
+_COUNTED: Final = (
+    ("cohorts", "sha256"), ("studies", "study"), ("charges", "id"), ("evaluations", "id")
+)  # fmt: skip
 _ADD_ONE: Final = "UPDATE meta SET value = CAST(value AS INTEGER) + 1 WHERE key = ?"
 _SCHEMA: Final = (
     """CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID""",
@@ -32,11 +36,22 @@ _SCHEMA: Final = (
        round INTEGER NOT NULL, noise REAL, rate REAL, steps INTEGER NOT NULL, delta REAL,
        state TEXT NOT NULL CHECK (state IN ('reserved', 'committed', 'lost')),
        digest TEXT NOT NULL DEFAULT '', made REAL NOT NULL, UNIQUE (study, round)) STRICT""",
+    """CREATE TABLE evaluations (id INTEGER PRIMARY KEY,
+       study TEXT NOT NULL REFERENCES studies (study), round INTEGER NOT NULL, part TEXT NOT NULL,
+       arrays TEXT NOT NULL, epsilon REAL, attempts INTEGER NOT NULL,
+       digest TEXT NOT NULL DEFAULT '', made REAL NOT NULL, UNIQUE (study, round, part)) STRICT""",
+    """CREATE TABLE answers (evaluation INTEGER PRIMARY KEY REFERENCES evaluations (id),
+       content BLOB NOT NULL) STRICT""",
     *(
         f"""CREATE TRIGGER {table}_stay BEFORE DELETE ON {table}
         BEGIN SELECT RAISE(ABORT, 'nothing is forgotten'); END"""
-        for table in ("meta", "cohorts", "members", "studies", "charges")
+        for table in ("meta", "cohorts", "members", "studies", "charges", "evaluations", "answers")
     ),
+    """CREATE TRIGGER evaluations_hold BEFORE UPDATE ON evaluations
+       WHEN OLD.digest <> '' OR NEW.id <> OLD.id OR NEW.study <> OLD.study
+       OR NEW.round <> OLD.round OR NEW.part <> OLD.part OR NEW.arrays <> OLD.arrays
+       OR NEW.epsilon IS NOT OLD.epsilon OR NEW.attempts < OLD.attempts
+       BEGIN SELECT RAISE(ABORT, 'an evaluation does not change'); END""",
     """CREATE TRIGGER charges_hold BEFORE UPDATE ON charges
        WHEN OLD.noise IS NOT NULL AND OLD.state <> 'reserved' OR NEW.id <> OLD.id
        OR NEW.study <> OLD.study OR NEW.round <> OLD.round OR NEW.noise IS NOT OLD.noise
@@ -212,7 +227,7 @@ class Store:
 
     def _state(self) -> _State:
         digest = hashlib.sha256()
-        for table, key in (("cohorts", "sha256"), ("studies", "study"), ("charges", "id")):
+        for table, key in _COUNTED:
             for row in self.connection.execute(f"SELECT * FROM {table} ORDER BY {key}"):
                 digest.update(json.dumps([table, *row]).encode() + b"\n")
         return _State(self.meta("id"), int(self.meta("counter")), digest.hexdigest())

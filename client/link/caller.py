@@ -76,7 +76,7 @@ class Caller:
             "train": self._stub.Train,
             "evaluate": self._stub.Evaluate,
         }[what]
-        sent = Packet(packet.kind, packet.record, packet.arrays, packet.mu, self._lease)
+        sent = Packet(packet.kind, packet.record, packet.arrays, self._lease)
         with _translated():
             return from_parts(call(to_parts(sent)))
 

@@ -33,8 +33,6 @@ class Packet:
         The record, flat.
     arrays : dict
         Named tensors; may be empty.
-    mu : float
-        Down: weight of the proximal term.
     lease : str
         Down: who asks.
     """
@@ -42,7 +40,6 @@ class Packet:
     kind: str
     record: dict[str, Any]
     arrays: Arrays = field(default_factory=dict)
-    mu: float = 0.0
     lease: str = ""
 
 
@@ -51,7 +48,7 @@ def to_parts(packet: Packet) -> Iterator[Part]:
     tensors = pack(packet.arrays).tobytes() if packet.arrays else b""
     yield Part(
         head=Head(
-            lease=packet.lease, kind=packet.kind, mu=packet.mu,
+            lease=packet.lease, kind=packet.kind,
             record=json.dumps(packet.record, allow_nan=False),
             tensor_bytes=len(tensors), tensor_sha256=hashlib.sha256(tensors).digest(),
         )
@@ -78,7 +75,7 @@ def from_parts(parts: Iterable[Part], most_bytes: int = MOST_BYTES) -> Packet:
         raise _broken(f"a packet holds at most {most_bytes} bytes of tensors", head.tensor_bytes)
     tensors = _gather(stream, head)
     return Packet(
-        kind=head.kind, record=_record(head.record), mu=head.mu,
+        kind=head.kind, record=_record(head.record),
         arrays=_unpacked(tensors),
         lease=head.lease,
     )  # fmt: skip

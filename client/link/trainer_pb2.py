@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63lient/link/trainer.proto\x12\x12\x66\x65\x64ward.trainer.v1\"3\n\rAttachRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x11\n\tisolation\x18\x02 \x01(\t\"\x16\n\x05Pulse\x12\r\n\x05lease\x18\x01 \x01(\t\"I\n\x04Part\x12(\n\x04head\x18\x01 \x01(\x0b\x32\x18.fedward.trainer.v1.HeadH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04\x62ody\"l\n\x04Head\x12\r\n\x05lease\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06record\x18\x03 \x01(\t\x12\n\n\x02mu\x18\x04 \x01(\x01\x12\x14\n\x0ctensor_bytes\x18\x05 \x01(\x04\x12\x15\n\rtensor_sha256\x18\x06 \x01(\x0c\" \n\x0fProgressRequest\x12\r\n\x05lease\x18\x01 \x01(\t\"\x19\n\x06Report\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\t\"-\n\rCancelRequest\x12\r\n\x05lease\x18\x01 \x01(\t\x12\r\n\x05study\x18\x02 \x01(\t\" \n\x0b\x43\x61ncelReply\x12\x11\n\tcancelled\x18\x01 \x01(\r\"\x1e\n\rStatusRequest\x12\r\n\x05lease\x18\x01 \x01(\t\"*\n\x0bTellRequest\x12\r\n\x05lease\x18\x01 \x01(\t\x12\x0c\n\x04link\x18\x02 \x01(\t\"\x0b\n\tTellReply2\xca\x04\n\x07Trainer\x12H\n\x06\x41ttach\x12!.fedward.trainer.v1.AttachRequest\x1a\x19.fedward.trainer.v1.Pulse0\x01\x12\x42\n\x08\x44\x65scribe\x12\x18.fedward.trainer.v1.Part\x1a\x18.fedward.trainer.v1.Part(\x01\x30\x01\x12?\n\x05Train\x12\x18.fedward.trainer.v1.Part\x1a\x18.fedward.trainer.v1.Part(\x01\x30\x01\x12\x42\n\x08\x45valuate\x12\x18.fedward.trainer.v1.Part\x1a\x18.fedward.trainer.v1.Part(\x01\x30\x01\x12M\n\x08Progress\x12#.fedward.trainer.v1.ProgressRequest\x1a\x1a.fedward.trainer.v1.Report0\x01\x12L\n\x06\x43\x61ncel\x12!.fedward.trainer.v1.CancelRequest\x1a\x1f.fedward.trainer.v1.CancelReply\x12G\n\x06Status\x12!.fedward.trainer.v1.StatusRequest\x1a\x1a.fedward.trainer.v1.Report\x12\x46\n\x04Tell\x12\x1f.fedward.trainer.v1.TellRequest\x1a\x1d.fedward.trainer.v1.TellReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63lient/link/trainer.proto\x12\x12\x66\x65\x64ward.trainer.v1\"3\n\rAttachRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x11\n\tisolation\x18\x02 \x01(\t\"\x16\n\x05Pulse\x12\r\n\x05lease\x18\x01 \x01(\t\"I\n\x04Part\x12(\n\x04head\x18\x01 \x01(\x0b\x32\x18.fedward.trainer.v1.HeadH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04\x62ody\"f\n\x04Head\x12\r\n\x05lease\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06record\x18\x03 \x01(\t\x12\x14\n\x0ctensor_bytes\x18\x05 \x01(\x04\x12\x15\n\rtensor_sha256\x18\x06 \x01(\x0cJ\x04\x08\x04\x10\x05\" \n\x0fProgressRequest\x12\r\n\x05lease\x18\x01 \x01(\t\"\x19\n\x06Report\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\t\"-\n\rCancelRequest\x12\r\n\x05lease\x18\x01 \x01(\t\x12\r\n\x05study\x18\x02 \x01(\t\" \n\x0b\x43\x61ncelReply\x12\x11\n\tcancelled\x18\x01 \x01(\r\"\x1e\n\rStatusRequest\x12\r\n\x05lease\x18\x01 \x01(\t\"*\n\x0bTellRequest\x12\r\n\x05lease\x18\x01 \x01(\t\x12\x0c\n\x04link\x18\x02 \x01(\t\"\x0b\n\tTellReply2\xca\x04\n\x07Trainer\x12H\n\x06\x41ttach\x12!.fedward.trainer.v1.AttachRequest\x1a\x19.fedward.trainer.v1.Pulse0\x01\x12\x42\n\x08\x44\x65scribe\x12\x18.fedward.trainer.v1.Part\x1a\x18.fedward.trainer.v1.Part(\x01\x30\x01\x12?\n\x05Train\x12\x18.fedward.trainer.v1.Part\x1a\x18.fedward.trainer.v1.Part(\x01\x30\x01\x12\x42\n\x08\x45valuate\x12\x18.fedward.trainer.v1.Part\x1a\x18.fedward.trainer.v1.Part(\x01\x30\x01\x12M\n\x08Progress\x12#.fedward.trainer.v1.ProgressRequest\x1a\x1a.fedward.trainer.v1.Report0\x01\x12L\n\x06\x43\x61ncel\x12!.fedward.trainer.v1.CancelRequest\x1a\x1f.fedward.trainer.v1.CancelReply\x12G\n\x06Status\x12!.fedward.trainer.v1.StatusRequest\x1a\x1a.fedward.trainer.v1.Report\x12\x46\n\x04Tell\x12\x1f.fedward.trainer.v1.TellRequest\x1a\x1d.fedward.trainer.v1.TellReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,21 +38,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PART']._serialized_start=126
   _globals['_PART']._serialized_end=199
   _globals['_HEAD']._serialized_start=201
-  _globals['_HEAD']._serialized_end=309
-  _globals['_PROGRESSREQUEST']._serialized_start=311
-  _globals['_PROGRESSREQUEST']._serialized_end=343
-  _globals['_REPORT']._serialized_start=345
-  _globals['_REPORT']._serialized_end=370
-  _globals['_CANCELREQUEST']._serialized_start=372
-  _globals['_CANCELREQUEST']._serialized_end=417
-  _globals['_CANCELREPLY']._serialized_start=419
-  _globals['_CANCELREPLY']._serialized_end=451
-  _globals['_STATUSREQUEST']._serialized_start=453
-  _globals['_STATUSREQUEST']._serialized_end=483
-  _globals['_TELLREQUEST']._serialized_start=485
-  _globals['_TELLREQUEST']._serialized_end=527
-  _globals['_TELLREPLY']._serialized_start=529
-  _globals['_TELLREPLY']._serialized_end=540
-  _globals['_TRAINER']._serialized_start=543
-  _globals['_TRAINER']._serialized_end=1129
+  _globals['_HEAD']._serialized_end=303
+  _globals['_PROGRESSREQUEST']._serialized_start=305
+  _globals['_PROGRESSREQUEST']._serialized_end=337
+  _globals['_REPORT']._serialized_start=339
+  _globals['_REPORT']._serialized_end=364
+  _globals['_CANCELREQUEST']._serialized_start=366
+  _globals['_CANCELREQUEST']._serialized_end=411
+  _globals['_CANCELREPLY']._serialized_start=413
+  _globals['_CANCELREPLY']._serialized_end=445
+  _globals['_STATUSREQUEST']._serialized_start=447
+  _globals['_STATUSREQUEST']._serialized_end=477
+  _globals['_TELLREQUEST']._serialized_start=479
+  _globals['_TELLREQUEST']._serialized_end=521
+  _globals['_TELLREPLY']._serialized_start=523
+  _globals['_TELLREPLY']._serialized_end=534
+  _globals['_TRAINER']._serialized_start=537
+  _globals['_TRAINER']._serialized_end=1123
 # @@protoc_insertion_point(module_scope)

@@ -28,20 +28,18 @@ class Part(_message.Message):
     def __init__(self, head: _Optional[_Union[Head, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
 class Head(_message.Message):
-    __slots__ = ("lease", "kind", "record", "mu", "tensor_bytes", "tensor_sha256")
+    __slots__ = ("lease", "kind", "record", "tensor_bytes", "tensor_sha256")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     RECORD_FIELD_NUMBER: _ClassVar[int]
-    MU_FIELD_NUMBER: _ClassVar[int]
     TENSOR_BYTES_FIELD_NUMBER: _ClassVar[int]
     TENSOR_SHA256_FIELD_NUMBER: _ClassVar[int]
     lease: str
     kind: str
     record: str
-    mu: float
     tensor_bytes: int
     tensor_sha256: bytes
-    def __init__(self, lease: _Optional[str] = ..., kind: _Optional[str] = ..., record: _Optional[str] = ..., mu: _Optional[float] = ..., tensor_bytes: _Optional[int] = ..., tensor_sha256: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, lease: _Optional[str] = ..., kind: _Optional[str] = ..., record: _Optional[str] = ..., tensor_bytes: _Optional[int] = ..., tensor_sha256: _Optional[bytes] = ...) -> None: ...
 
 class ProgressRequest(_message.Message):
     __slots__ = ("lease",)

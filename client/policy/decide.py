@@ -151,7 +151,8 @@ def decide(policy: PolicySection, request: StudyRequest) -> Decision:
     rule = policy.rule_for(request.study, request.plan.study.name)
     limits = policy.limits(rule) if rule else policy
     found = [*_whose(policy, request, known=rule is not None), *_model(policy, limits, request),
-             *_privacy(policy, limits, request.plan), *_people(limits, request.facts)]  # fmt: skip
+             *_privacy(policy, limits, request.plan), *_evaluation(limits, request.plan),
+             *_people(limits, request.facts)]  # fmt: skip
     return Decision(tuple(found), rule.dataset if rule else "", limits)
 
 
@@ -186,6 +187,13 @@ def _privacy(policy: PolicySection, limits: Limits, plan: Plan) -> Iterator[Viol
     ):
         if value > limit:
             yield Violation(key, rule, f"{value:.4g}", f"{limit:.4g}")
+
+
+def _evaluation(limits: Limits, plan: Plan) -> Iterator[Violation]:
+    asked, most = plan.metrics.epsilon, limits.max_evaluation_epsilon
+    if limits.counts == "private" and asked > most:
+        rule = words.EVALUATION_EPSILON
+        yield Violation("metrics.epsilon", rule, f"{asked:.4g}", f"{most:.4g}")
 
 
 def _people(limits: Limits, facts: DatasetFacts | None) -> Iterator[Violation]:

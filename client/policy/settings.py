@@ -13,6 +13,7 @@ from client.section import DatasetName, Section
 from fedward.plan.schema import MetricName, ModelName
 
 Approval = Literal["manual", "within-policy"]
+CountRelease = Literal["private", "minimum-cells"]
 Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Pattern = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-z0-9*?\[\]!._-]+$")]
 Above = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -49,6 +50,22 @@ class Limits(Section):
     metrics: tuple[MetricName, ...] = Field(
         default=METRICS, description="figures that may be worked out from what leaves"
     )
+    counts: CountRelease = Field(
+        default="private",
+        description="how counts of evaluations leave: `private`, with noise that makes them "
+        "differentially private for each patient; `minimum-cells`, exact figures in which cells "
+        "below `minimum_count` are merged or withheld, with the noise of `count_noise` and no ε",
+    )
+    count_noise: float = Field(
+        default=1.0,
+        ge=0,
+        le=1000,
+        allow_inf_nan=False,
+        description="`minimum-cells`: scale of the Laplace noise on each cell, in images; 0: none",
+    )
+    max_evaluation_epsilon: Above = Field(
+        default=8.0, description="largest ε of a study's evaluations (`metrics.epsilon`)"
+    )
     rounding: int = Field(
         default=3, ge=0, le=9, description="digits after the point of sums that leave"
     )
@@ -77,6 +94,11 @@ class StudyRule(Section):
         default=None, description="the same"
     )
     metrics: tuple[MetricName, ...] | None = Field(default=None, description="the same")
+    counts: CountRelease | None = Field(default=None, description="the same")
+    count_noise: float | None = Field(
+        default=None, ge=0, le=1000, allow_inf_nan=False, description="the same"
+    )
+    max_evaluation_epsilon: Above | None = Field(default=None, description="the same")
     rounding: int | None = Field(default=None, ge=0, le=9, description="the same")
     minimum_count: int | None = Field(default=None, ge=1, description="the same")
 
@@ -99,6 +121,10 @@ class PolicySection(Limits):
     )
     max_epsilon_per_cohort: Above = Field(
         default=8.0, description="largest ε of all studies together on one cohort"
+    )
+    max_evaluation_epsilon_per_cohort: Above = Field(
+        default=32.0,
+        description="largest ε of the evaluations of all studies together on one cohort",
     )
     quiet_hours: tuple[str, ...] = Field(
         default=(), description='local times without training, such as "Mon-Fri 07:00-18:00"'

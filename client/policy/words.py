@@ -12,6 +12,7 @@ UPLOAD: Final = "an update must not be larger than the site allows"
 PRIVATE: Final = "updates must be differentially private"
 EPSILON: Final = "ε must not be above what the site allows a study"
 COHORT_EPSILON: Final = "ε must not be above what the site allows all studies together"
+EVALUATION_EPSILON: Final = "ε of evaluations must not be above what the site allows"
 DELTA: Final = "δ must not be above what the site allows"
 COHORT: Final = "the site must have a frozen cohort for the study"
 PATIENTS: Final = "the site must have as many patients as its policy asks for"
@@ -36,5 +37,5 @@ FIX: Final = "Change the plan, or ask the site's security officer"
 RULES: Final = (
     COORDINATOR, STUDY, MODEL, PARAMETERS, UPLOAD, PRIVATE, EPSILON, COHORT_EPSILON, DELTA, COHORT,
     PATIENTS, PER_CLASS, PENDING, DENIED, PAUSED, QUIET, WITHHELD,
-    NETWORKED,
+    NETWORKED, EVALUATION_EPSILON,
 )  # fmt: skip

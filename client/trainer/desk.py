@@ -23,7 +23,7 @@ from client.trainer.work import Work
 from fedward.errors import AuditError, FedwardError, PolicyError, ProtocolError
 from fedward.models import describe
 from fedward.protocol import Refusal, RefusalKind, RoundOrder
-from fedward.signing import verify_study
+from fedward.signing import verify_order
 
 _LOG = logging.getLogger("fedward.trainer")
 _DOING: Final = {"describe": "describing", "train": "training", "evaluate": "evaluating"}
@@ -73,8 +73,9 @@ class TrainerDesk:
         try:
             order = self._order(packet)
             round_ = order.round
-            case = self._case(order)
-            return self._in_turn(what, order, case, packet)
+            coordinator = verify_order(order, what, packet.arrays)
+            case = self._case(order, coordinator)
+            return self._in_turn(what, order, case, packet, coordinator)
         except Cancelled:
             return self._refusal(self._ended(), round_, case)
         except FedwardError as error:
@@ -145,9 +146,8 @@ class TrainerDesk:
             raise ProtocolError("a message must carry an order", fix="Send a RoundOrder record")
         return RoundOrder.from_flat(packet.record)
 
-    def _case(self, order: RoundOrder) -> Case:
+    def _case(self, order: RoundOrder, coordinator: str) -> Case:
         """Everything that must hold before an image is opened."""
-        coordinator = verify_study(order)
         plan = order.read_plan()
         case = self._cases.of(order.study, plan)
         request = StudyRequest(
@@ -168,7 +168,9 @@ class TrainerDesk:
         if state == "denied":
             raise PolicyError(words.DENIED)
 
-    def _in_turn(self, what: str, order: RoundOrder, case: Case, packet: Packet) -> Packet:
+    def _in_turn(
+        self, what: str, order: RoundOrder, case: Case, packet: Packet, coordinator: str
+    ) -> Packet:
         self._ready(what)
         with self._turns.turn(order.study) as given_up:
             self._ready(what)
@@ -179,7 +181,7 @@ class TrainerDesk:
 
             def going(*, done: bool = False) -> None:
                 if given_up.is_set() or done:
-                    self._check_denied(order)
+                    self._check_denied(order, coordinator)
                 if given_up.is_set() and not done:
                     raise Cancelled
 
@@ -191,8 +193,8 @@ class TrainerDesk:
             finally:
                 self._board.set(doing="idle", waiting=self._turns.waiting())
 
-    def _check_denied(self, order: RoundOrder) -> None:
-        if self._approvals.denied(order.study, order.plan_hash, verify_study(order)):
+    def _check_denied(self, order: RoundOrder, coordinator: str) -> None:
+        if self._approvals.denied(order.study, order.plan_hash, coordinator):
             raise PolicyError(words.DENIED)
 
     def _ended(self) -> Refused:

@@ -12,8 +12,10 @@ import numpy as np
 from client.audit.log import AuditLog
 from client.cohort.training import Preparers
 from client.config import SiteConfig
+from client.egress.counts import noise_for
 from client.egress.gate import expected_arrays
 from client.ledger import Charge, Ledger, Release, RoundRequest
+from client.ledger.evaluations import EvaluationRequest
 from client.ledger.ledger import Caps
 from client.ledger.releases import Releases
 from client.link.packets import Packet
@@ -25,7 +27,7 @@ from client.training.trainer import Trainer
 from fedward.errors import ProtocolError
 from fedward.packing import Arrays, pack, unpack
 from fedward.privacy import Mechanism, calibrate, steps_per_round
-from fedward.protocol import RoundOrder, TrainOutcome
+from fedward.protocol import EvaluateOutcome, RoundOrder, TrainOutcome
 
 
 class Going(Protocol):
@@ -92,6 +94,12 @@ class Work:
 
     def _describe(self, order: RoundOrder, case: Case, packet: Packet) -> Packet:
         trainer = self._warm.get(case)
+        if case.limits.counts == "private":
+            test = order.model_copy(update={"part": "test"})
+            self._ledger.evaluations.check_study(
+                self._evaluation(test, case, trainer),
+                self._cases.policy.max_evaluation_epsilon_per_cohort,
+            )
         if case.plan.privacy.on:
             request, total = self._request(order, case, trainer, rounds=case.plan.rounds)
             self._ledger.check_study(request, total, self._caps(case))
@@ -113,7 +121,7 @@ class Work:
         try:
             self._tell_charge(order, case, request)
             arrays, outcome = self._warm.use(
-                case, lambda one: one.train(packet.arrays, order, packet.mu)
+                case, lambda one: one.train(packet.arrays, order)
             )
             outcome = self._cases.gate(case).check_update(
                 arrays, expected_arrays(case.plan, order.round), outcome, order.round
@@ -130,24 +138,50 @@ class Work:
     ) -> Packet:
         digest = ""
         if case.plan.privacy.on:
-            # A byte of text that JSON never holds divides the record from the tensors.
-            content = outcome.model_dump_json().encode() + b"\0" + pack(arrays).tobytes()
-            digest = self._releases.keep(order.study, order.round, content)
+            digest = self._releases.keep(order.study, order.round, _kept(outcome, arrays))
         self._ledger.commit(charge, digest)
         return Packet("update", dict(outcome.to_flat()), arrays)
 
     def _again(self, order: RoundOrder, release: Release) -> Packet:
         """The update that was released for this round, byte for byte."""
         content = self._releases.again(order.study, order.round, release.digest)
-        record, _, tensors = content.partition(b"\0")
-        outcome = TrainOutcome.model_validate_json(record)
-        arrays = unpack(np.frombuffer(tensors, np.uint8))
-        return Packet("update", dict(outcome.to_flat()), arrays)
+        return _restored(content, "update", TrainOutcome)
 
     def _evaluate(self, order: RoundOrder, case: Case, packet: Packet) -> Packet:
-        counts, outcome = self._warm.use(case, lambda one: one.evaluate(packet.arrays, order))
+        """Answer one of the plan's evaluations, once; a repeated order gets the kept answer."""
+        if not case.plan.is_evaluated(order.round, order.part):
+            raise ProtocolError(
+                "a study is evaluated in the rounds that its plan names",
+                value=order.round,
+                fix="Order one of these",
+            )
+        noise = noise_for(case.plan, case.limits, order.part)
+        request = self._evaluation(order, case, self._warm.get(case))
+        kept = self._ledger.evaluations.reserve(
+            request, self._cases.policy.max_evaluation_epsilon_per_cohort
+        )
+        if kept is not None:
+            return _restored(kept, "counts", EvaluateOutcome)
+        self._tell_evaluation(request)
+        self._going()
+        counts, outcome = self._warm.use(
+            case, lambda one: one.evaluate(packet.arrays, order, noise)
+        )
         made, outcome = self._cases.gate(case).check_counts(counts, outcome, order.round)
+        self._ledger.evaluations.commit(request, _kept(outcome, made))
         return Packet("counts", dict(outcome.to_flat()), made)
+
+    def _evaluation(self, order: RoundOrder, case: Case, trainer: Trainer) -> EvaluationRequest:
+        private = case.limits.counts == "private"
+        return EvaluationRequest(
+            order.study,
+            order.plan_hash,
+            trainer.site.cohort,
+            order.round,
+            order.part,
+            order.arrays,
+            case.plan.evaluation_epsilon(order.part) if private else None,
+        )
 
     def _watch(self, step: int, steps: int) -> None:
         self._board.set(step=step, steps=steps)
@@ -175,6 +209,12 @@ class Work:
             self._cases.policy.max_delta,
         )  # fmt: skip
 
+    def _tell_evaluation(self, request: EvaluationRequest) -> None:
+        self._audit.append(
+            "evaluation", study=request.study, round=request.round, part=request.part,
+            epsilon=request.epsilon or 0.0, private=request.epsilon is not None,
+        )  # fmt: skip
+
     def _tell_charge(self, order: RoundOrder, case: Case, request: RoundRequest) -> None:
         fields: dict[str, Any] = {"study": order.study, "round": order.round, "private": False}
         if request.mechanism is not None and case.plan.privacy.delta is not None:
@@ -196,3 +236,17 @@ class Work:
             "sent", study=order.study, round=order.round, what=what, tensors=len(answer.arrays),
             bytes=size, sha256=digest.hexdigest(),
         )  # fmt: skip
+
+
+def _kept(outcome: TrainOutcome | EvaluateOutcome, arrays: Arrays) -> bytes:
+    """What is kept of an answer, to be given again."""
+    # A byte of text that JSON never holds divides the record from the tensors.
+    return outcome.model_dump_json().encode() + b"\0" + pack(arrays).tobytes()
+
+
+def _restored(
+    content: bytes, kind: str, outcome: type[TrainOutcome] | type[EvaluateOutcome]
+) -> Packet:
+    record, _, tensors = content.partition(b"\0")
+    arrays = unpack(np.frombuffer(tensors, np.uint8))
+    return Packet(kind, dict(outcome.model_validate_json(record).to_flat()), arrays)

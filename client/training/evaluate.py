@@ -1,6 +1,11 @@
-"""Measure a model on one part of a site's patients, as counts that can be added up."""
+"""Apply a model to one part of a site's patients, and count its answers."""
 
 from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -12,9 +17,63 @@ from client.training.device import autocast
 from client.training.runtime import Runtime
 from client.training.source import Source
 from fedward.metrics import ClassificationCounts, Counts, SegmentationCounts
+from fedward.metrics.answers import truth
+from fedward.metrics.private_counts import (
+    NoisyTables,
+    add_noise,
+    overlap_tables,
+    patient_weights,
+    score_tables,
+)
+from fedward.metrics.segmentation import overlaps
 from fedward.plan.schema import Plan
 
-_BATCH = 128
+_BATCH: Final = 128
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model answered, image by image; it never leaves the trainer.
+
+    Attributes
+    ----------
+    plan : Plan
+        The study.
+    values : NDArray
+        Classification: ``(N, K)`` probabilities. Segmentation: ``(3, N, K)`` Dice, IoU and HD95.
+    targets : NDArray
+        Classification: ``(N,)`` class indices or ``(N, K)`` flags.
+    patients : NDArray
+        ``(N,)`` the patient of each image.
+    """
+
+    plan: Plan
+    values: NDArray[np.float64]
+    targets: NDArray[Any]
+    patients: NDArray[np.int64]
+
+    def exact(self) -> Counts:
+        """Counts over all images."""
+        if self.plan.task.kind == "segmentation":
+            return SegmentationCounts.from_values(self.values)
+        return ClassificationCounts.from_scores(self.values, self.targets)
+
+    def noisy(
+        self, how: NoisyTables, randbelow: Callable[[int], int] = secrets.randbelow
+    ) -> dict[str, NDArray[np.int64]]:
+        """Tables with noise; nothing exact is in them."""
+        weights = np.full(len(self.patients), how.unit, np.int64)
+        if how.by_patient:
+            weights = patient_weights(self.patients, how.images_per_patient, how.unit, randbelow)
+        task = self.plan.task
+        if task.kind == "segmentation":
+            tables = overlap_tables(self.values, weights, how.parts)
+        else:
+            flags = truth(np.asarray(self.targets), self.values)
+            tables = score_tables(task, self.values, flags, weights, how.parts)
+        noisy = add_noise(tables, how.scale, randbelow)
+        return {name: np.where(table < how.least, 0, table) if how.least else table
+                for name, table in noisy.items()}  # fmt: skip
 
 
 @torch.no_grad()
@@ -27,8 +86,11 @@ def evaluate(
     runtime: Runtime,
     *,
     surface: bool,
-) -> Counts:
-    """Counts over the given images.
+) -> Answers:
+    """The model's answers on the given images.
+
+    An image on which the model gives no finite number counts as answered by chance: whether an
+    evaluation succeeds must not depend on a single patient.
 
     Parameters
     ----------
@@ -40,7 +102,7 @@ def evaluate(
         Segmentation: whether to measure HD95 too, which takes most of the time.
     """
     module.eval()
-    total: Counts | None = None
+    found = []
     # Without gradients twice as many fit; fewer where memory ran out.
     most = min(_BATCH, 2 * runtime.physical_batch)
     starts = range(0, len(indices), most)
@@ -49,25 +111,27 @@ def evaluate(
         inputs, _ = source.plain(batch)
         with autocast(runtime.torch_device, private=False):
             logits = module(inputs).float()
-        counts = _count(plan, logits, site, batch, surface=surface)
-        total = counts if total is None else total + counts  # type: ignore[operator, arg-type]
+        found.append(_values(plan, logits, site, batch, surface=surface))
         if runtime.watch is not None:
             runtime.watch(part, len(starts))
-    if total is None:
+    if not found:
         raise ValueError("nothing to evaluate on")
-    return total
+    axis = 1 if plan.task.kind == "segmentation" else 0
+    values = np.concatenate(found, axis=axis)
+    return Answers(plan, values, np.asarray(site.targets[indices]), site.patients[indices])
 
 
-def _count(
+def _values(
     plan: Plan, logits: torch.Tensor, site: PreparedSite, batch: NDArray[np.int64], *, surface: bool
-) -> Counts:
-    targets = np.asarray(site.targets[batch])
+) -> NDArray[np.float64]:
     if plan.task.kind == "segmentation":
-        guess = logits.argmax(dim=1).to(torch.uint8).cpu().numpy()
-        return SegmentationCounts.from_masks(
-            guess, targets, len(plan.task.classes), site.spacing[batch], hd95=surface
-        )
-    scores = (
-        torch.sigmoid(logits) if plan.task.multi_label else torch.softmax(logits.double(), dim=1)
-    )
-    return ClassificationCounts.from_scores(scores.double().cpu().numpy(), targets)
+        targets = np.asarray(site.targets[batch])
+        guess = logits.nan_to_num(nan=0.0).argmax(dim=1).to(torch.uint8).cpu().numpy()
+        classes = len(plan.task.classes)
+        return overlaps(guess, targets, classes, site.spacing[batch], hd95=surface)
+    logits = logits.double()
+    finite = torch.isfinite(logits).all(dim=1, keepdim=True)
+    logits = torch.where(finite, logits, 0.0)  # all classes alike
+    scores = torch.sigmoid(logits) if plan.task.multi_label else torch.softmax(logits, dim=1)
+    values: NDArray[np.float64] = scores.cpu().numpy()
+    return values

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from client.data.types import PreparedSite, SplitName
+from client.data.types import PreparedSite
 from client.training.batches import seed_for
 from client.training.device import place
 from client.training.evaluate import evaluate
@@ -27,6 +27,7 @@ from client.training.private import Mode
 from client.training.runtime import Runtime
 from client.training.source import Source, digest_of
 from fedward.errors import DataError, PrivacyError, ProtocolError
+from fedward.metrics.private_counts import NoisyTables
 from fedward.models import (
     best_mode,
     build_model,
@@ -88,7 +89,7 @@ class Trainer:
         return site_facts(self.plan, self.site)
 
     def train(
-        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder, mu: float = 0.0
+        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder
     ) -> tuple[Arrays, TrainOutcome]:
         """Train one round from the given global model.
 
@@ -98,8 +99,6 @@ class Trainer:
             The whole model.
         order : RoundOrder
             Plan and round.
-        mu : float
-            FedProx' weight, 0 without.
 
         Returns
         -------
@@ -122,21 +121,21 @@ class Trainer:
                 fix="Order one of these",
             )
         if not self.plan.privacy.on:
-            return self._train(arrays, order, mu)
+            return self._train(arrays, order)
         # A second update for the same round would be a second release that ε does not count.
         released = self._released
         if released is not None and order.round < released[0]:
             raise PrivacyError("a private round is trained once", value=order.round, fix="Go on")
         if released is None or order.round > released[0]:
-            released = self._released = (order.round, self._train(arrays, order, mu))
+            released = self._released = (order.round, self._train(arrays, order))
         return released[1]
 
     def _train(
-        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder, mu: float
+        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder
     ) -> tuple[Arrays, TrainOutcome]:
         started, cpu = time.perf_counter(), time.process_time()
         self.runtime.enter()
-        fit = self._fit(arrays, order, mu)
+        fit = self._fit(arrays, order, self.plan.strategy.proximal_mu)
         with torch.random.fork_rng(devices=_cuda(self.runtime)):
             torch.manual_seed(seed_for(order.seed, self.site.name, order.round, "layers"))
             loss, steps = fit.run()
@@ -176,9 +175,21 @@ class Trainer:
             yield round_, current, _finite(loss)
 
     def evaluate(
-        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder
+        self,
+        arrays: Mapping[str, NDArray[Any]],
+        order: RoundOrder,
+        noise: NoisyTables | None = None,
     ) -> tuple[Arrays, EvaluateOutcome]:
-        """Measure a model on one part of the site's patients, as counts that can be added up.
+        """Evaluate a model on one part of the site's patients, as counts that can be added up.
+
+        Parameters
+        ----------
+        arrays : mapping
+            The whole model.
+        order : RoundOrder
+            Plan, round and part.
+        noise : NoisyTables, optional
+            How to count where no exact figure may leave; none: exact counts.
 
         Raises
         ------
@@ -187,20 +198,22 @@ class Trainer:
         """
         started = time.perf_counter()
         self.runtime.enter()
-        part: SplitName = order.part
+        part = order.part
         indices = self.site.split[part]
         if not len(indices):
             raise DataError(f"a site needs {part} patients to be measured", fix="Change [split]")
         prepared = self._prepare(arrays, max(1, order.round) if order.round else self.plan.rounds)
-        counts = evaluate(
+        answers = evaluate(
             self.plan, prepared.module, prepared.source, self.site, indices, self.runtime,
             surface=part == "test" and "hd95" in self.plan.metrics.report,
         )  # fmt: skip
         outcome = EvaluateOutcome(
             site=self.site.name, round=order.round, part=part, images=len(indices),
             seconds=time.perf_counter() - started,
+            unit=noise.unit if noise else None, noise=float(noise.scale) if noise else None,
+            epsilon=self.plan.evaluation_epsilon(part) if noise and noise.by_patient else None,
         )  # fmt: skip
-        return counts.to_arrays(), outcome
+        return (answers.noisy(noise) if noise else answers.exact().to_arrays()), outcome
 
     def _order(self, round_: int, seed: int) -> RoundOrder:
         return RoundOrder(plan=canonical(self.plan), plan_hash=self._hash, round=round_, seed=seed)

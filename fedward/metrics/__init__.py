@@ -6,12 +6,15 @@ figure is that of the sites that let its part go.
 """
 
 from fedward.metrics.classification import ClassificationCounts
+from fedward.metrics.private_counts import PrivateCounts
 from fedward.metrics.segmentation import SegmentationCounts
-from fedward.metrics.task import Counts, counts_for, counts_from_arrays
+from fedward.metrics.task import AnyCounts, Counts, counts_for, counts_from_arrays
 
 __all__ = [
+    "AnyCounts",
     "ClassificationCounts",
     "Counts",
+    "PrivateCounts",
     "SegmentationCounts",
     "counts_for",
     "counts_from_arrays",

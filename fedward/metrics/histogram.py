@@ -22,11 +22,23 @@ _SMALLEST = 1e-38
 
 def bin_of(probability: NDArray[Any]) -> Ints:
     """The bin of each probability; same shape, 0 to ``BINS - 1``, never falling as p rises."""
-    p = np.asarray(probability, dtype=np.float64)
-    logit = np.log(np.maximum(p, _SMALLEST)) - np.log(np.maximum(1 - p, _SMALLEST))
-    place = (np.arcsinh(logit) / _REACH + 1) / 2
+    place = (np.arcsinh(logit(probability)) / _REACH + 1) / 2
     bins: Ints = np.clip((place * BINS).astype(np.int64), 0, BINS - 1)
     return bins
+
+
+def logit(probability: NDArray[Any]) -> Floats:
+    """log p - log(1 - p), finite also at 0 and 1; same shape."""
+    p = np.asarray(probability, dtype=np.float64)
+    odds: Floats = np.log(np.maximum(p, _SMALLEST)) - np.log(np.maximum(1 - p, _SMALLEST))
+    return odds
+
+
+def middles() -> Floats:
+    """The probability in the middle of each bin, ``(BINS,)``."""
+    place = (np.arange(BINS) + 0.5) / BINS
+    middle: Floats = 1 / (1 + np.exp(-np.sinh((2 * place - 1) * _REACH)))
+    return middle
 
 
 def histograms(probabilities: Floats, positive: NDArray[np.bool_]) -> Ints:

@@ -85,19 +85,23 @@ class SegmentationCounts:
         ModelError, DataError
             A prediction, or else a truth or a spacing, does not fit the rest.
         """
-        _check(prediction, truth, classes, spacing)
-        values = np.full((3, len(truth), classes), np.nan)
-        for i, (p, t) in enumerate(zip(prediction, truth, strict=True)):
-            values[:2, i] = _overlap(p, t, classes)
-            if hd95:
-                values[2, i] = _distances(p, t, classes, spacing[i])
+        values = overlaps(prediction, truth, classes, spacing, hd95=hd95)
+        counts = cls.from_values(values)
+        if losses is None:
+            return counts
+        loss = frozen(loss_sum(losses, len(truth)))
+        return cls(counts.counts, counts.sums, counts.squares, loss)
+
+    @classmethod
+    def from_values(cls, values: Floats) -> SegmentationCounts:
+        """Add up figures of single images (see :func:`overlaps`)."""
         there = np.isfinite(values)
         filled = np.where(there, values, 0.0)
         return cls(
             frozen(there.sum(axis=1).astype(np.int64)),
             frozen(filled.sum(axis=1)),
             frozen((filled**2).sum(axis=1)),
-            frozen(np.zeros(2) if losses is None else loss_sum(losses, len(truth))),
+            frozen(np.zeros(2)),
         )
 
     @classmethod
@@ -194,6 +198,27 @@ class SegmentationCounts:
     def _row(self, name: Overlap) -> int:
         known("segmentation", [name], _ROWS)
         return _ROWS.index(name)
+
+
+def overlaps(
+    prediction: NDArray[Any],
+    truth: NDArray[Any],
+    classes: int,
+    spacing: NDArray[Any],
+    *,
+    hd95: bool,
+) -> Floats:
+    """Dice, IoU and HD95 of each image, ``(3, N, K)``; NaN where one is undefined.
+
+    Parameters and errors as in :meth:`SegmentationCounts.from_masks`.
+    """
+    _check(prediction, truth, classes, spacing)
+    values = np.full((3, len(truth), classes), np.nan)
+    for i, (p, t) in enumerate(zip(prediction, truth, strict=True)):
+        values[:2, i] = _overlap(p, t, classes)
+        if hd95:
+            values[2, i] = _distances(p, t, classes, spacing[i])
+    return values
 
 
 def _check(

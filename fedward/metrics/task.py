@@ -9,10 +9,12 @@ from numpy.typing import NDArray
 
 from fedward.metrics.checks import agree
 from fedward.metrics.classification import ClassificationCounts
+from fedward.metrics.private_counts import PrivateCounts
 from fedward.metrics.segmentation import SegmentationCounts
 from fedward.plan.schema import Task
 
 Counts = ClassificationCounts | SegmentationCounts
+AnyCounts = Counts | PrivateCounts
 
 
 def counts_for(task: Task) -> type[ClassificationCounts] | type[SegmentationCounts]:

@@ -40,7 +40,8 @@ a plan and explains it in words.
 - Values are not converted: `rounds = "20"` and `rounds = true` are refused. A whole number may
   stand where a number is meant (`rotate = 10`). `nan` and `inf` are refused everywhere.
 - The plan's SHA-256 is taken over its canonical form: sorted keys, without those
-  that have their default value. Order, comments and writing a default out do not change it; every value does.
+  that have their default value. Order, comments and writing a default out do not change it; every
+  value does.
 
 This page is generated from the schema (`python -m fedward.plan.reference > docs/plan.md`) and a
 test holds it.

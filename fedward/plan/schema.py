@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -350,6 +351,11 @@ class Strategy(Section):
         "deliver it; needs no privacy budget, being post-processing",
     )
 
+    @property
+    def proximal_mu(self) -> float:
+        """FedProx' weight of the proximal term, 0 for every other algorithm."""
+        return float(self.settings.get("mu", 0.0)) if self.name == "fedprox" else 0.0
+
     @field_validator("settings")
     @classmethod
     def _one_way_to_write(cls, value: dict[str, float | int]) -> dict[str, float | int]:
@@ -430,6 +436,21 @@ class Metrics(Section):
     evaluate_every: int = Field(
         default=1, ge=1, description="rounds between two evaluations on validation patients"
     )
+    epsilon: Annotated[float, Field(gt=0, le=100)] = Field(
+        default=4.0,
+        description="ε of the counts that a site's evaluations release over the whole study: for "
+        "each test patient in the one test, for each validation patient in all validations "
+        "together. A budget of its own beside `privacy.epsilon`; a site whose policy lets exact "
+        "counts out does not use it",
+    )
+    images_per_patient: int = Field(
+        default=1,
+        ge=1,
+        le=1000,
+        description="images of a patient that count in an evaluation with noise, drawn at random "
+        "where there are more; together they weigh as much as one patient. Raise it where "
+        "patients have many images",
+    )
 
     @model_validator(mode="after")
     def _primary_reported(self) -> Metrics:
@@ -493,6 +514,22 @@ class Plan(Section):
     def rounds(self) -> int:
         """Rounds over all stages."""
         return sum(stage.rounds for stage in self.schedule)
+
+    def is_evaluated(self, round_: int, part: str) -> bool:
+        """Whether the study evaluates in this round: validation in some, the test in round 0.
+
+        A site answers these evaluations and no other one.
+        """
+        if part == "test":
+            return round_ == 0
+        every = self.metrics.evaluate_every
+        return 1 <= round_ <= self.rounds and (round_ % every == 0 or round_ == self.rounds)
+
+    def evaluation_epsilon(self, part: str) -> float:
+        """ε of one evaluation; those of one part share `metrics.epsilon` equally."""
+        if part == "test":
+            return self.metrics.epsilon
+        return self.metrics.epsilon / math.ceil(self.rounds / self.metrics.evaluate_every)
 
     def stage_of(self, round_: int) -> tuple[Stage, int]:
         """The stage of a round (from 1), and the round's place in it (from 0)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, cast
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import create_engine
 
 from fedward.schema_doc import anchor
@@ -72,7 +73,7 @@ def page() -> str:
 
 def description() -> dict[str, Any]:
     """The OpenAPI description, without a service."""
-    registry = Registry(create_engine("sqlite://"), lambda *_: {})
+    registry = Registry(create_engine("sqlite://"), Ed25519PrivateKey.generate())
     nothing = cast(Link, None)
     config = ServerConfig(version=1)
     health = Health(config, registry, nothing)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -10,7 +9,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from sqlalchemy import Engine
 
 from fedward.errors import ConfigError
-from fedward.signing import sign_study
+from fedward.protocol import RoundOrder
+from fedward.signing import encoded_public_key, sign_order
 from server.config import ServerConfig
 from server.registry.audit import AuditStore
 from server.registry.database import open_database
@@ -20,9 +20,6 @@ from server.registry.tokens import TokenStore
 
 __all__ = ["Registry", "open_registry", "read_signing_key"]
 
-Sign = Callable[[str, str], dict[str, str]]
-
-
 class Registry:
     """The stores over one database.
 
@@ -30,16 +27,20 @@ class Registry:
     ----------
     engine : Engine
         A database with the newest schema (see :func:`open_database`).
-    sign : callable
-        Study id and plan hash to the coordinator's public key and signature.
+    key : Ed25519PrivateKey
+        The coordinator's, with which studies and orders are signed.
     """
 
-    def __init__(self, engine: Engine, sign: Sign) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, key: Ed25519PrivateKey) -> None:
+        self.engine, self._key = engine, key
         self.sites = SiteStore(engine)
-        self.studies = StudyStore(engine, sign)
+        self.studies = StudyStore(engine, encoded_public_key(key))
         self.tokens = TokenStore(engine)
         self.audit = AuditStore(engine)
+
+    def sign(self, order: RoundOrder) -> RoundOrder:
+        """The order as hospitals accept it."""
+        return sign_order(self._key, order)
 
     def close(self) -> None:
         """Let go of the database."""
@@ -55,9 +56,7 @@ def open_registry(config: ServerConfig) -> Registry:
         The database or the signing key cannot be used, ever or now.
     """
     key = read_signing_key(config.coordinator_key)
-    return Registry(
-        open_database(config.database_url), lambda study, plan: sign_study(key, study, plan)
-    )
+    return Registry(open_database(config.database_url), key)
 
 
 def read_signing_key(path: Path) -> Ed25519PrivateKey:

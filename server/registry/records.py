@@ -35,7 +35,6 @@ class Study(BaseModel):
     plan: str = Field(description="the plan in canonical form")
     plan_sha256: str
     coordinator: str = Field(description="base64 of the Ed25519 public key")
-    signature: str = Field(description="base64 of the signature over study and plan")
     sites: tuple[str, ...] = Field(description="the only sites that it reaches")
     quorum: int = Field(description="updates that make a round count")
     deadline: float = Field(description="seconds that a round waits")

@@ -16,6 +16,7 @@ from client.training.trainer import Trainer
 from fedward.metrics import counts_from_arrays
 from fedward.models import build_model, to_arrays
 from fedward.plan import Plan, plan_from, plan_hash
+from fedward.plan.schema import Strategy
 from fedward.protocol import EvaluateOutcome, Refusal, RoundOrder, SiteFacts, TrainOutcome
 from simulation import flower
 from simulation.sites import SimulatedSites
@@ -87,13 +88,14 @@ def test_it_describes_trains_and_evaluates(ask: Callable[..., RecordDict], plan:
     assert counts_from_arrays(plan.task, counts).to_arrays()["loss"][1] == 8
 
 
-def test_the_proximal_weight_of_the_strategy_is_applied(
+def test_the_proximal_weight_is_that_of_the_plan(
     ask: Callable[..., RecordDict], plan: Plan, make_order: Make
 ) -> None:
     # The term is zero in the first step, so an order of several steps is what shows it.
-    flat = make_order(plan).to_flat()
-    plain = ask("train", {**flat, "server-round": 1})
-    held = ask("train", {**flat, "server-round": 1, "proximal-mu": 50.0})
+    settings = Strategy(name="fedprox", settings={"mu": 50.0})
+    prox = make_order(plan.model_copy(update={"strategy": settings})).to_flat()
+    plain = ask("train", {**make_order(plan).to_flat(), "server-round": 1, "proximal-mu": 50.0})
+    held = ask("train", {**prox, "server-round": 1, "proximal-mu": 0.0})
     start = to_arrays(build_model(plan, 0))
 
     def distance(content: RecordDict) -> float:

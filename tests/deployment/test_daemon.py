@@ -16,9 +16,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from client.audit.log import audit_folder, audit_key
 from client.audit.verify import verify
 from fedward.models import build_model, to_arrays
-from fedward.plan.load import plan_hash
 from fedward.plan.schema import Plan
-from fedward.signing import fingerprint, public_bytes, sign_study
+from fedward.signing import fingerprint, public_bytes, sign_order
 from server.events import Event, RoundEnded, SiteRefused
 from server.flower.control import Link
 from server.flower.runtime import RunSession
@@ -53,7 +52,7 @@ class Aggregator:
         arm = Arm(name="federated", kind="federated", epsilon=plan.privacy.epsilon)
         return Job(
             plan, to_arrays(build_model(plan, seed)), arm, seed, self.events.append,
-            members=self.members, signed=sign_study(self.key, study, plan_hash(plan)), **more,
+            members=self.members, study=study, sign=lambda one: sign_order(self.key, one), **more,
         )  # fmt: skip
 
     def run(self, job: Job) -> Job:

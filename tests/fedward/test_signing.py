@@ -7,59 +7,106 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedward.errors import ProtocolError
+from fedward.packing import digest
 from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Plan
 from fedward.protocol import RoundOrder
-from fedward.signing import fingerprint, sign_study, verify_study
+from fedward.signing import fingerprint, sign_order, verify_order
+
+MODEL = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, np.float32)}
 
 
 @pytest.fixture
-def signed(
-    make_plan: Callable[..., Plan],
-) -> tuple[Ed25519PrivateKey, dict[str, Any]]:
+def key() -> Ed25519PrivateKey:
+    return Ed25519PrivateKey.generate()
+
+
+@pytest.fixture
+def signed(make_plan: Callable[..., Plan], key: Ed25519PrivateKey) -> dict[str, Any]:
     plan = make_plan()
-    key = Ed25519PrivateKey.generate()
-    order = {"plan": canonical(plan), "plan_hash": plan_hash(plan), "round": 1}
-    return key, order | sign_study(key, "lungs-2026", plan_hash(plan))
+    order = RoundOrder(
+        plan=canonical(plan), plan_hash=plan_hash(plan), round=1, study="lungs-2026",
+        task="evaluate", arrays=digest(MODEL),
+    )  # fmt: skip
+    return sign_order(key, order).to_flat()
 
 
 def test_the_fingerprint_is_that_of_the_raw_key(
-    signed: tuple[Ed25519PrivateKey, dict[str, Any]],
+    key: Ed25519PrivateKey, signed: dict[str, Any]
 ) -> None:
-    key, order = signed
     raw = key.public_key().public_bytes_raw()
-    assert verify_study(RoundOrder.from_flat(order)) == hashlib.sha256(raw).hexdigest()
-    assert fingerprint(raw) == hashlib.sha256(raw).hexdigest()
+    known = hashlib.sha256(raw).hexdigest()
+    assert verify_order(RoundOrder.from_flat(signed), "evaluate", MODEL) == known
+    assert fingerprint(raw) == known
 
 
-@pytest.mark.parametrize("what", ["study", "key", "signature", "no-study", "no-key", "words"])
-def test_what_was_not_signed_is_refused(
-    signed: tuple[Ed25519PrivateKey, dict[str, Any]], what: str
-) -> None:
-    _, order = signed
-    other = Ed25519PrivateKey.generate()
-    forged = sign_study(other, "lungs-2026", order["plan_hash"])
-    change = {
-        "study": {"study": "other-study"},
-        "key": {"coordinator": forged["coordinator"]},
-        "signature": {"signature": forged["signature"]},
-        "no-study": {"study": ""},
-        "no-key": {"coordinator": "", "signature": ""},
-        "words": {"signature": "not base64 at all"},
-    }[what]
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"study": "other-study"},
+        {"study": ""},
+        {"round": 2},
+        {"part": "test"},
+        {"task": "train"},
+        {"arrays": "0" * 64},
+        {"seed": 5},
+        {"account": False},
+        {"coordinator": "", "signature": ""},
+        {"signature": "not base64 at all"},
+        {"signature": base64.b64encode(bytes(64)).decode()},
+    ],
+    ids=str,
+)
+def test_no_field_can_be_changed(signed: dict[str, Any], change: dict[str, Any]) -> None:
     with pytest.raises(ProtocolError, match="signed"):
-        verify_study(RoundOrder.from_flat(order | change))
+        verify_order(RoundOrder.from_flat(signed | change), "evaluate", MODEL)
+
+
+def test_another_key_is_another_coordinator(signed: dict[str, Any]) -> None:
+    order = RoundOrder.from_flat(signed)
+    other = sign_order(Ed25519PrivateKey.generate(), order)
+    mixed = order.model_copy(update={"coordinator": other.coordinator})
+    with pytest.raises(ProtocolError):
+        verify_order(mixed, "evaluate", MODEL)
+    assert verify_order(other, "evaluate", MODEL) != verify_order(order, "evaluate", MODEL)
 
 
 def test_a_signature_for_another_plan_does_not_fit(
-    signed: tuple[Ed25519PrivateKey, dict[str, Any]],
+    signed: dict[str, Any], make_plan: Callable[..., Plan]
 ) -> None:
-    key, order = signed
-    other = sign_study(key, "lungs-2026", "0" * 64)
+    other = make_plan(training={"rounds": 3})
+    change = {"plan": canonical(other), "plan_hash": plan_hash(other)}
     with pytest.raises(ProtocolError):
-        verify_study(RoundOrder.from_flat(order | other))
-    assert len(base64.b64decode(other["signature"])) == 64
+        verify_order(RoundOrder.from_flat(signed | change), "evaluate", MODEL)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {},
+        {"a": MODEL["a"]},
+        {**MODEL, "c": MODEL["b"]},
+        {"a": MODEL["b"], "b": MODEL["a"]},
+        {**MODEL, "a": MODEL["a"].reshape(3, 2)},
+        {**MODEL, "a": MODEL["a"].astype(np.float64)},
+        {**MODEL, "b": np.nextafter(MODEL["b"], np.float32(2))},
+    ],
+    ids=["none", "fewer", "more", "exchanged", "shape", "dtype", "last-digit"],
+)
+def test_another_model_is_refused(signed: dict[str, Any], model: dict[str, Any]) -> None:
+    with pytest.raises(ProtocolError, match="model that its coordinator signed"):
+        verify_order(RoundOrder.from_flat(signed), "evaluate", model)
+
+
+def test_the_task_is_part_of_the_order(signed: dict[str, Any]) -> None:
+    with pytest.raises(ProtocolError, match="task"):
+        verify_order(RoundOrder.from_flat(signed), "train", MODEL)
+
+
+def test_the_digest_does_not_depend_on_the_order_of_the_arrays() -> None:
+    assert digest(dict(reversed(MODEL.items()))) == digest(MODEL)

@@ -51,10 +51,10 @@ class FaultyTrainer(Trainer):
     rounds: tuple[int, ...]
 
     def train(
-        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder, mu: float = 0.0
+        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder
     ) -> tuple[Arrays, TrainOutcome]:
         """Train rightly, then spoil it."""
-        answer = super().train(arrays, order, mu)
+        answer = super().train(arrays, order)
         return self.fault(*answer) if order.round in self.rounds else answer
 
 

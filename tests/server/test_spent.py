@@ -45,10 +45,10 @@ def independent(spent: SitePrivacy) -> float:
 class Wayward(Trainer):
     """Is away in the last round, and in the one before sends what is no update."""
 
-    def train(self, arrays: Any, order: Any, mu: float = 0.0) -> Any:
+    def train(self, arrays: Any, order: Any) -> Any:
         if order.round == ROUNDS:
             raise RuntimeError
-        values, outcome = super().train(arrays, order, mu)
+        values, outcome = super().train(arrays, order)
         if order.round == ROUNDS - 1:
             values = {name: np.full_like(value, np.nan) for name, value in values.items()}
         return values, outcome

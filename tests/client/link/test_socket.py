@@ -32,7 +32,7 @@ class EchoDesk:
 
     def answer(self, what: str, packet: Packet) -> Packet:
         arrays = {name: value + 1 for name, value in packet.arrays.items()}
-        return Packet("facts", {"what": what, "mu": packet.mu, **packet.record}, arrays)
+        return Packet("facts", {"what": what, **packet.record}, arrays)
 
     def garbage(self, error: ProtocolError) -> Packet:
         self.bad.append(error.rule)
@@ -74,8 +74,8 @@ def test_large_tensors_cross_whole(served: tuple[EchoDesk, Path]) -> None:
         "w": rng.normal(size=(1500, 1700)).astype(np.float32), "n": np.array(3),
         "empty": np.zeros((0, 4), np.float64), "turned": np.arange(12).reshape(3, 4).T,
     }  # fmt: skip
-    got = caller.ask("train", Packet("order", {"round": 7}, arrays, mu=0.5))
-    assert got.record == {"what": "train", "mu": 0.5, "round": 7}
+    got = caller.ask("train", Packet("order", {"round": 7}, arrays))
+    assert got.record == {"what": "train", "round": 7}
     assert list(got.arrays) == list(arrays)
     for name, value in arrays.items():
         np.testing.assert_array_equal(got.arrays[name], value + 1)

@@ -26,10 +26,11 @@ from client.trainer.state import Board
 from client.trainer.work import Work
 from client.training.runtime import Runtime
 from fedward.models import build_model, to_arrays
+from fedward.packing import digest
 from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Plan
 from fedward.protocol import RoundOrder
-from fedward.signing import fingerprint, public_bytes, sign_study
+from fedward.signing import fingerprint, public_bytes, sign_order
 from simulation.cohort import write_cohort
 
 SITE = """
@@ -97,15 +98,19 @@ class Hospital:
     def close(self) -> None:
         self.ledger.close()
 
-    def order(self, plan: Plan, round_: int, study: str = "tiny-1", **more: Any) -> Packet:
-        text, mark = canonical(plan), plan_hash(plan)
-        signed = sign_study(self.key, study, mark)
-        order = RoundOrder(plan=text, plan_hash=mark, round=round_, **signed, **more)
-        arrays = to_arrays(build_model(plan, 0)) if round_ or more else {}
-        return Packet("order", dict(order.to_flat()), arrays)
+    def order(
+        self, plan: Plan, round_: int, study: str = "tiny-1", task: str = "train", model: int = 0,
+        **more: Any,
+    ) -> Packet:  # fmt: skip
+        arrays = to_arrays(build_model(plan, model)) if task != "describe" else {}
+        order = RoundOrder(
+            plan=canonical(plan), plan_hash=plan_hash(plan), round=round_, study=study, task=task,
+            arrays=digest(arrays) if arrays else "", **more,
+        )  # fmt: skip
+        return Packet("order", dict(sign_order(self.key, order).to_flat()), arrays)
 
     def ask(self, what: str, plan: Plan, round_: int = 1, **more: Any) -> Packet:
-        return self.desk.answer(what, self.order(plan, round_, **more))
+        return self.desk.answer(what, self.order(plan, round_, task=what, **more))
 
 
 @pytest.fixture

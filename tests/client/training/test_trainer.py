@@ -20,6 +20,7 @@ from fedward.errors import DataError, ModelError, PrivacyError, ProtocolError
 from fedward.metrics import counts_from_arrays
 from fedward.models import build_model, to_arrays
 from fedward.plan import Plan
+from fedward.plan.schema import Strategy
 from fedward.privacy import epsilon_spent
 
 SEEDED = Runtime(randomness="seeded")
@@ -149,8 +150,9 @@ def test_fedprox_term_is_the_gradient_of_half_mu_times_the_squared_distance(
         strategy={"name": "fedprox", "settings": {"mu": 2.5}},
     )  # fmt: skip
     site, start, mu = make_site(), to_arrays(build_model(plan, 0)), 2.5
-    ours, _ = Trainer(plan, site, SEEDED).train(start, make_order(plan), mu)
-    without, _ = Trainer(plan, site, SEEDED).train(start, make_order(plan), 0.0)
+    ours, _ = Trainer(plan, site, SEEDED).train(start, make_order(plan))
+    plain = plan.model_copy(update={"strategy": Strategy()})
+    without, _ = Trainer(plain, site, SEEDED).train(start, make_order(plain))
     assert not equal(ours, without)
     model = build_model(plan, 0)
     origin = [p.detach().clone() for p in model.parameters()]

@@ -76,6 +76,8 @@ DEFAULTS: dict[str, Any] = {
     "participation.retries": 1,
     "participation.minimum_patients": 2,
     "metrics.evaluate_every": 1,
+    "metrics.epsilon": 4.0,
+    "metrics.images_per_patient": 1,
 }
 
 TIED = {

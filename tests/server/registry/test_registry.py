@@ -16,7 +16,7 @@ from sqlalchemy import text
 from fedward.errors import AccessError, ConfigError, PlanError, StudyError
 from fedward.plan import Plan, plan_hash
 from fedward.protocol import RoundOrder, SiteFacts
-from fedward.signing import fingerprint, public_bytes, sign_study, verify_study
+from fedward.signing import encoded_public_key, fingerprint, public_bytes, verify_order
 from server.registry import Registry
 from server.registry.database import connect, open_database
 from server.registry.records import NEXT, Study
@@ -34,7 +34,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Registry]:
     else:
         url = request.getfixturevalue("postgres")
         _empty(url)
-    registry = Registry(open_database(url), lambda study, plan: sign_study(KEY, study, plan))
+    registry = Registry(open_database(url), KEY)
     yield registry
     registry.close()
 
@@ -64,18 +64,17 @@ def facts(site: str) -> SiteFacts:
     )  # fmt: skip
 
 
-def test_a_study_is_signed_and_reads_back_whole(store: Registry, make_plan: MakePlan) -> None:
+def test_a_study_reads_back_whole_and_its_orders_are_signed(store: Registry, make_plan: MakePlan) -> None:
     plan = make_plan(study={"name": "Tiny.Study_1".lower()})
     study = store.studies.submit(plan, ["b", "a", "b"], quorum=2, deadline=9.5, seed=3)
     assert store.studies.get(study.id) == study
     assert study.read_plan() == plan and study.plan_sha256 == plan_hash(plan)
     assert (study.sites, study.quorum, study.deadline, study.seed) == (("a", "b"), 2, 9.5, 3)
     assert (study.state, study.wanted, study.round) == ("submitted", "run", 0)
-    order = RoundOrder(
-        plan=study.plan, plan_hash=study.plan_sha256, round=1, study=study.id,
-        coordinator=study.coordinator, signature=study.signature,
-    )  # fmt: skip
-    assert verify_study(order) == fingerprint(public_bytes(KEY))
+    assert study.coordinator == encoded_public_key(KEY)
+    order = RoundOrder(plan=study.plan, plan_hash=study.plan_sha256, round=1, study=study.id)
+    signed = store.sign(order)
+    assert verify_order(signed, "train", {}) == fingerprint(public_bytes(KEY))
 
 
 def test_quorum_and_deadline_come_from_the_plan(store: Registry, make_plan: MakePlan) -> None:
@@ -255,7 +254,7 @@ import sys
 from server.registry.database import open_database
 from server.registry.studies import StudyStore
 from server.results import Round
-store = StudyStore(open_database(sys.argv[1]), lambda study, plan: {})
+store = StudyStore(open_database(sys.argv[1]), "")
 print("ready", flush=True)
 n = 0
 while True:
@@ -268,7 +267,7 @@ while True:
 @pytest.mark.integration
 def test_a_killed_writer_loses_no_saved_round(tmp_path: Path, make_plan: MakePlan) -> None:
     url = f"sqlite:///{tmp_path / 'registry.db'}"
-    registry = Registry(open_database(url), lambda study, plan: sign_study(KEY, study, plan))
+    registry = Registry(open_database(url), KEY)
     study = registry.studies.submit(make_plan(), ["a", "b"])
     with subprocess.Popen(
         [sys.executable, "-c", _WRITER, url, study.id], stdout=subprocess.PIPE, text=True
