@@ -59,4 +59,3 @@ def _noise(plan: Plan, counts: AnyCounts) -> dict[str, float]:
     if not isinstance(counts, PrivateCounts):
         return {}
     return counts.standard_errors(plan.metrics.report)
-

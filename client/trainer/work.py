@@ -120,9 +120,7 @@ class Work:
             return self._again(order, charge)
         try:
             self._tell_charge(order, case, request)
-            arrays, outcome = self._warm.use(
-                case, lambda one: one.train(packet.arrays, order)
-            )
+            arrays, outcome = self._warm.use(case, lambda one: one.train(packet.arrays, order))
             outcome = self._cases.gate(case).check_update(
                 arrays, expected_arrays(case.plan, order.round), outcome, order.round
             )
@@ -157,13 +155,13 @@ class Work:
             )
         noise = noise_for(case.plan, case.limits, order.part)
         request = self._evaluation(order, case, self._warm.get(case))
+        self._going()
         kept = self._ledger.evaluations.reserve(
             request, self._cases.policy.max_evaluation_epsilon_per_cohort
         )
         if kept is not None:
             return _restored(kept, "counts", EvaluateOutcome)
         self._tell_evaluation(request)
-        self._going()
         counts, outcome = self._warm.use(
             case, lambda one: one.evaluate(packet.arrays, order, noise)
         )

@@ -98,9 +98,20 @@ def _figures(plan: Plan, arm: Arm) -> Iterator[str]:
     yield "| |" + "|".join(f" {name} " for name in names) + "|"
     yield "|---|" + "---|" * len(names)
     yield "| all together |" + "|".join(_cell(arm.test.pooled.get(n)) for n in names) + "|"
+    errors = arm.test.standard_errors
+    if errors:
+        yield (
+            "| standard error of the noise |" + "|".join(_cell(errors.get(n)) for n in names) + "|"
+        )
     for site, values in sorted(arm.test.per_site.items()):
         yield f"| {site} |" + "|".join(_cell(values.get(n)) for n in names) + "|"
     yield "| spread between sites |" + "|".join(_spread(arm, n) for n in names) + "|"
+    if errors:
+        yield ""
+        yield (
+            "Sites counted with noise, which is differentially private for each test patient "
+            f"(ε = {plan.metrics.epsilon:g}). The standard error is what that noise alone adds."
+        )
 
 
 def _use(plan: Plan, results: StudyResults) -> Iterator[str]:

@@ -20,6 +20,7 @@ from server.registry.tokens import TokenStore
 
 __all__ = ["Registry", "open_registry", "read_signing_key"]
 
+
 class Registry:
     """The stores over one database.
 

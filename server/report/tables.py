@@ -132,14 +132,24 @@ def metrics_table(results: StudyResults) -> Table:
         Row(
             arm.name,
             [
-                Cell(figure(value := together(arm, name), name), value is not None and value == top)
+                Cell(
+                    figure(value := together(arm, name), name) + _noise(arm, name),
+                    value is not None and value == top,
+                )
                 for name, top in tops.items()
             ],
         )
         for arm in arms
     ]
     caption = "Every metric on all test patients together"
+    if any(arm.test and arm.test.standard_errors for arm in arms):
+        caption += "; ± is the standard error of the noise in private counts"
     return Table(caption, "trained", [metric_name(name) for name in names], rows)
+
+
+def _noise(arm: Arm, metric: str) -> str:
+    errors = arm.test.standard_errors if arm.test else {}
+    return f" ± {figure(errors[metric], metric)}" if metric in errors else ""
 
 
 def class_tables(results: StudyResults) -> list[Table]:

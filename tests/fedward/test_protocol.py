@@ -17,7 +17,7 @@ NAMES = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._ -]{0,63}\Z")
 COUNTS = st.integers(0, 2**60)
 FIGURES = st.floats(allow_nan=False, allow_infinity=False)
 MAYBE = st.none() | FIGURES
-PARTS = st.sampled_from(["train", "validation", "test"])
+PARTS = st.sampled_from(["validation", "test"])
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=200)
 SECRET = "DOE^JANE-1.2.840.113619"
 
@@ -147,7 +147,7 @@ def test_a_plan_with_another_hash_is_refused(make_plan: Any) -> None:
     assert canonical(plan) not in told
     refuse(RoundOrder, {**flat, "plan_hash": "A" * 64})
     refuse(RoundOrder, {**flat, "part": "all"})
-    assert get_args(RoundOrder.model_fields["part"].annotation) == ("train", "validation", "test")
+    assert get_args(RoundOrder.model_fields["part"].annotation) == ("validation", "test")
 
 
 def test_what_is_hashed_must_be_a_plan() -> None:

@@ -19,7 +19,7 @@ from client.link.packets import Packet
 from fedward.errors import ProtocolError
 from fedward.plan.schema import Plan
 from fedward.protocol import EvaluateOutcome, Refusal, SiteFacts, TrainOutcome
-from fedward.signing import sign_study
+from fedward.signing import encoded_public_key
 
 Make = Callable[..., Any]
 pytestmark = pytest.mark.integration
@@ -53,6 +53,92 @@ def test_a_study_is_described_trained_and_measured(make_hospital: Make, plan: Pl
     again = hospital.ask("train", plan)
     for name, value in answer.arrays.items():
         np.testing.assert_array_equal(again.arrays[name], value)
+
+
+def test_an_evaluation_is_answered_once_and_the_answer_is_kept(
+    make_hospital: Make, plan: Plan
+) -> None:
+    hospital = make_hospital()
+    first = hospital.ask("evaluate", plan, 1)
+    outcome = EvaluateOutcome.from_flat(first.record)
+    assert (outcome.unit, outcome.noise) == (1, 0.5)  # ε = 2 for each of two validations
+    assert outcome.epsilon == 2.0 and list(first.arrays) == ["scores"]
+    hospital.close()
+    hospital.open()
+    again = hospital.ask("evaluate", plan, 1)
+    assert again.record == first.record
+    np.testing.assert_array_equal(again.arrays["scores"], first.arrays["scores"])
+    refused(hospital.ask("evaluate", plan, 1, model=1), "budget", "once, with one model")
+    assert hospital.ledger.evaluations.epsilon_of_study("tiny-1") == 2.0
+    assert hospital.ask("evaluate", plan, 2).kind == "counts"
+    assert hospital.ask("evaluate", plan, 0, part="test").kind == "counts"
+    # Validation and test patients are different people: 2 + 2 for the ones, 4 for the others.
+    assert hospital.ledger.evaluations.epsilon_of_study("tiny-1") == 4.0
+    told = [one for one in entries(audit_folder(hospital.config.site.state))
+            if one.event == "evaluation"]  # fmt: skip
+    assert [one.fields["epsilon"] for one in told] == [2.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize(("round_", "part"), [(0, "validation"), (3, "validation"), (1, "test")])
+def test_only_the_evaluations_of_the_plan_are_answered(
+    make_hospital: Make, plan: Plan, round_: int, part: str
+) -> None:
+    hospital = make_hospital()
+    answer = hospital.ask("evaluate", plan, round_, part=part)
+    refused(answer, "protocol", "rounds that its plan names")
+    assert "evaluation" not in told(hospital)
+
+
+def test_evaluations_of_all_studies_share_a_budget(make_hospital: Make, plan: Plan) -> None:
+    hospital = make_hospital("max_evaluation_epsilon_per_cohort = 10.0")
+    for study in ("tiny-1", "tiny-2"):
+        assert hospital.ask("evaluate", plan, 0, part="test", study=study).kind == "counts"
+    # The third study would end at 12: it is told before its first round.
+    refused(hospital.ask("describe", plan, 0, study="tiny-3"), "budget", "budget for them")
+    refused(hospital.ask("evaluate", plan, 0, part="test", study="tiny-3"), "budget", "for them")
+    greedy = plan.model_copy(update={"metrics": plan.metrics.model_copy(update={"epsilon": 9.0})})
+    refused(hospital.ask("describe", greedy, 0, study="tiny-4"), "policy", "ε of evaluations")
+
+
+def test_an_evaluation_that_breaks_off_is_tried_a_few_times(
+    make_hospital: Make, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hospital = make_hospital()
+
+    def fail(*given: Any, **named: Any) -> Any:
+        raise OSError("no disk")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("client.training.trainer.evaluate", fail)
+        refused(hospital.ask("evaluate", plan, 1), "error", "unexpected")
+    assert hospital.ask("evaluate", plan, 1).kind == "counts"
+    with monkeypatch.context() as broken:
+        broken.setattr("client.training.trainer.evaluate", fail)
+        for _ in range(3):
+            refused(hospital.ask("evaluate", plan, 2), "error", "unexpected")
+    refused(hospital.ask("evaluate", plan, 2), "budget", "a few times")
+
+
+def test_a_policy_may_let_exact_counts_out(make_hospital: Make, plan: Plan) -> None:
+    hospital = make_hospital('counts = "minimum-cells"', "count_noise = 0.0")
+    exact = hospital.ask("evaluate", plan, 1)
+    assert set(exact.arrays) == {"scores", "confusion", "calibration", "loss"}
+    outcome = EvaluateOutcome.from_flat(exact.record)
+    assert outcome.noise is None and outcome.epsilon is None
+    assert exact.arrays["loss"][1] == outcome.images
+    assert hospital.ledger.evaluations.epsilon_of_study("tiny-1") is None
+    assert hospital.ledger.evaluations.without_bound(hospital.ledger.cohorts()[0][0]) == ["tiny-1"]
+
+
+def test_small_cells_are_withheld_where_counts_have_no_epsilon(
+    make_hospital: Make, plan: Plan
+) -> None:
+    hospital = make_hospital('counts = "minimum-cells"', "minimum_count = 3")
+    answer = hospital.ask("evaluate", plan, 0, part="test")
+    outcome = EvaluateOutcome.from_flat(answer.record)
+    assert (outcome.unit, outcome.noise, outcome.epsilon) == (1, 1.0, None)
+    cells = answer.arrays["scores"]
+    assert (cells[cells != 0] >= 3).all()
 
 
 def test_a_repeated_private_round_gives_the_same_update_even_after_a_restart(
@@ -93,11 +179,11 @@ def test_the_policy_refuses_before_an_image_is_opened(
     refused(hospital.ask("train", plan), "policy", "must be differentially private")
     refused(hospital.ask("train", private_plan), "policy", "all studies together")
     refused(hospital.ask("describe", plan, 0, study="other-1"), "policy", "private")
-    stranger = sign_study(Ed25519PrivateKey.generate(), "tiny-1", "0" * 64)
+    stranger = encoded_public_key(Ed25519PrivateKey.generate())
     order = hospital.order(plan, 1)
-    forged = {**order.record, "coordinator": stranger["coordinator"]}
+    forged = {**order.record, "coordinator": stranger}
     refused(hospital.desk.answer("train", Packet("order", forged, order.arrays)), "protocol",
-            "must be a known, valid")  # fmt: skip
+            "signed by its coordinator")  # fmt: skip
     assert "charge" not in told(hospital)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from fedward.models import build_model, to_arrays
 from fedward.packing import pack
 from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Plan
-from fedward.signing import sign_study
 
 pytestmark = pytest.mark.integration
 Make = Callable[..., Any]
@@ -27,7 +27,8 @@ def hostile(coordinator: Any, plan: Plan, other: Plan) -> dict[str, RecordDict]:
     """Orders that must not be carried out, by what is wrong with them."""
     right = coordinator.order(plan, 1, "hostile")
     arrays = pack(to_arrays(build_model(plan, 0)))
-    stranger = sign_study(Ed25519PrivateKey.generate(), "hostile", plan_hash(plan))
+    stranger = copy(coordinator)
+    stranger.key = Ed25519PrivateKey.generate()
     name, value = next(iter(to_arrays(build_model(plan, 0)).items()))
 
     def with_arrays(packed: np.ndarray) -> RecordDict:
@@ -50,7 +51,7 @@ def hostile(coordinator: Any, plan: Plan, other: Plan) -> dict[str, RecordDict]:
         "a plan under another signature": coordinator.order(
             plan, 1, "hostile", plan=canonical(other), plan_hash=plan_hash(other)
         ),
-        "a study of a stranger": coordinator.order(plan, 1, "hostile", **stranger),
+        "a study of a stranger": stranger.order(plan, 1, "hostile"),
         "a round too many": coordinator.order(plan, 7, "hostile"),
         "an unknown key": coordinator.order(plan, 1, "hostile", code="import os"),
     }  # fmt: skip

@@ -153,7 +153,7 @@ def test_a_stop_is_prompt_and_clean_at_every_moment(
             task={"classes": ["clear", "opacity"]}, split={"given": None},
             model={"name": "resnet50", "channels": None}, preprocessing={"size": [320, 320]},
         )  # fmt: skip
-        order = coordinator.order(large, 1, "stop-evaluating", part="validation")
+        order = coordinator.order(large, 1, "stop-evaluating", task="evaluate")
         coordinator.send(stopping.node, order, "evaluate", ttl=20.0)
         until(lambda: stopping.trainer["doing"] == "evaluating")
     with ExitStack() as stack:

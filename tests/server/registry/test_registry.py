@@ -64,7 +64,7 @@ def facts(site: str) -> SiteFacts:
     )  # fmt: skip
 
 
-def test_a_study_reads_back_whole_and_its_orders_are_signed(store: Registry, make_plan: MakePlan) -> None:
+def test_a_study_reads_back_and_its_orders_are_signed(store: Registry, make_plan: MakePlan) -> None:
     plan = make_plan(study={"name": "Tiny.Study_1".lower()})
     study = store.studies.submit(plan, ["b", "a", "b"], quorum=2, deadline=9.5, seed=3)
     assert store.studies.get(study.id) == study
