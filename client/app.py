@@ -10,6 +10,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
+from client.egress.counts import noise_for
+from client.policy.settings import Limits
 from client.training.trainer import Trainer
 from fedward.errors import FedwardError, ProtocolError
 from fedward.plan.schema import Plan
@@ -94,7 +96,10 @@ def _train(trainer: Trainer, order: RoundOrder, message: Message) -> RecordDict:
 
 
 def _evaluate(trainer: Trainer, order: RoundOrder, message: Message) -> RecordDict:
-    counts, outcome = trainer.evaluate(_model(message), order)
+    noise = None
+    if trainer.runtime.private_counts:
+        noise = noise_for(trainer.plan, Limits(), order.part)
+    counts, outcome = trainer.evaluate(_model(message), order, noise)
     return RecordDict({"counts": _arrays(counts), "outcome": _config(outcome)})
 
 

@@ -113,6 +113,13 @@ def run(
             "--epsilons", help="Also run with these ε, such as 1,3,8 (plans with privacy)."
         ),
     ] = "",
+    private_counts: Annotated[
+        bool,
+        typer.Option(
+            "--private-counts",
+            help="Evaluate with noise, as hospitals do by default; baselines stay exact.",
+        ),
+    ] = False,
     cache_gib: Annotated[
         float | None,
         typer.Option("--cache-gib", min=0.001, help="GiB that prepared images may take."),
@@ -135,6 +142,7 @@ def run(
         data=data, out=out, format=None if format is FormatName.auto else _FORMATS[format],
         partition=partition, sites=sites, engine=engine.value, device=device, baselines=baselines,
         epsilons=others, seed=seed, plan_folder=plan.parent, cache_gib=cache_gib,
+        private_counts=private_counts,
         hospitals=tuple(map(Hospital.parse, site or ())),
     )  # fmt: skip
     check_out(out, data)

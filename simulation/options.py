@@ -46,6 +46,8 @@ class Options:
         A dataset to divide; None when there are `hospitals`.
     hospitals : tuple of Hospital
         Or: those that bring frozen cohorts.
+    private_counts : bool
+        Whether the federated arms are evaluated with noisy counts, as hospitals send them.
     cache_gib : float or None
         GiB that prepared images of `data` may take; None for no bound.
     """
@@ -63,6 +65,7 @@ class Options:
     plan_folder: Path | None = None
     hospitals: tuple[Hospital, ...] = ()
     cache_gib: float | None = None
+    private_counts: bool = False
 
     @property
     def division(self) -> str:

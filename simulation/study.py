@@ -136,6 +136,7 @@ class Study:
         runtime = Runtime(
             device=str(device), threads=threads, randomness="seeded",
             cache=self.options.out / "cache", physical_batch=256 if on_gpu else 64,
+            private_counts=self.options.private_counts,
         )  # fmt: skip
         return runtime, workers
 

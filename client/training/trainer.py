@@ -6,8 +6,10 @@ or a socket.
 
 from __future__ import annotations
 
+import random
+import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -213,7 +215,16 @@ class Trainer:
             unit=noise.unit if noise else None, noise=float(noise.scale) if noise else None,
             epsilon=self.plan.evaluation_epsilon(part) if noise and noise.by_patient else None,
         )  # fmt: skip
-        return (answers.noisy(noise) if noise else answers.exact().to_arrays()), outcome
+        if noise is None:
+            return answers.exact().to_arrays(), outcome
+        return answers.noisy(noise, self._randbelow(order)), outcome
+
+    def _randbelow(self, order: RoundOrder) -> Callable[[int], int]:
+        """Source of the counts' noise: the system's, or a seeded one for a simulation."""
+        if self.runtime.randomness == "system" or not self.runtime.private_counts:
+            return secrets.randbelow
+        seed = seed_for(order.seed, self.site.name, order.round, order.part, "counts")
+        return random.Random(seed).randrange
 
     def _order(self, round_: int, seed: int) -> RoundOrder:
         return RoundOrder(plan=canonical(self.plan), plan_hash=self._hash, round=round_, seed=seed)
