@@ -18,7 +18,6 @@ from client.cohort.private import write_private
 from client.secret import Pseudonyms
 from fedward.errors import BudgetError, OutputError
 
-_VERSION: Final = 2
 _ADD_ONE: Final = "UPDATE meta SET value = CAST(value AS INTEGER) + 1 WHERE key = ?"
 _SCHEMA: Final = (
     """CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID""",
@@ -42,8 +41,16 @@ _SCHEMA: Final = (
        OR NEW.study <> OLD.study OR NEW.round <> OLD.round OR NEW.noise IS NOT OLD.noise
        OR NEW.rate IS NOT OLD.rate OR NEW.steps <> OLD.steps
        BEGIN SELECT RAISE(ABORT, 'a charge does not change'); END""",
-    f"PRAGMA user_version = {_VERSION}",
 )
+# What makes a ledger of one version one of the next; a new ledger goes through all of them. A new
+# table gets a trigger against deletion, and a line in _COUNTED if it holds charges.
+_FIRST: Final = 2
+_MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
+    ("ALTER TABLE studies ADD COLUMN planned INTEGER NOT NULL DEFAULT 0",),  # 2 to 3
+)
+_VERSION: Final = _FIRST + len(_MIGRATIONS)
+# Tables that the anchor's hash covers, and what orders their rows.
+_COUNTED: Final = (("cohorts", "sha256"), ("studies", "study"), ("charges", "id"))
 
 
 class Store:
@@ -142,7 +149,7 @@ class Store:
         anchored = _read(self._anchor)  # before the database: a trainer may be writing
         version = sql("PRAGMA user_version").fetchone()[0]
         new = version == 0 and anchored is None and not read_only
-        if not new and version != _VERSION:
+        if not new and not (_VERSION if read_only else _FIRST) <= version <= _VERSION:
             raise _damaged("another version" if version else "its content is gone")
         if not read_only:
             for setting in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
@@ -154,15 +161,23 @@ class Store:
             self._check(anchored, read_only=read_only)
         finally:
             self._end()
+        if not read_only and not new and version < _VERSION:
+            self._migrate(version)
         if self._accept:
             self._go_past(anchored)
         elif anchored is None and not read_only:
             write_private(self._anchor, self._state().to_bytes())
 
+    def _migrate(self, version: int) -> None:
+        """Bring a ledger that was found whole to this version, in one transaction."""
+        with self.writing() as sql:
+            for statement in _statements(version):
+                sql.execute(statement)
+
     def _make(self) -> None:
         sql = self.connection
         sql.execute("BEGIN IMMEDIATE")
-        for statement in _SCHEMA:
+        for statement in (*_SCHEMA, *_statements(_FIRST)):
             sql.execute(statement)
         sql.executemany(
             "INSERT INTO meta VALUES (?, ?)",
@@ -212,10 +227,16 @@ class Store:
 
     def _state(self) -> _State:
         digest = hashlib.sha256()
-        for table, key in (("cohorts", "sha256"), ("studies", "study"), ("charges", "id")):
+        for table, key in _COUNTED:
+            if not self._has(table):  # of a ledger that is about to be migrated
+                continue
             for row in self.connection.execute(f"SELECT * FROM {table} ORDER BY {key}"):
                 digest.update(json.dumps([table, *row]).encode() + b"\n")
         return _State(self.meta("id"), int(self.meta("counter")), digest.hexdigest())
+
+    def _has(self, table: str) -> bool:
+        sql = "SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = ?"
+        return self.connection.execute(sql, (table,)).fetchone() is not None
 
     def meta(self, key: str) -> str:
         """What the ledger says of itself: id, counter, secret, accepted."""
@@ -223,6 +244,12 @@ class Store:
         if row is None:
             raise _damaged("a check of the file")
         return str(row[0])
+
+
+def _statements(version: int) -> tuple[str, ...]:
+    """What brings a ledger from a version to this one."""
+    steps = [one for step in _MIGRATIONS[version - _FIRST :] for one in step]
+    return (*steps, f"PRAGMA user_version = {_VERSION}")
 
 
 def accept_older(folder: Path, secret_id: str) -> None:
