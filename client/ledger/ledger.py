@@ -521,7 +521,7 @@ def _cost_if_joined(found: list[_Charged], delta: float, cap: float) -> float:
 def _exceeded(what: str, value: float, cap: float, delta: float) -> BudgetError:
     return BudgetError(
         f"a {what} must stay within its privacy budget",
-        value=f"{value:.4g} of {cap:.4g} at δ {delta:.0e}",
+        value=f"{value:.4g} of {cap:.4g} at δ {delta:.2g}",
         fix="Plan fewer rounds or more noise, or ask the site to raise its cap",
         where=f"policy.max_epsilon_per_{what}",
     )

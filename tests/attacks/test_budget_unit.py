@@ -6,16 +6,15 @@ at the results of the last, and a link that delivers an update after its round i
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
-from flwr.app import Message
+from flwr.app import Context, Message
 from numpy.typing import NDArray
 from scipy.stats import norm
 
@@ -23,10 +22,13 @@ from client.ledger import Ledger, RoundRequest
 from client.ledger.ledger import Caps
 from client.policy.decide import DatasetFacts, StudyRequest, decide
 from client.policy.settings import PolicySection
+from client.training.runtime import Runtime
+from client.training.trainer import Trainer
 from fedward.errors import FedwardError
 from fedward.models import build_model, to_arrays
 from fedward.plan.schema import Plan
 from fedward.privacy import Mechanism, calibrate
+from fedward.protocol import RoundOrder
 from server.job import Job
 from server.results import Arm
 from server.rounds import StudyRun
@@ -92,7 +94,7 @@ def private(make_plan: Make, epsilon: float, delta: float) -> Plan:
 def test_a_larger_delta_hides_no_epsilon_from_the_cap(
     make_plan: Make, tmp_path: Path, policy: dict[str, Any]
 ) -> None:
-    """ε = 8 at δ = 1e-3 keeps a cap of 8 in words, and is ε = 10.8 where δ fits 2,000 patients."""
+    """ε = 8 at δ = 1e-3 keeps a cap of 8 in words; at the δ of 2,000 patients it is ε = 11.5."""
     officer = Officer(tmp_path, 2000, **policy)
     with pytest.raises(FedwardError) as refused:
         spent = independent(officer.ask(private(make_plan, 8.0, 1e-3)), 1e-5)
@@ -185,3 +187,66 @@ def test_studies_chosen_after_looking_keep_the_promise(tmp_path: Path) -> None:
     assert len(outcomes) > 1, "the hospital lets a small second study run"
     broken = float(chance @ np.max(outcomes, axis=0))
     assert broken <= DELTA, f"the promise fails with chance {broken:.3g}, not {DELTA:g}"
+
+
+class Meter(Trainer):
+    """A site's trainer that keeps, as its ledger would, what it was charged."""
+
+    charged: ClassVar[dict[str, int]] = {}
+
+    def train(self, arrays: Any, order: RoundOrder, mu: float = 0.0) -> Any:
+        update, outcome = super().train(arrays, order, mu)
+        self.charged[outcome.site] = self.charged.get(outcome.site, 0) + outcome.steps
+        return update, outcome
+
+
+class Metered(SimulatedSites):
+    """Sites that keep it."""
+
+    def trainer(self, context: Context, plan: Plan) -> Trainer:
+        trainer = super().trainer(context, plan)
+        trainer.__class__ = Meter
+        return trainer
+
+
+class Slow(LocalGrid):
+    """A link that holds back what the second site sends in some rounds."""
+
+    late: ClassVar[set[int]] = {2, 4}
+
+    def pull_messages(self, message_ids: Any) -> list[Message]:
+        asked = [one for one in message_ids if not self._is_late(one)]
+        return super().pull_messages(asked)
+
+    def _is_late(self, identifier: str) -> bool:
+        message, _ = self._waiting[identifier]
+        config = message.content.config_records["config"]
+        second = sorted(self._places)[1]
+        return message.metadata.message_type == "train" and (
+            message.metadata.dst_node_id == second and config["round"] in self.late
+        )
+
+
+def test_an_update_that_came_too_late_is_on_the_card(make_plan: Make, make_site: Make) -> None:
+    plan = make_plan(
+        training={"rounds": 4, "batch_size": 6}, participation={"quorum": 1, "retries": 0},
+        privacy={"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-3, "clipping_norm": 1.0},
+    )  # fmt: skip
+    sites = [make_site(f"site-{number}", seed=number) for number in (1, 2)]
+    Meter.charged.clear()
+    job = Job(plan, to_arrays(build_model(plan, 0)), Arm(name="t", kind="federated"), deadline=1.0)
+    flower.become_server()
+    pool = Pool(State(Metered(sites, Runtime(randomness="seeded"))), 0)
+    try:
+        StudyRun(job, Slow(pool, 2)).run()
+    finally:
+        pool.close()
+    assert job.complete
+    assert [list(one.sites) for one in job.arm.rounds] == [
+        ["site-1", "site-2"], ["site-1"], ["site-1", "site-2"], ["site-1"]
+    ]  # fmt: skip
+    for site, steps in Meter.charged.items():
+        spent = job.arm.privacy[site]
+        assert spent.steps >= steps, f"{site}: the card has {spent.steps} steps of {steps}"
+        run = Mechanism(spent.noise_multiplier, spent.sampling_rate, steps)
+        assert spent.epsilon >= independent(run, spent.delta) - 0.001
