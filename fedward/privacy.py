@@ -254,7 +254,7 @@ def epsilon_filtered(mechanisms: Iterable[Mechanism], delta: float, cap: float) 
     -------
     float
         0 if there are none; infinity if no order can follow. Even little costs the conversion's
-        own share of ε, a fifth to a half of the cap.
+        own share of ε, up to half of the cap.
     """
     order = _filter_order(cap, delta)
     spent = sum(
