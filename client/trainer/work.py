@@ -91,9 +91,11 @@ class Work:
         return answer
 
     def charged(self, packet: Packet) -> bool:
-        """Whether the ledger holds a charge for the round that an order, valid or not, asks for."""
-        study, round_ = packet.record.get("study", ""), packet.record.get("round", 0)
-        return self._ledger.charged(str(study), round_ if isinstance(round_, int) else 0)
+        """Whether the ledger may hold a charge for the round that an order, valid or not, names."""
+        try:
+            return self._ledger.charged(packet.record["study"], packet.record["round"])
+        except Exception:  # no such words, no number, or a ledger that is closed: nobody knows
+            return True
 
     def _describe(self, order: RoundOrder, case: Case, packet: Packet) -> Packet:
         trainer = self._warm.get(case)

@@ -6,6 +6,9 @@ at the results of the last, and a link that delivers an update after its round i
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,9 +29,11 @@ from client.training.runtime import Runtime
 from client.training.trainer import Trainer
 from fedward.errors import FedwardError
 from fedward.models import build_model, to_arrays
+from fedward.plan.load import plan_hash
 from fedward.plan.schema import Plan
 from fedward.privacy import Mechanism, calibrate
 from fedward.protocol import RoundOrder
+from fedward.signing import sign_study
 from server.job import Job
 from server.results import Arm
 from server.rounds import StudyRun
@@ -250,3 +255,41 @@ def test_an_update_that_came_too_late_is_on_the_card(make_plan: Make, make_site:
         assert spent.steps >= steps, f"{site}: the card has {spent.steps} steps of {steps}"
         run = Mechanism(spent.noise_multiplier, spent.sampling_rate, steps)
         assert spent.epsilon >= independent(run, spent.delta) - 0.001
+
+
+@pytest.mark.integration
+def test_a_real_hospitals_late_update_is_on_the_card(
+    coordinator: Any, hospital: Any, make_private: Make, until: Make
+) -> None:
+    """The trainer is held up after its charge, until the aggregator's round is over."""
+    plan, study = make_private(100), "late-1"
+    once = plan.participation.model_copy(update={"retries": 0})
+    plan = plan.model_copy(update={"participation": once})
+    assert "facts" in coordinator.ask(hospital.node, coordinator.order(plan, 0, study), "query")
+    job = Job(
+        plan, to_arrays(build_model(plan, 0)), Arm(name="t", kind="federated"), deadline=15.0,
+        quorum=1, members={hospital.node: hospital.daemon.name},
+        signed=sign_study(coordinator.key, study, plan_hash(plan)),
+    )  # fmt: skip
+    ended: list[FedwardError] = []
+
+    def run() -> None:
+        try:
+            StudyRun(job, coordinator.session.grid).run()
+        except FedwardError as error:
+            ended.append(error)
+
+    aggregator = threading.Thread(target=run)
+    aggregator.start()
+    until(lambda: hospital.step(study) >= 0)
+    trainer = hospital.daemon.children()["trainer"]
+    os.kill(trainer, signal.SIGSTOP)
+    try:
+        aggregator.join()
+    finally:
+        os.kill(trainer, signal.SIGCONT)
+    assert "quorum" in str(ended[0])
+    until(lambda: hospital.row(study)["released"] == 1)
+    row, spent = hospital.row(study), job.arm.privacy[hospital.daemon.name]
+    assert (row["charged"], spent.steps) == (1, 100)
+    assert spent.epsilon == pytest.approx(row["epsilon"], abs=1e-3)
