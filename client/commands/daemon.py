@@ -284,7 +284,7 @@ def _print_budget(console: Console, answer: dict[str, Any]) -> None:
                   "ε at its own δ", title="Each study")  # fmt: skip
     for row in answer["studies"]:
         here = own = "unbounded"
-        if row["epsilon"] is not None:
+        if row["epsilon"] is not None and not row["unbounded_rounds"]:
             here = f"{row['site_epsilon']:.3g} at {row['site_delta']:.2g}"
             own = f"{row['epsilon']:.3g} at {row['delta']:.2g}"
         table.add_row(row["study"], escape(row["dataset"]), str(row["charged"]),

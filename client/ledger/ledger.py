@@ -309,7 +309,7 @@ class Ledger:
             )
             made = []
             for study, dataset, cohort, own, charged, released, lost, last, unbounded in rows:
-                here = self.delta_of(cohort, delta)
+                here, own = self.delta_of(cohort, delta), own if charged > unbounded else None
                 made.append({
                     "study": study, "dataset": dataset, "cohort": cohort[:12], "delta": own,
                     "epsilon": self.epsilon_of_study(study, own) if own else None,
