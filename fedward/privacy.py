@@ -24,6 +24,7 @@ from opacus.accountants.analysis.prv import (
     compose_heterogeneous,
     discretize,
 )
+from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
 from opacus.accountants.utils import get_noise_multiplier
 
 from fedward.errors import PrivacyError
@@ -33,6 +34,8 @@ _MOST_NOISE = 1e6
 _ERROR = 0.01  # that the accountant may make in ε, always upwards
 _MOST_POINTS = 2**25  # of its grid; more would take gigabytes
 _ORDERS = list(range(2, 64))
+_FILTER_ORDERS = (*_ORDERS, 64, 80, 96, 128, 192, 256, 384, 512)
+_MOST_DELTA = 3  # δ = 1e-3, for however few patients
 
 _History = tuple[tuple[float, float, int], ...]  # noise multiplier, sampling rate, steps
 
@@ -189,8 +192,22 @@ def epsilon_spent(noise_multiplier: float, rate: float, steps: int, delta: float
     )
 
 
+def default_delta(patients: int) -> float:
+    """The largest power of ten that is at most 1 / (10 patients), and at most 1e-3.
+
+    At δ = 1 / n, publishing one patient of n whole would be allowed (Dwork and Roth, 2014, section
+    2.3). A power of ten tells whoever is refused no more than the order of magnitude of n.
+    """
+    return float(f"1e-{max(_MOST_DELTA, len(str(max(patients, 1) - 1)) + 1)}")
+
+
 def epsilon_composed(mechanisms: Iterable[Mechanism], delta: float) -> float:
     """ε at δ (an upper bound) of mechanisms that ran over the same patients, one after another.
+
+    The mechanisms must have been fixed before the first of them ran; their outputs may depend on
+    earlier outputs, and some of them may be left out on the way: what dominates each of them for
+    all earlier outputs dominates the whole (Zhu, Dong and Wang, 2022, arXiv:2106.08567, theorem
+    10). Where settings are chosen on the way, take :func:`epsilon_filtered`.
 
     Where the tight accountant cannot follow, Rényi accounting (Mironov, 2017, arXiv:1702.07476)
     bounds the same ε from farther above.
@@ -211,6 +228,62 @@ def epsilon_composed(mechanisms: Iterable[Mechanism], delta: float) -> float:
     for one in mechanisms:
         total[one.noise_multiplier, one.sampling_rate] += one.steps
     return _composed(tuple(sorted((noise, rate, n) for (noise, rate), n in total.items())), delta)
+
+
+def epsilon_filtered(mechanisms: Iterable[Mechanism], delta: float, cap: float) -> float:
+    """ε at δ of mechanisms that were chosen one after another, to be held against a cap.
+
+    A Rényi filter. While Rényi divergences of one order α, fixed in advance, add up to at most B,
+    all outputs together are (α, B)-Rényi private, however each mechanism was chosen from what came
+    before it (Feldman and Zrnic, 2021, arXiv:2008.11193): the exponential of α - 1 times (privacy
+    loss so far less divergence so far) is a supermartingale. The order follows from cap and δ
+    alone; it is the one at which the most Gaussian mechanisms fit under the cap. From Rényi to ε:
+    Balle et al., 2020, arXiv:1905.09982, theorem 21.
+
+    Parameters
+    ----------
+    mechanisms : iterable of Mechanism
+        All that ran, and those that are considered.
+    delta : float
+        For all of them together.
+    cap : float
+        The ε that must not be exceeded. The answer is an upper bound for any cap that was fixed
+        before the first mechanism, and closest where it is near the cap.
+
+    Returns
+    -------
+    float
+        0 if there are none; infinity if no order can follow. Even little costs the conversion's
+        own share of ε, up to half of the cap.
+    """
+    order = _filter_order(cap, delta)
+    spent = sum(
+        _divergence(one.noise_multiplier, one.sampling_rate, order) * one.steps
+        for one in mechanisms
+        if one.steps
+    )
+    return _from_renyi(order, spent, delta) if spent else 0.0
+
+
+@lru_cache(maxsize=256)
+def _filter_order(cap: float, delta: float) -> int:
+    return max(_FILTER_ORDERS, key=lambda order: (cap - _from_renyi(order, 0.0, delta)) / order)
+
+
+@lru_cache(maxsize=4096)
+def _divergence(noise: float, rate: float, order: int) -> float:
+    """Rényi divergence of one step, in nats (Mironov, Talwar and Zhang, 2019, arXiv:1908.10530)."""
+    with suppress(ValueError, RuntimeError, ArithmeticError), _quiet():
+        found = float(compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=[order])[0])
+        # What is not a number is above no cap, and must not pass as a cost.
+        return found if found >= 0 else math.inf
+    return math.inf
+
+
+def _from_renyi(order: int, divergence: float, delta: float) -> float:
+    with _quiet():
+        spent, _ = get_privacy_spent(orders=[order], rdp=[divergence], delta=delta)
+    return max(0.0, float(spent))
 
 
 @lru_cache(maxsize=4096)

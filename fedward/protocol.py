@@ -184,7 +184,8 @@ class Refusal(Record):
     """Up, in place of an outcome: a site could not or would not; never a traceback.
 
     ``kind`` says whose turn it is: a hospital's officer (policy, pending, paused), the privacy
-    budget, the data, or whoever runs the software.
+    budget, the data, or whoever runs the software. ``charged`` is False where the site's ledger
+    holds no charge for the round; where it is absent, the round may have cost privacy.
     """
 
     site: SiteName
@@ -192,3 +193,4 @@ class Refusal(Record):
     round: Count
     rule: str = Field(max_length=500)
     value: str = Field(default="", max_length=200)
+    charged: Literal[False] | None = None

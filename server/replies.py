@@ -43,12 +43,14 @@ class Bad:
     """A reply that does not count, and why, in words that name no file and no person.
 
     ``kind`` is the refusal's, or ``invalid`` for an answer that breaks a rule; ``outcome`` says
-    what an update was made of that arrived and does not count.
+    what an update was made of that arrived and does not count; ``uncharged``, that the site's
+    ledger holds no charge for the round.
     """
 
     reason: str
     kind: str = "invalid"
     outcome: TrainOutcome | None = None
+    uncharged: bool = False
 
 
 def read_facts(message: Message) -> SiteFacts | Bad:
@@ -150,13 +152,15 @@ class _Refused(ProtocolError):
     """A site's refusal on its way to whoever asked."""
 
     kind = "error"
+    uncharged = False
 
 
 def _bad(error: FedwardError) -> Bad:
     if not isinstance(error, _Refused):
         return Bad(str(error), "invalid")
     silent = error.rule in _NO_ANSWER.values()
-    return Bad(error.rule if silent else str(error), error.kind)
+    reason = error.rule if silent else str(error)
+    return Bad(reason, error.kind, uncharged=error.uncharged)
 
 
 def _config(message: Message, key: str) -> dict[str, Any]:
@@ -172,7 +176,7 @@ def _config(message: Message, key: str) -> dict[str, Any]:
     if "refusal" in content.config_records:
         refusal = Refusal.from_flat(dict(content.config_records["refusal"]))
         refused = _Refused(refusal.rule, value=refusal.value or None)
-        refused.kind = refusal.kind
+        refused.kind, refused.uncharged = refusal.kind, refusal.charged is False
         raise refused
     if key not in content.config_records:
         raise ProtocolError("a reply must carry its record", value=key)

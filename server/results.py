@@ -76,8 +76,11 @@ class SitePrivacy(Strict):
     delta: float
     noise_multiplier: float
     sampling_rate: float
-    steps: int = Field(description="private steps behind the updates that arrived, valid or not")
-    last_round: int = Field(default=0, description="the last round of those steps")
+    steps: int = Field(
+        description="private steps of all rounds that the site was ordered to train, but for those "
+        "that it says it did not charge"
+    )
+    last_round: int = Field(default=0, description="the last of those rounds")
 
     def spent(self, form: str) -> str:
         """ε for people, in a format of :func:`format`."""

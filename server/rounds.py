@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -28,7 +28,7 @@ from server.job import Job
 from server.members import Members
 from server.replies import Bad, Measured, Update, read_counts, read_update
 from server.results import Failure, Round, SiteRound
-from server.spent import charge, settle
+from server.spent import charge, charge_ordered, settle
 from strategies.averaging import blend, decay_at
 from strategies.memory import folds, memory_of, remember
 from strategies.registry import build_strategy
@@ -194,27 +194,39 @@ class StudyRun:
         failures = self._members.absent() | silent
         for site in gathered.updates:
             failures.pop(site, None)
-        deadline = self.job.patience
-        for node, reply in self._members.grid.replies(messages, deadline, self._members.cut_off):
-            site = nodes[node]
-            update = read_update(
-                reply, site, round_, expected, self.job.facts.get(site), self.job.most_change
-            )
-            self._tell(round_, site, "train")
-            if update.outcome is not None:
-                charge(self.job.arm, update.outcome, self.plan.privacy.delta)
-            if isinstance(update, Bad):
-                let_go(reply)
-                failures[site] = update
-                self._members.note(site, update)
-            else:
-                gathered.add(site, update)
-                failures.pop(site, None)
-                self._members.note(site, None)
+        try:
+            for site, reply in self._replies(messages, nodes):
+                update = read_update(
+                    reply, site, round_, expected, self.job.facts.get(site), self.job.most_change
+                )
+                self._tell(round_, site, "train")
+                if update.outcome is not None:
+                    charge(self.job.arm, update.outcome, self.plan.privacy.delta)
+                if isinstance(update, Bad):
+                    let_go(reply)
+                    failures[site] = update
+                    self._members.note(site, update)
+                    if update.uncharged:
+                        asked.discard(site)
+                else:
+                    gathered.add(site, update)
+                    failures.pop(site, None)
+                    self._members.note(site, None)
+        finally:
+            for site in asked & self.job.facts.keys():
+                charge_ordered(self.job.arm, self.plan, self.job.facts[site], round_)
         return [
             Failure(site=site, reason=bad.reason, kind=bad.kind)
             for site, bad in sorted(failures.items())
         ]
+
+    def _replies(
+        self, messages: list[Message], nodes: Mapping[int, str]
+    ) -> Iterator[tuple[str, Message]]:
+        """Send, and give each site's reply as it comes, up to the deadline."""
+        deadline = self.job.patience
+        for node, reply in self._members.grid.replies(messages, deadline, self._members.cut_off):
+            yield nodes[node], reply
 
     def _note(self, updates: Iterable[Update], result: Round) -> None:
         looked = self.plan.is_evaluated(result.round, "validation")

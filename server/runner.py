@@ -40,7 +40,7 @@ from server.registry.sites import Site
 from server.replies import Bad
 from server.results import Arm, StudyResults
 from server.rounds import StudyRun
-from server.spent import carry_over
+from server.spent import carry_over, charge_ordered
 
 _LOG = logging.getLogger("fedward.server")
 _LOOK: Final = 0.5
@@ -95,6 +95,7 @@ class Runner:
             self.job.average = dict(self.job.arrays)
         if self.results.arms:
             carry_over(self.job.arm, self.results.arms[0])
+        self._charge_what_was_open()
         self.results.arms = [self.job.arm]
         threading.Thread(target=self._watch, daemon=True, name="wishes").start()
         pause = 0.5
@@ -110,6 +111,13 @@ class Runner:
         self.keeper.tell(self.job)
         if self.job.complete:
             self.keeper.deliver(self.job)
+
+    def _charge_what_was_open(self) -> None:
+        """A runner before this one may have ordered the next round, and not lived to count it."""
+        if self.job.round <= self.plan.rounds:
+            known = {one.site: one for one in self.results.sites} | self.job.facts
+            for facts in known.values():
+                charge_ordered(self.job.arm, self.plan, facts, self.job.round)
 
     def _broke(self, error: Exception, pause: float) -> None:
         """A break is mended at once in most cases; an operator hears of one that lasts."""
@@ -187,6 +195,9 @@ class Runner:
         told = _telling(event)
         if told is not None:
             self._tell(*told)
+        if self.plan.privacy.on and isinstance(event, events.StudyStarted | events.SiteJoined):
+            # Before a site is ordered anything: who was, is known to whoever goes on after a crash.
+            self.keeper.tell(self.job)
         if isinstance(event, events.StudyPaused):
             self._state("paused", event.reason)
         elif isinstance(event, events.StudyResumed | events.StudyStarted):

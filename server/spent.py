@@ -1,11 +1,19 @@
-"""What a study has cost each site's patients: the private steps behind what left the site."""
+"""What a study has cost each site's patients, as far as the aggregator can know: an upper bound.
+
+A site charges a round before it trains, so a round has its price also where the update is late,
+is lost on its way or is refused. Every round that was ordered from a site therefore counts, unless
+the site says that its ledger holds no charge for it.
+"""
 
 from __future__ import annotations
 
 from fedward.errors import PrivacyError
-from fedward.privacy import Mechanism, epsilon_composed
-from fedward.protocol import TrainOutcome
+from fedward.plan.schema import Plan
+from fedward.privacy import Mechanism, calibrate, epsilon_composed
+from fedward.protocol import SiteFacts, TrainOutcome
 from server.results import NO_BOUND, Arm, SitePrivacy
+
+_UNKNOWN = Mechanism(0.0, 1.0, 0)  # who does not say how it was private was not
 
 
 def charge(arm: Arm, outcome: TrainOutcome, delta: float | None) -> None:
@@ -23,19 +31,40 @@ def charge(arm: Arm, outcome: TrainOutcome, delta: float | None) -> None:
     delta : float or None
         The plan's δ; None: nothing is private.
     """
-    if delta is None:
+    if delta is not None:
+        told = Mechanism(
+            outcome.noise_multiplier or 0.0, outcome.sampling_rate or 1.0, outcome.steps
+        )
+        _add(arm, outcome.site, outcome.round, told, delta)
+
+
+def charge_ordered(arm: Arm, plan: Plan, facts: SiteFacts, round_: int) -> None:
+    """Count a round that a site was ordered to train, and whose update may never be seen.
+
+    The steps and the noise are those that the plan gives for the site's training patients. A round
+    that was counted already costs nothing more.
+    """
+    spent = arm.privacy.get(facts.site)
+    if plan.privacy.delta is None or (spent is not None and spent.last_round >= round_):
         return
-    # Who does not say how it was private was not.
-    noise, rate = outcome.noise_multiplier or 0.0, outcome.sampling_rate or 1.0
-    before, steps = arm.privacy.get(outcome.site), outcome.steps
+    try:
+        whole = calibrate(plan, facts.train_patients)
+        ordered = Mechanism(whole.noise_multiplier, whole.sampling_rate, whole.steps // plan.rounds)
+    except PrivacyError:  # then it cannot have trained by this plan either
+        ordered = _UNKNOWN
+    _add(arm, facts.site, round_, ordered, plan.privacy.delta)
+
+
+def _add(arm: Arm, site: str, round_: int, more: Mechanism, delta: float) -> None:
+    noise, rate, steps = more.noise_multiplier, more.sampling_rate, more.steps
+    before = arm.privacy.get(site)
     if before is not None:
-        if before.last_round >= outcome.round:
-            return
         noise, rate = min(noise, before.noise_multiplier), max(rate, before.sampling_rate)
-        steps += before.steps
-    arm.privacy[outcome.site] = SitePrivacy(
+        steps = before.steps + (steps if round_ > before.last_round else 0)
+    arm.privacy[site] = SitePrivacy(
         epsilon=before.epsilon if before else 0.0, delta=delta, noise_multiplier=noise,
-        sampling_rate=rate, steps=steps, last_round=outcome.round,
+        sampling_rate=rate, steps=steps,
+        last_round=max(round_, before.last_round if before else 0),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from client.cohort.cost import Cost
 from client.cohort.finding import Finding, finding
 from fedward.errors import PrivacyError
 from fedward.plan.schema import Plan
-from fedward.privacy import calibrate, epsilon_spent
+from fedward.privacy import calibrate, default_delta, epsilon_spent
 
 
 class Budget(BaseModel):
@@ -25,12 +25,12 @@ class Budget(BaseModel):
     patients: int = Field(description="that would train")
 
 
-def privacy_finding(plan: Plan, patients: int) -> tuple[Finding, Budget | None]:
-    """What the plan's privacy costs with so many training patients."""
+def privacy_finding(plan: Plan, patients: int, everyone: int) -> tuple[Finding, Budget | None]:
+    """What the plan's privacy costs with so many training patients, of so many in the cohort."""
     target = plan.privacy
     if target.epsilon is None or target.delta is None:
         fix = "Updates may tell about patients; agree to that only knowingly"
-        return finding("privacy", "warn", "the plan asks for none", fix), None
+        return finding("privacy", "warn", "the plan asks for none: unbounded", fix), None
     try:
         one = calibrate(plan, patients)
         spent = epsilon_spent(one.noise_multiplier, one.sampling_rate, one.steps, target.delta)
@@ -41,9 +41,8 @@ def privacy_finding(plan: Plan, patients: int) -> tuple[Finding, Budget | None]:
         sampling_rate=one.sampling_rate, steps=one.steps, patients=patients,
     )  # fmt: skip
     fixes = []
-    if target.delta >= 1 / patients:
-        # With such a delta the guarantee would allow to publish one patient whole.
-        fixes.append("Ask for a delta below one over the patients")
+    if target.delta > (most := default_delta(everyone)):
+        fixes.append(f"Ask for a delta of at most {most:.2g}, or let the policy say max_delta")
     if one.sampling_rate >= 1:
         fixes.append("Every patient is in every step: a smaller sampling_rate needs less noise")
     found = (

@@ -76,7 +76,7 @@ def check_plan(
         tried = probe(taken, plan)
         findings += probe_findings(plan, tried)
         if training:
-            one, budget = privacy_finding(plan, training)
+            one, budget = privacy_finding(plan, training, sum(parts.values()))
             findings.append(one)
             if budget or not plan.privacy.on:
                 images = round(len(taken) * training / sum(parts.values()))

@@ -271,17 +271,39 @@ def _print_budget(console: Console, answer: dict[str, Any]) -> None:
     if not answer["budget"]:
         console.print("No patient was charged yet.")
         return
-    table = Table("dataset", "cohort", "patients", "ε spent", "ε allowed", "ε left", "δ")
+    table = Table("dataset", "cohort", "patients", "ε spent", "ε allowed", "ε left", "at δ",
+                  "without privacy", "evaluations: ε spent", "ε allowed",
+                  title="All studies together, per patient")  # fmt: skip
     for row in answer["budget"]:
         table.add_row(
             escape(row["dataset"]), row["cohort"], str(row["patients"]), f"{row['spent']:.3g}",
-            f"{row['cap']:.3g}", f"{row['left']:.3g}", f"{row['delta']:.1e}",
+            f"{row['cap']:.3g}", f"{row['left']:.3g}", f"{row['delta']:.2g}",
+            _unbounded(row["unbounded"]), _evaluations(row["evaluations"]),
+            f"{row['evaluations']['cap']:.3g}",
         )  # fmt: skip
     console.print(table)
-    table = Table("study", "dataset", "rounds charged", "released", "lost", "ε", "δ")
+    table = Table("study", "dataset", "rounds charged", "released", "lost", "ε at the site's δ",
+                  "ε at its own δ", title="Each study")  # fmt: skip
     for row in answer["studies"]:
-        spent = "no privacy" if row["epsilon"] is None else f"{row['epsilon']:.3g}"
-        delta = "" if row["delta"] is None else f"{row['delta']:.1e}"
+        here = own = "unbounded"
+        if row["epsilon"] is not None and not row["unbounded_rounds"]:
+            here = f"{row['site_epsilon']:.3g} at {row['site_delta']:.2g}"
+            own = f"{row['epsilon']:.3g} at {row['delta']:.2g}"
         table.add_row(row["study"], escape(row["dataset"]), str(row["charged"]),
-                      str(row["released"]), str(row["lost"]), spent, delta)  # fmt: skip
+                      str(row["released"]), str(row["lost"]), here, own)  # fmt: skip
     console.print(table)
+
+
+def _evaluations(found: dict[str, Any]) -> str:
+    """ε of what evaluations told about validation and test patients."""
+    spent = f"{found['spent']:.3g}"
+    if not found["unbounded_studies"]:
+        return spent
+    return f"{spent}, and unbounded: exact counts of {found['unbounded_studies']} studies"
+
+
+def _unbounded(found: dict[str, int]) -> str:
+    """Training without privacy, which no ε bounds."""
+    if not found["rounds"]:
+        return "none"
+    return f"unbounded: {found['rounds']} rounds of {found['studies']} studies"

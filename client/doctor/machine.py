@@ -23,6 +23,7 @@ _FREE: Final = 5 << 30
 _FULL: Final = 256 << 20
 _MEMORY: Final = 4 << 30
 _MUCH: Final = 10.0  # an ε that hardly bounds anything
+_MUCH_DELTA: Final = 1e-3  # a patient in a thousand, published whole
 
 
 def disk(config: SiteConfig) -> Line:
@@ -188,13 +189,17 @@ def policy(config: SiteConfig) -> Iterator[Line]:
     """What a policy may have been meant otherwise."""
     own = config.policy
     much = max(own.max_epsilon_per_study, own.max_epsilon_per_cohort)
+    delta = max(own.max_delta or 0.0, *(rule.max_delta or 0.0 for rule in own.studies), 0.0)
     checks = (
         (not own.studies, "serves no study", "Add [[policy.studies]]"),
         (not own.coordinators and not own.any_coordinator, "accepts no coordinator",
          "Add the coordinator's fingerprint"),
         (own.any_coordinator, "accepts every coordinator", "Name those you trust"),
-        (_open_rounds(config), "lets updates leave without privacy", "Set require_privacy = true"),
+        (_open_rounds(config), "lets updates leave without privacy: unbounded, in no budget",
+         "Set require_privacy = true"),
         (much > _MUCH, f"lets studies spend ε = {much:.4g}", "Above 10 it protects little"),
+        (delta > _MUCH_DELTA, f"lets promises fail with a chance of δ = {delta:.4g}",
+         "Remove max_delta: it then follows the cohort's size"),
         (own.minimum_count == 1, "lets counts of a single image leave", "Raise minimum_count"),
     )  # fmt: skip
     wrong = [Line("policy", "warn", found, fix) for bad, found, fix in checks if bad]

@@ -93,6 +93,7 @@ class Evaluations:
             The round was evaluated with another model, failed too often, or exceeds the cap.
         """
         with self._turn:
+            self._same_study(request)
             row = self._find(request)
             if row is None:
                 self.check(request, cap)
@@ -185,8 +186,8 @@ class Evaluations:
                 found |= {
                     str(study)
                     for (study,) in self._rows(
-                        "SELECT DISTINCT e.study FROM evaluations e JOIN studies s USING (study) "
-                        f"WHERE e.epsilon IS NULL AND s.cohort IN ({marks})",
+                        "SELECT DISTINCT study FROM evaluations "
+                        f"WHERE epsilon IS NULL AND cohort IN ({marks})",
                         *group,
                     )
                 }
@@ -195,8 +196,8 @@ class Evaluations:
     def _epsilon_of(self, cohorts: Collection[str], more: EvaluationRequest | None) -> float:
         marks = ", ".join("?" * len(cohorts))
         rows = self._rows(
-            "SELECT e.study, e.part, e.epsilon FROM evaluations e JOIN studies s USING (study) "
-            f"WHERE e.epsilon IS NOT NULL AND s.cohort IN ({marks})",
+            "SELECT study, part, epsilon FROM evaluations "
+            f"WHERE epsilon IS NOT NULL AND cohort IN ({marks})",
             *cohorts,
         )
         by_study: dict[str, list[tuple[str, float]]] = {}
@@ -209,20 +210,31 @@ class Evaluations:
     def _insert(self, request: EvaluationRequest) -> None:
         with self._store.writing() as sql:
             sql.execute(
-                "INSERT INTO studies VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
-                (request.study, request.plan_hash, request.cohort),
-            )
-            sql.execute(
-                "INSERT INTO evaluations (study, round, part, arrays, epsilon, attempts, made) "
-                "VALUES (?, ?, ?, ?, ?, 1, ?)",
+                "INSERT INTO evaluations "
+                "(study, plan_hash, cohort, round, part, arrays, epsilon, attempts, made) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, 1, ?)",
                 (
                     request.study,
+                    request.plan_hash,
+                    request.cohort,
                     request.round,
                     request.part,
                     request.arrays,
                     request.epsilon,
                     time.time(),
                 ),
+            )
+
+    def _same_study(self, request: EvaluationRequest) -> None:
+        known = self._rows(
+            "SELECT plan_hash, cohort FROM evaluations WHERE study = ?1 "
+            "UNION SELECT plan_hash, cohort FROM studies WHERE study = ?1",
+            request.study,
+        )
+        if any(one != (request.plan_hash, request.cohort) for one in known):
+            raise BudgetError(
+                "a study keeps the plan and the cohort that it began with",
+                fix="Submit it as a new study; its budget is its own",
             )
 
     def _find(self, request: EvaluationRequest) -> tuple[int, str, int, str] | None:

@@ -8,21 +8,29 @@ A patient is in every cohort that holds his pseudonym, however often a dataset i
 whichever name, and what all of them were charged for composes. An update tells about a patient only
 if its cohort holds him: two cohorts without a common patient do not compose, though a third one may
 overlap with both. A cohort has spent what the patient in it who was charged most has.
+
+Everything about a cohort is counted at one δ, the policy's or the one that its size asks for. One
+study on a patient, whose settings were fixed before it began, is composed by the tight accountant.
+As soon as a second study joins, its settings may have been chosen by the results of the first:
+then the sum of both is held by a Rényi filter. A study that leaves the filter no room under the cap
+has its patients for itself: whichever way its results go, no other study follows.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from client.ledger.evaluations import Evaluations
 from client.ledger.store import Store, digest_of_patients
 from fedward.errors import BudgetError
-from fedward.privacy import Mechanism, epsilon_composed
+from fedward.privacy import Mechanism, default_delta, epsilon_composed, epsilon_filtered
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,8 @@ class RoundRequest:
         Noise, rate and the steps of this round; None: without privacy.
     delta : float or None
         The plan's δ.
+    planned : int
+        Private steps of all rounds of the plan; at least what is charged is assumed.
     """
 
     study: str
@@ -49,6 +59,7 @@ class RoundRequest:
     cohort: str
     mechanism: Mechanism | None
     delta: float | None
+    planned: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,17 +68,38 @@ class Caps:
 
     Attributes
     ----------
-    study : float
-        ε of one study at its δ.
-    cohort : float
-        ε of all studies together at ``delta``.
-    delta : float
-        δ of the latter.
+    study, cohort : float
+        ε of one study, and of all studies on a patient together.
+    delta : float or None
+        At which δ both are held; None: see :meth:`Ledger.delta_of`.
     """
 
     study: float
     cohort: float
+    delta: float | None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a cohort's patients have spent, and what is left.
+
+    Attributes
+    ----------
+    delta : float
+        δ of both ε.
+    spent : float
+        ε of the patient who was charged most, rounds without privacy left out.
+    left : float
+        ε that the cap leaves for a further study.
+    unbounded_studies, unbounded_rounds : int
+        Trained without privacy, on the patient with most of such rounds: no ε bounds them.
+    """
+
     delta: float
+    spent: float
+    left: float
+    unbounded_studies: int
+    unbounded_rounds: int
 
 
 @dataclass(frozen=True)
@@ -221,50 +253,82 @@ class Ledger:
         """
         with self._turn:
             self._same_study(request)
-            if not self._mechanisms(study=request.study):
+            if not self._studies(study=request.study):
                 self._within(request, total, caps)
+
+    def delta_of(self, cohort: str, delta: float | None) -> float:
+        """δ at which everything about a cohort's patients is counted.
+
+        Parameters
+        ----------
+        delta : float or None
+            The policy's; None: what the largest cohort that shares a patient asks for.
+        """
+        if delta is not None:
+            return delta
+        with self._turn:
+            ((largest,),) = self._rows(
+                "SELECT max(number) FROM cohorts WHERE sha256 IN (SELECT cohort FROM members "
+                "WHERE patient IN (SELECT patient FROM members WHERE cohort = ?))",
+                cohort,
+            )
+        return default_delta(largest or 0)
 
     def epsilon_of_study(self, study: str, delta: float) -> float:
         """ε at δ that a study was charged, released or lost."""
         with self._turn:
-            return epsilon_composed(self._mechanisms(study=study), delta)
+            return _cost(self._studies(study=study), delta, math.inf)
 
-    def epsilon_of_cohort(self, cohort: str, delta: float, more: Iterable[Mechanism] = ()) -> float:
-        """ε at δ of whoever in a cohort was charged most, over all studies and cohorts.
+    def standing(self, cohort: str, caps: Caps) -> Standing:
+        """What was spent on a cohort over all studies and cohorts, and what its cap leaves."""
+        delta, cap = self.delta_of(cohort, caps.delta), caps.cohort
+        spent = used = 0.0
+        open_rounds = (0, 0)
+        with self._turn:
+            for group in self._groups(cohort):
+                found = self._studies(cohorts=group)
+                spent = max(spent, _cost(found, delta, cap))
+                used = max(used, _cost_if_joined(found, delta, cap))
+                open_rounds = max(open_rounds, self._without_privacy(group))
+        return Standing(delta, spent, max(0.0, cap - used), open_rounds[1], open_rounds[0])
+
+    def studies(self, delta: float | None = None) -> list[dict[str, Any]]:
+        """Each study's dataset, its charges by state, and the ε that it was charged.
 
         Parameters
         ----------
-        more : iterable of Mechanism
-            Charges that are only considered.
+        delta : float or None
+            The policy's δ. ``epsilon`` is at the study's own ``delta``, ``site_epsilon`` at the
+            ``site_delta`` of its cohort; None where the study has no privacy.
         """
-        with self._turn:
-            extra = list(more)
-            return max(
-                (
-                    epsilon_composed([*self._mechanisms(cohorts=group), *extra], delta)
-                    for group in self._groups(cohort)
-                ),
-                default=epsilon_composed(extra, delta),
-            )
-
-    def studies(self) -> list[dict[str, Any]]:
-        """Each study's dataset, charges by state, and the δ and ε that it was charged."""
         with self._turn:
             rows = self._rows(
                 "SELECT s.study, c.dataset, s.cohort, max(h.delta), count(h.id), "
-                "sum(h.state = 'committed'), sum(h.state = 'lost'), max(h.round) FROM studies s "
+                "sum(h.state = 'committed'), sum(h.state = 'lost'), max(h.round), "
+                "sum(h.id IS NOT NULL AND h.noise IS NULL) FROM studies s "
                 "JOIN cohorts c ON c.sha256 = s.cohort LEFT JOIN charges h ON h.study = s.study "
                 "GROUP BY s.study ORDER BY min(h.id)"
             )
-            return [
-                {
-                    "study": study, "dataset": dataset, "cohort": cohort[:12], "delta": delta,
-                    "epsilon": self.epsilon_of_study(study, delta) if delta else None,
+            made = []
+            for study, dataset, cohort, own, charged, released, lost, last, unbounded in rows:
+                here, own = self.delta_of(cohort, delta), own if charged > unbounded else None
+                made.append({
+                    "study": study, "dataset": dataset, "cohort": cohort[:12], "delta": own,
+                    "epsilon": self.epsilon_of_study(study, own) if own else None,
+                    "site_delta": here,
+                    "site_epsilon": self.epsilon_of_study(study, here) if own else None,
+                    "unbounded_rounds": unbounded or 0,
                     "charged": charged, "released": released or 0, "lost": lost or 0,
                     "last_round": last or 0,
-                }
-                for study, dataset, cohort, delta, charged, released, lost, last in rows
-            ]  # fmt: skip
+                })  # fmt: skip
+            return made
+
+    def charged(self, study: str, round_: int) -> bool:
+        """Whether a round was ever charged, whatever became of it."""
+        with self._turn:
+            return bool(
+                self._rows("SELECT 1 FROM charges WHERE study = ? AND round = ?", study, round_)
+            )
 
     def cohorts(self) -> list[tuple[str, str, int]]:
         """Hash, dataset and number of patients of every cohort that was ever used."""
@@ -314,20 +378,24 @@ class Ledger:
             )  # fmt: skip
 
     def _within(self, request: RoundRequest, more: Mechanism, caps: Caps) -> None:
-        delta = request.delta or caps.delta
-        own = epsilon_composed([*self._mechanisms(study=request.study), more], delta)
+        delta = self.delta_of(request.cohort, caps.delta)
+        own = _cost(_joined(self._studies(study=request.study), request, more), delta, caps.study)
         if not own <= caps.study:
-            raise _exceeded("study", own, caps.study)
-        everything = self.epsilon_of_cohort(request.cohort, caps.delta, [more])
-        if not everything <= caps.cohort:
-            raise _exceeded("cohort", everything, caps.cohort)
+            raise _exceeded("study", own, caps.study, delta)
+        for group in self._groups(request.cohort) or [(request.cohort,)]:
+            found = _joined(self._studies(cohorts=group), request, more)
+            alone = len(found) == 1
+            everything = (_cost if alone else _cost_if_joined)(found, delta, caps.cohort)
+            if not everything <= caps.cohort:
+                raise _exceeded("cohort", everything, caps.cohort, delta)
 
     def _insert(self, request: RoundRequest) -> Charge:
         one = request.mechanism
         with self._store.writing() as sql:
             sql.execute(
-                "INSERT INTO studies VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
-                (request.study, request.plan_hash, request.cohort),
+                "INSERT INTO studies (study, plan_hash, cohort, planned) VALUES (?, ?, ?, ?) "
+                "ON CONFLICT DO NOTHING",
+                (request.study, request.plan_hash, request.cohort, request.planned),
             )
             made = sql.execute(
                 "INSERT INTO charges (study, round, noise, rate, steps, delta, state, made) "
@@ -371,22 +439,91 @@ class Ledger:
                 largest.append(one)
         return [tuple(sorted(one)) for one in largest]
 
-    def _mechanisms(
+    def _studies(
         self, *, study: str | None = None, cohorts: Collection[str] | None = None
-    ) -> list[Mechanism]:
+    ) -> list[_Charged]:
+        """What each study was charged with privacy, in the order of their first charges."""
         marks = ", ".join("?" * len(cohorts or ()))
         where = "h.study = ?" if study is not None else f"s.cohort IN ({marks})"
         rows = self._rows(
-            "SELECT noise, rate, sum(steps) FROM charges h JOIN studies s USING (study) "
-            f"WHERE noise IS NOT NULL AND {where} GROUP BY noise, rate",
+            "SELECT study, planned, noise, rate, sum(steps) FROM charges h "
+            f"JOIN studies s USING (study) WHERE noise IS NOT NULL AND {where} "
+            "GROUP BY study, noise, rate ORDER BY min(h.id)",
             *([study] if study is not None else cohorts or ()),
         )
-        return [Mechanism(noise, rate, steps) for noise, rate, steps in rows]
+        found: dict[str, _Charged] = {}
+        for name, planned, noise, rate, steps in rows:
+            one = found.setdefault(name, _Charged(name, planned))
+            one.parts.append(Mechanism(noise, rate, steps))
+        return list(found.values())
+
+    def _without_privacy(self, cohorts: Collection[str]) -> tuple[int, int]:
+        """Rounds without privacy on these cohorts, and how many studies had them."""
+        marks = ", ".join("?" * len(cohorts))
+        ((rounds, studies),) = self._rows(
+            "SELECT count(*), count(DISTINCT study) FROM charges JOIN studies USING (study) "
+            f"WHERE noise IS NULL AND cohort IN ({marks})",
+            *cohorts,
+        )
+        return int(rounds), int(studies)
 
 
-def _exceeded(what: str, value: float, cap: float) -> BudgetError:
+@dataclass
+class _Charged:
+    """What one study was charged: its mechanisms, with the steps that were charged of each."""
+
+    study: str
+    planned: int
+    parts: list[Mechanism] = field(default_factory=list)
+
+    @property
+    def whole(self) -> list[Mechanism]:
+        """What it was going to run when it began, as far as that is known."""
+        if len(self.parts) != 1:
+            return self.parts
+        return [replace(self.parts[0], steps=max(self.planned, self.parts[0].steps))]
+
+
+def _joined(found: list[_Charged], request: RoundRequest, more: Mechanism) -> list[_Charged]:
+    """The same, and a further charge of a study."""
+    own = next((one for one in found if one.study == request.study), None)
+    if own is None:
+        return [*found, _Charged(request.study, request.planned, [more])]
+    total = Counter({(one.noise_multiplier, one.sampling_rate): one.steps for one in own.parts})
+    total[more.noise_multiplier, more.sampling_rate] += more.steps
+    own.parts = [Mechanism(*kind, steps) for kind, steps in total.items()]
+    return found
+
+
+def _cost(found: list[_Charged], delta: float, cap: float) -> float:
+    """ε at δ of what was charged; the tight accountant holds where one study is alone.
+
+    Its noise and rate are fixed before it begins, and only how many of its steps are taken may
+    depend on results: a cap on them all, whichever they are, bounds each such choice.
+    """
+    parts = [part for one in found for part in one.parts]
+    if len(found) <= 1 and len(parts) <= 1:
+        return epsilon_composed(parts, delta)
+    return epsilon_filtered(parts, delta, cap)
+
+
+def _cost_if_joined(found: list[_Charged], delta: float, cap: float) -> float:
+    """ε at δ by the filter, when there is a study beside the first.
+
+    Whether the filter or the tight accountant holds for a patient must not depend on results. So it
+    is settled when the first study begins: if all of that study fits under the cap by the filter,
+    the filter holds from there on; else no other study may follow, also where the first one stops
+    early.
+    """
+    parts = [part for one in found for part in one.parts]
+    first = found[0].whole if found else []
+    return max(epsilon_filtered(parts, delta, cap), epsilon_filtered(first, delta, cap))
+
+
+def _exceeded(what: str, value: float, cap: float, delta: float) -> BudgetError:
     return BudgetError(
-        f"a {what} must stay within its privacy budget", value=f"{value:.4g} of {cap:.4g}",
+        f"a {what} must stay within its privacy budget",
+        value=f"{value:.4g} of {cap:.4g} at δ {delta:.2g}",
         fix="Plan fewer rounds or more noise, or ask the site to raise its cap",
         where=f"policy.max_epsilon_per_{what}",
-    )  # fmt: skip
+    )

@@ -18,11 +18,15 @@ from client.cohort.private import write_private
 from client.secret import Pseudonyms
 from fedward.errors import BudgetError, OutputError
 
-_VERSION: Final = 3
-# What the anchor's hash covers. An answer is covered by its digest in `evaluations`.
-_COUNTED: Final = (
-    ("cohorts", "sha256"), ("studies", "study"), ("charges", "id"), ("evaluations", "id")
-)  # fmt: skip
+
+def _kept_for_good(*tables: str) -> tuple[str, ...]:
+    return tuple(
+        f"""CREATE TRIGGER {table}_stay BEFORE DELETE ON {table}
+        BEGIN SELECT RAISE(ABORT, 'nothing is forgotten'); END"""
+        for table in tables
+    )
+
+
 _ADD_ONE: Final = "UPDATE meta SET value = CAST(value AS INTEGER) + 1 WHERE key = ?"
 _SCHEMA: Final = (
     """CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID""",
@@ -36,28 +40,44 @@ _SCHEMA: Final = (
        round INTEGER NOT NULL, noise REAL, rate REAL, steps INTEGER NOT NULL, delta REAL,
        state TEXT NOT NULL CHECK (state IN ('reserved', 'committed', 'lost')),
        digest TEXT NOT NULL DEFAULT '', made REAL NOT NULL, UNIQUE (study, round)) STRICT""",
-    """CREATE TABLE evaluations (id INTEGER PRIMARY KEY,
-       study TEXT NOT NULL REFERENCES studies (study), round INTEGER NOT NULL, part TEXT NOT NULL,
-       arrays TEXT NOT NULL, epsilon REAL, attempts INTEGER NOT NULL,
-       digest TEXT NOT NULL DEFAULT '', made REAL NOT NULL, UNIQUE (study, round, part)) STRICT""",
-    """CREATE TABLE answers (evaluation INTEGER PRIMARY KEY REFERENCES evaluations (id),
-       content BLOB NOT NULL) STRICT""",
-    *(
-        f"""CREATE TRIGGER {table}_stay BEFORE DELETE ON {table}
-        BEGIN SELECT RAISE(ABORT, 'nothing is forgotten'); END"""
-        for table in ("meta", "cohorts", "members", "studies", "charges", "evaluations", "answers")
-    ),
-    """CREATE TRIGGER evaluations_hold BEFORE UPDATE ON evaluations
-       WHEN OLD.digest <> '' OR NEW.id <> OLD.id OR NEW.study <> OLD.study
-       OR NEW.round <> OLD.round OR NEW.part <> OLD.part OR NEW.arrays <> OLD.arrays
-       OR NEW.epsilon IS NOT OLD.epsilon OR NEW.attempts < OLD.attempts
-       BEGIN SELECT RAISE(ABORT, 'an evaluation does not change'); END""",
+    *_kept_for_good("meta", "cohorts", "members", "studies", "charges"),
     """CREATE TRIGGER charges_hold BEFORE UPDATE ON charges
        WHEN OLD.noise IS NOT NULL AND OLD.state <> 'reserved' OR NEW.id <> OLD.id
        OR NEW.study <> OLD.study OR NEW.round <> OLD.round OR NEW.noise IS NOT OLD.noise
        OR NEW.rate IS NOT OLD.rate OR NEW.steps <> OLD.steps
        BEGIN SELECT RAISE(ABORT, 'a charge does not change'); END""",
-    f"PRAGMA user_version = {_VERSION}",
+)
+# What makes a ledger of one version one of the next; a new ledger goes through all of them. A new
+# table gets a trigger against deletion, and a line in _COUNTED if it holds charges.
+_FIRST: Final = 2
+_MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
+    ("ALTER TABLE studies ADD COLUMN planned INTEGER NOT NULL DEFAULT 0",),  # 2 to 3
+    (  # 3 to 4
+        """CREATE TABLE evaluations (id INTEGER PRIMARY KEY,
+           study TEXT NOT NULL, plan_hash TEXT NOT NULL,
+           cohort TEXT NOT NULL REFERENCES cohorts (sha256), round INTEGER NOT NULL,
+           part TEXT NOT NULL, arrays TEXT NOT NULL, epsilon REAL, attempts INTEGER NOT NULL,
+           digest TEXT NOT NULL DEFAULT '', made REAL NOT NULL,
+           UNIQUE (study, round, part)) STRICT""",
+        """CREATE TABLE answers (evaluation INTEGER PRIMARY KEY REFERENCES evaluations (id),
+           content BLOB NOT NULL) STRICT""",
+        """CREATE TRIGGER evaluations_hold BEFORE UPDATE ON evaluations
+           WHEN OLD.digest <> '' OR NEW.id <> OLD.id OR NEW.study <> OLD.study
+           OR NEW.cohort <> OLD.cohort OR NEW.round <> OLD.round OR NEW.part <> OLD.part
+           OR NEW.arrays <> OLD.arrays
+           OR NEW.epsilon IS NOT OLD.epsilon OR NEW.attempts < OLD.attempts
+           BEGIN SELECT RAISE(ABORT, 'an evaluation does not change'); END""",
+        *_kept_for_good("evaluations", "answers"),
+    ),
+)
+_VERSION: Final = _FIRST + len(_MIGRATIONS)
+# Tables that the anchor's hash covers, and what orders their rows. An answer is covered by its
+# digest in `evaluations`.
+_COUNTED: Final = (
+    ("cohorts", "sha256"),
+    ("studies", "study"),
+    ("charges", "id"),
+    ("evaluations", "id"),
 )
 
 
@@ -157,7 +177,7 @@ class Store:
         anchored = _read(self._anchor)  # before the database: a trainer may be writing
         version = sql("PRAGMA user_version").fetchone()[0]
         new = version == 0 and anchored is None and not read_only
-        if not new and version != _VERSION:
+        if not new and not (_VERSION if read_only else _FIRST) <= version <= _VERSION:
             raise _damaged("another version" if version else "its content is gone")
         if not read_only:
             for setting in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
@@ -169,15 +189,23 @@ class Store:
             self._check(anchored, read_only=read_only)
         finally:
             self._end()
+        if not read_only and not new and version < _VERSION:
+            self._migrate(version)
         if self._accept:
             self._go_past(anchored)
         elif anchored is None and not read_only:
             write_private(self._anchor, self._state().to_bytes())
 
+    def _migrate(self, version: int) -> None:
+        """Bring a ledger that was found whole to this version, in one transaction."""
+        with self.writing() as sql:
+            for statement in _statements(version):
+                sql.execute(statement)
+
     def _make(self) -> None:
         sql = self.connection
         sql.execute("BEGIN IMMEDIATE")
-        for statement in _SCHEMA:
+        for statement in (*_SCHEMA, *_statements(_FIRST)):
             sql.execute(statement)
         sql.executemany(
             "INSERT INTO meta VALUES (?, ?)",
@@ -228,9 +256,15 @@ class Store:
     def _state(self) -> _State:
         digest = hashlib.sha256()
         for table, key in _COUNTED:
+            if not self._has(table):  # of a ledger that is about to be migrated
+                continue
             for row in self.connection.execute(f"SELECT * FROM {table} ORDER BY {key}"):
                 digest.update(json.dumps([table, *row]).encode() + b"\n")
         return _State(self.meta("id"), int(self.meta("counter")), digest.hexdigest())
+
+    def _has(self, table: str) -> bool:
+        sql = "SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = ?"
+        return self.connection.execute(sql, (table,)).fetchone() is not None
 
     def meta(self, key: str) -> str:
         """What the ledger says of itself: id, counter, secret, accepted."""
@@ -238,6 +272,12 @@ class Store:
         if row is None:
             raise _damaged("a check of the file")
         return str(row[0])
+
+
+def _statements(version: int) -> tuple[str, ...]:
+    """What brings a ledger from a version to this one."""
+    steps = [one for step in _MIGRATIONS[version - _FIRST :] for one in step]
+    return (*steps, f"PRAGMA user_version = {_VERSION}")
 
 
 def accept_older(folder: Path, secret_id: str) -> None:

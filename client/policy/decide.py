@@ -10,6 +10,7 @@ from client.policy import words
 from client.policy.settings import Approval, Limits, PolicySection
 from fedward.errors import PolicyError
 from fedward.plan.schema import Plan
+from fedward.privacy import default_delta
 
 if TYPE_CHECKING:
     from client.cohort.freeze import CohortFile
@@ -151,7 +152,7 @@ def decide(policy: PolicySection, request: StudyRequest) -> Decision:
     rule = policy.rule_for(request.study, request.plan.study.name)
     limits = policy.limits(rule) if rule else policy
     found = [*_whose(policy, request, known=rule is not None), *_model(policy, limits, request),
-             *_privacy(policy, limits, request.plan), *_evaluation(limits, request.plan),
+             *_privacy(policy, limits, request), *_evaluation(limits, request.plan),
              *_people(limits, request.facts)]  # fmt: skip
     return Decision(tuple(found), rule.dataset if rule else "", limits)
 
@@ -174,16 +175,20 @@ def _model(policy: PolicySection, limits: Limits, request: StudyRequest) -> Iter
                         f"{policy.max_upload_mib:.4g} MiB")  # fmt: skip
 
 
-def _privacy(policy: PolicySection, limits: Limits, plan: Plan) -> Iterator[Violation]:
+def _privacy(policy: PolicySection, limits: Limits, request: StudyRequest) -> Iterator[Violation]:
+    plan = request.plan
     if not plan.privacy.on:
         if limits.require_privacy:
             yield Violation("privacy.mechanism", words.PRIVATE, "none")
         return
     epsilon, delta = plan.privacy.epsilon or 0.0, plan.privacy.delta or 0.0
+    most_delta = limits.max_delta
+    if most_delta is None:
+        most_delta = default_delta(request.facts.patients if request.facts else 0)
     for key, rule, value, limit in (
         ("privacy.epsilon", words.EPSILON, epsilon, limits.max_epsilon_per_study),
         ("privacy.epsilon", words.COHORT_EPSILON, epsilon, policy.max_epsilon_per_cohort),
-        ("privacy.delta", words.DELTA, delta, limits.max_delta),
+        ("privacy.delta", words.DELTA, delta, most_delta),
     ):
         if value > limit:
             yield Violation(key, rule, f"{value:.4g}", f"{limit:.4g}")

@@ -43,9 +43,14 @@ class Limits(Section):
     require_privacy: bool = Field(
         default=True, description="whether updates must be differentially private"
     )
-    max_epsilon_per_study: Above = Field(default=8.0, description="largest ε of one study")
-    max_delta: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=1e-3, description="largest δ of a study"
+    max_epsilon_per_study: Above = Field(
+        default=8.0, description="largest ε of one study, at its own δ and at the site's"
+    )
+    max_delta: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="largest δ of a study; in `[policy]` also the δ at which caps are held. None: "
+        "the largest power of ten that is at most 1 / (10 patients of the cohort), and at most "
+        "1e-3",
     )
     metrics: tuple[MetricName, ...] = Field(
         default=METRICS, description="figures that may be worked out from what leaves"
@@ -120,7 +125,8 @@ class PolicySection(Limits):
         default=False, description="accept every coordinator, instead of a list"
     )
     max_epsilon_per_cohort: Above = Field(
-        default=8.0, description="largest ε of all studies together on one cohort"
+        default=8.0,
+        description="largest ε of all studies together on one patient, at the site's δ",
     )
     max_evaluation_epsilon_per_cohort: Above = Field(
         default=32.0,

@@ -19,7 +19,7 @@ from typing import Any, Final, cast
 
 from client.audit.log import AuditLog
 from client.config import SiteConfig
-from client.ledger import Ledger
+from client.ledger import Caps, Ledger
 from client.policy.approvals import Approvals
 from client.trainer.desk import TrainerDesk
 from fedward.errors import ConfigError, FedwardError
@@ -86,16 +86,22 @@ class Admin:
 
     def _budget(self) -> dict[str, Any]:
         policy = self._config.policy
-        cap, delta = policy.max_epsilon_per_cohort, policy.max_delta
+        caps = Caps(policy.max_epsilon_per_study, policy.max_epsilon_per_cohort, policy.max_delta)
         rows = []
         for sha, dataset, patients in self._ledger.cohorts():
-            spent = self._ledger.epsilon_of_cohort(sha, delta)
+            now = self._ledger.standing(sha, caps)
             rows.append({
-                "dataset": dataset, "cohort": sha[:12], "patients": patients, "delta": delta,
-                "spent": round(spent, 4), "cap": cap, "left": round(max(0.0, cap - spent), 4),
+                "dataset": dataset, "cohort": sha[:12], "patients": patients, "delta": now.delta,
+                "spent": round(now.spent, 4), "cap": caps.cohort, "left": round(now.left, 4),
+                "unbounded": {"studies": now.unbounded_studies, "rounds": now.unbounded_rounds},
+                "evaluations": {
+                    "spent": round(self._ledger.evaluations.epsilon_of_cohort(sha), 4),
+                    "cap": policy.max_evaluation_epsilon_per_cohort,
+                    "unbounded_studies": len(self._ledger.evaluations.without_bound(sha)),
+                },
             })  # fmt: skip
         return {
-            "budget": rows, "studies": self._ledger.studies(),
+            "budget": rows, "studies": self._ledger.studies(policy.max_delta),
             "older_ledgers_accepted": self._ledger.accepted(),
         }  # fmt: skip
 

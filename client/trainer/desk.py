@@ -68,6 +68,12 @@ class TrainerDesk:
 
     def answer(self, what: str, packet: Packet) -> Packet:
         """Answer an order; a refusal is an answer too, and an exception never is."""
+        made = self._answer(what, packet)
+        if what == "train" and made.kind == "refusal" and not self._work.charged(packet):
+            return Packet("refusal", {**made.record, "charged": False})
+        return made
+
+    def _answer(self, what: str, packet: Packet) -> Packet:
         round_ = 0
         case: Case | None = None
         try:

@@ -92,6 +92,13 @@ class Work:
         self._tell_sent(what, order, answer)
         return answer
 
+    def charged(self, packet: Packet) -> bool:
+        """Whether the ledger may hold a charge for the round that an order, valid or not, names."""
+        try:
+            return self._ledger.charged(packet.record["study"], packet.record["round"])
+        except Exception:  # no such words, no number, or a ledger that is closed: nobody knows
+            return True
+
     def _describe(self, order: RoundOrder, case: Case, packet: Packet) -> Packet:
         trainer = self._warm.get(case)
         if case.limits.counts == "private":
@@ -189,14 +196,14 @@ class Work:
         self, order: RoundOrder, case: Case, trainer: Trainer, rounds: int
     ) -> tuple[RoundRequest, Mechanism]:
         """What so many rounds are charged."""
-        mechanism = None
+        mechanism, planned = None, 0
         if case.plan.privacy.on:
             whole = calibrate(case.plan, trainer.site.patients_in("train"))
             steps = steps_per_round(case.plan, whole.sampling_rate) * rounds
-            mechanism = replace(whole, steps=steps)
+            mechanism, planned = replace(whole, steps=steps), whole.steps
         request = RoundRequest(
             order.study, order.plan_hash, order.round, trainer.site.cohort, mechanism,
-            case.plan.privacy.delta,
+            case.plan.privacy.delta, planned,
         )  # fmt: skip
         return request, mechanism or Mechanism(1.0, 0.0, 0)
 

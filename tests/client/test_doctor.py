@@ -412,6 +412,8 @@ SANE: Changes = {
         ({"require_privacy": False}, "without privacy"),
         ({"studies": [{**SANE["studies"][0], "require_privacy": False}]}, "without privacy"),
         ({"max_epsilon_per_cohort": 50.0}, "50"),
+        ({"max_delta": 0.01}, "δ = 0.01"),
+        ({"studies": [{**SANE["studies"][0], "max_delta": 0.01}]}, "δ = 0.01"),
         ({"minimum_count": 1}, "single image"),
     ],
 )

@@ -9,6 +9,7 @@ from functools import cache
 import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,9 @@ from fedward.plan import Plan
 from fedward.privacy import (
     Mechanism,
     calibrate,
+    default_delta,
     epsilon_composed,
+    epsilon_filtered,
     epsilon_spent,
     noise_for,
     sampling_rate,
@@ -242,3 +245,46 @@ def test_where_the_tight_accountant_cannot_follow_a_looser_one_bounds() -> None:
     assert mean <= epsilon_composed(kinds, 1e-5) <= 1.15 * mean
     with pytest.raises(PrivacyError):
         epsilon_composed([Mechanism(1e-200, 1.0, 1), *kinds], 1e-5)
+
+
+@pytest.mark.parametrize("cap", [0.5, 1.0, 3.0, 8.0, 10.0, 50.0])
+@pytest.mark.parametrize("delta", [1e-3, 1e-5])
+def test_the_filter_is_one_order_of_an_independent_renyi_accountant(
+    cap: float, delta: float
+) -> None:
+    mechanisms = [Mechanism(3.4, 0.5, 150), Mechanism(1.1, 0.05, 200), Mechanism(20.0, 1.0, 3)]
+    reached = {}
+    for order in (*range(2, 64), 64, 80, 96, 128, 192, 256, 384, 512):
+        accountant = RdpAccountant([order])
+        for one in mechanisms:
+            step = PoissonSampledDpEvent(one.sampling_rate, GaussianDpEvent(one.noise_multiplier))
+            accountant.compose(step, one.steps)
+        reached[order] = float(accountant.get_epsilon(delta))
+    ours = epsilon_filtered(mechanisms, delta, cap)
+    assert min(abs(ours - one) / one for one in reached.values()) < 1e-6
+    # Only the cap and δ choose the order, so it is not the best one for these mechanisms.
+    assert ours >= min(reached.values()) - 1e-6
+    assert ours >= epsilon_composed(mechanisms, delta) - 0.02
+
+
+def test_the_filter_of_nothing_costs_nothing_and_of_no_noise_everything() -> None:
+    assert epsilon_filtered([], 1e-4, 8.0) == 0.0
+    assert epsilon_filtered([Mechanism(1.0, 0.1, 0)], 1e-4, 8.0) == 0.0
+    assert epsilon_filtered([Mechanism(0.0, 0.1, 1)], 1e-4, 8.0) == math.inf
+    assert epsilon_filtered([Mechanism(1e-3, 0.1, 1)], 1e-4, 8.0) > 1e5
+
+
+@pytest.mark.parametrize("epsilon", [1.0, 3.0, 8.0])
+def test_what_the_filter_costs_more_where_it_fills_the_cap(epsilon: float) -> None:
+    noise = noise_for(epsilon, 1e-4, 0.5, 121)  # as studies/pneumonia-transfer.toml
+    filtered = epsilon_filtered([Mechanism(noise, 0.5, 121)], 1e-4, epsilon)
+    assert 1.05 * epsilon < filtered < 1.12 * epsilon
+
+
+@given(patients=st.integers(0, 10**9))
+def test_the_default_delta_is_a_power_of_ten_well_below_one_patient(patients: int) -> None:
+    delta = default_delta(patients)
+    assert delta <= 1e-3
+    assert delta * 10 * patients <= 1 + 1e-9
+    assert delta == 1e-3 or delta * 100 * patients > 1
+    assert float(f"1e{round(math.log10(delta))}") == delta

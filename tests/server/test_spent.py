@@ -1,4 +1,4 @@
-"""ε per site in report and card: of all steps whose updates arrived, and of no others."""
+"""ε per site in report and card: of all rounds that were ordered and may have been charged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
-from flwr.app import Context
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from client.data.types import PreparedSite
 from client.training.runtime import Runtime
@@ -18,13 +18,15 @@ from client.training.trainer import Trainer
 from fedward.models import build_model, to_arrays
 from fedward.plan.load import plan_hash
 from fedward.plan.schema import Plan
-from fedward.protocol import TrainOutcome
+from fedward.privacy import calibrate
+from fedward.protocol import Refusal, SiteFacts, TrainOutcome
 from server.checkpoint import Checkpoints
 from server.events import Event, RoundEnded
 from server.job import Job
+from server.replies import Bad, read_update
 from server.results import Arm, SitePrivacy
 from server.rounds import StudyRun
-from server.spent import carry_over, charge, settle
+from server.spent import carry_over, charge, charge_ordered, settle
 from simulation import flower
 from simulation.local import LocalGrid, State
 from simulation.pool import Pool
@@ -104,8 +106,8 @@ def test_what_a_site_sent_between_evaluations_is_in_its_epsilon(
     per_round = job.arm.rounds[0].sites["site-1"].steps
     assert per_round == 4
     steps = {site: spent.steps for site, spent in job.arm.privacy.items()}
-    # What arrived and was refused has left the hospital; what was never made has not.
-    assert steps == {"site-1": ROUNDS * per_round, "site-2": (ROUNDS - 1) * per_round}
+    # What was refused here has left the hospital; what failed there may have been charged.
+    assert steps == dict.fromkeys(("site-1", "site-2"), ROUNDS * per_round)
     for spent in job.arm.privacy.values():
         theirs = independent(spent)
         assert theirs - 0.001 <= spent.epsilon <= theirs + 0.03
@@ -144,6 +146,42 @@ def test_what_is_not_private_has_no_bound(noise: float | None, rate: float | Non
     assert arm.privacy["north"].spent(".3f") == "no bound"
     told = SitePrivacy(epsilon=7.98, delta=1e-3, noise_multiplier=1, sampling_rate=1, steps=1)
     assert told.spent(".3f") == "7.980"
+
+
+FACTS = SiteFacts(
+    site="north", patients=60, images=60, train_patients=40, validation_patients=10,
+    test_patients=10, train_images=40, validation_images=10, test_images=10,
+)  # fmt: skip
+
+
+def test_a_round_that_was_ordered_costs_what_its_update_would(make_plan: Make) -> None:
+    plan = make_plan(privacy=PRIVATE, training={"rounds": 4, "batch_size": 6})
+    heard, silent = (Arm(name="t", kind="federated") for _ in range(2))
+    whole = calibrate(plan, 40)
+    for number in (1, 2, 3):
+        charge_ordered(silent, plan, FACTS, number)
+        charge_ordered(silent, plan, FACTS, number)
+        update = outcome(number, whole.steps // 4, whole.noise_multiplier, whole.sampling_rate)
+        charge(heard, update, 1e-3)
+        charge(silent, update, 1e-3)  # late, and no second cost
+        charge_ordered(heard, plan, FACTS, number)
+    assert silent.privacy == heard.privacy
+    assert heard.privacy["north"].steps == 3 * whole.steps // 4
+    none = FACTS.model_copy(update={"train_patients": 0})
+    charge_ordered(heard, plan, none, 4)
+    settle(heard)
+    assert heard.privacy["north"].epsilon == 1e9
+    charge_ordered(silent, make_plan(), FACTS, 4)
+    assert silent.privacy["north"].last_round == 3
+
+
+@pytest.mark.parametrize("charged", [None, False])
+def test_a_refusal_costs_nothing_only_where_the_site_says_so(charged: bool | None) -> None:
+    refusal = Refusal(site="north", round=1, kind="paused", rule="no", charged=charged)
+    content = RecordDict({"refusal": ConfigRecord(refusal.to_flat())})
+    read = read_update(Message(content, 1, "train"), "north", 1, {})
+    assert isinstance(read, Bad)
+    assert read.uncharged is (charged is False)
 
 
 def test_without_privacy_nothing_is_spent() -> None:

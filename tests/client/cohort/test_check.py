@@ -105,7 +105,7 @@ def test_small_images_and_a_window_beside_them_are_warned_of(checked):
 
 def test_the_budget_is_what_the_accountant_says(make_plan):
     plan = make_plan(privacy=PRIVATE)
-    one, budget = privacy_finding(plan, 28)
+    one, budget = privacy_finding(plan, 28, 40)
     mechanism = calibrate(plan, 28)
     assert one.status == "pass"
     assert budget.noise_multiplier == mechanism.noise_multiplier
@@ -117,9 +117,9 @@ def test_the_budget_is_what_the_accountant_says(make_plan):
     accountant = RDPAccountant()
     accountant.history = [(budget.noise_multiplier, budget.sampling_rate, budget.steps)]
     assert budget.epsilon <= accountant.get_epsilon(1e-3) <= 1.5 * budget.epsilon
-    loose, _ = privacy_finding(make_plan(privacy=PRIVATE | {"delta": 0.1}), 28)
+    loose, _ = privacy_finding(make_plan(privacy=PRIVATE | {"delta": 0.1}), 28, 40)
     assert loose.status == "warn" and "delta" in loose.fix
-    whole, _ = privacy_finding(make_plan(privacy=PRIVATE | {"sampling_rate": 1.0}), 28)
+    whole, _ = privacy_finding(make_plan(privacy=PRIVATE | {"sampling_rate": 1.0}), 28, 40)
     assert whole.status == "warn" and "sampling_rate" in whole.fix
 
 

@@ -76,6 +76,19 @@ def test_each_limit_refuses_with_its_own_rule(
     assert refused.value.rule == rule
 
 
+@pytest.mark.parametrize(("patients", "limit"), [(20, 1e-3), (1000, 1e-4), (1001, 1e-5)])
+def test_without_a_word_the_largest_delta_follows_the_cohort(
+    request_of: Callable[..., StudyRequest], patients: int, limit: float
+) -> None:
+    request = request_of(facts=DatasetFacts(patients, patients, {}))
+    found = decide(policy_of(), request).violations
+    assert [one.rule for one in found] == ([words.DELTA] if limit < 1e-4 else [])
+    assert [one.words() for one in found] == ["privacy.delta 0.0001 (limit 1e-05)"] * len(found)
+    assert decide(policy_of(max_delta=1e-4), request).allowed
+    assert decide(policy_of(studies=[{**RULE, "max_delta": 1e-4}]), request).allowed
+    assert limit <= 1 / (10 * patients)
+
+
 def test_a_rule_overrides_the_policy_for_its_studies(
     request_of: Callable[..., StudyRequest],
 ) -> None:
