@@ -11,6 +11,9 @@ import pytest
 from fedward.errors import WeightsError
 from fedward.models import build_model, to_arrays
 from fedward.plan.load import plan_hash
+from fedward.privacy import calibrate
+from fedward.protocol import SiteFacts
+from server import events
 from server.checkpoint import Checkpoints
 from server.config import ServerConfig
 from server.job import Job
@@ -54,3 +57,23 @@ def test_a_study_with_a_checkpoint_needs_its_first_weights_no_more(runner: Runne
 def test_without_one_it_does(runner: Runner) -> None:
     with pytest.raises(WeightsError):
         runner.run()
+
+
+def test_a_round_that_a_killed_runner_had_open_is_counted(
+    config: ServerConfig, registry: Registry, make_plan: Make, new_site_key: str
+) -> None:
+    registry.sites.add("north", new_site_key)
+    privacy = {"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-3, "clipping_norm": 1.0}
+    plan = make_plan(privacy=privacy, participation={"sites": 1})
+    study = registry.studies.submit(plan, ["north"])
+    facts = SiteFacts(
+        site="north", patients=60, images=60, train_patients=40, validation_patients=10,
+        test_patients=10, train_images=40, validation_images=10, test_images=10,
+    )  # fmt: skip
+    killed = Runner(config, registry, study)
+    killed.job.facts["north"] = facts
+    killed._note(events.StudyStarted("t", plan.rounds, ("north",)))  # and orders round 1
+    again = Runner(config, registry, study)
+    again._charge_what_was_open()
+    spent = again.job.arm.privacy["north"]
+    assert (spent.last_round, spent.steps) == (1, calibrate(plan, 40).steps // plan.rounds)
