@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from client.data.types import PreparedSite
-from client.training.batches import PatientDraw, PatientSampler, chunks
+from client.training.batches import PatientDraw, PatientSampler, chunks, patients_at_once
 from client.training.private import Mode, PrivateStep
 from client.training.runtime import Runtime
 from client.training.trainer import Trainer
@@ -158,13 +158,40 @@ def test_sampler_takes_at_most_so_many_images_of_a_patient() -> None:
     assert len(set(draw.images.tolist())) == 6
 
 
-def test_chunks_never_cut_a_patient() -> None:
+def test_chunks_have_one_shape_and_never_cut_a_patient() -> None:
     draw = PatientDraw(np.arange(10), np.array([0, 0, 0, 1, 1, 2, 3, 3, 3, 3]))
-    parts = list(chunks(draw, 4))
-    assert [part.images.tolist() for part in parts] == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]]
-    assert [part.owners.tolist() for part in parts] == [[0, 0, 0], [0, 0, 1], [0, 0, 0, 0]]
-    large = PatientDraw(np.arange(5), np.zeros(5, np.int64))
-    assert [len(part.images) for part in chunks(large, 2)] == [5]
+    parts = chunks(draw, patients=3, images_per_patient=4)
+    assert [part.tolist() for part in parts] == [
+        [[0, 1, 2, -1], [3, 4, -1, -1], [5, -1, -1, -1]],
+        [[6, 7, 8, 9], [-1, -1, -1, -1], [-1, -1, -1, -1]],
+    ]
+
+
+@pytest.mark.parametrize(("count", "rate"), [(1, 0.5), (100, 0.1), (100, 1.0), (3000, 0.01)])
+def test_chunks_have_room_for_the_usual_draw_and_fit_in_memory(count: int, rate: float) -> None:
+    for each in (1, 4, 200):
+        room = patients_at_once(count, rate, each, most=64)
+        assert 1 <= room <= max(1, 64 // each)
+        assert room <= count
+    # Where memory is no limit, four deviations above the mean are.
+    deviation = (count * rate * (1 - rate)) ** 0.5
+    assert patients_at_once(count, rate, 1, most=10_000) <= count * rate + 4 * deviation + 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_fills_a_chunk_adds_nothing(mode: Mode) -> None:
+    images, labels = torch.randn(3, 1, 8, 8) * 3, torch.tensor([0, 1, 1])
+    room, owners = torch.zeros(8, 1, 8, 8), torch.arange(4).repeat_interleave(2)
+    real = torch.tensor([True, False, True, True, False, False, False, False])
+    room[real], targets = images, torch.zeros(8, dtype=torch.long)
+    targets[real] = labels
+    module, norm = model(), 0.7
+    expected = by_hand(model(), images, labels, [0, 1, 1], norm)
+    private = step_for(module, norm, 0.0, mode)
+    losses = losses_of(private.module, room, targets)
+    private.accumulate(losses, owners, last=True, real=real)
+    for parameter, sum_ in zip(module.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, sum_ / 10, rtol=3e-4, atol=1e-6)
 
 
 def test_an_outlier_moves_the_model_no_further_than_the_bound(
