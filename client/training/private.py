@@ -109,9 +109,7 @@ class PrivateStep:
         return False
 
 
-def _wrap(
-    module: nn.Module, mode: Mode
-) -> GradSampleModule | GradSampleModuleFastGradientClipping:
+def _wrap(module: nn.Module, mode: Mode) -> GradSampleModule | GradSampleModuleFastGradientClipping:
     if mode == "bookkeeping":
         return keep_books(module)
     return GradSampleModule(module, loss_reduction="sum", force_functorch=mode == "functorch")
