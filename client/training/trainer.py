@@ -141,8 +141,8 @@ class Trainer:
             if self.runtime.randomness == "seeded":
                 torch.manual_seed(seed_for(order.seed, self.site.name, order.round, "layers"))
             else:
-                # Dropout goes by the place in the batch. Were its masks known, one patient more would
-                # give known other masks to all that follow, and move the sum by more than C.
+                # Dropout goes by the place in the batch. Were its masks known, one patient more
+                # would give all that follow other, known masks and move the sum by more than C.
                 torch.seed()
             loss, steps = fit.run()
         values = to_arrays(self._model)

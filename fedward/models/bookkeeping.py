@@ -12,8 +12,8 @@ A layer has two ways to its norms:
 - *ghost*: ``‖B Aᵀ‖² = Σ (AᵀA) ∘ (BᵀB)`` over the positions (Li et al. 2022, arXiv:2110.05679), so
   that many weights under small maps never appear once per image.
 
-The images of one patient count as one: their gradients are summed before the norm. Why the sum moves
-by no more than the clipping norm, whatever cancels, stands in :mod:`fedward.models.clipping`.
+The images of one patient count as one: their gradients are summed before the norm. Why no patient
+adds more than the clipping norm, whatever cancels, stands in :mod:`fedward.models.clipping`.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 From ``benchmarks/dp.py`` (figures in ``benchmarks/dp.md``): on one CPU thread and on two,
 ``bookkeeping`` took less time than ``hooks`` or as much, and less memory for large models;
 ``functorch`` stays behind. No GPU was at hand: there the choice follows from the work and the
-memory of each way. Opacus' own ``ghost`` mode is none of them: it multiplies the losses with the clipping
-factors and goes through the network a second time, whose rounding nothing bounds.
+memory of each way. Opacus' own ``ghost`` mode is none of them: it multiplies the losses with the
+clipping factors and goes through the network a second time, whose rounding nothing bounds.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 Its means: activations and back-propagated values that are huge and cancel, so that a norm from
 products of positions comes out as rounding error or 0; numbers whose squares overflow or vanish in
-float32; one large number beside many that its sum of squares swallows; images of one patient that
-cancel each other; and batches of another size, in which everybody else's values round differently.
+float32; images of one patient that cancel each other; and batches of another size, in which everybody else's values round differently.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 
 from client.training.private import Mode, PrivateStep
 from fedward.models import bookkeeping, build_model, sampled
-from fedward.models.clipping import block_norms
 from fedward.plan.schema import SEGMENTERS, ModelName, Plan
 from fedward.privacy import Mechanism
 
@@ -92,28 +90,20 @@ def test_positions_that_cancel(each: int) -> None:
         assert float(moved) <= BOUND, trial
 
 
-def test_a_large_number_does_not_hide_many_small_ones() -> None:
-    """Each of their squares is below the last digit of the sum so far."""
-    gradient = torch.full((1, 2_000_000), 2e-4)
-    gradient[0, ::8192] = 1.0
-    exact = float(gradient.double().norm())
-    assert float(block_norms(gradient).double().norm()) == pytest.approx(exact, rel=5e-5)
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
 def test_squares_that_overflow_or_vanish(mode: Mode, scale: float) -> None:
     """Tiny activations before huge gradients, and the other way round, at the least C of a plan."""
-    for clipping_norm in (1e-6, 1.0):
+    for clipping_norm in (1e-6, 1e-2):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 2, bias=False))
         with torch.no_grad():
-            net[1].weight.mul_(1e3 / scale)
+            net[1].weight.mul_(1 / scale)
         net[1].weight.requires_grad_(False)
         image = torch.randn(1, 5, 32).mul(scale)
         make = functools.partial(_with_mean, net)
         moved = _summed(make(), image, mode, 1, clipping_norm).norm() / clipping_norm
-        assert float(moved) <= BOUND
+        assert 0.9 <= float(moved) <= BOUND
 
 
 class _Mean(nn.Module):
