@@ -15,9 +15,9 @@ not enough then. The argument, with unit roundoff ``u`` (2⁻²⁴ for float32) 
    ``Σ_tt' (a_t·a_t')(b_t·b_t')``. With ``m = Σ_t |a_t||b_t|``, the computed value differs from
    the exact one by at most ``κ m²``, ``κ = γ_(d + p + T² + 4)`` (§3.1 for each inner product and
    for the sum). In float64 ``κ`` is about 1e-12, and products of float32 numbers neither overflow
-   nor vanish. The weighted sum itself is one float32 product over all positions of a chunk; its term
-   of this patient is ``w Σ_t b_t a_tᵀ (1 + θ_t)`` with ``|θ_t| ≤ γ_K`` for K summed
-   products (§3.5), so that it is longer than ``w |g|`` by at most ``w γ_K m``, which is added to the norm.
+   nor vanish. The weighted sum itself is one float32 product over all positions of a chunk; its
+   term of this patient is ``w Σ_t b_t a_tᵀ (1 + θ_t)`` with ``|θ_t| ≤ γ_K`` for K summed products
+   (§3.5), so that it is longer than ``w |g|`` by at most ``w γ_K m``, which is added to the norm.
 3. *A bound of its own*: ``w m ≤ CANCELLING C`` (:func:`factors`). It uses lengths only, so no
    cancellation can mislead it, and it keeps intermediate products of a shared matrix product small:
    what one patient changes in the rounding of the others' parts is of the order of

@@ -1,8 +1,9 @@
 """A coordinator chooses weights under which one patient moves the sum by more than C.
 
 Its means: activations and back-propagated values that are huge and cancel, so that a norm from
-products of positions comes out as rounding error or 0; numbers whose squares overflow or vanish in
-float32; images of one patient that cancel each other; and batches of another size, in which everybody else's values round differently.
+products of positions comes out as rounding error or 0; numbers whose squares overflow or vanish
+in float32; images of one patient that cancel each other; and batches of another size, in which
+everybody else's values round differently.
 """
 
 from __future__ import annotations
