@@ -160,7 +160,7 @@ def _private_step(plan: Plan, kind: str, mode: str, batch: int) -> Callable[[], 
     model, images, labels = _parts(plan, kind, batch)
     model = sampled(model) if mode in OURS else model
     books = mode == "bookkeeping"
-    wrapped = keep_books(model, 1.0) if books else wrap_model(model, KINDS.get(mode, mode))
+    wrapped = keep_books(model) if books else wrap_model(model, KINDS.get(mode, mode))
     stock = DPOptimizerFastGradientClipping if mode == "ghost" else DPOptimizer
     make = SumOptimizer if books else stock
     optimizer = make(
@@ -176,7 +176,7 @@ def _private_step(plan: Plan, kind: str, mode: str, batch: int) -> Callable[[], 
     def run() -> None:
         optimizer.zero_grad()
         if books:
-            backward(wrapped, _PerImage("none")(wrapped(images), labels), owners)
+            backward(wrapped, _PerImage("none")(wrapped(images), labels), owners, 1.0)
         else:
             criterion(wrapped(images), labels).backward()
         optimizer.step()

@@ -11,7 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from client.training.batches import PatientSampler, chunks, count_steps, seed_for, shuffled
+from client.training.batches import (
+    FILLER,
+    PatientSampler,
+    chunks,
+    count_steps,
+    patients_at_once,
+    seed_for,
+    shuffled,
+)
 from client.training.device import autocast
 from client.training.losses import Loss
 from client.training.optimizers import add_proximal, build_optimizer, rate_at, set_rate
@@ -142,28 +150,32 @@ class Fit:
             self.indices, self.patients, rate, self.plan.privacy.images_per_patient
         )
         steps = steps_per_round(self.plan, rate)
+        patients = patients_at_once(count, rate, sampler.per_patient, self._at_once())
         with warnings.catch_warnings():
             # Images need no gradient, which torch finds worth a warning at Opacus' hooks.
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             try:
                 for step in range(steps):
-                    loss = self._private_step(private, sampler)
+                    loss = self._private_step(private, sampler, patients)
                     finish(step, steps, private.apply)
                     yield loss
             finally:
                 private.close()
 
-    def _private_step(self, private: PrivateStep, sampler: PatientSampler) -> Tensor | None:
-        draw = sampler.draw(self.draws.order)
+    def _private_step(
+        self, private: PrivateStep, sampler: PatientSampler, patients: int
+    ) -> Tensor | None:
+        draw, each = sampler.draw(self.draws.order), sampler.per_patient
         if not len(draw.images):
             private.accumulate_nobody()
             return None
-        total, parts = torch.zeros(()), list(chunks(draw, self._at_once()))
+        total, parts = torch.zeros(()), chunks(draw, patients, each)
         for number, part in enumerate(parts, start=1):
-            losses = self._losses(private.module, part.images)
-            owners = torch.from_numpy(part.owners).to(losses.device)
-            total = total + losses.detach().sum().cpu()
-            private.accumulate(losses, owners, last=number == len(parts))
+            losses = self._losses(private.module, part.ravel())
+            owners = torch.arange(patients, device=losses.device).repeat_interleave(each)
+            real = torch.from_numpy(part.ravel() != FILLER).to(losses.device)
+            total = total + losses.detach()[real].sum().cpu()
+            private.accumulate(losses, owners, last=number == len(parts), real=real)
         return total / len(draw.images)
 
     def _at_once(self) -> int:

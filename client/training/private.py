@@ -1,15 +1,14 @@
 """One private step: bound what each patient adds to the gradient, then add noise.
 
-Opacus computes the gradient of each image, clips and adds the noise. Ours is what makes the
-patient the unit: the images of one patient are averaged before the clipping.
+Opacus gives the gradient of each image and adds the noise. Ours is the clipping: the patient is the
+unit, so the images of one patient are averaged first, and the bound holds whatever the weights and
+images are (:mod:`fedward.models.clipping`).
 """
 
 from __future__ import annotations
 
 import torch
 from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
-from opacus.optimizers import DPOptimizer
-from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 from torch import Tensor, nn
 
 from fedward.models.bookkeeping import backward, keep_books
@@ -18,8 +17,6 @@ from fedward.models.registry import GradSampleMode
 from fedward.privacy import Mechanism
 
 Mode = GradSampleMode
-# Modes that put the clipped sum itself into ``grad``, so that no image's gradient is kept.
-_SUMMED: tuple[Mode, ...] = ("ghost", "bookkeeping")
 
 
 class PrivateStep:
@@ -39,8 +36,7 @@ class PrivateStep:
         Training patients of the site; with the rate they give the divisor of the summed gradient,
         which must not depend on how many were drawn.
     mode : str
-        How to get at the gradients; ``ghost`` only with one image per patient, ``hooks`` and
-        ``bookkeeping`` on what :func:`fedward.models.sampled` gave.
+        How to get at the gradients; ``bookkeeping`` on what :func:`fedward.models.sampled` gave.
     generator : torch.Generator or None
         Source of the noise; None takes the system's entropy.
     """
@@ -55,10 +51,9 @@ class PrivateStep:
         mode: Mode,
         generator: torch.Generator | None,
     ) -> None:
-        self.mode = mode
-        self.module = _wrap(module, mode, clipping_norm)
-        kind = SumOptimizer if mode in _SUMMED else DPOptimizer
-        self.optimizer = kind(
+        self.clipping_norm = clipping_norm
+        self.module = _wrap(module, mode)
+        self.optimizer = SumOptimizer(
             optimizer,
             noise_multiplier=mechanism.noise_multiplier,
             max_grad_norm=clipping_norm,
@@ -67,7 +62,9 @@ class PrivateStep:
         )
         self.parameters: list[nn.Parameter] = [p for p in module.parameters() if p.requires_grad]
 
-    def accumulate(self, losses: Tensor, owners: Tensor, *, last: bool) -> bool:
+    def accumulate(
+        self, losses: Tensor, owners: Tensor, *, last: bool, real: Tensor | None = None
+    ) -> bool:
         """Add one chunk of a step.
 
         Parameters
@@ -78,28 +75,21 @@ class PrivateStep:
             ``(n,)`` place of each image's patient in the chunk, from 0, ascending.
         last : bool
             Whether the step is complete with it.
+        real : Tensor, optional
+            ``(n,)`` bool; the others only fill the chunk up and add nothing. All without it.
 
         Returns
         -------
         bool
             Whether the noisy gradient now stands in ``grad``; call :meth:`apply` then.
         """
-        if self.mode == "bookkeeping":
-            backward(self.module, losses, owners)
-        elif self.mode == "ghost":
-            DPTensorFastGradientClipping(self.module, self.optimizer, losses, "sum").backward()
-        else:
-            torch.autograd.backward(losses.sum())
-            self._average_by_patient(owners)
+        backward(self.module, losses, owners, self.clipping_norm, real)
         return self._advance(last=last)
 
     def accumulate_nobody(self) -> bool:
         """A step for which no patient was drawn: noise alone, as the accounting assumes."""
         for parameter in self.parameters:
-            if self.mode in _SUMMED:
-                parameter.grad = torch.zeros_like(parameter)
-            else:
-                parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))  # type: ignore[attr-defined]
+            parameter.grad = torch.zeros_like(parameter)
         return self._advance(last=True)
 
     def apply(self) -> None:
@@ -118,26 +108,8 @@ class PrivateStep:
         self.optimizer.zero_grad(set_to_none=True)
         return False
 
-    def _average_by_patient(self, owners: Tensor) -> None:
-        counts = torch.bincount(owners)
-        if len(counts) == len(owners):
-            return
-        for parameter in self.parameters:
-            images: Tensor = parameter.grad_sample  # type: ignore[attr-defined]
-            summed = images.new_zeros((len(counts), *images.shape[1:])).index_add_(
-                0, owners, images
-            )
-            shape = (-1, *[1] * (images.ndim - 1))
-            parameter.grad_sample = summed / counts.to(images.dtype).view(shape)  # type: ignore[attr-defined]
 
-
-def _wrap(
-    module: nn.Module, mode: Mode, clipping_norm: float
-) -> GradSampleModule | GradSampleModuleFastGradientClipping:
+def _wrap(module: nn.Module, mode: Mode) -> GradSampleModule | GradSampleModuleFastGradientClipping:
     if mode == "bookkeeping":
-        return keep_books(module, clipping_norm)
-    if mode == "ghost":
-        return GradSampleModuleFastGradientClipping(
-            module, loss_reduction="sum", max_grad_norm=clipping_norm, use_ghost_clipping=True
-        )
+        return keep_books(module)
     return GradSampleModule(module, loss_reduction="sum", force_functorch=mode == "functorch")

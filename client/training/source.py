@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from client.data.augment import augment
 from client.data.types import PreparedSite
+from client.training.batches import FILLER
 from client.training.device import place_batch
 from client.training.runtime import Runtime
 from fedward.plan.schema import Augmentation
@@ -46,10 +47,13 @@ class Source:
         self._features: NDArray[Any] | None = None
 
     def plain(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Inputs ``(n, ...)`` and targets ``(n, ...)``, without augmentation."""
+        """Inputs ``(n, ...)`` and targets ``(n, ...)``, without augmentation.
+
+        An index of :data:`~client.training.batches.FILLER` stands for zeros.
+        """
         if self.prefix is None:
             return self._images(indices), self._targets(indices)
-        features = torch.from_numpy(self._all_features()[indices])
+        features = torch.from_numpy(_take(self._all_features(), indices))
         return place_batch(features, self.device), self._targets(indices)
 
     def augmented(
@@ -65,12 +69,10 @@ class Source:
         return self._through(images), targets if changed is None else changed
 
     def _images(self, indices: NDArray[np.int64]) -> Tensor:
-        return place_batch(
-            torch.from_numpy(np.ascontiguousarray(self.site.images[indices])), self.device
-        )
+        return place_batch(torch.from_numpy(_take(self.site.images, indices)), self.device)
 
     def _targets(self, indices: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(self.site.targets[indices])).to(self.device)
+        return torch.from_numpy(_take(self.site.targets, indices)).to(self.device)
 
     @torch.no_grad()
     def _through(self, images: Tensor) -> Tensor:
@@ -88,15 +90,15 @@ class Source:
         return self._features
 
     def _compute(self) -> NDArray[Any]:
+        # All batches have one size: an image's features must not depend on how many others follow.
         batch, count = self.runtime.physical_batch, len(self.site.images)
+        indices = np.full(-(-count // batch) * batch, FILLER)
+        indices[:count] = np.arange(count)
         parts = [
-            self._through(self._images(np.arange(start, min(start + batch, count))))
-            .float()
-            .cpu()
-            .numpy()
-            for start in range(0, count, batch)
+            self._through(self._images(part)).float().cpu().numpy()
+            for part in np.split(indices, len(indices) // batch)
         ]
-        return np.concatenate(parts)
+        return np.concatenate(parts)[:count]
 
     def _path(self) -> Path | None:
         if self.runtime.cache is None:
@@ -104,6 +106,12 @@ class Source:
         images = hashlib.sha256(np.ascontiguousarray(self.site.images).tobytes()).hexdigest()
         key = hashlib.sha256(f"{self._digest}:{images}".encode()).hexdigest()[:32]
         return self.runtime.cache / f"features-{key}.npy"
+
+
+def _take(array: NDArray[Any], indices: NDArray[np.int64]) -> NDArray[Any]:
+    taken = np.ascontiguousarray(array[indices])
+    taken[indices == FILLER] = 0
+    return taken
 
 
 def digest_of(arrays: Mapping[str, NDArray[Any]], names: list[str]) -> str:

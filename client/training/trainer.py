@@ -139,7 +139,12 @@ class Trainer:
         self.runtime.enter()
         fit = self._fit(arrays, order, self.plan.strategy.proximal_mu)
         with torch.random.fork_rng(devices=_cuda(self.runtime)):
-            torch.manual_seed(seed_for(order.seed, self.site.name, order.round, "layers"))
+            if self.runtime.randomness == "seeded":
+                torch.manual_seed(seed_for(order.seed, self.site.name, order.round, "layers"))
+            else:
+                # Dropout goes by the place in the batch. Were its masks known, one patient more
+                # would give all that follow other, known masks and move the sum by more than C.
+                torch.seed()
             loss, steps = fit.run()
         values = to_arrays(self._model)
         names = set(self._prepared.names) if self._prepared else set(values)

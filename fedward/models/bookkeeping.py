@@ -12,19 +12,19 @@ A layer has two ways to its norms:
 - *ghost*: ``‖B Aᵀ‖² = Σ (AᵀA) ∘ (BᵀB)`` over the positions (Li et al. 2022, arXiv:2110.05679), so
   that many weights under small maps never appear once per image.
 
-The images of one patient count as one: their gradients are summed before the norm.
+The images of one patient count as one: their gradients are summed before the norm. Why no patient
+adds more than the clipping norm, whatever cancels, stands in :mod:`fedward.models.clipping`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from opacus.grad_sample import GradSampleModuleFastGradientClipping
+from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
 from opacus.grad_sample.utils import register_norm_sampler
 from torch import Tensor, nn
 
 from fedward.errors import ModelError
+from fedward.models.clipping import block_norms, factors, product_norms
 from fedward.models.sampled import SAMPLED_WEIGHTED, SampledGroupNorm, norm_samples
 from fedward.models.samplers import (
     Samples,
@@ -54,27 +54,51 @@ class Book:
         self.owners = owners
         self.patients = int(owners[-1]) + 1 if len(owners) else 0
         self.each = _equal_shares(owners, self.patients)
-        self._sums: dict[Tensor, Callable[[Tensor], Tensor]] = {}
+        self._norms: list[Tensor] = []
+        self._lengths: list[Tensor] = []
+        self._kept: dict[Tensor, Tensor] = {}
+        self._owed: dict[Tensor, tuple[Weighted, Tensor, Tensor]] = {}
 
-    def keep(self, parameter: Tensor, samples: Tensor) -> Tensor:
-        """Note the images' gradients ``(N, *shape)``; returns the patients' norms."""
-        own = self._by_patient(samples).flatten(1)
-        self._sums[parameter] = lambda weights: weights @ own
-        norms: Tensor = torch.linalg.vector_norm(own, dim=1)
-        return norms
+    def keep(self, parameter: Tensor, samples: Tensor) -> None:
+        """Note the images' gradients ``(N, *shape)``."""
+        own = self._kept[parameter] = self._by_patient(samples).flatten(1)
+        self._norms.append(block_norms(own))
 
-    def owe(self, parameter: Tensor, total: Callable[[Tensor], Tensor]) -> None:
-        """Note how to sum over images whose weights ``(N,)`` are not known yet."""
-        self._sums[parameter] = lambda weights: total(weights[self.owners])
+    def owe(self, layer: Weighted, x: Tensor, back: Tensor) -> None:
+        """Note the norms of a layer's weight, and what its sum will be made of."""
+        self._owed[layer.weight] = (layer, x, back)
+        columns, rows = product_of(layer, x, back)
+        norms, lengths = product_norms(
+            self._joined(columns), self._joined(rows), len(x) * columns.shape[2]
+        )
+        self._norms.append(norms)
+        self._lengths.append(lengths)
 
     @torch.no_grad()
-    def settle(self, weights: Tensor) -> None:
-        """Put the sum of the patients' gradients, each times its weight, into ``grad``."""
-        for parameter, total in self._sums.items():
-            parameter.grad = total(weights).view_as(parameter)
-        self._sums.clear()
+    def settle(self, clipping_norm: float, finite: Tensor) -> None:
+        """Put the sum of the patients' clipped gradients into ``grad``.
 
-    def joined(self, positions: Tensor) -> Tensor:
+        Parameters
+        ----------
+        clipping_norm : float
+            L2 bound on what one patient adds.
+        finite : Tensor
+            ``(patients,)`` whether a patient's losses are finite; others count as zero.
+        """
+        dtype = next(iter({**self._kept, **self._owed})).dtype
+        weights, broken = factors(self._norms, self._lengths, finite, clipping_norm, dtype)
+        some = bool(broken.any())
+        for parameter, own in self._kept.items():
+            if some:
+                own = own.masked_fill(broken.unsqueeze(1), 0)  # 0 times inf would be NaN
+            parameter.grad = (weights @ own).view_as(parameter)
+        images, lost = weights[self.owners], broken[self.owners]
+        for parameter, (layer, x, back) in self._owed.items():
+            if some:
+                x, back = (part.masked_fill(_row_wise(lost, part), 0) for part in (x, back))
+            parameter.grad = _weighted_sum(layer, x, back, images).view_as(parameter)
+
+    def _joined(self, positions: Tensor) -> Tensor:
         """``(N, C, T)`` of images as ``(patients, C, images of each * T)``."""
         if self.each == 1:
             return positions
@@ -88,15 +112,13 @@ class Book:
         return total.index_add_(0, self.owners, samples)
 
 
-def keep_books(module: nn.Module, clipping_norm: float) -> GradSampleModuleFastGradientClipping:
+def keep_books(module: nn.Module) -> GradSampleModuleFastGradientClipping:
     """Wrap a module for :func:`backward`.
 
     Parameters
     ----------
     module : nn.Module
         From :func:`fedward.models.sampled.sampled`.
-    clipping_norm : float
-        L2 bound on what one patient adds.
 
     Raises
     ------
@@ -112,31 +134,51 @@ def keep_books(module: nn.Module, clipping_norm: float) -> GradSampleModuleFastG
                 fix="Choose hooks",
             )
     return GradSampleModuleFastGradientClipping(
-        module, loss_reduction="sum", max_grad_norm=clipping_norm, use_ghost_clipping=True
+        module, loss_reduction="sum", use_ghost_clipping=True
     )
 
 
-def backward(wrapped: GradSampleModuleFastGradientClipping, losses: Tensor, owners: Tensor) -> None:
+def backward(
+    wrapped: GradSampleModule | GradSampleModuleFastGradientClipping,
+    losses: Tensor,
+    owners: Tensor,
+    clipping_norm: float,
+    real: Tensor | None = None,
+) -> None:
     """Put the sum of the patients' clipped gradients into ``grad``.
 
     Parameters
     ----------
-    wrapped : GradSampleModuleFastGradientClipping
-        From :func:`keep_books`.
+    wrapped : nn.Module
+        From :func:`keep_books`, or Opacus' module that keeps every image's gradient.
     losses : Tensor
         ``(N,)`` loss of each image; a patient's is the mean over the patient's images.
     owners : Tensor
         ``(N,)`` place of each image's patient, from 0, ascending.
+    clipping_norm : float
+        L2 bound on what one patient adds (see :mod:`fedward.models.clipping`).
+    real : Tensor, optional
+        ``(N,)`` bool; the others only fill the batch up and add nothing. All without it.
     """
     book = Book(owners)
+    real = torch.ones_like(owners, dtype=torch.bool) if real is None else real
+    counts = losses.new_zeros(book.patients).index_add_(0, owners, real.to(losses.dtype))
     layers = [layer for layer in wrapped.modules() if type(layer) in _KINDS]
     for layer in layers:
         layer.book = book
-    counts = torch.bincount(owners, minlength=book.patients)
-    torch.autograd.backward((losses / counts[owners]).sum())
-    book.settle(wrapped.get_clipping_coef())
+    torch.autograd.backward(losses, real / counts.clamp(min=1)[owners])
     for layer in layers:
         del layer.book
+    if isinstance(wrapped, GradSampleModule):
+        for parameter in (p for p in wrapped.parameters() if p.requires_grad):
+            book.keep(parameter, parameter.grad_sample)
+            parameter.grad_sample = None
+    bad = (real & ~torch.isfinite(losses.detach())).to(losses.dtype)
+    book.settle(clipping_norm, losses.new_zeros(book.patients).index_add_(0, owners, bad) == 0)
+
+
+def _row_wise(rows: Tensor, like: Tensor) -> Tensor:
+    return rows.view(-1, *[1] * (like.ndim - 1))
 
 
 def _book_of(layer: nn.Module) -> Book:
@@ -156,28 +198,27 @@ def _equal_shares(owners: Tensor, patients: int) -> int:
 def _norms_of_group_norm(
     layer: SampledGroupNorm, activations: list[Tensor], back: Tensor
 ) -> Samples:
-    samples, book = norm_samples(layer, activations, back), _book_of(layer)
-    return {parameter: book.keep(parameter, own) for parameter, own in samples.items()}
+    return _noted(_book_of(layer), norm_samples(layer, activations, back))
 
 
 def _norms_of_weighted(layer: Weighted, activations: list[Tensor], back: Tensor) -> Samples:
-    book = _book_of(layer)
-    norms: Samples = {}
+    book, samples = _book_of(layer), Samples()
     if layer.bias is not None and layer.bias.requires_grad:
-        norms[layer.bias] = book.keep(layer.bias, bias_samples(layer, back))
+        samples[layer.bias] = bias_samples(layer, back)
     if layer.weight.requires_grad:
-        norms[layer.weight] = _weight_norms(book, layer, activations[0].to(back.dtype), back)
-    return norms
+        x = activations[0].to(back.dtype)
+        if _ghost_wins(book, layer, x, back):
+            book.owe(layer, x, back)
+            return _noted(book, samples) | {layer.weight: back.new_zeros(0)}
+        samples[layer.weight] = weight_samples(layer, x, back)
+    return _noted(book, samples)
 
 
-def _weight_norms(book: Book, layer: Weighted, x: Tensor, back: Tensor) -> Tensor:
-    if not _ghost_wins(book, layer, x, back):
-        return book.keep(layer.weight, weight_samples(layer, x, back))
-    columns, rows = product_of(layer, x, back)
-    book.owe(layer.weight, lambda weights: _weighted_sum(layer, x, back, weights))
-    inner, outer = book.joined(columns), book.joined(rows)
-    squares = (inner.transpose(1, 2) @ inner).mul_(outer.transpose(1, 2) @ outer).sum((1, 2))
-    return squares.clamp_(min=0).sqrt_()  # below 0 by rounding only
+def _noted(book: Book, samples: Samples) -> Samples:
+    """The book has the norms; Opacus only counts that each parameter got one."""
+    for parameter, own in samples.items():
+        book.keep(parameter, own)
+    return {parameter: own.new_zeros(0) for parameter, own in samples.items()}
 
 
 def _ghost_wins(book: Book, layer: Weighted, x: Tensor, back: Tensor) -> bool:
@@ -189,7 +230,7 @@ def _ghost_wins(book: Book, layer: Weighted, x: Tensor, back: Tensor) -> bool:
 
 
 def _weighted_sum(layer: Weighted, x: Tensor, back: Tensor, weights: Tensor) -> Tensor:
-    scaled = back * weights.view(-1, *[1] * (back.ndim - 1))
+    scaled = back * _row_wise(weights, back)
     if isinstance(layer, nn.Linear) or max(layer.kernel_size) == 1:
         columns, rows = product_of(layer, x, scaled)
         return rows.transpose(0, 1).flatten(1) @ columns.transpose(0, 1).flatten(1).T

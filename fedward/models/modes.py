@@ -2,8 +2,9 @@
 
 From ``benchmarks/dp.py`` (figures in ``benchmarks/dp.md``): on one CPU thread and on two,
 ``bookkeeping`` took less time than ``hooks`` or as much, and less memory for large models;
-``functorch`` and ``ghost`` stay behind. No GPU was at hand: there the choice follows from the work
-and the memory of each way.
+``functorch`` stays behind. No GPU was at hand: there the choice follows from the work and the
+memory of each way. Opacus' own ``ghost`` mode is none of them: it multiplies the losses with the
+clipping factors and goes through the network a second time, whose rounding nothing bounds.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def best_mode(model_name: ModelName, device_type: str, threads: int) -> GradSamp
 
     Returns
     -------
-    {"hooks", "functorch", "ghost", "bookkeeping"}
+    {"hooks", "functorch", "bookkeeping"}
         With ``hooks`` and ``bookkeeping``, call :func:`fedward.models.sampled.sampled` on the model
         before wrapping.
 

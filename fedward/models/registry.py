@@ -15,7 +15,7 @@ from fedward.lean import plain_shapes
 from fedward.models import classifiers, segmenters
 from fedward.plan.schema import ModelName, Plan
 
-GradSampleMode = Literal["hooks", "functorch", "ghost", "bookkeeping"]
+GradSampleMode = Literal["hooks", "functorch", "bookkeeping"]
 
 _BUILDERS: dict[ModelName, Callable[[Plan], nn.Module]] = {
     "cnn": classifiers.build_cnn,

@@ -32,7 +32,7 @@ def sampled(model: nn.Module) -> nn.Module:
     """Swap convolutions, linear layers and group norms for ones made for per-sample gradients.
 
     In place. Call it on what will be wrapped in ``hooks`` or ``bookkeeping`` mode, not for
-    ``functorch`` or ``ghost``.
+    ``functorch``.
     Parameters and names stay the same objects; without Opacus's hooks the layers act like plain
     ones, so the same model can be trained without privacy afterwards.
 

@@ -371,7 +371,7 @@ class Privacy(Section):
         default=None, description="target ε over the whole study, per site"
     )
     delta: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, description="target δ")
-    clipping_norm: Positive | None = Field(
+    clipping_norm: Annotated[float, Field(ge=1e-6, le=1e6)] | None = Field(
         default=None, description="L2 bound on what one patient adds to a step's gradient"
     )
     sampling_rate: Annotated[float, Field(gt=0, le=1)] | None = Field(

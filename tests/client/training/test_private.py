@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from client.data.types import PreparedSite
-from client.training.batches import PatientDraw, PatientSampler, chunks
+from client.training.batches import PatientDraw, PatientSampler, chunks, patients_at_once
 from client.training.private import Mode, PrivateStep
 from client.training.runtime import Runtime
 from client.training.trainer import Trainer
@@ -20,7 +20,7 @@ from fedward.plan import Plan
 from fedward.privacy import Mechanism
 from fedward.protocol import RoundOrder
 
-MODES: tuple[Mode, ...] = ("hooks", "functorch", "ghost", "bookkeeping")
+MODES: tuple[Mode, ...] = ("hooks", "functorch", "bookkeeping")
 
 
 def model(seed: int = 0) -> nn.Module:
@@ -53,7 +53,7 @@ def by_hand(
         loss = losses_of(module, images[rows], labels[rows]).mean()
         gradient = torch.autograd.grad(loss, parameters)
         size = torch.sqrt(sum((g**2).sum() for g in gradient))
-        factor = min(1.0, norm / (float(size) + 1e-6))
+        factor = min(1.0, norm / float(size))
         total = [t + factor * g for t, g in zip(total, gradient, strict=True)]
     return total
 
@@ -66,7 +66,7 @@ def test_gradient_is_the_sum_of_clipped_patients(mode: Mode) -> None:
     private = step_for(module, norm, 0.0, mode, patients=10)
     assert private.accumulate(losses_of(private.module, images, labels), torch.arange(5), last=True)
     for parameter, sum_ in zip(module.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, sum_ / 10, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(parameter.grad, sum_ / 10, rtol=3e-4, atol=1e-6)
     private.close()
 
 
@@ -79,7 +79,7 @@ def test_forty_slices_weigh_as_one_patient(mode: Mode) -> None:
     private = step_for(module, norm, 0.0, mode)
     private.accumulate(losses_of(private.module, images, labels), torch.tensor(owners), last=True)
     for parameter, sum_ in zip(module.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, sum_ / 10, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(parameter.grad, sum_ / 10, rtol=3e-4, atol=1e-6)
     moved = torch.sqrt(sum((p.grad**2).sum() for p in module.parameters())) * 10
     assert float(moved) <= 3 * norm + 1e-4
     private.close()
@@ -98,7 +98,7 @@ def test_virtual_steps_equal_one_large_step(mode: Mode) -> None:
         done.append(many.accumulate(losses, torch.arange(2), last=start == 4))
     assert done == [False, False, True]
     for left, right in zip(whole.parameters(), parts.parameters(), strict=True):
-        torch.testing.assert_close(left.grad, right.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(left.grad, right.grad, rtol=3e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -158,13 +158,40 @@ def test_sampler_takes_at_most_so_many_images_of_a_patient() -> None:
     assert len(set(draw.images.tolist())) == 6
 
 
-def test_chunks_never_cut_a_patient() -> None:
+def test_chunks_have_one_shape_and_never_cut_a_patient() -> None:
     draw = PatientDraw(np.arange(10), np.array([0, 0, 0, 1, 1, 2, 3, 3, 3, 3]))
-    parts = list(chunks(draw, 4))
-    assert [part.images.tolist() for part in parts] == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]]
-    assert [part.owners.tolist() for part in parts] == [[0, 0, 0], [0, 0, 1], [0, 0, 0, 0]]
-    large = PatientDraw(np.arange(5), np.zeros(5, np.int64))
-    assert [len(part.images) for part in chunks(large, 2)] == [5]
+    parts = chunks(draw, patients=3, images_per_patient=4)
+    assert [part.tolist() for part in parts] == [
+        [[0, 1, 2, -1], [3, 4, -1, -1], [5, -1, -1, -1]],
+        [[6, 7, 8, 9], [-1, -1, -1, -1], [-1, -1, -1, -1]],
+    ]
+
+
+@pytest.mark.parametrize(("count", "rate"), [(1, 0.5), (100, 0.1), (100, 1.0), (3000, 0.01)])
+def test_chunks_have_room_for_the_usual_draw_and_fit_in_memory(count: int, rate: float) -> None:
+    for each in (1, 4, 200):
+        room = patients_at_once(count, rate, each, most=64)
+        assert 1 <= room <= max(1, 64 // each)
+        assert room <= count
+    # Where memory is no limit, four deviations above the mean are.
+    deviation = (count * rate * (1 - rate)) ** 0.5
+    assert patients_at_once(count, rate, 1, most=10_000) <= count * rate + 4 * deviation + 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_fills_a_chunk_adds_nothing(mode: Mode) -> None:
+    images, labels = torch.randn(3, 1, 8, 8) * 3, torch.tensor([0, 1, 1])
+    room, owners = torch.zeros(8, 1, 8, 8), torch.arange(4).repeat_interleave(2)
+    real = torch.tensor([True, False, True, True, False, False, False, False])
+    room[real], targets = images, torch.zeros(8, dtype=torch.long)
+    targets[real] = labels
+    module, norm = model(), 0.7
+    expected = by_hand(model(), images, labels, [0, 1, 1], norm)
+    private = step_for(module, norm, 0.0, mode)
+    losses = losses_of(private.module, room, targets)
+    private.accumulate(losses, owners, last=True, real=real)
+    for parameter, sum_ in zip(module.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, sum_ / 10, rtol=3e-4, atol=1e-6)
 
 
 def test_an_outlier_moves_the_model_no_further_than_the_bound(

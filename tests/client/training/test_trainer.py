@@ -198,7 +198,7 @@ def test_a_private_update_differs_from_the_plain_one_and_small_chunks_change_not
         np.testing.assert_allclose(small[name], value, rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("mode", ["hooks", "functorch", "ghost", "bookkeeping"])
+@pytest.mark.parametrize("mode", ["hooks", "functorch", "bookkeeping"])
 def test_each_mode_gives_the_same_private_update(
     make_plan: Make, make_site: Make, make_order: Make, mode: Any
 ) -> None:

@@ -34,9 +34,9 @@ def _check(model: nn.Module, images: Tensor, places: list[int]) -> None:
     gradients = _patients(model, images, owners)
     norms = [torch.cat([g.flatten() for g in own]).norm() for own in gradients]
     bound = float(torch.stack(norms).mean())
-    weights = [min(1.0, bound / (float(norm) + 1e-6)) for norm in norms]
-    wrapped = keep_books(sampled(model), bound)
-    backward(wrapped, _losses(wrapped(images)), owners)
+    weights = [min(1.0, bound / float(norm)) for norm in norms]
+    wrapped = keep_books(sampled(model))
+    backward(wrapped, _losses(wrapped(images)), owners, bound)
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter, own in zip(trained, zip(*gradients, strict=True), strict=True):
         expected = sum(weight * one for weight, one in zip(weights, own, strict=True))
@@ -93,4 +93,4 @@ def test_patients_with_as_many_images_are_found(counts: list[int]) -> None:
 
 def test_a_layer_without_a_way_is_refused() -> None:
     with pytest.raises(ModelError, match="convolutions, linear layers and group norms"):
-        keep_books(nn.Sequential(nn.Conv2d(1, 2, 3), nn.PReLU()), 1.0)
+        keep_books(nn.Sequential(nn.Conv2d(1, 2, 3), nn.PReLU()))
