@@ -1,19 +1,19 @@
 """One private step: bound what each patient adds to the gradient, then add noise.
 
-Opacus computes the gradient of each image, clips and adds the noise. Ours is what makes the
-patient the unit: the images of one patient are averaged before the clipping.
+Opacus computes the gradient of each image and clips. Ours is what makes the patient the unit (the
+images of one patient are averaged before the clipping), and the noise.
 """
 
 from __future__ import annotations
 
 import torch
 from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
-from opacus.optimizers import DPOptimizer
 from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 from torch import Tensor, nn
 
+from fedward.dp import GaussianNoise
 from fedward.models.bookkeeping import backward, keep_books
-from fedward.models.noised import SumOptimizer
+from fedward.models.noised import NoisedOptimizer, SumOptimizer
 from fedward.models.registry import GradSampleMode
 from fedward.privacy import Mechanism
 
@@ -41,8 +41,8 @@ class PrivateStep:
     mode : str
         How to get at the gradients; ``ghost`` only with one image per patient, ``hooks`` and
         ``bookkeeping`` on what :func:`fedward.models.sampled` gave.
-    generator : torch.Generator or None
-        Source of the noise; None takes the system's entropy.
+    noise : GaussianNoise
+        Source of the noise.
     """
 
     def __init__(
@@ -53,17 +53,17 @@ class PrivateStep:
         clipping_norm: float,
         patients: int,
         mode: Mode,
-        generator: torch.Generator | None,
+        noise: GaussianNoise,
     ) -> None:
         self.mode = mode
         self.module = _wrap(module, mode, clipping_norm)
-        kind = SumOptimizer if mode in _SUMMED else DPOptimizer
+        kind = SumOptimizer if mode in _SUMMED else NoisedOptimizer
         self.optimizer = kind(
             optimizer,
             noise_multiplier=mechanism.noise_multiplier,
             max_grad_norm=clipping_norm,
             expected_batch_size=mechanism.sampling_rate * patients,
-            generator=generator,
+            noise=noise,
         )
         self.parameters: list[nn.Parameter] = [p for p in module.parameters() if p.requires_grad]
 

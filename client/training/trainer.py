@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from client.data.types import PreparedSite, SplitName
-from client.training.batches import seed_for
 from client.training.device import place
 from client.training.evaluate import evaluate
 from client.training.fit import Draws, Fit
@@ -137,8 +135,7 @@ class Trainer:
         started, cpu = time.perf_counter(), time.process_time()
         self.runtime.enter()
         fit = self._fit(arrays, order, mu)
-        with torch.random.fork_rng(devices=_cuda(self.runtime)):
-            torch.manual_seed(seed_for(order.seed, self.site.name, order.round, "layers"))
+        with fit.draws.in_layers(self.runtime.torch_device):
             loss, steps = fit.run()
         values = to_arrays(self._model)
         names = set(self._prepared.names) if self._prepared else set(values)
@@ -169,8 +166,7 @@ class Trainer:
                 optimizer = build_optimizer(
                     self.plan, [p for p in fit.module.parameters() if p.requires_grad]
                 )
-            with torch.random.fork_rng(devices=_cuda(self.runtime)):
-                torch.manual_seed(seed_for(seed, self.site.name, round_, "layers"))
+            with fit.draws.in_layers(self.runtime.torch_device):
                 loss, _ = fit.run(optimizer)
             current = to_arrays(self._model)
             yield round_, current, _finite(loss)
@@ -295,8 +291,3 @@ def _class_counts(plan: Plan, site: PreparedSite, indices: NDArray[np.int64]) ->
 
 def _finite(value: float) -> float:
     return float(np.nan_to_num(value, nan=1e9, posinf=1e9, neginf=-1e9))
-
-
-def _cuda(runtime: Runtime) -> list[int]:
-    device = runtime.torch_device
-    return [device.index or 0] if device.type == "cuda" else []
