@@ -168,10 +168,14 @@ def _plain_step(plan: Plan, kind: str, batch: int) -> Callable[[], None]:
 class _TorchNoise:
     """Noise from torch's generator, drawn and added as it was before the keystream."""
 
-    def add_(self, sums: Sequence[Tensor], noise_multiplier: float, clipping_norm: float) -> None:
+    def add_(
+        self, sums: Sequence[Tensor], noise_multiplier: float, clipping_norm: float, divisor: float
+    ) -> None:
         for one in sums:
             deviation = noise_multiplier * clipping_norm
             one.add_(torch.normal(0.0, deviation, one.shape, device=one.device, dtype=one.dtype))
+        for one in sums:
+            one /= divisor
 
 
 def _private_steps(plan: Plan, kind: str, mode: str, batch: int) -> list[Callable[[], None]]:

@@ -14,7 +14,7 @@ from fedward.dp import GaussianNoise
 
 
 class NoisedOptimizer(DPOptimizer):  # type: ignore[misc]
-    """Adds the noise to the sum in place.
+    """Adds the noise to the sum in place, and divides in the same pass.
 
     Parameters
     ----------
@@ -34,8 +34,15 @@ class NoisedOptimizer(DPOptimizer):  # type: ignore[misc]
             summed, parameter.summed_grad = parameter.summed_grad, None
             parameter.grad = summed.view_as(parameter).contiguous()
         if self.noise_multiplier:
+            mean = self.loss_reduction == "mean"
+            divisor = self.expected_batch_size * self.accumulated_iterations if mean else 1
             sums = [parameter.grad for parameter in self.params]
-            self.noise.add_(sums, self.noise_multiplier, self.max_grad_norm)
+            self.noise.add_(sums, self.noise_multiplier, self.max_grad_norm, divisor)
+
+    def scale_grad(self) -> None:
+        """Divide by the expected batch, where :meth:`add_noise` has not."""
+        if not self.noise_multiplier:
+            super().scale_grad()
 
 
 class SumOptimizer(NoisedOptimizer, DPOptimizerFastGradientClipping):  # type: ignore[misc]
