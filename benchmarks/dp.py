@@ -7,7 +7,8 @@ Run by hand on a quiet machine::
 
 Each cell is a process of its own, so that its peak memory is its own. Within a cell plain and
 private steps take turns, so that a change of the machine's load meets both. ``sampled`` is Opacus's
-``hooks`` mode with the layers of :mod:`fedward.models.sampled`.
+``hooks`` mode with the layers of :mod:`fedward.models.sampled`. ``noise`` is such a step over the
+same one with noise from torch's generator in place of the keystream.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -31,6 +33,7 @@ from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import Tensor, nn
 
 from client.training.runtime import Runtime
+from fedward.dp.gaussian import GaussianNoise
 from fedward.models.bookkeeping import backward, keep_books
 from fedward.models.noised import SumOptimizer
 from fedward.models.registry import build_model
@@ -51,7 +54,7 @@ def main() -> None:
         print(json.dumps(_measure(name, device, mode, options)))
         return
     if not options.json:
-        titles = f"{'plain ms':>9}{'dp ms':>9}{'ratio':>7}{'MB':>7}"
+        titles = f"{'plain ms':>9}{'dp ms':>9}{'ratio':>7}{'noise':>7}{'MB':>7}"
         print(f"{'model':<20}{'device':<9}{'mode':<11}{titles}")
     for cell in _cells(options):
         row = _run(cell, options)
@@ -105,16 +108,18 @@ def _line(row: dict[str, Any]) -> str:
     if "failed" in row:
         return f"{head}{row['failed']:>9}"
     dp = f"{row['dp_ms']:>9.1f}{row['ratio']:>7.2f}" if "dp_ms" in row else " " * 16
-    return f"{head}{row['plain_ms']:>9.1f}{dp}{row['peak_mb']:>7.0f}"
+    noise = f"{row['noise_ratio']:>7.2f}" if "noise_ratio" in row else " " * 7
+    return f"{head}{row['plain_ms']:>9.1f}{dp}{noise}{row['peak_mb']:>7.0f}"
 
 
 def _measure(name: str, device: str, mode: str, options: argparse.Namespace) -> dict[str, Any]:
     warnings.filterwarnings("ignore", category=UserWarning)
     kind, _, threads = device.partition(":")
     Runtime(device=kind, threads=int(threads or torch.get_num_threads())).enter()
-    steps = [_plain_step] if mode == "plain" else [_plain_step, _private_step]
     plan = _plan(name, options)
-    runs = [step(plan, kind, mode, options.batch) for step in steps]
+    runs = [_plain_step(plan, kind, options.batch)]
+    if mode != "plain":
+        runs += _private_steps(plan, kind, mode, options.batch)
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(WARM_UP + options.steps):
         for taken, run in zip(times, runs, strict=True):
@@ -123,6 +128,10 @@ def _measure(name: str, device: str, mode: str, options: argparse.Namespace) -> 
     result: dict[str, Any] = {"plain_ms": medians[0], "peak_mb": _peak_mb(kind)}
     if mode != "plain":
         result |= {"dp_ms": medians[1], "ratio": medians[1] / medians[0]}
+    if len(medians) > 2:
+        result["noise_ratio"] = statistics.median(
+            ours / theirs for ours, theirs in zip(*(t[WARM_UP:] for t in times[1:]), strict=True)
+        )
     return result
 
 
@@ -143,7 +152,7 @@ def _peak_mb(kind: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def _plain_step(plan: Plan, kind: str, mode: str, batch: int) -> Callable[[], None]:
+def _plain_step(plan: Plan, kind: str, batch: int) -> Callable[[], None]:
     model, images, labels = _parts(plan, kind, batch)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     criterion = nn.CrossEntropyLoss()
@@ -156,19 +165,34 @@ def _plain_step(plan: Plan, kind: str, mode: str, batch: int) -> Callable[[], No
     return run
 
 
-def _private_step(plan: Plan, kind: str, mode: str, batch: int) -> Callable[[], None]:
+class _TorchNoise:
+    """Noise from torch's generator, drawn and added as it was before the keystream."""
+
+    def add_(
+        self, sums: Sequence[Tensor], noise_multiplier: float, clipping_norm: float, divisor: float
+    ) -> None:
+        for one in sums:
+            deviation = noise_multiplier * clipping_norm
+            one.add_(torch.normal(0.0, deviation, one.shape, device=one.device, dtype=one.dtype))
+        for one in sums:
+            one /= divisor
+
+
+def _private_steps(plan: Plan, kind: str, mode: str, batch: int) -> list[Callable[[], None]]:
+    """The private step; for our own ways also with torch's noise, on the same model."""
     model, images, labels = _parts(plan, kind, batch)
     model = sampled(model) if mode in OURS else model
     books = mode == "bookkeeping"
     wrapped = keep_books(model) if books else wrap_model(model, KINDS.get(mode, mode))
-    stock = DPOptimizerFastGradientClipping if mode == "ghost" else DPOptimizer
-    make = SumOptimizer if books else stock
-    optimizer = make(
-        torch.optim.AdamW(model.parameters(), 1e-3),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        expected_batch_size=batch,
-    )
+    settings = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "expected_batch_size": batch}
+    inner = torch.optim.AdamW(model.parameters(), 1e-3)
+    noises: list[Any] = []
+    if books:
+        noises = [GaussianNoise(os.urandom(32)), _TorchNoise()]
+        optimizer = SumOptimizer(inner, noise=noises[0], **settings)
+    else:
+        stock = DPOptimizerFastGradientClipping if mode == "ghost" else DPOptimizer
+        optimizer = stock(inner, **settings)
     criterion = _image_loss if mode != "ghost" else _Ghost(wrapped, optimizer)
 
     owners = torch.arange(batch)
@@ -181,7 +205,11 @@ def _private_step(plan: Plan, kind: str, mode: str, batch: int) -> Callable[[], 
             criterion(wrapped(images), labels).backward()
         optimizer.step()
 
-    return run
+    def run_with(noise: Any) -> None:
+        optimizer.noise = noise
+        run()
+
+    return [partial(run_with, noise) for noise in noises] or [run]
 
 
 class _Ghost:

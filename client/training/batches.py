@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binom
 
+from fedward.dp.keystream import Keystream, derive_key
+
 FILLER: Final = -1
 """Stands for an image of zeros that only fills a batch up."""
 
@@ -20,9 +21,8 @@ Indices = NDArray[np.int64]
 
 
 def seed_for(*parts: object) -> int:
-    """A 63-bit seed that depends on every part and on nothing else."""
-    text = "\x1f".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    """A 63-bit seed that depends on every part and on nothing else; for what needs no secrecy."""
+    return int.from_bytes(derive_key(*parts)[:8], "big") >> 1
 
 
 def shuffled(
@@ -97,21 +97,24 @@ class PatientSampler:
         cuts = np.flatnonzero(np.diff(patients[order])) + 1
         self.groups: list[Indices] = np.split(indices[order], cuts) if len(indices) else []
 
-    def draw(self, rng: np.random.Generator) -> PatientDraw:
+    def draw(self, stream: Keystream) -> PatientDraw:
         """Draw one step's patients and their images."""
-        chosen = np.flatnonzero(rng.random(len(self.groups)) < self.rate)
-        parts = [self._images_of(self.groups[patient], rng) for patient in chosen]
-        if not parts:
+        chosen = np.flatnonzero(stream.happens(self.rate, len(self.groups)))
+        if not len(chosen):
             return PatientDraw(np.empty(0, np.int64), np.empty(0, np.int64))
+        groups = [self.groups[patient] for patient in chosen]
+        # In the order of random words: the first so many are as likely as any others.
+        words = np.split(
+            stream.words(sum(map(len, groups))), np.cumsum([len(group) for group in groups])[:-1]
+        )
+        parts = [
+            group[np.argsort(own, kind="stable")[: self.per_patient]]
+            if len(group) > self.per_patient
+            else group
+            for group, own in zip(groups, words, strict=True)
+        ]
         owners = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         return PatientDraw(np.concatenate(parts), owners)
-
-    def _images_of(self, group: Indices, rng: np.random.Generator) -> Indices:
-        if len(group) <= self.per_patient:
-            return group
-        if self.per_patient == 1:
-            return group[rng.integers(len(group), size=1)]
-        return rng.choice(group, self.per_patient, replace=False)
 
 
 def patients_at_once(count: int, rate: float, images_per_patient: int, most: int) -> int:

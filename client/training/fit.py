@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +28,8 @@ from client.training.optimizers import add_proximal, build_optimizer, rate_at, s
 from client.training.private import Mode, PrivateStep
 from client.training.runtime import Runtime
 from client.training.source import Source
+from fedward.dp.gaussian import GaussianNoise
+from fedward.dp.keystream import KEY_BYTES, Keystream, derive_key
 from fedward.plan.schema import Plan
 from fedward.privacy import Mechanism, steps_per_round
 
@@ -35,23 +39,58 @@ _USUAL_BATCH = Runtime.physical_batch
 
 @dataclass(frozen=True)
 class Draws:
-    """The random sources of one site in one round."""
+    """The random sources of one site in one round.
 
+    The privacy proof rests on ``patients`` and ``noise``, which are keystreams. It lets the others
+    be any numbers that do not depend on the patients and that nobody can guess: whoever knew which
+    change or dropout an image met would see one patient more shift all that follow. So at a
+    hospital they are seeded by the system with more bits than can be tried, but not cryptographic.
+
+    Attributes
+    ----------
+    patients : Keystream
+        Which patients, and which of their images, are in a private step.
+    noise : GaussianNoise
+        The noise of private steps.
+    order : np.random.Generator
+        The order of images without privacy.
+    change : torch.Generator
+        How images are augmented.
+    seed_layers : callable
+        Seeds a generator that layers (dropout) draw from.
+    """
+
+    patients: Keystream
+    noise: GaussianNoise
     order: np.random.Generator
     change: torch.Generator
-    noise: torch.Generator
+    seed_layers: Callable[[torch.Generator], object]
 
     @classmethod
     def make(cls, runtime: Runtime, *parts: object) -> Draws:
-        """Seeded sources for a simulation, the system's entropy for a hospital."""
-        change, noise = torch.Generator(), torch.Generator(device=runtime.torch_device)
+        """Sources that follow ``parts`` in a simulation, and the system's entropy at a hospital."""
         if runtime.randomness == "system":
-            change.seed()
-            noise.seed()
-            return cls(np.random.default_rng(), change, noise)
-        change.manual_seed(seed_for(*parts, "change"))
-        noise.manual_seed(seed_for(*parts, "noise"))
-        return cls(np.random.default_rng(seed_for(*parts, "order")), change, noise)
+            change, noise = torch.Generator(), GaussianNoise(os.urandom(KEY_BYTES))
+            Keystream.from_system().fill_generator(change)
+            layers = Keystream.from_system().fill_generator
+            return cls(Keystream.from_system(), noise, np.random.default_rng(), change, layers)
+        return cls(
+            patients=Keystream(derive_key(*parts, "patients")),
+            noise=GaussianNoise(derive_key(*parts, "noise")),
+            order=np.random.default_rng(seed_for(*parts, "order")),
+            change=torch.Generator().manual_seed(seed_for(*parts, "change")),
+            seed_layers=lambda generator: generator.manual_seed(seed_for(*parts, "layers")),
+        )
+
+    @contextmanager
+    def in_layers(self, device: torch.device) -> Iterator[None]:
+        """Within it, layers draw from here; torch's own generators are as they were afterwards."""
+        index = (device.index or 0) if device.type == "cuda" else None
+        with torch.random.fork_rng(devices=[] if index is None else [index]):
+            self.seed_layers(torch.default_generator)
+            if index is not None:
+                self.seed_layers(torch.cuda.default_generators[index])
+            yield
 
 
 @dataclass(frozen=True)
@@ -165,7 +204,7 @@ class Fit:
     def _private_step(
         self, private: PrivateStep, sampler: PatientSampler, patients: int
     ) -> Tensor | None:
-        draw, each = sampler.draw(self.draws.order), sampler.per_patient
+        draw, each = sampler.draw(self.draws.patients), sampler.per_patient
         if not len(draw.images):
             private.accumulate_nobody()
             return None

@@ -1,8 +1,8 @@
 """One private step: bound what each patient adds to the gradient, then add noise.
 
-Opacus gives the gradient of each image and adds the noise. Ours is the clipping: the patient is the
-unit, so the images of one patient are averaged first, and the bound holds whatever the weights and
-images are (:mod:`fedward.models.clipping`).
+Opacus gives the gradient of each image. Ours are the clipping and the noise: the patient is the
+unit, so the images of one patient are averaged first; the bound holds whatever the weights and
+images are (:mod:`fedward.models.clipping`), and so does the noise (:mod:`fedward.dp.gaussian`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
 from torch import Tensor, nn
 
+from fedward.dp.gaussian import GaussianNoise
 from fedward.models.bookkeeping import backward, keep_books
 from fedward.models.noised import SumOptimizer
 from fedward.models.registry import GradSampleMode
@@ -37,8 +38,8 @@ class PrivateStep:
         which must not depend on how many were drawn.
     mode : str
         How to get at the gradients; ``bookkeeping`` on what :func:`fedward.models.sampled` gave.
-    generator : torch.Generator or None
-        Source of the noise; None takes the system's entropy.
+    noise : GaussianNoise
+        Source of the noise.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class PrivateStep:
         clipping_norm: float,
         patients: int,
         mode: Mode,
-        generator: torch.Generator | None,
+        noise: GaussianNoise,
     ) -> None:
         self.clipping_norm = clipping_norm
         self.module = _wrap(module, mode)
@@ -58,7 +59,7 @@ class PrivateStep:
             noise_multiplier=mechanism.noise_multiplier,
             max_grad_norm=clipping_norm,
             expected_batch_size=mechanism.sampling_rate * patients,
-            generator=generator,
+            noise=noise,
         )
         self.parameters: list[nn.Parameter] = [p for p in module.parameters() if p.requires_grad]
 

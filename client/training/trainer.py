@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -138,13 +137,7 @@ class Trainer:
         started, cpu = time.perf_counter(), time.process_time()
         self.runtime.enter()
         fit = self._fit(arrays, order, self.plan.strategy.proximal_mu)
-        with torch.random.fork_rng(devices=_cuda(self.runtime)):
-            if self.runtime.randomness == "seeded":
-                torch.manual_seed(seed_for(order.seed, self.site.name, order.round, "layers"))
-            else:
-                # Dropout goes by the place in the batch. Were its masks known, one patient more
-                # would give all that follow other, known masks and move the sum by more than C.
-                torch.seed()
+        with fit.draws.in_layers(self.runtime.torch_device):
             loss, steps = fit.run()
         values = to_arrays(self._model)
         names = set(self._prepared.names) if self._prepared else set(values)
@@ -175,8 +168,7 @@ class Trainer:
                 optimizer = build_optimizer(
                     self.plan, [p for p in fit.module.parameters() if p.requires_grad]
                 )
-            with torch.random.fork_rng(devices=_cuda(self.runtime)):
-                torch.manual_seed(seed_for(seed, self.site.name, round_, "layers"))
+            with fit.draws.in_layers(self.runtime.torch_device):
                 loss, _ = fit.run(optimizer)
             current = to_arrays(self._model)
             yield round_, current, _finite(loss)
@@ -324,8 +316,3 @@ def _class_counts(plan: Plan, site: PreparedSite, indices: NDArray[np.int64]) ->
 
 def _finite(value: float) -> float:
     return float(np.nan_to_num(value, nan=1e9, posinf=1e9, neginf=-1e9))
-
-
-def _cuda(runtime: Runtime) -> list[int]:
-    device = runtime.torch_device
-    return [device.index or 0] if device.type == "cuda" else []

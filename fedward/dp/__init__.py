@@ -1,1 +1,1 @@
-"""Differential privacy: mechanisms and the counts that they release."""
+"""Differential privacy: noise of training and of counts, and the randomness behind it."""
