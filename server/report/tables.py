@@ -142,6 +142,24 @@ def metrics_table(results: StudyResults) -> Table:
     return Table(caption, "trained", [metric_name(name) for name in names], rows)
 
 
+def site_metrics_table(results: StudyResults) -> Table | None:
+    """Every metric of the federated arms on each site's own test patients."""
+    arms = [arm for arm in ordered(results.arms) if arm.kind == "federated" and arm.test]
+    names = list(dict.fromkeys(k for arm in arms if arm.test for k in arm.test.pooled))
+    names.sort(key=lambda name: name != results.primary)
+    rows = [
+        Row(
+            arm.name,
+            [Cell(site), *(Cell(figure(at_site(arm, site, name), name)) for name in names)],
+        )
+        for arm in arms
+        for site in (arm.test.per_site if arm.test else ())
+    ]
+    columns = ["site", *(metric_name(name) for name in names)]
+    caption = "Every metric at each site, on its own test patients"
+    return Table(caption, "trained", columns, rows, frozenset({0})) if rows else None
+
+
 def class_tables(results: StudyResults) -> list[Table]:
     """Segmentation: a table per metric, arms by class, on all test patients together."""
     arms = [arm for arm in ordered(results.arms) if arm.test and arm.test.per_class]
