@@ -11,6 +11,7 @@
     ├── DeviceError            15   the asked-for device is not there
     ├── ProtocolError          16   a message is not a known, valid record
     ├── StudyError             17   a study cannot go on (quorum, no update)
+    │   └── DivergenceError    17   training diverged at most sites
     ├── OutputError            18   results cannot be written
     ├── ConfigError            19   a site's or the server's configuration breaks a rule
     ├── BudgetError            20   the privacy budget does not allow it
@@ -116,6 +117,10 @@ class StudyError(FedwardError):
     """A study cannot go on."""
 
     exit_code = 17
+
+
+class DivergenceError(StudyError):
+    """Training diverged at most sites: the plan is at fault, and no site."""
 
 
 class OutputError(FedwardError):

@@ -41,8 +41,8 @@ class Enrolment:
         self._untidy.set()
         self._told: set[str] = set()
 
-    def add(self, name: str, public_key: str) -> Site:
-        """Enrol a hospital's key; where the SuperLink does not take it, nothing has changed.
+    def add(self, name: str, public_key: str, **limits: int | None) -> Site:
+        """Enrol a hospital; where the SuperLink does not take its key, nothing has changed.
 
         Raises
         ------
@@ -52,7 +52,7 @@ class Enrolment:
             The SuperLink does not take the key, or cannot be reached.
         """
         with self._lock:
-            added = self.registry.sites.add(name, public_key)
+            added = self.registry.sites.add(name, public_key, **limits)
             try:
                 node = self._register(added.public_key, name)
             except BaseException:

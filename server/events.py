@@ -67,6 +67,16 @@ class SiteQuarantined:
 
 
 @dataclass(frozen=True)
+class SiteWarned:
+    """Something about a site that an operator should know; it takes part all the same."""
+
+    arm: str
+    round: int
+    site: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class StudyPaused:
     """Too few sites; the study waits."""
 
@@ -85,7 +95,7 @@ class StudyResumed:
 
 Event = (
     StudyStarted | SiteAnswered | RoundEnded | SiteJoined | SiteRefused | SiteQuarantined
-    | StudyPaused | StudyResumed
+    | SiteWarned | StudyPaused | StudyResumed
 )  # fmt: skip
 Listener = Callable[[Event], None]
 

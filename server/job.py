@@ -20,6 +20,14 @@ from server.results import Arm
 Arrays = dict[str, NDArray[Any]]
 
 
+@dataclass(frozen=True)
+class SizeLimit:
+    """The most patients and images that a site was enrolled with; None: not known."""
+
+    patients: int | None = None
+    images: int | None = None
+
+
 def _nothing(job: Job) -> None:
     """Keep nothing."""
 
@@ -52,6 +60,8 @@ class Job:
         which says itself who it is.
     left_out : mapping
         Sites of the study that may take no part now, and why.
+    limits : mapping
+        What the coordinator enrolled of each site's size.
     study : str
         Between hospitals: the study's id.
     sign : callable or None
@@ -82,6 +92,7 @@ class Job:
     facts: dict[str, SiteFacts] = field(default_factory=dict)
     members: Mapping[int, str] | None = None
     left_out: Mapping[str, Bad] = field(default_factory=dict)
+    limits: Mapping[str, SizeLimit] = field(default_factory=dict)
     bad_answers: dict[str, int] = field(default_factory=dict)
     study: str = ""
     sign: Callable[[RoundOrder], RoundOrder] | None = None

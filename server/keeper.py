@@ -89,6 +89,10 @@ class Keeper:
     def _tell(self, job: Job) -> None:
         self._results.arms = [job.arm]
         self._results.sites = [job.facts[name] for name in sorted(job.facts)]
+        self._results.unchecked = [
+            name for name in sorted(job.facts)
+            if (limit := job.limits.get(name)) is None or None in (limit.patients, limit.images)
+        ]  # fmt: skip
         self._results.synthetic = any(one.synthetic for one in self._results.sites)
         if job.arm.rounds:
             self._registry.studies.save_round(self._study.id, job.arm.rounds[-1])

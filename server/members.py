@@ -12,9 +12,9 @@ from flwr.serverapp import Grid
 
 from fedward.errors import StudyError
 from fedward.protocol import SiteFacts
-from server.events import SiteJoined, SiteQuarantined, SiteRefused, StudyStarted
+from server.events import SiteJoined, SiteQuarantined, SiteRefused, SiteWarned, StudyStarted
 from server.exchange import StudyGrid
-from server.job import Job
+from server.job import Job, SizeLimit
 from server.replies import Bad, read_facts
 
 _LOG = logging.getLogger("fedward.server")
@@ -114,7 +114,11 @@ class Members:
         """Between hospitals members come and go: removed, quarantined, with another key."""
         if not self._anyone:
             members = self._named
-            self.nodes = {node: site for node, site in self.nodes.items() if node in members}
+            # An operator may lower what a site was enrolled with while the study runs.
+            self.nodes = {
+                node: site for node, site in self.nodes.items()
+                if node in members and not self._overclaims(self._job.facts[site])
+            }  # fmt: skip
             self._asked = {key: node for key, node in self._asked.items() if node in members}
             # Whom the registry keeps out needs no note here; it may release them.
             self._out &= set(members.values())
@@ -202,6 +206,32 @@ class Members:
         self._job.facts[facts.site] = facts
         if not self._anyone:
             self._job.listen(SiteJoined(self._job.arm.name, self._job.round, facts.site))
+            self._warn_unchecked(facts)
+
+    def _warn_unchecked(self, facts: SiteFacts) -> None:
+        limit = self._job.limits.get(facts.site, SizeLimit())
+        claims = [
+            f"{getattr(facts, what):,} {what}" for what in ("patients", "images")
+            if getattr(limit, what) is None
+        ]  # fmt: skip
+        if claims:
+            reason = (
+                f"no enrolled size for {facts.site}: its claim of {' and '.join(claims)} is not "
+                f"checked. See `fedward-server site limit`."
+            )
+            self._job.listen(SiteWarned(self._job.arm.name, self._job.round, facts.site, reason))
+
+    def _overclaims(self, facts: SiteFacts) -> str:
+        limit = self._job.limits.get(facts.site, SizeLimit())
+        for what in ("patients", "images"):
+            claimed, most = getattr(facts, what), getattr(limit, what)
+            if most is not None and claimed > most:
+                return (
+                    f"a site must not claim more {what} than it was enrolled with (got {claimed:,} "
+                    f"of {most:,}). Ask the hospital; if it has grown, raise --max-{what} with "
+                    f"`fedward-server site limit`."
+                )
+        return ""
 
     def _refuse(self, site: str, kind: str, reason: str) -> None:
         again = self._job.ask_again_seconds
@@ -218,6 +248,8 @@ class Members:
             return "a site must have the name that it was enrolled with"
         if facts.site in self.nodes.values():
             return "two sites of one study cannot have the same name"
+        if overclaims := self._overclaims(facts):
+            return overclaims
         least = self._needs.minimum_patients
         return f"a site needs {least} patients" if facts.patients < least else ""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message
@@ -18,16 +18,21 @@ from fedward.plan.schema import Task
 from fedward.protocol import EvaluateOutcome, Refusal, SiteFacts, TrainOutcome
 
 Shapes = Mapping[str, NDArray[Any]]
+_PARTS: Final = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
 class Update:
-    """A valid update of one site; ``message`` is None once its arrays are folded in."""
+    """A valid update of one site; ``message`` is None once its arrays are folded in.
+
+    ``size`` is in bytes, ``norm`` the L2 norm of the difference to the model that was sent.
+    """
 
     message: Message | None
     outcome: TrainOutcome
     size: int
     weight: float
+    norm: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -44,19 +49,37 @@ class Bad:
 
     ``kind`` is the refusal's, or ``invalid`` for an answer that breaks a rule; ``outcome`` says
     what an update was made of that arrived and does not count; ``uncharged``, that the site's
-    ledger holds no charge for the round.
+    ledger holds no charge for the round. ``diverged`` tells of what training that diverges gives,
+    at an honest site too: values that are not finite, or an update that is out of all proportion.
     """
 
     reason: str
     kind: str = "invalid"
     outcome: TrainOutcome | None = None
     uncharged: bool = False
+    diverged: bool = False
+
+
+# What a site refuses, or what is refused of it, where training diverged.
+_DIVERGED: Final = frozenset({
+    "an update must be finite", "an update must lie within a distance of the model",
+    "arrays must be finite", "losses must be one finite number, 0 or more, for each image",
+    "probabilities must lie in 0 to 1",
+})  # fmt: skip
 
 
 def read_facts(message: Message) -> SiteFacts | Bad:
     """What a site said of itself."""
     try:
-        return SiteFacts.from_flat(_config(message, "facts"))
+        facts = SiteFacts.from_flat(_config(message, "facts"))
+        for what in ("patients", "images"):
+            parts = sum(getattr(facts, f"{part}_{what}") for part in _PARTS)
+            if parts > getattr(facts, what):
+                raise ProtocolError(
+                    f"a site's parts must hold no more {what} than the site",
+                    value=f"{parts} of {getattr(facts, what)}",
+                )
+        return facts
     except FedwardError as error:
         return _bad(error)
 
@@ -68,6 +91,7 @@ def read_update(
     expected: Shapes,
     facts: SiteFacts | None = None,
     most_change: float = math.inf,
+    weighting: Literal["patients", "images"] | None = None,
 ) -> Update | Bad:
     """Check an update.
 
@@ -88,16 +112,19 @@ def read_update(
         What the site said of itself.
     most_change : float
         Largest L2 norm of the change, in units of the model's own (at least 1).
+    weighting : str or None
+        What the plan has a site's weight count; None: either.
     """
     outcome = None
     try:
         told = TrainOutcome.from_flat(_config(message, "outcome"))
         _same(told.site, site, told.round, round_)
         outcome = told
-        size = _check_arrays(_record(message, "arrays"), expected, most_change)
-        weight = _check_weight(message, outcome)
+        norm = _check_arrays(_record(message, "arrays"), expected, most_change)
+        weight = _check_weight(message, outcome, weighting)
         _check_claims(outcome, facts)
-        return Update(message, outcome, size, weight)
+        size = sum(reference.nbytes for reference in expected.values())
+        return Update(message, outcome, size, weight, norm)
     except FedwardError as error:
         return replace(_bad(error), outcome=outcome)
 
@@ -156,11 +183,12 @@ class _Refused(ProtocolError):
 
 
 def _bad(error: FedwardError) -> Bad:
+    diverged = error.rule in _DIVERGED
     if not isinstance(error, _Refused):
-        return Bad(str(error), "invalid")
+        return Bad(str(error), "invalid", diverged=diverged)
     silent = error.rule in _NO_ANSWER.values()
     reason = error.rule if silent else str(error)
-    return Bad(reason, error.kind, uncharged=error.uncharged)
+    return Bad(reason, error.kind, uncharged=error.uncharged, diverged=diverged)
 
 
 def _config(message: Message, key: str) -> dict[str, Any]:
@@ -197,14 +225,15 @@ def _same(site: str, asked: str, round_: int, asked_round: int) -> None:
         raise ProtocolError("a reply must be for the round that was asked", value=round_)
 
 
-def _check_weight(message: Message, outcome: TrainOutcome) -> float:
+def _check_weight(message: Message, outcome: TrainOutcome, weighting: str | None) -> float:
     records = {name: dict(record) for name, record in message.content.metric_records.items()}
     weight = records.get("metrics", {}).get("num-examples")
     if list(records) != ["metrics"] or list(records["metrics"]) != ["num-examples"]:
         raise ProtocolError("an update must carry its weight, and nothing else to average")
     if not isinstance(weight, int | float) or not math.isfinite(weight) or weight <= 0:
         raise ProtocolError("an update's weight must be a number above 0")
-    if weight not in (outcome.patients, outcome.images):
+    counted = [getattr(outcome, one) for one in ("patients", "images") if weighting in (None, one)]
+    if weight not in counted:
         raise ProtocolError("an update's weight must be what it was made of")
     return float(weight)
 
@@ -231,7 +260,7 @@ def _check_counted(counts: AnyCounts, part: str, facts: SiteFacts | None) -> Non
         )
 
 
-def _check_arrays(record: ArrayRecord, expected: Shapes, most_change: float) -> int:
+def _check_arrays(record: ArrayRecord, expected: Shapes, most_change: float) -> float:
     if list(record.keys()) != list(expected.keys()):
         raise ProtocolError("an update must hold exactly the arrays that train, in their order")
     change = size = 0.0
@@ -250,7 +279,7 @@ def _check_arrays(record: ArrayRecord, expected: Shapes, most_change: float) -> 
             "an update must lie within a distance of the model",
             value=f"{math.sqrt(change) / max(1.0, math.sqrt(size)):.3g} times the model's norm",
         )
-    return sum(reference.nbytes for reference in expected.values())
+    return math.sqrt(change)
 
 
 def _square(values: NDArray[np.float64]) -> float:

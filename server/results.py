@@ -45,6 +45,7 @@ class SiteRound(Strict):
     seconds: float = Field(description="wall seconds of training at the site")
     cpu_seconds: float = Field(default=0.0, description="CPU seconds of training at the site")
     epsilon: float | None = Field(default=None, description="ε spent so far at δ")
+    share: float | None = Field(default=None, description="share of the round's weight, 0 to 1")
     validation: Figures = Field(
         default_factory=dict, description="figures on its validation patients"
     )
@@ -151,6 +152,10 @@ class StudyResults(Strict):
     )
     named: list[str] = Field(
         default_factory=list, description="between hospitals: the sites that the study names"
+    )
+    unchecked: list[str] = Field(
+        default_factory=list,
+        description="between hospitals: the sites whose stated size no enrolled size checked",
     )
     weights_names: dict[str, list[str]] = Field(
         default_factory=dict,

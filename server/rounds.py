@@ -7,13 +7,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
+import numpy as np
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.app.exception import AppExitException
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
-from fedward.errors import StudyError
+from fedward.errors import DivergenceError, StudyError
 from fedward.metrics import AnyCounts
 from fedward.models import build_model, trainable_names
 from fedward.packing import digest
@@ -21,7 +22,14 @@ from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Stage
 from fedward.protocol import RoundOrder
 from server.arms import figures, test_figures
-from server.events import RoundEnded, SiteAnswered, SiteRefused, StudyPaused, StudyResumed
+from server.events import (
+    RoundEnded,
+    SiteAnswered,
+    SiteRefused,
+    SiteWarned,
+    StudyPaused,
+    StudyResumed,
+)
 from server.exchange import Moment
 from server.gather import Gathered, let_go, record_of, size_of
 from server.job import Job
@@ -32,6 +40,7 @@ from server.spent import charge, charge_ordered, settle
 from strategies.averaging import blend, decay_at
 from strategies.memory import folds, memory_of, remember
 from strategies.registry import build_strategy
+from strategies.robust import dominates
 from strategies.settings import StrategySettings
 
 __all__ = ["Job", "StudyRun"]
@@ -59,6 +68,7 @@ class StudyRun:
         self._model = build_model(job.plan, seed=0)
         self._strategy: tuple[str, Strategy] | None = None
         self._open: tuple[int, Gathered] | None = None
+        self._told_heavy: set[str] = set()
 
     def run(self) -> None:
         """Enrol, train the rounds that are missing, test.
@@ -68,6 +78,8 @@ class StudyRun:
         StudyError
             Too few sites, or a round without quorum after its retries; not where the job is
             patient, which waits instead.
+        DivergenceError
+            Training diverged at most sites.
         """
         started = time.perf_counter() - self.job.arm.seconds
         try:
@@ -89,6 +101,8 @@ class StudyRun:
             try:
                 step()
                 return
+            except DivergenceError:
+                raise  # waiting does not mend it
             except StudyError as error:
                 if not self.job.patient:
                     raise
@@ -131,11 +145,12 @@ class StudyRun:
         expected = {name: self.job.arrays[name] for name in names}
         gathered, needed = self._gathered_so_far(round_, stage), self.job.needed
         for _ in range(self.plan.participation.retries + 1):
-            messages = self._train_messages(round_, stage, place, expected, gathered)
-            result.bytes_down += sum(size_of(message.content) for message in messages)
-            result.failures = self._collect(messages, round_, expected, gathered)
+            self._ask(round_, stage, place, expected, gathered, result)
+            if len(gathered.updates) >= needed and self._outliers(gathered, result):
+                # Whose update the mean had already sends it again, as it was.
+                self._ask(round_, stage, place, expected, gathered, result)
             if len(gathered.updates) >= needed or self.job.stop.is_set():
-                self._note(gathered.ordered(), result)
+                self._note(gathered, result)
                 return gathered
         raise StudyError(
             "a round needs its quorum of updates",
@@ -145,10 +160,36 @@ class StudyRun:
             where="participation.quorum",
         )
 
+    def _ask(
+        self, round_: int, stage: Stage, place: int, expected: Mapping[str, NDArray[Any]],
+        gathered: Gathered, result: Round,
+    ) -> None:  # fmt: skip
+        messages = self._train_messages(round_, stage, place, expected, gathered)
+        result.bytes_down += sum(size_of(message.content) for message in messages)
+        result.failures = self._collect(messages, round_, expected, gathered)
+
+    def _outliers(self, gathered: Gathered, result: Round) -> bool:
+        """Refuse updates of a norm far beyond the median; whether others must be sent again."""
+        sizes = {site: self._size_of(site) for site in gathered.updates}
+        found = gathered.outliers(sizes, self.plan.strategy.max_norm_ratio)
+        for site, bad in found.items():
+            result.failures.append(Failure(site=site, reason=bad.reason, kind=bad.kind))
+            self._members.note(site, bad)
+        result.failures.sort(key=lambda failure: failure.site)
+        return bool(found) and not gathered.updates
+
+    def _size_of(self, site: str) -> float:
+        """What the norm of a site's update may grow with (see :class:`NormBound`)."""
+        facts = self.job.facts.get(site)
+        if facts is None:
+            return 1.0
+        return float(facts.train_patients if self.plan.privacy.on else facts.train_images)
+
     def _gathered_so_far(self, round_: int, stage: Stage) -> Gathered:
         # What came before a pause counts after it.
         if self._open is None or self._open[0] != round_:
-            self._open = (round_, Gathered(fold=folds(self._strategy_of(stage))))
+            fold, share = folds(self._strategy_of(stage)), self.plan.strategy.max_share
+            self._open = (round_, Gathered(fold=fold, max_share=share))
         return self._open[1]
 
     def _train_messages(
@@ -161,7 +202,8 @@ class StudyRun:
     ) -> list[Message]:
         # A repeated round asks only whose update is missing: training twice would cost privacy.
         nodes = self._members.nodes
-        missing = [node for node, site in nodes.items() if site not in there.updates]
+        had = there.updates.keys() | there.refused.keys()
+        missing = [node for node, site in nodes.items() if site not in had]
         grid = Moment(self._everyone, missing, self.job.stop)
         if not grid.get_node_ids():  # Flower would wait for one without end
             return []
@@ -191,21 +233,33 @@ class StudyRun:
             site: Bad("no answer in time" if site in asked else "not connected", "silent")
             for site in nodes.values()
         }
-        failures = self._members.absent() | silent
+        failures = self._members.absent() | silent | gathered.refused
+        diverged: dict[str, Bad] = {}
         for site in gathered.updates:
             failures.pop(site, None)
         try:
             for site, reply in self._replies(messages, nodes):
                 update = read_update(
-                    reply, site, round_, expected, self.job.facts.get(site), self.job.most_change
+                    reply,
+                    site,
+                    round_,
+                    expected,
+                    self.job.facts.get(site),
+                    self.job.most_change,
+                    self.plan.strategy.weighting,
                 )
+                if isinstance(update, Update):
+                    update = gathered.too_far(update, self._size_of(site)) or update
                 self._tell(round_, site, "train")
                 if update.outcome is not None:
                     charge(self.job.arm, update.outcome, self.plan.privacy.delta)
                 if isinstance(update, Bad):
                     let_go(reply)
                     failures[site] = update
-                    self._members.note(site, update)
+                    if update.diverged:
+                        diverged[site] = update
+                    else:
+                        self._members.note(site, update)
                     if update.uncharged:
                         asked.discard(site)
                 else:
@@ -215,6 +269,7 @@ class StudyRun:
         finally:
             for site in asked & self.job.facts.keys():
                 charge_ordered(self.job.arm, self.plan, self.job.facts[site], round_)
+        self._blame(diverged, round_, len(nodes))
         return [
             Failure(site=site, reason=bad.reason, kind=bad.kind)
             for site, bad in sorted(failures.items())
@@ -228,22 +283,55 @@ class StudyRun:
         for node, reply in self._members.grid.replies(messages, deadline, self._members.cut_off):
             yield nodes[node], reply
 
-    def _note(self, updates: Iterable[Update], result: Round) -> None:
+    def _blame(self, diverged: Mapping[str, Bad], round_: int, sites: int) -> None:
+        """Updates out of all proportion: of one site its fault, of half of them or more the plan's.
+
+        Counted over all sites of the study: one that answers alone does not end it.
+        """
+        if diverged and len(diverged) >= min(sites, max(2, sites / 2)):
+            told = "; ".join(f"{site}: {bad.reason}" for site, bad in sorted(diverged.items())[:3])
+            raise self._divergence(f"{len(diverged)} of {sites} sites in round {round_}; {told}")
+        for site, bad in diverged.items():
+            self._members.note(site, bad)
+
+    def _divergence(self, value: str) -> DivergenceError:
+        return DivergenceError(
+            "the updates of most sites must stay finite and near the model: training diverges",
+            value=value, where="training.learning_rate",
+            fix="Lower the learning rate (or that of the stage, or of the strategy) and submit the "
+            "plan again; no site is quarantined for this",
+        )  # fmt: skip
+
+    def _note(self, gathered: Gathered, result: Round) -> None:
         looked = self.plan.is_evaluated(result.round, "validation")
         if looked:
             settle(self.job.arm)
-        for update in updates:
+        weights = gathered.weights()
+        total = sum(weights.values())
+        for update in gathered.ordered():
             out = update.outcome
+            share = weights[out.site] / total
             result.bytes_up += update.size
             spent = self.job.arm.privacy.get(out.site)
             result.sites[out.site] = SiteRound(
                 patients=out.patients, images=out.images, steps=out.steps, loss=out.loss,
                 seconds=out.seconds, cpu_seconds=out.cpu_seconds,
-                epsilon=spent.epsilon if spent and looked else None,
+                epsilon=spent.epsilon if spent and looked else None, share=share,
             )  # fmt: skip
+            if dominates(share, len(weights)):
+                self._warn_heavy(out.site, share)
         told = [(site.loss, site.images) for site in result.sites.values() if site.loss is not None]
         if total := sum(images for _, images in told):
             result.train_loss = sum(loss * images for loss, images in told) / total
+
+    def _warn_heavy(self, site: str, share: float) -> None:
+        if site not in self._told_heavy:
+            self._told_heavy.add(site)
+            reason = (
+                f"{site} has {share:.1%} of the weight of a round: the model is mostly its. See "
+                "strategy.max_share."
+            )
+            self.job.listen(SiteWarned(self.job.arm.name, self.job.round, site, reason))
 
     def _aggregate(
         self, stage: Stage, place: int, gathered: Gathered, names: Iterable[str]
@@ -264,6 +352,8 @@ class StudyRun:
         new = dict(self.job.arrays)
         for name, array in arrays.items():
             new[name] = array.numpy().astype(self.job.arrays[name].dtype)
+            if not np.isfinite(new[name]).all():
+                raise self._divergence(f"the model after round {self.job.round}, {name}")
         self.job.arrays = new
         self.job.memory, self.job.memory_stage = memory_of(strategy, tuple(names)), stage.name
         decay = decay_at(self.job.round, self.plan.strategy.averaging)

@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -26,13 +25,19 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 import httpx
 
 from fedward.console import log_to_stderr
-from fedward.errors import ConfigError, FedwardError, Interrupted, ServiceError, StudyError
+from fedward.errors import (
+    DivergenceError,
+    FedwardError,
+    Interrupted,
+    ServiceError,
+    StudyError,
+)
 from fedward.models import build_model, describe, load_initial, to_arrays
 from server import events
 from server.config import ServerConfig, load_config
 from server.flower.control import Link
 from server.flower.runtime import RunSession
-from server.job import Arrays, Job
+from server.job import Arrays, Job, SizeLimit
 from server.keeper import AWAY, Keeper
 from server.registry import Registry, open_registry
 from server.registry.records import Study
@@ -103,6 +108,8 @@ class Runner:
             try:
                 self._session()
                 pause = 0.5
+            except DivergenceError:
+                raise  # of the plan: no other session mends it
             except (httpx.HTTPError, StudyError, OSError, *AWAY) as error:
                 self._broke(error, pause)
                 self.stop.wait(pause)
@@ -156,10 +163,16 @@ class Runner:
         """The study's sites that may take part: enrolled, not quarantined, with their last key."""
         with self._looking:
             there = {one.name: one for one in self.registry.sites.list()}
+            put_out = self.registry.studies.quarantined(self.study.id)
             named = {name: there.get(name) for name in self.study.sites}
             self.job.left_out = {
-                name: bad for name, site in named.items() if (bad := _left_out(site)) is not None
-            }
+                name: bad for name, site in named.items()
+                if (bad := _left_out(site, put_out.get(name))) is not None
+            }  # fmt: skip
+            self.job.limits = {
+                name: SizeLimit(site.max_patients, site.max_images)
+                for name, site in named.items() if site is not None
+            }  # fmt: skip
             self.job.members = {
                 site.node_id: name for name, site in named.items()
                 if site is not None and site.node_id is not None and name not in self.job.left_out
@@ -203,8 +216,7 @@ class Runner:
         elif isinstance(event, events.StudyResumed | events.StudyStarted):
             self._state("running")
         elif isinstance(event, events.SiteQuarantined):
-            with suppress(ConfigError):  # removed in this moment
-                self.registry.sites.quarantine(event.site, event.reason)
+            self.registry.studies.quarantine(self.study.id, event.site, event.reason)
             self._see_members()
 
     def _state(self, state: Any, reason: str = "") -> None:
@@ -257,17 +269,19 @@ def _telling(event: events.Event) -> tuple[str, dict[str, Any]] | None:
             return "quarantined", {
                 "site": event.site, "round": event.round, "reason": event.reason
             }  # fmt: skip
+        case events.SiteWarned():
+            return "warned", {"site": event.site, "round": event.round, "reason": event.reason}
         case events.SiteAnswered():
             return "answered", {"site": event.site, "round": event.round, "what": event.what}
     return None
 
 
-def _left_out(site: Site | None) -> Bad | None:
+def _left_out(site: Site | None, quarantined: str | None) -> Bad | None:
     """Why a site of the study may take no part now."""
     if site is None:
         return Bad("not enrolled any more", "silent")
-    if site.state != "active":
-        return Bad(f"quarantined: {site.reason}")
+    if quarantined is not None:
+        return Bad(f"quarantined in this study: {quarantined}")
     return None if site.node_id is not None else Bad("not known to the SuperLink yet", "silent")
 
 

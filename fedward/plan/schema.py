@@ -11,6 +11,8 @@ from pydantic_core import PydanticCustomError
 from fedward.plan.settings import normal
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# Beyond this an optimiser's step is larger than what single precision holds.
+LearningRate = Annotated[float, Field(gt=0, le=1e6)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 ClassName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _+/-]{0,63}$")]
@@ -272,7 +274,7 @@ class Training(Section):
     rounds: int | None = Field(
         default=None, ge=1, le=10000, description="rounds of the study; leave out with `[[stages]]`"
     )
-    learning_rate: Positive | None = Field(
+    learning_rate: LearningRate | None = Field(
         default=None, description="learning rate; leave out with `[[stages]]`"
     )
     local_epochs: int | None = Field(
@@ -327,7 +329,7 @@ class Stage(Section):
 
     name: Name = Field(description="name of the stage")
     rounds: int = Field(ge=1, le=10000, description="rounds of this stage")
-    learning_rate: Positive = Field(description="learning rate of this stage")
+    learning_rate: LearningRate = Field(description="learning rate of this stage")
     train: tuple[str, ...] = Field(
         default=("*",),
         min_length=1,
@@ -344,6 +346,16 @@ class Strategy(Section):
     )
     weighting: Literal["patients", "images"] = Field(
         default="images", description="what a site's weight counts"
+    )
+    max_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.8,
+        description="largest share of a round's weight that one site may have; 1: no cap",
+    )
+    max_norm_ratio: float = Field(
+        default=10.0,
+        ge=2,
+        description="an update whose norm is larger than this many times the median of its round "
+        "is refused; wider for a site of another size than the median site, by the ratio",
     )
     averaging: Fraction = Field(
         default=0.0,

@@ -14,6 +14,8 @@ from server.flower.control import Node
 from server.registry import Registry
 from server.registry.sites import Site, SiteState
 
+# As many as an SQL integer holds.
+Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Name = Annotated[str, Field(pattern=SITE_NAME, description="the site's name")]
 
 
@@ -22,6 +24,25 @@ class NewSite(BaseModel):
 
     name: Name
     public_key: str = Field(max_length=4096, description="PEM, made by `fedward-client enrol`")
+    max_patients: Size | None = Field(
+        default=None, description="the most patients that it may claim; null: not checked"
+    )
+    max_images: Size | None = Field(
+        default=None, description="the most images that it may claim; null: not checked"
+    )
+
+
+class SizeLimits(BaseModel):
+    """The most that a hospital may claim; what is left out stays, null: not checked."""
+
+    max_patients: Size | None = None
+    max_images: Size | None = None
+
+
+class Release(BaseModel):
+    """Where a quarantine ends."""
+
+    study: str | None = Field(default=None, description="a study's id; null: in all studies")
 
 
 class NewKey(BaseModel):
@@ -38,7 +59,9 @@ class SiteAnswer(BaseModel):
     state: SiteState
     status: str = Field(description="online, offline or registered (never seen)")
     last_seen: str = Field(description="now, or its last sign of life, UTC")
-    reason: str = Field(description="why it is quarantined")
+    max_patients: int | None = Field(description="the most patients that it may claim")
+    max_images: int | None = Field(description="the most images that it may claim")
+    quarantined: dict[str, str] = Field(description="studies that have put it out, and why")
     version: str = Field(description="the release that it runs; known after its first study")
     facts: SiteFacts | None = Field(description="what it said last, as its policy lets it be told")
     datasets: list[SiteFacts] = Field(
@@ -61,7 +84,14 @@ def sites_router(enrolment: Enrolment, access: Access) -> APIRouter:
     @router.post("", status_code=201, dependencies=[Depends(access.need("admin"))])
     def add_site(site: NewSite) -> SiteAnswer:
         """Enrol a hospital by its public key."""
-        return _answer(registry, enrolment.add(site.name, site.public_key), {})
+        sizes = {"max_patients": site.max_patients, "max_images": site.max_images}
+        return _answer(registry, enrolment.add(site.name, site.public_key, **sizes), {})
+
+    @router.post("/{name}/limit", dependencies=[Depends(access.need("admin"))])
+    def limit_site(name: str, limits: SizeLimits) -> SiteAnswer:
+        """Set the most patients and images that a hospital may claim."""
+        given = limits.model_dump(exclude_unset=True)
+        return _answer(registry, registry.sites.limit(name, **given), {})
 
     @router.delete("/{name}", dependencies=[Depends(access.need("admin"))])
     def remove_site(name: str) -> SiteAnswer:
@@ -74,19 +104,29 @@ def sites_router(enrolment: Enrolment, access: Access) -> APIRouter:
         return _answer(registry, enrolment.rotate(name, key.public_key), {})
 
     @router.post("/{name}/release", dependencies=[Depends(access.need("admin"))])
-    def release_site(name: str) -> SiteAnswer:
-        """End a hospital's quarantine."""
-        return _answer(registry, registry.sites.release(name), {})
+    def release_site(name: str, where: Release | None = None) -> SiteAnswer:
+        """End a hospital's quarantine, in one study or in all."""
+        site = registry.sites.get(name)
+        if where is not None and where.study is not None:
+            registry.studies.get(where.study)
+        registry.studies.release(name, where.study if where else None)
+        return _answer(registry, site, {})
 
     return router
 
 
 def _answer(registry: Registry, site: Site, nodes: dict[int, Node]) -> SiteAnswer:
     node = nodes.get(site.node_id or 0)
-    running = registry.studies.list("submitted", "running", "paused")
+    running = [
+        one for one in registry.studies.list("submitted", "running", "paused", "failed")
+        if site.name in one.sites
+    ]  # fmt: skip
+    put_out = {one.id: registry.studies.quarantined(one.id) for one in running}
     return SiteAnswer(
-        name=site.name, fingerprint=site.fingerprint, state=site.state, reason=site.reason,
+        name=site.name, fingerprint=site.fingerprint, state=site.state,
+        max_patients=site.max_patients, max_images=site.max_images,
+        quarantined={s: sites[site.name] for s, sites in put_out.items() if site.name in sites},
         status=node.status if node else "registered", last_seen=node.last_seen if node else "",
         facts=site.facts, version=site.facts.release if site.facts else "",
-        datasets=list(site.datasets), studies=[one.id for one in running if site.name in one.sites],
+        datasets=list(site.datasets), studies=[one.id for one in running if one.state != "failed"],
     )  # fmt: skip

@@ -54,6 +54,7 @@ class StudyAnswer(BaseModel):
 
     study: Study
     rounds: list[Round]
+    quarantined: dict[str, str] = Field(description="sites that are put out of it, and why")
 
 
 def studies_router(config: ServerConfig, registry: Registry, access: Access) -> APIRouter:
@@ -78,7 +79,10 @@ def studies_router(config: ServerConfig, registry: Registry, access: Access) -> 
     @router.get("/{study}", dependencies=[Depends(viewer)])
     def show_study(study: str) -> StudyAnswer:
         """Where a study stands, and its rounds."""
-        return StudyAnswer(study=studies.get(study), rounds=list(studies.rounds(study)))
+        return StudyAnswer(
+            study=studies.get(study), rounds=list(studies.rounds(study)),
+            quarantined=studies.quarantined(study),
+        )  # fmt: skip
 
     @router.get(
         "/{study}/events", dependencies=[Depends(viewer)], response_class=_Lines, responses=_LINES

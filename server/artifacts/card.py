@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Iterator
 
 from fedward.plan.schema import Plan
+from server.report.sentences import dominance
 from server.results import Arm, StudyResults
 
 
@@ -27,7 +28,7 @@ def model_card(study: str, plan: Plan, results: StudyResults) -> str:
     arm = results.arms[0]
     parts = (
         _head(study, plan, results), _data(results, arm), _privacy(plan, arm),
-        _figures(plan, arm), _use(plan, results),
+        _figures(plan, arm, results), _use(plan, results),
     )  # fmt: skip
     return "\n".join(line for part in parts for line in (*part, ""))
 
@@ -64,6 +65,9 @@ def _data(results: StudyResults, arm: Arm) -> Iterator[str]:
         )
     for name in sorted(set(results.named) - {site.site for site in results.sites}):
         yield f"| {name} | – | – | – | – | 0 of {len(arm.rounds)} |"
+    if results.unchecked:
+        yield ""
+        yield f"Sizes as the sites state them, not checked: {', '.join(results.unchecked)}."
 
 
 def _privacy(plan: Plan, arm: Arm) -> Iterator[str]:
@@ -86,7 +90,7 @@ def _privacy(plan: Plan, arm: Arm) -> Iterator[str]:
         )
 
 
-def _figures(plan: Plan, arm: Arm) -> Iterator[str]:
+def _figures(plan: Plan, arm: Arm, results: StudyResults) -> Iterator[str]:
     yield "## How good it is"
     yield ""
     if arm.test is None:
@@ -97,21 +101,21 @@ def _figures(plan: Plan, arm: Arm) -> Iterator[str]:
     yield ""
     yield "| |" + "|".join(f" {name} " for name in names) + "|"
     yield "|---|" + "---|" * len(names)
-    yield "| all together |" + "|".join(_cell(arm.test.pooled.get(n)) for n in names) + "|"
-    errors = arm.test.standard_errors
-    if errors:
-        yield (
-            "| standard error of the noise |" + "|".join(_cell(errors.get(n)) for n in names) + "|"
-        )
     for site, values in sorted(arm.test.per_site.items()):
         yield f"| {site} |" + "|".join(_cell(values.get(n)) for n in names) + "|"
     yield "| spread between sites |" + "|".join(_spread(arm, n) for n in names) + "|"
-    if errors:
+    yield "| all together |" + "|".join(_cell(arm.test.pooled.get(n)) for n in names) + "|"
+    if errors := arm.test.standard_errors:
+        cells = "|".join(_cell(errors.get(n)) for n in names)
+        yield f"| standard error of the noise, all together |{cells}|"
         yield ""
         yield (
             "Sites counted with noise, which is differentially private for each test patient "
             f"(ε = {plan.metrics.epsilon:g}). The standard error is what that noise alone adds."
         )
+    if told := dominance(arm, results.primary):
+        yield ""
+        yield f"**{told}**"
 
 
 def _use(plan: Plan, results: StudyResults) -> Iterator[str]:

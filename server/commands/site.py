@@ -18,17 +18,34 @@ from server.place import at
 site_app = typer.Typer(help="Enrol hospitals, list them, cut them off.", no_args_is_help=True)
 Name = Annotated[str, typer.Argument(help="the site's name")]
 Key = Annotated[Path, typer.Argument(help="its public key, PEM")]
+MaxPatients = Annotated[
+    int | None, typer.Option(min=0, help="the most patients it may claim; 0: not checked")
+]
+MaxImages = Annotated[
+    int | None, typer.Option(min=0, help="the most images it may claim; 0: not checked")
+]
 
 
 @site_app.command("add")
 def add(
-    name: Name, key: Key, config: Config = SERVER, url: Url = "", token: Token = "",
-    ca: Ca = None, as_json: Json = False,
+    name: Name, key: Key, max_patients: MaxPatients = None, max_images: MaxImages = None,
+    config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Enrol a hospital by its public key."""
-    body = {"name": name, "public_key": _read(key)}
+    """Enrol a hospital by its public key, with the size that it told the coordinator."""
+    body = {"name": name, "public_key": _read(key), **_limits(max_patients, max_images)}
     made = api(config, url, token, ca).call("POST", "/v1/sites", body)
     _told(made, f"{name} is enrolled. Compare by telephone: {made['fingerprint']}", as_json=as_json)
+
+
+@site_app.command("limit")
+def limit(
+    name: Name, max_patients: MaxPatients = None, max_images: MaxImages = None,
+    config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Set the most patients and images that a hospital may claim; what is not given stays."""
+    body = _limits(max_patients, max_images)
+    made = api(config, url, token, ca).call("POST", at("sites", name, "limit"), body)
+    _told(made, f"{name} may claim {_most(made)}.", as_json=as_json)
 
 
 @site_app.command("list")
@@ -41,12 +58,13 @@ def list_sites(
     if as_json:
         print_json({"sites": found})
         return
-    table = Table("site", "status", "last seen", "version", "datasets", "studies", "state")
+    heads = "site, status, last seen, version, datasets, may claim, studies, quarantined in"
+    table = Table(*heads.split(", "))
     for one in found:
         table.add_row(
             escape(one["name"]), one["status"], one["last_seen"][:19], one["version"],
-            escape("\n".join(map(_dataset, one["datasets"]))), ", ".join(one["studies"]),
-            one["state"],
+            escape("\n".join(map(_dataset, one["datasets"]))), _most(one),
+            ", ".join(one["studies"]), ", ".join(one["quarantined"]),
         )  # fmt: skip
     Console().print(table)
 
@@ -74,12 +92,25 @@ def rotate(
 
 @site_app.command("release")
 def release(
-    name: Name, config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None,
-    as_json: Json = False,
+    name: Name,
+    study: Annotated[str, typer.Option(help="a study's id; none: all studies")] = "",
+    config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """End a hospital's quarantine."""
-    made = api(config, url, token, ca).call("POST", at("sites", name, "release"))
+    """End a hospital's quarantine, in one study or in all."""
+    body = {"study": study or None}
+    made = api(config, url, token, ca).call("POST", at("sites", name, "release"), body)
     _told(made, f"{name} takes part again.", as_json=as_json)
+
+
+def _limits(max_patients: int | None, max_images: int | None) -> dict[str, int | None]:
+    given = {"max_patients": max_patients, "max_images": max_images}
+    return {name: number or None for name, number in given.items() if number is not None}
+
+
+def _most(site: dict[str, Any]) -> str:
+    patients, images = site["max_patients"], site["max_images"]
+    told = [f"{n:,} {what}" for n, what in ((patients, "patients"), (images, "images")) if n]
+    return ", ".join(told) or "not checked"
 
 
 def _dataset(facts: dict[str, Any]) -> str:

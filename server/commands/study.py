@@ -78,6 +78,8 @@ def show(
     one = found["study"]
     console = Console()
     console.print(f"{one['id']}: {one['state']} {escape(one['reason'])}", highlight=False)
+    for site, reason in found["quarantined"].items():
+        console.print(f"{escape(site)} is quarantined: {escape(reason)}", highlight=False)
     table = Table("round", "stage", "seconds", "loss", "validation", "sites", "without an update")
     for round_ in found["rounds"]:
         table.add_row(*_round_cells(round_))
@@ -238,7 +240,11 @@ def _telling(event: dict[str, Any]) -> str:
         case "refused":
             return f"{told['site']} refused ({told['kind']}): {told['reason']}"
         case "quarantined":
-            return f"{told['site']} is quarantined: {told['reason']}"
+            return f"{told['site']} is quarantined in this study: {told['reason']}"
+        case "released":
+            return f"{told['site']} is not quarantined any more"
+        case "warned":
+            return f"warning: {told['reason']}"
         case "restored":
             return f"goes on after round {told['round']}"
     return ""

@@ -30,6 +30,8 @@ sites = Table(
     Column("state", String(16), nullable=False),
     Column("reason", Text, nullable=False, server_default=""),
     Column("facts", Text, nullable=False, server_default=""),
+    Column("max_patients", Integer),
+    Column("max_images", Integer),
     Column("added", String(32), nullable=False),
     Column("updated", String(32), nullable=False),
 )  # fmt: skip
@@ -76,6 +78,14 @@ events = Table(
     Column("at", String(32), nullable=False),
     Column("kind", String(32), nullable=False),
     Column("payload", Text, nullable=False),
+)  # fmt: skip
+
+quarantines = Table(
+    "quarantines", metadata,
+    Column("study", String(64), ForeignKey("studies.id"), primary_key=True),
+    Column("site", String(64), primary_key=True),
+    Column("reason", Text, nullable=False),
+    Column("at", String(32), nullable=False),
 )  # fmt: skip
 
 tokens = Table(

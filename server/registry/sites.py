@@ -16,8 +16,7 @@ from fedward.protocol import SiteFacts
 from server.registry.database import reading
 from server.registry.schema import now, sites
 
-SiteState = Literal["active", "quarantined", "removed", "rotated"]
-_PRESENT = ("active", "quarantined")
+SiteState = Literal["active", "removed", "rotated"]
 _LIST: TypeAdapter[list[SiteFacts]] = TypeAdapter(list[SiteFacts])
 
 
@@ -30,7 +29,8 @@ class Site(BaseModel):
     fingerprint: str = Field(description="SHA-256 of the key's DER form, hexadecimal")
     node_id: int | None = Field(description="its number at the SuperLink")
     state: SiteState
-    reason: str = Field(description="why it is quarantined")
+    max_patients: int | None = Field(default=None, description="enrolled; none: not checked")
+    max_images: int | None = Field(default=None, description="enrolled; none: not checked")
     facts: SiteFacts | None = Field(description="what it last said of itself")
     datasets: tuple[SiteFacts, ...] = Field(default=(), description="the newest of each dataset")
     added: str = Field(description="UTC, ISO 8601")
@@ -43,8 +43,10 @@ class SiteStore:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def add(self, name: str, public_key: str, node_id: int | None = None) -> Site:
-        """Enrol a hospital's key.
+    def add(
+        self, name: str, public_key: str, node_id: int | None = None, **limits: int | None
+    ) -> Site:
+        """Enrol a hospital's key; the limits are ``max_patients`` and ``max_images``.
 
         Raises
         ------
@@ -52,7 +54,8 @@ class SiteStore:
             The name is taken, the key is no public EC key, or was enrolled before.
         """
         with self._engine.begin() as connection:
-            return _insert(connection, name, public_key, node_id)
+            _insert(connection, name, public_key, node_id)
+            return _update(connection, _locked(connection, name), **limits)
 
     def find(self, name: str) -> Site | None:
         """The present site of a name."""
@@ -77,7 +80,7 @@ class SiteStore:
         """Present sites by name; with history also keys that were removed or rotated."""
         query = select(sites).order_by(sites.c.name, sites.c.id)
         if not history:
-            query = query.where(sites.c.state.in_(_PRESENT))
+            query = query.where(sites.c.state == "active")
         with reading(self._engine) as connection:
             return [_site(row) for row in connection.execute(query).all()]
 
@@ -101,16 +104,12 @@ class SiteStore:
             old = _locked(connection, name)
             _update(connection, old, state="rotated")
             _insert(connection, name, public_key, node_id)
-            new, kept = _locked(connection, name), ("facts", "state", "reason")
+            new, kept = _locked(connection, name), ("facts", "max_patients", "max_images")
             return _update(connection, new, **{key: getattr(old, key) for key in kept})
 
-    def quarantine(self, name: str, reason: str) -> Site:
-        """Leave a site out of all rounds until an operator releases it (see :meth:`get`)."""
-        return self._change(name, state="quarantined", reason=reason)
-
-    def release(self, name: str) -> Site:
-        """End a quarantine (see :meth:`get`)."""
-        return self._change(name, state="active", reason="")
+    def limit(self, name: str, **limits: int | None) -> Site:
+        """Set ``max_patients`` and ``max_images``; None: not checked (see :meth:`get`)."""
+        return self._change(name, **limits)
 
     def set_node(self, name: str, node_id: int) -> Site:
         """Note the site's number at the SuperLink (see :meth:`get`)."""
@@ -124,7 +123,7 @@ class SiteStore:
             text = _LIST.dump_json([*others, facts]).decode()
             return _update(connection, row, facts=text)
 
-    def _change(self, name: str, **values: str) -> Site:
+    def _change(self, name: str, **values: str | int | None) -> Site:
         with self._engine.begin() as connection:
             row = _locked(connection, name)
             return _update(connection, row, **values)
@@ -193,14 +192,14 @@ def _locked(connection: Connection, name: str) -> Row[Any]:
     return row
 
 
-def _update(connection: Connection, row: Row[Any], **values: str) -> Site:
+def _update(connection: Connection, row: Row[Any], **values: str | int | None) -> Site:
     values["updated"] = now()
     connection.execute(update(sites).where(sites.c.id == row.id).values(**values))
     return _site(connection.execute(select(sites).where(sites.c.id == row.id)).one())
 
 
 def _present(name: str) -> Any:
-    return (sites.c.name == name) & sites.c.state.in_(_PRESENT)
+    return (sites.c.name == name) & (sites.c.state == "active")
 
 
 def _site(row: Row[Any]) -> Site:

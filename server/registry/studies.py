@@ -8,14 +8,14 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Row, func, insert, select, update
+from sqlalchemy import Connection, Engine, Row, delete, func, insert, select, update
 
 from fedward.errors import PlanError, StudyError
 from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Plan
 from server.registry.database import reading
 from server.registry.records import FINAL, NEXT, Event, State, Study, Wanted
-from server.registry.schema import events, now, rounds, studies
+from server.registry.schema import events, now, quarantines, rounds, studies
 from server.results import Round, StudyResults
 
 
@@ -205,6 +205,32 @@ class StudyStore:
                 update(studies).where(studies.c.id == study).values(round=reached, updated=at)
             )
 
+    def quarantine(self, study: str, site: str, reason: str) -> None:
+        """Leave a site out of a study's rounds until it is released; other studies go on."""
+        values = {"study": study, "site": site, "reason": reason, "at": now()}
+        with self._engine.begin() as connection:
+            _locked(connection, study)
+            connection.execute(delete(quarantines).where(_quarantine(study, site)))
+            connection.execute(insert(quarantines).values(values))
+
+    def release(self, site: str, study: str | None = None) -> Sequence[str]:
+        """End a site's quarantine in a study, or in all; gives the studies where it had one."""
+        there = _quarantine(study, site)
+        with self._engine.begin() as connection:
+            query = select(quarantines.c.study).where(there).order_by(quarantines.c.study)
+            found = list(connection.execute(query).scalars().all())
+            connection.execute(delete(quarantines).where(there))
+            for one in found:
+                _locked(connection, one)
+                _add_event(connection, one, "released", {"site": site})
+        return found
+
+    def quarantined(self, study: str) -> dict[str, str]:
+        """The sites that are put out of a study, and why."""
+        query = select(quarantines.c.site, quarantines.c.reason).where(quarantines.c.study == study)
+        with reading(self._engine) as connection:
+            return {row.site: row.reason for row in connection.execute(query).all()}
+
     def rounds(self, study: str) -> Sequence[Round]:
         """The results of the rounds that are finished, in order."""
         query = select(rounds.c.result).where(rounds.c.study == study).order_by(rounds.c.round)
@@ -228,6 +254,11 @@ class StudyStore:
         with reading(self._engine) as connection:
             text = connection.execute(query).scalar_one_or_none()
         return StudyResults.model_validate_json(text) if text else None
+
+
+def _quarantine(study: str | None, site: str) -> Any:
+    at = quarantines.c.site == site
+    return at if study is None else at & (quarantines.c.study == study)
 
 
 def _check(plan: Plan, sites: list[str], quorum: int, deadline: float) -> None:

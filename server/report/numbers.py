@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from server.results import Arm, Figures, StudyResults
+from strategies.robust import dominates
 
 LOWER_IS_BETTER = frozenset({"ece", "hd95", "loss"})
 _ORDER = {"alone": 0, "federated": 1, "pooled": 2}
@@ -83,6 +84,20 @@ def home_gain(shared: Arm, alone: Sequence[Arm], metric: str) -> float | None:
 def together_mean(arms: Sequence[Arm], metric: str) -> float | None:
     """Mean over arms on all test patients together."""
     return mean(together(arm, metric) for arm in arms)
+
+
+def dominant(arm: Arm) -> tuple[str, float] | None:
+    """The site that dominates the test images of several sites, and its share of them.
+
+    The figures on all test patients together are mostly that site's.
+    """
+    images = arm.test.images if arm.test else {}
+    total = sum(images.values())
+    if not total:
+        return None
+    site = max(images, key=lambda name: images[name])
+    share = images[site] / total
+    return (site, share) if dominates(share, len(images)) else None
 
 
 def best(values: Iterable[float | None], metric: str) -> float | None:

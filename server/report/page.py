@@ -51,6 +51,7 @@ class StudyPage:
     comparison: Chart | None
     direction: str
     primary: tables.Table
+    site_metrics: tables.Table | None
     metrics: tables.Table
     classes: Sequence[tables.Table]
     curves: Sequence[Chart]
@@ -59,6 +60,7 @@ class StudyPage:
     privacy_curve: Chart | None
     sites: tables.Table | None
     missing_classes: Sequence[str]
+    unchecked: str
     participation: tables.Table | None
     participation_words: str
     participation_charts: Sequence[Chart]
@@ -123,6 +125,7 @@ def _study(name: str, results: StudyResults) -> StudyPage:
         comparison=_comparison(name, results),
         direction=charts.direction(results.primary),
         primary=tables.primary_table(results),
+        site_metrics=tables.site_metrics_table(results),
         metrics=tables.metrics_table(results),
         classes=tables.class_tables(results),
         curves=_curves(name, results),
@@ -134,6 +137,7 @@ def _study(name: str, results: StudyResults) -> StudyPage:
             f"{site} has no image of {words.listed(names)}."
             for site, names in results.missing_classes.items()
         ],
+        unchecked=words.listed(results.unchecked),
         participation=site_tables.participation_table(results),
         participation_words=_participation_words(results),
         participation_charts=_participation(name, results),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from server.report.numbers import gain, home_gain, of_kind, together, together_mean
-from server.report.words import epsilon, figure, listed, metric_name
+from server.report.numbers import dominant, gain, home_gain, of_kind, own, together, together_mean
+from server.report.words import epsilon, figure, listed, metric_name, percent
 from server.results import Arm, StudyResults
 
 
 def headline(results: StudyResults) -> str:
-    """What the study found, in one to three sentences.
+    """What the study found, in one to four sentences.
 
     Compares the federated model on all test patients together with the mean of the hospitals alone
     and with pooled data, by the primary metric, then tells what privacy cost. What was not trained
@@ -22,6 +22,7 @@ def headline(results: StudyResults) -> str:
     lead = federated[0]
     sentences = [
         _bought(results, lead),
+        dominance(lead, results.primary),
         _at_home(results, lead),
         _private(results, lead, federated),
     ]
@@ -35,9 +36,29 @@ def _bought(results: StudyResults, lead: Arm) -> str:
     pooled = together_mean(_alike(of_kind(results, "pooled"), lead), metric)
     parts = list(_compared(metric, value, alone, pooled))
     if not parts:
-        reached = f"reached {figure(value, metric)} {name} on all test patients together"
-        return f"The federated model{_with(lead)} {reached}."
+        at_home = {site: one for site, one in own(lead, metric).items() if one is not None}
+        reached = f"{figure(value, metric)} {name} on all test patients together"
+        if len(at_home) > 1:
+            low, high = min(at_home, key=at_home.__getitem__), max(at_home, key=at_home.__getitem__)
+            reached = (
+                f"{figure(at_home[low], metric)} ({low}) to {figure(at_home[high], metric)} "
+                f"({high}) {name} at the hospitals, {figure(value, metric)} on all test patients "
+                "together"
+            )
+        return f"The federated model{_with(lead)} reached {reached}."
     return f"Federation{_with(lead)} {parts[0]}{'; ' + parts[1] if parts[1:] else ''}."
+
+
+def dominance(arm: Arm, metric: str) -> str:
+    """Whose figure the one on all test patients together mostly is; empty where it is nobody's."""
+    found = dominant(arm)
+    if found is None:
+        return ""
+    site, share = found
+    return (
+        f"The {figure(together(arm, metric), metric)} on all together is mostly {site}, which says "
+        f"that it has {percent(share)} of the test images."
+    )
 
 
 def _compared(

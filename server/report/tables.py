@@ -147,9 +147,36 @@ def metrics_table(results: StudyResults) -> Table:
     return Table(caption, "trained", [metric_name(name) for name in names], rows)
 
 
-def _noise(arm: Arm, metric: str) -> str:
-    errors = arm.test.standard_errors if arm.test else {}
+def _noise(arm: Arm, metric: str, site: str = "") -> str:
+    """The standard error of private counts, at a site or of all sites together."""
+    errors: dict[str, float] = {}
+    if arm.test is not None:
+        errors = arm.test.site_standard_errors.get(site, {}) if site else arm.test.standard_errors
     return f" ± {figure(errors[metric], metric)}" if metric in errors else ""
+
+
+def site_metrics_table(results: StudyResults) -> Table | None:
+    """Every metric of the federated arms on each site's own test patients."""
+    arms = [arm for arm in ordered(results.arms) if arm.kind == "federated" and arm.test]
+    names = list(dict.fromkeys(k for arm in arms if arm.test for k in arm.test.pooled))
+    names.sort(key=lambda name: name != results.primary)
+    rows = [
+        Row(
+            arm.name,
+            [
+                Cell(site),
+                *(
+                    Cell(figure(at_site(arm, site, name), name) + _noise(arm, name, site))
+                    for name in names
+                ),
+            ],
+        )
+        for arm in arms
+        for site in (arm.test.per_site if arm.test else ())
+    ]
+    columns = ["site", *(metric_name(name) for name in names)]
+    caption = "Every metric at each site, on its own test patients"
+    return Table(caption, "trained", columns, rows, frozenset({0})) if rows else None
 
 
 def class_tables(results: StudyResults) -> list[Table]:

@@ -38,6 +38,12 @@ def epsilon(value: float | None) -> str:
     return NOTHING if value is None else f"ε = {value:g}"
 
 
+def percent(share: float) -> str:
+    """``62 %``, ``99.9 %``; only a whole is 100 %."""
+    text = f"{100 * share:.0f}" if share < 0.985 else f"{100 * share:.6g}"
+    return f"{text} %" if share == 1 or float(text) < 100 else "more than 99.9999 %"
+
+
 def listed(parts: Iterable[str]) -> str:
     """``a``, ``a and b``, ``a, b and c``."""
     *first, last = list(parts) or [""]

@@ -124,6 +124,32 @@ def test_whatever_is_killed_the_same_study_goes_on(
     until(service.ready)
 
 
+def test_a_plan_that_diverges_fails_and_the_next_study_has_every_hospital(
+    service: Any, hospitals: list[Any], plan_path: Path, until: Make
+) -> None:
+    good = plan_path.read_text()
+    plan_path.write_text(good.replace("learning_rate = 0.01", "learning_rate = 1e6"))
+    diverging = submit(service, plan_path)
+    until(lambda: service.call("study", "show", diverging)["study"]["state"] == "failed")
+    shown = service.call("study", "show", diverging)
+    assert "training diverges (got 2 of 2 sites in round 1" in shown["study"]["reason"]
+    assert "Lower the learning rate" in shown["study"]["reason"]
+    assert shown["quarantined"] == {}
+    plan_path.write_text(good)
+    study = submit(service, plan_path)
+    told = events(service, study)
+    assert [len(e["payload"]["sites"]) for e in told if e["kind"] == "round"] == [2, 2, 2]
+    # Nobody enrolled the sizes of these hospitals, which is told of each once.
+    warned = [e["payload"] for e in told if e["kind"] == "warned"]
+    assert sorted(one["site"] for one in warned) == ["hospital 1", "hospital 2"]
+    assert all("no enrolled size" in one["reason"] for one in warned)
+    assert service.call("site", "limit", "hospital 1", "--max-patients", 5)["max_patients"] == 5
+    small = submit(service, plan_path, "--quorum", 1, "--deadline", 30)
+    (refused,) = (e["payload"] for e in events(service, small) if e["kind"] == "refused")
+    assert refused["site"] == "hospital 1" and "(got 20 of 5)" in refused["reason"]
+    service.call("site", "limit", "hospital 1", "--max-patients", 0)
+
+
 def test_pause_resume_and_stop(
     service: Any, hospitals: list[Any], plan_path: Path, until: Make
 ) -> None:

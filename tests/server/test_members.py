@@ -16,8 +16,8 @@ from fedward.plan.load import plan_hash
 from fedward.protocol import Refusal, SiteFacts
 from server.checkpoint import Checkpoints
 from server.config import ServerConfig
-from server.events import Event, SiteQuarantined
-from server.job import Job
+from server.events import Event, SiteQuarantined, SiteRefused, SiteWarned
+from server.job import Job, SizeLimit
 from server.members import Members
 from server.registry import Registry
 from server.replies import Bad
@@ -148,16 +148,47 @@ def test_who_is_put_out_or_gone_is_absent_with_the_reason(
         registry.sites.add(name, site_key(), number)
     names = ["north", "south", "east"]
     study = registry.studies.submit(make_plan(participation={"sites": 1}), names)
-    registry.sites.quarantine("south", "an update must be finite.")
+    registry.studies.quarantine(study.id, "south", "an update must be finite.")
+    other = registry.studies.submit(make_plan(participation={"sites": 1}), ["south"])
     registry.sites.remove("east")
     runner = Runner(config, registry, study)
     assert dict(runner._see_members()) == {1: "north"}
     told = {site: (bad.kind, bad.reason) for site, bad in members(runner.job).absent().items()}
     assert told == {
         "north": ("silent", "not connected"),
-        "south": ("invalid", "quarantined: an update must be finite."),
+        "south": ("invalid", "quarantined in this study: an update must be finite."),
         "east": ("silent", "not enrolled any more"),
     }
     assert runner.results.named == sorted(names)
-    registry.sites.release("south")
+    assert dict(Runner(config, registry, other)._see_members()) == {2: "south"}
+    assert registry.studies.release("south", other.id) == []
+    assert registry.studies.release("south") == [study.id]
     assert dict(runner._see_members()) == {1: "north", 2: "south"}
+
+
+def test_a_claim_beyond_the_enrolled_size_is_refused_also_later(
+    job: Job, heard: list[Event]
+) -> None:
+    job.facts, job.limits = {}, {"north": SizeLimit(20, 40), "south": SizeLimit(19, None)}
+    ours = members(job)
+    ours._take(1, facts("north"))
+    ours._take(2, facts("south"))
+    assert ours.nodes == {1: "north"}
+    (told,) = [one for one in heard if isinstance(one, SiteRefused)]
+    assert (told.site, told.kind) == ("south", "invalid")
+    assert "not claim more patients than it was enrolled with (got 20 of 19)" in told.reason
+    assert "--max-patients" in told.reason
+    assert not [one for one in heard if isinstance(one, SiteWarned)]
+    job.limits = {"north": SizeLimit(20, 39)}
+    ours._forget_who_left()
+    assert ours.nodes == {}
+
+
+def test_a_size_that_nobody_enrolled_is_taken_with_a_warning(job: Job, heard: list[Event]) -> None:
+    job.facts, job.limits = {}, {"north": SizeLimit(20, None)}
+    ours = members(job)
+    for node, name in ((1, "north"), (2, "south")):
+        ours._take(node, facts(name))
+    told = [one.reason for one in heard if isinstance(one, SiteWarned)]
+    assert told[0].startswith("no enrolled size for north: its claim of 40 images is not checked")
+    assert "its claim of 20 patients and 40 images is not checked" in told[1]

@@ -25,7 +25,7 @@ from server.replies import Update, read_update
 fold, sites = sys.argv[1] == "folded", int(sys.argv[2])
 TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 expected = {"w": np.zeros(1 << 21, np.float32)}
-gathered = Gathered(fold=fold)
+gathered = Gathered(fold=fold, max_share=0.8)
 for site in range(sites):
     name = f"site {site}"
     outcome = TrainOutcome(site=name, round=1, patients=9, images=9, steps=1, seconds=0.0)

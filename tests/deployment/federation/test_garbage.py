@@ -198,7 +198,7 @@ def test_no_hospital_can_spoil_a_study(
     assert quarantined["site"] == NAME
     assert quarantined["reason"].startswith("an update must be finite")
     listed = {one["name"]: one for one in federation.service.ask("site", "list")["sites"]}
-    assert listed[NAME]["state"] == "quarantined"
+    assert listed[NAME]["quarantined"][study].startswith("an update must be finite")
 
     # Its late answer goes nowhere, and nobody asks it any more.
     mallory.push_late()
@@ -218,7 +218,7 @@ def test_no_hospital_can_spoil_a_study(
             assert reasons[0].startswith(expected[answer]), (number, answer, reasons)
     assert max(mallory.answers) == quarantined["round"]
 
-    federation.service.ask("site", "release", NAME)
+    federation.service.ask("site", "release", NAME, "--study", study)
     until(lambda: NAME in rounds()[-1]["sites"])
     federation.service.ask("site", "remove", NAME)
     federation.service.ask("study", "stop", study)

@@ -63,6 +63,8 @@ DEFAULTS: dict[str, Any] = {
     "strategy.name": "fedavg",
     "strategy.settings": {},
     "strategy.weighting": "images",
+    "strategy.max_share": 0.8,
+    "strategy.max_norm_ratio": 10.0,
     "strategy.averaging": 0.0,
     "privacy.unit": "patient",
     "privacy.epsilon": None,

@@ -64,6 +64,36 @@ def test_a_site_from_its_key_to_its_end(api: Any, site_key: Key, make_plan: Make
     assert [one["name"] for one in api.call("GET", "/v1/sites").json()] == ["south"]
 
 
+def test_a_site_has_a_size_and_a_quarantine_in_one_study(
+    api: Any, site_key: Key, make_plan: MakePlan
+) -> None:
+    new = {"name": "north", "public_key": site_key(), "max_patients": 500}
+    made = api.call("POST", "/v1/sites", json=new).json()
+    assert (made["max_patients"], made["max_images"]) == (500, None)
+    enrol(api, site_key, "south")
+    changed = api.call("POST", "/v1/sites/north/limit", json={"max_images": 900}).json()
+    assert (changed["max_patients"], changed["max_images"]) == (500, 900)
+    cleared = api.call("POST", "/v1/sites/north/limit", json={"max_patients": None}).json()
+    assert (cleared["max_patients"], cleared["max_images"]) == (None, 900)
+    wrong = api.call("POST", "/v1/sites/north/limit", json={"max_patients": -1})
+    assert wrong.status_code == 422
+
+    studies = [submit(api, make_plan()).json()["id"] for _ in range(3)]
+    for study in studies[:2]:
+        api.registry.studies.quarantine(study, "north", "not finite")
+    north, south = api.call("GET", "/v1/sites").json()
+    assert north["quarantined"] == dict.fromkeys(studies[:2], "not finite")
+    assert south["quarantined"] == {}
+    assert api.call("GET", f"/v1/studies/{studies[0]}").json()["quarantined"] == {
+        "north": "not finite"
+    }
+    release = "/v1/sites/north/release"
+    told = api.call("POST", release, json={"study": studies[0]}).json()
+    assert list(told["quarantined"]) == [studies[1]]
+    assert api.call("POST", release, json={"study": "no-such"}).status_code == 404
+    assert api.call("POST", release).json()["quarantined"] == {}
+
+
 def test_a_site_is_not_half_enrolled(api: Any, site_key: Key) -> None:
     api.link.broken = True
     answer = api.call("POST", "/v1/sites", json={"name": "north", "public_key": site_key()})

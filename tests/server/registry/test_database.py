@@ -80,3 +80,36 @@ def test_a_database_that_is_not_there_is_told(tmp_path: Path) -> None:
     # Not the end of the service: it starts again until the database is back.
     with pytest.raises(ServiceError, match="must be reachable"):
         open_database(f"sqlite:///{tmp_path / 'nowhere' / 'x.db'}")
+
+
+def test_a_quarantine_of_an_older_release_stays_in_the_studies_that_go_on(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'old.db'}"
+    engine = connect(url)
+    with engine.begin() as connection:
+        upgrade(connection, "0002")
+        connection.execute(
+            text(
+                "INSERT INTO sites (name, public_key, fingerprint, state, reason, added, updated)"
+                " VALUES ('north', 'k', 'f', 'quarantined', 'not finite', 't', 't')"
+            )
+        )
+        for study, sites, state in (
+            ("a", '["north"]', "running"),
+            ("b", '["south"]', "running"),
+            ("c", '["north"]', "finished"),
+        ):
+            connection.execute(
+                text(
+                    "INSERT INTO studies (id, name, plan, plan_sha256, coordinator, signature,"
+                    " sites, quorum, deadline, seed, state, wanted, created, updated)"
+                    " VALUES (:id, 'n', '', '', '', '', :sites, 1, 1, 0, :state, 'run', 't', 't')"
+                ),
+                {"id": study, "sites": sites, "state": state},
+            )
+    engine.dispose()
+    engine = open_database(url)
+    with engine.connect() as connection:
+        found = connection.execute(text("SELECT study, site, reason FROM quarantines")).all()
+        assert [tuple(row) for row in found] == [("a", "north", "not finite")]
+        assert connection.execute(text("SELECT state FROM sites")).scalar_one() == "active"
+    engine.dispose()

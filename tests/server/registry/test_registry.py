@@ -172,15 +172,16 @@ def test_what_is_not_there_is_told(store: Registry) -> None:
 
 def test_a_site_is_enrolled_rotated_and_removed(store: Registry) -> None:
     first, second = site_key(), site_key()
-    site = store.sites.add("north", first, node_id=2**64 - 1)
+    site = store.sites.add("north", first, node_id=2**64 - 1, max_patients=900)
     assert store.sites.get("north") == site and site.node_id == 2**64 - 1
     store.sites.set_facts("north", facts("north"))
-    store.sites.quarantine("north", "three updates were not finite")
+    assert (site.max_patients, site.max_images) == (900, None)
+    store.sites.limit("north", max_images=2000)
     rotated = store.sites.rotate("north", second, node_id=7)
     assert rotated.fingerprint != site.fingerprint
-    assert (rotated.state, rotated.node_id) == ("quarantined", 7)
+    assert (rotated.state, rotated.node_id) == ("active", 7)
+    assert (rotated.max_patients, rotated.max_images) == (900, 2000)
     assert store.sites.get("north").facts == facts("north")
-    assert store.sites.release("north").state == "active"
     store.sites.remove("north")
     assert store.sites.list() == [] and store.sites.find("north") is None
     assert [one.state for one in store.sites.list(history=True)] == ["rotated", "removed"]
@@ -205,7 +206,7 @@ def test_names_and_keys_are_checked(store: Registry) -> None:
     for wrong in ("", "no key", "-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n"):
         with pytest.raises(ConfigError, match="must be a public EC key"):
             store.sites.add("south", wrong)
-    for call in (store.sites.get, store.sites.remove, store.sites.release):
+    for call in (store.sites.get, store.sites.remove, store.sites.limit):
         with pytest.raises(ConfigError, match="site: the site must be enrolled"):
             call("west")
 
@@ -283,3 +284,20 @@ def test_a_killed_writer_loses_no_saved_round(tmp_path: Path, make_plan: MakePla
     assert [event.payload["round"] for event in told] == rounds
     assert registry.studies.get(study.id).round == rounds[-1]
     registry.close()
+
+
+def test_quarantine_holds_in_one_study_and_is_released(
+    store: Registry, make_plan: MakePlan
+) -> None:
+    store.sites.add("north", site_key(), 1)
+    one, other = (
+        store.studies.submit(make_plan(participation={"sites": 1}), ["north"]) for _ in range(2)
+    )
+    store.studies.quarantine(one.id, "north", "an update must be finite")
+    store.studies.quarantine(one.id, "north", "an update must be near")
+    assert store.studies.quarantined(one.id) == {"north": "an update must be near"}
+    assert store.studies.quarantined(other.id) == {}
+    assert store.studies.release("north", other.id) == []
+    assert store.studies.release("north", one.id) == [one.id]
+    assert store.studies.quarantined(one.id) == {}
+    assert store.studies.events_after(one.id)[-1].kind == "released"
