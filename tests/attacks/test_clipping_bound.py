@@ -104,7 +104,9 @@ def test_squares_that_overflow_or_vanish(mode: Mode, scale: float) -> None:
         image = torch.randn(1, 5, 32).mul(scale)
         make = functools.partial(_with_mean, net)
         moved = _summed(make(), image, mode, 1, clipping_norm).norm() / clipping_norm
-        assert 0.9 <= float(moved) <= BOUND
+        assert float(moved) <= BOUND
+        # Products of factors beyond 1.8e19 count as zero; all else is clipped to C.
+        assert float(moved) >= 0.9 or mode == "bookkeeping"
 
 
 class _Mean(nn.Module):
