@@ -67,14 +67,13 @@ def block_norms(gradients: Tensor) -> Tensor:
         ``(P, blocks)`` norms of at most :data:`BLOCK` numbers each.
     """
     length = gradients.shape[1]
-    if length <= BLOCK:
-        return torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
-    whole = length - length % BLOCK
-    norms = torch.linalg.vector_norm(gradients[:, :whole].unflatten(1, (-1, BLOCK)), dim=2)
+    whole = length - length % BLOCK if length > BLOCK else 0
+    blocks = gradients[:, :whole].reshape(len(gradients), whole // BLOCK, BLOCK)
+    norms: Tensor = torch.linalg.vector_norm(blocks, dim=2)
     if whole == length:
         return norms
-    rest = torch.linalg.vector_norm(gradients[:, whole:], dim=1, keepdim=True)
-    return torch.cat([norms, rest], dim=1)
+    rest: Tensor = torch.linalg.vector_norm(gradients[:, whole:], dim=1, keepdim=True)
+    return torch.cat([norms, rest], dim=1) if whole else rest
 
 
 def product_norms(columns: Tensor, rows: Tensor, summed: int) -> tuple[Tensor, Tensor]:

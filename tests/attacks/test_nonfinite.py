@@ -37,8 +37,8 @@ def _gate() -> nn.Module:
         nn.Flatten(), nn.Linear(32, 2),
     )  # fmt: skip
     with torch.no_grad():
-        module[0].weight[0] = HUGE
-        module[0].bias[0] = -HUGE  # inf - inf: not a number as soon as the pixel is lit
+        module[0].weight[0] = HUGE  # type: ignore[operator]
+        module[0].bias[0] = -HUGE  # type: ignore[operator]  # inf - inf where the pixel is lit
     return module
 
 
