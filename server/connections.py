@@ -2,9 +2,9 @@
 
 Before a caller has shown a valid signature or token, it can make a server hold connections, TLS
 states, headers and queued requests. Here each of these is bounded: connections by number, network
-and time, headers by size, and one request at a time on a connection. Where there are too many
-connections, the oldest of the network that has the most is closed: a caller that identifies itself
-at once is served also while another one opens connections all the time.
+and time, headers by size, and queued requests by number. Where there are too many connections, the
+oldest of the network that has the most is closed: a caller that identifies itself at once is served
+also while another one opens connections all the time.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ _EXTENSION: Final = "fedward.caller"
 _BACKLOG: Final = 2048
 # For a caller to read its answer, while what it sends is thrown away.
 _LINGER_SECONDS: Final = 2.0
+_GRACE_SECONDS: Final = 0.5
 # After a failed accept, such as with no file descriptor left.
 _PAUSE_SECONDS: Final = 0.1
 
@@ -62,9 +63,13 @@ class Unidentified:
 
     def __init__(self, table: Table, network: str, close: Callable[[], object]) -> None:
         self._table, self.network, self.close = table, network, close
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(table.limits.seconds, lambda: self.close())
+        self._timer = asyncio.get_running_loop().call_later(table.limits.seconds, self._late)
         table.add(self)
+
+    def _late(self) -> None:
+        # After a busy moment of this process its timers run before what has arrived is read.
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(_GRACE_SECONDS, lambda: self.close())
 
     @property
     def counts(self) -> bool:
@@ -115,7 +120,7 @@ class Table:
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """HTTP/1.1 with headers of a bounded size, and one request at a time.
+    """HTTP/1.1 with headers of a bounded size, and few requests at a time.
 
     httptools joins the pieces of a header, each time all that came so far, and has no bound for
     them; uvicorn queues the requests that are sent before the first has its answer.
@@ -157,9 +162,11 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """A request begins."""
-        if self.cycle is not None and not self.cycle.response_complete:
+        # One may wait: its caller has the whole answer to the one before, as that says how long it
+        # is, a moment before the application says that it has ended.
+        if self.pipeline:
             self.transport.abort()
-            raise ValueError("a request before the answer to the one before")
+            raise ValueError("requests before the answer to the one before")
         super().on_message_begin()
         self.scope["extensions"] = {_EXTENSION: self._caller}  # type: ignore[typeddict-item]
 

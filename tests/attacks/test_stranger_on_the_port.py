@@ -18,6 +18,7 @@ import ssl
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from server.config import load_config
 
 pytestmark = pytest.mark.integration
 MIB = 1 << 20
-SECONDS = 4
+SECONDS = 6
 PER_NETWORK = 24
 LIMITS = {
     "unauthenticated_connections": 48, "unauthenticated_connections_per_network": PER_NETWORK,
@@ -234,16 +235,19 @@ def test_a_header_above_the_bound_is_told(target: Target, name: str) -> None:
 @pytest.mark.parametrize("name", HTTP_PORTS)
 def test_requests_in_a_row_without_waiting_are_not_held(target: Target, name: str) -> None:
     """Pipelining: 60,000 requests at once on one connection."""
-    before = target.resident(name)
+    before, got = target.resident(name), bytearray()
     with target.dial(name) as link:
+        one = head("POST", "/v1/fleet/pull-messages") if name == "fleet" else head("GET", "/readyz")
         link.settimeout(2)
-        one = head("POST", "/v1/fleet/pull-messages" if name == "fleet" else "/readyz")
-        fine = sent(link, one * 60_000)
-        time.sleep(1)
+        sent(link, one * 60_000)
         during = target.resident(name)
-        print(f"{name}: {before:.0f} MiB before, {during:.0f} during, taken whole: {fine}")
-        assert closed(link, 5)
-    assert during - before < 20
+        with contextlib.suppress(OSError):
+            while piece := link.recv(65536):
+                got += piece
+    answers = got.count(b"HTTP/1.1 ")
+    print(f"{name}: {before:.0f} MiB before, {during:.0f} during, {answers} answers")
+    assert answers <= 2
+    assert during - before < 10
 
 
 @pytest.mark.parametrize("name", HTTP_PORTS)
@@ -271,24 +275,6 @@ def test_connections_of_strangers_are_bounded_in_number_and_in_time(
     assert not still
 
 
-def test_an_answer_that_is_not_read_does_not_keep_a_connection(target: Target) -> None:
-    """A stranger asks for the API's description and reads none of it."""
-    context = ssl.create_default_context(cafile=str(target.service.folder / "tls" / "ca.crt"))
-    with socket.socket() as plain:
-        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        plain.connect(("127.0.0.1", target.port("api")))
-        with context.wrap_socket(plain, server_hostname="127.0.0.1") as link:
-            assert sent(link, head("GET", "/openapi.json"))
-            time.sleep(2 * SECONDS)
-            received = 0
-            with contextlib.suppress(OSError):
-                while piece := link.recv(65536):
-                    received += len(piece)
-    whole = len(target.service.get("/openapi.json").content)
-    print(f"{received} of {whole} bytes were still to be had")
-    assert received < whole
-
-
 def audit(target: Target) -> list[tuple[str, str, str]]:
     config = load_config(target.service.config)
     with contextlib.closing(sqlite3.connect(config.server.state / "registry.db")) as database:
@@ -297,19 +283,20 @@ def audit(target: Target) -> list[tuple[str, str, str]]:
 
 def test_calls_without_a_token_are_counted_and_not_written_one_by_one(target: Target) -> None:
     """60 calls with a path of 2 kB each."""
-    before = len(audit(target))
+    before, told = len(audit(target)), set[int]()
     for batch in range(3):
         links = [target.dial("api") for _ in range(20)]
         for number, link in enumerate(links):
             path = f"/v1/secret-{batch}-{number}-" + "x" * 2000
             assert sent(link, head("POST", path, "content-length: 0"))
-        assert {answer(link) for link in links} <= {401, 429}
+        told |= {answer(link) for link in links}
         for link in links:
             link.close()
     rows = audit(target)
     print(f"{len(rows) - before} rows for 60 calls")
     assert len(rows) - before <= 1
     assert "secret" not in json.dumps(rows)
+    assert told == {401, 429}
 
 
 def test_wrong_tokens_do_not_lock_out_a_valid_one(target: Target) -> None:
@@ -317,12 +304,15 @@ def test_wrong_tokens_do_not_lock_out_a_valid_one(target: Target) -> None:
     base = f"https://127.0.0.1:{target.service.api_port}"
     context = ssl.create_default_context(cafile=str(target.service.folder / "tls" / "ca.crt"))
     prefix = target.service.token.rpartition("_")[0][:13]
-    told = []
     with httpx.Client(base_url=base, verify=context, timeout=60) as client:
-        for number in range(20):
-            guess = f"{prefix}_{number:043d}" if number % 2 else f"fw_{number:010x}_{number:043d}"
-            headers = {"Authorization": f"Bearer {guess}"}
-            told.append(client.get("/v1/studies", headers=headers).status_code)
+
+        def guess(number: int) -> int:
+            text = f"{prefix}_{number:043d}" if number % 2 else f"fw_{number:010x}_{number:043d}"
+            headers = {"Authorization": f"Bearer {text}"}
+            return client.get("/v1/studies", headers=headers).status_code
+
+        with ThreadPoolExecutor(10) as pool:
+            told = list(pool.map(guess, range(20)))
     print({code: told.count(code) for code in set(told)})
     assert set(told) == {401, 429}
     answers = [target.service.get("/v1/studies", target.service.token) for _ in range(5)]
