@@ -168,7 +168,7 @@ class BoundedHttp(HttpToolsProtocol):
             self.transport.abort()
             raise ValueError("requests before the answer to the one before")
         super().on_message_begin()
-        self.scope["extensions"] = {_EXTENSION: self._caller}  # type: ignore[typeddict-item]
+        self.scope["extensions"] = {_EXTENSION: self._caller}  # type: ignore[dict-item]
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header is whole; trailers (RFC 9110, section 6.5) are not wanted."""
