@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,23 @@ from fedward.plan.messages import schema_error
 Place = Annotated[Path, Field(strict=False)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Address = Annotated[str, Field(pattern=r"^[A-Za-z0-9.:\[\]-]{1,253}$")]
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """How much callers without an identity may hold of a port.
+
+    Attributes
+    ----------
+    total, per_network : int
+        Connections in all, and from one network (one IPv4 address, or one /64 of IPv6).
+    seconds : float
+        How long a connection may last without an identity, TLS handshake included.
+    """
+
+    total: int = 256
+    per_network: int = 64
+    seconds: float = 20.0
 
 
 class Section(BaseModel):
@@ -99,7 +117,28 @@ class LimitsSection(Section):
     )
     requests_per_minute: int = Field(default=600, ge=1, description="per token")
     failures_per_minute: int = Field(
-        default=20, ge=1, description="requests without a valid token, per address"
+        default=20,
+        ge=1,
+        description="requests without a valid token, per token prefix and network, before the "
+        "answers to more of them are 429 and slow; a valid token is served all the same",
+    )
+    unauthenticated_connections: int = Field(
+        default=256,
+        ge=8,
+        description="connections of callers that have not shown a valid signature or token, per "
+        "port; beyond it the oldest of the network with the most is closed",
+    )
+    unauthenticated_connections_per_network: int = Field(
+        default=64,
+        ge=4,
+        description="the same from one IPv4 address or one /64 of IPv6; raise it where all callers "
+        "come through one proxy",
+    )
+    unauthenticated_seconds: float = Field(
+        default=20.0,
+        gt=0.0,
+        strict=False,
+        description="how long such a connection may last, TLS handshake included",
     )
     free_bytes: int = Field(
         default=1_000_000_000, ge=0,
@@ -127,6 +166,16 @@ class ServerConfig(Section):
     def superlink_database(self) -> Path:
         """Flower's own database."""
         return self.server.state / "superlink.db"
+
+    @property
+    def connection_limits(self) -> ConnectionLimits:
+        """What callers may hold of a port before they are known."""
+        limits = self.limits
+        return ConnectionLimits(
+            limits.unauthenticated_connections,
+            limits.unauthenticated_connections_per_network,
+            limits.unauthenticated_seconds,
+        )
 
     @property
     def superlink_address(self) -> str:

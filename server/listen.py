@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import logging
-import socket
 import ssl
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import grpc
-import uvicorn
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fedward.errors import ConfigError, ServiceError
 from server.api.health import Health
 from server.config import ServerConfig
+from server.connections import BoundedServer, bounded_config, listen, taken
 
 _LOG = logging.getLogger("fedward.server")
 _LOOK: Final = 1.0
-_BACKLOG: Final = 2048
+# A question names a service, in a few bytes; gRPC's own bound is 4 MiB, with compression too.
+_MESSAGE_BYTES: Final = 4096
+_STREAMS: Final = 8
+_AGE_MS: Final = 60_000
 
 
 class ApiThread:
@@ -42,8 +44,10 @@ class ApiThread:
 
     def __init__(self, config: ServerConfig, app: Any, stop: threading.Event) -> None:
         self._stop = stop
-        self._socket = _listen(config.api.address, config.api.port)
-        self._server = uvicorn.Server(_uvicorn(config, app))
+        self._socket = listen(config.api.address, config.api.port, "api.port")
+        self._server = BoundedServer(
+            bounded_config(app, config.tls.certificate, config.tls.key), config.connection_limits
+        )
         self._server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
         self._thread = threading.Thread(target=self._run, name="api")
         self._thread.start()
@@ -80,8 +84,19 @@ def serve_health(config: ServerConfig, found: Health, stop: threading.Event) -> 
     ServiceError
         The port is taken.
     """
-    # Without the option two processes would share the port, and each answer for the other.
-    options = [("grpc.so_reuseport", 0)]
+    limits = config.connection_limits
+    options = [
+        # Without it two processes would share the port, and each answer for the other.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", _MESSAGE_BYTES),
+        ("grpc.max_metadata_size", _MESSAGE_BYTES),
+        ("grpc.max_concurrent_streams", _STREAMS),
+        ("grpc.max_allowed_incoming_connections", limits.total),
+        ("grpc.server_handshake_timeout_ms", int(1000 * limits.seconds)),
+        ("grpc.max_connection_idle_ms", int(1000 * limits.seconds)),
+        ("grpc.max_connection_age_ms", _AGE_MS),
+        ("grpc.max_connection_age_grace_ms", int(1000 * limits.seconds)),
+    ]
     server = grpc.server(ThreadPoolExecutor(4, "health"), options=options)
     servicer = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
@@ -90,7 +105,7 @@ def serve_health(config: ServerConfig, found: Health, stop: threading.Event) -> 
     try:
         server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
     except RuntimeError:
-        raise _taken("api.health_port", config.api.health_port) from None
+        raise taken("api.health_port", config.api.health_port) from None
     server.start()
     threading.Thread(target=_look, args=(servicer, found, stop), daemon=True, name="health").start()
     return server
@@ -122,26 +137,3 @@ def check_tls(config: ServerConfig) -> None:
             "certificate and key must be PEM files that belong together, the authority one too",
             value=type(error).__name__, fix="Restore them from a backup with keys", where="tls",
         ) from None  # fmt: skip
-
-
-def _uvicorn(config: ServerConfig, app: Any) -> uvicorn.Config:
-    return uvicorn.Config(
-        app, ssl_certfile=str(config.tls.certificate), ssl_keyfile=str(config.tls.key),
-        access_log=False, log_level="warning", server_header=False, timeout_graceful_shutdown=2,
-    )  # fmt: skip
-
-
-def _listen(address: str, port: int) -> socket.socket:
-    host = address.strip("[]")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
-    except OSError:
-        raise _taken("api.port", port) from None
-
-
-def _taken(key: str, port: int) -> ServiceError:
-    return ServiceError(
-        "a port of the service must be free, on an address of this machine", value=port,
-        fix=f"End what listens there, or change {key}", where=key,
-    )  # fmt: skip

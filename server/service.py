@@ -50,17 +50,18 @@ def serve(path: Path, stop: threading.Event) -> None:
 
 
 def _serve(config: ServerConfig, path: Path, enrolment: Enrolment, stop: threading.Event) -> None:
+    audit = enrolment.registry.audit
     found = Health(config, enrolment.registry, enrolment.link)
     health = serve_health(config, found, stop)
     try:
         api = ApiThread(config, build_api(config, enrolment, found), stop)
         try:
-            threading.Thread(
-                target=enrolment.keep, args=(stop,), daemon=True, name="enrolment"
-            ).start()
+            for name, keep in (("enrolment", enrolment.keep), ("audit", audit.keep)):
+                threading.Thread(target=keep, args=(stop,), daemon=True, name=name).start()
             Dispatcher(path, enrolment.registry).run(stop)
         finally:
             api.end()
+            audit.write_unknown()
     finally:
         health.stop(1)
 

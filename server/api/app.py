@@ -10,7 +10,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.requests import Request
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import InterfaceError, OperationalError
-from starlette.middleware.base import BaseHTTPMiddleware
 
 from fedward.errors import FedwardError, ProtocolError
 from server.api.access import Access
@@ -56,7 +55,7 @@ def build_api(config: ServerConfig, enrolment: Enrolment, health: Health) -> Fas
         docs_url=None, redoc_url=None, responses=problems,
     )  # fmt: skip
     access = Access(registry, config.limits)
-    app.add_middleware(BaseHTTPMiddleware, dispatch=access.watch)
+    app.add_middleware(access.around)
     app.add_exception_handler(FedwardError, answer_problem)
     app.add_exception_handler(RequestValidationError, _invalid)
     for away in (OperationalError, InterfaceError):

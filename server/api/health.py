@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from collections import Counter as Tally
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, Generic, TypeVar
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -17,6 +19,40 @@ from server.flower.control import Link
 from server.registry import Registry
 
 _FRESH: Final = 2.0
+T = TypeVar("T")
+
+
+class Recent(Generic[T]):
+    """A value that is computed at most once in two seconds, and by one caller at a time.
+
+    Who asks meanwhile gets the last one: anybody may ask for health and figures, and looking takes
+    long where a part is away.
+
+    Parameters
+    ----------
+    compute : callable
+        Gives the value.
+    """
+
+    def __init__(self, compute: Callable[[], T]) -> None:
+        self._compute, self._lock = compute, threading.Lock()
+        self._found: tuple[float, T] | None = None
+
+    def get(self) -> T:
+        """The value."""
+        found = self._found
+        if found is not None and time.monotonic() - found[0] <= _FRESH:
+            return found[1]
+        if found is not None and not self._lock.acquire(blocking=False):
+            return found[1]
+        if found is None:
+            self._lock.acquire()
+        try:
+            if self._found is None or self._found is found:
+                self._found = (time.monotonic(), self._compute())
+            return self._found[1]
+        finally:
+            self._lock.release()
 
 
 class Health:
@@ -30,18 +66,18 @@ class Health:
 
     def __init__(self, config: ServerConfig, registry: Registry, link: Link) -> None:
         self._config, self._registry, self._link = config, registry, link
-        self._seen: tuple[float, dict[str, str]] = (0.0, {})
+        self._seen = Recent(self._look)
 
     def find(self) -> dict[str, str]:
-        """Part to "ok" or what is wrong; at most two seconds old."""
-        if time.monotonic() - self._seen[0] > _FRESH:
-            found = {
-                "database": self._try(self._registry.studies.list),
-                "superlink": self._try(self._link.nodes),
-                "disk": self._disk(),
-            }
-            self._seen = (time.monotonic(), found)
-        return self._seen[1]
+        """Part to "ok" or what is wrong; at most two seconds old, or being looked at now."""
+        return self._seen.get()
+
+    def _look(self) -> dict[str, str]:
+        return {
+            "database": self._try(self._registry.studies.list),
+            "superlink": self._try(self._link.nodes),
+            "disk": self._disk(),
+        }
 
     @property
     def ready(self) -> bool:
@@ -66,6 +102,7 @@ class Health:
 def health_router(health: Health, registry: Registry, link: Link) -> APIRouter:
     """The calls that need no token."""
     router = APIRouter(tags=["health"])
+    figures = Recent(lambda: _figures(health, registry, link))
 
     @router.get("/healthz")
     def alive() -> dict[str, str]:
@@ -82,7 +119,7 @@ def health_router(health: Health, registry: Registry, link: Link) -> APIRouter:
     @router.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> Response:
         """Figures in Prometheus' format."""
-        return Response(_figures(health, registry, link), media_type="text/plain; version=0.0.4")
+        return Response(figures.get(), media_type="text/plain; version=0.0.4")
 
     return router
 

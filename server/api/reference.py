@@ -27,9 +27,11 @@ programs may be others. It describes itself at `/openapi.json`; this page is gen
 
 A call carries `Authorization: Bearer TOKEN`. Tokens are made with `fedward-server token create` and
 have a role: `viewer` reads, `coordinator` also submits and steers studies, `admin` also enrols
-sites and makes tokens. Calls are limited in rate, per token and, without a valid one, per address;
-each call that may change something is in the audit log (`GET /v1/audit`). A request says how long
-it is (`Content-Length`) and has at most `limits.request_bytes`.
+sites and makes tokens. Calls are limited in rate, per token and, without a valid one, per token
+prefix and network; a valid token is never locked by the failures of others. Each call that may
+change something is in the audit log (`GET /v1/audit`), and of calls without a valid token at most
+one entry a minute that counts them. The token is looked at before the body is read. A request says
+how long it is (`Content-Length`) and has at most `limits.request_bytes`; its headers have 16 KiB.
 
 ```sh
 curl --cacert ca.crt --header "Authorization: Bearer $FEDWARD_TOKEN" \\

@@ -24,7 +24,7 @@ from flwr.supercore.error import FlowerError
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
 from fedward.errors import StudyError
-from server.flower.superlink import CONTROL_HEADER
+from server.flower.asgi import CONTROL_HEADER
 
 # A run needs a bundle; this one holds no code, and nobody fetches it.
 _BUNDLE: Final = {

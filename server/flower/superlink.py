@@ -1,17 +1,17 @@
 """Flower's own SuperLink as a process, of which the network reaches only what hospitals need.
 
-Fleet, Control and Runtime API of a SuperLink share one port, and without accounts anybody who
-reaches the Control API may start a run. Here a guard stands before all of it: the network sees the
-Fleet API (every call of which is signed by an enrolled key) and a health page; the Control API
-needs a secret of this machine; the Runtime API answers this machine only.
+Fleet, Control and Runtime API of a SuperLink share one port (:mod:`server.flower.guard` says who
+reaches which of them), and callers that are not known hold little of it
+(:mod:`server.connections`).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import hmac
+import logging
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,15 +21,12 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 import uvicorn
 
-from server.flower.asgi import App, Receive, Scope, Send
+from fedward.console import log_to_stderr
+from fedward.errors import ServiceError
+from server.config import ConnectionLimits
+from server.connections import BoundedServer, bounded_config
+from server.flower.guard import Guard
 
-CONTROL_HEADER: Final = "x-fedward-control"
-_OPEN: Final = ("/v1/fleet/", "/health")
-_CONTROL: Final = "/v1/control/"
-_RUNTIME: Final = "/v1/runtime/"
-_LOOPBACK: Final = ("127.0.0.1", "::1")
-# A hospital that asks for a run's files gets none, and no node enrols itself.
-_CLOSED: Final = ("/v1/fleet/register-node", "/v1/fleet/unregister-node", "/v1/fleet/get-fab")
 # Longer than a hospital's pauses: a connection that is kept costs no new handshake.
 _KEEP_ALIVE_SECONDS: Final = 75
 
@@ -48,6 +45,10 @@ class LinkSettings:
         Flower's own database.
     control_secret, runtime_secret : Path
         Files with this machine's secrets, readable by the service only.
+    unauthenticated_connections, unauthenticated_connections_per_network : int
+        See ``limits`` in ``server.toml``.
+    unauthenticated_seconds : float
+        The same.
     """
 
     host: str
@@ -58,6 +59,9 @@ class LinkSettings:
     database: Path
     control_secret: Path
     runtime_secret: Path
+    unauthenticated_connections: int = 256
+    unauthenticated_connections_per_network: int = 64
+    unauthenticated_seconds: float = 20.0
 
     def command(self) -> list[str]:
         """Arguments of the process."""
@@ -68,48 +72,11 @@ class LinkSettings:
         ]
 
 
-class Guard:
-    """ASGI middleware that lets through what the network may ask for.
-
-    Parameters
-    ----------
-    app : callable
-        The SuperLink.
-    secret : bytes
-        What a caller of the Control API must show.
-    """
-
-    def __init__(self, app: App, secret: bytes) -> None:
-        self._app, self._secret = app, secret
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on, or answer 404 as if there were nothing."""
-        if scope["type"] != "http" or self._allowed(scope):
-            await self._app(scope, receive, send)
-            return
-        await send({"type": "http.response.start", "status": 404, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
-
-    def _allowed(self, scope: Scope) -> bool:
-        path = str(scope["path"])
-        if path.startswith(_CONTROL):
-            return self._knows_secret(scope)
-        if path.startswith(_RUNTIME):
-            client = scope.get("client") or ("",)
-            return client[0] in _LOOPBACK
-        return path.startswith(_OPEN) and path not in _CLOSED
-
-    def _knows_secret(self, scope: Scope) -> bool:
-        wanted = CONTROL_HEADER.encode()
-        given = [value for name, value in scope["headers"] if name.lower() == wanted]
-        return len(given) == 1 and hmac.compare_digest(given[0], self._secret)
-
-
-class _Server(uvicorn.Server):
+class _Server(BoundedServer):
     """A server that lets go of held questions as soon as it is told to end."""
 
-    def __init__(self, config: uvicorn.Config, parts: Any) -> None:
-        super().__init__(config)
+    def __init__(self, config: uvicorn.Config, limits: ConnectionLimits, parts: Any) -> None:
+        super().__init__(config, limits)
         self._parts = parts
 
     async def serve(self, sockets: Any = None) -> None:
@@ -133,20 +100,19 @@ def serve(settings: LinkSettings) -> None:
 
     console_handler.setLevel("WARNING")
     app = create_app(_flower_settings(settings), Lifespan)
-    parts = Parts(app, app.state.linkstate_factory.state)
-    config = uvicorn.Config(
-        Guard(parts, settings.control_secret.read_bytes().strip()),
-        host=settings.host,
-        port=settings.port,
-        ssl_certfile=str(settings.certificate),
-        ssl_keyfile=str(settings.key),
-        access_log=False,
-        log_level="warning",
-        server_header=False,
+    state = app.state.linkstate_factory.state
+    parts = Parts(app, state)
+    config = bounded_config(
+        Guard(parts, settings.control_secret.read_bytes().strip(), state),
+        settings.certificate, settings.key, host=settings.host, port=settings.port,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=2,
+    )  # fmt: skip
+    limits = ConnectionLimits(
+        settings.unauthenticated_connections,
+        settings.unauthenticated_connections_per_network,
+        settings.unauthenticated_seconds,
     )
-    _Server(config, parts).run()
+    _Server(config, limits, parts).run()
 
 
 def _flower_settings(settings: LinkSettings) -> Any:
@@ -184,9 +150,14 @@ def main() -> None:
     """Entry point of the process."""
     parser = argparse.ArgumentParser(description="Flower's SuperLink behind a guard.")
     for name, kind in LinkSettings.__annotations__.items():
-        parse = {"str": str, "int": int}.get(str(kind), Path)
+        parse = {"str": str, "int": int, "float": float}.get(str(kind), Path)
         parser.add_argument(f"--{name.replace('_', '-')}", type=parse, required=True)
-    serve(LinkSettings(**vars(parser.parse_args())))
+    try:
+        serve(LinkSettings(**vars(parser.parse_args())))
+    except ServiceError as error:
+        log_to_stderr()
+        logging.getLogger("fedward.server").error("%s", error)
+        sys.exit(1)  # whoever supervises it tries again
 
 
 if __name__ == "__main__":

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
+from typing import Final
+
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Engine, insert, select
+from sqlalchemy.exc import SQLAlchemyError
 
+from server.networks import network_of
 from server.registry.database import reading
 from server.registry.schema import audit, now
+
+_MINUTE: Final = 60.0
+_MOST_NETWORKS: Final = 256
+_ELSEWHERE: Final = "elsewhere"
 
 
 class AuditEntry(BaseModel):
@@ -17,8 +27,10 @@ class AuditEntry(BaseModel):
     at: str = Field(description="UTC, ISO 8601")
     actor: str = Field(description="name of the token")
     role: str
-    address: str = Field(description="where the call came from")
-    action: str = Field(description="method and path")
+    address: str = Field(
+        description="where the call came from; of calls without a valid token the network alone"
+    )
+    action: str = Field(description="method and path; or how many calls had no valid token")
     status: int = Field(description="HTTP status that it ended with")
 
 
@@ -27,6 +39,7 @@ class AuditStore:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._unknown, self._lock = Counter[str](), threading.Lock()
 
     def add(self, *, actor: str, role: str, address: str, action: str, status: int) -> None:
         """Write one entry."""
@@ -37,6 +50,34 @@ class AuditStore:
                     status=status,
                 )
             )  # fmt: skip
+
+    def count_unknown(self, address: str) -> None:
+        """Count a call without a valid token; :meth:`keep` writes how many there were."""
+        network = network_of(address, ipv4=24, ipv6=48)
+        with self._lock:
+            known = network in self._unknown or len(self._unknown) < _MOST_NETWORKS
+            self._unknown[network if known else _ELSEWHERE] += 1
+
+    def keep(self, stop: threading.Event) -> None:
+        """Write one entry a minute of the calls without a valid token, if there were any."""
+        while not stop.wait(_MINUTE):
+            self.write_unknown()
+
+    def write_unknown(self) -> None:
+        """Write what was counted; where the database is away, it counts on."""
+        with self._lock:
+            found, self._unknown = self._unknown, Counter()
+        if not found:
+            return
+        where = next(iter(found)) if len(found) == 1 else f"{len(found)} networks"
+        try:
+            self.add(
+                actor="", role="", address=where, status=401,
+                action=f"{found.total()} calls without a valid token",
+            )  # fmt: skip
+        except SQLAlchemyError:
+            with self._lock:
+                self._unknown += found
 
     def list(self, limit: int = 100) -> list[AuditEntry]:
         """The newest entries, newest first."""

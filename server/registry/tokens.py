@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import re
 import secrets
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Engine, insert, select, update
@@ -20,6 +21,8 @@ from server.registry.schema import now, tokens
 Role = Literal["viewer", "coordinator", "admin"]
 ROLES: tuple[Role, ...] = ("viewer", "coordinator", "admin")
 TOKEN_NAME = r"^\w[\w.@ -]{0,63}$"
+# Its first group is the token's id.
+TOKEN_TEXT: Final = re.compile(r"fw_([0-9a-f]{10})_[A-Za-z0-9_-]{43}")
 
 
 class Token(BaseModel):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import httpx
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from server.api.access import Rate
 from server.api.reference import description
@@ -86,13 +89,79 @@ def test_a_token_has_its_calls_per_minute_and_others_theirs(make_api: Make) -> N
     assert api.call("GET", "/v1/studies", role="admin").status_code == 200
 
 
-def test_whoever_guesses_is_held_up_also_with_the_right_token(make_api: Make) -> None:
+def guess(api: Any, text: str, address: str = "192.0.2.1") -> int:
+    """The status for a token's text from an address."""
+
+    async def send() -> int:
+        way = httpx.ASGITransport(api.client._app, client=(address, 1))
+        async with httpx.AsyncClient(transport=way, base_url="http://aggregator") as client:
+            headers = {"Authorization": f"Bearer {text}"}
+            return (await client.get("/v1/sites", headers=headers)).status_code
+
+    return asyncio.run(send())
+
+
+def test_guesses_are_held_up_by_prefix_and_network_and_a_valid_token_never(
+    make_api: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.api.access._SLOW_SECONDS", 0.0)
     api = make_api(failures_per_minute=2)
-    for _ in range(2):
-        assert api.client.get("/v1/sites", headers={"Authorization": "Bearer x"}).status_code == 401
-    held = api.call("GET", "/v1/sites")
-    assert held.status_code == 429
-    assert held.json()["fix"] == "Wait a minute"
+    valid = api.tokens["viewer"]
+    beside = valid[: valid.rindex(valid.split("_", 2)[2])] + "A" * 43
+    assert [guess(api, f"fw_{n:010x}_{'A' * 43}") for n in range(4)] == [401, 401, 429, 429]
+    assert [guess(api, "x"), guess(api, ""), guess(api, valid)] == [429, 429, 200]
+    # A prefix that a valid token has shown counts by itself; elsewhere nothing was counted.
+    assert [guess(api, beside) for _ in range(3)] == [401, 401, 429]
+    assert [guess(api, beside, "192.0.2.2"), guess(api, "x", "192.0.2.2")] == [401, 401]
+    # One host has all addresses of a /64.
+    assert [guess(api, "x", f"2001:db8::{n}") for n in range(3)] == [401, 401, 429]
+    assert guess(api, valid) == guess(api, api.tokens["admin"]) == 200
+
+
+def test_a_rate_keeps_a_bounded_number_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.api.access._MOST_KEYS", 3)
+    rate = Rate(1, lambda: 0.0)
+    for key in "abcd":
+        rate.add(key)
+    assert [rate.full(key) for key in "abcd"] == [False, True, True, True]
+
+
+def test_calls_without_a_token_are_one_entry_of_a_network(make_api: Make) -> None:
+    api = make_api(failures_per_minute=100)
+    for number in range(5):
+        assert guess(api, "x", f"192.0.2.{number}") == 401
+    api.call("POST", "/v1/" + "x" * 3000, role="")
+    assert api.registry.audit.list() == []
+    api.registry.audit.write_unknown()
+    api.registry.audit.write_unknown()
+    (entry,) = api.registry.audit.list()
+    assert (entry.actor, entry.role, entry.status) == ("", "", 401)
+    assert entry.action == "6 calls without a valid token"
+    assert entry.address == "2 networks"  # 192.0.2.0/24, and 127.0.0.1
+    assert guess(api, "x", "198.51.100.7") == 401
+    api.registry.audit.write_unknown()
+    assert api.registry.audit.list()[0].address == "198.51.100.0/24"
+
+
+def test_what_was_counted_while_the_database_is_away_is_written_later(
+    make_api: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = make_api()
+    guess(api, "x")
+
+    def away(**_: Any) -> None:
+        raise OperationalError("INSERT", {}, Exception("disk full"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(api.registry.audit, "add", away)
+        api.registry.audit.write_unknown()
+        # Nor is a change told as done whose entry is lost.
+        assert (
+            api.call("POST", "/v1/tokens", json={"name": "e", "role": "viewer"}).status_code == 503
+        )
+    assert api.registry.audit.list() == []
+    api.registry.audit.write_unknown()
+    assert api.registry.audit.list()[0].action == "1 calls without a valid token"
 
 
 def test_what_may_change_something_is_written_down_and_nothing_else(
@@ -105,7 +174,7 @@ def test_what_may_change_something_is_written_down_and_nothing_else(
     told = api.call("GET", "/v1/audit").json()
     found = [(one["actor"], one["role"], one["action"], one["status"]) for one in told]
     assert found == [
-        ("the admin", "admin", "POST /v1/sites", 201), ("", "", "POST /v1/sites", 401),
+        ("the admin", "admin", "POST /v1/sites", 201),
         ("the viewer", "viewer", "POST /v1/sites", 403),
     ]  # fmt: skip
     assert len(api.call("GET", "/v1/audit?limit=1").json()) == 1
