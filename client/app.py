@@ -15,6 +15,7 @@ from client.policy.settings import Limits
 from client.training.trainer import Trainer
 from fedward.errors import FedwardError, ProtocolError
 from fedward.plan.schema import Plan
+from fedward.printable import printable
 from fedward.protocol import Record, Refusal, RoundOrder, TrainOutcome
 
 _LOG = logging.getLogger("fedward.client")
@@ -133,5 +134,6 @@ def _config(record: Record) -> ConfigRecord:
 
 
 def _refusal(site: str, round_: int, rule: str, value: str) -> RecordDict:
-    refusal = Refusal(site=site, round=round_, rule=rule[:500], value=value[:200])
+    rule, value = printable(rule)[:500], printable(value)[:200]
+    refusal = Refusal(site=site, round=round_, rule=rule, value=value)
     return RecordDict({"refusal": _config(refusal)})

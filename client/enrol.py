@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import TypeAdapter, ValidationError
 
+from client.cohort.private import write_private
 from client.daemon.settings import Address
 from fedward.errors import ConfigError, OutputError
 from fedward.protocol import SITE_NAME
@@ -23,6 +24,8 @@ from fedward.protocol import SITE_NAME
 if TYPE_CHECKING:
     from client.config import SiteConfig
 
+# The officer's and both processes' users read them; their owner alone writes them.
+_PUBLIC: Final = 0o644
 _TEMPLATE: Final = """version = 1
 
 [site]
@@ -102,10 +105,11 @@ def enrol(folder: Path, name: str, address: str, ca: bytes) -> Enrolment:
     config = folder / "site.toml"
     with _writing():
         key = _make_key(folder / "connector")
-        (folder / "aggregator-ca.pem").write_bytes(ca)
-        (folder / "images").mkdir(exist_ok=True)
+        write_private(folder / "aggregator-ca.pem", ca, mode=_PUBLIC)
+        (folder / "images").mkdir(mode=0o755, exist_ok=True)
         if not config.exists():
-            config.write_text(_TEMPLATE.format(name=name, address=address))
+            content = _TEMPLATE.format(name=name, address=address).encode()
+            write_private(config, content, mode=_PUBLIC)
     return Enrolment(public_pem(key), key_fingerprint(key.public_key()), config)
 
 
@@ -191,7 +195,7 @@ def _writing() -> Iterator[None]:
 def _make_key(folder: Path) -> ec.EllipticCurvePrivateKey:
     key = ec.generate_private_key(ec.SECP384R1())
     _write_key(folder / "site.key", key)
-    (folder / "site.pub").write_text(public_pem(key))
+    write_private(folder / "site.pub", public_pem(key).encode(), mode=_PUBLIC)
     return key
 
 

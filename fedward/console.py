@@ -8,14 +8,18 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from typing import Annotated, Any, Final, NoReturn
 
 import click
 import typer
+from rich import console as rich_console
+from rich.segment import Segment
+from rich.text import Text
 
 from fedward.errors import FedwardError, Interrupted
+from fedward.printable import printable, printable_json
 
 _OURS: Final = frozenset({"fedward", "client", "server", "strategies", "simulation"})
 
@@ -28,6 +32,8 @@ def run_command(app: Callable[..., Any]) -> None:
     app : callable
         A typer application.
     """
+    # Nobody but the owner writes what a command made, whatever the umask was.
+    os.umask(os.umask(0o022) | 0o022)
     try:
         app(standalone_mode=True)
     except KeyboardInterrupt:
@@ -48,8 +54,13 @@ def run_command(app: Callable[..., Any]) -> None:
 def fail(error: FedwardError) -> NoReturn:
     """Tell the user, and any program that asked with ``--json``, and end."""
     _tell_program(type(error).__name__, error.exit_code, str(error))
-    typer.secho(f"error: {error}", err=True, fg="red")
+    say(f"error: {error}", err=True, fg="red")
     raise SystemExit(error.exit_code)
+
+
+def say(text: str, *, err: bool = False, fg: str | None = None) -> None:
+    """Print a line; what is unsafe for a terminal in it is shown as an escape."""
+    typer.secho(printable(text), err=err, fg=fg)
 
 
 def _tell_program(error: str, exit_code: int, message: str) -> None:
@@ -59,7 +70,7 @@ def _tell_program(error: str, exit_code: int, message: str) -> None:
 
 def _show_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"fedward {version('fedward')}")
+        say(f"fedward {version('fedward')}")
         raise typer.Exit
 
 
@@ -101,6 +112,42 @@ def leave() -> NoReturn:
     os._exit(0)
 
 
+class Console(rich_console.Console):
+    """A console that shows text as text: no escape sequence and no markup of a value has an effect.
+
+    Whoever wants markup in one print says ``markup=True`` and escapes the values in it.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"markup": False, "emoji": False, **options})
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """A string, before its width is measured."""
+        return super().render_str(printable(text), **options)
+
+    def render(
+        self, renderable: Any, options: rich_console.ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Render; every piece of text passes here, the styles around it do not."""
+        for one in super().render(renderable, options):
+            yield one if one.control else Segment(printable(one.text), one.style)
+
+
+class _Formatter(logging.Formatter):
+    """Log lines quote what others sent."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def private_files() -> None:
+    """Let this process and its children make files and folders for their owner alone.
+
+    What others may read says so where it is made.
+    """
+    os.umask(0o077)
+
+
 def log_to_stderr(level: str = "info") -> None:
     """Our own log lines from a level on, and nobody else's below errors.
 
@@ -112,7 +159,7 @@ def log_to_stderr(level: str = "info") -> None:
         ``debug``, ``info``, ``warning`` or ``error``.
     """
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("fedward")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(level.upper())
@@ -122,4 +169,5 @@ def log_to_stderr(level: str = "info") -> None:
 
 def print_json(value: dict[str, Any]) -> None:
     """One JSON object on standard output, on one line."""
-    typer.echo(json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False))
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False)
+    typer.echo(printable_json(text))

@@ -16,11 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fedward.errors import ProtocolError
 from fedward.plan.load import from_canonical
 from fedward.plan.schema import Plan
+from fedward.printable import Printable
 
 SITE_NAME = r"^\w[\w. -]{0,63}$"
 SiteName = Annotated[str, Field(pattern=SITE_NAME)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
+Reason = Annotated[Printable, Field(max_length=64)]
 Figure = Annotated[float, Field(allow_inf_nan=False)]
 STUDY_ID = r"^[a-z0-9][a-z0-9-]{0,63}$"
 RefusalKind = Literal[
@@ -127,9 +129,9 @@ class SiteFacts(Record):
     train_images: Count
     validation_images: Count
     test_images: Count
-    class_counts: tuple[Count, ...] = ()
-    left_out_reasons: tuple[str, ...] = ()
-    left_out_counts: tuple[Count, ...] = ()
+    class_counts: tuple[Count, ...] = Field(default=(), max_length=256)
+    left_out_reasons: tuple[Reason, ...] = Field(default=(), max_length=64)
+    left_out_counts: tuple[Count, ...] = Field(default=(), max_length=64)
     synthetic: bool = False
     release: str = Field(default="", pattern=r"^[0-9A-Za-z.+!-]{0,32}$")
     dataset: str = Field(default="", pattern=rf"^$|{SITE_NAME}")
@@ -191,6 +193,6 @@ class Refusal(Record):
     site: SiteName
     kind: RefusalKind = "error"
     round: Count
-    rule: str = Field(max_length=500)
-    value: str = Field(default="", max_length=200)
+    rule: Printable = Field(max_length=500)
+    value: Printable = Field(default="", max_length=200)
     charged: Literal[False] | None = None

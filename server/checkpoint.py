@@ -1,15 +1,16 @@
 """A study's state on disk after each round: whole or not there, and never half.
 
 A round is one folder, written beside, synced and renamed. It holds the model and what the strategy
-remembers (safetensors) and everything else as JSON, with the digest of the former.
+remembers (safetensors) and everything else as JSON, which holds the digest of the former; a third
+file holds the digest of the JSON.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +28,8 @@ from server.results import Arm
 _KEEP: Final = 2
 _STATE: Final = "state.json"
 _TENSORS: Final = "state.safetensors"
+_DIGEST: Final = "state.sha256"
+_LOG = logging.getLogger("fedward.server")
 
 
 class _State(BaseModel):
@@ -91,12 +94,26 @@ class Checkpoints:
     def restore(self, job: Job) -> bool:
         """Bring a job to its last whole checkpoint; whether there was one.
 
-        A checkpoint that is damaged is passed over for the one before it.
+        A checkpoint that is damaged is passed over for the one before it, and the log says so.
+
+        Raises
+        ------
+        OutputError
+            There are checkpoints, and none is whole.
         """
-        for path in reversed(self._found()):
-            with suppress(OSError, ValueError, ValidationError, SafetensorError, KeyError):
+        found = self._found()
+        for path in reversed(found):
+            try:
                 self._read(path, job)
+            except (OSError, ValueError, ValidationError, SafetensorError, KeyError):
+                _LOG.warning("the checkpoint of %s is damaged or of another plan", path.name)
+            else:
                 return True
+        if found:
+            raise OutputError(
+                "a checkpoint of this study must be whole", value=f"none of {len(found)} is",
+                fix="Restore the study's folder from a backup, or submit the study again",
+            )  # fmt: skip
         return False
 
     def _found(self) -> list[Path]:
@@ -110,12 +127,18 @@ class Checkpoints:
             tensors_sha256=hashlib.sha256(tensors).hexdigest(),
         )  # fmt: skip
         _write(folder / _TENSORS, tensors)
-        _write(folder / _STATE, state.model_dump_json().encode())
+        content = state.model_dump_json().encode()
+        _write(folder / _STATE, content)
+        _write(folder / _DIGEST, hashlib.sha256(content).hexdigest().encode())
         _sync(folder)
 
     def _read(self, folder: Path, job: Job) -> None:
         # JSON has no tuples; read as JSON, pydantic takes its lists for them.
-        state = _State.model_validate_json((folder / _STATE).read_bytes())
+        content, digest = (folder / _STATE).read_bytes(), folder / _DIGEST
+        # Earlier releases wrote none; a release that writes one never leaves it out.
+        if digest.exists() and digest.read_bytes() != hashlib.sha256(content).hexdigest().encode():
+            raise ValueError("damaged")
+        state = _State.model_validate_json(content)
         tensors = (folder / _TENSORS).read_bytes()
         if hashlib.sha256(tensors).hexdigest() != state.tensors_sha256:
             raise ValueError("damaged")

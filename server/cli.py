@@ -11,7 +11,15 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 import typer
 
-from fedward.console import Version, log_to_stderr, print_json, run_command, stop_on_signals
+from fedward.console import (
+    Version,
+    log_to_stderr,
+    print_json,
+    private_files,
+    run_command,
+    say,
+    stop_on_signals,
+)
 from server.commands.options import SERVER, Ca, Config, Json, Token, Url, api
 from server.commands.site import site_app
 from server.commands.study import study_app
@@ -64,11 +72,11 @@ def init(
             "expires": str(made.certificate.expires),
         })  # fmt: skip
         return
-    typer.echo(f"Made {made.config}.")
-    typer.echo(f"Admin token, shown this once: {made.token}")
-    typer.echo(f"Coordinator's fingerprint, for the policies of hospitals: {made.coordinator}")
-    typer.echo(f"The certificate ends {made.certificate.expires}.")
-    typer.echo(f"Next: fedward-server run --config {made.config}")
+    say(f"Made {made.config}.")
+    say(f"Admin token, shown this once: {made.token}")
+    say(f"Coordinator's fingerprint, for the policies of hospitals: {made.coordinator}")
+    say(f"The certificate ends {made.certificate.expires}.")
+    say(f"Next: fedward-server run --config {made.config}")
 
 
 @app.command()
@@ -80,6 +88,7 @@ def run(config: Config = SERVER) -> None:
 
     settings = load_config(config)
     log_to_stderr(settings.server.log_level)
+    private_files()
     stop = threading.Event()
     stop_on_signals(stop)
     with alone(settings.server.state, "run"):
@@ -97,7 +106,7 @@ def health(
         print_json({"ready": ready, "parts": parts})
     else:
         for part, found in parts.items():
-            typer.echo(f"{part}: {found}")
+            say(f"{part}: {found}")
     raise typer.Exit(0 if ready else 1)
 
 
@@ -116,7 +125,7 @@ def backup(
     if as_json:
         print_json({"backup": target.name, "bytes": size, "keys": keys})
     else:
-        typer.echo(f"{target}: {size / 2**20:.1f} MiB{', with keys' if keys else ''}")
+        say(f"{target}: {size / 2**20:.1f} MiB{', with keys' if keys else ''}")
 
 
 @app.command()
@@ -133,7 +142,7 @@ def restore(
     if as_json:
         print_json({"restored": done.parts, "before": done.aside})
     else:
-        typer.echo(f"Restored {', '.join(done.parts)}; what was there is in {done.aside}.")
+        say(f"Restored {', '.join(done.parts)}; what was there is in {done.aside}.")
 
 
 @token_app.command("create")
@@ -148,7 +157,7 @@ def create_token(
     if as_json:
         print_json(made)
     else:
-        typer.echo(made["text"])
+        say(made["text"])
 
 
 @token_app.command("list")
@@ -163,7 +172,7 @@ def list_tokens(
         return
     for one in found:
         ended = f", revoked {one['revoked'][:19]}" if one["revoked"] else ""
-        typer.echo(f"{one['name']}: {one['role']}, made {one['created'][:19]}{ended}")
+        say(f"{one['name']}: {one['role']}, made {one['created'][:19]}{ended}")
 
 
 @token_app.command("revoke")
@@ -176,7 +185,7 @@ def revoke_token(
     if as_json:
         print_json(made)
     else:
-        typer.echo(f"{name} is revoked.")
+        say(f"{name} is revoked.")
 
 
 @certificate_app.command("show")
@@ -206,7 +215,7 @@ def _print_certificate(facts: Facts, *, as_json: bool) -> None:
         print_json(told)
     else:
         for name, value in (told | {"hosts": ", ".join(facts.hosts)}).items():
-            typer.echo(f"{name}: {value}")
+            say(f"{name}: {value}")
 
 
 def main() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from base64 import b64encode
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,8 +52,21 @@ class ApiClient:
             raise _no_api(answer.status_code) from None
 
     def fetch(self, path: str) -> bytes:
-        """A file."""
-        return self._send("GET", path).content
+        """A file; where the answer states a SHA-256 (RFC 9530), it is checked.
+
+        Raises
+        ------
+        ServiceError
+            It did not arrive as it was sent.
+        """
+        answer = self._send("GET", path)
+        stated = answer.headers.get("Repr-Digest", "")
+        found = b64encode(hashlib.sha256(answer.content).digest()).decode()
+        if stated and stated != f"sha-256=:{found}:":
+            raise ServiceError(
+                "a file must arrive as it was sent", fix="Fetch it again; look at what is between"
+            )
+        return answer.content
 
     def ready(self) -> tuple[bool, dict[str, str]]:
         """Whether a study could run, and how each part is.

@@ -104,7 +104,9 @@ class Keeper:
     def _deliver(self, job: Job) -> None:
         try:
             about = {"study": self._study.id, "plan_sha256": self._study.plan_sha256}
-            save_model(self._folder / "model.safetensors", job.average, about)
+            self._results.model_sha256 = save_model(
+                self._folder / "model.safetensors", job.average, about
+            )
             (self._folder / "plan.json").write_text(canonical(self._plan), "utf-8")
             write_metrics(self._results, self._folder / "metrics.json")
             write_report([self._results], self._folder / "report.html")

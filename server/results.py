@@ -164,6 +164,9 @@ class StudyResults(Strict):
     )
     sites: list[SiteFacts] = Field(default_factory=list)
     arms: list[Arm] = Field(default_factory=list)
+    model_sha256: str = Field(
+        default="", description="SHA-256 of `model.safetensors`; empty while there is none"
+    )
     start_up_seconds: float = Field(default=0.0, description="from the command to the first round")
     seconds: float = Field(default=0.0, description="wall seconds of the whole run")
     versions: dict[str, str] = Field(default_factory=dict, description="fedward, torch, flwr, …")

@@ -12,10 +12,9 @@ from typing import Annotated, Any
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 import typer
-from rich.console import Console
 
 from client.data.types import Format
-from fedward.console import Version, print_json, run_command
+from fedward.console import Console, Version, print_json, run_command, say
 
 app = typer.Typer(
     help="Run a federated study on this machine.", no_args_is_help=True, add_completion=False,
@@ -186,7 +185,7 @@ def cohort(
         print_json(json.loads(facts.to_json()))
         return
     for one in facts.hospitals:
-        typer.echo(f"{one.name}: {one.patients} SYNTHETIC patients, {one.images} images")
+        say(f"{one.name}: {one.patients} SYNTHETIC patients, {one.images} images")
 
 
 @plan_app.command("check")
@@ -209,7 +208,7 @@ def check(plan: PlanFile, as_json: AsJson = False) -> None:
              "plan": loaded.model_dump(mode="json")}
         )  # fmt: skip
     else:
-        typer.echo(explain(loaded, parameters))
+        say(explain(loaded, parameters))
 
 
 @app.command()
@@ -232,8 +231,8 @@ def export(
             "export": target.name, "files": list(made.files), "difference": made.difference
         })  # fmt: skip
         return
-    typer.echo(f"MONAI bundle: {target}, ONNX file: {target / 'models' / 'model.onnx'}")
-    typer.echo(f"Outputs differ from the network's by at most {made.difference:.1e}.")
+    say(f"MONAI bundle: {target}, ONNX file: {target / 'models' / 'model.onnx'}")
+    say(f"Outputs differ from the network's by at most {made.difference:.1e}.")
 
 
 def _run_studies(studies: list[Any], out: Path, as_json: bool) -> None:

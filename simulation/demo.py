@@ -7,8 +7,7 @@ import shutil
 from importlib import resources
 from pathlib import Path
 
-from rich.console import Console
-
+from fedward.console import Console
 from fedward.errors import OutputError
 from fedward.plan.load import parse_plan
 from simulation.cohort import write_cohort
@@ -53,7 +52,7 @@ def _cohort(data: Path, seed: int, kind: Kind, patients: int, console: Console) 
             "the demonstration writes only over its own synthetic cohort", value=data.name,
             fix="Choose another folder with --out",
         )  # fmt: skip
-    console.print(f"[dim]writing {_HOSPITALS} SYNTHETIC hospitals as DICOM files, {kind}[/dim]")
+    console.print(f"writing {_HOSPITALS} SYNTHETIC hospitals as DICOM files, {kind}", style="dim")
     # Written aside and renamed: an interrupted run leaves nothing that looks like a cohort.
     part = data.with_name(data.name + ".part")
     shutil.rmtree(part, ignore_errors=True)

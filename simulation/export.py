@@ -24,8 +24,9 @@ def export_run(folder: Path, target: Path) -> Exported:
         The folder holds no complete run.
     """
     plan = _plan(folder)
-    arrays, _ = load_model(folder / "model.safetensors")
-    card = model_card(plan.study.name, plan, _results(folder, plan))
+    results = _results(folder, plan)
+    arrays, _ = load_model(folder / "model.safetensors", results.model_sha256)
+    card = model_card(plan.study.name, plan, results)
     return export_bundle(Delivered(plan, arrays, card), target)
 
 

@@ -98,9 +98,9 @@ def write_outputs(studies: Sequence[Study], out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         results: list[StudyResults] = [study.results for study in studies]
-        write_metrics(results, out / "metrics.json")
         for study in studies:
             _write_study(study, out if len(studies) == 1 else out / study.plan.study.name)
+        write_metrics(results, out / "metrics.json")
         write_report(results, out / "report.html")
         _forget_earlier(studies, out)
     except OSError as error:
@@ -122,7 +122,7 @@ def _write_study(study: Study, folder: Path) -> None:
             "synthetic": str(study.results.synthetic).lower(),
             "complete": str(study.results.complete).lower(),
         }  # fmt: skip
-        save_model(folder / "model.safetensors", study.model, facts)
+        study.results.model_sha256 = save_model(folder / "model.safetensors", study.model, facts)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,6 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from fedward.console import Console
 from server.events import Event, RoundEnded, SiteAnswered, StudyStarted
 
 
@@ -36,9 +36,10 @@ class StudyProgress:
         self._answers: dict[str, int] = {}
         self._sites: dict[str, int] = {}
         self._progress = Progress(
-            SpinnerColumn(), TextColumn("{task.description:<24}"), BarColumn(bar_width=24),
-            MofNCompleteColumn(), TextColumn("{task.fields[state]:<34}"), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(), console=console, transient=False,
+            SpinnerColumn(), TextColumn("{task.description:<24}", markup=False),
+            BarColumn(bar_width=24), MofNCompleteColumn(),
+            TextColumn("{task.fields[state]:<34}"), TimeElapsedColumn(), TextColumn("left"),
+            TimeRemainingColumn(), console=console, transient=False,
         )  # fmt: skip
         self._note: TaskID | None = None
 
@@ -57,7 +58,7 @@ class StudyProgress:
 
     def note(self, text: str) -> None:
         """Say what is being done outside the rounds."""
-        self.console.print(f"[dim]{text}[/dim]", highlight=False)
+        self.console.print(text, style="dim", highlight=False)
 
     def listen(self, event: Event) -> None:
         """Take a study's event."""

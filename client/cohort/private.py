@@ -9,8 +9,10 @@ from pathlib import Path
 from fedward.errors import OutputError
 
 
-def write_private(path: Path, content: bytes, *, modified: int | None = None) -> None:
-    """Write a file of mode 0600 aside and give it its name when it is safe on the disk.
+def write_private(
+    path: Path, content: bytes, *, modified: int | None = None, mode: int = 0o600
+) -> None:
+    """Write a file aside and give it its name when it is safe on the disk.
 
     Parameters
     ----------
@@ -20,6 +22,8 @@ def write_private(path: Path, content: bytes, *, modified: int | None = None) ->
         All of it.
     modified : int, optional
         Time of change to give it, ns.
+    mode : int
+        Who may read it, whatever the umask.
 
     Raises
     ------
@@ -30,6 +34,7 @@ def write_private(path: Path, content: bytes, *, modified: int | None = None) ->
         handle, name = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
         aside = Path(name)
         try:
+            os.fchmod(handle, mode)
             _fill(handle, content)
             if modified is not None:
                 os.utime(aside, ns=(modified, modified))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedward.console import print_json
+from fedward.console import print_json, say
 from fedward.errors import FedwardError
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def verify(config: Config = _SITE, as_json: Json = False) -> None:
             "whole": found.whole, "entries": found.entries, "hash": found.hash, "daemon": daemon
         })  # fmt: skip
         return
-    typer.echo(f"Whole: {found.entries} entries; the daemon: {daemon}.")
-    typer.echo(f"Last hash, to note down: {found.hash}")
+    say(f"Whole: {found.entries} entries; the daemon: {daemon}.")
+    say(f"Last hash, to note down: {found.hash}")
 
 
 @audit_app.command("show")
@@ -62,7 +62,7 @@ def show(
         return
     for one in found:
         said = ", ".join(f"{name} {value}" for name, value in one.fields.items())
-        typer.echo(f"{one.seq}  {one.time[:19]}  {one.event}  {said}")
+        say(f"{one.seq}  {one.time[:19]}  {one.event}  {said}")
 
 
 def _last_written(site: SiteConfig) -> tuple[int, str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import logging
 import threading
 from enum import StrEnum
@@ -9,13 +10,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from client.enrol import enrol as make_enrolment
 from client.enrol import enrol_configured, read_authority
-from fedward.console import leave, log_to_stderr, print_json, stop_on_signals
+from fedward.console import (
+    Console,
+    leave,
+    log_to_stderr,
+    print_json,
+    private_files,
+    say,
+    stop_on_signals,
+)
 
 Config = Annotated[
     Path, typer.Option("--config", envvar="FEDWARD_SITE", help="the site's site.toml")
@@ -42,6 +50,7 @@ def run(config: Config = _SITE) -> None:
     from client.daemon.supervise import Supervisor
 
     log_to_stderr()
+    private_files()
     for name, one in load_config(config, datasets_here=False).datasets.items():
         if not one.root.exists():
             _LOG.warning("dataset %s is not there; studies that need it are refused", name)
@@ -56,6 +65,7 @@ def trainer(config: Config = _SITE) -> None:
     from client.trainer.host import run_trainer
 
     log_to_stderr()
+    private_files()
     # A dataset that is away just now is told to who asks for it; the others are served.
     run_trainer(load_config(config, datasets_here=False))
     # An order that is still being prepared has charged nothing, and cannot be told to end.
@@ -68,6 +78,7 @@ def connector(config: Config = _SITE) -> None:
     from client.connector.host import run_connector
 
     log_to_stderr()
+    private_files()
     run_connector(load_config(config, datasets_here=False))
 
 
@@ -96,9 +107,9 @@ def enrol(
         return
     console = Console()
     console.print("Send this public key to the coordinator:\n", highlight=False)
-    typer.echo(made.public_key)
+    say(made.public_key)
     console.print(f"Its fingerprint, to compare by telephone: {made.fingerprint}", highlight=False)
-    console.print(f"Next: edit {escape(made.config.name)}, freeze a dataset, then run the daemon.")
+    console.print(f"Next: edit {made.config.name}, freeze a dataset, then run the daemon.")
 
 
 def health(
@@ -131,11 +142,11 @@ def status(config: Config = _SITE, as_json: Json = False) -> None:
         ("trainer's network", now["network"]), ("connector and images", now["connector"]),
         ("last error", now["last_error"] or link.get("last_error") or "none"),
     ):  # fmt: skip
-        table.add_row(name, escape(str(value)))
+        table.add_row(name, str(value))
     console = Console()
     console.print(table)
     for warning in now["warnings"]:
-        console.print(f"[bold red]{escape(warning)}[/bold red]")
+        console.print(warning, style="bold red")
     _print_budget(console, answer)
 
 
@@ -146,9 +157,9 @@ def pending(config: Config = _SITE, as_json: Json = False) -> None:
         print_json(answer)
         return
     if not answer["pending"]:
-        typer.echo("No study waits.")
+        say("No study waits.")
     for one in answer["pending"]:
-        typer.echo(f"{one['study']}: {one['name']}, plan {one['plan_hash'][:12]}, "
+        say(f"{one['study']}: {one['name']}, plan {one['plan_hash'][:12]}, "
                    f"coordinator {one['coordinator'][:16]}")  # fmt: skip
 
 
@@ -213,9 +224,9 @@ def doctor(
     which: Any = process and process.value
     for line in examine(load_config(config, datasets_here=False), which):
         lines.append(line)
-        fix = f"  → {escape(line.fix)}" if line.fix else ""
-        mark = f"[{colour[line.status]}]{line.status}[/]"
-        console.print(f"{mark}  {escape(line.name)}: {escape(line.found)}{fix}", highlight=False)
+        fix = f"  → {line.fix}" if line.fix else ""
+        mark = (line.status, colour[line.status])
+        console.print(Text.assemble(mark, f"  {line.name}: {line.found}{fix}"))
     if as_json:
         print_json({"worst": worst(lines), "lines": [vars(line) for line in lines]})
     raise typer.Exit(1 if worst(lines) == "fail" else 0)
@@ -246,21 +257,25 @@ def _settle(command: str, study: str, config: Path, plan: str, *, as_json: bool)
 
 def _ask(config: Path, command: str, **arguments: Any) -> dict[str, Any]:
     from client.config import load_config
-    from client.trainer.officer import admin_socket, ask
+    from client.trainer.officer import TrainerSilent, admin_socket, answer_for_silent, ask
 
-    return ask(admin_socket(load_config(config, datasets_here=False)), command, **arguments)
+    site = load_config(config, datasets_here=False)
+    try:
+        return ask(admin_socket(site), command, **arguments)
+    except TrainerSilent:
+        return answer_for_silent(site, command, arguments, getpass.getuser())
 
 
 def _plain(answer: dict[str, Any], text: str, *, as_json: bool) -> None:
     if as_json:
         print_json(answer)
     else:
-        typer.echo(text)
+        say(text)
 
 
 def _doing(now: dict[str, Any]) -> str:
-    if now["doing"] == "idle":
-        return "idle"
+    if now["doing"] in ("idle", "not answering"):
+        return str(now["doing"])
     steps = f", step {now['step']} of {now['steps']}" if now["steps"] else ""
     return f"{now['doing']} for {now['study']}, round {now['round']}{steps}"
 
@@ -276,7 +291,7 @@ def _print_budget(console: Console, answer: dict[str, Any]) -> None:
                   title="All studies together, per patient")  # fmt: skip
     for row in answer["budget"]:
         table.add_row(
-            escape(row["dataset"]), row["cohort"], str(row["patients"]), f"{row['spent']:.3g}",
+            row["dataset"], row["cohort"], str(row["patients"]), f"{row['spent']:.3g}",
             f"{row['cap']:.3g}", f"{row['left']:.3g}", f"{row['delta']:.2g}",
             _unbounded(row["unbounded"]), _evaluations(row["evaluations"]),
             f"{row['evaluations']['cap']:.3g}",
@@ -289,7 +304,7 @@ def _print_budget(console: Console, answer: dict[str, Any]) -> None:
         if row["epsilon"] is not None and not row["unbounded_rounds"]:
             here = f"{row['site_epsilon']:.3g} at {row['site_delta']:.2g}"
             own = f"{row['epsilon']:.3g} at {row['delta']:.2g}"
-        table.add_row(row["study"], escape(row["dataset"]), str(row["charged"]),
+        table.add_row(row["study"], row["dataset"], str(row["charged"]),
                       str(row["released"]), str(row["lost"]), here, own)  # fmt: skip
     console.print(table)
 

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from client.commands.tables import check_table, cohort_table, report_tables, scan_table
 from client.commands.work import busy, load_site, reading, scan_dataset, work_on
-from fedward.console import print_json
+from fedward.console import Console, print_json, say
 from fedward.errors import ConfigError, DataError, FedwardError
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def index(
         for one, summary in found.items():
             Console().print(scan_table(one, summary))
     for wrong in failed.values():
-        typer.secho(f"error: {wrong}", err=True, fg="red")
+        say(f"error: {wrong}", err=True, fg="red")
     if failed:
         raise typer.Exit(next(iter(failed.values())).exit_code)
 
@@ -127,7 +126,7 @@ def preview(
     if as_json:
         print_json({"dataset": name, "shown": shown, "left_out": dict(left_out)})
         return
-    typer.echo(f"{shown} of {len(samples)} samples are on the page. It stays at the site.")
+    say(f"{shown} of {len(samples)} samples are on the page. It stays at the site.")
 
 
 @data_app.command("check")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from client.cohort.check import PlanCheck
@@ -80,8 +81,8 @@ def check_table(made: PlanCheck) -> Table:
     return table
 
 
-def _coloured(word: str) -> str:
-    return f"[{_COLOURS[word]}]{word}[/]"
+def _coloured(word: str) -> Text:
+    return Text(word, style=_COLOURS[word])
 
 
 def _table(title: str, rows: dict[str, Any], heads: tuple[str, str]) -> Table:

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-import typer
-from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from fedward.console import Console, say
 from fedward.errors import DataError
 
 if TYPE_CHECKING:
@@ -118,7 +117,7 @@ def scan_dataset(site: SiteConfig, name: str) -> Summary:
     extract = extractor(site, name)
     with open_index(site.site.state, name) as found:
         first = "indexing for the first time" if not found.count() else "looking for changes"
-        typer.echo(f"{name}: {first}", err=True)
+        say(f"{name}: {first}", err=True)
         with busy(f"{name}: indexing") as tell:
             return scan(
                 extract, found,
@@ -162,7 +161,7 @@ def busy(text: str) -> Iterator[Callable[[str], None]]:
             yield tell
         return
     with Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(),
+        SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn(),
         console=Console(stderr=True), transient=True,
     ) as progress:  # fmt: skip
         shown = progress.add_task(text)
@@ -175,7 +174,7 @@ def _lines(text: str) -> Iterator[Callable[[str], None]]:
 
     def tell() -> None:
         while not done.wait(_EVERY):
-            typer.echo(f"{now[0]} ({time.monotonic() - began:.0f} s)", err=True)
+            say(f"{now[0]} ({time.monotonic() - began:.0f} s)", err=True)
 
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()

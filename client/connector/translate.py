@@ -9,6 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from client.link.packets import Packet
 from fedward.errors import FedwardError, ProtocolError
 from fedward.packing import PACKED, Arrays, pack, unpack
+from fedward.printable import printable
 from fedward.protocol import Refusal, RoundOrder, TrainOutcome
 
 _WHAT: Final = {"query": "describe", "train": "train", "evaluate": "evaluate"}
@@ -60,7 +61,8 @@ def refusal(site: str, order: Packet | None, error: FedwardError) -> Packet:
     round_ = order.record.get("round", 0) if order else 0
     made = Refusal(
         site=site, kind="protocol" if isinstance(error, ProtocolError) else "error",
-        round=round_ if isinstance(round_, int) and round_ >= 0 else 0, rule=error.rule[:500],
+        round=round_ if isinstance(round_, int) and round_ >= 0 else 0,
+        rule=printable(error.rule)[:500],
     )  # fmt: skip
     return Packet("refusal", dict(made.to_flat()))
 

@@ -92,3 +92,15 @@ class TrainerSection(Section):
         default=False,
         description="train although the trainer has a network; status and audit then shout it",
     )
+    allow_unconfined_connector: bool = Field(
+        default=False,
+        description="carry out orders although the connector can read images; status and audit "
+        "then shout it",
+    )
+    watchdog_seconds: float = Field(
+        default=20.0,
+        ge=2.0,
+        le=3600.0,
+        description="longest time in which no thread of the trainer gets to run; then it is ended "
+        "and started again, and the order that it had in hand is refused from then on",
+    )

@@ -38,7 +38,9 @@ def examine(config: SiteConfig, process: Process | None = None) -> Iterator[Line
         yield from _outwards(config)
     if process == "connector":
         found = find_readable(hidden_places(config))
-        yield wall_line("connector and images", found, allowed=False)
+        yield wall_line(
+            "connector and images", found, allowed=config.trainer.allow_unconfined_connector
+        )
         yield wall_line("connector and code", find_writable(trusted_places(config)), allowed=True)
         return
     yield disk(config)

@@ -87,7 +87,7 @@ def walls(config: SiteConfig) -> Iterator[Line]:
     hidden = [str(place) for place in hidden_places(config)]
     begin += f"p = [Path(x) for x in {hidden!r}]; cover(p); "
     code = begin + "drop_privileges(); f = find_readable(p)"
-    yield _wall("connector and images", code, allowed=False)
+    yield _wall("connector and images", code, allowed=config.trainer.allow_unconfined_connector)
     trusted = [str(place) for place in trusted_places(config)]
     # As at the start: on an older kernel the connector goes on without, and is told to be so.
     code = (

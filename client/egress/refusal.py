@@ -15,6 +15,7 @@ from fedward.errors import (
     PrivacyError,
     ProtocolError,
 )
+from fedward.printable import printable
 from fedward.protocol import Refusal, RefusalKind
 
 _KINDS: Final[tuple[tuple[type[FedwardError], RefusalKind], ...]] = (
@@ -43,4 +44,5 @@ def refusal_for(
     by_error: RefusalKind = next((k for of, k in _KINDS if isinstance(error, of)), "error")
     chosen = kind or by_error
     value = error.where if error.value is None else str(error.value)
-    return Refusal(site=site, round=round_, kind=chosen, rule=error.rule[:500], value=value[:200])
+    rule, value = printable(error.rule)[:500], printable(value)[:200]
+    return Refusal(site=site, round=round_, kind=chosen, rule=rule, value=value)

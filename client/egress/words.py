@@ -1,4 +1,8 @@
-"""The texts that may leave: fixed sentences, and values made of plan words and short numbers."""
+"""The texts that may leave: fixed sentences, and values made of plan words and short numbers.
+
+Words of a plan come from outside. They are looked up in a set and never become part of a pattern,
+so that the time of a check is bounded by the length of the text alone.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +23,14 @@ from fedward.plan.schema import (
 from fedward.protocol import RefusalKind
 
 # Four digits cannot hold a date, and no more than a count of patients would.
-NUMBER: Final = r"-?\d{1,4}(?:\.\d{1,4})?(?:e[+-]\d{2})?"
-_JOINTS: Final = r"(?: |, |: | \(|\)|\))*"
+_NUMBER: Final = re.compile(r"-?[0-9]{1,4}(?:\.[0-9]{1,4})?(?:e[+-][0-9]{2})?")
+# A row of short numbers would be a long one.
+_ROW: Final = re.compile(r"\d[ ,:()]+-?\d")
+_LONG_NUMBER: Final = re.compile(r"\d{5}")
+_JOINTS: Final = (" ", ", ", ": ", " (", "), ")
+# As long as a refusal's rule and value may be.
+_LONGEST_RULE: Final = 500
+_LONGEST_VALUE: Final = 200
 
 FALLBACK: Final[dict[RefusalKind, str]] = {
     "policy": "the site's policy does not allow it",
@@ -34,33 +44,55 @@ FALLBACK: Final[dict[RefusalKind, str]] = {
     "error": "an unexpected error stopped the site",
 }
 
-# `#` stands for a number, `@` for a word of the plan or of its schema.
-_SENTENCES: Final = (
-    *policy.RULES, *FALLBACK.values(), *sorted(REASONS), policy.MEMORY,
-    policy.STOPPED, policy.GIVEN_UP,
+# `#` stands for a number, `@` for a word of the plan or of its schema; at most one `@` a sentence.
+SENTENCES: Final = (
+    *policy.RULES,
+    *FALLBACK.values(),
+    *sorted(REASONS),
+    policy.MEMORY,
+    policy.STOPPED,
+    policy.GIVEN_UP,
+    policy.UNWRITTEN,
+    policy.STOPS_TRAINER,
     # training and evaluation
-    "a site needs @ patients to be measured", "a site needs training patients",
-    "a site must have images that can be used", "a site must have images",
-    "a site must have patients to train on", "a site must have at least two patients to divide",
-    "the dataset must hold images that the @ task can use", "the dataset must exist",
-    "a prepared dataset must stay in its cache", "the cache of prepared images must be writable",
-    "a cohort must be frozen before it is used", "a frozen cohort must not have changed",
+    "a site needs @ patients to be measured",
+    "a site needs training patients",
+    "a site must have images that can be used",
+    "a site must have images",
+    "a site must have patients to train on",
+    "a site must have at least two patients to divide",
+    "the dataset must hold images that the @ task can use",
+    "the dataset must exist",
+    "a prepared dataset must stay in its cache",
+    "the cache of prepared images must be writable",
+    "a cohort must be frozen before it is used",
+    "a frozen cohort must not have changed",
     "a frozen cohort must have the task and classes of its dataset in site.toml",
-    "the plan has rounds # to #", "a private round is trained once",
-    "private training needs patients", "a private plan needs delta",
+    "the plan has rounds # to #",
+    "a private round is trained once",
+    "private training needs patients",
+    "a private plan needs delta",
     "the cost of a study must be within what can be accounted",
     "the target must be reachable with finite noise",
     "probabilities must lie in # to #",
     "losses must be one finite number, # or more, for each image",
-    "targets must be one class index for each image", "class indices must lie in # to #",
+    "targets must be one class index for each image",
+    "class indices must lie in # to #",
     # models, plans and records
-    "the arrays must cover the whole model", "the model has no such array",
-    "arrays must be float32", "arrays must be finite", "start weights must be finite",
+    "the arrays must cover the whole model",
+    "the model has no such array",
+    "arrays must be float32",
+    "arrays must be finite",
+    "start weights must be finite",
     "every pattern must match a parameter of the model",
-    "@ cannot take images of this size", "@ has four levels", "@ has fixed widths",
-    "@ has no dropout", "the plan does not have the hash that came with it",
-    "a plan on the wire must be canonical JSON", "a plan on the wire must be an object",
-    "a message must carry an order", policy.UNWRITTEN,
+    "@ cannot take images of this size",
+    "@ has four levels",
+    "@ has fixed widths",
+    "@ has no dropout",
+    "the plan does not have the hash that came with it",
+    "a plan on the wire must be canonical JSON",
+    "a plan on the wire must be an object",
+    "a message must carry an order",
     "an order must be signed by its coordinator",
     "an order must come with the task and the model that its coordinator signed",
     "a study is evaluated in the rounds that its plan names",
@@ -68,8 +100,11 @@ _SENTENCES: Final = (
     "an evaluation is tried a few times only",
     "an evaluation is answered once",
     "evaluations must stay within the site's budget for them",
-    "the audit log must be whole", "the device must exist on this machine",
-)  # fmt: skip
+    "the audit log must be whole",
+    "the device must exist on this machine",
+)
+_PLAIN: Final = frozenset(one for one in SENTENCES if "@" not in one)
+_AROUND_WORD: Final = tuple(tuple(one.split("@")) for one in SENTENCES if "@" in one)
 _VALUE_WORDS: Final = (
     "limit", "million", "MiB", "missing", "patients", "patient", "cohort", "coordinator", "none",
     "for training", "no images", "epsilon", "delta", "noise", "steps at rate",
@@ -87,30 +122,43 @@ class Vocabulary:
 
     def __init__(self, plan: Plan | None) -> None:
         own = set(_strings(plan.model_dump(mode="json"))) if plan else set()
-        known = {*_schema_words(), *own, *REASONS}
-        self._word = _any(known)
-        self._rules = re.compile("|".join(map(self._sentence, _SENTENCES)))
-        item = f"(?:{_any({*known, *_VALUE_WORDS, *_keys()})}|{NUMBER})"
-        joint = r"(?:, |: | \(|\), | )"
-        self._value = re.compile(rf"{item}(?:{joint}{item})*\)?")
+        self._words = {*_schema_words(), *own, *REASONS} - {""}
+        self._items = {*self._words, *_VALUE_WORDS, *_keys()}
 
     def rule(self, text: str) -> bool:
         """Whether it is one of the fixed sentences."""
-        return self._rules.fullmatch(text) is not None
+        if len(text) > _LONGEST_RULE:
+            return False
+        if "#" not in text and _NUMBER.sub("#", text) in _PLAIN:
+            return True
+        return any(
+            text.startswith(before)
+            and text.endswith(after)
+            and text[len(before) : len(text) - len(after)] in self._words
+            for before, after in _AROUND_WORD
+        )
 
     def value(self, text: str) -> bool:
-        """Whether it is made of known words and short numbers only."""
-        # A row of short numbers would be a long one.
-        row = re.search(r"\d[ ,:()]+-?\d", text)
-        return not text or (row is None and self._value.fullmatch(text) is not None)
+        """Whether it is made of known words and short numbers only, joined by ``_JOINTS``."""
+        if not text:
+            return True
+        if len(text) > _LONGEST_VALUE or _ROW.search(text):
+            return False
+        # Words may hold spaces, so every way to divide the text is followed, each place once.
+        ends = [place for place in range(1, len(text)) if text[place] in " ,:)"] + [len(text)]
+        starts = {0}
+        for start in range(len(text)):
+            if start not in starts:
+                continue
+            for end in ends:
+                if end > start and self._is_item(text[start:end]):
+                    if text[end:] in ("", ")"):
+                        return True
+                    starts.update(end + len(j) for j in _JOINTS if text.startswith(j, end))
+        return False
 
-    def _sentence(self, text: str) -> str:
-        holes = re.escape(text).replace(r"\#", NUMBER).replace("@", f"(?:{self._word})")
-        return f"(?:{holes})"
-
-
-def _any(texts: set[str]) -> str:
-    return "|".join(re.escape(one) for one in sorted(texts, key=len, reverse=True) if one)
+    def _is_item(self, text: str) -> bool:
+        return text in self._items or _NUMBER.fullmatch(text) is not None
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -122,7 +170,7 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _strings(item)
-    elif isinstance(value, str) and not re.search(r"\d{5}", value):
+    elif isinstance(value, str) and not _LONG_NUMBER.search(value):
         yield value
 
 

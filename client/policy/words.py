@@ -29,6 +29,9 @@ NETWORKED: Final = "the trainer must have no network before it opens a dataset"
 STOPPED: Final = "the site must stay up until the order is carried out"
 GIVEN_UP: Final = "the order must not be given up by who sent it"
 
+STOPS_TRAINER: Final = "an order must not stop the trainer, and this one did before"
+CONNECTOR: Final = "the connector must not be able to read images while an order is carried out"
+
 UNWRITTEN: Final = "the audit log must be writable"
 MEMORY: Final = "the device must have memory for one image"
 
@@ -37,5 +40,5 @@ FIX: Final = "Change the plan, or ask the site's security officer"
 RULES: Final = (
     COORDINATOR, STUDY, MODEL, PARAMETERS, UPLOAD, PRIVATE, EPSILON, COHORT_EPSILON, DELTA, COHORT,
     PATIENTS, PER_CLASS, PENDING, DENIED, PAUSED, QUIET, WITHHELD,
-    NETWORKED, EVALUATION_EPSILON,
+    NETWORKED, EVALUATION_EPSILON, CONNECTOR,
 )  # fmt: skip

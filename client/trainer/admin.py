@@ -74,6 +74,7 @@ class Admin:
         # What allows something is written down first; what ends something holds at once.
         if state == "approved":
             tell()
+            self._desk.forgive(found.study)
         made = self._approvals.settle(found.study, state, who, found.plan_hash)
         if state == "denied":
             self._desk.cancel(made.study)

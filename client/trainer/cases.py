@@ -70,6 +70,11 @@ class Cases:
         """The site's policy."""
         return self._config.policy
 
+    @property
+    def allow_unconfined_connector(self) -> bool:
+        """Whether orders may come through a connector that can read images."""
+        return self._config.trainer.allow_unconfined_connector
+
     def of(self, study: str, plan: Plan) -> Case:
         """The case of a study; its cohort stays the one that it began with."""
         dataset = dataset_for(self.policy, study, plan)

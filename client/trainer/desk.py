@@ -19,6 +19,7 @@ from client.policy.hours import quiet_until
 from client.trainer.cases import Case, Cases
 from client.trainer.state import Board
 from client.trainer.turns import Cancelled, Turns
+from client.trainer.watchdog import Mark, OrdersInHand
 from client.trainer.work import Work
 from fedward.errors import AuditError, FedwardError, PolicyError, ProtocolError
 from fedward.models import describe
@@ -27,6 +28,12 @@ from fedward.signing import verify_order
 
 _LOG = logging.getLogger("fedward.trainer")
 _DOING: Final = {"describe": "describing", "train": "training", "evaluate": "evaluating"}
+
+# What status shouts, by whether site.toml allows it.
+UNCONFINED: Final = {
+    False: "the connector can read images: no order is carried out; see fedward-client doctor",
+    True: "THE CONNECTOR CAN READ IMAGES and site.toml allows it",
+}
 
 
 class Refused(FedwardError):
@@ -52,28 +59,38 @@ class TrainerDesk:
         What the officer said.
     board : Board
         What is going on.
+    in_hand : OrdersInHand
+        Remembers an order that stops the trainer.
     now : callable
         Local time.
     """
 
     def __init__(
         self, cases: Cases, work: Work, audit: AuditLog, approvals: Approvals, board: Board,
-        now: Callable[[], datetime] = datetime.now,
+        in_hand: OrdersInHand, now: Callable[[], datetime] = datetime.now,
     ) -> None:  # fmt: skip
         self._cases, self._work, self._audit = cases, work, audit
         self._approvals, self._board, self._now = approvals, board, now
+        self._in_hand, self._exposed = in_hand, False
         self._turns, self._told = Turns(), set[tuple[str, ...]]()
         self.link: dict[str, Any] = {}
         board.set(paused=approvals.paused)
 
     def answer(self, what: str, packet: Packet) -> Packet:
         """Answer an order; a refusal is an answer too, and an exception never is."""
-        made = self._answer(what, packet)
+        made = self._in_hand_answer(what, packet)
         if what == "train" and made.kind == "refusal" and not self._work.charged(packet):
             return Packet("refusal", {**made.record, "charged": False})
         return made
 
-    def _answer(self, what: str, packet: Packet) -> Packet:
+    def _in_hand_answer(self, what: str, packet: Packet) -> Packet:
+        try:
+            with self._in_hand.order(what, packet.record) as mark:
+                return self._answer(what, packet, mark)
+        except PolicyError as error:
+            return self._refusal(error, 0, None)
+
+    def _answer(self, what: str, packet: Packet, mark: Mark) -> Packet:
         round_ = 0
         case: Case | None = None
         try:
@@ -81,7 +98,7 @@ class TrainerDesk:
             round_ = order.round
             coordinator = verify_order(order, what, packet.arrays)
             case = self._case(order, coordinator)
-            return self._in_turn(what, order, case, packet, coordinator)
+            return self._in_turn(what, order, case, packet, coordinator, mark)
         except Cancelled:
             return self._refusal(self._ended(), round_, case)
         except FedwardError as error:
@@ -98,24 +115,30 @@ class TrainerDesk:
     def attached(self, isolation: str) -> None:
         """A connector came; what it found of the images is written down, and shouted if bad."""
         hidden = isolation == "hidden"
-        self._audit.append("isolation", process="connector", holds=hidden)
-        warning = "the connector can read images; see fedward-client doctor"
+        allowed = self._cases.allow_unconfined_connector
+        self._audit.append(
+            "isolation", process="connector", holds=hidden, allowed_anyway=allowed
+        )  # fmt: skip
+        self._exposed = not hidden
+        others = [one for one in self._board.get()["warnings"] if one not in UNCONFINED.values()]
         self._board.set(
             connector="hidden" if hidden else "can read images",
-            warnings=[
-                *(one for one in self._board.get()["warnings"] if one != warning),
-                *([] if hidden else [warning]),
-            ],
+            warnings=others if hidden else [*others, UNCONFINED[allowed]],
         )
 
     def detached(self) -> None:
         """It left."""
+        self._exposed = False
         self._board.set(connector="none attached")
         self.link = {}
 
     def told(self, link: LinkState) -> None:
         """The connector told how its link is."""
         self.link = link.model_dump()
+
+    def forgive(self, study: str) -> None:
+        """Carry out a study's orders again, also one that stopped the trainer."""
+        self._in_hand.forgive(study)
 
     def cancel(self, study: str) -> int:
         """Give up a study's orders."""
@@ -175,10 +198,13 @@ class TrainerDesk:
             raise PolicyError(words.DENIED)
 
     def _in_turn(
-        self, what: str, order: RoundOrder, case: Case, packet: Packet, coordinator: str
-    ) -> Packet:
+        self, what: str, order: RoundOrder, case: Case, packet: Packet, coordinator: str,
+        mark: Mark,
+    ) -> Packet:  # fmt: skip
         self._ready(what)
+        mark.write("")
         with self._turns.turn(order.study) as given_up:
+            mark.write("work")
             self._ready(what)
             self._board.set(
                 doing=_DOING[what], study=order.study, round=order.round, step=0, steps=0,
@@ -210,7 +236,10 @@ class TrainerDesk:
         return Refused(PolicyError(words.GIVEN_UP), "busy")
 
     def _ready(self, what: str) -> None:
-        if self._board.paused:
+        if self._exposed and not self._cases.allow_unconfined_connector:
+            raise PolicyError(words.CONNECTOR, fix="See fedward-client doctor, at the site")
+        # The officer's command wrote it down itself where the trainer did not answer.
+        if self._board.paused or self._approvals.paused:
             raise Refused(PolicyError(words.PAUSED), "paused")
         if what == "train" and quiet_until(self._cases.policy.quiet_hours, self._now()):
             raise Refused(PolicyError(words.QUIET), "paused")

@@ -22,6 +22,7 @@ from client.daemon.isolation import find_network, undumpable
 from client.ledger import Ledger, name_secret
 from client.ledger.releases import Releases
 from client.link.service import serve
+from client.policy import words
 from client.policy.approvals import Approvals
 from client.secret import site_secret
 from client.trainer.admin import Admin, serve_admin
@@ -29,6 +30,7 @@ from client.trainer.cases import Cases
 from client.trainer.desk import TrainerDesk
 from client.trainer.officer import admin_socket
 from client.trainer.state import Board
+from client.trainer.watchdog import OrdersInHand, watch
 from client.trainer.work import Work
 from client.training.device import choose_device
 from client.training.runtime import Runtime
@@ -63,11 +65,14 @@ def run_trainer(config: SiteConfig, stop: threading.Event | None = None) -> None
     cases = Cases(config, audit)
     _pin_studies(cases, ledger)
     releases, approvals = Releases(state / "releases"), Approvals(state)
+    in_hand = OrdersInHand(state)
+    _tell_last_stop(in_hand, audit, board)
     runtime = runtime_of(config)
     with preparers(Limits(workers=runtime.threads)) as crew:
         work = Work(config, cases, ledger, releases, audit, board, secret, runtime, crew)
-        desk = TrainerDesk(cases, work, audit, approvals, board)
+        desk = TrainerDesk(cases, work, audit, approvals, board, in_hand)
         admin = Admin(config, desk, approvals, ledger, audit)
+        end_watch = watch(in_hand.report, config.trainer.watchdog_seconds)
         end_admin = serve_admin(admin, admin_socket(config))
         end = serve(desk, config.trainer.socket, _most_bytes(config), _group(config))
         _LOG.info("the trainer serves %s", config.site.name)
@@ -78,6 +83,7 @@ def run_trainer(config: SiteConfig, stop: threading.Event | None = None) -> None
         end(_GRACE)
         audit.append("stopped", process="trainer")
         ledger.close()
+        end_watch()
 
 
 def runtime_of(config: SiteConfig) -> Runtime:
@@ -103,6 +109,14 @@ def _prove_walls(config: SiteConfig, audit: AuditLog, board: Board) -> None:
         warning = NETWORKED if allowed else WALLS_DOWN
         _LOG.warning(warning)
         board.set(warnings=[warning])
+
+
+def _tell_last_stop(in_hand: OrdersInHand, audit: AuditLog, board: Board) -> None:
+    """Write down which orders ended the trainer before this one."""
+    for order in in_hand.note_last_end():
+        audit.append("watchdog", what=order.what, study=order.study, plan=order.plan)
+        _LOG.warning("an order stopped the trainer, and is not carried out again")
+        board.set(last_error=words.STOPS_TRAINER)
 
 
 def _tell_changes(state: Path, audit: AuditLog, config: SiteConfig) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -18,6 +18,8 @@ from safetensors.numpy import save
 from torch import nn
 
 from fedward.errors import ModelError, OutputError
+from fedward.integrity import check_model, unreadable
+from fedward.models.patterns import matches
 from fedward.models.registry import outline
 from fedward.plan.schema import Plan
 
@@ -151,14 +153,14 @@ def trainable_names(model: nn.Module, patterns: Sequence[str]) -> tuple[str, ...
     """
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(matches(name, pattern) for name in names):
             raise ModelError(
                 "every pattern must match a parameter of the model",
                 value=pattern,
                 fix=f"The names look like {names[0]} and {names[-1]}",
                 where="stages.train",
             )
-    return tuple(n for n in names if any(fnmatchcase(n, pattern) for pattern in patterns))
+    return tuple(n for n in names if any(matches(n, pattern) for pattern in patterns))
 
 
 def freeze(model: nn.Module, names: Iterable[str]) -> None:
@@ -180,10 +182,15 @@ def freeze(model: nn.Module, names: Iterable[str]) -> None:
 
 def save_model(
     path: Path, arrays: Mapping[str, NDArray[np.float32]], metadata: Mapping[str, str]
-) -> None:
+) -> str:
     """Write arrays and metadata as one safetensors file; a reader sees all of it or none.
 
     Equal arrays and metadata give equal bytes, so that two runs can be compared by a digest.
+
+    Returns
+    -------
+    str
+        SHA-256 of the file, 64 hexadecimal digits.
 
     Raises
     ------
@@ -199,6 +206,7 @@ def save_model(
         raise OutputError(
             "the model file must be writable", value=error.strerror, fix="Check space and rights"
         ) from error
+    return hashlib.sha256(content).hexdigest()
 
 
 def _ordered(content: bytes) -> bytes:
@@ -226,21 +234,26 @@ def _write_whole(path: Path, content: bytes) -> None:
         raise
 
 
-def load_model(path: Path) -> tuple[Arrays, dict[str, str]]:
+def load_model(path: Path, sha256: str = "") -> tuple[Arrays, dict[str, str]]:
     """Read what :func:`save_model` wrote.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    sha256 : str
+        What :func:`save_model` gave; "" does not check it.
 
     Raises
     ------
     ModelError
-        The file is missing or is not a safetensors file.
+        The file is missing, is not a safetensors file, or is another one.
     """
+    if sha256:
+        check_model(path, sha256)
     try:
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return arrays, dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
-        raise ModelError(
-            "the model file must be a readable safetensors file",
-            value=type(error).__name__,
-            fix="Check that it was written completely",
-        ) from error
+        raise unreadable(error) from error

@@ -113,7 +113,7 @@ def _resolve(file: str, base: Path | None) -> Path:
         raise _error("the weights file must be given relative to the plan")
     if base is None:
         raise _error("a weights file beside the plan needs the plan's folder")
-    return base / file
+    return _inside(base, file)
 
 
 def _in_package(place: str) -> Path:
@@ -124,7 +124,21 @@ def _in_package(place: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise _error("the package with the weights must be installed", name)
-    return Path(spec.submodule_search_locations[0]) / inner
+    return _inside(Path(spec.submodule_search_locations[0]), inner)
+
+
+def _inside(folder: Path, file: str) -> Path:
+    """The file, where it lies within the folder after every link has been followed.
+
+    A plan may come from somebody else. Its file must not be a way to the rest of the disk, nor a
+    device or pipe that never ends.
+    """
+    found = (folder / file).resolve()
+    if ".." in PurePosixPath(file).parts or not found.is_relative_to(folder.resolve()):
+        raise _error("the weights file must lie within its folder, and no link may lead out of it")
+    if found.exists() and not found.is_file():
+        raise _error("the weights file must be a regular file")
+    return found
 
 
 def _tensors(content: bytes, suffix: str) -> dict[str, Tensor]:

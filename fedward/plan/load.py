@@ -14,6 +14,7 @@ from fedward.errors import PlanError
 from fedward.plan.messages import plan_error
 from fedward.plan.schema import Plan
 
+_HUGE = ("a number in a plan must fit into 64 bits", "Write fewer digits")
 _DEEP = ("a plan is at most a few tables deep", "Flatten its nested lists and tables")
 
 
@@ -45,6 +46,8 @@ def parse_plan(text: str) -> Plan:
         raise PlanError(
             "the plan must be valid TOML", value=str(error), fix="Mend that line"
         ) from error
+    except ValueError:  # more digits than Python reads
+        raise PlanError(_HUGE[0], fix=_HUGE[1]) from None
     except RecursionError:
         raise PlanError(_DEEP[0], fix=_DEEP[1]) from None
 
@@ -55,6 +58,8 @@ def plan_from(value: dict[str, Any]) -> Plan:
         return Plan.model_validate(value)
     except ValidationError as error:
         raise plan_error(error) from None
+    except OverflowError:
+        raise PlanError(_HUGE[0], fix=_HUGE[1]) from None
     except RecursionError:
         raise PlanError(_DEEP[0], fix=_DEEP[1]) from None
 
@@ -87,6 +92,8 @@ def from_canonical(text: str) -> Plan:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise PlanError("a plan on the wire must be canonical JSON", fix="Send it again") from error
+    except ValueError:  # more digits than Python reads
+        raise PlanError(_HUGE[0], fix=_HUGE[1]) from None
     except RecursionError:
         raise PlanError(_DEEP[0], fix=_DEEP[1]) from None
     if not isinstance(value, dict):

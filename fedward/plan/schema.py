@@ -15,6 +15,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 LearningRate = Annotated[float, Field(gt=0, le=1e6)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+Pattern = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.*?!\[\]-]+$")]
 ClassName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _+/-]{0,63}$")]
 
 ModelName = Literal[
@@ -220,7 +221,7 @@ class Split(Section):
 
     validation: Fraction = Field(default=0.1, description="share of patients for validation")
     test: Fraction = Field(default=0.2, description="share of patients for the test")
-    seed: int = Field(default=0, ge=0, description="seed of the division")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the division")
     given: bool = Field(
         default=False,
         description="use the division that the data brings (npz files do), where it does",
@@ -242,7 +243,7 @@ class InitialWeights(Section):
 
     file: str = Field(
         min_length=1,
-        description="path of a .safetensors or PyTorch weights file, relative to the plan, or "
+        description="path of a .safetensors or PyTorch weights file within the plan's folder, or "
         "`package:NAME/PATH` inside an installed Python package",
     )
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the file")
@@ -261,6 +262,7 @@ class Model(Section):
     taps: tuple[Annotated[int, Field(ge=0, le=15)], ...] | None = Field(
         default=None,
         min_length=1,
+        max_length=16,
         description="efficientnet-lite0: blocks (0 to 15, ascending) whose pooled outputs the head "
         "reads; the network ends after the last of them; none: the usual head",
     )
@@ -300,6 +302,7 @@ class Training(Section):
     )
     class_weights: tuple[Positive, ...] | None = Field(
         default=None,
+        max_length=257,
         description="weight of each class in the loss (segmentation: background first)",
     )
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="for `cross_entropy`")
@@ -330,9 +333,10 @@ class Stage(Section):
     name: Name = Field(description="name of the stage")
     rounds: int = Field(ge=1, le=10000, description="rounds of this stage")
     learning_rate: LearningRate = Field(description="learning rate of this stage")
-    train: tuple[str, ...] = Field(
+    train: tuple[Pattern, ...] = Field(
         default=("*",),
         min_length=1,
+        max_length=64,
         description="shell-style patterns over parameter names; what matches none stays frozen",
     )
 
@@ -342,7 +346,9 @@ class Strategy(Section):
 
     name: StrategyName = Field(default="fedavg", description="the algorithm")
     settings: dict[str, float | int] = Field(
-        default_factory=dict, description="its settings, as the table of strategies lists them"
+        default_factory=dict,
+        max_length=16,
+        description="its settings, as the table of strategies lists them",
     )
     weighting: Literal["patients", "images"] = Field(
         default="images", description="what a site's weight counts"
@@ -491,7 +497,7 @@ class Plan(Section):
     split: Split = Field(default=Split())
     model: Model
     training: Training
-    stages: tuple[Stage, ...] = Field(default=())
+    stages: tuple[Stage, ...] = Field(default=(), max_length=100)
     strategy: Strategy = Field(default=Strategy())
     privacy: Privacy
     participation: Participation = Field(default=Participation())

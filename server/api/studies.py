@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from base64 import b64encode
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -11,6 +12,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
+from fedward.integrity import check_model
 from fedward.plan.load import plan_from
 from server.api.access import Access
 from server.api.problems import Missing
@@ -121,7 +123,10 @@ def studies_router(config: ServerConfig, registry: Registry, access: Access) -> 
     )  # fmt: skip
     def model(study: str) -> FileResponse:
         """The model (safetensors) of a study that has finished."""
-        return FileResponse(_model(config, registry, study), filename=f"{study}.safetensors")
+        path, digest = _model(config, registry, study)
+        # RFC 9530: the command line checks what arrived.
+        headers = {"Repr-Digest": f"sha-256=:{b64encode(bytes.fromhex(digest)).decode()}:"}
+        return FileResponse(path, filename=f"{study}.safetensors", headers=headers)
 
     @router.get("/{study}/card", dependencies=[Depends(viewer)], response_class=PlainTextResponse)
     def card(study: str) -> PlainTextResponse:
@@ -158,9 +163,11 @@ def _results(registry: Registry, study: str) -> StudyResults:
     return found
 
 
-def _model(config: ServerConfig, registry: Registry, study: str) -> Path:
+def _model(config: ServerConfig, registry: Registry, study: str) -> tuple[Path, str]:
+    """The delivered model and its SHA-256, checked against the one that was written down."""
     registry.studies.get(study)
     path = config.study_folder(study) / "model.safetensors"
     if not path.exists():
         raise Missing("a study's model must exist", value=study, fix="Wait until it has finished")
-    return path
+    results = registry.studies.results(study)
+    return path, check_model(path, results.model_sha256 if results else "")

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Iterator
 
 from fedward.plan.schema import Plan
+from fedward.printable import printable
 from server.report.sentences import dominance
 from server.results import Arm, StudyResults
 
@@ -30,7 +31,7 @@ def model_card(study: str, plan: Plan, results: StudyResults) -> str:
         _head(study, plan, results), _data(results, arm), _privacy(plan, arm),
         _figures(plan, arm, results), _use(plan, results),
     )  # fmt: skip
-    return "\n".join(line for part in parts for line in (*part, ""))
+    return printable("\n".join(line for part in parts for line in (*part, "")))
 
 
 def _head(study: str, plan: Plan, results: StudyResults) -> Iterator[str]:
@@ -44,6 +45,8 @@ def _head(study: str, plan: Plan, results: StudyResults) -> Iterator[str]:
     yield f"- Plan: SHA-256 `{results.plan_sha256}`"
     yield f"- Task: {plan.task.kind}, {plan.task.dimensions}D, {', '.join(plan.task.classes)}"
     yield f"- Network: {plan.model.name}, {results.parameters:,} parameters"
+    if results.model_sha256:
+        yield f"- Model file: SHA-256 `{results.model_sha256}`"
     # Of what ran the study, whoever writes the card.
     release = results.versions.get("fedward", "(release not known)")
     yield f"- Made with: Fedward {release}, " + ", ".join(

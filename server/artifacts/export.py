@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -115,7 +116,7 @@ def _content(given: Delivered, model: nn.Module, example: Tensor) -> dict[str, b
     weights = io.BytesIO()
     torch.save({name: value.clone() for name, value in model.state_dict().items()}, weights)
     script, facts = files("server.artifacts.scripts"), _json(metadata(plan))
-    return {
+    content = {
         "models/model.onnx": onnx_model(model, example, about),
         "models/model.ts": torchscript(model, example, {"metadata.json": facts}),
         "models/model.pt": weights.getvalue(),
@@ -127,6 +128,8 @@ def _content(given: Delivered, model: nn.Module, example: Tensor) -> dict[str, b
         "LICENSE": _LICENSE.encode(),
         "docs/license.txt": _LICENSE.encode(),
     }  # fmt: skip
+    sums = (f"{hashlib.sha256(v).hexdigest()}  {name}\n" for name, v in sorted(content.items()))
+    return {**content, "SHA256SUMS": "".join(sums).encode()}
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from fedward.console import print_json
+from fedward.console import Console, print_json, say
 from fedward.errors import ConfigError
 from server.commands.options import SERVER, Ca, Config, Json, Token, Url, api
 from server.place import at
@@ -62,8 +60,8 @@ def list_sites(
     table = Table(*heads.split(", "))
     for one in found:
         table.add_row(
-            escape(one["name"]), one["status"], one["last_seen"][:19], one["version"],
-            escape("\n".join(map(_dataset, one["datasets"]))), _most(one),
+            one["name"], one["status"], one["last_seen"][:19], one["version"],
+            "\n".join(map(_dataset, one["datasets"])), _most(one),
             ", ".join(one["studies"]), ", ".join(one["quarantined"]),
         )  # fmt: skip
     Console().print(table)
@@ -132,4 +130,4 @@ def _told(made: dict[str, Any], text: str, *, as_json: bool) -> None:
     if as_json:
         print_json(made)
     else:
-        typer.echo(text)
+        say(text)

@@ -9,11 +9,9 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from fedward.console import print_json
+from fedward.console import Console, print_json, say
 from fedward.errors import OutputError, PlanError, StudyError
 from fedward.plan.load import from_canonical
 from server.client import ApiClient
@@ -45,7 +43,7 @@ def submit(
     if as_json:
         print_json(made)
     else:
-        typer.echo(f"{made['id']} is submitted. Watch it: fedward-server study watch {made['id']}")
+        say(f"{made['id']} is submitted. Watch it: fedward-server study watch {made['id']}")
 
 
 @study_app.command("list")
@@ -61,7 +59,7 @@ def list_studies(
     table = Table("study", "state", "rounds", "sites", "reason")
     for one in found:
         table.add_row(one["id"], one["state"], str(one["round"]), ", ".join(one["sites"]),
-                      escape(one["reason"]))  # fmt: skip
+                      one["reason"])  # fmt: skip
     Console().print(table)
 
 
@@ -77,9 +75,9 @@ def show(
         return
     one = found["study"]
     console = Console()
-    console.print(f"{one['id']}: {one['state']} {escape(one['reason'])}", highlight=False)
+    console.print(f"{one['id']}: {one['state']} {one['reason']}", highlight=False)
     for site, reason in found["quarantined"].items():
-        console.print(f"{escape(site)} is quarantined: {escape(reason)}", highlight=False)
+        console.print(f"{site} is quarantined: {reason}", highlight=False)
     table = Table("round", "stage", "seconds", "loss", "validation", "sites", "without an update")
     for round_ in found["rounds"]:
         table.add_row(*_round_cells(round_))
@@ -98,7 +96,7 @@ def watch(
         if as_json:
             print_json(event)
         elif text := _telling(event):
-            console.print(f"{event['at'][:19]}  {escape(text)}", highlight=False)
+            console.print(f"{event['at'][:19]}  {text}", highlight=False)
         state = event["payload"].get("state", state) if event["kind"] == "state" else state
     if state == "failed":
         raise StudyError("the study must go on", value=study, fix="See `study show`")
@@ -191,7 +189,7 @@ def _said(made: dict[str, Any], text: str, *, as_json: bool) -> None:
     if as_json:
         print_json(made)
     else:
-        typer.echo(text)
+        say(text)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,6 +39,10 @@ def open_database(url: str) -> Engine:
         It is damaged, or newer than this release.
     """
     engine = connect(url)
+    if engine.dialect.name == "sqlite" and engine.url.database:
+        # SQLite gives its further files the mode of this one; an empty file is an empty database.
+        with suppress(OSError):
+            os.close(os.open(engine.url.database, os.O_RDWR | os.O_CREAT, 0o600))
     try:
         _migrate(engine)
     except OperationalError:

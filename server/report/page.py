@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fedward.plan.text import toml_text
+from fedward.printable import printable
 from server.report import charts, curves, sentences, site_tables, tables, words
 from server.report.files import write_text
 from server.report.looks import Look, looks
@@ -105,13 +106,14 @@ def render(results: Sequence[StudyResults], *, extra_notes: Sequence[str] = ()) 
         lstrip_blocks=True,
     )
     style = resources.files("server.report").joinpath("templates", "report.css").read_text("utf-8")
-    return environment.get_template("report.html.jinja").render(
+    page = environment.get_template("report.html.jinja").render(
         style=Markup(style),
         studies=[_study(f"study-{place}", one) for place, one in enumerate(results, 1)],
         synthetic=[one.title or one.study for one in results if one.synthetic],
         notes=list(extra_notes),
         words=words,
     )
+    return printable(page)
 
 
 def _study(name: str, results: StudyResults) -> StudyPage:

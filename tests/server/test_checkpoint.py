@@ -101,7 +101,8 @@ def test_damage_and_other_plans_are_passed_over(
     assert kept.restore(back)
     assert not back.complete
     assert len(back.arm.rounds) == 2
-    assert not Checkpoints(tmp_path, "0" * 64).restore(job_of(plan))
+    with pytest.raises(OutputError, match="must be whole"):
+        Checkpoints(tmp_path, "0" * 64).restore(job_of(plan))
 
 
 def test_a_full_disk_leaves_the_last_one(make_plan: Make, tmp_path: Path) -> None:

@@ -24,10 +24,9 @@ def test_the_folder_has_all_parts_with_private_modes(made: Made, config: ServerC
         for path in (root, *root.rglob("*"))
     }
     public = {"tls/ca.crt", "tls/server.crt", "keys/coordinator.pub"}
-    databases = {name for name in modes if "registry.db" in name}
     for name, mode in modes.items():
         folder = (root / name).is_dir()
-        expected = 0o700 if folder else 0o644 if name in {*public, *databases} else 0o600
+        expected = 0o700 if folder else 0o644 if name in public else 0o600
         assert mode == expected, name
     assert {"server.toml", "keys/control.secret", "keys/runtime.secret", "tls/ca.key"} <= set(modes)
     assert [path.name for path in root.parent.iterdir()] == ["hub"]

@@ -169,7 +169,8 @@ def test_before_a_plan_is_known_only_a_refusal_leaves(plan: Plan, tmp_path: Path
 @given(text=st.text(max_size=80))
 def test_a_refusal_says_fixed_sentences_only(text: str) -> None:
     gate = Gate(None, LOOSE, site="north", facts=None, max_upload_mib=1.0)
-    made = gate.check_refusal(Refusal(site="north", round=1, rule=text[:500], value=text[:200]))
+    said = refusal_for(FedwardError(text, value=text), "north", 1)
+    made = gate.check_refusal(said)
     fixed = gate.check_refusal(made)
     assert fixed == made
     if made.rule != text:

@@ -35,7 +35,12 @@ def test_the_example_is_a_policy() -> None:
 def test_each_rule_is_on_the_page_with_keys_that_exist(rule: str) -> None:
     row = re.search(rf"^\| {re.escape(rule)} \| (.+) \|$", PAGE, re.MULTILINE)
     assert row
-    known = {*PolicySection.model_fields, "[[policy.studies]]", "trainer.allow_networked_trainer"}
+    known = {
+        *PolicySection.model_fields,
+        "[[policy.studies]]",
+        "trainer.allow_networked_trainer",
+        "trainer.allow_unconfined_connector",
+    }
     for key in re.findall(r"`([^`]+)`", row[1]):
         assert key in known or key.startswith("fedward-client ")
 

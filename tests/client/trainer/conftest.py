@@ -23,6 +23,7 @@ from client.secret import site_secret
 from client.trainer.cases import Cases
 from client.trainer.desk import TrainerDesk
 from client.trainer.state import Board
+from client.trainer.watchdog import OrdersInHand
 from client.trainer.work import Work
 from client.training.runtime import Runtime
 from fedward.models import build_model, to_arrays
@@ -92,7 +93,9 @@ class Hospital:
             self.config, cases, self.ledger, Releases(state / "releases"), self.audit, self.board,
             secret, Runtime(), self.crew,
         )  # fmt: skip
-        self.desk = TrainerDesk(cases, self.work, self.audit, self.approvals, self.board)
+        in_hand = OrdersInHand(state)
+        in_hand.note_last_end()
+        self.desk = TrainerDesk(cases, self.work, self.audit, self.approvals, self.board, in_hand)
         return self.desk
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from client.audit.log import audit_folder, audit_key
 from client.audit.verify import entries, verify
 from client.link.packets import Packet
+from client.policy import words
 from fedward.errors import ProtocolError
 from fedward.plan.schema import Plan
 from fedward.protocol import EvaluateOutcome, Refusal, SiteFacts, TrainOutcome
@@ -306,3 +307,19 @@ def test_what_goes_wrong_inside_is_not_told_outside(
     text += "".join(path.read_text() for path in folder.iterdir() if path.suffix != ".lock")
     for part in ("ward-7", "DOE", "JANE", "1.2.840", "1961"):
         assert part not in text
+
+
+@pytest.mark.parametrize("found", ["1 of 3 places can be read", "", "Hidden", "hidden\n"])
+def test_a_connector_that_can_read_images_brings_no_order(
+    make_hospital: Callable[..., Any], plan: Plan, found: str
+) -> None:
+    hospital = make_hospital()
+    hospital.desk.attached(found)
+    for what in ("describe", "train", "evaluate"):
+        answer = hospital.ask(what, plan)
+        assert (answer.kind, answer.record["rule"]) == ("refusal", words.CONNECTOR)
+    assert "no order is carried out" in " ".join(hospital.board.get()["warnings"])
+    hospital.desk.detached()
+    hospital.desk.attached("hidden")
+    assert hospital.board.get()["warnings"] == []
+    assert hospital.ask("train", plan).kind == "update"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from client.policy import words
 from fedward.plan.schema import Plan
 
 pytestmark = pytest.mark.integration
@@ -61,7 +62,7 @@ def test_without_walls_no_dataset_is_opened_unless_the_site_says_so_aloud(
     until(lambda: site.online and site.trainer.get("connector") == "can read images")
     answer = coordinator.ask(site.node, coordinator.order(plan, 1, "walls"))
     assert refusal_of(answer)[0] == "policy"
-    assert "network" in refusal_of(answer)[1]
+    assert refusal_of(answer)[1] == words.CONNECTOR
     shouted = " ".join(site.trainer["warnings"])
     assert "no dataset is opened" in shouted
     assert "can read images" in shouted
@@ -74,7 +75,9 @@ def test_without_walls_no_dataset_is_opened_unless_the_site_says_so_aloud(
 
     # Each by itself, as a service manager starts them, and nobody made walls for them.
     text = site.daemon.config.read_text()
-    allowed = text.replace("[trainer]", "[trainer]\nallow_networked_trainer = true")
+    allowed = text.replace(
+        "[trainer]", "[trainer]\nallow_networked_trainer = true\nallow_unconfined_connector = true"
+    )
     site.daemon.config.write_text(allowed)
     both = [run(site, which) for which in ("trainer", "connector")]
     until(lambda: site.online and site.trainer.get("connector") == "can read images")

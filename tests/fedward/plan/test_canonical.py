@@ -288,7 +288,7 @@ def _with(numbers: dict[str, Any], title: str) -> dict[str, Any]:
 
 
 def test_stages_and_weights_read_back_from_toml(classification: str, change: Change) -> None:
-    stage = {"name": "head", "rounds": 2, "learning_rate": 0.01, "train": ["head.*", 'odd"[a]']}
+    stage = {"name": "head", "rounds": 2, "learning_rate": 0.01, "train": ["head.*", "odd[!a]?"]}
     plan = plan_from(
         change(
             classification,

@@ -6,10 +6,12 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedward import errors
 from fedward.errors import FedwardError
+from fedward.models import save_model
 from fedward.plan.load import plan_hash
 from fedward.protocol import SiteFacts
 from server.api.problems import Missing, problem_of, status_of
@@ -133,8 +135,9 @@ def test_a_study_and_what_it_leaves(api: Any, site_key: Key, make_plan: MakePlan
     assert plan_hash(plan) in card.text and "north" in card.text
     folder = api.config.study_folder(made["id"])
     folder.mkdir(parents=True)
-    (folder / "model.safetensors").write_bytes(b"tensors")
-    assert api.call("GET", f"{place}/model", role="viewer").content == b"tensors"
+    path = folder / "model.safetensors"
+    save_model(path, {"w": np.ones(3, np.float32)}, {})
+    assert api.call("GET", f"{place}/model", role="viewer").content == path.read_bytes()
 
     assert api.call("POST", f"{place}/pause", role="coordinator").json()["state"] == "paused"
     assert api.call("POST", f"{place}/resume", role="coordinator").json()["state"] == "submitted"
