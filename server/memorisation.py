@@ -33,8 +33,8 @@ class LowerBound(Found):
     site: str = Field(default="", description="whose promise; empty for all sites together")
     epsilon: float = Field(description="lower bound on ε at δ; 0 where nothing was found")
     epsilon_jointly: float = Field(
-        description="the same, so that all bounds of the audit hold together (Bonferroni); what the "
-        "release gate reads"
+        description="the same, so that all bounds of the audit hold together (Bonferroni); what "
+        "the release gate reads"
     )
     promised: float | None = Field(
         default=None, description="ε that the plan promises; none: no privacy"

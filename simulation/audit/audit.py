@@ -297,7 +297,9 @@ class Auditor:
         thresholds = (0.5, promised_noise, 2 * promised_noise)
         noise = bounds.noise_at_most(inside, outside, rate, thresholds, confidence)
         steps = steps_in_all(self.federation.plan, rate)
-        epsilon = bounds.steps_epsilon(noise, rate, steps, delta)
+        # Half of the promised noise is enough to break any promise.
+        least = min(0.7, promised_noise / 2)
+        epsilon = bounds.steps_epsilon(noise, rate, steps, delta, least)
         return LowerBound(
             attack="canaries, single steps",
             site=self._sites[place].name,

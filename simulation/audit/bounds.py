@@ -19,7 +19,7 @@ from fedward.privacy import epsilon_spent
 
 _FRACTIONS = (0.25, 1.0)  # of the patients on whom the attacker commits itself
 _LARGEST = 1e6  # a noise multiplier with which nothing can be told
-_SMALLEST = 1e-2
+_SMALLEST = 0.7  # for which the accountant is quick
 
 
 @dataclass(frozen=True)
@@ -177,13 +177,15 @@ def _noise(true: float, false: float, rate: float) -> float:
     return float(1.0 / shift) if shift > 0 else math.inf
 
 
-def steps_epsilon(noise_multiplier: float, rate: float, steps: int, delta: float) -> float:
+def steps_epsilon(
+    noise_multiplier: float, rate: float, steps: int, delta: float, least: float = _SMALLEST
+) -> float:
     """ε that so many steps with at most this noise cost at least, by the PRV accountant.
 
-    Where the accountant cannot follow so little noise, the ε of somewhat more noise stands for it,
-    which is smaller.
+    The accountant follows little noise slowly, and very little not at all: for less noise than
+    ``least`` the ε of that stands, which is smaller.
     """
-    noise = max(noise_multiplier, _SMALLEST)
+    noise = max(noise_multiplier, least)
     while noise < _LARGEST:
         try:
             # The accountant's own error, upwards, is taken off again.

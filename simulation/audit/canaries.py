@@ -44,19 +44,19 @@ def with_canaries(
     if not count:
         return site, np.empty(0, np.int64)
     rng = np.random.default_rng(seed)
-    candidates, first = _append(plan, site, _CANDIDATES * count, rng), len(site.images)
-    view = SiteView(plan, candidates, replace(runtime, cache=None))
+    pool = _candidates(plan, site, _CANDIDATES * count, rng)
+    view = SiteView(plan, pool, replace(runtime, cache=None))
     view.load(arrays, 1)
-    gradients = read(view.gradients([np.array([i]) for i in range(first, len(candidates.images))]))
+    gradients = read(view.gradients([np.array([i]) for i in range(len(pool.images))]))
     unit = gradients / np.maximum(np.linalg.norm(gradients, axis=1, keepdims=True), 1e-12)
     *_, order = qr(unit.T, mode="economic", pivoting=True)
-    taken = np.concatenate([np.arange(first), first + np.sort(order[:count])])
+    taken, first = np.sort(order[:count]), len(site.images)
     chosen = replace(
-        candidates,
-        images=candidates.images[taken],
-        targets=candidates.targets[taken],
-        spacing=candidates.spacing[taken],
-        patients=np.concatenate([site.patients, _new_patients(site, count)]),
+        site,
+        images=np.concatenate([site.images, pool.images[taken]]),
+        targets=np.concatenate([site.targets, pool.targets[taken]]),
+        spacing=np.concatenate([site.spacing, pool.spacing[taken]]),
+        patients=np.concatenate([site.patients, int(site.patients.max()) + 1 + np.arange(count)]),
     )
     return chosen, np.arange(first, first + count)
 
@@ -75,20 +75,19 @@ def included(site: PreparedSite, images: NDArray[np.int64]) -> PreparedSite:
     return replace(site, split={**site.split, "train": train})
 
 
-def _new_patients(site: PreparedSite, count: int) -> NDArray[np.int64]:
-    return int(site.patients.max()) + 1 + np.arange(count)
-
-
-def _append(plan: Plan, site: PreparedSite, count: int, rng: np.random.Generator) -> PreparedSite:
+def _candidates(
+    plan: Plan, site: PreparedSite, count: int, rng: np.random.Generator
+) -> PreparedSite:
+    """A site of made-up patients alone, one image each."""
     own = np.asarray(site.images[site.split["train"][:256]])
     textures = np.stack([_texture(own.shape[1:], rng) for _ in range(count)])
     images = own.mean() + _CONTRAST * own.std() * textures
     return replace(
         site,
-        images=np.concatenate([site.images, images.astype(site.images.dtype)]),
-        targets=np.concatenate([site.targets, _labels(plan, site, textures, rng)]),
-        patients=np.concatenate([site.patients, _new_patients(site, count)]),
-        spacing=np.concatenate([site.spacing, np.repeat(site.spacing[:1], count, axis=0)]),
+        images=images.astype(site.images.dtype),
+        targets=_labels(plan, site, textures, rng),
+        patients=np.arange(count),
+        spacing=np.repeat(site.spacing[:1], count, axis=0),
     )
 
 

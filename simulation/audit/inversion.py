@@ -34,6 +34,7 @@ from fedward.protocol import RoundOrder
 Arrays = Mapping[str, NDArray[Any]]
 STEPS = 400
 _RATE = 0.1
+_NOBODY = np.empty(0, np.int64)
 _SMOOTHNESS = 1e-2
 _MOST_EPSILON = 100.0  # of a plan
 
@@ -78,14 +79,21 @@ def invert(
     arrays : mapping
         The model before the update.
     """
-    alone = replace(site, split={**site.split, "train": np.array([image])})
+    alone = replace(
+        site,
+        images=np.array(site.images[image : image + 1]),
+        targets=np.array(site.targets[image : image + 1]),
+        patients=np.zeros(1, np.int64),
+        spacing=site.spacing[image : image + 1],
+        split={"train": np.zeros(1, np.int64), "validation": _NOBODY, "test": _NOBODY},
+    )
     worst = one_patient_plan(plan, site.patients_in("train"))
     order = RoundOrder(
         plan=canonical(worst), plan_hash=plan_hash(worst), round=1, seed=seed, account=False
     )
     released, _ = Trainer(worst, alone, replace(runtime, cache=None)).train(arrays, order)
-    found = _search(worst, site, image, arrays, released, runtime, seed, steps)
-    return _compare(np.asarray(site.images[image], np.float32), found)
+    found = _search(worst, alone, arrays, released, runtime, seed, steps)
+    return _compare(np.asarray(alone.images[0], np.float32), found)
 
 
 def one_patient_plan(plan: Plan, patients: int) -> Plan:
@@ -124,7 +132,6 @@ def _epsilon_of(noise: float, steps: int, delta: float) -> float:
 def _search(
     plan: Plan,
     site: PreparedSite,
-    image: int,
     arrays: Arrays,
     released: Arrays,
     runtime: Runtime,
@@ -139,7 +146,7 @@ def _search(
     parameters = [named[name] for name in names]
     wanted = [torch.from_numpy(np.asarray(arrays[n] - released[n])).to(device) for n in names]
     loss = build_loss(plan, device)
-    target = torch.from_numpy(np.array(site.targets[image : image + 1])).to(device)
+    target = torch.from_numpy(np.array(site.targets)).to(device)
     shape = (1, *site.images.shape[1:])
     guess = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
     guess.requires_grad_(True)
