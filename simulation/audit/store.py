@@ -56,8 +56,8 @@ class Store:
     def get(self, name: str) -> dict[str, NDArray[Any]] | None:
         """A part, or None where it is not there or not whole."""
         try:
-            with np.load(self._folder / f"{name}.npz", allow_pickle=False) as file:
-                return dict(file)
+            with (self._folder / f"{name}.npz").open("rb") as file:
+                return dict(np.load(file, allow_pickle=False))
         except (OSError, ValueError, EOFError, zipfile.BadZipFile):
             return None
 
