@@ -199,6 +199,7 @@ def main() -> None:
         raise SystemExit("the images are not here; name their folder with --data")
     flower.quiet()
     done: dict[tuple[Case, float | None], list[Audit]] = {}
+    write_page(done, options)
     # Seeds outside: an interrupted call leaves something of every study.
     for seed in range(options.seeds):
         for epsilon in EPSILONS:

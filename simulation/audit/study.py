@@ -67,14 +67,15 @@ def gate(study: Study, console: Console) -> None:
     Raises
     ------
     ReleaseError
-        An attack found more than was promised; the study has no model then.
+        An attack found more than was promised. Then, and when the audit does not come to its end,
+        the study has no model.
     """
-    with AuditProgress(console) as progress:
-        study.results.audit = audit_study(study, GATE, progress, fresh=True)
     try:
+        with AuditProgress(console) as progress:
+            study.results.audit = audit_study(study, GATE, progress, fresh=True)
         check_release(study.results.audit)
-    except ReleaseError:
-        study.model = None
+    except BaseException:
+        study.model = None  # also of an audit that was interrupted: nothing speaks for the model
         raise
 
 
