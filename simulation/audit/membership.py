@@ -62,7 +62,8 @@ def by_patient(values: Scores, patients: NDArray[np.int64], count: int) -> Score
     """``(count,)`` mean of the values of each patient's images; NaN without any."""
     images = np.bincount(patients, minlength=count)
     totals = np.bincount(patients, weights=values, minlength=count)
-    return np.divide(totals, images, out=np.full(count, np.nan), where=images > 0)
+    mean: Scores = np.divide(totals, images, out=np.full(count, np.nan), where=images > 0)
+    return mean
 
 
 def lira_offline(observed: Scores, shadows: Shadows) -> Scores:
@@ -92,7 +93,8 @@ def _means(values: Scores, chosen: NDArray[np.bool_]) -> Scores:
     """Mean over the chosen models; of a patient whom none had, the others' average shift."""
     counts = chosen.sum(axis=0)
     totals = np.where(chosen, values, 0.0).sum(axis=0)
-    mean = np.divide(totals, counts, out=np.full(values.shape[1], np.nan), where=counts > 0)
+    empty = np.full(values.shape[1], np.nan)
+    mean: Scores = np.divide(totals, counts, out=empty, where=counts > 0)
     lacking = np.isnan(mean)
     if lacking.any():
         every = values.mean(axis=0)

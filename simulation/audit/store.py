@@ -70,7 +70,7 @@ class Store:
             It cannot be written.
         """
         content = io.BytesIO()
-        np.savez(content, **dict(arrays))
+        np.savez(content, **dict(arrays))  # type: ignore[arg-type]
         try:
             self._write(f"{name}.npz", content.getvalue())
         except OSError as error:
