@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from fedward.errors import DataError
 from fedward.plan.schema import Plan
 from server.memorisation import Audit, Inverted, LowerBound, Membership
 from simulation.audit import bounds, canaries, inversion, membership
-from simulation.audit.federation import Arrays, Federation, Outcome, TrainerOf
+from simulation.audit.federation import Federation, Outcome, TrainerOf
 from simulation.audit.people import Mask, People
 from simulation.audit.store import Store
 from simulation.audit.updates import Seen, WatchedTrainer, steps_in_all
@@ -81,7 +81,7 @@ class Auditor:
     sites: Sequence[PreparedSite]
     seed: int
     sizes: Sizes
-    delivered: Arrays | None
+    delivered: Mapping[str, NDArray[Any]] | None
     store: Store
     folder: Path
     tell: Tell

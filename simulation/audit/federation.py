@@ -163,5 +163,5 @@ def _signals(
     view = SiteView(plan, site, state.sites.runtime)
     view.load(model, plan.rounds)
     made = state.sites._made.get(site.name) if isinstance(state.sites, _Sites) else None
-    kept = made.kept() if hasattr(made, "kept") else None
+    kept = made.kept() if made is not None and hasattr(made, "kept") else None
     return *view.signals(np.arange(len(site.images))), kept
