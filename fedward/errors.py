@@ -20,6 +20,7 @@
     ├── EgressError            23   something was about to leave a site that may not
     ├── AccessError            24   a token is missing, invalid, or not enough
     ├── ServiceError           25   the aggregator's service cannot be reached or is not ready
+    ├── ReleaseError           26   an audit found more than the plan promises
     └── Interrupted           130   Ctrl-C; what was finished is kept
 
 A message states the rule, the value that breaks it and the next step. Exit code 2 is the command
@@ -169,6 +170,12 @@ class ServiceError(FedwardError):
     """The aggregator's service cannot be reached, or is not ready."""
 
     exit_code = 25
+
+
+class ReleaseError(FedwardError):
+    """An attack on a study's updates found more than its plan promises."""
+
+    exit_code = 26
 
 
 class Interrupted(FedwardError):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from fedward.protocol import SiteFacts
+from server.memorisation import Audit
 
 if TYPE_CHECKING:
     from fedward.models import WeightsReport
@@ -167,6 +168,7 @@ class StudyResults(Strict):
     model_sha256: str = Field(
         default="", description="SHA-256 of `model.safetensors`; empty while there is none"
     )
+    audit: Audit | None = Field(default=None, description="simulations: what attacks found")
     start_up_seconds: float = Field(default=0.0, description="from the command to the first round")
     seconds: float = Field(default=0.0, description="wall seconds of the whole run")
     versions: dict[str, str] = Field(default_factory=dict, description="fedward, torch, flwr, …")

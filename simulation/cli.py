@@ -149,6 +149,70 @@ def run(
 
 
 @app.command()
+def audit(
+    plan: PlanFile,
+    data: Annotated[
+        Path, typer.Option("--data", help="Folder or file of images.", show_default=False)
+    ],
+    format: Annotated[
+        FormatName, typer.Option("--format", help="How the data lie.")
+    ] = FormatName.auto,
+    sites: Annotated[
+        int | None, typer.Option("--sites", min=1, help="Hospitals to make, as in `run`.")
+    ] = None,
+    partition: Annotated[
+        str, typer.Option("--partition", help="Who has which patient, as in `run`.")
+    ] = "folders",
+    shadows: Annotated[
+        int, typer.Option("--shadows", min=0, max=256, help="Federations on random halves.")
+    ] = 8,
+    canaries: Annotated[
+        int, typer.Option("--canaries", min=0, max=2000, help="Planted patients at each site.")
+    ] = 40,
+    device: Device = "auto",
+    seed: Seed = 0,
+    out: Out = Path("runs/latest"),
+    as_json: AsJson = False,
+) -> None:
+    """Attack a study's model and updates, and bound ε from below."""
+    from fedward.plan import load_plan
+
+    loaded = load_plan(plan)
+    from simulation import flower
+    from simulation.audit.audit import Sizes
+    from simulation.audit.progress import AuditProgress
+    from simulation.audit.study import add_to_report, audit_study, check_release
+    from simulation.options import Options
+    from simulation.output import check_out
+    from simulation.study import Study
+
+    options = Options(
+        data=data,
+        out=out,
+        format=None if format is FormatName.auto else _FORMATS[format],
+        partition=partition,
+        sites=sites,
+        device=device,
+        seed=seed,
+        plan_folder=plan.parent,
+    )
+    check_out(out, data)
+    flower.quiet()
+    _log_to(out / "run.log")
+    console = _console(as_json)
+    with AuditProgress(console) as progress:
+        found = audit_study(Study(loaded, options), Sizes(shadows, canaries), progress, fresh=False)
+    told = add_to_report(found, out)
+    if not as_json:
+        _show_audit(console, found)
+        where = out / ("report.html" if told else "audit.json")
+        console.print(f"Audit: {where}", highlight=False, soft_wrap=True)
+    check_release(found)
+    if as_json:
+        print_json({"out": str(out), "audit": found.model_dump(mode="json")})
+
+
+@app.command()
 def demo(
     out: Out = Path("demo"),
     seed: Seed = 0,
@@ -238,6 +302,7 @@ def export(
 def _run_studies(studies: list[Any], out: Path, as_json: bool) -> None:
     from server.report import headline, summary_table
     from simulation import flower
+    from simulation.audit.study import gate
     from simulation.output import set_aside, write_outputs
     from simulation.progress import StudyProgress
 
@@ -250,6 +315,8 @@ def _run_studies(studies: list[Any], out: Path, as_json: bool) -> None:
             with StudyProgress(console, study.plan.metrics.primary) as progress:
                 study.listen, study.note = progress.listen, progress.note
                 study.run()
+            if study.plan.privacy.audit:
+                gate(study, console)
     finally:
         begun = [study for study in studies if study.results.arms]
         if begun:
@@ -263,6 +330,16 @@ def _run_studies(studies: list[Any], out: Path, as_json: bool) -> None:
         console.print(summary_table(study.results))
         console.print(headline(study.results))
     console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _show_audit(console: Console, found: Any) -> None:
+    from server.report.memorisation import audit_tables, audit_words
+    from server.report.table import printed
+
+    for table in audit_tables(found):
+        console.print(printed(table))
+    for sentence in audit_words(found):
+        console.print(sentence)
 
 
 def _log_to(path: Path) -> None:

@@ -18,7 +18,8 @@ from simulation.study import Study
 
 _EARLIER = "earlier-results"
 _RESULTS = (
-    "report.html", "metrics.json", "model.safetensors", "plan.json", "plan.sha256", "run.log", FILE,
+    "report.html", "metrics.json", "model.safetensors", "plan.json", "plan.sha256", "run.log",
+    "audit.json", FILE,
 )  # fmt: skip
 
 

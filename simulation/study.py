@@ -53,6 +53,8 @@ class Study:
         The delivered model of the main arm.
     left_out : list of Missed
         Files and rows that were not taken, by name; stays on this machine.
+    sites : list of PreparedSite
+        The hospitals, once they are prepared.
     """
 
     plan: Plan
@@ -63,6 +65,7 @@ class Study:
     results: StudyResults = field(init=False)
     model: Arrays | None = None
     left_out: list[Missed] = field(default_factory=list)
+    sites: list[PreparedSite] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         plan, options = self.plan, self.options
@@ -84,10 +87,10 @@ class Study:
         """
         self._began = time.perf_counter()
         # What is wrong with the plan shows before an image is read.
-        arrays, plans = self._initial(), self._plans()
-        sites = self._prepare()
+        arrays, plans = self.initial(), self._plans()
+        sites = self.sites = self.prepare()
         self._describe(sites)
-        runtime, workers = self._machine(len(sites))
+        runtime, workers = self.machine(len(sites))
         pool = Pool(State(SimulatedSites(sites, runtime)), workers)
         try:
             self._federated(pool, sites, runtime, [self._job(plan, arrays) for plan in plans])
@@ -105,7 +108,8 @@ class Study:
             self.results.seconds = time.perf_counter() - self._began
         return self.results
 
-    def _prepare(self) -> list[PreparedSite]:
+    def prepare(self) -> list[PreparedSite]:
+        """The hospitals' images, ready for the plan."""
         with preparers(Limits(workers=cores())) as crew:
             if self.options.hospitals:
                 return frozen_sites(self.plan, self.options, crew, self.note)
@@ -121,14 +125,16 @@ class Study:
         for line in told(self.results.missing_classes):
             self.note(line)
 
-    def _initial(self) -> Arrays:
+    def initial(self) -> Arrays:
+        """The model that every arm starts from."""
         plan, options = self.plan, self.options
         model, report = start_model(plan, options.seed, options.plan_folder)
         if plan.model.initial_weights is not None:
             self.results.take_weights(report)
         return to_arrays(model)
 
-    def _machine(self, sites: int) -> tuple[Runtime, int]:
+    def machine(self, sites: int) -> tuple[Runtime, int]:
+        """How trainers may use this machine, and how many processes there are for so many."""
         device = choose_device(self.options.device)
         on_gpu = device.type == "cuda"
         workers = 0 if on_gpu else min(cores(), sites)

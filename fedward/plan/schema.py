@@ -399,6 +399,11 @@ class Privacy(Section):
     images_per_patient: int = Field(
         default=1, ge=1, le=64, description="images drawn from each sampled patient in a step"
     )
+    audit: bool = Field(
+        default=False,
+        description="simulations: attack the model and its updates at the end, and fail where that "
+        "finds a lower bound above ε; between hospitals it changes nothing",
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> Privacy:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from fedward.plan.text import toml_text
 from fedward.printable import printable
-from server.report import charts, curves, sentences, site_tables, tables, words
+from server.report import charts, curves, memorisation, sentences, site_tables, tables, words
 from server.report.files import write_text
 from server.report.looks import Look, looks
 from server.report.numbers import of_kind, ordered, site_names, together, together_mean
@@ -59,6 +59,8 @@ class StudyPage:
     privacy: tables.Table | None
     privacy_words: Sequence[tuple[str, str]]
     privacy_curve: Chart | None
+    audit_words: Sequence[str]
+    audit: Sequence[tables.Table]
     sites: tables.Table | None
     missing_classes: Sequence[str]
     unchecked: str
@@ -112,6 +114,7 @@ def render(results: Sequence[StudyResults], *, extra_notes: Sequence[str] = ()) 
         synthetic=[one.title or one.study for one in results if one.synthetic],
         notes=list(extra_notes),
         words=words,
+        memorisation=memorisation,
     )
     return printable(page)
 
@@ -134,6 +137,8 @@ def _study(name: str, results: StudyResults) -> StudyPage:
         privacy=tables.privacy_table(results),
         privacy_words=sentences.privacy_words(results),
         privacy_curve=_privacy_curve(name, results),
+        audit_words=memorisation.audit_words(results.audit) if results.audit else [],
+        audit=memorisation.audit_tables(results.audit) if results.audit else [],
         sites=site_tables.sites_table(results),
         missing_classes=[
             f"{site} has no image of {words.listed(names)}."

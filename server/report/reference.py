@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from fedward.protocol import SiteFacts
 from fedward.schema_doc import anchor, fields_table, summary
-from server import results
+from server import memorisation, results
 
 _PARTS: tuple[type[BaseModel], ...] = (
     results.StudyResults,
@@ -19,6 +19,10 @@ _PARTS: tuple[type[BaseModel], ...] = (
     results.Failure,
     results.TestFigures,
     results.SitePrivacy,
+    memorisation.Audit,
+    memorisation.Membership,
+    memorisation.LowerBound,
+    memorisation.Inverted,
     SiteFacts,
 )
 
@@ -47,6 +51,11 @@ _MEANINGS: dict[type[BaseModel], dict[str, str]] = {
         "noise_multiplier": "standard deviation of the noise over the clipping norm",
         "sampling_rate": "chance of a patient to be in a step",
         "steps": "private steps in all rounds",
+    },
+    memorisation.Audit: {
+        "study": "the plan's short name",
+        "plan_sha256": "SHA-256 of the plan's canonical form",
+        "seed": "seed of the study and of the audit",
     },
     SiteFacts: {
         "version": "version of the record",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rich.table import Table
 from rich.text import Text
 
+from server.report import tables
 from server.report.numbers import best, of_kind, own_mean, together, together_mean
 from server.report.words import NOTHING, duration, figure, metric_name
 from server.results import Arm, StudyResults
@@ -97,6 +98,17 @@ def summary_table(results: StudyResults) -> Table:
     for row in rows:
         table.add_row(*_cells(row, results.primary, bests))
     return table
+
+
+def printed(table: tables.Table) -> Table:
+    """A table of the report, for the terminal."""
+    shown = Table(title=Text(table.caption), title_justify="left", header_style="bold")
+    shown.add_column(table.corner)
+    for place, column in enumerate(table.columns):
+        shown.add_column(column, justify="left" if place in table.words else "right")
+    for row in table.rows:
+        shown.add_row(Text(row.head), *(Text(cell.text) for cell in row.cells))
+    return shown
 
 
 def _title(results: StudyResults) -> str:

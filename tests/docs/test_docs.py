@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
 # Written by `make bench`, which takes hours: a fresh copy may lack them.
-BENCHMARKS = {"accuracy.md", "dicom.md", "dp.md", "simulation.md"}
+BENCHMARKS = {"accuracy.md", "dicom.md", "dp.md", "privacy.md", "simulation.md"}
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -43,7 +43,7 @@ def sections(text: str, level: str = "##") -> dict[str, str]:
 
 
 def test_the_commands_are_found() -> None:
-    assert set(ALL) == {"run", "demo", "cohort", "export", "plan check"}
+    assert set(ALL) == {"run", "audit", "demo", "cohort", "export", "plan check"}
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -1,0 +1,1 @@
+"""What a study's model and updates remember of its patients, measured by attacking them."""

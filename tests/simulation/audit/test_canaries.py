@@ -1,0 +1,70 @@
+"""Canaries: planted behind a site's own images, apart from each other in what they teach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from client.data.types import PreparedSite
+from client.training.runtime import Runtime
+from fedward.models import build_model, to_arrays
+from fedward.plan import Plan
+from simulation.audit.canaries import included, with_canaries
+from simulation.audit.people import People
+from simulation.audit.view import SiteView
+
+
+@pytest.fixture
+def planted(
+    make_plan: Callable[..., Plan], make_site: Callable[..., PreparedSite]
+) -> tuple[Plan, PreparedSite, PreparedSite, np.ndarray]:  # type: ignore[type-arg]
+    plan, site = make_plan(), make_site(images_per_patient=2)
+    arrays = to_arrays(build_model(plan, 0))
+    made, images = with_canaries(plan, site, 6, arrays, Runtime(), seed=3)
+    return plan, site, made, images
+
+
+def test_canaries_stand_behind_the_sites_own_images(planted: tuple) -> None:  # type: ignore[type-arg]
+    _, site, made, images = planted
+    assert images.tolist() == list(range(80, 86))
+    assert (made.images[:80] == site.images).all() and len(set(made.patients[images])) == 6
+    assert not set(made.patients[images]) & set(site.patients)
+    assert made.split == site.split
+    assert included(made, images[:2]).patients_in("train") == site.patients_in("train") + 2
+    people = People.of([made], [images])
+    assert people.canaries.sum() == 6 and not (people.canaries & people.trained).any()
+    assert people.images_of(0, people.canaries).tolist() == images.tolist()
+    assert people.trained.sum() == site.patients_in("train")
+
+
+def test_gradients_are_those_of_the_losses(planted: tuple) -> None:  # type: ignore[type-arg]
+    """Along a direction the loss falls as the gradient says (finite differences)."""
+    plan, _, made, images = planted
+    arrays = to_arrays(build_model(plan, 0))
+    view = SiteView(plan, made, Runtime())
+    view.load(arrays, 1)
+    (gradient,) = view.gradients([images[:1]])
+    direction = gradient / np.linalg.norm(gradient)
+    losses = []
+    for step in (-1e-2, 1e-2):
+        start, moved = 0, {}
+        for name in view.names:
+            size = arrays[name].size
+            part = direction[start : start + size].reshape(arrays[name].shape)
+            moved[name] = (arrays[name] + step * part).astype(np.float32)
+            start += size
+        view.load({**arrays, **moved}, 1)
+        losses.append(view.signals(images[:1])[0][0])
+    slope = (losses[1] - losses[0]) / 2e-2
+    assert slope == pytest.approx(np.linalg.norm(gradient), rel=0.02)
+
+
+def test_the_confidence_is_the_log_odds_of_the_true_class(planted: tuple) -> None:  # type: ignore[type-arg]
+    plan, _, made, _ = planted
+    view = SiteView(plan, made, Runtime())
+    view.load(to_arrays(build_model(plan, 0)), 1)
+    loss, confidence = view.signals(np.arange(80))
+    chance = np.exp(-loss)
+    assert confidence == pytest.approx(np.log(chance / (1 - chance)), abs=1e-4)
