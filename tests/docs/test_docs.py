@@ -223,3 +223,13 @@ def test_each_state_event_and_kind_is_in_the_operations_guide() -> None:
         kinds |= set(re.findall(r'(?:_tell\(|_add_event\(\s*connection, .*?)"(\w+)", ', text))
     assert {"submitted", "round", "refused", "restored"} <= kinds
     assert told["What a study tells"] == kinds | set(get_args(State))
+
+
+def test_the_threat_model_names_every_attack_and_nothing_that_is_not_there() -> None:
+    page = (DOCS / "threat-model.md").read_text("utf-8")
+    named = set(re.findall(r"`((?:tests/[\w/]+/)?test_\w+\.py)`", page))
+    attacks = {path.name for path in (ROOT / "tests" / "attacks").glob("test_*.py")}
+    for name in named:
+        path = ROOT / name if "/" in name else ROOT / "tests" / "attacks" / name
+        assert path.is_file(), name
+    assert attacks <= {Path(name).name for name in named}
