@@ -49,6 +49,7 @@ def test_figures(
         pooled=pooled,
         per_class=per_class,
         images=measured,
+        evaluation_epsilon=total.epsilon if isinstance(total, PrivateCounts) else None,
         standard_errors=_noise(plan, total),
         site_standard_errors={site: errors for site, errors in noise.items() if errors},
     )

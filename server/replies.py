@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 
 from fedward.errors import FedwardError, ProtocolError
 from fedward.metrics import AnyCounts, PrivateCounts, counts_from_arrays
-from fedward.plan.schema import Task
+from fedward.metrics.checks import agree
+from fedward.metrics.private_counts import (
+    MOST_COUNT_NOISE,
+    TABLES,
+    noise_scale,
+    sensitivity,
+    unit_of,
+)
+from fedward.plan.schema import Plan
 from fedward.protocol import EvaluateOutcome, Refusal, SiteFacts, TrainOutcome
 
 Shapes = Mapping[str, NDArray[Any]]
@@ -79,6 +87,13 @@ def read_facts(message: Message) -> SiteFacts | Bad:
                     f"a site's parts must hold no more {what} than the site",
                     value=f"{parts} of {getattr(facts, what)}",
                 )
+        for part in _PARTS:
+            images, patients = getattr(facts, f"{part}_images"), getattr(facts, f"{part}_patients")
+            if images < patients:
+                raise ProtocolError(
+                    "a site's part must hold an image for each of its patients",
+                    value=f"{images} of {patients} in {part}",
+                )
         return facts
     except FedwardError as error:
         return _bad(error)
@@ -134,7 +149,7 @@ def read_counts(
     site: str,
     round_: int,
     part: str,
-    task: Task,
+    plan: Plan,
     facts: SiteFacts | None = None,
 ) -> Measured | Bad:
     """Check the counts of an evaluation; of no more images than the site described.
@@ -145,8 +160,8 @@ def read_counts(
         The reply.
     site, round_, part : str, int, str
         Who was asked, for which round, to measure on which part.
-    task : Task
-        What kind of counts there must be.
+    plan : Plan
+        What kind of counts there must be, and with which noise.
     facts : SiteFacts or None
         What the site said of itself.
     """
@@ -159,9 +174,12 @@ def read_counts(
         arrays = {name: _decoded(array) for name, array in record.items()}
         counts: AnyCounts
         if outcome.unit is not None and outcome.noise is not None:
-            counts = PrivateCounts.from_arrays(task, arrays, outcome.unit, outcome.noise)
+            _check_noise(outcome, plan, arrays)
+            counts = PrivateCounts.from_arrays(
+                plan.task, arrays, outcome.unit, outcome.noise, outcome.epsilon
+            )
         else:
-            counts = counts_from_arrays(task, arrays)
+            counts = counts_from_arrays(plan.task, arrays)
         _check_counted(counts, part, facts)
         return Measured(outcome, counts)
     except FedwardError as error:
@@ -248,6 +266,22 @@ def _check_claims(outcome: TrainOutcome, facts: SiteFacts | None) -> None:
                 f"an update must not claim more {what} than its site described",
                 value=f"{claimed} of {described}",
             )
+
+
+def _check_noise(outcome: EvaluateOutcome, plan: Plan, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Hold what a site says of its noise against the plan: what is believed of it is believed of
+    how many images there may be, and how far off the figures are."""
+    images = plan.metrics.images_per_patient if outcome.epsilon is not None else 1
+    unit, known = unit_of(plan.task, images), set(arrays) <= set(TABLES[plan.task.kind])
+    agree(known and outcome.unit == unit, "counts must have the unit that the plan asks for")
+    if outcome.epsilon is None:
+        most = MOST_COUNT_NOISE * unit * sensitivity(plan.task, arrays)
+        agree((outcome.noise or 0.0) <= most, "counts must have a noise that a policy can ask for")
+        return
+    asked = plan.evaluation_epsilon(outcome.part)
+    scale = float(noise_scale(plan.task, arrays, unit, asked)) if arrays else 0.0
+    same = (outcome.epsilon, outcome.noise) == (asked, scale)
+    agree(same, "counts must have the noise that the plan asks for")
 
 
 def _check_counted(counts: AnyCounts, part: str, facts: SiteFacts | None) -> None:

@@ -99,6 +99,10 @@ class TestFigures(Strict):
         default_factory=dict, description="segmentation: metric, class, figure on all together"
     )
     images: dict[str, int] = Field(default_factory=dict, description="test images per site")
+    evaluation_epsilon: float | None = Field(
+        default=None,
+        description="ε of the counts for each test patient of every site; none: there is no bound",
+    )
     standard_errors: dict[str, float] = Field(
         default_factory=dict,
         description="standard deviation that the noise of private counts alone gives each figure "

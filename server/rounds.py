@@ -150,6 +150,8 @@ class StudyRun:
                 # Whose update the mean had already sends it again, as it was.
                 self._ask(round_, stage, place, expected, gathered, result)
             if len(gathered.updates) >= needed or self.job.stop.is_set():
+                for site in gathered.updates:  # only now is it known that none is an outlier
+                    self._members.note(site, None)
                 self._note(gathered, result)
                 return gathered
         raise StudyError(
@@ -181,9 +183,9 @@ class StudyRun:
     def _size_of(self, site: str) -> float:
         """What the norm of a site's update may grow with (see :class:`NormBound`)."""
         facts = self.job.facts.get(site)
-        if facts is None:
-            return 1.0
-        return float(facts.train_patients if self.plan.privacy.on else facts.train_images)
+        # What its weight counts: who claims little to widen the bound has little weight.
+        weighting = self.plan.strategy.weighting
+        return 1.0 if facts is None else float(getattr(facts, f"train_{weighting}"))
 
     def _gathered_so_far(self, round_: int, stage: Stage) -> Gathered:
         # What came before a pause counts after it.
@@ -265,7 +267,6 @@ class StudyRun:
                 else:
                     gathered.add(site, update)
                     failures.pop(site, None)
-                    self._members.note(site, None)
         finally:
             for site in asked & self.job.facts.keys():
                 charge_ordered(self.job.arm, self.plan, self.job.facts[site], round_)
@@ -296,7 +297,8 @@ class StudyRun:
 
     def _divergence(self, value: str) -> DivergenceError:
         return DivergenceError(
-            "the updates of most sites must stay finite and near the model: training diverges",
+            "updates must stay finite and near the model at more than half of the sites: training "
+            "diverges",
             value=value, where="training.learning_rate",
             fix="Lower the learning rate (or that of the stage, or of the strategy) and submit the "
             "plan again; no site is quarantined for this",
@@ -407,7 +409,7 @@ class StudyRun:
         for node, reply in self._members.grid.replies(messages, deadline, self._members.cut_off):
             site = nodes[node]
             facts = self.job.facts.get(site)
-            measured = read_counts(reply, site, round_, part, self.plan.task, facts)
+            measured = read_counts(reply, site, round_, part, self.plan, facts)
             self._tell(round_, site, part)
             if isinstance(measured, Measured):
                 counts[site] = measured.counts

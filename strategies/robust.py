@@ -52,6 +52,10 @@ def dominates(share: float, sites: int) -> bool:
     return sites > 1 and share > (1 + 1 / sites) / 2
 
 
+# Times wider that the bound of norms is for a site because it says that it is larger.
+_MOST_WIDER = 4.0
+
+
 @dataclass(frozen=True)
 class NormBound:
     """The largest norm of an update that a round takes, after the median of its updates' norms.
@@ -87,4 +91,5 @@ class NormBound:
         """
         if self.median <= 0 or self.size <= 0 or size <= 0:
             return math.inf
-        return self.ratio * self.median * max(size / self.size, self.size / size)
+        larger = min(size / self.size, _MOST_WIDER)
+        return self.ratio * self.median * max(larger, self.size / size)

@@ -147,6 +147,9 @@ def status(config: Config = _SITE, as_json: Json = False) -> None:
     console.print(table)
     for warning in now["warnings"]:
         console.print(warning, style="bold red")
+    if now["doing"] == "not answering":
+        console.print("The budget is the trainer's: it is not known while it is silent.")
+        return
     _print_budget(console, answer)
 
 

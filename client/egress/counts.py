@@ -14,7 +14,13 @@ from client.policy import words
 from client.policy.settings import Limits
 from fedward.errors import PolicyError
 from fedward.metrics import ClassificationCounts, Counts, SegmentationCounts
-from fedward.metrics.private_counts import NoisyTables, noise_scale, parts_for, unit_of
+from fedward.metrics.private_counts import (
+    NoisyTables,
+    noise_scale,
+    parts_for,
+    sensitivity,
+    unit_of,
+)
 from fedward.metrics.rates import rates
 from fedward.plan.schema import Plan
 
@@ -49,7 +55,7 @@ def noise_for(plan: Plan, limits: Limits, part: str) -> NoisyTables | None:
         scale = noise_scale(task, parts, unit, plan.evaluation_epsilon(part))
         return NoisyTables(parts, scale, unit, metrics.images_per_patient)
     unit = unit_of(task, 1)
-    scale = Fraction(limits.count_noise) * unit
+    scale = Fraction(limits.count_noise) * unit * sensitivity(task, parts)
     least = limits.minimum_count * unit
     return NoisyTables(parts, scale, unit, by_patient=False, least=least)
 

@@ -170,7 +170,8 @@ class Gate:
             raise _not_so("counts must be those of the plan's task") from None
         _most(outcome.images, self._cohort().images, "images")
         self._size(made)
-        return made, outcome.model_copy(update={"seconds": self._seconds(outcome.seconds)})
+        # Weights can make a single patient's image slow to compute: the noise covers no time.
+        return made, outcome.model_copy(update={"seconds": 0.0})
 
     def check_facts(self, facts: SiteFacts) -> SiteFacts:
         """Check what the site says of itself.
@@ -241,8 +242,8 @@ class Gate:
         _most(outcome.images, known.images, "images")
         check_cost(self._known_plan(), outcome)
         changes: dict[str, Any] = {
-            "seconds": self._seconds(outcome.seconds),
-            "cpu_seconds": self._seconds(outcome.cpu_seconds),
+            "seconds": self._duration(outcome.seconds),
+            "cpu_seconds": self._duration(outcome.cpu_seconds),
             "loss": self._loss(outcome),
         }
         return outcome.model_copy(update=changes)
@@ -266,7 +267,10 @@ class Gate:
             raise _not_so("counts must be of the images that the outcome tells of")
 
     def _classes(self, facts: SiteFacts) -> dict[str, Any]:
-        if not any(0 < count < self._limits.minimum_count for count in facts.class_counts):
+        # The plan divides the patients: two plans that differ a little would tell a label.
+        exact = self._limits.counts != "private"
+        small = any(0 < count < self._limits.minimum_count for count in facts.class_counts)
+        if not facts.class_counts or (exact and not small):
             return {}
         self._tell("withheld", parts=["class_counts"], round=0)
         return {"class_counts": ()}
@@ -287,6 +291,11 @@ class Gate:
             raise _not_so("a reply must be of this site")
         if round_ != asked:
             raise _not_so("a reply must be for the round that was asked")
+
+    def _duration(self, value: float) -> float:
+        """Seconds of training; whole ones where ε should cover what an update tells."""
+        seconds = self._seconds(value)
+        return float(math.ceil(seconds)) if self._known_plan().privacy.on else seconds
 
     def _seconds(self, value: float) -> float:
         _within(value, _LONGEST, "seconds")

@@ -90,8 +90,9 @@ class Service(rpc.TrainerServicer):
                 self._ended.wait(_PULSE_SECONDS)
         finally:
             with self._lock:
+                # Before the next one may attach: what it tells must not be undone.
+                self._desk.detached()
                 self._lease = ""
-            self._desk.detached()
 
     def Describe(self, parts: Iterator[pb.Part], context: Any) -> Iterator[pb.Part]:
         """What the site says of itself for a plan."""

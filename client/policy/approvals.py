@@ -117,6 +117,12 @@ class Approvals:
             known = next((one for one in file.approvals if one.key == key), None)
             if known is not None and known.state in ("approved", "denied", wanted):
                 return known
+            # A denial is of the study, whatever plan its coordinator sends next.
+            if any(
+                (one.study, one.coordinator, one.state) == (*key[::2], "denied")
+                for one in file.approvals
+            ):
+                wanted = "denied"
             others = [one for one in file.approvals if one.key != key]
             made = Approval(
                 study=request.study, plan_hash=request.plan_hash, coordinator=request.coordinator,

@@ -66,7 +66,8 @@ class Limits(Section):
         ge=0,
         le=1000,
         allow_inf_nan=False,
-        description="`minimum-cells`: scale of the Laplace noise on each cell, in images; 0: none",
+        description="`minimum-cells`: scale of the Laplace noise for each table that an image "
+        "enters, in images; 0: none",
     )
     max_evaluation_epsilon: Above = Field(
         default=8.0, description="largest ε of a study's evaluations (`metrics.epsilon`)"
@@ -129,7 +130,7 @@ class PolicySection(Limits):
         description="largest ε of all studies together on one patient, at the site's δ",
     )
     max_evaluation_epsilon_per_cohort: Above = Field(
-        default=32.0,
+        default=16.0,
         description="largest ε of the evaluations of all studies together on one cohort",
     )
     quiet_hours: tuple[str, ...] = Field(

@@ -128,7 +128,6 @@ class TrainerDesk:
 
     def detached(self) -> None:
         """It left."""
-        self._exposed = False
         self._board.set(connector="none attached")
         self.link = {}
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from client.data.types import PreparedSite
+from client.training.batches import FILLER
 from client.training.device import autocast
 from client.training.runtime import Runtime
 from client.training.source import Source
@@ -28,7 +29,7 @@ from fedward.metrics.private_counts import (
 from fedward.metrics.segmentation import overlaps
 from fedward.plan.schema import Plan
 
-_BATCH: Final = 128
+_BATCH: Final = {"cpu": 16, "cuda": 128}
 
 
 @dataclass(frozen=True)
@@ -103,14 +104,17 @@ def evaluate(
     """
     module.eval()
     found = []
-    # Without gradients twice as many fit; fewer where memory ran out.
-    most = min(_BATCH, 2 * runtime.physical_batch)
+    # All batches have one size: kernels round by it, and an answer must not depend on how many
+    # other images there are. Fewer where memory ran out.
+    most = min(_BATCH[runtime.torch_device.type], runtime.physical_batch)
     starts = range(0, len(indices), most)
     for part, start in enumerate(starts, 1):
         batch = indices[start : start + most]
-        inputs, _ = source.plain(batch)
+        filled = np.full(most, FILLER)
+        filled[: len(batch)] = batch
+        inputs, _ = source.plain(filled)
         with autocast(runtime.torch_device, private=False):
-            logits = module(inputs).float()
+            logits = module(inputs).float()[: len(batch)]
         found.append(_values(plan, logits, site, batch, surface=surface))
         if runtime.watch is not None:
             runtime.watch(part, len(starts))

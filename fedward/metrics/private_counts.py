@@ -39,6 +39,15 @@ _REACH: Final = math.asinh(8.0)
 _RANKED: Final = frozenset({"auc", "loss"})
 _DECIDED: Final = CLASSIFICATION_METRICS - _RANKED
 _OVERLAPS: Final = ("dice", "iou", "hd95")
+MOST_COUNT_NOISE: Final = 1000.0
+"""Largest scale of noise without ε that a policy can ask for, in images."""
+
+TABLES: Final[Mapping[str, tuple[str, ...]]] = {
+    "classification": ("scores", "decisions"),
+    "segmentation": _OVERLAPS,
+}
+"""Names of the tables of each kind of task."""
+
 # Noisy cells must fit int64 sums over many sites.
 _LARGEST: Final = 1 << 50
 
@@ -222,16 +231,24 @@ class PrivateCounts:
         What one patient weighs.
     variance : float
         Of the noise on each cell.
+    epsilon : float or None
+        What the tables cost a patient; None where that has no bound.
     """
 
     task: Task
     tables: Mapping[str, Ints]
     unit: int
     variance: float
+    epsilon: float | None = None
 
     @classmethod
     def from_arrays(
-        cls, task: Task, arrays: Mapping[str, NDArray[Any]], unit: int, scale: float
+        cls,
+        task: Task,
+        arrays: Mapping[str, NDArray[Any]],
+        unit: int,
+        scale: float,
+        epsilon: float | None = None,
     ) -> PrivateCounts:
         """Take tables from outside, trusting nothing.
 
@@ -247,8 +264,10 @@ class PrivateCounts:
             if table.shape != shapes[name] or table.dtype != np.int64:
                 raise refuse(f"`{name}` must be whole numbers of shape {shapes[name]}", table.shape)
             agree(bool((np.abs(table) < _LARGEST).all()), f"`{name}` must hold counts")
-        agree(1 <= unit < _LARGEST and math.isfinite(scale) and scale > 0, "noise must be stated")
-        return cls(task, {k: np.array(v) for k, v in arrays.items()}, unit, _variance(scale))
+        # Beyond these bounds the variance is no float.
+        agree(1 <= unit < _LARGEST and 2**-6 <= scale <= 2**40, "noise must be stated")
+        tables = {name: np.array(table) for name, table in arrays.items()}
+        return cls(task, tables, unit, variance(Fraction(scale)), epsilon)
 
     @classmethod
     def of(cls, task: Task, counts: ClassificationCounts | SegmentationCounts) -> PrivateCounts:
@@ -300,7 +319,9 @@ class PrivateCounts:
             if name in other.tables
         }
         noise = self.variance * mine**2 + other.variance * theirs**2
-        return PrivateCounts(self.task, tables, unit, noise)
+        known = self.epsilon is not None and other.epsilon is not None
+        epsilon = max(self.epsilon or 0.0, other.epsilon or 0.0) if known else None
+        return PrivateCounts(self.task, tables, unit, noise, epsilon)
 
     __add__ = merge
 
@@ -486,7 +507,3 @@ def _is_binary(task: Task) -> bool:
 
 def _scores_tell_decisions(task: Task) -> bool:
     return task.multi_label or _is_binary(task)
-
-
-def _variance(scale: float) -> float:
-    return variance(Fraction(scale).limit_denominator(1_000_000_000))

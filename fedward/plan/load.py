@@ -100,4 +100,8 @@ def from_canonical(text: str) -> Plan:
         raise PlanError(
             "a plan on the wire must be an object", value=type(value).__name__, fix="Send it again"
         )
-    return plan_from(value)
+    plan = plan_from(value)
+    if canonical(plan) != text:
+        # One plan has one text and one hash; else a denied one would come back under another.
+        raise PlanError("a plan on the wire must be canonical JSON", fix="Send it again")
+    return plan

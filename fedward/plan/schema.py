@@ -459,7 +459,7 @@ class Metrics(Section):
     evaluate_every: int = Field(
         default=1, ge=1, description="rounds between two evaluations on validation patients"
     )
-    epsilon: Annotated[float, Field(gt=0, le=100)] = Field(
+    epsilon: Annotated[float, Field(ge=0.001, le=100)] = Field(
         default=4.0,
         description="ε of the counts that a site's evaluations release over the whole study: for "
         "each test patient in the one test, for each validation patient in all validations "

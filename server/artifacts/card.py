@@ -81,7 +81,8 @@ def _privacy(plan: Plan, arm: Arm) -> Iterator[str]:
         return
     yield (
         "Each site's updates are differentially private for each of its patients "
-        "(DP-SGD; figures of evaluation are not covered)."
+        "(DP-SGD). Figures of evaluation are about other patients, and have a bound of their own "
+        "where one is stated below."
     )
     yield ""
     yield "| site | ε | δ | noise multiplier | sampling rate |"
@@ -112,10 +113,12 @@ def _figures(plan: Plan, arm: Arm, results: StudyResults) -> Iterator[str]:
         cells = "|".join(_cell(errors.get(n)) for n in names)
         yield f"| standard error of the noise, all together |{cells}|"
         yield ""
-        yield (
-            "Sites counted with noise, which is differentially private for each test patient "
-            f"(ε = {plan.metrics.epsilon:g}). The standard error is what that noise alone adds."
-        )
+        told = "Sites counted with noise; the standard error is what that noise alone adds."
+        if (epsilon := arm.test.evaluation_epsilon) is not None:
+            told += (
+                f" For each test patient the counts are differentially private, ε = {epsilon:g}."
+            )
+        yield told
     if told := dominance(arm, results.primary):
         yield ""
         yield f"**{told}**"

@@ -139,9 +139,10 @@ def privacy_words(results: StudyResults) -> list[tuple[str, str]]:
         ),
         (
             "They do not cover",
-            "the thresholded metrics and the counts of patients, images and classes in this "
-            "report, which were computed exactly. Each arm is a release of its "
-            "own: on the same patients their ε add up.",
+            "evaluations, which are about validation and test patients"
+            + _evaluated(results)
+            + ", and the exact counts of patients, images and classes in this report. Each arm is "
+            "a release of its own: on the same patients their ε add up.",
         ),
     ]
     if any(arm.kind == "federated" and arm.epsilon is None for arm in results.arms):
@@ -160,3 +161,11 @@ def privacy_words(results: StudyResults) -> list[tuple[str, str]]:
             )
         )
     return said
+
+
+def _evaluated(results: StudyResults) -> str:
+    found = [arm.test.evaluation_epsilon for arm in of_kind(results, "federated") if arm.test]
+    known = [epsilon for epsilon in found if epsilon is not None]
+    if found and len(known) == len(found):
+        return f" (their counts have noise and ε = {max(known):g} of their own)"
+    return " (with exact counts, or noise without a bound)"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -14,6 +13,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from fedward.console import Console
 from server.events import Event, RoundEnded, StudyStarted
 
 
@@ -29,7 +29,7 @@ class AuditProgress:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._progress = Progress(
-            TextColumn("{task.description:<24}"),
+            TextColumn("{task.description:<24}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -52,7 +52,7 @@ class AuditProgress:
 
     def note(self, text: str) -> None:
         """Say what is being done outside the federations."""
-        self.console.print(f"[dim]{text}[/dim]", highlight=False)
+        self.console.print(text, style="dim", highlight=False)
 
     def part(self, name: str) -> None:
         """A part of the audit begins."""

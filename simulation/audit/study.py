@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from numpy.typing import NDArray
-from rich.console import Console
 
+from fedward.console import Console
 from fedward.errors import FedwardError, Interrupted, ReleaseError
 from fedward.models import load_model
 from fedward.plan.load import plan_hash

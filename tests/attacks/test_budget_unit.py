@@ -29,11 +29,10 @@ from client.training.runtime import Runtime
 from client.training.trainer import Trainer
 from fedward.errors import FedwardError
 from fedward.models import build_model, to_arrays
-from fedward.plan.load import plan_hash
 from fedward.plan.schema import Plan
 from fedward.privacy import Mechanism, calibrate
 from fedward.protocol import RoundOrder
-from fedward.signing import sign_study
+from fedward.signing import sign_order
 from server.job import Job
 from server.results import Arm
 from server.rounds import StudyRun
@@ -199,8 +198,8 @@ class Meter(Trainer):
 
     charged: ClassVar[dict[str, int]] = {}
 
-    def train(self, arrays: Any, order: RoundOrder, mu: float = 0.0) -> Any:
-        update, outcome = super().train(arrays, order, mu)
+    def train(self, arrays: Any, order: RoundOrder) -> Any:
+        update, outcome = super().train(arrays, order)
         self.charged[outcome.site] = self.charged.get(outcome.site, 0) + outcome.steps
         return update, outcome
 
@@ -269,7 +268,7 @@ def test_a_real_hospitals_late_update_is_on_the_card(
     job = Job(
         plan, to_arrays(build_model(plan, 0)), Arm(name="t", kind="federated"), deadline=600.0,
         quorum=1, members={hospital.node: hospital.daemon.name},
-        signed=sign_study(coordinator.key, study, plan_hash(plan)),
+        study=study, sign=lambda order: sign_order(coordinator.key, order),
     )  # fmt: skip
     ended: list[FedwardError] = []
 

@@ -1,9 +1,9 @@
 """A signed plan that freezes a trainer, and the officer's commands meanwhile.
 
-The attacker is a study's coordinator, which signs what it likes. Up to now a regular expression
-was built from the plan's words, and the text of a refusal was matched with it. Words that can be
-divided in many ways make that matching exponential, and Python's matcher holds the interpreter's
-lock: ``status``, ``deny`` and ``pause`` ended with 19 until somebody sent SIGKILL.
+The attacker is a study's coordinator, which signs what it likes. A regular expression
+built from the plan's words is one way: words that can be divided in many ways make matching
+exponential, and Python's matcher holds the interpreter's lock, so that ``status``, ``deny`` and
+``pause`` end with 19 until somebody sends SIGKILL.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import pytest
 from client.egress.words import Vocabulary
 from client.policy import words
 from fedward.errors import PlanError
+from fedward.models import build_model, to_arrays
 from fedward.models.arrays import trainable_names
 from fedward.plan.load import canonical, from_canonical, plan_hash
 from fedward.plan.schema import Plan
-from fedward.signing import sign_study
 
 Make = Callable[..., Any]
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,9 +126,7 @@ def test_a_plan_whose_words_froze_the_trainer_is_refused(
     """Was: no answer, and ``status`` ended with 19 after 30 s, until SIGKILL."""
     hostile = unchecked(make_plan(**staged("*")), FREEZING)
     before = hospital.daemon.children()
-    mark = plan_hash(hostile)
-    signed = sign_study(coordinator.key, "freezing", mark)
-    order = coordinator.order(plan, 1, "x", plan=canonical(hostile), plan_hash=mark, **signed)
+    order = coordinator.signed(hostile, 1, "freezing", to_arrays(build_model(plan, 0)))
     sent = coordinator.send(hospital.node, order)
     assert refusal_of(coordinator.reply(sent))[0] == "protocol"
     # This one passes the plan's rules, and comes to the sentence with the plan's word in it.

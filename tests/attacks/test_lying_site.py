@@ -49,9 +49,9 @@ class Liar(Trainer):
         return update
 
     def train(
-        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder, mu: float = 0.0
+        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder
     ) -> tuple[Arrays, TrainOutcome]:
-        update, outcome = super().train(arrays, order, mu)
+        update, outcome = super().train(arrays, order)
         return self.lie(arrays, update), outcome
 
 
@@ -100,9 +100,9 @@ class Claimant(SignFlip):
         })  # fmt: skip
 
     def train(
-        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder, mu: float = 0.0
+        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder
     ) -> tuple[Arrays, TrainOutcome]:
-        update, outcome = super().train(arrays, order, mu)
+        update, outcome = super().train(arrays, order)
         return update, outcome.model_copy(update={"patients": CLAIM, "images": CLAIM})
 
     def evaluate(

@@ -1,6 +1,6 @@
 """A connector that can read the images: the wall is not there, and it says so itself.
 
-Up to now the trainer warned, and carried out every order that came through it.
+Without the check the trainer would carry out every order that comes through it.
 """
 
 from __future__ import annotations

@@ -367,7 +367,7 @@ class Federation:
         job = Job(
             plan, to_arrays(build_model(plan, seed)), Arm(name="replayed", kind="federated"), seed,
             members={node: name for node, name in members.items() if name in kept.sites},
-            signed={"study": study, "coordinator": kept.coordinator, "signature": kept.signature},
+            study=study, sign=registry.sign,
         )  # fmt: skip
         try:
             StudyRun(job, session.grid).run()

@@ -43,7 +43,7 @@ def test_a_private_plan_says_what_epsilon_covers(segmentation: str) -> None:
         "10 steps in a round; a step draws each patient with chance 0.1, 1 image of each",
         "(ε = 8, δ = 0.0001)",
         "clipped to 1 ",
-        "Metrics and counts are not covered",
+        "Evaluations have an ε of their own, 4, about validation and test patients",
     ):
         assert words in text
     assert "parameters;" not in text
