@@ -11,7 +11,7 @@
     ├── DeviceError            15   the asked-for device is not there
     ├── ProtocolError          16   a message is not a known, valid record
     ├── StudyError             17   a study cannot go on (quorum, no update)
-    │   └── DivergenceError    17   training diverged at most sites
+    │   └── DivergenceError    27   training diverged at most sites
     ├── OutputError            18   results cannot be written
     ├── ConfigError            19   a site's or the server's configuration breaks a rule
     ├── BudgetError            20   the privacy budget does not allow it
@@ -121,7 +121,9 @@ class StudyError(FedwardError):
 
 
 class DivergenceError(StudyError):
-    """Training diverged at most sites: the plan is at fault, and no site."""
+    """Training diverged at half of the sites or more: the plan is at fault, and no site."""
+
+    exit_code = 27
 
 
 class OutputError(FedwardError):

@@ -67,6 +67,9 @@ def run_trainer(config: SiteConfig, stop: threading.Event | None = None) -> None
     releases, approvals = Releases(state / "releases"), Approvals(state)
     in_hand = OrdersInHand(state)
     _tell_last_stop(in_hand, audit, board)
+    # Numbers near zero take a hundred times as long: chosen weights could make the time of an order
+    # tell about one patient's image. Threads that start later inherit it.
+    torch.set_flush_denormal(True)
     runtime = runtime_of(config)
     with preparers(Limits(workers=runtime.threads)) as crew:
         work = Work(config, cases, ledger, releases, audit, board, secret, runtime, crew)

@@ -60,9 +60,6 @@ class Runtime:
     def enter(self) -> None:
         """Apply the settings to this process."""
         torch.set_num_threads(self.threads)
-        # Numbers near zero take a hundred times as long: chosen weights could make the time tell
-        # about one patient's image. Threads that start later inherit it.
-        torch.set_flush_denormal(True)
         # The bounds on one patient's share (fedward/models/clipping.py) are float32's; TF32 keeps
         # 11 of its 24 bits. What needs no bound runs in bfloat16 on a GPU anyway.
         torch.set_float32_matmul_precision("highest")

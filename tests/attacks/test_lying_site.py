@@ -7,7 +7,7 @@ honest sites stand beside one liar, so that the honest ones are the majority.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -106,7 +106,7 @@ class Claimant(SignFlip):
         return update, outcome.model_copy(update={"patients": CLAIM, "images": CLAIM})
 
     def evaluate(
-        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder
+        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder, noise: Any = None
     ) -> tuple[Arrays, EvaluateOutcome]:
         counts, outcome = super().evaluate(arrays, order)
         bins, half = counts["scores"].shape[-1], CLAIM // 2
@@ -119,6 +119,20 @@ class Claimant(SignFlip):
             "loss": np.array([0.0, CLAIM]),
         }  # fmt: skip
         return perfect, outcome
+
+
+class FalseNoise(Trainer):
+    """Sends perfect tables of 20,000,000 images, and states a noise under which they may be."""
+
+    stated: ClassVar[dict[str, Any]] = {}
+
+    def evaluate(
+        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder, noise: Any = None
+    ) -> tuple[Arrays, EvaluateOutcome]:
+        _, outcome = super().evaluate(arrays, order)
+        table = np.zeros((1, 2, 16), np.int64)
+        table[0, 0, 0] = table[0, 1, -1] = CLAIM // 2
+        return {"scores": table}, outcome.model_copy(update={"unit": 1, **self.stated})
 
 
 class Sites(SimulatedSites):
@@ -235,6 +249,22 @@ def test_a_site_that_claims_twenty_million_patients_is_refused(make_plan: Make, 
         "site-2",
         "site-3",
     ]
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [{"noise": 1e9, "epsilon": 4.0}, {"noise": 1e9}, {"noise": 1e-12}, {"noise": 1e200},
+     {"noise": 0.25, "epsilon": 4.0}, {"noise": 0.25, "epsilon": 4.0, "unit": 1000}],
+    ids=str,
+)  # fmt: skip
+def test_a_stated_noise_hides_no_invented_images(
+    make_plan: Make, run: Run, stated: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FalseNoise, "stated", stated)
+    job = run(plan_of(make_plan), FalseNoise)
+    assert job.arm.test is not None
+    assert MALLORY not in job.arm.test.per_site
+    assert set(job.arm.test.per_site) == {"site-1", "site-2", "site-3"}
 
 
 def test_without_an_enrolled_size_it_gets_the_largest_share_and_is_named(

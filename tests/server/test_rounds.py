@@ -200,7 +200,7 @@ class SwellingTrainer(Trainer):
     """A trainer that counts each image a million times."""
 
     def evaluate(
-        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder
+        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder, noise: Any = None
     ) -> tuple[Arrays, EvaluateOutcome]:
         """Measure rightly, then multiply."""
         counts, outcome = super().evaluate(arrays, order)
