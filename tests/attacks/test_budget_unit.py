@@ -264,7 +264,9 @@ def test_a_real_hospitals_late_update_is_on_the_card(
     plan, study = make_private(100), "late-1"
     once = plan.participation.model_copy(update={"retries": 0})
     plan = plan.model_copy(update={"participation": once})
-    assert "facts" in coordinator.ask(hospital.node, coordinator.order(plan, 0, study), "query")
+    assert "facts" in coordinator.ask(
+        hospital.node, coordinator.order(plan, 0, study, task="describe"), "query"
+    )
     job = Job(
         plan, to_arrays(build_model(plan, 0)), Arm(name="t", kind="federated"), deadline=600.0,
         quorum=1, members={hospital.node: hospital.daemon.name},

@@ -117,12 +117,12 @@ def test_a_coordinator_with_the_key_gets_the_plans_evaluations_and_no_other(
     site.daemon.stop()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def key() -> Ed25519PrivateKey:
     return Ed25519PrivateKey.generate()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def connector(
     coordinator: Any, make_daemon: Make, key: Ed25519PrivateKey, environment: dict[str, str],
     until: Make,

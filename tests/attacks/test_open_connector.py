@@ -40,8 +40,9 @@ def test_no_order_comes_through_a_connector_that_can_read_images(
         start("trainer")
         start("connector")
         until(lambda: site.online and site.trainer.get("connector") == "can read images")
-        for what in ("query", "train", "evaluate"):
-            answer = coordinator.ask(site.node, coordinator.order(plan, 1, "open"), what)
+        for what, task in (("query", "describe"), ("train", "train"), ("evaluate", "evaluate")):
+            order = coordinator.order(plan, 1, "open", task=task)
+            answer = coordinator.ask(site.node, order, what)
             assert refusal_of(answer) == ("policy", words.CONNECTOR)
         assert "no order is carried out" in " ".join(
             site.daemon.call("status")["trainer"]["warnings"]

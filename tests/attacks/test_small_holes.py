@@ -66,7 +66,7 @@ ANSWERS: dict[str, Any] = {
     "/v1/sites": [{
         "name": HOSTILE, "status": HOSTILE, "last_seen": HOSTILE, "version": HOSTILE,
         "datasets": [{"dataset": HOSTILE, "patients": 1, "images": 1}], "studies": [HOSTILE],
-        "state": HOSTILE,
+        "quarantined": {HOSTILE: HOSTILE}, "max_patients": None, "max_images": 3,
     }],
     "/v1/studies": [{
         "id": HOSTILE, "state": HOSTILE, "round": 1, "sites": [HOSTILE], "reason": HOSTILE,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fedward.errors import PlanError, ProtocolError
 from fedward.plan import canonical, plan_hash
+from fedward.printable import printable
 from fedward.protocol import EvaluateOutcome, Record, Refusal, RoundOrder, SiteFacts, TrainOutcome
 
 NAMES = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._ -]{0,63}\Z")
@@ -18,7 +19,11 @@ COUNTS = st.integers(0, 2**60)
 FIGURES = st.floats(allow_nan=False, allow_infinity=False)
 MAYBE = st.none() | FIGURES
 PARTS = st.sampled_from(["validation", "test"])
-TEXTS = st.text(st.characters(codec="utf-8"), max_size=200)
+TEXTS = (
+    st.text(st.characters(codec="utf-8"), max_size=200)
+    .map(printable)
+    .filter(lambda text: len(text) <= 200)
+)
 SECRET = "DOE^JANE-1.2.840.113619"
 
 RECORDS: dict[type[Record], st.SearchStrategy[Record]] = {

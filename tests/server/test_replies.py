@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from io import BytesIO
 from typing import Any
 
@@ -11,11 +12,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.common.constant import ErrorCode
 
 from fedward.metrics import ClassificationCounts
-from fedward.plan.schema import Task
+from fedward.plan.schema import Plan, Task
 from fedward.protocol import EvaluateOutcome, SiteFacts, TrainOutcome
 from server.replies import Bad, Measured, Update, read_counts, read_update
 from simulation import flower
 
+Make = Callable[..., Any]
 EXPECTED = {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float32)}
 SIZES = {
     f"{part}{kind}" for part in ("", "train_", "validation_", "test_")
@@ -112,10 +114,15 @@ def counts_reply(part: str = "test", round_: int = 0, site: str = "x", **arrays:
     return Message(RecordDict(content), 1, "evaluate")  # type: ignore[arg-type]
 
 
-def test_counts_are_held_against_what_was_asked() -> None:
-    task = Task(kind="classification", classes=("no", "yes"))
+def plan_of(make_plan: Make, task: Task) -> Plan:
+    made: Plan = make_plan()
+    return made.model_copy(update={"task": task})
+
+
+def test_counts_are_held_against_what_was_asked(make_plan: Make) -> None:
+    task = plan_of(make_plan, Task(kind="classification", classes=("no", "yes")))
     assert isinstance(read_counts(counts_reply(), "x", 0, "test", task), Measured)
-    three = Task(kind="classification", classes=("a", "b", "c"))
+    three = plan_of(make_plan, Task(kind="classification", classes=("a", "b", "c")))
     junk = Array("float64", (2,), "numpy.ndarray", b"junk")
     for message, site, round_, part, for_task in (
         (counts_reply(), "y", 0, "test", task),
@@ -135,8 +142,8 @@ def facts(**images: int) -> SiteFacts:
 
 
 @pytest.mark.parametrize("part", ["validation", "test"])
-def test_counts_are_of_no_more_images_than_the_site_described(part: str) -> None:
-    task = Task(kind="classification", classes=("no", "yes"))
+def test_counts_are_of_no_more_images_than_the_site_described(part: str, make_plan: Make) -> None:
+    task = plan_of(make_plan, Task(kind="classification", classes=("no", "yes")))
     honest = ClassificationCounts.from_scores(np.array([[0.2, 0.8]]), np.array([1]))
     swollen = {name: np.asarray(value) * 10**6 for name, value in honest.to_arrays().items()}
     message = counts_reply(part, **swollen)
@@ -149,8 +156,8 @@ def test_counts_are_of_no_more_images_than_the_site_described(part: str) -> None
     assert isinstance(read_counts(counts_reply(part), "x", 0, part, task, one), Bad)
 
 
-def test_sums_of_masks_are_of_no_more_images_than_the_site_described() -> None:
-    task = Task(kind="segmentation", classes=("lesion",))
+def test_sums_of_masks_are_of_no_more_images_than_the_site_described(make_plan: Make) -> None:
+    task = plan_of(make_plan, Task(kind="segmentation", classes=("lesion",)))
     counts = np.array([[1], [1], [0]], np.int64) * 10**6
     sums = counts.astype(np.float64)
     arrays = {"counts": counts, "sums": sums, "squares": sums, "loss": np.zeros(2)}

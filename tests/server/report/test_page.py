@@ -96,7 +96,7 @@ def test_privacy_is_told_by_site(classification: StudyResults, page: Any) -> Non
     ]  # fmt: skip
     assert rows == expected and len(rows) == 12
     assert "ε and δ cover the released updates:" in page.text
-    assert "They do not cover the thresholded metrics" in page.text
+    assert "They do not cover evaluations" in page.text
     assert "This is a simulation:" in page.text
 
 
