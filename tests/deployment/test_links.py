@@ -305,7 +305,7 @@ def test_an_order_that_waited_until_its_round_was_over_is_not_carried_out(
     first = send(session, *(order(node, f"first {number}") for number in range(4)))
     until(lambda: len(site.desk.asked) == 4)  # as many as it hands on at once
     send(session, order(node, "waits", ttl=3.0))
-    bad = bad_messages(node)["text for a number"]
+    bad = bad_messages(node)["bytes"]
     bad.metadata.ttl = 3.0
     assert all(session.grid._grid.push_messages([bad]))
     began = time.monotonic()
@@ -601,7 +601,6 @@ def bad_messages(node: int) -> dict[str, Message]:
         "garbage": arrays(Array(np.frombuffer(b"\x80\x04x" * 50, np.uint8))),
         "unpacked": arrays(Array(np.ones(3)), "w"),
         "oversized": arrays(Array(np.zeros(3 << 20, np.uint8))),
-        "text for a number": RecordDict({"config": ConfigRecord({"x": "y", "proximal-mu": "z"})}),
     }
     return {name: Message(content, node, MessageType.TRAIN) for name, content in contents.items()}
 

@@ -25,6 +25,6 @@ def test_sites_share_cores_or_one_gpu(
     monkeypatch.setattr(study, "choose_device", torch.device)
     monkeypatch.setattr(study, "cores", lambda: cores)
     made = Study(make_plan(), Options(data=tmp_path, out=tmp_path / "out", device=device))
-    runtime, count = made._machine(sites)
+    runtime, count = made.machine(sites)
     assert (count, runtime.threads, runtime.device) == (workers, threads, device)
     assert runtime.physical_batch == (64 if device == "cpu" else 256)
