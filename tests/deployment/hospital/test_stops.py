@@ -160,7 +160,7 @@ def test_a_stop_is_prompt_and_clean_at_every_moment(
         if phase == "sending":
             before = len(stopping.told("sent"))
             some = coordinator.order(make_private(400), 1, "stop-sending")
-            coordinator.send(stopping.node, some, ttl=30.0)
+            coordinator.send(stopping.node, some, ttl=120.0)
             until(lambda: stopping.step("stop-sending") > 0)
             stack.enter_context(frozen(coordinator.superlink.process))
             until(lambda: len(stopping.told("sent")) > before)
