@@ -42,7 +42,7 @@ check: $(DONE)
 	$(BIN)/lint-imports
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 faults: $(DONE)
 	FEDWARD_FAULTS=1 $(BIN)/python -m pytest tests/deployment/federation
