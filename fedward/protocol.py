@@ -86,6 +86,9 @@ class RoundOrder(Record):
         Base of the random draws of a simulation; a hospital draws its noise from the system.
     account : bool
         Whether the reply must state the privacy spent.
+    sites : int
+        How many sites are asked: in this round of training, those included whose update is there;
+        in this evaluation; in the whole study where a site is to describe itself. 0: not told.
     study : str
         Between hospitals: the study's id; "" in a simulation, and so the next two.
     coordinator : str
@@ -102,6 +105,7 @@ class RoundOrder(Record):
     arrays: str = Field(default="", pattern=r"^$|^[0-9a-f]{64}$")
     seed: Count = 0
     account: bool = True
+    sites: Count = 0
     study: str = Field(default="", pattern=rf"^$|{STUDY_ID}")
     coordinator: str = Field(default="", max_length=64)
     signature: str = Field(default="", max_length=128)
