@@ -74,6 +74,8 @@ class Job:
         Called after each round, before anybody hears that it ended.
     patient : bool
         Whether too few sites make the study wait instead of fail.
+    again : threading.Event
+        Set by who wants that a study that waits for sites tries again at once.
     ask_again_seconds : float
         After which a site that refused is asked again.
     most_change : float
@@ -100,6 +102,7 @@ class Job:
     memory_stage: str = ""
     save: Callable[[Job], None] = _nothing
     patient: bool = False
+    again: threading.Event = field(default_factory=threading.Event)
     ask_again_seconds: float = math.inf
     most_change: float = 1000.0
     quorum: int | None = None

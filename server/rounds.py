@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -64,11 +65,15 @@ class StudyRun:
         self.job, self.plan = job, job.plan
         self._canonical, self._hash = canonical(job.plan), plan_hash(job.plan)
         self._everyone = grid
-        self._members = Members(job, grid, lambda: self._order(0, "describe", {}))
+        self._members = Members(job, grid, self._describe)
         self._model = build_model(job.plan, seed=0)
         self._strategy: tuple[str, Strategy] | None = None
         self._open: tuple[int, Gathered] | None = None
         self._told_heavy: set[str] = set()
+
+    def _describe(self) -> ConfigRecord:
+        # What a site is told before the study is how many may take part at most.
+        return self._order(0, "describe", {}, sites=len(self.job.members or ()))
 
     def run(self) -> None:
         """Enrol, train the rounds that are missing, test.
@@ -83,7 +88,7 @@ class StudyRun:
         """
         started = time.perf_counter() - self.job.arm.seconds
         try:
-            self._patiently(self._members.enrol)
+            self._patiently(self._members.enrol, start=True)
             while self.job.round <= self.plan.rounds:
                 self._patiently(self._round)
                 self.job.arm.seconds = time.perf_counter() - started
@@ -94,7 +99,7 @@ class StudyRun:
             settle(self.job.arm)
             self.job.arm.seconds = time.perf_counter() - started
 
-    def _patiently(self, step: Any) -> None:
+    def _patiently(self, step: Callable[[], None], start: bool = False) -> None:
         """Do a step; a patient job that lacks sites waits for them and does it again."""
         pause = _LOOK_AGAIN
         while not self.job.stop.is_set():
@@ -106,19 +111,45 @@ class StudyRun:
             except StudyError as error:
                 if not self.job.patient:
                     raise
-                self._wait(str(error), pause)
-                # Sites that are there and fail each time are asked less and less often.
-                pause = min(2 * pause, _LONGEST)
+                reason = error.__str__
+            if start:
+                self._wait(self._why_not, _LOOK_AGAIN, self._members.least)
+            else:
+                self._wait(reason, pause, self.job.needed)
+            # Sites that are there and fail each time are asked less and less often.
+            pause = min(2 * pause, _LONGEST)
 
-    def _wait(self, reason: str, pause: float) -> None:
+    def _why_not(self) -> str:
+        """Why the study cannot start as it is now: sites come, go and change their minds."""
+        return str(self._members.too_few())
+
+    def _wait(
+        self, reason: Callable[[], str], pause: float, sites: int, end: float = math.inf
+    ) -> None:
+        """Until so many sites are connected, an operator resumes the study, or the time is up."""
         name, round_ = self.job.arm.name, self.job.round
-        self.job.listen(StudyPaused(name, round_, reason))
-        while not self.job.stop.wait(pause):
+        told = ""
+        while (left := end - time.monotonic()) > 0:
+            if told != (told := reason()):
+                self.job.listen(StudyPaused(name, round_, told))
+            if self._rest(min(pause, left)):
+                return
             self._members.refresh()
-            if self._members.connected() >= self.job.needed:
+            if self._members.connected() >= sites:
                 self.job.listen(StudyResumed(name, round_))
                 return
             pause = min(2 * pause, 10.0)
+
+    def _rest(self, seconds: float) -> bool:
+        """Let time pass; whether somebody ended that: the study stops, or is to try again."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0 and not self.job.again.is_set():
+            if self.job.stop.wait(min(left, _LOOK_AGAIN)):
+                return True
+        if resumed := self.job.again.is_set():
+            self.job.again.clear()
+            self._members.ask_again()
+        return resumed
 
     def _round(self) -> None:
         started, round_ = time.perf_counter(), self.job.round
@@ -210,7 +241,8 @@ class StudyRun:
         if not grid.get_node_ids():  # Flower would wait for one without end
             return []
         account = self.plan.is_evaluated(round_, "validation")
-        order = self._order(round_, "train", self.job.arrays, account=account)
+        asked = len(there.updates.keys() | {nodes[node] for node in grid.get_node_ids()})
+        order = self._order(round_, "train", self.job.arrays, account=account, sites=asked)
         messages = list(
             self._strategy_of(stage).configure_train(place + 1, record_of(expected), order, grid)
         )
@@ -397,10 +429,10 @@ class StudyRun:
         self.job.save(self.job)
 
     def _measure(self, round_: int, part: str, sites: set[str]) -> dict[str, AnyCounts]:
-        order = self._order(round_, "evaluate", self.job.average, part=part)
-        content = RecordDict({"arrays": record_of(self.job.average), "config": order})
         nodes = dict(self._members.nodes)
         members = [node for node in self._members.grid.get_node_ids() if nodes[node] in sites]
+        order = self._order(round_, "evaluate", self.job.average, part=part, sites=len(members))
+        content = RecordDict({"arrays": record_of(self.job.average), "config": order})
         messages = [Message(content, node, MessageType.EVALUATE) for node in members]
         deadline = self.job.patience
         for message in messages:

@@ -145,9 +145,22 @@ def test_a_plan_that_diverges_fails_and_the_next_study_has_every_hospital(
     assert all("no enrolled size" in one["reason"] for one in warned)
     assert service.call("site", "limit", "hospital 1", "--max-patients", 5)["max_patients"] == 5
     small = submit(service, plan_path, "--quorum", 1, "--deadline", 30)
-    (refused,) = (e["payload"] for e in events(service, small) if e["kind"] == "refused")
-    assert refused["site"] == "hospital 1" and "(got 20 of 5)" in refused["reason"]
+
+    def shown_small() -> Any:
+        return service.call("study", "show", small)["study"]
+
+    # The quorum does not start a study whose plan needs two hospitals.
+    until(lambda: shown_small()["state"] == "paused")
+    for one in (shown_small(), service.call("study", "list")["studies"][-1]):
+        assert "(got 1 of 2; hospital 1 (invalid): " in one["reason"]
+        assert "(got 20 of 5)" in one["reason"] and one["round"] == 0
     service.call("site", "limit", "hospital 1", "--max-patients", 0)
+    assert service.call("study", "resume", small)["state"] == "submitted"
+    told = events(service, small)
+    (refused,) = (e["payload"] for e in told if e["kind"] == "refused")
+    assert refused["site"] == "hospital 1"
+    assert next(e["payload"]["reason"] for e in told if e["kind"] == "state") == one["reason"]
+    assert [len(e["payload"]["sites"]) for e in told if e["kind"] == "round"] == [2, 2, 2]
 
 
 def test_pause_resume_and_stop(

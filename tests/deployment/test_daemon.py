@@ -164,7 +164,9 @@ def test_a_site_refuses_in_its_own_words_and_the_other_goes_on(
     aggregator: Aggregator, two: list[Any], plan: Plan
 ) -> None:
     aggregator.events.clear()
-    job = aggregator.run(aggregator.job(plan, "picky-1", quorum=1, deadline=60.0))
+    part = plan.participation.model_copy(update={"sites": 1})
+    alone = plan.model_copy(update={"participation": part})
+    job = aggregator.run(aggregator.job(alone, "picky-1", quorum=1, deadline=60.0))
     assert job.complete
     (refused,) = [event for event in aggregator.events if isinstance(event, SiteRefused)]
     assert (refused.site, refused.kind) == ("hospital 2", "policy")

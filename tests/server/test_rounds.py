@@ -22,12 +22,12 @@ from sklearn.metrics import accuracy_score, roc_auc_score
 from client.data.types import PreparedSite, SplitName
 from client.training.runtime import Runtime
 from client.training.trainer import Trainer
-from fedward.errors import StudyError
+from fedward.errors import BudgetError, StudyError
 from fedward.metrics import counts_from_arrays
 from fedward.models import build_model, to_arrays
 from fedward.plan import Plan
 from fedward.protocol import EvaluateOutcome, RoundOrder, TrainOutcome
-from server.events import Event, RoundEnded, SiteAnswered, SiteRefused, StudyStarted
+from server.events import Event, RoundEnded, SiteAnswered, SiteRefused, StudyPaused, StudyStarted
 from server.replies import Bad
 from server.results import Arm, Figures
 from server.rounds import Job, StudyRun
@@ -373,6 +373,73 @@ def test_too_few_sites_is_an_error_that_says_why(
         pytest.raises(StudyError, match=rule),
     ):
         StudyRun(job_of(small), grid).run()
+
+
+class UnwillingSites(SimulatedSites):
+    """Sites of which one does not describe itself until it is willing."""
+
+    willing = threading.Event()
+
+    def trainer(self, context: Context, plan: Plan) -> Trainer:
+        """The real trainer, or an error."""
+        if self.name(context) == "site-2" and not self.willing.is_set():
+            raise BudgetError("the budget is spent")
+        return super().trainer(context, plan)
+
+
+def test_a_study_between_hospitals_waits_until_it_may_start(
+    make_plan: Make, sites: list[PreparedSite], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.members._SOON", 0.0)
+    heard: list[Event] = []
+    unwilling = UnwillingSites(sites[:2], SEEDED)
+    unwilling.willing.clear()
+
+    def listen(event: Event) -> None:
+        heard.append(event)
+        if isinstance(event, StudyPaused):
+            assert not job.arm.rounds
+            unwilling.willing.set()
+            job.again.set()  # an operator resumes it
+
+    plan = make_plan(training={"rounds": 1})
+    job = job_of(plan, listen)
+    job.patient, job.members = True, {1001: "site-1", 1002: "site-2"}
+    job.ask_again_seconds = 1000.0
+    with grid_of(unwilling) as grid:
+        StudyRun(job, grid).run()
+    (paused,) = [event for event in heard if isinstance(event, StudyPaused)]
+    assert "(got 1 of 2; site-2 (error): the budget is spent.)" in paused.reason
+    (started,) = [event for event in heard if isinstance(event, StudyStarted)]
+    assert started.sites == ("site-1", "site-2")
+    assert [list(one.sites) for one in job.arm.rounds] == [["site-1", "site-2"]]
+
+
+def test_each_order_says_how_many_sites_its_round_asks(
+    make_plan: Make, sites: list[PreparedSite]
+) -> None:
+    signed: list[RoundOrder] = []
+
+    def sign(order: RoundOrder) -> RoundOrder:
+        signed.append(order)
+        return order
+
+    failed: list[int] = []
+
+    def once(arrays: Arrays, outcome: TrainOutcome) -> tuple[Arrays, TrainOutcome]:
+        if not failed:
+            failed.append(outcome.round)
+            raise OSError(PLANTED)
+        return arrays, outcome
+
+    part = {"sites": 3, "quorum": 3, "retries": 1}
+    job = job_of(three_rounds(make_plan, participation=part))
+    job.members, job.sign = {1000 + i: f"site-{i}" for i in (1, 2, 3)}, sign
+    with grid_of(FaultySites(sites, "site-2", once)) as grid:
+        StudyRun(job, grid).run()
+    told = [(one.task, one.round, one.sites) for one in signed if one.task != "evaluate"]
+    # Round 2 is repeated for one site, whose update is one of three all the same.
+    assert told == [("describe", 0, 3), *(("train", round_, 3) for round_ in (1, 2, 2, 3))]
 
 
 def test_a_site_that_joined_no_study_gets_no_message(
