@@ -23,7 +23,8 @@ _PAUSE: Final = 0.05
 _LAST_WORDS: Final = 1.0
 # Seconds after which an operator hears of sites that are not connected at the start.
 _SOON: Final = 3.0
-_NOT_HERE: Final = Bad("not connected", "silent")
+NOT_HERE: Final = Bad("not connected", "silent")
+NO_ANSWER: Final = Bad("no answer in time", "silent")
 _ASKED: Final = Bad("has not described itself yet", "silent")
 PASSING: Final = frozenset({"pending", "paused", "busy", "error", "silent"})
 """Kinds of refusals that a person, a restart or time may end."""
@@ -165,7 +166,7 @@ class Members:
         """Sites of the study that take no part now, and why: refused, put out, or not there."""
         here = set(self.nodes.values())
         refused = {site: Bad(reason, kind) for site, (_, reason, kind) in self._refused.items()}
-        named = dict.fromkeys(self._named.values(), _NOT_HERE)
+        named = dict.fromkeys(self._named.values(), NOT_HERE)
         asked = {s: _ASKED for n, s in self._named.items() if n in self._asked.values()}
         known = {**named, **asked, **(named and refused), **self._job.left_out}
         return {site: bad for site, bad in known.items() if site not in here}
@@ -292,15 +293,18 @@ class Members:
                 where="participation.sites",
             )
         here = set(self.grid.get_node_ids())
-        gone = {site: _NOT_HERE for node, site in self.nodes.items() if node not in here}
-        missing = sorted((self.absent() | gone).items())
+        gone = {site: NOT_HERE for node, site in self.nodes.items() if node not in here}
         return StudyError(
             "a study starts with the sites that its plan needs"
             if self._starts
             else "a study goes on with its quorum of sites",
-            value=f"{len(here)} of {self.least}; "
-            + "; ".join(f"{site} ({bad.kind}): {bad.reason}" for site, bad in missing),
+            value=f"{len(here)} of {self.least}; {named(self.absent() | gone)}",
             fix="It goes on by itself when they take part, and `study resume` asks them at once; "
             "or submit the plan again with other sites or a lower participation.sites",
             where="participation.sites" if self._starts else "participation.quorum",
         )
+
+
+def named(missing: Mapping[str, Bad]) -> str:
+    """Sites and why each is missing, for people."""
+    return "; ".join(f"{site} ({bad.kind}): {bad.reason}" for site, bad in sorted(missing.items()))

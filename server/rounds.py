@@ -15,14 +15,14 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
-from fedward.errors import DivergenceError, StudyError
+from fedward.errors import DivergenceError, ModelError, PlanError, StudyError
 from fedward.metrics import AnyCounts
 from fedward.models import build_model, trainable_names
 from fedward.packing import digest
 from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Stage
 from fedward.protocol import RoundOrder
-from server.arms import figures, test_figures
+from server.arms import figures, tested
 from server.events import (
     RoundEnded,
     SiteAnswered,
@@ -34,7 +34,7 @@ from server.events import (
 from server.exchange import Moment
 from server.gather import Gathered, let_go, record_of, size_of
 from server.job import Job
-from server.members import Members
+from server.members import NO_ANSWER, NOT_HERE, PASSING, Members, named
 from server.replies import Bad, Measured, Update, read_counts, read_update
 from server.results import Failure, Round, SiteRound
 from server.spent import charge, charge_ordered, settle
@@ -263,10 +263,7 @@ class StudyRun:
         """Add the valid updates; give why each site that has none has none."""
         nodes = dict(self._members.nodes)
         asked = {nodes[message.metadata.dst_node_id] for message in messages}
-        silent = {
-            site: Bad("no answer in time" if site in asked else "not connected", "silent")
-            for site in nodes.values()
-        }
+        silent = {site: NO_ANSWER if site in asked else NOT_HERE for site in nodes.values()}
         failures = self._members.absent() | silent | gathered.refused
         diverged: dict[str, Bad] = {}
         for site in gathered.updates:
@@ -375,13 +372,15 @@ class StudyRun:
         try:
             arrays, _ = strategy.aggregate_train(place + 1, gathered.messages(node))
         except AppExitException as error:
-            raise StudyError(
-                "the updates must be combinable", value=type(error).__name__
-            ) from error
+            # No StudyError: waiting for sites does not mend it.
+            raise ModelError(
+                "the updates must be combinable", value=type(error).__name__,
+                fix="Submit the plan again with another strategy",
+            ) from error  # fmt: skip
         if arrays is None:
-            raise StudyError(
+            raise PlanError(
                 "the strategy must find enough updates", value=len(gathered.updates),
-                fix="Raise the quorum",
+                fix="Submit the plan again with a higher quorum", where="participation.quorum",
             )  # fmt: skip
         new = dict(self.job.arrays)
         for name, array in arrays.items():
@@ -407,7 +406,7 @@ class StudyRun:
         sites = {s for s, facts in self.job.facts.items() if facts.validation_images}
         if not sites:
             return
-        counts = self._measure(round_, "validation", sites)
+        counts, _ = self._measure(round_, "validation", sites)
         if self.job.stop.is_set():  # of some of the sites they would pass for those of all
             return
         per_site, result.validation = figures(self.plan, counts)
@@ -416,19 +415,32 @@ class StudyRun:
                 result.sites[site].validation = values
 
     def _finish(self) -> None:
-        """Measure the model on the test patients; then the study is complete."""
-        facts = self.job.facts
-        images = {site: one.test_images for site, one in facts.items()}
-        counts = self._measure(0, "test", {site for site, number in images.items() if number})
-        if self.job.stop.is_set():
-            return
-        if self.job.patient and any(images.values()) and not counts:
-            raise StudyError("a study needs a site to be tested on", fix="Bring a site back")
-        self.job.arm.test = test_figures(self.plan, counts, images) if counts else None
-        self.job.complete = self.job.arm.test is not None
+        """Measure the model on the test patients; then the study is complete, measured or not.
+
+        A patient job waits for sites that may come back as long as a round waits, and no longer.
+        """
+        end, pause = time.monotonic() + self.job.patience, _LOOK_AGAIN
+        images = {site: one.test_images for site, one in self.job.facts.items()}
+        sites = {site for site, number in images.items() if number}
+        while True:
+            counts, missing = self._measure(0, "test", sites) if sites else ({}, {})
+            if self.job.stop.is_set():
+                return
+            passing = any(bad.kind in PASSING for bad in missing.values())
+            if counts or not passing or not self.job.patient or time.monotonic() >= end:
+                break
+            reason = f"a study needs a site to be tested on; {named(missing)}"
+            self._wait(reason.__str__, pause, 1, end)
+            pause = min(2 * pause, _LONGEST)
+        arm = self.job.arm
+        arm.test, arm.unmeasured = tested(self.plan, counts, images, named(missing))
+        self.job.complete = True
         self.job.save(self.job)
 
-    def _measure(self, round_: int, part: str, sites: set[str]) -> dict[str, AnyCounts]:
+    def _measure(
+        self, round_: int, part: str, sites: set[str]
+    ) -> tuple[dict[str, AnyCounts], dict[str, Bad]]:
+        """The counts of these sites, and why others of them have none."""
         nodes = dict(self._members.nodes)
         members = [node for node in self._members.grid.get_node_ids() if nodes[node] in sites]
         order = self._order(round_, "evaluate", self.job.average, part=part, sites=len(members))
@@ -437,7 +449,10 @@ class StudyRun:
         deadline = self.job.patience
         for message in messages:
             message.metadata.ttl = deadline
+        asked = {nodes[node] for node in members}
         counts: dict[str, AnyCounts] = {}
+        missing = {site: NO_ANSWER if site in asked else NOT_HERE for site in sorted(sites)}
+        missing |= {site: bad for site, bad in self._members.absent().items() if site in sites}
         for node, reply in self._members.grid.replies(messages, deadline, self._members.cut_off):
             site = nodes[node]
             facts = self.job.facts.get(site)
@@ -446,9 +461,11 @@ class StudyRun:
             if isinstance(measured, Measured):
                 counts[site] = measured.counts
                 self._members.note(site, None, "counts")
+                missing.pop(site, None)
             else:
+                missing[site] = measured
                 self._unmeasured(site, measured)
-        return counts
+        return counts, missing
 
     def _unmeasured(self, site: str, bad: Bad) -> None:
         _LOG.warning("%s could not be measured: %s", site, bad.reason)

@@ -29,6 +29,7 @@ from fedward.errors import (
     DivergenceError,
     FedwardError,
     Interrupted,
+    OutputError,
     ServiceError,
     StudyError,
 )
@@ -333,6 +334,28 @@ def _run(config: ServerConfig, study: str) -> None:
     except FedwardError as error:
         registry.studies.set_state(study, "failed", str(error)[:1000])
         raise
+    except AWAY:
+        raise  # it may be back for the next runner
+    except OSError as error:
+        registry.studies.set_state(study, "paused", str(_disk(error)))
+        raise
+    except Exception as error:
+        _LOG.exception("an unexpected error ended the runner of %s", study)
+        # The dispatcher starts it again, a few times.
+        registry.studies.set_state(study, "paused", unexpected(error))
+        sys.exit(FedwardError.exit_code)
+
+
+def _disk(error: OSError) -> OutputError:
+    return OutputError(
+        "the state folder must be readable and writable", value=error.strerror,
+        fix="Mend it; the study goes on by itself",
+    )  # fmt: skip
+
+
+def unexpected(error: Exception) -> str:
+    """What an operator reads of an error that has no words of its own; the log has the rest."""
+    return f"an unexpected error ended the study's runner ({type(error).__name__})."
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import threading
@@ -16,13 +17,15 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Context, Message
+from flwr.serverapp.exception import InconsistentMessageReplies
 from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, roc_auc_score
 
+import client.app
 from client.data.types import PreparedSite, SplitName
 from client.training.runtime import Runtime
 from client.training.trainer import Trainer
-from fedward.errors import BudgetError, StudyError
+from fedward.errors import BudgetError, ModelError, PolicyError, StudyError
 from fedward.metrics import counts_from_arrays
 from fedward.models import build_model, to_arrays
 from fedward.plan import Plan
@@ -373,6 +376,105 @@ def test_too_few_sites_is_an_error_that_says_why(
         pytest.raises(StudyError, match=rule),
     ):
         StudyRun(job_of(small), grid).run()
+
+
+def untested(site: PreparedSite) -> PreparedSite:
+    """The same site, all of whose test patients train."""
+    split = {**site.split, "test": np.empty(0, np.int64)}
+    return dataclasses.replace(site, split=split)
+
+
+class SecretiveSites(SimulatedSites):
+    """Sites that give no figures of their test patients."""
+
+    def trainer(self, context: Context, plan: Plan) -> Trainer:
+        """The real trainer, without its counts."""
+        trainer = super().trainer(context, plan)
+        trainer.__class__ = SecretiveTrainer
+        return trainer
+
+
+class SecretiveTrainer(Trainer):
+    """A trainer that trains and does not count."""
+
+    def evaluate(
+        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder, noise: Any = None
+    ) -> tuple[Arrays, EvaluateOutcome]:
+        """Refuse."""
+        raise PolicyError("what the site counts must be enough, and allowed, to leave it")
+
+
+def between_hospitals(plan: Plan, listen: Callable[[Event], None] = lambda event: None) -> Job:
+    job = job_of(plan, listen)
+    job.patient, job.members = True, {1000 + i: f"site-{i}" for i in (1, 2, 3)}
+    return job
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_study_without_test_patients_ends_with_its_model(
+    make_plan: Make, sites: list[PreparedSite], given: bool
+) -> None:
+    split = {"given": True} if given else {"given": False, "test": 0.0}
+    job = between_hospitals(make_plan(split=split))
+    with grid_of(SimulatedSites([untested(one) for one in sites], SEEDED)) as grid:
+        StudyRun(job, grid).run()
+    assert job.complete
+    assert job.arm.test is None
+    zero = "" if given else " (split.test is 0)"
+    assert job.arm.unmeasured == f"no site has test patients{zero}"
+    assert len(job.arm.rounds) == 2
+
+
+@pytest.mark.parametrize("kind", ["policy", "error"])
+def test_a_study_that_no_site_lets_measure_ends_with_its_model(
+    make_plan: Make, sites: list[PreparedSite], monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    """A refusal that a person or a restart may end is waited for, but for the deadline only."""
+    refuse = client.app.Refusal
+    monkeypatch.setattr("client.app.Refusal", lambda **more: refuse(**{**more, "kind": kind}))
+    paused: list[StudyPaused] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, StudyPaused):
+            paused.append(event)
+
+    job = between_hospitals(make_plan(training={"rounds": 1}), listen)
+    job.deadline = 1.5
+    with grid_of(SecretiveSites(sites, SEEDED)) as grid:
+        StudyRun(job, grid).run()
+    assert job.complete
+    told = f"({kind}): what the site counts must be enough, and allowed, to leave it."
+    sentence = "; ".join(f"site-{i} {told}" for i in (1, 2, 3))
+    assert job.arm.unmeasured == f"no site could be measured: {sentence}"
+    assert job.arm.test is None
+    assert bool(paused) == (kind == "error")
+
+
+def test_figures_that_cannot_be_worked_out_cost_no_model(
+    make_plan: Make, sites: list[PreparedSite], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> Any:
+        raise ZeroDivisionError(PLANTED)
+
+    monkeypatch.setattr("server.arms.test_figures", fail)
+    job = study(make_plan(training={"rounds": 1}), SimulatedSites(sites, SEEDED))
+    assert job.complete
+    assert job.arm.unmeasured == "no figures could be worked out of the counts (ZeroDivisionError)"
+
+
+def test_updates_that_cannot_be_combined_are_not_waited_for(
+    make_plan: Make, sites: list[PreparedSite], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> Any:
+        raise InconsistentMessageReplies(reason="other keys")
+
+    monkeypatch.setattr("flwr.serverapp.strategy.FedAvg.aggregate_train", refuse)
+    job = between_hospitals(make_plan())
+    with (
+        grid_of(SimulatedSites(sites, SEEDED)) as grid,
+        pytest.raises(ModelError, match="must be combinable"),
+    ):
+        StudyRun(job, grid).run()
 
 
 class UnwillingSites(SimulatedSites):
