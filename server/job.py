@@ -66,6 +66,8 @@ class Job:
         Between hospitals: the study's id.
     sign : callable or None
         Between hospitals: signs an order as its coordinator (see :mod:`fedward.signing`).
+    held : dict
+        Between hospitals: the digest of the frozen arrays that a node was sent last and answered.
     bad_answers : dict
         How many invalid answers in a row each site has given, by kind of answer.
     memory, memory_stage : dict, str
@@ -95,6 +97,7 @@ class Job:
     members: Mapping[int, str] | None = None
     left_out: Mapping[str, Bad] = field(default_factory=dict)
     limits: Mapping[str, SizeLimit] = field(default_factory=dict)
+    held: dict[int, str] = field(default_factory=dict)
     bad_answers: dict[str, int] = field(default_factory=dict)
     study: str = ""
     sign: Callable[[RoundOrder], RoundOrder] | None = None

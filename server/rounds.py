@@ -6,10 +6,11 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.app.exception import AppExitException
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from fedward.errors import DivergenceError, ModelError, PlanError, StudyError
 from fedward.metrics import AnyCounts
 from fedward.models import build_model, trainable_names
-from fedward.packing import digest
+from fedward.packing import FROZEN, digest
 from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Stage
 from fedward.protocol import RoundOrder
@@ -35,7 +36,7 @@ from server.exchange import Moment
 from server.gather import Gathered, let_go, record_of, size_of
 from server.job import Job
 from server.members import NO_ANSWER, NOT_HERE, PASSING, Members, named
-from server.replies import Bad, Measured, Update, read_counts, read_update
+from server.replies import Bad, Measured, Update, lacks_arrays, read_counts, read_update
 from server.results import Failure, Round, SiteRound
 from server.spent import charge, charge_ordered, settle
 from strategies.averaging import blend, decay_at
@@ -48,6 +49,22 @@ __all__ = ["Job", "StudyRun"]
 _LOG = logging.getLogger("fedward.server")
 _LOOK_AGAIN: Final = 0.5
 _LONGEST: Final = 300.0
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Arrays that do not train in a stage, and their digest; "" where they always travel."""
+
+    record: ArrayRecord
+    mark: str
+
+    def on(self, message: Message) -> Message:
+        """The message with them."""
+        about = message.metadata
+        content = RecordDict({**message.content, FROZEN: self.record})
+        return Message(
+            content, about.dst_node_id, about.message_type, ttl=about.ttl, group_id=about.group_id
+        )
 
 
 class StudyRun:
@@ -70,6 +87,7 @@ class StudyRun:
         self._strategy: tuple[str, Strategy] | None = None
         self._open: tuple[int, Gathered] | None = None
         self._told_heavy: set[str] = set()
+        self._bytes_down = 0
 
     def _describe(self) -> ConfigRecord:
         # What a site is told before the study is how many may take part at most.
@@ -197,9 +215,11 @@ class StudyRun:
         self, round_: int, stage: Stage, place: int, expected: Mapping[str, NDArray[Any]],
         gathered: Gathered, result: Round,
     ) -> None:  # fmt: skip
-        messages = self._train_messages(round_, stage, place, expected, gathered)
-        result.bytes_down += sum(size_of(message.content) for message in messages)
-        result.failures = self._collect(messages, round_, expected, gathered)
+        frozen = self._frozen(self.job.arrays, expected)
+        messages = self._train_messages(round_, stage, place, expected, gathered, frozen)
+        before = self._bytes_down
+        result.failures = self._collect(messages, round_, expected, gathered, frozen)
+        result.bytes_down += self._bytes_down - before
 
     def _outliers(self, gathered: Gathered, result: Round) -> bool:
         """Refuse updates of a norm far beyond the median; whether others must be sent again."""
@@ -232,6 +252,7 @@ class StudyRun:
         place: int,
         expected: Mapping[str, NDArray[Any]],
         there: Gathered,
+        frozen: Frozen,
     ) -> list[Message]:
         # A repeated round asks only whose update is missing: training twice would cost privacy.
         nodes = self._members.nodes
@@ -242,13 +263,13 @@ class StudyRun:
             return []
         account = self.plan.is_evaluated(round_, "validation")
         asked = len(there.updates.keys() | {nodes[node] for node in grid.get_node_ids()})
-        order = self._order(round_, "train", self.job.arrays, account=account, sites=asked)
+        order = self._order(
+            round_, "train", self.job.arrays, account=account, sites=asked, frozen=frozen.mark
+        )
         messages = list(
             self._strategy_of(stage).configure_train(place + 1, record_of(expected), order, grid)
         )
-        frozen = {name: value for name, value in self.job.arrays.items() if name not in expected}
         for message in messages:
-            message.content["frozen"] = record_of(frozen)
             # Nobody shall train for a round that is over.
             message.metadata.ttl = self.job.patience
         return messages
@@ -259,6 +280,7 @@ class StudyRun:
         round_: int,
         expected: Mapping[str, Any],
         gathered: Gathered,
+        frozen: Frozen,
     ) -> list[Failure]:
         """Add the valid updates; give why each site that has none has none."""
         nodes = dict(self._members.nodes)
@@ -269,7 +291,8 @@ class StudyRun:
         for site in gathered.updates:
             failures.pop(site, None)
         try:
-            for site, reply in self._replies(messages, nodes):
+            for node, reply in self._replies(messages, frozen):
+                site = nodes[node]
                 update = read_update(
                     reply,
                     site,
@@ -305,13 +328,35 @@ class StudyRun:
             for site, bad in sorted(failures.items())
         ]
 
-    def _replies(
-        self, messages: list[Message], nodes: Mapping[int, str]
-    ) -> Iterator[tuple[str, Message]]:
-        """Send, and give each site's reply as it comes, up to the deadline."""
-        deadline = self.job.patience
-        for node, reply in self._members.grid.replies(messages, deadline, self._members.cut_off):
-            yield nodes[node], reply
+    def _replies(self, messages: list[Message], frozen: Frozen) -> Iterator[tuple[int, Message]]:
+        """Send, and give each node's reply as it comes, up to the deadline.
+
+        Frozen arrays go along where a node does not hold them; one that says so is asked again.
+        """
+        end = time.monotonic() + self.job.patience
+        bare = {message.metadata.dst_node_id: message for message in messages}
+        held = {node for node in bare if frozen.mark and self.job.held.get(node) == frozen.mark}
+        sent = [one if node in held else frozen.on(one) for node, one in bare.items()]
+        while sent:
+            self._bytes_down += sum(size_of(message.content) for message in sent)
+            again = []
+            left = max(0.0, end - time.monotonic())
+            for node, reply in self._members.grid.replies(sent, left, self._members.cut_off):
+                lacking = lacks_arrays(reply)
+                if lacking and node in held:
+                    held.discard(node)
+                    self.job.held.pop(node, None)
+                    again.append(frozen.on(bare[node]))
+                    continue
+                if frozen.mark and reply.has_content() and not lacking:
+                    self.job.held[node] = frozen.mark
+                yield node, reply
+            sent = again
+
+    def _frozen(self, arrays: Mapping[str, NDArray[Any]], train: Iterable[str]) -> Frozen:
+        """The arrays that do not train now; named by their digest between hospitals alone."""
+        still = {name: arrays[name] for name in arrays if name not in set(train)}
+        return Frozen(record_of(still), digest(still) if still and self.job.study else "")
 
     def _blame(self, diverged: Mapping[str, Bad], round_: int, sites: int) -> None:
         """Updates out of all proportion: of one site its fault, of half of them or more the plan's.
@@ -443,8 +488,15 @@ class StudyRun:
         """The counts of these sites, and why others of them have none."""
         nodes = dict(self._members.nodes)
         members = [node for node in self._members.grid.get_node_ids() if nodes[node] in sites]
-        order = self._order(round_, "evaluate", self.job.average, part=part, sites=len(members))
-        content = RecordDict({"arrays": record_of(self.job.average), "config": order})
+        # Of the test: what trained last is what a site lacks.
+        stage, _ = self.plan.stage_of(round_ or self.plan.rounds)
+        train = trainable_names(self._model, stage.train)
+        frozen = self._frozen(self.job.average, train)
+        order = self._order(
+            round_, "evaluate", self.job.average, part=part, sites=len(members), frozen=frozen.mark
+        )
+        fresh = record_of({name: self.job.average[name] for name in train})
+        content = RecordDict({"arrays": fresh, "config": order})
         messages = [Message(content, node, MessageType.EVALUATE) for node in members]
         deadline = self.job.patience
         for message in messages:
@@ -453,7 +505,7 @@ class StudyRun:
         counts: dict[str, AnyCounts] = {}
         missing = {site: NO_ANSWER if site in asked else NOT_HERE for site in sorted(sites)}
         missing |= {site: bad for site, bad in self._members.absent().items() if site in sites}
-        for node, reply in self._members.grid.replies(messages, deadline, self._members.cut_off):
+        for node, reply in self._replies(messages, frozen):
             site = nodes[node]
             facts = self.job.facts.get(site)
             measured = read_counts(reply, site, round_, part, self.plan, facts)
