@@ -31,8 +31,8 @@ class SiteSection(Section):
     )  # fmt: skip
     cache_gib: float = Field(
         default=50.0, gt=0, allow_inf_nan=False,
-        description="GiB that prepared images may take in the state folder; those that were used "
-        "longest ago make room",
+        description="GiB that prepared images, and what frozen layers make of them, may take in "
+        "the state folder; those that were used longest ago make room",
     )  # fmt: skip
 
 

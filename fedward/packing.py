@@ -19,6 +19,8 @@ from safetensors.numpy import load, save
 from fedward.errors import ProtocolError
 
 PACKED: Final = "packed"
+# The record of a message with the arrays that do not train.
+FROZEN: Final = "frozen"
 
 Arrays = dict[str, NDArray[Any]]
 

@@ -26,7 +26,16 @@ Reason = Annotated[Printable, Field(max_length=64)]
 Figure = Annotated[float, Field(allow_inf_nan=False)]
 STUDY_ID = r"^[a-z0-9][a-z0-9-]{0,63}$"
 RefusalKind = Literal[
-    "policy", "pending", "paused", "budget", "privacy", "data", "protocol", "busy", "error"
+    "policy",
+    "pending",
+    "paused",
+    "budget",
+    "privacy",
+    "data",
+    "protocol",
+    "busy",
+    "error",
+    "arrays",
 ]
 Flat = dict[str, bool | int | float | str | list[int] | list[float] | list[str]]
 
@@ -82,10 +91,17 @@ class RoundOrder(Record):
     arrays : str
         Between hospitals: SHA-256 of the model that comes with the order (see
         :func:`fedward.packing.digest`); "" where none does.
+    frozen : str
+        Between hospitals: SHA-256 of those of them that do not train in the round's stage. A site
+        keeps these, and they come with the order only where it does not hold them; "" where all
+        come.
     seed : int
         Base of the random draws of a simulation; a hospital draws its noise from the system.
     account : bool
         Whether the reply must state the privacy spent.
+    sites : int
+        How many sites are asked: in this round of training, those included whose update is there;
+        in this evaluation; in the whole study where a site is to describe itself. 0: not told.
     study : str
         Between hospitals: the study's id; "" in a simulation, and so the next two.
     coordinator : str
@@ -100,8 +116,10 @@ class RoundOrder(Record):
     task: Literal["describe", "train", "evaluate"] = "train"
     part: Literal["validation", "test"] = "validation"
     arrays: str = Field(default="", pattern=r"^$|^[0-9a-f]{64}$")
+    frozen: str = Field(default="", pattern=r"^$|^[0-9a-f]{64}$")
     seed: Count = 0
     account: bool = True
+    sites: Count = 0
     study: str = Field(default="", pattern=rf"^$|{STUDY_ID}")
     coordinator: str = Field(default="", max_length=64)
     signature: str = Field(default="", max_length=128)
@@ -186,7 +204,8 @@ class Refusal(Record):
     """Up, in place of an outcome: a site could not or would not; never a traceback.
 
     ``kind`` says whose turn it is: a hospital's officer (policy, pending, paused), the privacy
-    budget, the data, or whoever runs the software. ``charged`` is False where the site's ledger
+    budget, the data, or whoever runs the software; ``arrays`` asks for the frozen arrays that an
+    order names and that the site does not hold. ``charged`` is False where the site's ledger
     holds no charge for the round; where it is absent, the round may have cost privacy.
     """
 

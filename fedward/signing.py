@@ -42,7 +42,7 @@ def encoded_public_key(key: Ed25519PrivateKey) -> str:
 def sign_order(key: Ed25519PrivateKey, order: RoundOrder) -> RoundOrder:
     """The order with the coordinator's key and signature."""
     named = order.model_copy(update={"coordinator": encoded_public_key(key)})
-    signature = base64.b64encode(key.sign(_signed(named))).decode()
+    signature = base64.b64encode(key.sign(signed_bytes(named))).decode()
     return named.model_copy(update={"signature": signature})
 
 
@@ -75,7 +75,7 @@ def verify_order(order: RoundOrder, task: str, arrays: Arrays) -> str:
         signature = base64.b64decode(order.signature, validate=True)
         if not order.study:
             raise ValueError
-        key.verify(signature, _signed(order))
+        key.verify(signature, signed_bytes(order))
     except (ValueError, binascii.Error, InvalidSignature):
         raise ProtocolError(
             "an order must be signed by its coordinator",
@@ -89,8 +89,9 @@ def verify_order(order: RoundOrder, task: str, arrays: Arrays) -> str:
     return fingerprint(public)
 
 
-def _signed(order: RoundOrder) -> bytes:
-    # The plan is covered by its hash, which the record itself checks.
+def signed_bytes(order: RoundOrder) -> bytes:
+    """What the signature of an order is over: all its fields but the plan, which its hash stands
+    for, and the signature, as a line of their kind and version and a line of canonical JSON."""
     content = {k: v for k, v in order.to_flat().items() if k not in ("plan", "signature")}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return _ORDER + text.encode()

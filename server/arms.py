@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from functools import reduce
 from typing import Any
 
+from fedward.errors import FedwardError
 from fedward.metrics import AnyCounts, ClassificationCounts, PrivateCounts
 from fedward.plan.schema import Plan, Task
 from server.results import Figures, TestFigures
+
+_LOG = logging.getLogger("fedward.server")
 
 
 def figures(plan: Plan, counts: Mapping[str, AnyCounts]) -> tuple[dict[str, Figures], Figures]:
@@ -29,6 +33,31 @@ def add_up(task: Task, counts: Mapping[str, AnyCounts]) -> AnyCounts:
             one if isinstance(one, PrivateCounts) else PrivateCounts.of(task, one) for one in parts
         ]
     return reduce(lambda one, other: one + other, parts)  # type: ignore[no-any-return]
+
+
+def tested(
+    plan: Plan, counts: Mapping[str, AnyCounts], images: Mapping[str, int], missing: str = ""
+) -> tuple[TestFigures | None, str]:
+    """The final test metrics of an arm; or none, and why.
+
+    Parameters
+    ----------
+    counts, images : mapping
+        The counts of the sites that could be measured, and all sites' test images.
+    missing : str
+        Why the others could not.
+    """
+    if counts:
+        try:
+            return test_figures(plan, counts, images), ""
+        except Exception as error:  # a model is worth more than its figures
+            _LOG.exception("no test figures could be worked out")
+            told = str(error) if isinstance(error, FedwardError) else type(error).__name__
+            return None, f"no figures could be worked out of the counts ({told})"
+    if any(images.values()):
+        return None, f"no site could be measured: {missing}"
+    given = " (split.test is 0)" if not (plan.split.given or plan.split.test) else ""
+    return None, f"no site has test patients{given}"
 
 
 def test_figures(

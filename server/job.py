@@ -66,6 +66,8 @@ class Job:
         Between hospitals: the study's id.
     sign : callable or None
         Between hospitals: signs an order as its coordinator (see :mod:`fedward.signing`).
+    held : dict
+        Between hospitals: the digest of the frozen arrays that a node was sent last and answered.
     bad_answers : dict
         How many invalid answers in a row each site has given, by kind of answer.
     memory, memory_stage : dict, str
@@ -74,6 +76,8 @@ class Job:
         Called after each round, before anybody hears that it ended.
     patient : bool
         Whether too few sites make the study wait instead of fail.
+    again : threading.Event
+        Set by who wants that a study that waits for sites tries again at once.
     ask_again_seconds : float
         After which a site that refused is asked again.
     most_change : float
@@ -93,6 +97,7 @@ class Job:
     members: Mapping[int, str] | None = None
     left_out: Mapping[str, Bad] = field(default_factory=dict)
     limits: Mapping[str, SizeLimit] = field(default_factory=dict)
+    held: dict[int, str] = field(default_factory=dict)
     bad_answers: dict[str, int] = field(default_factory=dict)
     study: str = ""
     sign: Callable[[RoundOrder], RoundOrder] | None = None
@@ -100,6 +105,7 @@ class Job:
     memory_stage: str = ""
     save: Callable[[Job], None] = _nothing
     patient: bool = False
+    again: threading.Event = field(default_factory=threading.Event)
     ask_again_seconds: float = math.inf
     most_change: float = 1000.0
     quorum: int | None = None

@@ -20,6 +20,7 @@ from server.job import Job
 from server.registry import Registry
 from server.registry.records import State, Study
 from server.report import write_metrics, write_report
+from server.report.sentences import few_sites, unmeasured
 from server.results import StudyResults
 
 _LOG = logging.getLogger("fedward.server")
@@ -48,7 +49,7 @@ class Keeper:
         stop: threading.Event,
     ) -> None:  # fmt: skip
         self._folder, self._registry, self._study, self._plan = folder, registry, study, plan
-        self._results, self._stop = results, stop
+        self._results, self._stop, self._unwritten = results, stop, ""
         self._checkpoints = Checkpoints(folder / "rounds", study.plan_sha256)
 
     def restore(self, job: Job) -> bool:
@@ -74,11 +75,13 @@ class Keeper:
         """Write model and report, and end the study."""
         self._results.complete = True
         if self._until_done(lambda: self._deliver(job)):
-            self._until_done(self._finish)
+            self._until_done(lambda: self._finish(job))
 
-    def _finish(self) -> None:
+    def _finish(self, job: Job) -> None:
         self._registry.studies.save_results(self._study.id, self._results)
-        self._registry.studies.set_state(self._study.id, "finished")
+        told = [unmeasured(job.arm)] if job.arm.unmeasured else []
+        told += [one for one in (few_sites(job.arm, self._plan), self._unwritten) if one]
+        self._registry.studies.set_state(self._study.id, "finished", " ".join(told))
 
     def _catch_up(self, job: Job) -> None:
         known = {one.round for one in self._registry.studies.rounds(self._study.id)}
@@ -109,11 +112,21 @@ class Keeper:
             )
             (self._folder / "plan.json").write_text(canonical(self._plan), "utf-8")
             write_metrics(self._results, self._folder / "metrics.json")
-            write_report([self._results], self._folder / "report.html")
+            self._report()
         except OSError as error:
             raise OutputError(
                 "results must be written", value=error.strerror, fix="Free the disk"
             ) from None
+
+    def _report(self) -> None:
+        self._unwritten = ""
+        try:
+            write_report([self._results], self._folder / "report.html")
+        except OSError:
+            raise  # there may be room later
+        except Exception as error:  # the model is delivered without it
+            _LOG.exception("the report could not be written")
+            self._unwritten = f"The report could not be written ({type(error).__name__})."
 
     def _until_done(self, act: Callable[[], None]) -> bool:
         """Do it, now or when there is room again; whether it was done before the stop."""

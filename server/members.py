@@ -21,8 +21,13 @@ _LOG = logging.getLogger("fedward.server")
 _QUARANTINE_AFTER: Final = 3
 _PAUSE: Final = 0.05
 _LAST_WORDS: Final = 1.0
-_NOT_HERE: Final = Bad("not connected", "silent")
-_PASSING: Final = frozenset({"pending", "paused", "busy", "error", "silent"})
+# Seconds after which an operator hears of sites that are not connected at the start.
+_SOON: Final = 3.0
+NOT_HERE: Final = Bad("not connected", "silent")
+NO_ANSWER: Final = Bad("no answer in time", "silent")
+_ASKED: Final = Bad("has not described itself yet", "silent")
+PASSING: Final = frozenset({"pending", "paused", "busy", "error", "silent"})
+"""Kinds of refusals that a person, a restart or time may end."""
 
 
 class Members:
@@ -65,28 +70,39 @@ class Members:
         """Wait for the sites of the study and have them describe themselves.
 
         Between hospitals a study begins when all have, or have refused for good, or at the
-        deadline; with its quorum in any case.
+        deadline; with :attr:`least` sites in any case. A patient job hears soon that there are too
+        few; it waits for them elsewhere.
 
         Raises
         ------
         StudyError
             Too few do.
         """
-        end = time.monotonic() + self._job.patience
+        began = time.monotonic()
         while not self._job.stop.is_set():
-            over = time.monotonic() - end
+            seconds = time.monotonic() - began
+            over = seconds - self._job.patience
             self.refresh(last=over > 0)
-            if self._all_are_in() and self._enough():
-                break
-            if over > (_LAST_WORDS if self._asked else 0):
-                if self._enough():
+            ended = over > (_LAST_WORDS if self._asked else 0)
+            if self._enough():
+                if ended or self._all_are_in():
                     break
-                raise self._too_few()
-            if self._anyone and self._refused and not self._asked:
-                raise self._too_few()
+            elif ended or (not self._asked and self._no_more_come(seconds)):
+                raise self.too_few()
             self._job.stop.wait(_PAUSE)
+        if self._job.stop.is_set():
+            return
         sites = tuple(sorted(self.nodes.values()))
         self._job.listen(StudyStarted(self._job.arm.name, self._job.plan.rounds, sites))
+
+    def _no_more_come(self, seconds: float) -> bool:
+        if self._anyone:
+            return bool(self._refused)
+        return self._all_are_in() or (self._job.patient and seconds > _SOON)
+
+    def ask_again(self) -> None:
+        """Ask also those now that refused a moment ago."""
+        self._refused = {s: (0.0, why, kind) for s, (_, why, kind) in self._refused.items()}
 
     def refresh(self, *, last: bool = False) -> None:
         """Take what sites said of themselves, and ask those that are new; waits for nobody.
@@ -150,8 +166,9 @@ class Members:
         """Sites of the study that take no part now, and why: refused, put out, or not there."""
         here = set(self.nodes.values())
         refused = {site: Bad(reason, kind) for site, (_, reason, kind) in self._refused.items()}
-        named = dict.fromkeys(self._named.values(), _NOT_HERE)
-        known = {**named, **(named and refused), **self._job.left_out}
+        named = dict.fromkeys(self._named.values(), NOT_HERE)
+        asked = {s: _ASKED for n, s in self._named.items() if n in self._asked.values()}
+        known = {**named, **asked, **(named and refused), **self._job.left_out}
         return {site: bad for site, bad in known.items() if site not in here}
 
     def cut_off(self) -> set[int]:
@@ -164,7 +181,7 @@ class Members:
 
     def _refused_for_good(self) -> int:
         """Sites that no waiting brings in; whom a person or a restart may, are waited for."""
-        return sum(kind not in _PASSING for _, _, kind in self._refused.values())
+        return sum(kind not in PASSING for _, _, kind in self._refused.values())
 
     def _all_are_in(self) -> bool:
         if self._anyone:
@@ -172,11 +189,22 @@ class Members:
         return len(self.nodes) + self._refused_for_good() >= len(self._named)
 
     @property
-    def _least(self) -> int:
-        return self._needs.sites if self._anyone else self._job.needed
+    def _starts(self) -> bool:
+        return not self._job.arm.rounds
+
+    @property
+    def least(self) -> int:
+        """Sites without which the study does not start; after its first round, its quorum."""
+        if self._anyone:
+            return self._needs.sites
+        needed = self._job.needed
+        return max(self._needs.sites, needed) if self._starts else needed
 
     def _enough(self) -> bool:
-        return len(self.nodes) >= self._least
+        if len(self.nodes) < self.least:
+            return False
+        # Who described itself and left does not start a study.
+        return self._anyone or not self._starts or self.connected() >= self.least
 
     def _undescribed(self, *, last: bool) -> list[int]:
         online = sorted(self._everyone.get_node_ids())
@@ -253,12 +281,30 @@ class Members:
         least = self._needs.minimum_patients
         return f"a site needs {least} patients" if facts.patients < least else ""
 
-    def _too_few(self) -> StudyError:
-        refused = sorted({reason for _, reason, _ in self._refused.values()})
+    def too_few(self) -> StudyError:
+        """The error that names who is missing, and why."""
+        if self._anyone:
+            refused = sorted({reason for _, reason, _ in self._refused.values()})
+            return StudyError(
+                "a study needs the planned number of sites",
+                value=f"{len(self.nodes)} of {self.least}"
+                + (f"; refused: {'; '.join(refused)}" if refused else ""),
+                fix="Bring more sites, or lower participation.sites",
+                where="participation.sites",
+            )
+        here = set(self.grid.get_node_ids())
+        gone = {site: NOT_HERE for node, site in self.nodes.items() if node not in here}
         return StudyError(
-            "a study needs the planned number of sites",
-            value=f"{len(self.nodes)} of {self._least}"
-            + (f"; refused: {'; '.join(refused)}" if refused else ""),
-            fix="Wait for more sites, or lower participation.sites",
-            where="participation.sites",
+            "a study starts with the sites that its plan needs"
+            if self._starts
+            else "a study goes on with its quorum of sites",
+            value=f"{len(here)} of {self.least}; {named(self.absent() | gone)}",
+            fix="It goes on by itself when they take part, and `study resume` asks them at once; "
+            "or submit the plan again with other sites or a lower participation.sites",
+            where="participation.sites" if self._starts else "participation.quorum",
         )
+
+
+def named(missing: Mapping[str, Bad]) -> str:
+    """Sites and why each is missing, for people."""
+    return "; ".join(f"{site} ({bad.kind}): {bad.reason}" for site, bad in sorted(missing.items()))

@@ -76,6 +76,14 @@ _DIVERGED: Final = frozenset({
 })  # fmt: skip
 
 
+def lacks_arrays(message: Message) -> bool:
+    """Whether a site asks for the frozen arrays that an order only named."""
+    if not message.has_content():
+        return False
+    refusal = message.content.config_records.get("refusal")
+    return refusal is not None and refusal.get("kind") == "arrays"
+
+
 def read_facts(message: Message) -> SiteFacts | Bad:
     """What a site said of itself."""
     try:

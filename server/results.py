@@ -122,9 +122,19 @@ class Arm(Strict):
     epsilon: float | None = Field(default=None, description="the plan's target ε; none: no privacy")
     delta: float | None = None
     rounds: list[Round] = Field(default_factory=list)
-    test: TestFigures | None = Field(default=None, description="none while unfinished")
+    test: TestFigures | None = Field(
+        default=None, description="none while unfinished, and where nothing could be measured"
+    )
+    unmeasured: str = Field(
+        default="", description="why a finished arm has no test figures; empty where it has some"
+    )
     privacy: dict[str, SitePrivacy] = Field(default_factory=dict, description="per site")
     seconds: float = Field(default=0.0, description="wall seconds of the arm")
+
+    @property
+    def finished(self) -> bool:
+        """Whether its model was tested, or is known not to be testable."""
+        return self.test is not None or bool(self.unmeasured)
 
 
 class StudyResults(Strict):

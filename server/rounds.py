@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.app.exception import AppExitException
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
-from fedward.errors import DivergenceError, StudyError
+from fedward.errors import DivergenceError, ModelError, PlanError, StudyError
 from fedward.metrics import AnyCounts
 from fedward.models import build_model, trainable_names
-from fedward.packing import digest
+from fedward.packing import FROZEN, digest
 from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Stage
 from fedward.protocol import RoundOrder
-from server.arms import figures, test_figures
+from server.arms import figures, tested
 from server.events import (
     RoundEnded,
     SiteAnswered,
@@ -33,8 +35,8 @@ from server.events import (
 from server.exchange import Moment
 from server.gather import Gathered, let_go, record_of, size_of
 from server.job import Job
-from server.members import Members
-from server.replies import Bad, Measured, Update, read_counts, read_update
+from server.members import NO_ANSWER, NOT_HERE, PASSING, Members, named
+from server.replies import Bad, Measured, Update, lacks_arrays, read_counts, read_update
 from server.results import Failure, Round, SiteRound
 from server.spent import charge, charge_ordered, settle
 from strategies.averaging import blend, decay_at
@@ -47,6 +49,22 @@ __all__ = ["Job", "StudyRun"]
 _LOG = logging.getLogger("fedward.server")
 _LOOK_AGAIN: Final = 0.5
 _LONGEST: Final = 300.0
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Arrays that do not train in a stage, and their digest; "" where they always travel."""
+
+    record: ArrayRecord
+    mark: str
+
+    def on(self, message: Message) -> Message:
+        """The message with them."""
+        about = message.metadata
+        content = RecordDict({**message.content, FROZEN: self.record})
+        return Message(
+            content, about.dst_node_id, about.message_type, ttl=about.ttl, group_id=about.group_id
+        )
 
 
 class StudyRun:
@@ -64,11 +82,16 @@ class StudyRun:
         self.job, self.plan = job, job.plan
         self._canonical, self._hash = canonical(job.plan), plan_hash(job.plan)
         self._everyone = grid
-        self._members = Members(job, grid, lambda: self._order(0, "describe", {}))
+        self._members = Members(job, grid, self._describe)
         self._model = build_model(job.plan, seed=0)
         self._strategy: tuple[str, Strategy] | None = None
         self._open: tuple[int, Gathered] | None = None
         self._told_heavy: set[str] = set()
+        self._bytes_down = 0
+
+    def _describe(self) -> ConfigRecord:
+        # What a site is told before the study is how many may take part at most.
+        return self._order(0, "describe", {}, sites=len(self.job.members or ()))
 
     def run(self) -> None:
         """Enrol, train the rounds that are missing, test.
@@ -83,7 +106,7 @@ class StudyRun:
         """
         started = time.perf_counter() - self.job.arm.seconds
         try:
-            self._patiently(self._members.enrol)
+            self._patiently(self._members.enrol, start=True)
             while self.job.round <= self.plan.rounds:
                 self._patiently(self._round)
                 self.job.arm.seconds = time.perf_counter() - started
@@ -94,7 +117,7 @@ class StudyRun:
             settle(self.job.arm)
             self.job.arm.seconds = time.perf_counter() - started
 
-    def _patiently(self, step: Any) -> None:
+    def _patiently(self, step: Callable[[], None], start: bool = False) -> None:
         """Do a step; a patient job that lacks sites waits for them and does it again."""
         pause = _LOOK_AGAIN
         while not self.job.stop.is_set():
@@ -106,19 +129,45 @@ class StudyRun:
             except StudyError as error:
                 if not self.job.patient:
                     raise
-                self._wait(str(error), pause)
-                # Sites that are there and fail each time are asked less and less often.
-                pause = min(2 * pause, _LONGEST)
+                reason = error.__str__
+            if start:
+                self._wait(self._why_not, _LOOK_AGAIN, self._members.least)
+            else:
+                self._wait(reason, pause, self.job.needed)
+            # Sites that are there and fail each time are asked less and less often.
+            pause = min(2 * pause, _LONGEST)
 
-    def _wait(self, reason: str, pause: float) -> None:
+    def _why_not(self) -> str:
+        """Why the study cannot start as it is now: sites come, go and change their minds."""
+        return str(self._members.too_few())
+
+    def _wait(
+        self, reason: Callable[[], str], pause: float, sites: int, end: float = math.inf
+    ) -> None:
+        """Until so many sites are connected, an operator resumes the study, or the time is up."""
         name, round_ = self.job.arm.name, self.job.round
-        self.job.listen(StudyPaused(name, round_, reason))
-        while not self.job.stop.wait(pause):
+        told = ""
+        while (left := end - time.monotonic()) > 0:
+            if told != (told := reason()):
+                self.job.listen(StudyPaused(name, round_, told))
+            if self._rest(min(pause, left)):
+                return
             self._members.refresh()
-            if self._members.connected() >= self.job.needed:
+            if self._members.connected() >= sites:
                 self.job.listen(StudyResumed(name, round_))
                 return
             pause = min(2 * pause, 10.0)
+
+    def _rest(self, seconds: float) -> bool:
+        """Let time pass; whether somebody ended that: the study stops, or is to try again."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0 and not self.job.again.is_set():
+            if self.job.stop.wait(min(left, _LOOK_AGAIN)):
+                return True
+        if resumed := self.job.again.is_set():
+            self.job.again.clear()
+            self._members.ask_again()
+        return resumed
 
     def _round(self) -> None:
         started, round_ = time.perf_counter(), self.job.round
@@ -166,9 +215,11 @@ class StudyRun:
         self, round_: int, stage: Stage, place: int, expected: Mapping[str, NDArray[Any]],
         gathered: Gathered, result: Round,
     ) -> None:  # fmt: skip
-        messages = self._train_messages(round_, stage, place, expected, gathered)
-        result.bytes_down += sum(size_of(message.content) for message in messages)
-        result.failures = self._collect(messages, round_, expected, gathered)
+        frozen = self._frozen(self.job.arrays, expected)
+        messages = self._train_messages(round_, stage, place, expected, gathered, frozen)
+        before = self._bytes_down
+        result.failures = self._collect(messages, round_, expected, gathered, frozen)
+        result.bytes_down += self._bytes_down - before
 
     def _outliers(self, gathered: Gathered, result: Round) -> bool:
         """Refuse updates of a norm far beyond the median; whether others must be sent again."""
@@ -201,6 +252,7 @@ class StudyRun:
         place: int,
         expected: Mapping[str, NDArray[Any]],
         there: Gathered,
+        frozen: Frozen,
     ) -> list[Message]:
         # A repeated round asks only whose update is missing: training twice would cost privacy.
         nodes = self._members.nodes
@@ -210,13 +262,14 @@ class StudyRun:
         if not grid.get_node_ids():  # Flower would wait for one without end
             return []
         account = self.plan.is_evaluated(round_, "validation")
-        order = self._order(round_, "train", self.job.arrays, account=account)
+        asked = len(there.updates.keys() | {nodes[node] for node in grid.get_node_ids()})
+        order = self._order(
+            round_, "train", self.job.arrays, account=account, sites=asked, frozen=frozen.mark
+        )
         messages = list(
             self._strategy_of(stage).configure_train(place + 1, record_of(expected), order, grid)
         )
-        frozen = {name: value for name, value in self.job.arrays.items() if name not in expected}
         for message in messages:
-            message.content["frozen"] = record_of(frozen)
             # Nobody shall train for a round that is over.
             message.metadata.ttl = self.job.patience
         return messages
@@ -227,20 +280,19 @@ class StudyRun:
         round_: int,
         expected: Mapping[str, Any],
         gathered: Gathered,
+        frozen: Frozen,
     ) -> list[Failure]:
         """Add the valid updates; give why each site that has none has none."""
         nodes = dict(self._members.nodes)
         asked = {nodes[message.metadata.dst_node_id] for message in messages}
-        silent = {
-            site: Bad("no answer in time" if site in asked else "not connected", "silent")
-            for site in nodes.values()
-        }
+        silent = {site: NO_ANSWER if site in asked else NOT_HERE for site in nodes.values()}
         failures = self._members.absent() | silent | gathered.refused
         diverged: dict[str, Bad] = {}
         for site in gathered.updates:
             failures.pop(site, None)
         try:
-            for site, reply in self._replies(messages, nodes):
+            for node, reply in self._replies(messages, frozen):
+                site = nodes[node]
                 update = read_update(
                     reply,
                     site,
@@ -276,13 +328,35 @@ class StudyRun:
             for site, bad in sorted(failures.items())
         ]
 
-    def _replies(
-        self, messages: list[Message], nodes: Mapping[int, str]
-    ) -> Iterator[tuple[str, Message]]:
-        """Send, and give each site's reply as it comes, up to the deadline."""
-        deadline = self.job.patience
-        for node, reply in self._members.grid.replies(messages, deadline, self._members.cut_off):
-            yield nodes[node], reply
+    def _replies(self, messages: list[Message], frozen: Frozen) -> Iterator[tuple[int, Message]]:
+        """Send, and give each node's reply as it comes, up to the deadline.
+
+        Frozen arrays go along where a node does not hold them; one that says so is asked again.
+        """
+        end = time.monotonic() + self.job.patience
+        bare = {message.metadata.dst_node_id: message for message in messages}
+        held = {node for node in bare if frozen.mark and self.job.held.get(node) == frozen.mark}
+        sent = [one if node in held else frozen.on(one) for node, one in bare.items()]
+        while sent:
+            self._bytes_down += sum(size_of(message.content) for message in sent)
+            again = []
+            left = max(0.0, end - time.monotonic())
+            for node, reply in self._members.grid.replies(sent, left, self._members.cut_off):
+                lacking = lacks_arrays(reply)
+                if lacking and node in held:
+                    held.discard(node)
+                    self.job.held.pop(node, None)
+                    again.append(frozen.on(bare[node]))
+                    continue
+                if frozen.mark and reply.has_content() and not lacking:
+                    self.job.held[node] = frozen.mark
+                yield node, reply
+            sent = again
+
+    def _frozen(self, arrays: Mapping[str, NDArray[Any]], train: Iterable[str]) -> Frozen:
+        """The arrays that do not train now; named by their digest between hospitals alone."""
+        still = {name: arrays[name] for name in arrays if name not in set(train)}
+        return Frozen(record_of(still), digest(still) if still and self.job.study else "")
 
     def _blame(self, diverged: Mapping[str, Bad], round_: int, sites: int) -> None:
         """Updates out of all proportion: of one site its fault, of half of them or more the plan's.
@@ -343,13 +417,15 @@ class StudyRun:
         try:
             arrays, _ = strategy.aggregate_train(place + 1, gathered.messages(node))
         except AppExitException as error:
-            raise StudyError(
-                "the updates must be combinable", value=type(error).__name__
-            ) from error
+            # No StudyError: waiting for sites does not mend it.
+            raise ModelError(
+                "the updates must be combinable", value=type(error).__name__,
+                fix="Submit the plan again with another strategy",
+            ) from error  # fmt: skip
         if arrays is None:
-            raise StudyError(
+            raise PlanError(
                 "the strategy must find enough updates", value=len(gathered.updates),
-                fix="Raise the quorum",
+                fix="Submit the plan again with a higher quorum", where="participation.quorum",
             )  # fmt: skip
         new = dict(self.job.arrays)
         for name, array in arrays.items():
@@ -375,7 +451,7 @@ class StudyRun:
         sites = {s for s, facts in self.job.facts.items() if facts.validation_images}
         if not sites:
             return
-        counts = self._measure(round_, "validation", sites)
+        counts, _ = self._measure(round_, "validation", sites)
         if self.job.stop.is_set():  # of some of the sites they would pass for those of all
             return
         per_site, result.validation = figures(self.plan, counts)
@@ -384,29 +460,52 @@ class StudyRun:
                 result.sites[site].validation = values
 
     def _finish(self) -> None:
-        """Measure the model on the test patients; then the study is complete."""
-        facts = self.job.facts
-        images = {site: one.test_images for site, one in facts.items()}
-        counts = self._measure(0, "test", {site for site, number in images.items() if number})
-        if self.job.stop.is_set():
-            return
-        if self.job.patient and any(images.values()) and not counts:
-            raise StudyError("a study needs a site to be tested on", fix="Bring a site back")
-        self.job.arm.test = test_figures(self.plan, counts, images) if counts else None
-        self.job.complete = self.job.arm.test is not None
+        """Measure the model on the test patients; then the study is complete, measured or not.
+
+        A patient job waits for sites that may come back as long as a round waits, and no longer.
+        """
+        end, pause = time.monotonic() + self.job.patience, _LOOK_AGAIN
+        images = {site: one.test_images for site, one in self.job.facts.items()}
+        sites = {site for site, number in images.items() if number}
+        while True:
+            counts, missing = self._measure(0, "test", sites) if sites else ({}, {})
+            if self.job.stop.is_set():
+                return
+            passing = any(bad.kind in PASSING for bad in missing.values())
+            if counts or not passing or not self.job.patient or time.monotonic() >= end:
+                break
+            reason = f"a study needs a site to be tested on; {named(missing)}"
+            self._wait(reason.__str__, pause, 1, end)
+            pause = min(2 * pause, _LONGEST)
+        arm = self.job.arm
+        arm.test, arm.unmeasured = tested(self.plan, counts, images, named(missing))
+        self.job.complete = True
         self.job.save(self.job)
 
-    def _measure(self, round_: int, part: str, sites: set[str]) -> dict[str, AnyCounts]:
-        order = self._order(round_, "evaluate", self.job.average, part=part)
-        content = RecordDict({"arrays": record_of(self.job.average), "config": order})
+    def _measure(
+        self, round_: int, part: str, sites: set[str]
+    ) -> tuple[dict[str, AnyCounts], dict[str, Bad]]:
+        """The counts of these sites, and why others of them have none."""
         nodes = dict(self._members.nodes)
         members = [node for node in self._members.grid.get_node_ids() if nodes[node] in sites]
+        # Of the test: what trained last is what a site lacks.
+        stage, _ = self.plan.stage_of(round_ or self.plan.rounds)
+        train = trainable_names(self._model, stage.train)
+        frozen = self._frozen(self.job.average, train)
+        order = self._order(
+            round_, "evaluate", self.job.average, part=part, sites=len(members), frozen=frozen.mark
+        )
+        fresh = record_of({name: self.job.average[name] for name in train})
+        content = RecordDict({"arrays": fresh, "config": order})
         messages = [Message(content, node, MessageType.EVALUATE) for node in members]
         deadline = self.job.patience
         for message in messages:
             message.metadata.ttl = deadline
+        asked = {nodes[node] for node in members}
         counts: dict[str, AnyCounts] = {}
-        for node, reply in self._members.grid.replies(messages, deadline, self._members.cut_off):
+        missing = {site: NO_ANSWER if site in asked else NOT_HERE for site in sorted(sites)}
+        missing |= {site: bad for site, bad in self._members.absent().items() if site in sites}
+        for node, reply in self._replies(messages, frozen):
             site = nodes[node]
             facts = self.job.facts.get(site)
             measured = read_counts(reply, site, round_, part, self.plan, facts)
@@ -414,9 +513,11 @@ class StudyRun:
             if isinstance(measured, Measured):
                 counts[site] = measured.counts
                 self._members.note(site, None, "counts")
+                missing.pop(site, None)
             else:
+                missing[site] = measured
                 self._unmeasured(site, measured)
-        return counts
+        return counts, missing
 
     def _unmeasured(self, site: str, bad: Bad) -> None:
         _LOG.warning("%s could not be measured: %s", site, bad.reason)

@@ -29,6 +29,7 @@ from fedward.errors import (
     DivergenceError,
     FedwardError,
     Interrupted,
+    OutputError,
     ServiceError,
     StudyError,
 )
@@ -82,6 +83,7 @@ class Runner:
             self.folder, self.registry, self.study, self.plan, self.results, self.stop
         )
         self._looking = threading.Lock()
+        self._waits = False
         self.job = self._job()
 
     def run(self) -> None:
@@ -224,6 +226,7 @@ class Runner:
         if not self.stop.is_set():
             try:
                 self.registry.studies.set_state(self.study.id, state, reason)
+                self._waits = state == "paused"
             except StudyError as error:
                 _LOG.info("%s", error.rule)
 
@@ -231,14 +234,22 @@ class Runner:
         self.registry.studies.add_event(self.study.id, kind, payload)
 
     def _watch(self) -> None:
-        """Stop when an operator wants the study to stand still; see who may take part."""
+        """See what an operator wants of the study, and who may take part."""
         while not self.stop.wait(_LOOK):
             try:
-                if self.registry.studies.get(self.study.id).wanted != "run":
-                    self.stop.set()
                 self._see_members()
+                self._see_wish()
             except Exception as error:  # a database that is away for a moment
                 _LOG.warning("the registry did not answer: %s", type(error).__name__)
+
+    def _see_wish(self) -> None:
+        """Stop where the study is to stand still; where it waits and was resumed, try again."""
+        now = self.registry.studies.get(self.study.id)
+        if now.wanted != "run":
+            self.stop.set()
+        elif self._waits and now.state == "submitted":
+            self._waits = False
+            self.job.again.set()
 
     def _results(self) -> StudyResults:
         kept = self.registry.studies.results(self.study.id)
@@ -323,6 +334,28 @@ def _run(config: ServerConfig, study: str) -> None:
     except FedwardError as error:
         registry.studies.set_state(study, "failed", str(error)[:1000])
         raise
+    except AWAY:
+        raise  # it may be back for the next runner
+    except OSError as error:
+        registry.studies.set_state(study, "paused", str(_disk(error)))
+        raise
+    except Exception as error:
+        _LOG.exception("an unexpected error ended the runner of %s", study)
+        # The dispatcher starts it again, a few times.
+        registry.studies.set_state(study, "paused", unexpected(error))
+        sys.exit(FedwardError.exit_code)
+
+
+def _disk(error: OSError) -> OutputError:
+    return OutputError(
+        "the state folder must be readable and writable", value=error.strerror,
+        fix="Mend it; the study goes on by itself",
+    )  # fmt: skip
+
+
+def unexpected(error: Exception) -> str:
+    """What an operator reads of an error that has no words of its own; the log has the rest."""
+    return f"an unexpected error ended the study's runner ({type(error).__name__})."
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -14,7 +14,7 @@ from fedward.metrics import Counts, counts_from_arrays
 from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Plan
 from fedward.protocol import RoundOrder
-from server.arms import figures, test_figures
+from server.arms import figures, tested
 from server.results import Arm, Round
 from simulation.local import State
 from simulation.sites import pool_sites
@@ -39,7 +39,7 @@ def lone_arm(state: State, plan: Plan, arrays: Arrays, seed: int, site: str | No
     own = as_many_images(plan, len(state.sites.sites)) if site is None else plan
     average = _train(Trainer(own, data, state.sites.runtime), own, arrays, seed, arm)
     images = {one.name: len(one.split["test"]) for one in state.sites.sites}
-    arm.test = test_figures(plan, _test(state, plan, average), images)
+    arm.test, arm.unmeasured = tested(plan, _test(state, plan, average), images)
     arm.seconds = time.perf_counter() - started
     return arm
 

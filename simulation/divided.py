@@ -75,8 +75,7 @@ def _prepare(
 ) -> None:  # fmt: skip
     data = options.data or Path()
     watched = WatchedCrew(crew)
-    room = None if options.cache_gib is None else round(options.cache_gib * (1 << 30))
-    means = Means(cores(), watched, room)
+    means = Means(cores(), watched, options.cache_bytes)
     try:
         site = prepare(name, samples, plan, options.out / "cache", means)
     except DataError as error:

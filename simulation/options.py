@@ -71,3 +71,8 @@ class Options:
     def division(self) -> str:
         """How the data come to be divided, for the report."""
         return "frozen cohorts" if self.hospitals else self.partition
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """Bytes that the cache may take; None for no bound."""
+        return None if self.cache_gib is None else round(self.cache_gib * 2**30)

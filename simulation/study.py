@@ -141,7 +141,8 @@ class Study:
         threads = max(1, cores() // max(1, workers))
         runtime = Runtime(
             device=str(device), threads=threads, randomness="seeded",
-            cache=self.options.out / "cache", physical_batch=256 if on_gpu else 64,
+            cache=self.options.out / "cache", cache_bytes=self.options.cache_bytes,
+            physical_batch=256 if on_gpu else 64,
             private_counts=self.options.private_counts,
         )  # fmt: skip
         return runtime, workers

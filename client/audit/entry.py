@@ -15,7 +15,7 @@ from fedward.errors import AuditError
 Event = Literal[
     "started", "stopped", "plan", "decision", "approval", "charge", "sent", "refused", "withheld",
     "replaced", "evaluation", "policy", "version", "isolation", "paused", "resumed", "error",
-    "repaired", "watchdog",
+    "repaired", "watchdog", "order",
 ]  # fmt: skip
 EVENTS: Final = frozenset(get_args(Event))
 GENESIS: Final = "0" * 64

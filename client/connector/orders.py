@@ -18,6 +18,7 @@ from flwr.app import Message
 from client.connector import fleet as links
 from client.connector.attachment import Attachment
 from client.connector.fleet import Fleet, Unreadable
+from client.connector.frozen import FrozenArrays, Lacking
 from client.connector.inturn import InTurn
 from client.connector.spool import InHand, Spool
 from client.connector.translate import refusal, to_order, to_reply
@@ -47,6 +48,7 @@ class Orders:
 
     def __init__(self, site: str, folder: Path, attachment: Attachment) -> None:
         self._site, self._attachment, self._spool = site, attachment, Spool(folder)
+        self._frozen = FrozenArrays(folder / "frozen")
         self._answers: queue.SimpleQueue[tuple[InHand, Packet]] = queue.SimpleQueue()
         self._unsent: list[tuple[InHand, Packet]] = []
         self._names: set[str] = set()
@@ -67,11 +69,22 @@ class Orders:
         """Take a message into hand; one that is no order is refused."""
         self._attachment.state.messages += 1
         try:
-            what, order = to_order(message)
+            what, order = to_order(message, self._frozen)
+        except Lacking as error:
+            self._ask_for_arrays(message, error)
+            return
         except ProtocolError as error:
             self.refuse(Unreadable(error, message))
             return
         self._take(_in_hand(message, what, order), keep=True)
+
+    def _ask_for_arrays(self, message: Message, error: Lacking) -> None:
+        """The trainer hears of the order once it is whole."""
+        config = dict(message.content.config_records["config"])
+        order = _in_hand(message, "train", Packet("order", config))
+        if order.name not in self._names:
+            self._names.add(order.name)
+            self._answers.put((order, refusal(self._site, order.order, error)))
 
     def refuse(self, error: Unreadable) -> None:
         """The trainer hears of it first, so that its audit log has it; then the asker does."""

@@ -6,23 +6,33 @@ from typing import Any, Final
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from client.connector.frozen import FrozenArrays, Lacking
 from client.link.packets import Packet
 from fedward.errors import FedwardError, ProtocolError
-from fedward.packing import PACKED, Arrays, pack, unpack
+from fedward.packing import FROZEN, PACKED, Arrays, pack, unpack
 from fedward.printable import printable
-from fedward.protocol import Refusal, RoundOrder, TrainOutcome
+from fedward.protocol import Refusal, RefusalKind, RoundOrder, TrainOutcome
 
 _WHAT: Final = {"query": "describe", "train": "train", "evaluate": "evaluate"}
 _ADDED_BY_STRATEGIES: Final = ("server-round", "proximal-mu")
 
 
-def to_order(message: Message) -> tuple[str, Packet]:
+def to_order(message: Message, held: FrozenArrays | None = None) -> tuple[str, Packet]:
     """What a message asks for: describe, train or evaluate, and the packet for the trainer.
+
+    Parameters
+    ----------
+    message : Message
+        What came.
+    held : FrozenArrays, optional
+        Where frozen arrays are kept that come with one order and are named by others.
 
     Raises
     ------
     ProtocolError
         It is none of ours.
+    Lacking
+        It names frozen arrays that are not held here.
     """
     if message.has_error() or not message.has_content():
         raise ProtocolError("a message must have content")
@@ -35,7 +45,7 @@ def to_order(message: Message) -> tuple[str, Packet]:
     record = {key: value for key, value in config.items() if key not in _ADDED_BY_STRATEGIES}
     if any(isinstance(value, bytes) for value in record.values()):
         raise ProtocolError("an order holds no bytes")
-    return what, Packet("order", record, _arrays_of(message))
+    return what, Packet("order", record, _arrays_of(message, str(record.get("frozen", "")), held))
 
 
 def to_reply(packet: Packet, order: Packet) -> RecordDict:
@@ -60,11 +70,17 @@ def refusal(site: str, order: Packet | None, error: FedwardError) -> Packet:
     """A refusal by the connector itself."""
     round_ = order.record.get("round", 0) if order else 0
     made = Refusal(
-        site=site, kind="protocol" if isinstance(error, ProtocolError) else "error",
+        site=site, kind=_kind(error),
         round=round_ if isinstance(round_, int) and round_ >= 0 else 0,
         rule=printable(error.rule)[:500],
     )  # fmt: skip
     return Packet("refusal", dict(made.to_flat()))
+
+
+def _kind(error: FedwardError) -> RefusalKind:
+    if isinstance(error, Lacking):
+        return "arrays"
+    return "protocol" if isinstance(error, ProtocolError) else "error"
 
 
 def _weight(packet: Packet, order: Packet) -> float:
@@ -73,16 +89,23 @@ def _weight(packet: Packet, order: Packet) -> float:
     return float(outcome.patients if plan.strategy.weighting == "patients" else outcome.images)
 
 
-def _arrays_of(message: Message) -> Arrays:
-    """All arrays of a message, whose names must differ."""
-    found: Arrays = {}
-    for record in message.content.array_records.values():
+def _arrays_of(message: Message, frozen: str, held: FrozenArrays | None) -> Arrays:
+    """All arrays of an order, those included that it only names; their names must differ."""
+    parts: dict[str, Arrays] = {}
+    for key, record in message.content.array_records.items():
         if list(record) != [PACKED]:
             raise ProtocolError("a model's arrays must be packed")
-        for name, value in unpack(_decoded(record[PACKED])).items():
-            if name in found:
-                raise ProtocolError("a model's arrays must have different names")
-            found[name] = value
+        parts[key] = unpack(_decoded(record[PACKED]))
+    if frozen and held is not None:
+        if FROZEN in parts:
+            held.keep(frozen, parts[FROZEN])
+        else:
+            parts[FROZEN] = held.get(frozen)
+    found: Arrays = {}
+    for part in parts.values():
+        if found.keys() & part.keys():
+            raise ProtocolError("a model's arrays must have different names")
+        found |= part
     return found
 
 

@@ -118,21 +118,24 @@ def make_room(cache: Path, size: int, most: int | None) -> None:
     """
     if most is None:
         return
+    # Earlier releases kept features of frozen layers beside the entries, and counted none.
+    for left in cache.glob("features-*.npy"):
+        left.unlink(missing_ok=True)
     found = sorted((_used(path), path) for path in cache.iterdir() if _ENTRY.fullmatch(path.name))
     sizes = {path: _bytes(path) for _, path in found}
     writing = sum(_writing(path) for path in cache.glob(f"{PARTIAL}*"))
+    if size + writing > most:
+        raise OutputError(
+            "prepared images must have room in the cache",
+            value=f"{(size + writing) / _GIB:.3g} GiB of {most / _GIB:.3g} GiB",
+            fix="Raise cache_gib, or wait until other studies are prepared", where="cache_gib",
+        )  # fmt: skip
     over = size + writing + sum(sizes.values()) - most
     for _, path in found:
         if over <= 0:
             return
         shutil.rmtree(path, ignore_errors=True)
         over -= sizes[path]
-    if over > 0:
-        raise OutputError(
-            "prepared images must have room in the cache",
-            value=f"{(size + writing) / _GIB:.3g} GiB of {most / _GIB:.3g} GiB",
-            fix="Raise cache_gib, or wait until other studies are prepared", where="cache_gib",
-        )  # fmt: skip
 
 
 def _used(entry: Path) -> int:

@@ -42,6 +42,7 @@ FALLBACK: Final[dict[RefusalKind, str]] = {
     "protocol": "a message must be a known, valid record",
     "busy": "the site must be free to work",
     "error": "an unexpected error stopped the site",
+    "arrays": "a site must hold the frozen arrays that an order names",
 }
 
 # `#` stands for a number, `@` for a word of the plan or of its schema; at most one `@` a sentence.

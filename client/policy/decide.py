@@ -52,6 +52,8 @@ class StudyRequest:
         Of the plan's network (:func:`fedward.models.describe`).
     facts : DatasetFacts or None
         Of the frozen cohort that would serve it; None while there is none.
+    sites : int or None
+        How many sites the signed order says are asked; None where no round depends on it.
     """
 
     study: str
@@ -60,6 +62,7 @@ class StudyRequest:
     coordinator: str
     parameters: int
     facts: DatasetFacts | None
+    sites: int | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ def decide(policy: PolicySection, request: StudyRequest) -> Decision:
     limits = policy.limits(rule) if rule else policy
     found = [*_whose(policy, request, known=rule is not None), *_model(policy, limits, request),
              *_privacy(policy, limits, request), *_evaluation(limits, request.plan),
-             *_people(limits, request.facts)]  # fmt: skip
+             *_others(limits, request.sites), *_people(limits, request.facts)]  # fmt: skip
     return Decision(tuple(found), rule.dataset if rule else "", limits)
 
 
@@ -199,6 +202,12 @@ def _evaluation(limits: Limits, plan: Plan) -> Iterator[Violation]:
     if limits.counts == "private" and asked > most:
         rule = words.EVALUATION_EPSILON
         yield Violation("metrics.epsilon", rule, f"{asked:.4g}", f"{most:.4g}")
+
+
+def _others(limits: Limits, sites: int | None) -> Iterator[Violation]:
+    # Who tells no number asks this site alone, as far as it can know.
+    if sites is not None and max(1, sites) < (least := limits.minimum_sites):
+        yield Violation("participation.sites", words.SITES, str(max(1, sites)), str(least))
 
 
 def _people(limits: Limits, facts: DatasetFacts | None) -> Iterator[Violation]:

@@ -37,6 +37,12 @@ class Limits(Section):
     minimum_patients: int = Field(
         default=20, ge=2, description="patients that the frozen cohort must have"
     )
+    minimum_sites: int = Field(
+        default=1,
+        ge=1,
+        description="sites that a round of training must ask, this one included, as the "
+        "coordinator signs it in each order; 1: also a study with this site alone",
+    )
     minimum_per_class: int = Field(
         default=5, ge=0, description="patients that it must have of each class (classification)"
     )
@@ -93,6 +99,7 @@ class StudyRule(Section):
     models: tuple[ModelName, ...] | None = Field(default=None, description="the same")
     max_parameters: int | None = Field(default=None, ge=1, description="the same")
     minimum_patients: int | None = Field(default=None, ge=2, description="the same")
+    minimum_sites: int | None = Field(default=None, ge=1, description="the same")
     minimum_per_class: int | None = Field(default=None, ge=0, description="the same")
     require_privacy: bool | None = Field(default=None, description="the same")
     max_epsilon_per_study: Above | None = Field(default=None, description="the same")

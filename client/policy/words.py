@@ -18,6 +18,8 @@ COHORT: Final = "the site must have a frozen cohort for the study"
 PATIENTS: Final = "the site must have as many patients as its policy asks for"
 PER_CLASS: Final = "the site must have as many patients of each class as its policy asks for"
 
+SITES: Final = "a round must ask as many sites as the site's policy asks for"
+
 PENDING: Final = "the study must be approved at the site; it waits for that"
 DENIED: Final = "the study must be approved at the site; it was denied"
 PAUSED: Final = "the site must not be paused"
@@ -39,6 +41,6 @@ FIX: Final = "Change the plan, or ask the site's security officer"
 
 RULES: Final = (
     COORDINATOR, STUDY, MODEL, PARAMETERS, UPLOAD, PRIVATE, EPSILON, COHORT_EPSILON, DELTA, COHORT,
-    PATIENTS, PER_CLASS, PENDING, DENIED, PAUSED, QUIET, WITHHELD,
+    PATIENTS, PER_CLASS, SITES, PENDING, DENIED, PAUSED, QUIET, WITHHELD,
     NETWORKED, EVALUATION_EPSILON, CONNECTOR,
 )  # fmt: skip

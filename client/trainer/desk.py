@@ -24,7 +24,7 @@ from client.trainer.work import Work
 from fedward.errors import AuditError, FedwardError, PolicyError, ProtocolError
 from fedward.models import describe
 from fedward.protocol import Refusal, RefusalKind, RoundOrder
-from fedward.signing import verify_order
+from fedward.signing import signed_bytes, verify_order
 
 _LOG = logging.getLogger("fedward.trainer")
 _DOING: Final = {"describe": "describing", "train": "training", "evaluate": "evaluating"}
@@ -181,8 +181,10 @@ class TrainerDesk:
         request = StudyRequest(
             study=order.study, plan=plan, plan_hash=order.plan_hash, coordinator=coordinator,
             parameters=describe(plan).parameters, facts=case.facts,
+            sites=None if order.task == "evaluate" else order.sites,
         )  # fmt: skip
         self._once("plan", order.study, order.plan_hash, coordinator, name=plan.study.name)
+        self._keep_signed(order)
         decision = decide(self._cases.policy, request)
         self._tell_decision(order, decision)
         decision.enforce()
@@ -255,6 +257,16 @@ class TrainerDesk:
         if made.kind in ("error", "data", "protocol"):
             self._board.set(last_error=made.rule)
         return Packet("refusal", dict(made.to_flat()))
+
+    def _keep_signed(self, order: RoundOrder) -> None:
+        """Write down what the coordinator signed, the number of sites included: it can be held to
+        that later, with its public key alone."""
+        if ("order", order.signature) not in self._told:
+            self._audit.append(
+                "order", study=order.study, round=order.round, task=order.task, sites=order.sites,
+                signed=signed_bytes(order).decode(), signature=order.signature,
+            )  # fmt: skip
+            self._told.add(("order", order.signature))
 
     def _once(self, event: Any, *key: str, **fields: Any) -> None:
         if (event, *key) not in self._told:

@@ -99,7 +99,8 @@ def runtime_of(config: SiteConfig) -> Runtime:
         torch.cuda.set_per_process_memory_fraction(min(1.0, most * 2**30 / total), device)
     return Runtime(
         device=str(device), threads=min(cores, config.policy.max_threads or cores),
-        cache=config.site.state / "cache", physical_batch=config.trainer.physical_batch,
+        cache=config.site.state / "cache", cache_bytes=round(config.site.cache_gib * 2**30),
+        physical_batch=config.trainer.physical_batch,
     )  # fmt: skip
 
 

@@ -31,6 +31,8 @@ class Runtime:
         knows the seed can subtract the noise: never for real patients.
     cache : Path or None
         Folder for what is computed once and kept.
+    cache_bytes : int or None
+        Bytes that all in it may take; None for no bound.
     physical_batch : int
         Images on the device at once; larger private steps are cut into such parts.
     grad_sample_mode : str or None
@@ -47,6 +49,7 @@ class Runtime:
     threads: int = 1
     randomness: Literal["system", "seeded"] = "system"
     cache: Path | None = None
+    cache_bytes: int | None = None
     physical_batch: int = 64
     grad_sample_mode: Mode | None = None
     private_counts: bool = False

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -15,11 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from client.data.augment import augment
+from client.data.cache import Stored, building, load, publish
 from client.data.types import PreparedSite
 from client.training.batches import FILLER
 from client.training.device import place_batch
 from client.training.runtime import Runtime
+from fedward.errors import OutputError
 from fedward.plan.schema import Augmentation
+
+_FEATURES: Final = "features"
+_HEADER: Final = 4096  # of a .npy file and of the entry's description, at most
 
 
 class Source:
@@ -80,14 +83,22 @@ class Source:
 
     def _all_features(self) -> NDArray[Any]:
         if self._features is None:
-            path = self._path()
-            if path is not None and path.exists():
-                self._features = np.load(path, mmap_mode="c")
-            else:
-                self._features = self._compute()
-                if path is not None:
-                    _save(path, self._features)
+            place = self._place()
+            kept = None if place is None else load(place, (_FEATURES,))
+            self._features = self._keep(place, self._compute()) if kept is None else _of(kept)
         return self._features
+
+    def _keep(self, place: Path | None, features: NDArray[Any]) -> NDArray[Any]:
+        """Put them into the cache, whose bound they count towards; without room they stay here."""
+        if place is None:
+            return features
+        try:
+            size = features.nbytes + _HEADER
+            with building(place, size, self.runtime.cache_bytes) as folder:
+                made = publish(folder, place, {_FEATURES: features}, {}, (_FEATURES,))
+        except OutputError:
+            return features
+        return features if made is None else _of(made)
 
     def _compute(self) -> NDArray[Any]:
         # All batches have one size: an image's features must not depend on how many others follow.
@@ -100,12 +111,16 @@ class Source:
         ]
         return np.concatenate(parts)[:count]
 
-    def _path(self) -> Path | None:
+    def _place(self) -> Path | None:
         if self.runtime.cache is None:
             return None
         images = hashlib.sha256(np.ascontiguousarray(self.site.images).tobytes()).hexdigest()
-        key = hashlib.sha256(f"{self._digest}:{images}".encode()).hexdigest()[:32]
-        return self.runtime.cache / f"features-{key}.npy"
+        key = hashlib.sha256(f"features:{self._digest}:{images}".encode()).hexdigest()
+        return self.runtime.cache / key
+
+
+def _of(kept: Stored) -> NDArray[Any]:
+    return kept.arrays[_FEATURES]
 
 
 def _take(array: NDArray[Any], indices: NDArray[np.int64]) -> NDArray[Any]:
@@ -121,12 +136,3 @@ def digest_of(arrays: Mapping[str, NDArray[Any]], names: list[str]) -> str:
         total.update(name.encode())
         total.update(np.ascontiguousarray(arrays[name]).tobytes())
     return total.hexdigest()
-
-
-def _save(path: Path, array: NDArray[Any]) -> None:
-    # Written aside and renamed, so that a kill in the middle leaves no half file behind.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    with os.fdopen(handle, "wb") as file:
-        np.save(file, array)
-    Path(name).replace(path)

@@ -433,7 +433,12 @@ class Privacy(Section):
 class Participation(Section):
     """Which sites a round needs and how long it waits for them."""
 
-    sites: int = Field(default=2, ge=1, le=10000, description="sites needed to start")
+    sites: int = Field(
+        default=2,
+        ge=1,
+        le=10000,
+        description="sites needed to start; after its first round a study goes on with `quorum`",
+    )
     quorum: int | None = Field(
         default=None,
         ge=1,

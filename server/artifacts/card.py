@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from fedward.plan.schema import Plan
 from fedward.printable import printable
-from server.report.sentences import dominance
+from server.report.sentences import dominance, unmeasured
 from server.results import Arm, StudyResults
 
 
@@ -98,7 +98,7 @@ def _figures(plan: Plan, arm: Arm, results: StudyResults) -> Iterator[str]:
     yield "## How good it is"
     yield ""
     if arm.test is None:
-        yield "Not measured on test patients yet."
+        yield unmeasured(arm) if arm.unmeasured else "Not measured on test patients yet."
         return
     names = plan.metrics.report
     yield "On patients that no training saw."

@@ -16,9 +16,9 @@ Wanted = Literal["run", "pause", "stop"]
 FINAL: frozenset[State] = frozenset({"finished", "stopped"})
 ENDED: frozenset[State] = FINAL | {"failed"}
 NEXT: Mapping[State, frozenset[State]] = MappingProxyType({
-    "submitted": frozenset({"running", "paused", "failed", "stopped"}),
+    "submitted": frozenset({"running", "paused", "finished", "failed", "stopped"}),
     "running": frozenset({"submitted", "paused", "finished", "failed", "stopped"}),
-    "paused": frozenset({"submitted", "running", "failed", "stopped"}),
+    "paused": frozenset({"submitted", "running", "finished", "failed", "stopped"}),
     "failed": frozenset({"submitted", "stopped"}),
     "finished": frozenset(),
     "stopped": frozenset(),

@@ -13,6 +13,7 @@ from sqlalchemy import Connection, Engine, Row, delete, func, insert, select, up
 from fedward.errors import PlanError, StudyError
 from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Plan
+from fedward.plan.settings import updates_needed
 from server.registry.database import reading
 from server.registry.records import FINAL, NEXT, Event, State, Study, Wanted
 from server.registry.schema import events, now, quarantines, rounds, studies
@@ -272,6 +273,12 @@ def _check(plan: Plan, sites: list[str], quorum: int, deadline: float) -> None:
         raise PlanError(
             f"the quorum must be from 1 to the {len(sites)} sites", value=quorum,
             fix="Change --quorum or participation.quorum", where="participation.quorum",
+        )  # fmt: skip
+    need = updates_needed(plan.strategy.name, int(plan.strategy.settings.get("malicious", 0)))
+    if quorum < need:
+        raise PlanError(
+            f"{plan.strategy.name} needs {need} updates", value=quorum, fix="Change --quorum",
+            where="participation.quorum",
         )  # fmt: skip
     if not 0 < deadline < float("inf"):
         raise PlanError(

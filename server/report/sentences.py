@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fedward.plan.schema import Plan
 from server.report.numbers import dominant, gain, home_gain, of_kind, own, together, together_mean
 from server.report.words import epsilon, figure, listed, metric_name, percent
 from server.results import Arm, StudyResults
@@ -18,7 +19,8 @@ def headline(results: StudyResults) -> str:
     """
     federated = [arm for arm in of_kind(results, "federated") if arm.test]
     if not federated:
-        return "No federated model was finished."
+        told = [unmeasured(arm) for arm in of_kind(results, "federated") if arm.unmeasured]
+        return told[0] if told else "No federated model was finished."
     lead = federated[0]
     sentences = [
         _bought(results, lead),
@@ -47,6 +49,23 @@ def _bought(results: StudyResults, lead: Arm) -> str:
             )
         return f"The federated model{_with(lead)} reached {reached}."
     return f"Federation{_with(lead)} {parts[0]}{'; ' + parts[1] if parts[1:] else ''}."
+
+
+def unmeasured(arm: Arm) -> str:
+    """That a finished model has no test figures, and why."""
+    return f"Not measured on test patients, because {arm.unmeasured.rstrip('.')}."
+
+
+def few_sites(arm: Arm, plan: Plan) -> str:
+    """In how many rounds fewer sites took part than a study needs to start; empty: in none."""
+    least = plan.participation.sites
+    short = [one for one in arm.rounds if len(one.sites) < least]
+    if not short:
+        return ""
+    return (
+        f"In {len(short)} of {len(arm.rounds)} rounds fewer sites took part than the {least} of "
+        "participation.sites."
+    )
 
 
 def dominance(arm: Arm, metric: str) -> str:

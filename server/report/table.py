@@ -56,7 +56,7 @@ def _rows(results: StudyResults) -> Iterator[SummaryRow]:
             together_mean(alone, results.primary),
             None,
             sum(arm.seconds for arm in alone),
-            finished=all(arm.test for arm in alone),
+            finished=all(arm.finished for arm in alone),
             is_mean=True,
         )
     for arm in (*of_kind(results, "federated"), *of_kind(results, "pooled")):
@@ -70,7 +70,7 @@ def _row(results: StudyResults, arm: Arm) -> SummaryRow:
         together(arm, results.primary),
         arm.epsilon,
         arm.seconds,
-        finished=arm.test is not None,
+        finished=arm.finished,
         is_alone=arm.kind == "alone",
     )
 

@@ -183,6 +183,8 @@ def test_a_connector_with_a_captured_order_can_ask_nothing_new(
         "training patients": changed(part="train"),
         "another study": changed(study="captured-2"),
         "another seed": changed(seed=7),
+        "more sites": changed(sites=9),
+        "another backbone": changed(frozen=digest(other)),
         "no model": Packet("order", captured.record, {}),
         "an unknown key": changed(mu=50.0),
     }

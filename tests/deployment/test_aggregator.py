@@ -125,7 +125,7 @@ def test_whatever_is_killed_the_same_study_goes_on(
 
 
 def test_a_plan_that_diverges_fails_and_the_next_study_has_every_hospital(
-    service: Any, hospitals: list[Any], plan_path: Path, until: Make
+    service: Any, hospitals: list[Any], plan_path: Path, until: Make, tmp_path: Path
 ) -> None:
     good = plan_path.read_text()
     plan_path.write_text(good.replace("learning_rate = 0.01", "learning_rate = 1e6"))
@@ -144,10 +144,34 @@ def test_a_plan_that_diverges_fails_and_the_next_study_has_every_hospital(
     assert sorted(one["site"] for one in warned) == ["hospital 1", "hospital 2"]
     assert all("no enrolled size" in one["reason"] for one in warned)
     assert service.call("site", "limit", "hospital 1", "--max-patients", 5)["max_patients"] == 5
+    plan_path.write_text(good.replace("given = false", "given = false\ntest = 0.0"))
     small = submit(service, plan_path, "--quorum", 1, "--deadline", 30)
-    (refused,) = (e["payload"] for e in events(service, small) if e["kind"] == "refused")
-    assert refused["site"] == "hospital 1" and "(got 20 of 5)" in refused["reason"]
+
+    def shown_small() -> Any:
+        return service.call("study", "show", small)["study"]
+
+    # The quorum does not start a study whose plan needs two hospitals.
+    until(lambda: shown_small()["state"] == "paused")
+    for one in (shown_small(), service.call("study", "list")["studies"][-1]):
+        assert "(got 1 of 2; hospital 1 (invalid): " in one["reason"]
+        assert "(got 20 of 5)" in one["reason"] and one["round"] == 0
     service.call("site", "limit", "hospital 1", "--max-patients", 0)
+    assert service.call("study", "resume", small)["state"] == "submitted"
+    told = events(service, small)
+    (refused,) = (e["payload"] for e in told if e["kind"] == "refused")
+    assert refused["site"] == "hospital 1"
+    assert next(e["payload"]["reason"] for e in told if e["kind"] == "state") == one["reason"]
+    assert [len(e["payload"]["sites"]) for e in told if e["kind"] == "round"] == [2, 2, 2]
+    # It has no test patients: it ends all the same, once, with its model.
+    assert [e["payload"]["state"] for e in told if e["kind"] == "state"][-2:] == [
+        "running", "finished",
+    ]  # fmt: skip
+    assert shown_small()["reason"] == (
+        "Not measured on test patients, because no site has test patients (split.test is 0)."
+    )
+    model = tmp_path / "untested.safetensors"
+    service.call("study", "model", small, "--out", model)
+    assert "Not measured on test patients, because" in model.with_suffix(".md").read_text("utf-8")
 
 
 def test_pause_resume_and_stop(

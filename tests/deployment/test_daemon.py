@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from client.audit.log import audit_folder, audit_key
 from client.audit.verify import verify
 from fedward.models import build_model, to_arrays
+from fedward.plan.load import plan_from
 from fedward.plan.schema import Plan
 from fedward.signing import fingerprint, public_bytes, sign_order
 from server.events import Event, RoundEnded, SiteRefused
@@ -105,8 +106,20 @@ def plan(make_plan: Make) -> Plan:
 def test_a_study_between_hospitals_is_the_simulation_bit_for_bit(
     aggregator: Aggregator, two: list[Any], plan: Plan, tmp_path: Path
 ) -> None:
+    # A backbone that is frozen first: it travels once, and is named by its digest after that.
+    content = plan.model_dump(mode="python")
+    content["training"] |= {"rounds": None, "learning_rate": None}
+    content["stages"] = [
+        {"name": "head", "rounds": 2, "learning_rate": 0.05, "train": ["fc.*"]},
+        {"name": "all", "rounds": 1, "learning_rate": 0.01},
+    ]
+    plan = plan_from(content)
     job = aggregator.run(aggregator.job(plan, seed=3))
     assert job.complete
+    down = [one.bytes_down for one in job.arm.rounds]
+    assert down[1] < down[0] / 2
+    kept = [list((daemon.folder / "connector" / "spool" / "frozen").iterdir()) for daemon in two]
+    assert [len(files) for files in kept] == [1, 1]
     assert all(sorted(r.sites) == ["hospital 1", "hospital 2"] for r in job.arm.rounds)
 
     # The same two frozen cohorts on one machine.
@@ -164,7 +177,9 @@ def test_a_site_refuses_in_its_own_words_and_the_other_goes_on(
     aggregator: Aggregator, two: list[Any], plan: Plan
 ) -> None:
     aggregator.events.clear()
-    job = aggregator.run(aggregator.job(plan, "picky-1", quorum=1, deadline=60.0))
+    part = plan.participation.model_copy(update={"sites": 1})
+    alone = plan.model_copy(update={"participation": part})
+    job = aggregator.run(aggregator.job(alone, "picky-1", quorum=1, deadline=60.0))
     assert job.complete
     (refused,) = [event for event in aggregator.events if isinstance(event, SiteRefused)]
     assert (refused.site, refused.kind) == ("hospital 2", "policy")

@@ -56,6 +56,8 @@ def test_the_fingerprint_is_that_of_the_raw_key(
         {"arrays": "0" * 64},
         {"seed": 5},
         {"account": False},
+        {"sites": 3},
+        {"frozen": "0" * 64},
         {"coordinator": "", "signature": ""},
         {"signature": "not base64 at all"},
         {"signature": base64.b64encode(bytes(64)).decode()},

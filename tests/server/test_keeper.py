@@ -7,16 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from fedward.models import build_model, to_arrays
+from fedward.models import build_model, load_model, to_arrays
 from fedward.plan.schema import Plan
+from server.artifacts.card import model_card
 from server.checkpoint import Checkpoints
 from server.job import Job
 from server.keeper import Keeper
 from server.registry import Registry
 from server.registry.records import Study
-from server.results import Arm, Round, StudyResults
+from server.results import Arm, Round, SiteRound, StudyResults
 
 Make = Callable[..., Any]
 
@@ -80,3 +82,65 @@ def test_without_a_checkpoint_nothing_is_told(
     assert not keeper_of(tmp_path, registry, study, plan).restore(job_of(plan, 0))
     assert not Checkpoints(tmp_path / "rounds", study.plan_sha256).restore(job_of(plan, 0))
     assert list(registry.studies.rounds(study.id)) == []
+
+
+def finished(plan: Plan) -> Job:
+    job = job_of(plan, 3)
+    for one in job.arm.rounds:
+        one.sites["north"] = SiteRound(patients=1, images=1, steps=1, seconds=1.0)
+    job.complete, job.arm.unmeasured = True, "no site has test patients (split.test is 0)"
+    return job
+
+
+def test_a_model_that_could_not_be_measured_is_delivered_with_the_reason(
+    registry: Registry, study: Study, plan: Plan, tmp_path: Path
+) -> None:
+    job = finished(plan)
+    keeper = keeper_of(tmp_path, registry, study, plan)
+    keeper.tell(job)
+    keeper.deliver(job)
+    told = "Not measured on test patients, because no site has test patients (split.test is 0)."
+    found = registry.studies.get(study.id)
+    assert (found.state, found.reason) == ("finished", told)
+    arrays, _ = load_model(tmp_path / "model.safetensors")
+    for name, value in job.average.items():
+        np.testing.assert_array_equal(arrays[name], value)
+    results = registry.studies.results(study.id)
+    assert results is not None and results.complete
+    assert told in model_card(study.id, plan, results)
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert told in page
+    assert "INTERRUPTED" not in page
+
+
+def test_a_report_that_cannot_be_made_costs_no_model(
+    registry: Registry, study: Study, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise TypeError("/data/ward-7")
+
+    monkeypatch.setattr("server.keeper.write_report", fail)
+    job = finished(plan)
+    keeper = keeper_of(tmp_path, registry, study, plan)
+    keeper.tell(job)
+    keeper.deliver(job)
+    found = registry.studies.get(study.id)
+    assert found.state == "finished"
+    assert found.reason.endswith(" The report could not be written (TypeError).")
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_a_study_says_in_how_many_rounds_sites_were_missing(
+    registry: Registry, make_plan: Make, new_site_key: str, tmp_path: Path
+) -> None:
+    plan = make_plan(training={"rounds": 3}, participation={"sites": 2})
+    study = registry.studies.submit(plan, ["north", "south"])
+    job = finished(plan)
+    job.arm.rounds[0].sites["south"] = job.arm.rounds[0].sites["north"]
+    job.arm.unmeasured = ""
+    keeper = keeper_of(tmp_path, registry, study, plan)
+    keeper.tell(job)
+    keeper.deliver(job)
+    assert registry.studies.get(study.id).reason == (
+        "In 2 of 3 rounds fewer sites took part than the 2 of participation.sites."
+    )

@@ -12,16 +12,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.app import ConfigRecord, Message, RecordDict
 
+from fedward.errors import StudyError
 from fedward.plan.load import plan_hash
 from fedward.protocol import Refusal, SiteFacts
 from server.checkpoint import Checkpoints
 from server.config import ServerConfig
-from server.events import Event, SiteQuarantined, SiteRefused, SiteWarned
+from server.events import Event, SiteQuarantined, SiteRefused, SiteWarned, StudyStarted
 from server.job import Job, SizeLimit
 from server.members import Members
 from server.registry import Registry
 from server.replies import Bad
-from server.results import Arm
+from server.results import Arm, Round
 from server.runner import Runner
 from simulation import flower
 
@@ -106,21 +107,23 @@ def test_a_new_session_and_a_new_runner_go_on_counting(
 class Replies:
     """A grid on which each site's answer is there at once."""
 
-    def __init__(self, *refusals: Refusal) -> None:
-        self.refusals = refusals
+    def __init__(self, *answers: Refusal | SiteFacts, online: tuple[int, ...] = (1, 2)) -> None:
+        self.answers, self.online = answers, online
 
     def get_node_ids(self) -> list[int]:
-        return [1, 2]
+        return list(self.online)
 
     def push_messages(self, messages: Any) -> list[str]:
         return [f"m{message.metadata.dst_node_id}" for message in messages]
 
     def pull_messages(self, message_ids: Any) -> list[Any]:
-        return [reply(refusal, f"m{node}") for node, refusal in enumerate(self.refusals, 1)]
+        answers = enumerate(self.answers, 1)
+        return [reply(one, f"m{node}") for node, one in answers if node in self.online]
 
 
-def reply(refusal: Refusal, asked: str) -> Any:
-    content = RecordDict({"refusal": ConfigRecord(refusal.to_flat())})  # type: ignore[arg-type]
+def reply(answer: Refusal | SiteFacts, asked: str) -> Any:
+    key = "refusal" if isinstance(answer, Refusal) else "facts"
+    content = RecordDict({key: ConfigRecord(answer.to_flat())})  # type: ignore[arg-type]
     message = Message(content, 1, "query")
     message.metadata._reply_to_message_id = asked  # type: ignore[attr-defined]
     return message
@@ -139,6 +142,67 @@ def test_who_refused_to_enrol_is_absent_with_its_own_reason(job: Job) -> None:
     told = {site: (bad.kind, bad.reason) for site, bad in ours.absent().items()}
     assert told == {"north": ("pending", "it is pending."), "south": ("busy", "it is busy.")}
     assert ours._refused_for_good() == 0  # both may come in yet
+
+
+SPENT = Refusal(site="south", kind="budget", round=0, rule="the budget is spent")
+FIRST = Round(round=1, stage="all", seconds=1.0)
+
+
+def enrolling(job: Job, grid: Replies, monkeypatch: pytest.MonkeyPatch) -> Members:
+    """Members of a study between hospitals that nobody of has described itself yet."""
+    flower.become_server()
+    monkeypatch.setattr("server.members._SOON", 0.0)
+    job.facts, job.patient, job.ask_again_seconds = {}, True, 60.0
+    return Members(job, cast(Any, grid), lambda: ConfigRecord({}))
+
+
+@pytest.mark.parametrize(
+    ("members", "left_out", "online", "told"),
+    [
+        ({1: "north", 2: "south"}, {}, (1, 2), "south (budget): the budget is spent."),
+        ({1: "north", 2: "south"}, {}, (1,), "south (silent): not connected"),
+        ({1: "north"}, {"south": Bad("not enrolled any more", "silent")}, (1,),
+         "south (silent): not enrolled any more"),
+    ],
+    ids=["budget", "offline", "not enrolled"],
+)  # fmt: skip
+def test_a_study_does_not_start_with_fewer_sites_than_its_plan_needs(
+    job: Job, heard: list[Event], monkeypatch: pytest.MonkeyPatch,
+    members: dict[int, str], left_out: dict[str, Bad], online: tuple[int, ...], told: str,
+) -> None:  # fmt: skip
+    job.members, job.left_out = members, left_out
+    assert job.needed == 1  # the quorum of two sites
+    ours = enrolling(job, Replies(facts("north"), SPENT, online=online), monkeypatch)
+    with pytest.raises(StudyError) as error:
+        ours.enrol()
+    assert error.value.where == "participation.sites"
+    assert error.value.value == f"1 of 2; {told}"
+    assert "study resume" in error.value.fix
+    assert not [event for event in heard if isinstance(event, StudyStarted)]
+
+
+def test_after_its_first_round_a_study_goes_on_with_its_quorum(
+    job: Job, heard: list[Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.arm.rounds.append(FIRST)
+    ours = enrolling(job, Replies(facts("north"), SPENT), monkeypatch)
+    ours.enrol()
+    (started,) = [event for event in heard if isinstance(event, StudyStarted)]
+    assert started.sites == ("north",)
+    assert ours.least == 1
+
+
+def test_who_described_itself_and_left_starts_no_study(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = Replies(facts("north"), facts("south"))
+    ours = enrolling(job, grid, monkeypatch)
+    ours.refresh()
+    ours.refresh()
+    assert ours.nodes == {1: "north", 2: "south"}
+    grid.online = (1,)
+    with pytest.raises(StudyError, match=r"1 of 2; south \(silent\): not connected"):
+        ours.enrol()
 
 
 def test_who_is_put_out_or_gone_is_absent_with_the_reason(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import threading
@@ -16,18 +17,20 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Context, Message
+from flwr.serverapp.exception import InconsistentMessageReplies
 from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, roc_auc_score
 
+import client.app
 from client.data.types import PreparedSite, SplitName
 from client.training.runtime import Runtime
 from client.training.trainer import Trainer
-from fedward.errors import StudyError
+from fedward.errors import BudgetError, ModelError, PolicyError, StudyError
 from fedward.metrics import counts_from_arrays
 from fedward.models import build_model, to_arrays
 from fedward.plan import Plan
 from fedward.protocol import EvaluateOutcome, RoundOrder, TrainOutcome
-from server.events import Event, RoundEnded, SiteAnswered, SiteRefused, StudyStarted
+from server.events import Event, RoundEnded, SiteAnswered, SiteRefused, StudyPaused, StudyStarted
 from server.replies import Bad
 from server.results import Arm, Figures
 from server.rounds import Job, StudyRun
@@ -373,6 +376,172 @@ def test_too_few_sites_is_an_error_that_says_why(
         pytest.raises(StudyError, match=rule),
     ):
         StudyRun(job_of(small), grid).run()
+
+
+def untested(site: PreparedSite) -> PreparedSite:
+    """The same site, all of whose test patients train."""
+    split = {**site.split, "test": np.empty(0, np.int64)}
+    return dataclasses.replace(site, split=split)
+
+
+class SecretiveSites(SimulatedSites):
+    """Sites that give no figures of their test patients."""
+
+    def trainer(self, context: Context, plan: Plan) -> Trainer:
+        """The real trainer, without its counts."""
+        trainer = super().trainer(context, plan)
+        trainer.__class__ = SecretiveTrainer
+        return trainer
+
+
+class SecretiveTrainer(Trainer):
+    """A trainer that trains and does not count."""
+
+    def evaluate(
+        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder, noise: Any = None
+    ) -> tuple[Arrays, EvaluateOutcome]:
+        """Refuse."""
+        raise PolicyError("what the site counts must be enough, and allowed, to leave it")
+
+
+def between_hospitals(plan: Plan, listen: Callable[[Event], None] = lambda event: None) -> Job:
+    job = job_of(plan, listen)
+    job.patient, job.members = True, {1000 + i: f"site-{i}" for i in (1, 2, 3)}
+    return job
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_study_without_test_patients_ends_with_its_model(
+    make_plan: Make, sites: list[PreparedSite], given: bool
+) -> None:
+    split = {"given": True} if given else {"given": False, "test": 0.0}
+    job = between_hospitals(make_plan(split=split))
+    with grid_of(SimulatedSites([untested(one) for one in sites], SEEDED)) as grid:
+        StudyRun(job, grid).run()
+    assert job.complete
+    assert job.arm.test is None
+    zero = "" if given else " (split.test is 0)"
+    assert job.arm.unmeasured == f"no site has test patients{zero}"
+    assert len(job.arm.rounds) == 2
+
+
+@pytest.mark.parametrize("kind", ["policy", "error"])
+def test_a_study_that_no_site_lets_measure_ends_with_its_model(
+    make_plan: Make, sites: list[PreparedSite], monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    """A refusal that a person or a restart may end is waited for, but for the deadline only."""
+    refuse = client.app.Refusal
+    monkeypatch.setattr("client.app.Refusal", lambda **more: refuse(**{**more, "kind": kind}))
+    paused: list[StudyPaused] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, StudyPaused):
+            paused.append(event)
+
+    job = between_hospitals(make_plan(training={"rounds": 1}), listen)
+    job.deadline = 1.5
+    with grid_of(SecretiveSites(sites, SEEDED)) as grid:
+        StudyRun(job, grid).run()
+    assert job.complete
+    told = f"({kind}): what the site counts must be enough, and allowed, to leave it."
+    sentence = "; ".join(f"site-{i} {told}" for i in (1, 2, 3))
+    assert job.arm.unmeasured == f"no site could be measured: {sentence}"
+    assert job.arm.test is None
+    assert bool(paused) == (kind == "error")
+
+
+def test_figures_that_cannot_be_worked_out_cost_no_model(
+    make_plan: Make, sites: list[PreparedSite], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> Any:
+        raise ZeroDivisionError(PLANTED)
+
+    monkeypatch.setattr("server.arms.test_figures", fail)
+    job = study(make_plan(training={"rounds": 1}), SimulatedSites(sites, SEEDED))
+    assert job.complete
+    assert job.arm.unmeasured == "no figures could be worked out of the counts (ZeroDivisionError)"
+
+
+def test_updates_that_cannot_be_combined_are_not_waited_for(
+    make_plan: Make, sites: list[PreparedSite], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> Any:
+        raise InconsistentMessageReplies(reason="other keys")
+
+    monkeypatch.setattr("flwr.serverapp.strategy.FedAvg.aggregate_train", refuse)
+    job = between_hospitals(make_plan())
+    with (
+        grid_of(SimulatedSites(sites, SEEDED)) as grid,
+        pytest.raises(ModelError, match="must be combinable"),
+    ):
+        StudyRun(job, grid).run()
+
+
+class UnwillingSites(SimulatedSites):
+    """Sites of which one does not describe itself until it is willing."""
+
+    willing = threading.Event()
+
+    def trainer(self, context: Context, plan: Plan) -> Trainer:
+        """The real trainer, or an error."""
+        if self.name(context) == "site-2" and not self.willing.is_set():
+            raise BudgetError("the budget is spent")
+        return super().trainer(context, plan)
+
+
+def test_a_study_between_hospitals_waits_until_it_may_start(
+    make_plan: Make, sites: list[PreparedSite], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.members._SOON", 0.0)
+    heard: list[Event] = []
+    unwilling = UnwillingSites(sites[:2], SEEDED)
+    unwilling.willing.clear()
+
+    def listen(event: Event) -> None:
+        heard.append(event)
+        if isinstance(event, StudyPaused):
+            assert not job.arm.rounds
+            unwilling.willing.set()
+            job.again.set()  # an operator resumes it
+
+    plan = make_plan(training={"rounds": 1})
+    job = job_of(plan, listen)
+    job.patient, job.members = True, {1001: "site-1", 1002: "site-2"}
+    job.ask_again_seconds = 1000.0
+    with grid_of(unwilling) as grid:
+        StudyRun(job, grid).run()
+    (paused,) = [event for event in heard if isinstance(event, StudyPaused)]
+    assert "(got 1 of 2; site-2 (error): the budget is spent.)" in paused.reason
+    (started,) = [event for event in heard if isinstance(event, StudyStarted)]
+    assert started.sites == ("site-1", "site-2")
+    assert [list(one.sites) for one in job.arm.rounds] == [["site-1", "site-2"]]
+
+
+def test_each_order_says_how_many_sites_its_round_asks(
+    make_plan: Make, sites: list[PreparedSite]
+) -> None:
+    signed: list[RoundOrder] = []
+
+    def sign(order: RoundOrder) -> RoundOrder:
+        signed.append(order)
+        return order
+
+    failed: list[int] = []
+
+    def once(arrays: Arrays, outcome: TrainOutcome) -> tuple[Arrays, TrainOutcome]:
+        if not failed:
+            failed.append(outcome.round)
+            raise OSError(PLANTED)
+        return arrays, outcome
+
+    part = {"sites": 3, "quorum": 3, "retries": 1}
+    job = job_of(three_rounds(make_plan, participation=part))
+    job.members, job.sign = {1000 + i: f"site-{i}" for i in (1, 2, 3)}, sign
+    with grid_of(FaultySites(sites, "site-2", once)) as grid:
+        StudyRun(job, grid).run()
+    told = [(one.task, one.round, one.sites) for one in signed if one.task != "evaluate"]
+    # Round 2 is repeated for one site, whose update is one of three all the same.
+    assert told == [("describe", 0, 3), *(("train", round_, 3) for round_ in (1, 2, 2, 3))]
 
 
 def test_a_site_that_joined_no_study_gets_no_message(

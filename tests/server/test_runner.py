@@ -59,6 +59,28 @@ def test_without_one_it_does(runner: Runner) -> None:
         runner.run()
 
 
+def test_a_study_that_waits_tells_why_and_tries_again_when_it_is_resumed(
+    config: ServerConfig, registry: Registry, make_plan: Make, new_site_key: str
+) -> None:
+    registry.sites.add("north", new_site_key)
+    study = registry.studies.submit(make_plan(participation={"sites": 1}), ["north"])
+    runner = Runner(config, registry, study)
+    runner._see_wish()
+    assert not runner.job.again.is_set()  # submitted, and not resumed
+    runner._note(events.StudyPaused("t", 1, "north (budget): the budget is spent."))
+    (listed,) = registry.studies.list()
+    assert (listed.state, listed.reason) == ("paused", "north (budget): the budget is spent.")
+    runner._see_wish()
+    assert not runner.job.again.is_set()
+    registry.studies.want(study.id, "run", "operator")
+    runner._see_wish()
+    assert runner.job.again.is_set()
+    assert not runner.stop.is_set()
+    registry.studies.want(study.id, "pause", "operator")
+    runner._see_wish()
+    assert runner.stop.is_set()
+
+
 def test_a_round_that_a_killed_runner_had_open_is_counted(
     config: ServerConfig, registry: Registry, make_plan: Make, new_site_key: str
 ) -> None:

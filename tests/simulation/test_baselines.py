@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -80,3 +81,17 @@ def test_pooled_data_see_as_many_images_as_the_sites_together(make_plan: Any) ->
     assert as_many_images(steps, 4).training.local_steps == 12
     epochs = make_plan()
     assert as_many_images(epochs, 4) == epochs
+
+
+@pytest.mark.parametrize("name", [None, "site-2"])
+def test_without_test_patients_an_arm_says_why_it_has_no_figures(
+    sites: list[PreparedSite], make_plan: Make, name: str | None
+) -> None:
+    none = np.empty(0, np.int64)
+    bare = [dataclasses.replace(one, split={**one.split, "test": none}) for one in sites]
+    plan = make_plan(training={"rounds": 1}, split={"given": False, "test": 0.0})
+    state = State(SimulatedSites(bare, SEEDED))
+    arm = lone_arm(state, plan, to_arrays(build_model(plan, 0)), 0, name)
+    assert arm.finished
+    assert arm.test is None
+    assert arm.unmeasured == "no site has test patients (split.test is 0)"

@@ -62,6 +62,9 @@ def request_of(make_plan: Callable[..., Plan]) -> Callable[..., StudyRequest]:
         ({}, {"facts": None}, words.COHORT),
         ({"minimum_patients": 101}, {}, words.PATIENTS),
         ({"minimum_per_class": 41}, {}, words.PER_CLASS),
+        ({"minimum_sites": 3}, {"sites": 2}, words.SITES),
+        ({"minimum_sites": 2}, {"sites": 0}, words.SITES),
+        ({"studies": [{**RULE, "minimum_sites": 3}]}, {"sites": 2}, words.SITES),
     ],
 )
 def test_each_limit_refuses_with_its_own_rule(
@@ -74,6 +77,13 @@ def test_each_limit_refuses_with_its_own_rule(
     with pytest.raises(PolicyError) as refused:
         decision.enforce()
     assert refused.value.rule == rule
+
+
+@pytest.mark.parametrize(("least", "sites"), [(1, 0), (1, 1), (2, 2), (2, 3), (3, None)])
+def test_as_many_sites_as_the_policy_asks_for_are_enough(
+    request_of: Callable[..., StudyRequest], least: int, sites: int | None
+) -> None:
+    assert decide(policy_of(minimum_sites=least), request_of(sites=sites)).allowed
 
 
 @pytest.mark.parametrize(("patients", "limit"), [(20, 1e-3), (1000, 1e-4), (1001, 1e-5)])
@@ -179,6 +189,7 @@ TIGHTER: dict[str, tuple[Any, ...]] = {
     "max_parameters": (5000, 1000, 999),
     "minimum_patients": (2, 100, 101),
     "minimum_per_class": (0, 40, 41, 61),
+    "minimum_sites": (1, 2, 3),
     "require_privacy": (False, True),
     "max_epsilon_per_study": (8.0, 4.0, 3.9),
     "max_epsilon_per_cohort": (8.0, 4.0, 3.9),
@@ -196,7 +207,7 @@ def test_tightening_any_key_refuses_whatever_was_refused(
     if places["any_coordinator"] == 0:
         places["coordinators"] = len(TIGHTER["coordinators"]) - 1
     content = _plan() | ({} if private else {"privacy": {"mechanism": "none"}})
-    request = StudyRequest("tiny-1", plan_from(content), "f" * 64, COORDINATOR, 1000, FACTS)
+    request = StudyRequest("tiny-1", plan_from(content), "f" * 64, COORDINATOR, 1000, FACTS, 2)
 
     def broken(at: dict[str, int]) -> set[str]:
         values = {key: TIGHTER[key][place] for key, place in at.items()}

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client.audit.log import audit_folder, audit_key
@@ -186,6 +187,45 @@ def test_the_policy_refuses_before_an_image_is_opened(
     refused(hospital.desk.answer("train", Packet("order", forged, order.arrays)), "protocol",
             "signed by its coordinator")  # fmt: skip
     assert "charge" not in told(hospital)
+
+
+def test_a_round_that_asks_too_few_sites_is_refused_whoever_brings_it(
+    make_hospital: Make, plan: Plan
+) -> None:
+    hospital = make_hospital("minimum_sites = 3")
+    answer = hospital.ask("train", plan, sites=2)
+    refused(answer, "policy", words.SITES)
+    assert answer.record["value"] == "participation.sites 2 (limit 3)"
+    assert answer.record["charged"] is False
+    refused(hospital.ask("describe", plan, 0, sites=2), "policy", words.SITES)
+    # A connector that was taken over says that there are more.
+    order = hospital.order(plan, 1, sites=2)
+    more = Packet("order", {**order.record, "sites": 3}, order.arrays)
+    refused(hospital.desk.answer("train", more), "protocol", "signed by its coordinator")
+    assert "charge" not in told(hospital)
+    assert hospital.ask("train", plan, sites=3).kind == "update"
+    # An evaluation tells of this site's patients alone, however many others are asked.
+    assert hospital.ask("evaluate", plan, 1, part="validation", sites=1).kind == "counts"
+
+
+def test_what_a_coordinator_signed_of_the_sites_can_be_shown_later(
+    make_hospital: Make, plan: Plan
+) -> None:
+    hospital = make_hospital("minimum_sites = 2")
+    for _ in range(2):
+        assert hospital.ask("train", plan, sites=5).kind == "update"
+    kept = [e.fields for e in entries(audit_folder(hospital.config.site.state))
+            if e.event == "order"]  # fmt: skip
+    (one,) = kept
+    assert (one["study"], one["round"], one["task"], one["sites"]) == ("tiny-1", 1, "train", 5)
+    assert json.loads(one["signed"].partition("\n")[2])["sites"] == 5
+    public = hospital.key.public_key()
+    public.verify(base64.b64decode(one["signature"]), one["signed"].encode())
+    with pytest.raises(InvalidSignature):
+        public.verify(
+            base64.b64decode(one["signature"]),
+            one["signed"].replace('"sites":5', '"sites":1').encode(),
+        )
 
 
 def test_an_officer_approves_denies_and_pauses(make_hospital: Make, plan: Plan) -> None:

@@ -113,6 +113,38 @@ def test_frozen_layers_stay_bit_identical_and_only_trained_arrays_leave(
     assert set(whole) == set(start)
 
 
+def test_cached_features_count_towards_the_caches_bound(
+    make_plan: Make, make_site: Make, make_order: Make, tmp_path: Path
+) -> None:
+    plan = make_plan(
+        training={"rounds": None, "learning_rate": None},
+        stages=[{"name": "head", "rounds": 1, "learning_rate": 0.05, "train": ["fc.*"]}],
+    )
+    site, updates = make_site(), []
+    (tmp_path / "features-0123.npy").write_bytes(bytes(100))  # of an earlier release
+
+    def train(seed: int, most: int) -> None:
+        runtime = replace(SEEDED, cache=tmp_path, cache_bytes=most)
+        start = to_arrays(build_model(plan, seed))
+        updates.append(Trainer(plan, site, runtime).train(start, make_order(plan))[0])
+
+    def size() -> int:
+        return sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+
+    train(0, 1 << 30)
+    one = size()
+    assert not list(tmp_path.glob("features-*"))
+    for seed in range(1, 5):  # as many other frozen backbones
+        train(seed, 2 * one + 4096)
+        assert size() <= 2 * one + 4096
+    assert len(list(tmp_path.glob("*/features.npy"))) == 2
+    # Without room for a single one nothing is kept, nothing else is removed, and training goes on.
+    train(0, 1000)
+    assert len(list(tmp_path.glob("*/features.npy"))) == 2
+    for name, value in updates[0].items():
+        np.testing.assert_array_equal(updates[-1][name], value)
+
+
 def test_cached_features_give_the_same_update_as_the_whole_model(
     make_plan: Make,
     make_site: Make,
@@ -127,7 +159,7 @@ def test_cached_features_give_the_same_update_as_the_whole_model(
     start, site = to_arrays(build_model(plan, 0)), make_site()
     runtime = replace(SEEDED, cache=tmp_path)
     cached, _ = Trainer(plan, site, runtime).train(start, make_order(plan))
-    assert len(list(tmp_path.glob("features-*.npy"))) == 1
+    assert len(list(tmp_path.glob("*/features.npy"))) == 1
     reread, _ = Trainer(plan, site, runtime).train(start, make_order(plan))
     monkeypatch.setattr(
         "client.training.trainer.split_at_trainable", lambda model, names: (None, model)

@@ -101,6 +101,19 @@ def test_what_does_not_fit_the_plan_is_refused(
     assert store.studies.list() == []
 
 
+def test_a_quorum_that_the_strategy_cannot_work_with_is_refused(
+    store: Registry, make_plan: MakePlan
+) -> None:
+    plan = make_plan(
+        strategy={"name": "krum", "settings": {"malicious": 1}},
+        participation={"sites": 5, "quorum": 5},
+    )  # fmt: skip
+    sites = ["a", "b", "c", "d", "e"]
+    with pytest.raises(PlanError, match=r"krum needs 5 updates \(got 4\)"):
+        store.studies.submit(plan, sites, quorum=4)
+    assert store.studies.submit(plan, sites).quorum == 5
+
+
 def test_a_request_that_is_sent_twice_makes_one_study(store: Registry, make_plan: MakePlan) -> None:
     first = store.studies.submit(make_plan(), ["a", "b"], request="r-1")
     assert store.studies.submit(make_plan(), ["a", "b"], request="r-1") == first

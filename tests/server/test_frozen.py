@@ -1,0 +1,187 @@
+"""Arrays that do not train go to a hospital once, and are named by their digest after that."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from client.connector.frozen import FrozenArrays, Lacking
+from client.connector.translate import refusal, to_order, to_reply
+from client.data.types import PreparedSite
+from client.link.packets import Packet
+from client.training.runtime import Runtime
+from fedward.models import build_model, to_arrays, trainable_names
+from fedward.plan import Plan
+from fedward.protocol import RoundOrder
+from server.events import Event, RoundEnded
+from server.flower.packed import _packed
+from server.gather import record_of, size_of
+from server.results import Arm
+from server.rounds import Job, StudyRun
+from simulation import flower
+from simulation.local import LocalGrid, State
+from simulation.pool import Pool
+from simulation.sites import SimulatedSites
+
+Make = Callable[..., Any]
+SITES = {1001: "site-1", 1002: "site-2"}
+HEADER = 3000  # bytes of a message that are no arrays, at most
+
+
+class Wire(LocalGrid):
+    """Messages as they travel between hospitals, packed, into each one's real connector."""
+
+    def __init__(self, pool: Pool, folder: Path) -> None:
+        super().__init__(pool, len(SITES))
+        self.held = {node: FrozenArrays(folder / str(node)) for node in SITES}
+        self.bytes, self.asked = Counter[int](), Counter[int]()
+        self.refused: dict[str, Message] = {}
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Hand each over, or have its node say what it lacks."""
+        return [self._carry(message) for message in messages]
+
+    def _carry(self, message: Message) -> str:
+        node, packed = message.metadata.dst_node_id, _packed(message, {})
+        self.bytes[node] += size_of(packed.content)
+        try:
+            _, order = to_order(packed, self.held[node])
+        except Lacking as error:
+            identifier = flower.stamp(message)
+            said = to_reply(refusal(SITES[node], None, error), Packet("order", {}))
+            self.refused[identifier] = Message(said, reply_to=message)
+            self.asked[node] += 1
+            return identifier
+        config = ConfigRecord(order.record)
+        content = RecordDict({"arrays": record_of(order.arrays), "config": config})
+        about = message.metadata
+        (identifier,) = super().push_messages([Message(content, node, about.message_type)])
+        return identifier
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Replies of trainers and of connectors."""
+        ids = list(message_ids)
+        said = [self.refused.pop(one) for one in ids if one in self.refused]
+        return said + super().pull_messages(ids)
+
+
+@pytest.fixture
+def plan(make_plan: Make) -> Plan:
+    made: Plan = make_plan(
+        model={"channels": [16, 64]},
+        training={"rounds": None, "learning_rate": None},
+        stages=[
+            {"name": "head", "rounds": 3, "learning_rate": 0.05, "train": ["fc.*"]},
+            {"name": "all", "rounds": 1, "learning_rate": 0.01},
+        ],
+        strategy={"averaging": 0.5},
+    )
+    return made
+
+
+@pytest.fixture
+def pool(make_site: Make) -> Iterator[Pool]:
+    flower.become_server()
+    sites: list[PreparedSite] = [make_site(name, patients=20, seed=7) for name in SITES.values()]
+    made = Pool(State(SimulatedSites(sites, Runtime(randomness="seeded"))), 0)
+    yield made
+    made.close()
+
+
+def job_of(plan: Plan, **more: Any) -> Job:
+    return Job(plan, to_arrays(build_model(plan, 0)), Arm(name="t", kind="federated"), **more)
+
+
+def between(plan: Plan, pool: Pool, folder: Path, after_round: Callable[[int, Wire], None]) -> Any:
+    """A study over the wire; the job, the grid, and the orders as they were signed."""
+    signed: list[RoundOrder] = []
+
+    def sign(order: RoundOrder) -> RoundOrder:
+        signed.append(order)
+        return order
+
+    def listen(event: Event) -> None:
+        if isinstance(event, RoundEnded):
+            after_round(event.result.round, wire)
+
+    wire = Wire(pool, folder)
+    job = job_of(plan, members=SITES, study="tiny-1", sign=sign, listen=listen)
+    StudyRun(job, wire).run()
+    return job, wire, signed
+
+
+def expected(plan: Plan) -> tuple[int, int]:
+    """Bytes of all that a site needs, counted from the plan alone; and of the frozen backbone."""
+    model = build_model(plan, 0)
+    size = {name: value.nbytes for name, value in to_arrays(model).items()}
+    head = sum(size[name] for name in trainable_names(model, ["fc.*"]))
+    whole, trained = sum(size.values()), sum(size[n] for n, _ in model.named_parameters())
+    # Each round: train, validation. Last: the test. The backbone once; what is never trained again
+    # where another stage begins.
+    return 3 * 2 * head + 3 * trained + (whole - head) + (whole - trained), whole - head
+
+
+def nothing(round_: int, wire: Wire) -> None: ...
+
+
+def test_the_frozen_backbone_goes_down_once_and_the_model_is_the_same(
+    plan: Plan, pool: Pool, tmp_path: Path
+) -> None:
+    job, wire, signed = between(plan, pool, tmp_path, nothing)
+    assert job.complete
+    needed, backbone = expected(plan)
+    for node in SITES:
+        assert needed <= wire.bytes[node] <= needed + 10 * HEADER
+    # Else it would go down with each of the seven orders of its stage.
+    assert backbone > 10 * HEADER
+    assert wire.asked == {}
+    # An order covers all arrays, whether they come with it or not.
+    assert all(one.arrays for one in signed if one.task != "describe")
+    assert len({one.frozen for one in signed if one.round in (1, 2, 3)}) == 1
+
+    plain = job_of(plan)
+    StudyRun(plain, LocalGrid(pool, len(SITES))).run()
+    for name, value in plain.average.items():
+        np.testing.assert_array_equal(job.average[name], value)
+    assert plain.arm.test == job.arm.test
+
+
+@pytest.mark.parametrize("damage", [False, True], ids=["evicted", "damaged"])
+def test_a_site_that_lost_the_backbone_gets_it_again(
+    plan: Plan, pool: Pool, tmp_path: Path, damage: bool
+) -> None:
+    def lose(round_: int, wire: Wire) -> None:
+        if round_ == 1:
+            for path in (tmp_path / "1001").iterdir():
+                if damage:
+                    path.write_bytes(b"damaged")
+                else:
+                    path.unlink()
+
+    job, wire, _ = between(plan, pool, tmp_path, lose)
+    assert job.complete
+    assert [sorted(one.sites) for one in job.arm.rounds] == [["site-1", "site-2"]] * 4
+    assert not [one.failures for one in job.arm.rounds if one.failures]
+    assert wire.asked == {1001: 1}
+    needed, backbone = expected(plan)
+    assert needed + backbone <= wire.bytes[1001] <= needed + backbone + 10 * HEADER
+    assert wire.bytes[1002] <= needed + 10 * HEADER
+
+
+def test_a_site_that_keeps_nothing_is_asked_twice_and_no_more(
+    plan: Plan, pool: Pool, tmp_path: Path
+) -> None:
+    def fill(round_: int, wire: Wire) -> None:
+        wire.held[1001] = FrozenArrays(tmp_path / "full", most_bytes=0)
+
+    job, wire, _ = between(plan, pool, tmp_path, fill)
+    assert job.complete
+    assert not [one.failures for one in job.arm.rounds if one.failures]
+    # It is told to whom it was sent, and asks once for each order after the first round's.
+    assert wire.asked[1001] <= 7
