@@ -180,7 +180,7 @@ def label_table(root: Path, task: Task, options: LabelOptions) -> Table | None:
             value=options.key, fix="Set labels.means to PatientID, AccessionNumber, "
             "StudyInstanceUID, SeriesInstanceUID, SOPInstanceUID or file", where="labels.means",
         )  # fmt: skip
-    return read_table(table, KEYS, task, options)
+    return read_table(table, KEYS, task, options, patients=False)
 
 
 def _masks(

@@ -100,10 +100,10 @@ def read(
     DataError
         The folder does not have the layout that the task needs.
     """
-    people = people_of(root, patients)
+    options = options or LabelOptions()
+    people = people_of(root, patients, options)
     images, masks = _folder(root, _IMAGES), _folder(root, _MASKS)
     d = task.dimensions
-    options = options or LabelOptions()
     if task.kind == "classification" and options.table(root) is not None:
         return folders.labelled(
             root, images or root, is_nifti, lambda f: NiftiImage(f, d), people, task, options
@@ -115,6 +115,7 @@ def read(
             fix="See the data page for the layouts",
             where=reasons.NO_TABLE if task.kind == "classification" else reasons.NO_MASKS,
         )
+    people.check()
     items = folders.pairs(
         images, masks, is_nifti, lambda i, m: (NiftiImage(i, d), NiftiMask(m, d, i)), people
     )
