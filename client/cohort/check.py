@@ -17,9 +17,10 @@ from client.cohort.findings import (
     sample_finding,
     task_findings,
 )
+from client.cohort.patient_key import patient_key_finding
 from client.cohort.probe import probe
 from client.config import DatasetSection
-from client.data.types import Sample
+from client.data.types import Sample, unnamed
 from fedward.plan.load import plan_hash
 from fedward.plan.schema import Plan
 
@@ -69,6 +70,8 @@ def check_plan(
     classes: dict[str, int] = {}
     cost: Cost | None = None
     budget: Budget | None = None
+    if taken:
+        findings.append(patient_key_finding(taken, plan, dataset.images_are_patients))
     if fits and taken:
         people, parts, classes = patient_findings(dataset, plan, taken)
         findings += people
@@ -76,7 +79,8 @@ def check_plan(
         tried = probe(taken, plan)
         findings += probe_findings(plan, tried)
         if training:
-            one, budget = privacy_finding(plan, training, sum(parts.values()))
+            per_image = unnamed(taken) > 0
+            one, budget = privacy_finding(plan, training, sum(parts.values()), per_image)
             findings.append(one)
             if budget or not plan.privacy.on:
                 images = round(len(taken) * training / sum(parts.values()))

@@ -9,7 +9,7 @@ from client.cohort.finding import Finding, Status, finding
 from client.cohort.probe import Probe
 from client.config import DatasetSection
 from client.data.split import split_by_patient
-from client.data.types import Sample
+from client.data.types import Sample, unnamed
 from fedward.errors import DataError, ModelError, PlanError
 from fedward.models import build_model, trainable_names
 from fedward.plan.schema import Plan, Task
@@ -72,7 +72,8 @@ def patient_findings(
     found = [
         finding(
             "patients", "pass" if count >= least else "fail",
-            f"{count}; the plan wants {plan.participation.minimum_patients}, the site "
+            f"{count}{' (each image counts as one)' if unnamed(samples) else ''}; the plan wants "
+            f"{plan.participation.minimum_patients}, the site "
             f"{dataset.minimum_patients}", "Bring more patients",
         )
     ]  # fmt: skip

@@ -98,7 +98,8 @@ def test_a_tree_of_two_modalities_with_masks_of_two_kinds(tmp_path, reading, dx)
             },
             "MR": {"lowest": 0, "highest": 66, "typical_lowest": 0, "typical_highest": 59},
         },
-        "samples": 4, "sample_patients": 2, "images_by_class": {"lung": 2, "heart": 1},
+        "samples": 4, "sample_patients": 2, "images_are_patients": False,
+        "images_by_class": {"lung": 2, "heart": 1},
         "patients_by_class": {"lung": 1, "heart": 1}, "pixels_by_class": {"lung": 36, "heart": 4},
         "left_out": {"no mask": 1, "unknown class in mask": 1}, "risks": [],
     }  # fmt: skip
@@ -137,8 +138,9 @@ def test_volumes_with_masks(tmp_path, reading):
         mask = np.zeros((6, 5, 4), np.uint8)
         mask[0] = k == 0
         nib.save(nib.Nifti1Image(mask, affine), root / "labels" / f"{k}.nii.gz")
+    (root / "patients.csv").write_text("image,patient_id\n0,P0\n1,P1\n2,P2\n")
     made = report_of(reading, tmp_path, "nifti", 3)
-    assert (made["files"], made["instances"], made["patients"]) == (6, 3, 3)
+    assert (made["files"], made["instances"], made["patients"]) == (7, 3, 3)
     assert (made["size"], made["spacing"]) == ({"6 x 5": 3}, {"0.7 x 0.8 x 2.5": 3})
     assert 100 <= made["intensity"]["not stated"]["lowest"] < 200
     assert made["pixels_by_class"] == {"lung": 20, "heart": 0}
