@@ -9,7 +9,7 @@ from client.cohort.finding import Finding, Status, finding
 from client.cohort.probe import Probe
 from client.config import DatasetSection
 from client.data.split import split_by_patient
-from client.data.types import Sample, unnamed
+from client.data.types import LeftOut, Sample, unnamed
 from fedward.errors import DataError, ModelError, PlanError
 from fedward.models import build_model, trainable_names
 from fedward.plan.schema import Plan, Task
@@ -51,6 +51,13 @@ def sample_finding(count: int) -> Finding:
         "samples", "pass" if count else "fail", f"{count} that a study could use",
         "See the dataset's report for what was left out and why",
     )  # fmt: skip
+
+
+def left_out_finding(left_out: Sequence[LeftOut]) -> Finding:
+    """Files, rows and masks that the reader did not take, by reason."""
+    counts = Counter(item.reason for item in left_out)
+    listed = ", ".join(f"{reason}: {n}" for reason, n in sorted(counts.items()))
+    return finding("left out", "warn", listed, "See the reasons on the data page")
 
 
 def modality_finding(plan: Plan, before: int, samples: Sequence[Sample]) -> Finding:

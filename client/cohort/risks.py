@@ -76,6 +76,11 @@ def _of_labels(left_out: Counter[str]) -> list[Risk]:
             severity="medium", fix="Export the missing images",
         ),
         Risk(
+            rule="the name of a mask means one image, and that of an image one mask",
+            count=left_out[reasons.AMBIGUOUS], severity="medium",
+            fix="Lay masks as the images lie, or name them by UID; they are left out until then",
+        ),
+        Risk(
             rule="the rows of one image agree", count=left_out[reasons.CONFLICTING],
             severity="medium", fix="Decide which label holds; they are left out until then",
         ),

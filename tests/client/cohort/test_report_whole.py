@@ -106,6 +106,24 @@ def test_a_tree_of_two_modalities_with_masks_of_two_kinds(tmp_path, reading, dx)
 
 
 @pytest.mark.integration
+def test_masks_whose_names_tell_no_image(tmp_path, reading, dx):
+    root = tmp_path / "export"
+    for k, patient in enumerate("AB"):
+        dx(root / patient / "IM0001.dcm", np.full((6, 5), k), PatientID=patient, Modality="CT")
+    write_mask(root / "masks" / "IM0001.png", np.eye(6, 5))
+    write_mask(root / "masks" / "IM0002.png", np.eye(6, 5))
+    made = report_of(reading, tmp_path, "dicom")
+    assert made["samples"] == 0
+    assert made["left_out"] == {"ambiguous name of mask": 2, "no image": 1}
+    counts = {risk["rule"]: (risk["count"], risk["severity"]) for risk in made["risks"]}
+    assert counts["the name of a mask means one image, and that of an image one mask"] == (
+        2, "medium"
+    )  # fmt: skip
+    assert counts["every label and every mask has an image"] == (1, "medium")
+    assert "IM000" not in str(made)
+
+
+@pytest.mark.integration
 def test_pictures_with_masks(tmp_path, reading):
     root = tmp_path / "export"
     for k in range(4):
