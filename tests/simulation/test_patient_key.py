@@ -11,8 +11,11 @@ from typer.testing import CliRunner
 
 from client.policy.words import PATIENT_KEY
 from fedward.errors import DataError
+from fedward.plan import load_plan
 from server.report import read_metrics
 from simulation.cli import app
+from simulation.options import Options
+from simulation.study import Study
 
 DP_SGD = 'mechanism = "dp-sgd"\nepsilon = 8\ndelta = 1e-3\nclipping_norm = 1.0'
 
@@ -46,16 +49,20 @@ def test_it_is_refused_with_the_options_that_help(words):
     assert CliRunner().invoke(app, ["audit", *words[1:]]).exception.rule == PATIENT_KEY
 
 
-@pytest.mark.parametrize(
-    ("option", "patients"), [(["--images-are-patients"], 48), (["--patient-column", "lesion"], 24)]
-)
-def test_it_runs_with_either(words, tmp_path, option, patients):
-    done = CliRunner().invoke(app, [*words, *option])
+def test_it_runs_per_image_where_that_is_allowed(words, tmp_path):
+    done = CliRunner().invoke(app, [*words, "--images-are-patients"])
     assert done.exit_code == 0, done.output
     (results,) = read_metrics(tmp_path / "out" / "metrics.json")
-    per_image = patients == 48
-    assert sum(site.patients for site in results.sites) == patients
-    assert {site.images_are_patients for site in results.sites} == {per_image}
+    assert sum(site.patients for site in results.sites) == 48
+    assert {site.images_are_patients for site in results.sites} == {True}
     report = (tmp_path / "out" / "report.html").read_text("utf-8")
-    assert ("HIGH RISK" in report) is per_image
-    assert ("each single patient" in report) is not per_image
+    assert "HIGH RISK" in report and "each single patient" not in report
+
+
+def test_the_column_that_is_named_makes_it_one_per_patient(words, tmp_path):
+    options = Options(
+        data=tmp_path / "data", out=tmp_path / "out", partition="iid", patient_column="Lesion"
+    )
+    sites = Study(load_plan(tmp_path / "plan.toml"), options, note=lambda text: None).prepare()
+    assert sum(len(np.unique(site.patients)) for site in sites) == 24
+    assert not any(site.images_are_patients for site in sites)

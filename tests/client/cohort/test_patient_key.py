@@ -23,6 +23,7 @@ from client.config import load_config
 from client.policy import words
 from client.policy.decide import facts_of
 from client.secret import site_secret
+from client.trainer.admin import _per_image
 from client.training.trainer import site_facts
 from fedward.errors import DataError
 
@@ -153,6 +154,15 @@ def test_a_frozen_cohort_is_held_to_it(site, reading, make_plan):
     assert not counts(named, config.dataset("chest"))["images_are_patients"]
     facts = site_facts(private, prepared(site, private))
     assert not facts.images_are_patients and facts.patients == 20
+
+
+def test_the_budget_of_such_a_cohort_is_one_of_images(site, reading):
+    cohort = freeze(reading, site)
+    state = load_config(site).site.state
+    assert _per_image(state, "chest", cohort.sha256)
+    assert not _per_image(state, "chest", "f" * 64)  # its record is gone
+    name_patients(site)
+    assert not _per_image(state, "chest", freeze(reading, site).sha256)
 
 
 def test_a_cohort_of_an_older_release_is_taken_for_one_where_it_may_be(site, reading, tmp_path):
