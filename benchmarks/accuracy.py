@@ -91,6 +91,7 @@ def run_case(case: Case, seed: int, data: Path, out: Path) -> StudyResults:
     options = Options(
         data=data / case.data, out=folder, partition=case.partition, sites=made,
         baselines=not case.epsilons, epsilons=case.epsilons, seed=seed, plan_folder=path.parent,
+        images_are_patients=True,  # some of these sets name no patients: their ε is per image
     )  # fmt: skip
     started = time.perf_counter()
     study = Study(plan, options, note=lambda text: None)

@@ -99,6 +99,7 @@ def measure(case: Case, epsilon: float | None, seed: int, options: argparse.Name
         Options(
             data=options.data / case.data, out=folder, partition=case.partition, sites=case.sites,
             seed=seed, plan_folder=REPOSITORY / "studies",
+            images_are_patients=True,  # some of these sets name no patients: their ε is per image
         ),
     )  # fmt: skip
     with AuditProgress(Console(stderr=True)) as progress:

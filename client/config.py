@@ -59,6 +59,11 @@ class DatasetSection(Section):
     minimum_patients: int = Field(
         default=10, ge=1, description="fewer patients, in all or of a class, are a risk"
     )
+    images_are_patients: bool = Field(
+        default=False, description="each image is of another person, where the data name no "
+        "patients. Without it a private study is refused on such data; with it every promise is "
+        "about an image",
+    )  # fmt: skip
     patients: PatientSection = Field(default=PatientSection(), description="patient ids")
     labels: LabelSection = Field(default=LabelSection(), description="the table of labels")
     masks: MaskSection = Field(default=MaskSection(), description="segments and regions")
@@ -258,7 +263,8 @@ def _broken(dataset: DatasetSection) -> Iterator[tuple[str, str, str]]:
         yield "multi_label", "multi_label belongs to classification", "Remove it"
     if not segmentation and dataset.masks != MaskSection():
         yield "masks", "masks belong to segmentation", "Remove the section"
-    if segmentation and dataset.labels != LabelSection():
+    named = LabelSection(patient_column=dataset.labels.patient_column)  # serves `patients.csv`
+    if segmentation and dataset.labels != named:
         yield "labels", "labels belong to classification", "Remove the section"
     yield from dataset.labels.broken(dataset.classes, dataset.multi_label)
     yield from dataset.masks.broken(dataset.classes)

@@ -68,6 +68,11 @@ class LabelSection(Section):
         default=None, description="what that column holds, where its name does not say so"
     )
     column: Word = Field(default="label", description="column of the label")
+    patient_column: MaybeWord = Field(
+        default="", description="column that names the patients, here or in `patients.csv` (any "
+        "task); none: `patient`, `patient_id`, `subject`, `case_id` and the like. DICOM files name "
+        "theirs themselves",
+    )  # fmt: skip
     columns: dict[Word, str] = Field(
         default={}, description="column of 0 and 1 to the name of its class, where it has another"
     )

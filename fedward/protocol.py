@@ -151,6 +151,7 @@ class SiteFacts(Record):
     left_out_reasons: tuple[Reason, ...] = Field(default=(), max_length=64)
     left_out_counts: tuple[Count, ...] = Field(default=(), max_length=64)
     synthetic: bool = False
+    images_are_patients: bool = False
     release: str = Field(default="", pattern=r"^[0-9A-Za-z.+!-]{0,32}$")
     dataset: str = Field(default="", pattern=rf"^$|{SITE_NAME}")
 

@@ -54,6 +54,20 @@ _FORMATS: dict[FormatName, Format] = {
     FormatName.nifti: "nifti",
     FormatName.dicom: "dicom",
 }
+PatientColumn = Annotated[
+    str,
+    typer.Option(
+        "--patient-column", metavar="NAME",
+        help="Column of the tables that names the patients; none: patient, patient_id, subject, …",
+    ),
+]  # fmt: skip
+ImagesArePatients = Annotated[
+    bool,
+    typer.Option(
+        "--images-are-patients",
+        help="Let a private study run on data that name no patients: privacy holds per image.",
+    ),
+]
 PlanFile = Annotated[Path, typer.Argument(help="The study plan (TOML).", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
@@ -98,6 +112,8 @@ def run(
             help="folders | iid | dirichlet:ALPHA | shards:K | quantity:ALPHA | column:NAME.",
         ),
     ] = "folders",
+    patient_column: PatientColumn = "",
+    images_are_patients: ImagesArePatients = False,
     engine: Annotated[
         EngineName, typer.Option("--engine", help="local, or Flower's ray.")
     ] = EngineName.local,
@@ -141,7 +157,8 @@ def run(
         data=data, out=out, format=None if format is FormatName.auto else _FORMATS[format],
         partition=partition, sites=sites, engine=engine.value, device=device, baselines=baselines,
         epsilons=others, seed=seed, plan_folder=plan.parent, cache_gib=cache_gib,
-        private_counts=private_counts,
+        private_counts=private_counts, patient_column=patient_column,
+        images_are_patients=images_are_patients,
         hospitals=tuple(map(Hospital.parse, site or ())),
     )  # fmt: skip
     check_out(out, data)
@@ -163,6 +180,8 @@ def audit(
     partition: Annotated[
         str, typer.Option("--partition", help="Who has which patient, as in `run`.")
     ] = "folders",
+    patient_column: PatientColumn = "",
+    images_are_patients: ImagesArePatients = False,
     shadows: Annotated[
         int, typer.Option("--shadows", min=0, max=256, help="Federations on random halves.")
     ] = 8,
@@ -195,6 +214,8 @@ def audit(
         device=device,
         seed=seed,
         plan_folder=plan.parent,
+        patient_column=patient_column,
+        images_are_patients=images_are_patients,
     )
     check_out(out, data)
     flower.quiet()
@@ -355,7 +376,10 @@ def _one_source(context: typer.Context) -> None:
     given = {name for name, value in context.params.items() if _is_given(context, name, value)}
     if ("data" in given) == ("site" in given):
         raise typer.BadParameter("give either --data, or --site for each hospital")
-    others = sorted(given & {"format", "sites", "partition", "cache_gib"})
+    of_data = {
+        "format", "sites", "partition", "cache_gib", "patient_column", "images_are_patients",
+    }  # fmt: skip
+    others = sorted(given & of_data)
     if "site" in given and others:
         option = others[0].replace("_", "-")
         raise typer.BadParameter(f"--{option} is about --data; a frozen cohort is taken as it is")

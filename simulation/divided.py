@@ -6,10 +6,12 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Final
 
+from client.cohort.patient_key import check_patient_key
 from client.cohort.training import Preparers
 from client.data.preprocess import Means, prepare
-from client.data.types import PreparedSite, Sample
+from client.data.types import PreparedSite, Sample, unnamed
 from fedward.errors import DataError
 from fedward.plan.schema import Plan
 from fedward.protocol import SITE_NAME
@@ -23,6 +25,11 @@ from simulation.reading import read
 from simulation.watch import WatchedCrew, unprepared
 
 Note = Callable[[str], None]
+_FIX: Final = (
+    "Name the patients (a column patient in the table of labels or in patients.csv, or "
+    "--patient-column; npz: an array of patients), or give --images-are-patients: privacy then "
+    "holds per image"
+)
 
 
 @dataclass
@@ -48,13 +55,16 @@ def divided_sites(plan: Plan, options: Options, crew: Preparers, note: Note) -> 
     ------
     DataError
         The data cannot be read or divided, a class has no image, or nothing of a hospital can be
-        used; the message names the hospital.
+        used; the message names the hospital. The plan is private and the images name no patients.
     PlanError
         The plan needs more hospitals.
     """
     how = parse_partition(options.partition)
     note("reading the data")
     dataset = read(options, how, plan.task)
+    check_patient_key(dataset.samples, plan, options.images_are_patients, fix=_FIX, where="--data")
+    if images := unnamed(dataset.samples):
+        note(f"high risk: {images} images name no patient, and each counts as one")
     count = options.sites or plan.participation.sites
     parts = partition(dataset.samples, options.partition, count, options.seed)
     _check_names(parts)

@@ -50,6 +50,10 @@ class Options:
         Whether the federated arms are evaluated with noisy counts, as hospitals send them.
     cache_gib : float or None
         GiB that prepared images of `data` may take; None for no bound.
+    patient_column : str
+        The column of the tables of `data` that names the patients; "": found by name.
+    images_are_patients : bool
+        Whether each image of `data` is of another person, where the data name no patients.
     """
 
     data: Path | None
@@ -66,6 +70,8 @@ class Options:
     hospitals: tuple[Hospital, ...] = ()
     cache_gib: float | None = None
     private_counts: bool = False
+    patient_column: str = ""
+    images_are_patients: bool = False
 
     @property
     def division(self) -> str:

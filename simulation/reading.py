@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from client.data.files import folders
+from client.data.label_options import LabelOptions
 from client.data.read import DatasetSpec, read_dataset
 from client.data.types import Dataset
 from fedward.errors import DataError
@@ -16,6 +17,8 @@ from simulation.options import Options
 from simulation.rule import FORMS, Partition
 
 _NUMBERED = re.compile(r"sub-folder (\d+) of \d+ \(by name\)")
+_COLUMN = "labels.patient_column"
+_OPTIONS = {"format": "--format", _COLUMN: "--patient-column"}
 _MADE = FORMS.removeprefix("folders, ")
 _OF_A_DATASET = frozenset(
     {"images", "masks", "labels", "imagestr", "labelstr", "train", "val", "valid", "validation",
@@ -35,8 +38,11 @@ def read(options: Options, how: Partition, task: Task) -> Dataset:
     _check(data, options, how)
     with _in_our_words(data, how, task):
         return read_dataset(
-            DatasetSpec(data, options.format, "folders" if how.kind == "folders" else "none"), task
-        )
+            DatasetSpec(
+                data, options.format, "folders" if how.kind == "folders" else "none",
+                labels=LabelOptions(patient_column=options.patient_column),
+            ), task,
+        )  # fmt: skip
 
 
 def _check(data: Path, options: Options, how: Partition) -> None:
@@ -84,13 +90,14 @@ def _fix(error: DataError) -> str:
     if error.fix.startswith("Set format"):
         return error.fix.replace("Set format", "Give --format")
     # Of a table: what site.toml could set, a simulation takes as it is by default.
-    return re.sub(r", or see [^;]* in site\.toml", ", or give another --format", error.fix)
+    fix = re.sub(r", or see [^;]* in site\.toml", ", or give another --format", error.fix)
+    return fix.replace(_COLUMN, _OPTIONS[_COLUMN])
 
 
 def _where(where: str, data: Path) -> str:
     if numbered := _NUMBERED.fullmatch(where):
         return f"sub-folder {_subs(data)[int(numbered[1]) - 1]}"
-    return "--format" if where == "format" else where
+    return _OPTIONS.get(where, where)
 
 
 def _of_hospitals(data: Path, task: Task) -> bool:

@@ -82,4 +82,5 @@ def pool_sites(sites: Sequence[PreparedSite], name: str = "pooled") -> PreparedS
         },
         spacing=np.concatenate([site.spacing for site in sites]),
         synthetic=any(site.synthetic for site in sites),
+        images_are_patients=any(site.images_are_patients for site in sites),
     )

@@ -123,7 +123,7 @@ def make_order() -> Callable[..., RoundOrder]:
 
 @pytest.fixture
 def npz_data(tmp_path: Path) -> Path:
-    """A MedMNIST-style file of 240 small images with a given division."""
+    """A MedMNIST-style file of 240 small images of as many patients, with a given division."""
     rng = np.random.default_rng(7)
     arrays = {}
     for part, count in (("train", 160), ("val", 40), ("test", 40)):
@@ -132,6 +132,7 @@ def npz_data(tmp_path: Path) -> Path:
         images[labels == 1, :8, :8] += 80
         arrays[f"{part}_images"] = images.astype(np.uint8)
         arrays[f"{part}_labels"] = labels[:, None].astype(np.uint8)
+        arrays[f"{part}_patients"] = np.array([f"{part}-{k}" for k in range(count)])
     path = tmp_path / "data.npz"
     np.savez(path, **arrays)
     return path

@@ -12,6 +12,7 @@ from client.cohort.build import classes_of
 from client.config import DatasetSection
 from client.data.readers.dicom_mask_files import MaskFile
 from client.data.readers.dicom_masks import SegmentedFrame, SegmentedSeries, SegmentedVolume
+from client.data.readers.dicom_nifti import PlacedNiftiMask
 from client.data.readers.nifti import NiftiMask
 from client.data.readers.pictures import PictureMask
 from client.data.types import Sample
@@ -80,7 +81,7 @@ class _Marks:
                     found = frozenset(k for file in mask.series.files for k in self._of_file(file))
                     known = self.of_series[id(mask.series)] = (mask.series, found)
                 return known[1]
-            case NiftiMask() | PictureMask() as mask:
+            case NiftiMask() | PlacedNiftiMask() | PictureMask() as mask:
                 return frozenset(self._of_map(mask.path))
             case _:
                 return frozenset()

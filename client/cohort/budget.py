@@ -23,10 +23,19 @@ class Budget(BaseModel):
     sampling_rate: float = Field(description="chance of a patient to be in a step")
     steps: int = Field(description="over the whole study")
     patients: int = Field(description="that would train")
+    per_image: bool = Field(
+        default=False, description="the images name no patients, and each counts as one: ε bounds "
+        "what is learnt about an image",
+    )  # fmt: skip
 
 
-def privacy_finding(plan: Plan, patients: int, everyone: int) -> tuple[Finding, Budget | None]:
-    """What the plan's privacy costs with so many training patients, of so many in the cohort."""
+def privacy_finding(
+    plan: Plan, patients: int, everyone: int, per_image: bool = False
+) -> tuple[Finding, Budget | None]:
+    """What the plan's privacy costs with so many training patients, of so many in the cohort.
+
+    `per_image` says that the images name no patients, and each counts as one.
+    """
     target = plan.privacy
     if target.epsilon is None or target.delta is None:
         fix = "Updates may tell about patients; agree to that only knowingly"
@@ -38,16 +47,18 @@ def privacy_finding(plan: Plan, patients: int, everyone: int) -> tuple[Finding, 
         return finding("privacy", "fail", error.rule, error.fix), None
     budget = Budget(
         epsilon=spent, delta=target.delta, noise_multiplier=one.noise_multiplier,
-        sampling_rate=one.sampling_rate, steps=one.steps, patients=patients,
+        sampling_rate=one.sampling_rate, steps=one.steps, patients=patients, per_image=per_image,
     )  # fmt: skip
     fixes = []
     if target.delta > (most := default_delta(everyone)):
         fixes.append(f"Ask for a delta of at most {most:.2g}, or let the policy say max_delta")
     if one.sampling_rate >= 1:
-        fixes.append("Every patient is in every step: a smaller sampling_rate needs less noise")
+        each = "image" if per_image else "patient"
+        fixes.append(f"Every {each} is in every step: a smaller sampling_rate needs less noise")
     found = (
         f"ε {spent:.3g} at δ {target.delta:g}: noise {one.noise_multiplier:.3g}, {one.steps} steps "
-        f"with each of {patients} patients at {one.sampling_rate:.3g}"
+        f"with each of {patients} {'images' if per_image else 'patients'} at "
+        f"{one.sampling_rate:.3g}{', per image' if per_image else ''}"
     )
     return finding("privacy", "warn" if fixes else "pass", found, "; ".join(fixes)), budget
 

@@ -10,6 +10,7 @@ from client.cohort.budget import Budget, cost_findings, privacy_finding
 from client.cohort.cost import Cost, Room, expect
 from client.cohort.finding import Finding
 from client.cohort.findings import (
+    left_out_finding,
     modality_finding,
     model_finding,
     patient_findings,
@@ -17,9 +18,10 @@ from client.cohort.findings import (
     sample_finding,
     task_findings,
 )
+from client.cohort.patient_key import patient_key_finding
 from client.cohort.probe import probe
 from client.config import DatasetSection
-from client.data.types import Sample
+from client.data.types import LeftOut, Sample, unnamed
 from fedward.plan.load import plan_hash
 from fedward.plan.schema import Plan
 
@@ -43,6 +45,7 @@ class PlanCheck(BaseModel):
 def check_plan(
     name: str, cohort: str, dataset: DatasetSection, samples: Sequence[Sample],
     modalities: Sequence[str], plan: Plan, room: Room, *, measure: bool = True,
+    left_out: Sequence[LeftOut] = (),
 ) -> PlanCheck:  # fmt: skip
     """Hold samples against a plan.
 
@@ -58,17 +61,23 @@ def check_plan(
         The machine.
     measure : bool
         Whether to train a step or two to see how long it takes.
+    left_out : sequence of LeftOut
+        What the reader did not take; counted by reason.
     """
     findings = [*task_findings(dataset.as_task(), plan), model_finding(plan)]
     fits = all(one.status != "fail" for one in findings)
     taken = _of_modality(samples, modalities, plan)
     findings.append(sample_finding(len(samples)))
+    if left_out:
+        findings.append(left_out_finding(left_out))
     if samples:
         findings.append(modality_finding(plan, len(samples), taken))
     parts: dict[str, int] = {}
     classes: dict[str, int] = {}
     cost: Cost | None = None
     budget: Budget | None = None
+    if taken:
+        findings.append(patient_key_finding(taken, plan, dataset.images_are_patients))
     if fits and taken:
         people, parts, classes = patient_findings(dataset, plan, taken)
         findings += people
@@ -76,7 +85,8 @@ def check_plan(
         tried = probe(taken, plan)
         findings += probe_findings(plan, tried)
         if training:
-            one, budget = privacy_finding(plan, training, sum(parts.values()))
+            per_image = unnamed(taken) > 0
+            one, budget = privacy_finding(plan, training, sum(parts.values()), per_image)
             findings.append(one)
             if budget or not plan.privacy.on:
                 images = round(len(taken) * training / sum(parts.values()))

@@ -9,7 +9,7 @@ from client.cohort.finding import Finding, Status, finding
 from client.cohort.probe import Probe
 from client.config import DatasetSection
 from client.data.split import split_by_patient
-from client.data.types import Sample
+from client.data.types import LeftOut, Sample, unnamed
 from fedward.errors import DataError, ModelError, PlanError
 from fedward.models import build_model, trainable_names
 from fedward.plan.schema import Plan, Task
@@ -53,6 +53,13 @@ def sample_finding(count: int) -> Finding:
     )  # fmt: skip
 
 
+def left_out_finding(left_out: Sequence[LeftOut]) -> Finding:
+    """Files, rows and masks that the reader did not take, by reason."""
+    counts = Counter(item.reason for item in left_out)
+    listed = ", ".join(f"{reason}: {n}" for reason, n in sorted(counts.items()))
+    return finding("left out", "warn", listed, "See the reasons on the data page")
+
+
 def modality_finding(plan: Plan, before: int, samples: Sequence[Sample]) -> Finding:
     """How many samples are of a modality that the plan accepts."""
     wanted = ", ".join(plan.task.modality)
@@ -72,7 +79,8 @@ def patient_findings(
     found = [
         finding(
             "patients", "pass" if count >= least else "fail",
-            f"{count}; the plan wants {plan.participation.minimum_patients}, the site "
+            f"{count}{' (each image counts as one)' if unnamed(samples) else ''}; the plan wants "
+            f"{plan.participation.minimum_patients}, the site "
             f"{dataset.minimum_patients}", "Bring more patients",
         )
     ]  # fmt: skip

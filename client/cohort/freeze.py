@@ -14,7 +14,7 @@ from client.cohort.build import check_patients, classes_of
 from client.cohort.private import write_private
 from client.cohort.sources import Record, Recorder, Series, Source, files_of
 from client.config import DatasetSection
-from client.data.types import Dataset, Format, Sample, SplitName
+from client.data.types import Dataset, Format, Sample, SplitName, unnamed
 from client.index.extract import Extractor
 from client.index.store import Index
 from client.secret import Pseudonyms
@@ -53,6 +53,9 @@ class CohortFile(Record):
     files: dict[str, FileRecord]
     series: tuple[Series, ...]
     items: tuple[Item, ...] = Field(min_length=1)
+    images_are_patients: bool | None = Field(
+        default=None, description="whether the data name no patients; none: of an older release"
+    )
 
     @property
     def name(self) -> str:
@@ -64,10 +67,22 @@ class CohortFile(Record):
         """How many patients it has."""
         return len({item.patient for item in self.items})
 
+    @property
+    def per_image(self) -> bool:
+        """Whether an image counts as a patient; of an older record it is assumed where it may be.
+
+        DICOM files always name their patient; else no patient has two images if none is named.
+        """
+        if self.images_are_patients is not None:
+            return self.images_are_patients
+        return self.format != "dicom" and self.patients == len(self.items)
+
 
 def content_hash(cohort: CohortFile) -> str:
     """SHA-256 of canonical JSON: task, bytes of the files, samples; not where or when they lay."""
     content: dict[str, Any] = cohort.model_dump(mode="json", exclude={"dataset", "sha256"})
+    if not cohort.images_are_patients:  # so that cohorts of older releases keep their hash
+        del content["images_are_patients"]
     content["files"] = {name: record.sha256 for name, record in cohort.files.items()}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -108,6 +123,7 @@ def make_cohort(
         version=1, dataset=name, format=extract.format, sha256="0" * 64,
         task=dataset.as_task(), files={extract.name(p): _record(index, extract, p) for p in paths},
         series=recorder.all_series(), items=tuple(items),
+        images_are_patients=unnamed(found.samples) > 0,
     )  # fmt: skip
     return cohort.model_copy(update={"sha256": content_hash(cohort)})
 
@@ -190,4 +206,5 @@ def counts(cohort: CohortFile, dataset: DatasetSection) -> dict[str, Any]:
         "patients": cohort.patients, "images": len(cohort.items), "files": len(cohort.files),
         "bytes": sum(record.size for record in cohort.files.values()),
         "images_by_class": {name: by_class[k] for k, name in enumerate(names)},
+        "images_are_patients": cohort.per_image,
     }  # fmt: skip

@@ -104,7 +104,7 @@ def open_cohort(
         paths, {key: record.sha256 for key, record in cohort.files.items()}, cohort.series,
         cohort.task.dimensions, Pseudonyms(secret), _archive(cohort, extract.root),
     )  # fmt: skip
-    samples = tuple(_sample(item, restorer) for item in cohort.items)
+    samples = tuple(_sample(item, restorer, not cohort.per_image) for item in cohort.items)
     again = sum(now[key] != record for key, record in cohort.files.items())
     stamps = {paths[key]: (one.size, one.modified, one.changed) for key, one in now.items()}
     return FrozenCohort(
@@ -222,9 +222,9 @@ def _archive(cohort: CohortFile, root: Path) -> tuple[Sample, ...]:
     return read_dataset(DatasetSpec(root, "npz"), cohort.task).samples
 
 
-def _sample(item: Item, restorer: Restorer) -> Sample:
+def _sample(item: Item, restorer: Restorer, patient_known: bool) -> Sample:
     return Sample(
         item.patient, restorer.image(item.image), item.label,
         mask=restorer.mask(item.mask) if item.mask is not None else None, split=item.split,
-        columns={"synthetic": "yes"} if item.synthetic else {},
+        columns={"synthetic": "yes"} if item.synthetic else {}, patient_known=patient_known,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from client.config import DatasetSection
 from client.data import reasons
 from client.data.readers.dicom_headers import Listen, unheard
 from client.data.split import split_by_patient
-from client.data.types import Dataset, Sample
+from client.data.types import Dataset, Sample, unnamed
 from client.index.extract import Extractor
 from client.index.store import Index
 from fedward.errors import DataError
@@ -45,6 +45,9 @@ class DatasetReport(BaseModel):
     intensity: dict[str, Range] = Field(description="range of the pixels by modality")
     samples: int = Field(description="images or volumes that a study could use")
     sample_patients: int = Field(description="patients of these")
+    images_are_patients: bool = Field(
+        default=False, description="images name no patients, and each counts as one"
+    )
     images_by_class: Counts = Field(
         description="samples of each class; of a segmentation those whose masks mark it (all "
         "slices of a series, if a DICOM mask of it marks any)"
@@ -93,7 +96,8 @@ def make_report(
         size=by(index, "rows || ' x ' || columns"), spacing=spacings(index),
         slice_distance=_distances(found.samples),
         intensity=ranges(index), samples=len(found.samples),
-        sample_patients=people, images_by_class=classes.images, patients_by_class=classes.patients,
+        sample_patients=people, images_are_patients=unnamed(found.samples) > 0,
+        images_by_class=classes.images, patients_by_class=classes.patients,
         pixels_by_class=classes.pixels,
         split=_split(found.samples), left_out=dict(sorted(left_out.items())),
         risks=risks,

@@ -11,10 +11,12 @@ from client.cohort.sources import INSTANCE, FrozenLoad, Load, Piece, Series, Sou
 from client.data.readers.dicom import DicomFrame, DicomVolume
 from client.data.readers.dicom_mask_files import MaskFile
 from client.data.readers.dicom_masks import SegmentedFrame, SegmentedSeries, SegmentedVolume
+from client.data.readers.dicom_nifti import PlacedNiftiMask
 from client.data.readers.nifti import NiftiImage, NiftiMask
 from client.data.readers.pictures import Picture, PictureMask
 from client.data.types import Sample
 from client.secret import Pseudonyms
+from fedward.errors import DataError
 
 
 class _Instances(frozenset[str]):
@@ -85,9 +87,15 @@ class Restorer:
             mask = self.archive[frames[0][1]].mask
             if mask is not None:
                 return mask
+        if source.kind == "placed-nifti":
+            return PlacedNiftiMask(frames[0][0], frames[1:], self.dimensions)
         if source.kind == "nifti":
-            beside = self.paths[source.beside] if source.beside else None
-            return NiftiMask(frames[0][0], self.dimensions, beside)
+            if not source.beside:  # of a DICOM image, by a release that did not look at its place
+                raise DataError(
+                    "a frozen mask must be held against its image's place",
+                    fix="Freeze the dataset again",
+                )
+            return NiftiMask(frames[0][0], self.dimensions, self.paths[source.beside])
         return PictureMask(frames[0][0])
 
     def _series(self, number: int) -> SegmentedSeries:

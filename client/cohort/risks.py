@@ -10,9 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from client.cohort.build import classes_of
 from client.cohort.copies import OF_IMAGES, copies, shared
+from client.cohort.patient_key import FIX, PER_IMAGE
 from client.config import DatasetSection
 from client.data import reasons
-from client.data.types import Dataset
+from client.data.types import Dataset, unnamed
 from client.index.extract import Extractor
 from client.index.store import Index
 from fedward.errors import DataError
@@ -37,7 +38,7 @@ def find_risks(
 ) -> list[Risk]:  # fmt: skip
     """All risks that are there, none that is not."""
     risks = [
-        *_of_patients(dataset, found), *_of_classes(dataset, found),
+        _of_key(dataset, found), *_of_patients(dataset, found), *_of_classes(dataset, found),
         *_of_copies(found, index, extract),
         *_of_ids(dataset, index, left_out), *_of_people(index), *_of_parts(found),
         *_of_series(found, index),
@@ -56,6 +57,14 @@ def unlabelled_risks(
     return [missing, *(risk for risk in others if risk.count)]
 
 
+def _of_key(dataset: DatasetSection, found: Dataset) -> Risk:
+    allowed = dataset.images_are_patients
+    return Risk(
+        rule="the data say whose each image is", count=unnamed(found.samples), severity="high",
+        fix=PER_IMAGE if allowed else FIX,
+    )  # fmt: skip
+
+
 def _of_labels(left_out: Counter[str]) -> list[Risk]:
     return [
         Risk(
@@ -65,6 +74,11 @@ def _of_labels(left_out: Counter[str]) -> list[Risk]:
         Risk(
             rule="every label and every mask has an image", count=left_out[reasons.NO_IMAGE],
             severity="medium", fix="Export the missing images",
+        ),
+        Risk(
+            rule="the name of a mask means one image, and that of an image one mask",
+            count=left_out[reasons.AMBIGUOUS], severity="medium",
+            fix="Lay masks as the images lie, or name them by UID; they are left out until then",
         ),
         Risk(
             rule="the rows of one image agree", count=left_out[reasons.CONFLICTING],

@@ -15,6 +15,7 @@ from client.data.readers.dicom_masks import (
     SegmentedSeries,
     SegmentedVolume,
 )
+from client.data.readers.dicom_nifti import PlacedNiftiMask
 from client.data.readers.nifti import NiftiImage, NiftiMask
 from client.data.readers.npz import ArrayImage, ArrayMask
 from client.data.readers.pictures import Picture, PictureMask
@@ -59,11 +60,22 @@ class Source(Record):
     """What an image or a mask is read from."""
 
     kind: Literal[
-        "frame", "volume", "nifti", "picture", "array", "segmented-frame", "segmented-volume"
+        "frame",
+        "volume",
+        "nifti",
+        "placed-nifti",
+        "picture",
+        "array",
+        "segmented-frame",
+        "segmented-volume",
     ]
-    pieces: tuple[Piece, ...] = ()
+    pieces: tuple[Piece, ...] = Field(
+        default=(), description="a NIfTI mask of a DICOM image: the mask, then the image's frames"
+    )
     series: int | None = Field(default=None, description="place in the cohort's list of series")
-    beside: str = Field(default="", description="NIfTI masks: the image in whose place they lie")
+    beside: str = Field(
+        default="", description="NIfTI masks of NIfTI images: the image in whose place they lie"
+    )
 
 
 @dataclass(frozen=True)
@@ -105,6 +117,8 @@ def _files(part: Load, root: Path) -> list[Path]:
             return [path for path, _ in part.frames]
         case SegmentedVolume() | SegmentedFrame():
             return [f.path for f in part.series.files] + [path for path, _ in part.series.frames]
+        case PlacedNiftiMask():
+            return [part.path, *(path for path, _ in part.frames)]
         case NiftiMask():
             return [part.path, *([part.image] if part.image else [])]
         case DicomFrame() | NiftiImage() | Picture() | PictureMask():
@@ -151,6 +165,9 @@ class Recorder:
             case SegmentedFrame():
                 one = (self._piece(part.path, part.frame),)
                 return Source(kind="segmented-frame", pieces=one, series=self._number(part.series))
+            case PlacedNiftiMask():
+                pieces = (self._piece(part.path), *self._pieces(part.frames))
+                return Source(kind="placed-nifti", pieces=pieces)
             case NiftiMask():
                 beside = self.name(part.image) if part.image else ""
                 return Source(kind="nifti", pieces=(self._piece(part.path),), beside=beside)

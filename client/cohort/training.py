@@ -11,6 +11,7 @@ import pydicom
 
 from client.cohort.findings import task_findings
 from client.cohort.frozen import FrozenCohort, open_cohort
+from client.cohort.patient_key import check_patient_key
 from client.cohort.sources import files_of
 from client.config import SiteConfig
 from client.data.one import Job, Outcome, prepare_in_worker
@@ -70,13 +71,16 @@ def prepare_cohort(
     Raises
     ------
     DataError
-        There is no such cohort, a byte of it has changed, or it cannot serve the plan.
+        There is no such cohort, a byte of it has changed, it cannot serve the plan, or the plan is
+        private and the images name no patients (see ``images_are_patients`` in ``site.toml``).
     OutputError
         The cache cannot be written, or has no room.
     """
     note(f"{config.site.name}: verifying the frozen cohort of {name}")
     cohort = open_cohort(config, name, which, secret=secret)
     samples = fitting(cohort, plan)
+    allowed = config.dataset(name).images_are_patients
+    check_patient_key(samples, plan, allowed, where=cohort.name)
     note(f"{config.site.name}: preparing {len(samples)} images of {cohort.name}")
     if crew is None:
         with preparers() as own:

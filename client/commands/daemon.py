@@ -13,6 +13,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from client.commands.tables import people
 from client.enrol import enrol as make_enrolment
 from client.enrol import enrol_configured, read_authority
 from fedward.console import (
@@ -294,7 +295,8 @@ def _print_budget(console: Console, answer: dict[str, Any]) -> None:
                   title="All studies together, per patient")  # fmt: skip
     for row in answer["budget"]:
         table.add_row(
-            row["dataset"], row["cohort"], str(row["patients"]), f"{row['spent']:.3g}",
+            row["dataset"], row["cohort"], people(row["patients"], row["images_are_patients"]),
+            f"{row['spent']:.3g}",
             f"{row['cap']:.3g}", f"{row['left']:.3g}", f"{row['delta']:.2g}",
             _unbounded(row["unbounded"]), _evaluations(row["evaluations"]),
             f"{row['evaluations']['cap']:.3g}",

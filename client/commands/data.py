@@ -117,7 +117,7 @@ def preview(
             value=loaded.task.dimensions, fix="Choose another plan", where=name,
         )  # fmt: skip
     with work_on(site, name) as work:
-        samples = work.samples(cohort)[1]
+        samples = work.samples(cohort)[1].samples
         with busy(f"{name}: preparing images"):
             prep = loaded.preprocessing if loaded else None
             shown, left_out = write_preview(
@@ -154,12 +154,12 @@ def check(
 
     choose_device(device)  # before the work
     with work_on(site, name) as work:
-        frozen, samples = work.samples(cohort, strict=True)
-        words = modalities(samples, work.index, work.extract)
+        frozen, found = work.samples(cohort, strict=True)
+        words = modalities(found.samples, work.index, work.extract)
         with busy(f"{name}: checking"):
             made = check_plan(
-                name, frozen, work.dataset, samples, words, loaded,
-                Room(site.site.state, device), measure=measure,
+                name, frozen, work.dataset, found.samples, words, loaded,
+                Room(site.site.state, device), measure=measure, left_out=found.left_out,
             )  # fmt: skip
     if as_json:
         print_json(made.model_dump(mode="json"))

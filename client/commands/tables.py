@@ -45,7 +45,7 @@ def _parts(made: DatasetReport) -> list[tuple[str, dict[str, Any]]]:
     totals = {
         "files": made.files, "images": made.instances, "patients": made.patients,
         "studies": made.studies, "series": made.series, "usable samples": made.samples,
-        "their patients": made.sample_patients,
+        "their patients": people(made.sample_patients, made.images_are_patients),
     }  # fmt: skip
     pixels = {
         modality: f"{one.lowest:g} to {one.highest:g}, typically "
@@ -67,7 +67,10 @@ def _parts(made: DatasetReport) -> list[tuple[str, dict[str, Any]]]:
 def cohort_table(counts: dict[str, Any]) -> Table:
     """What was frozen."""
     rows = {key: counts[key] for key in ("sha256", "patients", "images", "files", "bytes")}
+    rows["patients"] = people(rows["patients"], counts["images_are_patients"])
     rows |= {f"images of {name}": n for name, n in counts["images_by_class"].items()}
+    if counts["images_are_patients"]:
+        rows["high risk"] = "the data do not name the patient of every image; see the report"
     return _table(f"{counts['cohort']}: frozen", rows, ("", ""))
 
 
@@ -79,6 +82,11 @@ def check_table(made: PlanCheck) -> Table:
     for one in made.findings:
         table.add_row(_coloured(one.status), one.name, one.found, one.fix)
     return table
+
+
+def people(count: int, per_image: bool) -> str:
+    """A count of patients, and whether it is one of images."""
+    return f"{count} (each image counts as one)" if per_image else str(count)
 
 
 def _coloured(word: str) -> Text:

@@ -19,7 +19,7 @@ from fedward.errors import DataError
 if TYPE_CHECKING:
     from client.cohort.frozen import FrozenCohort
     from client.config import DatasetSection, SiteConfig
-    from client.data.types import Sample
+    from client.data.types import Dataset
     from client.index.extract import Extractor
     from client.index.scan import Summary
     from client.index.store import Index
@@ -72,8 +72,10 @@ class Work:
             )  # fmt: skip
         return cohort
 
-    def samples(self, which: str | None, *, strict: bool = False) -> tuple[str, tuple[Sample, ...]]:
+    def samples(self, which: str | None, *, strict: bool = False) -> tuple[str, Dataset]:
         """The name and the samples of a frozen cohort; "" and the usable ones without any.
+
+        With these comes what was left out; of a cohort that is not known any more.
 
         Raises
         ------
@@ -84,12 +86,12 @@ class Work:
 
         if which is not None:
             cohort = self.open_cohort(which)
-            return cohort.name, cohort.dataset.samples
+            return cohort.name, cohort.dataset
         with reading(self.name) as listen:
             found = usable(self.dataset, self.index, self.extract, listen)
         if strict:
             check_patients(self.dataset, found)
-        return "", found.samples
+        return "", found
 
 
 def load_site(path: Path) -> SiteConfig:

@@ -32,6 +32,9 @@ class LabelOptions:
         The column of the keys, and what they are (lower case); "": found by name.
     column : str
         The column of the label.
+    patient_column : str
+        The column that names the patients, of this table or of ``patients.csv``; "": found by
+        name.
     columns : mapping
         Column of 0 and 1 to the name of its class.
     words : mapping
@@ -53,6 +56,7 @@ class LabelOptions:
     key: str = ""
     means: str = ""
     column: str = "label"
+    patient_column: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
     words: Mapping[str, str] = field(default_factory=dict)
     none: tuple[str, ...] = ()

@@ -21,7 +21,7 @@ from client.data import reasons
 from client.data.one import Job, Outcome, one_torch_thread, prepare_sample
 from client.data.readers.npz import ArrayImage
 from client.data.split import split_by_patient
-from client.data.types import SPLITS, PreparedSite, Sample
+from client.data.types import SPLITS, PreparedSite, Sample, unnamed
 from client.workers import Crew
 from fedward.errors import DataError
 from fedward.plan.schema import Plan
@@ -92,11 +92,11 @@ def prepare(
     key = _key(samples, plan) if cache is not None else None
     if cache is None or key is None:
         arrays, meta = _build(samples, plan, means, store.MemoryRows(), store.MemoryRows())
-        return _site(name, arrays, meta)
+        return _site(name, arrays, meta, samples)
     found = store.load(cache / key, _ARRAYS) or _fill(cache / key, samples, plan, means)
     if found is None:
         raise DataError("a prepared dataset must stay in its cache", fix="Start again")
-    return _site(name, found.arrays, found.meta)
+    return _site(name, found.arrays, found.meta, samples)
 
 
 def _known(samples: Sequence[Sample]) -> None:
@@ -191,7 +191,7 @@ def _none_left(left_out: Counter[str]) -> DataError:
     )
 
 
-def _site(name: str, arrays: Any, meta: Any) -> PreparedSite:
+def _site(name: str, arrays: Any, meta: Any, samples: Sequence[Sample]) -> PreparedSite:
     part = np.asarray(arrays["part"])
     return PreparedSite(
         name=name,
@@ -202,6 +202,7 @@ def _site(name: str, arrays: Any, meta: Any) -> PreparedSite:
         spacing=np.asarray(arrays["spacing"]),
         left_out=meta["left_out"],
         synthetic=meta["synthetic"],
+        images_are_patients=unnamed(samples) > 0,
     )
 
 

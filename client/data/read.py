@@ -88,13 +88,23 @@ def read_dataset(spec: DatasetSpec, task: Task, *, empty: bool = False) -> Datas
     """
     if not spec.root.exists():
         raise DataError("the dataset must exist", fix="Check the path and the mount", where="root")
-    if spec.sites == "folders":
-        dataset = _by_site(spec, task)
-    else:
-        dataset = _READERS[spec.format or detect(spec.root)](spec.root, task, spec)
+    by_site = spec.sites == "folders"
+    dataset = _by_site(spec, task) if by_site else _read(spec.root, task, spec)
     if not (dataset.samples or empty):
         raise _nothing(dataset.left_out, task)
     return dataset
+
+
+def _read(root: Path, task: Task, spec: DatasetSpec) -> Dataset:
+    kind = spec.format or detect(root)
+    if kind in ("npz", "dicom") and spec.labels.patient_column:
+        raise DataError(
+            "a column of patients belongs to a table beside pictures or NIfTI images",
+            value=spec.labels.patient_column, where="labels.patient_column",
+            fix="Remove labels.patient_column: DICOM files name their patients themselves, "
+            "an npz archive has an array of them",
+        )  # fmt: skip
+    return _READERS[kind](root, task, spec)
 
 
 def _by_site(spec: DatasetSpec, task: Task) -> Dataset:
@@ -108,7 +118,7 @@ def _by_site(spec: DatasetSpec, task: Task) -> Dataset:
     left_out: list[LeftOut] = []
     for place, sub in enumerate(subs, start=1):
         try:
-            part = _READERS[spec.format or detect(sub)](sub, task, spec)
+            part = _read(sub, task, spec)
         except DataError as error:
             # By number: with a wrong setting the sub-folders may be named after patients.
             where = f"sub-folder {place} of {len(subs)} (by name)"

@@ -17,6 +17,7 @@ import openpyxl
 
 from client.data import reasons
 from client.data.label_options import LabelOptions, low
+from client.data.patient_columns import patient_column
 from client.data.quiet import quiet
 from client.data.types import SplitName
 from fedward.errors import DataError
@@ -42,10 +43,21 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """Entries by key; `column` is the header (lower case) that the keys come from."""
+    """Entries by key.
+
+    Attributes
+    ----------
+    column : str
+        What the keys are, in lower case.
+    entries : dict
+        By key.
+    patients : str
+        The column (lower case) that names the patients; "" where there is none.
+    """
 
     column: str
     entries: dict[str, Entry]
+    patients: str = ""
 
     def find(self, keys: Iterable[str]) -> Entry | None:
         """The entry of the first key that the table has."""
@@ -53,8 +65,9 @@ class Table:
 
 
 def read_table(
-    path: Path, columns: Sequence[str], task: Task | None, options: LabelOptions | None = None
-) -> Table:
+    path: Path, columns: Sequence[str], task: Task | None, options: LabelOptions | None = None,
+    *, patients: bool = True,
+) -> Table:  # fmt: skip
     """Read a table keyed by the first of `columns` (lower case) that it has.
 
     Parameters
@@ -67,24 +80,30 @@ def read_table(
         What the labels are for; None for a table without labels.
     options : LabelOptions, optional
         Its sheet, columns and words.
+    patients : bool
+        Whether it names the patients; False where the images do so themselves.
 
     Raises
     ------
     DataError
-        The file cannot be read or has no key column.
+        The file cannot be read, has no key column, or names patients in two ways.
     """
     options = options or LabelOptions()
     header, rows = _rows(path, options)
     lower = [low(name) for name in header]
     column, means = _key(path, lower, columns, options)
     _check_columns(path, lower, options)
+    taken = {column, *_labels(task, options)}
+    place = lower.index("patient") if "patient" in lower else None
+    if patients:
+        place = patient_column(lower, rows, taken, options.patient_column, path.name)
     entries: dict[str, Entry] = {}
     for cells in rows:
-        entry = _entry(column, header, lower, cells, task, options)
+        entry = _entry(column, header, lower, cells, place, task, options)
         if entry.key:
             known = entries.get(entry.key)
             entries[entry.key] = entry if known is None else _merged(known, entry, options)
-    return Table(means, entries)
+    return Table(means, entries, "" if place is None else lower[place])
 
 
 def _key(
@@ -110,7 +129,8 @@ def _check_columns(path: Path, lower: Sequence[str], options: LabelOptions) -> N
             "the table must have the columns that site.toml names", value=missing[0],
             where=path.name, fix="Correct labels.column or labels.columns",
         )  # fmt: skip
-    used = {low(name) for name in (*named, options.key, options.column)} - {""}
+    used = {low(name) for name in (*named, options.key, options.column, options.patient_column)}
+    used -= {""}
     if twice := [name for name, n in Counter(lower).items() if n > 1 and name in used]:
         raise DataError(
             "a column that is used must be there once", value=twice[0], where=path.name,
@@ -184,21 +204,27 @@ def _decoded(raw: bytes) -> str:
 
 
 def _entry(
-    column: str, header: list[str], lower: list[str], cells: list[str], task: Task | None,
-    options: LabelOptions,
+    column: str, header: list[str], lower: list[str], cells: list[str], patient: int | None,
+    task: Task | None, options: LabelOptions,
 ) -> Entry:  # fmt: skip
     padded = [c.strip() for c in cells] + [""] * (len(header) - len(cells))
     row = dict(zip(lower, padded, strict=False))
     label, reason = _label(row, task, options)
-    taken = {column, "label", "patient", "split", low(options.column), *map(low, options.columns)}
-    taken |= {name.lower() for name in task.classes} if task else set()
+    taken = {column, "patient", "split", *_labels(task, options)}
     further = {
         name.strip(): value
         for name, low, value in zip(header, lower, padded, strict=False)
         if low not in taken
     }
     split = SPLIT_NAMES.get(row.get("split", "").lower())
-    return Entry(row[column], label, reason, row.get("patient", ""), split, further)
+    whose = "" if patient is None else padded[patient]
+    return Entry(row[column], label, reason, whose, split, further)
+
+
+def _labels(task: Task | None, options: LabelOptions) -> set[str]:
+    """Columns that hold labels, in lower case."""
+    classes = {low(name) for name in task.classes} if task else set()
+    return {"label", low(options.column), *map(low, options.columns), *classes}
 
 
 def _label(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -83,6 +83,8 @@ class Sample:
         The sub-folder (hospital) that it came from, or "".
     split : str or None
         The division that the data itself brings.
+    patient_known : bool
+        Whether `patient` is a patient's id; False where the image stands for its patient.
     columns : mapping
         Further columns of the label table, for ``--partition column:NAME``.
     """
@@ -94,6 +96,12 @@ class Sample:
     site: str = ""
     split: SplitName | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    patient_known: bool = True
+
+
+def unnamed(samples: Iterable[Sample]) -> int:
+    """Images whose patient is not known: each counts as a patient of its own."""
+    return sum(not sample.patient_known for sample in samples)
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,8 @@ class PreparedSite:
         Whether the images say of themselves that they are synthetic.
     cohort : str
         SHA-256 of the frozen cohort that they are of; "" for what is not frozen.
+    images_are_patients : bool
+        Whether the data name no patients, so that an image counts as a patient.
     """
 
     name: str
@@ -157,6 +167,7 @@ class PreparedSite:
     left_out: Mapping[str, int] = field(default_factory=dict)
     synthetic: bool = False
     cohort: str = ""
+    images_are_patients: bool = False
 
     def patients_in(self, name: SplitName) -> int:
         """Patients of one part of the division."""

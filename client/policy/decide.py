@@ -29,11 +29,17 @@ class DatasetFacts:
         How many it has.
     per_class : mapping
         Patients of each class, by its name; empty where samples have masks instead of labels.
+    per_image : bool
+        Whether the images name no patients, and each counts as one.
+    images_are_patients : bool
+        Whether the site takes that for right.
     """
 
     patients: int
     images: int
     per_class: Mapping[str, int]
+    per_image: bool = False
+    images_are_patients: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,15 +140,17 @@ def dataset_for(policy: PolicySection, study: str, plan: Plan) -> str:
     return rule.dataset if rule else ""
 
 
-def facts_of(cohort: CohortFile) -> DatasetFacts:
-    """What a frozen cohort's record says of it."""
+def facts_of(cohort: CohortFile, images_are_patients: bool = False) -> DatasetFacts:
+    """What a frozen cohort's record says of it, beside what its dataset's section says."""
     classes, people = cohort.task.classes, dict[str, set[str]]()
     for item in cohort.items:
         for index in _labels(item.label, cohort.task.multi_label):
             people.setdefault(classes[index], set()).add(item.patient)
     labelled = any(item.label is not None for item in cohort.items)
     per_class = {name: len(people.get(name, ())) for name in classes} if labelled else {}
-    return DatasetFacts(cohort.patients, len(cohort.items), per_class)
+    return DatasetFacts(
+        cohort.patients, len(cohort.items), per_class, cohort.per_image, images_are_patients
+    )
 
 
 def _labels(label: tuple[int, ...] | None, multi_label: bool) -> Iterator[int]:
@@ -156,7 +164,7 @@ def decide(policy: PolicySection, request: StudyRequest) -> Decision:
     limits = policy.limits(rule) if rule else policy
     found = [*_whose(policy, request, known=rule is not None), *_model(policy, limits, request),
              *_privacy(policy, limits, request), *_evaluation(limits, request.plan),
-             *_others(limits, request.sites), *_people(limits, request.facts)]  # fmt: skip
+             *_others(limits, request.sites), *_people(limits, request)]  # fmt: skip
     return Decision(tuple(found), rule.dataset if rule else "", limits)
 
 
@@ -210,10 +218,13 @@ def _others(limits: Limits, sites: int | None) -> Iterator[Violation]:
         yield Violation("participation.sites", words.SITES, str(max(1, sites)), str(least))
 
 
-def _people(limits: Limits, facts: DatasetFacts | None) -> Iterator[Violation]:
+def _people(limits: Limits, request: StudyRequest) -> Iterator[Violation]:
+    facts = request.facts
     if facts is None:
         yield Violation("cohort", words.COHORT)
         return
+    if request.plan.privacy.on and facts.per_image and not facts.images_are_patients:
+        yield Violation("patients", words.PATIENT_KEY)
     if facts.patients < (least := limits.minimum_patients):
         yield Violation("patients", words.PATIENTS, str(facts.patients), f"{least:.4g}",
                         shared=False)  # fmt: skip

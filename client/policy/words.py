@@ -17,6 +17,10 @@ DELTA: Final = "δ must not be above what the site allows"
 COHORT: Final = "the site must have a frozen cohort for the study"
 PATIENTS: Final = "the site must have as many patients as its policy asks for"
 PER_CLASS: Final = "the site must have as many patients of each class as its policy asks for"
+PATIENT_KEY: Final = (
+    "a private study must have images that name their patients, or a site that takes each image "
+    "for a patient"
+)
 
 SITES: Final = "a round must ask as many sites as the site's policy asks for"
 
@@ -42,5 +46,5 @@ FIX: Final = "Change the plan, or ask the site's security officer"
 RULES: Final = (
     COORDINATOR, STUDY, MODEL, PARAMETERS, UPLOAD, PRIVATE, EPSILON, COHORT_EPSILON, DELTA, COHORT,
     PATIENTS, PER_CLASS, SITES, PENDING, DENIED, PAUSED, QUIET, WITHHELD,
-    NETWORKED, EVALUATION_EPSILON, CONNECTOR,
+    NETWORKED, EVALUATION_EPSILON, CONNECTOR, PATIENT_KEY,
 )  # fmt: skip

@@ -14,15 +14,18 @@ import stat
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, cast
 
 from client.audit.log import AuditLog
+from client.cohort.freeze import load
+from client.cohort.frozen import cohort_path
 from client.config import SiteConfig
 from client.ledger import Caps, Ledger
 from client.policy.approvals import Approvals
 from client.trainer.desk import TrainerDesk
-from fedward.errors import ConfigError, FedwardError
+from fedward.errors import ConfigError, DataError, FedwardError
 
 _MOST: Final = 1 << 16
 _SECONDS: Final = 30.0
@@ -93,6 +96,7 @@ class Admin:
             now = self._ledger.standing(sha, caps)
             rows.append({
                 "dataset": dataset, "cohort": sha[:12], "patients": patients, "delta": now.delta,
+                "images_are_patients": _per_image(self._config.site.state, dataset, sha),
                 "spent": round(now.spent, 4), "cap": caps.cohort, "left": round(now.left, 4),
                 "unbounded": {"studies": now.unbounded_studies, "rounds": now.unbounded_rounds},
                 "evaluations": {
@@ -105,6 +109,15 @@ class Admin:
             "budget": rows, "studies": self._ledger.studies(policy.max_delta),
             "older_ledgers_accepted": self._ledger.accepted(),
         }  # fmt: skip
+
+
+@lru_cache
+def _per_image(state: Path, dataset: str, sha256: str) -> bool:
+    """Whether a cohort names no patients; kept, since its record may be long and never changes."""
+    try:
+        return load(cohort_path(state, dataset, sha256)).per_image
+    except DataError:  # the record was removed since
+        return False
 
 
 class _Handler(socketserver.StreamRequestHandler):

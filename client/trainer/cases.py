@@ -80,10 +80,12 @@ class Cases:
         dataset = dataset_for(self.policy, study, plan)
         rule = self.policy.rule_for(study, plan.study.name)
         cohort = self._cohort(study, dataset)
+        section = self._config.datasets.get(dataset)
+        allowed = section is not None and section.images_are_patients
         return Case(
             study=study, plan=plan, plan_hash=plan_hash(plan), dataset=dataset, cohort=cohort,
             limits=self.policy.limits(rule) if rule else self.policy,
-            facts=facts_of(cohort) if cohort else None,
+            facts=facts_of(cohort, allowed) if cohort else None,
         )  # fmt: skip
 
     def pin(self, study: str, dataset: str, sha256: str) -> None:

@@ -300,6 +300,7 @@ def site_facts(plan: Plan, site: PreparedSite) -> SiteFacts:
     return SiteFacts(
         site=site.name, patients=len(np.unique(site.patients)), images=len(site.images),
         class_counts=_class_counts(plan, site, train), synthetic=site.synthetic,
+        images_are_patients=site.images_are_patients,
         left_out_reasons=tuple(reason for reason, _ in left),
         left_out_counts=tuple(count for _, count in left), **sizes, **people,
     )  # fmt: skip

@@ -223,7 +223,9 @@ def _privacy(plan: Plan) -> str:
         return "none: updates are exchanged as they are, and nothing bounds what they tell"
     return (
         f"each site's updates over the whole study are (ε = {target.epsilon:g}, "
-        f"δ = {target.delta:g}) differentially private for each of its patients: what one patient "
+        f"δ = {target.delta:g}) differentially private for each of its patients (high risk where "
+        "images name no patients: then for each image, and only sites that set "
+        "images_are_patients take part): what one patient "
         f"adds to a step is clipped to {target.clipping_norm:g} and Gaussian noise is added; the "
         "noise is set from each site's own sampling rate and the planned steps. Evaluations have "
         f"an ε of their own, {plan.metrics.epsilon:g}, about validation and test patients"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from fedward.plan.schema import Plan
 from fedward.printable import printable
-from server.report.sentences import dominance, unmeasured
+from server.report.sentences import dominance, patient_risk, per_image, unmeasured
 from server.results import Arm, StudyResults
 
 
@@ -28,7 +28,7 @@ def model_card(study: str, plan: Plan, results: StudyResults) -> str:
     """
     arm = results.arms[0]
     parts = (
-        _head(study, plan, results), _data(results, arm), _privacy(plan, arm),
+        _head(study, plan, results), _data(results, arm), _privacy(plan, arm, results),
         _figures(plan, arm, results), _use(plan, results),
     )  # fmt: skip
     return printable("\n".join(line for part in parts for line in (*part, "")))
@@ -68,19 +68,27 @@ def _data(results: StudyResults, arm: Arm) -> Iterator[str]:
         )
     for name in sorted(set(results.named) - {site.site for site in results.sites}):
         yield f"| {name} | – | – | – | – | 0 of {len(arm.rounds)} |"
+    if risk := patient_risk(results):
+        yield ""
+        yield f"**High risk.** {risk}"
     if results.unchecked:
         yield ""
         yield f"Sizes as the sites state them, not checked: {', '.join(results.unchecked)}."
 
 
-def _privacy(plan: Plan, arm: Arm) -> Iterator[str]:
+def _privacy(plan: Plan, arm: Arm, results: StudyResults) -> Iterator[str]:
     yield "## Privacy"
     yield ""
     if not plan.privacy.on:
         yield "None: updates of this study were not differentially private."
         return
+    whom = "patients"
+    if sites := per_image(results):
+        everywhere = len(sites) == len(results.sites)
+        at = "" if everywhere else f"patients, at {', '.join(sites)} for each of its "
+        whom = f"{at}images, which count as patients"
     yield (
-        "Each site's updates are differentially private for each of its patients "
+        f"Each site's updates are differentially private for each of its {whom} "
         "(DP-SGD). Figures of evaluation are about other patients, and have a bound of their own "
         "where one is stated below."
     )
@@ -115,9 +123,8 @@ def _figures(plan: Plan, arm: Arm, results: StudyResults) -> Iterator[str]:
         yield ""
         told = "Sites counted with noise; the standard error is what that noise alone adds."
         if (epsilon := arm.test.evaluation_epsilon) is not None:
-            told += (
-                f" For each test patient the counts are differentially private, ε = {epsilon:g}."
-            )
+            one = "image (patient, where images name theirs)" if per_image(results) else "patient"
+            told += f" For each test {one} the counts are differentially private, ε = {epsilon:g}."
         yield told
     if told := dominance(arm, results.primary):
         yield ""

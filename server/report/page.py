@@ -63,6 +63,7 @@ class StudyPage:
     audit: Sequence[tables.Table]
     sites: tables.Table | None
     missing_classes: Sequence[str]
+    patient_risk: str
     unchecked: str
     participation: tables.Table | None
     participation_words: str
@@ -144,6 +145,7 @@ def _study(name: str, results: StudyResults) -> StudyPage:
             f"{site} has no image of {words.listed(names)}."
             for site, names in results.missing_classes.items()
         ],
+        patient_risk=sentences.patient_risk(results),
         unchecked=words.listed(results.unchecked),
         participation=site_tables.participation_table(results),
         participation_words=_participation_words(results),

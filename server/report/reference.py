@@ -72,6 +72,7 @@ _MEANINGS: dict[type[BaseModel], dict[str, str]] = {
         "left_out_reasons": "why files or rows were left out",
         "left_out_counts": "how many, reason by reason",
         "synthetic": "whether the images say of themselves that they are synthetic",
+        "images_are_patients": "whether the images name no patients, so that each counts as one",
         "release": "version of Fedward that the site runs",
         "dataset": "name of the site's dataset; empty unless the site's policy tells it",
     },

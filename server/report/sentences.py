@@ -135,7 +135,37 @@ def _private(results: StudyResults, lead: Arm, federated: list[Arm]) -> str:
         if arm.epsilon is not None and cost is not None:
             sign = "" if cost >= 0 else "−"
             costs.append(f"{sign}{figure(abs(cost), metric)} at {epsilon(arm.epsilon)}")
-    return f"Patient-level differential privacy costs {listed(costs)}." if costs else ""
+    level = "Image" if per_image(results) else "Patient"
+    return f"{level}-level differential privacy costs {listed(costs)}." if costs else ""
+
+
+def per_image(results: StudyResults) -> list[str]:
+    """The sites whose images name no patients, so that each image counts as one."""
+    return [site.site for site in results.sites if site.images_are_patients]
+
+
+def patient_risk(results: StudyResults) -> str:
+    """What it means that images name no patients; empty where all do."""
+    sites = per_image(results)
+    if not sites:
+        return ""
+    return (
+        f"The images of {listed(sites)} name no patients, so each image counts as one: "
+        "every count of patients there is one of images. If a person has several, that person may "
+        "be in training and test, test figures are too good, and privacy holds for each image, not "
+        "for each person."
+    )
+
+
+def _covered(results: StudyResults) -> str:
+    patients = "for each single patient of the site, however many images that patient has"
+    sites = per_image(results)
+    if not sites:
+        return patients
+    images = "for each single image, which counts as a patient"
+    if len(sites) == len(results.sites):
+        return f"{images}: a person with several images is protected less"
+    return f"{patients}; at {listed(sites)} {images}: a person with several is protected less"
 
 
 def privacy_words(results: StudyResults) -> list[tuple[str, str]]:
@@ -153,8 +183,7 @@ def privacy_words(results: StudyResults) -> list[tuple[str, str]]:
         (
             "ε and δ cover the released updates:",
             "all model parameters that a site sends over all rounds of an arm, and every model "
-            "made from them; for each single patient of the site, however many images that "
-            "patient has.",
+            f"made from them; {_covered(results)}.",
         ),
         (
             "They do not cover",

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from server.report import tables
 from server.report.numbers import best, of_kind, own_mean, together, together_mean
+from server.report.sentences import per_image
 from server.report.words import NOTHING, duration, figure, metric_name
 from server.results import Arm, StudyResults
 
@@ -113,6 +114,7 @@ def printed(table: tables.Table) -> Table:
 
 def _title(results: StudyResults) -> str:
     marks = ["synthetic data"] if results.synthetic else []
+    marks += ["high risk: images count as patients"] if per_image(results) else []
     marks += [] if results.complete else ["interrupted"]
     name = results.title or results.study
     return f"{name} ({', '.join(marks)})" if marks else name

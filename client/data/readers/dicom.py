@@ -2,21 +2,21 @@
 
 Files are found by what they are, not by suffix. Labels come from ``labels.csv``, keyed by one of
 SOPInstanceUID, SeriesInstanceUID, StudyInstanceUID, AccessionNumber, PatientID or file (or from
-``labels.xlsx``); masks from ``masks/`` (PNG or NIfTI, named by the image's file stem or
-SOPInstanceUID; volumes by series UID) or from DICOM segmentations and structure sets anywhere in
-the tree. In a 2D task each frame is an image; in a 3D task each stack of slices is a volume.
+``labels.xlsx``); masks from ``masks/`` (PNG or NIfTI; see
+:mod:`client.data.readers.dicom_mask_names`) or from DICOM segmentations and structure sets anywhere
+in the tree. In a 2D task each frame is an image; in a 3D task each stack of slices is a volume.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from client.data import reasons
 from client.data.decode import read_frame
-from client.data.files import file_identity, stem, table_keys, walk
+from client.data.files import file_identity, table_keys, walk
 from client.data.label_options import TABLES, LabelOptions, low
 from client.data.mask_options import MaskOptions
 from client.data.patient_options import PatientOptions
@@ -24,10 +24,12 @@ from client.data.readers.dicom_files import is_dicom
 from client.data.readers.dicom_headers import KEYS, Header, Listen, read_headers, unheard
 from client.data.readers.dicom_layout import layout
 from client.data.readers.dicom_mask_files import MaskFile, link, read_mask_file
+from client.data.readers.dicom_mask_names import by_name
 from client.data.readers.dicom_masks import SegmentedFrame, SegmentedSeries, SegmentedVolume
+from client.data.readers.dicom_nifti import PlacedNiftiMask
 from client.data.readers.dicom_stacks import Frames, Stack, single, stacks
 from client.data.readers.dicom_volumes import stack
-from client.data.readers.nifti import NiftiMask, is_nifti
+from client.data.readers.nifti import is_nifti
 from client.data.readers.pictures import PictureMask, is_picture
 from client.data.tables import Entry, Table, read_table
 from client.data.types import Dataset, Image, LeftOut, Sample
@@ -35,6 +37,7 @@ from fedward.errors import DataError
 from fedward.plan.schema import Task
 
 _TABLES: Final = (*TABLES, "patients.csv")
+_NAMELESS: Final = (reasons.NOT_DICOM, reasons.DUPLICATE)  # no image, or one that is there already
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def read(
         files = [f for f in files if f.name != name or not f.samefile(place)]
     headers, found, left_out = read_headers(files, root, task, patients, listen)
     words = Options(options or MaskOptions(), patients or PatientOptions())
-    masks = _masks(root, task, found, headers, words, left_out)
+    masks = _masks(root, base, task, found, headers, words, left_out)
     samples: list[Sample] = []
     for name, item in _items(root, base, headers, masks, task, table):
         if isinstance(item, Sample):
@@ -121,9 +124,9 @@ class Options:
 
 @dataclass(frozen=True)
 class _Masks:
-    """Mask files by name, and segmentations and contours by the series that they are of."""
+    """Masks by image file (or why a name tells none), and segmentations by their series."""
 
-    named: dict[str, Path]
+    named: Mapping[Path, Path | str]
     segmented: dict[str, tuple[MaskFile, ...]]
 
 
@@ -180,18 +183,18 @@ def label_table(root: Path, task: Task, options: LabelOptions) -> Table | None:
             value=options.key, fix="Set labels.means to PatientID, AccessionNumber, "
             "StudyInstanceUID, SeriesInstanceUID, SOPInstanceUID or file", where="labels.means",
         )  # fmt: skip
-    return read_table(table, KEYS, task, options)
+    return read_table(table, KEYS, task, options, patients=False)
 
 
 def _masks(
-    root: Path, task: Task, found: list[Path], headers: list[Header], options: Options,
-    left_out: list[LeftOut],
+    root: Path, base: Path, task: Task, found: list[Path], headers: list[Header],
+    options: Options, left_out: list[LeftOut],
 ) -> _Masks:  # fmt: skip
     if task.kind == "classification":
         return _Masks({}, {})
     inside = walk(root / "masks") if (root / "masks").is_dir() else []
-    named = {stem(f): f for f in inside if is_picture(f) or is_nifti(f)}
-    objects = [*found, *(f for f in inside if f not in named.values() and is_dicom(f))]
+    named = [f for f in inside if is_picture(f) or is_nifti(f)]
+    objects = [*found, *(f for f in sorted({*inside} - {*named}) if is_dicom(f))]
     if not named and not objects:
         raise DataError(
             "DICOM files for segmentation need masks",
@@ -199,6 +202,9 @@ def _masks(
             "or DICOM segmentations or structure sets anywhere",
             where=reasons.NO_MASKS,
         )
+    others = [root / one.name for one in left_out if one.reason not in _NAMELESS]
+    matched = by_name(named, root / "masks", headers, others, base, task.dimensions)
+    left_out += [LeftOut(why, path.relative_to(root).as_posix()) for path, why in matched.idle]
     read = []
     for path in objects:
         try:
@@ -207,7 +213,7 @@ def _masks(
             left_out.append(LeftOut(reasons.reason_of(error), path.relative_to(root).as_posix()))
     segmented, idle = link(read, headers)
     left_out += [LeftOut(reasons.NO_IMAGE, f.path.relative_to(root).as_posix()) for f in idle]
-    return _Masks(named, segmented)
+    return _Masks(matched.of, segmented)
 
 
 def _loads(group: Stack, task: Task) -> Iterator[DicomFrame | DicomVolume]:
@@ -268,19 +274,17 @@ def _masked(
     if group.frames[0] in series:
         yield from _segmented(group, series, task)
         return
-    header, volume = group.headers[0], task.dimensions == 3
-    names = (
-        [header.keys["seriesinstanceuid"], header.path.parent.name]
-        if volume
-        else [header.keys["sopinstanceuid"], stem(header.path)]
-    )
-    mask = next((masks.named[name] for name in names if name in masks.named), None)
-    if mask is None or (volume and not is_nifti(mask)):
-        yield reasons.NO_MASK
-    elif not volume and header.frames > 1:
+    header = group.headers[0]
+    mask = masks.named.get(header.path, reasons.NO_MASK)
+    if isinstance(mask, str):
+        yield mask
+    elif task.dimensions == 2 and header.frames > 1:
         yield reasons.MASK_SHAPE  # one mask cannot serve several frames
     else:
-        read_mask = NiftiMask(mask, task.dimensions) if is_nifti(mask) else PictureMask(mask)
+        read_mask = (
+            PlacedNiftiMask(mask, group.frames, task.dimensions) if is_nifti(mask)
+            else PictureMask(mask)
+        )  # fmt: skip
         load = next(_loads(group, task))
         yield Sample(header.patient, load, mask=read_mask, columns=_columns(group))
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from client.data import reasons
-from client.data.decode import Frame
+from client.data.decode import Frame, Place
 from client.data.readers.nifti import oriented_volume
 from client.data.types import Image
 
@@ -55,6 +55,14 @@ class Geometry:
     drift: Vector
     tilt: float
     step: float
+
+    @property
+    def scanned(self) -> Vector:
+        """``(4, 4)``, voxel to RAS mm of the slices where the scanner took them, tilt included."""
+        pushed = np.eye(4)
+        pushed[:2, 3] = self.drift[0]
+        pushed[:2, 2] = (self.drift[-1] - self.drift[0]) / (len(self.drift) - 1)
+        return np.asarray(self.affine @ pushed, np.float64)
 
     def volume(self, slices: Sequence[NDArray[Any]], *, labels: bool) -> tuple[Any, Any]:
         """Frames ``(H, W)`` in their first order to ``(x, y, z)`` in RAS, and its spacing, mm."""
@@ -120,6 +128,30 @@ def geometry(frames: Sequence[Placed], spacing: tuple[float, ...]) -> Geometry:
     step = float(np.mean(steps))
     affine, drift = _affine(corner, along, normal, step, spacing), aside / np.array(spacing[:2])
     return Geometry(tuple(int(k) for k in order), affine, drift, tilt, step)
+
+
+def frame_affine(place: Place) -> Vector | None:
+    """``(4, 4)``, voxel (row, column, slice) of one frame to RAS mm; None where it lies nowhere."""
+    along, corner = place.orientation, place.position
+    if along is None or corner is None:
+        return None
+    return _affine(corner, along, np.cross(along[0], along[1]), 1.0, place.spacing)
+
+
+def apart(places: Sequence[Place]) -> list[Place]:
+    """The first of all that lie in one position.
+
+    Raises
+    ------
+    DataError
+        "shape does not fit the task": one does not say where it lies.
+    """
+    kept: dict[tuple[float, ...], Place] = {}
+    for place in places:
+        if place.position is None:
+            raise reasons.unusable(reasons.WRONG_SHAPE)
+        kept.setdefault(tuple(np.round(place.position, 3)), place)
+    return list(kept.values())
 
 
 def _without_copies(frames: Sequence[Frame]) -> list[Frame]:

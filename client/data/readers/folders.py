@@ -6,7 +6,7 @@
 * segmentation: ``images/`` and ``masks/`` with the same stems.
 
 ``patients.csv`` (``image``, ``patient``) names the patients; without any such column each image
-counts as one.
+counts as one (:mod:`client.data.patient_columns` has the usual names of the column).
 """
 
 from __future__ import annotations
@@ -54,12 +54,14 @@ def read(
     DataError
         The folder has none of the known layouts, or a table cannot be read.
     """
-    people = people_of(root, patients)
-    if task.kind == "segmentation":
-        return collect(root, _pairs(root, people))
     options = options or LabelOptions()
+    people = people_of(root, patients, options)
+    if task.kind == "segmentation":
+        people.check()
+        return collect(root, _pairs(root, people))
     if options.table(root) is not None:
         return labelled(root, root, is_picture, Picture, people, task, options)
+    people.check()
     return collect(root, _classes(root, people, task, options))
 
 
@@ -115,7 +117,10 @@ def _labelled(
         patient = people.of(keys, entry.patient)
     except DataError as error:
         return reasons.reason_of(error)
-    return Sample(patient, loader(file), entry.label, split=entry.split, columns=entry.columns)
+    return Sample(
+        patient, loader(file), entry.label, split=entry.split, columns=entry.columns,
+        patient_known=people.knows(patient),
+    )  # fmt: skip
 
 
 def pairs(
@@ -160,7 +165,10 @@ def _pair(
         return reasons.reason_of(error)
     entry = people.find(keys)
     split, columns = (entry.split, entry.columns) if entry else (None, {})
-    return Sample(patient, parts[0], mask=parts[1], split=split, columns=columns)
+    known = people.knows(patient)
+    return Sample(
+        patient, parts[0], mask=parts[1], split=split, columns=columns, patient_known=known
+    )
 
 
 def _pairs(root: Path, people: People) -> Iterator[Item]:
@@ -205,4 +213,5 @@ def _of_class(
     except DataError as error:
         return reasons.reason_of(error)
     label = labels.flags({index}, task) if task.multi_label else (index,)
-    return Sample(patient, Picture(file), label, split=split)
+    known = people.knows(patient)
+    return Sample(patient, Picture(file), label, split=split, patient_known=known)

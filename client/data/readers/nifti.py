@@ -8,6 +8,7 @@ columns to the patient's left (or to the back, in a sagittal slice), which is ho
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
@@ -66,16 +67,83 @@ class NiftiMask:
         volume, spacing, affine = _canonical(self.path)
         if self.image is not None:
             other, _, place = _canonical(self.image, header_only=True)
-            if other.shape != volume.shape:
-                raise reasons.unusable(reasons.MASK_SHAPE)
-            if not np.allclose(affine, place, atol=0.1 * min(spacing)):
-                raise reasons.unusable(reasons.MASK_POSITION)
+            check_place(volume.shape, affine, other.shape, place)
         values, _ = _oriented(volume, spacing, self.dimensions)
         return label_map(values)
 
     def identity(self) -> str:
         """A digest of place, size and time of change."""
         return file_identity(self.path, self.dimensions)
+
+
+@dataclass(frozen=True)
+class Turned:
+    """A label map whose axes are turned to those of an image.
+
+    Attributes
+    ----------
+    values : NDArray
+        ``(a, b, c)`` uint8.
+    affine : NDArray
+        ``(4, 4)``, voxel to RAS mm.
+    """
+
+    values: NDArray[np.uint8]
+    affine: NDArray[np.float64]
+
+    @classmethod
+    def to(cls, path: Path, affine: NDArray[np.float64]) -> Turned:
+        """Read a label map and turn its axes to the nearest ones of `affine`.
+
+        Raises
+        ------
+        DataError
+            "not readable"; "shape does not fit the task": it has more than three axes; "unknown
+            class in mask".
+        """
+        with quiet():
+            try:
+                values, own = _opened(path)
+                wanted = nib.io_orientation(affine)
+                turn = nib.orientations.ornt_transform(nib.io_orientation(own), wanted)
+                back = nib.orientations.inv_ornt_aff(turn, values.shape)
+                turned = nib.orientations.apply_orientation(label_map(values), turn)
+                return cls(turned, own @ back)
+            except Exception as error:
+                raise reasons.unusable(reasons.reason_of(error)) from None
+
+    def within(self, place: NDArray[np.float64], shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        """The values, when they lie at `place` (see :func:`check_place`)."""
+        check_place(self.values.shape, self.affine, shape, place)
+        return self.values
+
+
+def check_place(
+    shape: tuple[int, ...], affine: NDArray[np.float64], image_shape: tuple[int, ...],
+    place: NDArray[np.float64],
+) -> None:  # fmt: skip
+    """Hold a mask's grid against its image's; both affines map voxels to RAS mm.
+
+    Raises
+    ------
+    DataError
+        "shape of mask differs"; "position of mask differs": steps or origin are a tenth of the
+        smallest side of a voxel apart, or some corner half of it.
+    """
+    if shape != image_shape:
+        raise reasons.unusable(reasons.MASK_SHAPE)
+    # Along an axis of one voxel there is no step; what stands there is a thickness.
+    steps = [axis for axis in range(3) if shape[axis] > 1]
+    smallest = min(_voxel(place)[axis] for axis in steps or range(3))
+    differ = (affine - place)[:3]
+    corners = np.linalg.norm(differ @ _corners(shape), axis=0)
+    if np.abs(differ[:, [*steps, 3]]).max() > 0.1 * smallest or corners.max() > 0.5 * smallest:
+        raise reasons.unusable(reasons.MASK_POSITION)
+
+
+def _corners(shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """``(4, 8)``, the voxels at the corners of a grid."""
+    return np.array([(*c, 1.0) for c in product(*((0.0, n - 1.0) for n in shape))]).T
 
 
 def read(
@@ -100,10 +168,10 @@ def read(
     DataError
         The folder does not have the layout that the task needs.
     """
-    people = people_of(root, patients)
+    options = options or LabelOptions()
+    people = people_of(root, patients, options)
     images, masks = _folder(root, _IMAGES), _folder(root, _MASKS)
     d = task.dimensions
-    options = options or LabelOptions()
     if task.kind == "classification" and options.table(root) is not None:
         return folders.labelled(
             root, images or root, is_nifti, lambda f: NiftiImage(f, d), people, task, options
@@ -115,6 +183,7 @@ def read(
             fix="See the data page for the layouts",
             where=reasons.NO_TABLE if task.kind == "classification" else reasons.NO_MASKS,
         )
+    people.check()
     items = folders.pairs(
         images, masks, is_nifti, lambda i, m: (NiftiImage(i, d), NiftiMask(m, d, i)), people
     )
@@ -142,19 +211,24 @@ def _canonical(
 ) -> tuple[NDArray[Any], tuple[float, ...], NDArray[np.float64]]:
     with quiet():
         try:
-            file = nib.load(path)
-            shape = tuple(file.shape)
-            while len(shape) > 3 and shape[-1] == 1:
-                shape = shape[:-1]
-            shape += (1,) * (3 - len(shape))
-            if len(shape) != 3:
-                raise reasons.unusable(reasons.WRONG_SHAPE)
-            raw = np.broadcast_to(np.uint8(0), shape) if header_only else _values(file, shape)
-            turned = nib.as_closest_canonical(nib.Nifti1Image(raw, file.affine))
+            turned = nib.as_closest_canonical(nib.Nifti1Image(*_opened(path, header_only)))
             return np.asanyarray(turned.dataobj), _voxel(turned.affine), turned.affine
         except Exception as error:
             # nibabel raises nearly anything on a broken file, and its texts quote the path.
             raise reasons.unusable(reasons.reason_of(error)) from None
+
+
+def _opened(path: Path, header_only: bool = False) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """The values ``(a, b, c)`` of a file and its affine; no values with `header_only`."""
+    file: Any = nib.load(path)
+    shape = tuple(file.shape)
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    shape += (1,) * (3 - len(shape))
+    if len(shape) != 3:
+        raise reasons.unusable(reasons.WRONG_SHAPE)
+    values = np.broadcast_to(np.uint8(0), shape) if header_only else _values(file, shape)
+    return values, file.affine
 
 
 def _values(file: Any, shape: tuple[int, ...]) -> NDArray[np.float32]:

@@ -125,7 +125,7 @@ def _part(
     targets, patients = arrays.get(f"{prefix}{kind}"), arrays.get(f"{prefix}patients")
     _check(images, {kind: targets, "patients": patients}, prefix, task)
     split = SPLIT_NAMES.get(prefix.rstrip("_"))
-    columns = {"synthetic": "yes"} if synthetic else {}
+    columns, known = {"synthetic": "yes"} if synthetic else {}, patients is not None
     for i, image in enumerate(images):
         name = f"{prefix}{i}"
         patient = name if patients is None else str(patients[i].item())
@@ -134,11 +134,17 @@ def _part(
             yield name, reasons.NO_MASK if kind == "masks" else reasons.NO_LABEL
         elif kind == "masks":
             mask = ArrayMask(targets[i])
-            yield name, Sample(patient, load, mask=mask, split=split, columns=columns)
+            yield (
+                name,
+                Sample(patient, load, mask=mask, split=split, columns=columns, patient_known=known),
+            )
         else:
             try:
                 label = _label(np.atleast_1d(targets[i]), task)
-                yield name, Sample(patient, load, label, split=split, columns=columns)
+                yield (
+                    name,
+                    Sample(patient, load, label, split=split, columns=columns, patient_known=known),
+                )
             except DataError as error:
                 yield name, reasons.reason_of(error)
 

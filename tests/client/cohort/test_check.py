@@ -9,7 +9,7 @@ from client.cohort.budget import cost_findings, privacy_finding
 from client.cohort.check import check_plan
 from client.cohort.cost import Cost, Room, prepared_bytes, training_bytes
 from client.config import DatasetSection
-from client.data.types import Image, Sample
+from client.data.types import Image, LeftOut, Sample
 from fedward.models import describe
 from fedward.privacy import calibrate
 
@@ -33,11 +33,11 @@ def dataset(tmp_path):
 
 @pytest.fixture
 def checked(tmp_path, dataset, make_plan):
-    def run(samples, dataset=dataset, modality="", measure=False, **changes):
+    def run(samples, dataset=dataset, modality="", measure=False, left_out=(), **changes):
         plan = make_plan(**{"split": {"given": False}, **changes})
         words = [modality] * len(samples)
         made = check_plan("chest", "", dataset, samples, words, plan, Room(tmp_path, "cpu"),
-                          measure=measure)  # fmt: skip
+                          measure=measure, left_out=left_out)  # fmt: skip
         return made, {one.name: one for one in made.findings}
 
     return run
@@ -68,6 +68,16 @@ def test_what_does_not_fit_fails_with_a_next_step(checked, changes, name, words)
     made, found = checked(chests(), **changes)
     assert not made.can_serve
     assert found[name].status == "fail" and words in found[name].fix
+
+
+def test_what_the_reader_left_out_is_counted(checked):
+    left_out = [LeftOut("no image", "DOE"), LeftOut("no image", "a"), LeftOut("no mask", "b")]
+    made, found = checked(chests(), left_out=left_out)
+    assert made.can_serve
+    assert (found["left out"].status, found["left out"].found) == (
+        "warn", "no image: 2, no mask: 1"
+    )  # fmt: skip
+    assert "left out" not in checked(chests())[1]
 
 
 def test_modalities_that_the_plan_refuses_are_left_out(checked):

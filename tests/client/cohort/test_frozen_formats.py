@@ -120,6 +120,28 @@ def scans(root: Path) -> None:
         segmentation(root / f"MRN4711{k}" / "seg.dcm", images)
 
 
+def nifti_of(root: Path, name: str, image: Any, depth: int) -> None:
+    """A NIfTI label map in the place of some slices of `ct`, of which `image` is the first."""
+    x, y, z = (float(v) for v in image.ImagePositionPatient)
+    affine = np.array([[-0.9, 0, 0, -x], [0, -0.7, 0, -y], [0, 0, 2.5, z], [0, 0, 0, 1]])
+    values = np.zeros((6, 7, depth), np.uint8)
+    values[1:3, 2:5] = 1
+    (root / "masks").mkdir(exist_ok=True)
+    nib.save(nib.Nifti1Image(values, affine), root / "masks" / f"{name}.nii.gz")
+
+
+def scans_with_nifti(root: Path) -> None:
+    for k in range(2):
+        images = ct(root, f"MRN4711{k}", f"1.2.826.0.99.4711.9.{k}", 1)
+        nifti_of(root, images[0].SeriesInstanceUID, images[0], 4)
+
+
+def slices_with_nifti(root: Path) -> None:
+    for k in range(2):
+        for image in ct(root, f"MRN4711{k}", f"1.2.826.0.99.4711.9.{k}", 1):
+            nifti_of(root, image.SOPInstanceUID, image, 1)
+
+
 def _contours(images: list[Any]) -> dict[str, list[Any]]:
     corners = np.array([[-19.5, 15.5], [-16.5, 15.5], [-16.5, 18.5], [-19.5, 18.5]])
     return {
@@ -168,6 +190,8 @@ CASES = {
     "nifti": (nifti, "nifti", "segmentation", 3, 3, 6),
     "dicom volumes": (scans, "dicom", "segmentation", 3, 2, 10),
     "dicom slices": (scans, "dicom", "segmentation", 2, 8, 10),
+    "NIfTI masks of volumes": (scans_with_nifti, "dicom", "segmentation", 3, 2, 10),
+    "NIfTI masks of slices": (slices_with_nifti, "dicom", "segmentation", 2, 8, 16),
     "contoured volumes": (contoured, "dicom", "segmentation", 3, 2, 10),
     "contoured slices": (contoured, "dicom", "segmentation", 2, 8, 10),
     "another grid": (other_grid, "dicom", "segmentation", 3, 2, 10),

@@ -98,10 +98,29 @@ def test_a_tree_of_two_modalities_with_masks_of_two_kinds(tmp_path, reading, dx)
             },
             "MR": {"lowest": 0, "highest": 66, "typical_lowest": 0, "typical_highest": 59},
         },
-        "samples": 4, "sample_patients": 2, "images_by_class": {"lung": 2, "heart": 1},
+        "samples": 4, "sample_patients": 2, "images_are_patients": False,
+        "images_by_class": {"lung": 2, "heart": 1},
         "patients_by_class": {"lung": 1, "heart": 1}, "pixels_by_class": {"lung": 36, "heart": 4},
         "left_out": {"no mask": 1, "unknown class in mask": 1}, "risks": [],
     }  # fmt: skip
+
+
+@pytest.mark.integration
+def test_masks_whose_names_tell_no_image(tmp_path, reading, dx):
+    root = tmp_path / "export"
+    for k, patient in enumerate("AB"):
+        dx(root / patient / "IM0001.dcm", np.full((6, 5), k), PatientID=patient, Modality="CT")
+    write_mask(root / "masks" / "IM0001.png", np.eye(6, 5))
+    write_mask(root / "masks" / "IM0002.png", np.eye(6, 5))
+    made = report_of(reading, tmp_path, "dicom")
+    assert made["samples"] == 0
+    assert made["left_out"] == {"ambiguous name of mask": 2, "no image": 1}
+    counts = {risk["rule"]: (risk["count"], risk["severity"]) for risk in made["risks"]}
+    assert counts["the name of a mask means one image, and that of an image one mask"] == (
+        2, "medium"
+    )  # fmt: skip
+    assert counts["every label and every mask has an image"] == (1, "medium")
+    assert "IM000" not in str(made)
 
 
 @pytest.mark.integration
@@ -137,8 +156,9 @@ def test_volumes_with_masks(tmp_path, reading):
         mask = np.zeros((6, 5, 4), np.uint8)
         mask[0] = k == 0
         nib.save(nib.Nifti1Image(mask, affine), root / "labels" / f"{k}.nii.gz")
+    (root / "patients.csv").write_text("image,patient_id\n0,P0\n1,P1\n2,P2\n")
     made = report_of(reading, tmp_path, "nifti", 3)
-    assert (made["files"], made["instances"], made["patients"]) == (6, 3, 3)
+    assert (made["files"], made["instances"], made["patients"]) == (7, 3, 3)
     assert (made["size"], made["spacing"]) == ({"6 x 5": 3}, {"0.7 x 0.8 x 2.5": 3})
     assert 100 <= made["intensity"]["not stated"]["lowest"] < 200
     assert made["pixels_by_class"] == {"lung": 20, "heart": 0}

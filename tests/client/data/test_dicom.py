@@ -237,10 +237,11 @@ def test_series_with_a_missing_slice_or_without_places(tmp_path, make_dicom, mak
 def test_series_with_a_nifti_mask(tmp_path, make_dicom, make_plan):
     values = series(tmp_path, make_dicom, "axial")
     ras = values.transpose(2, 1, 0)[::-1, ::-1]
+    affine = np.diag([0.25, 0.5, 2, 1])
+    affine[:3, 3] = -10 - 7 * 0.25, -20 - 5 * 0.5, 30
     (tmp_path / "masks").mkdir()
     nib.save(
-        nib.Nifti1Image((ras > 500).astype(np.uint8), np.diag([0.25, 0.5, 2, 1])),
-        tmp_path / "masks" / "1.2.9.nii.gz",
+        nib.Nifti1Image((ras > 500).astype(np.uint8), affine), tmp_path / "masks" / "1.2.9.nii.gz"
     )
     plan = make_plan("segmentation", size=(8, 8, 8))
     sample = read_dataset(DatasetSpec(tmp_path), plan.task).samples[0]

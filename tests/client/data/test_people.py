@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
+from client.data.label_options import LabelOptions
 from client.data.patient_options import PatientOptions
 from client.data.read import DatasetSpec, read_dataset
+from fedward.errors import DataError
 
 PATIENTS = ("p1", "p1", "ANON", "anon ", "", "É", "E\u0301")
 SHARED = frozenset({"anon"})
@@ -74,4 +76,82 @@ def test_without_a_column_of_patients_each_image_is_one(tmp_path, make_plan):
     (tmp_path / "labels.csv").write_text("\n".join(["image,label", *rows]) + "\n")
     found = read_dataset(DatasetSpec(tmp_path), make_plan().task)
     assert len({sample.patient for sample in found.samples}) == len(PATIENTS)
+    assert not any(sample.patient_known for sample in found.samples)
     assert not found.left_out
+
+
+def labelled(root, header, *rows):
+    for k in range(len(rows)):
+        Pillow.fromarray(np.full((4, 4), k, np.uint8)).save(root / f"{k}.png")
+    lines = [f"image,label,{header}", *(f"{k}.png,{k % 2},{row}" for k, row in enumerate(rows))]
+    (root / "labels.csv").write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def sizes_of(found):
+    return sorted(Counter(sample.patient for sample in found.samples).values())
+
+
+@pytest.mark.parametrize(
+    "column",
+    ["patient", "patient_id", "PatientID", "Patient ID", "patient-id", "subject", "Subject_ID",
+     "case", "CaseID", "PID", "participant_id"],
+)  # fmt: skip
+def test_usual_names_of_the_patient_column(tmp_path, make_plan, column):
+    labelled(tmp_path, column, "p1", "p1", "p2")
+    found = read_dataset(DatasetSpec(tmp_path), make_plan().task)
+    assert sizes_of(found) == [1, 2]
+    assert all(sample.patient_known for sample in found.samples)
+
+
+def test_usual_names_in_a_table_of_patients(tmp_path, make_plan):
+    kind = pairs(tmp_path)
+    text = (tmp_path / "patients.csv").read_text("utf-8")
+    (tmp_path / "patients.csv").write_text(text.replace("image,patient", "file,Subject ID"))
+    found = read_dataset(DatasetSpec(tmp_path), make_plan(kind).task)
+    assert sizes_of(found)[-1] == 2
+
+
+def test_a_class_or_key_of_such_a_name_names_no_patient(tmp_path, make_plan):
+    labelled(tmp_path, "case,control", "1,0", "0,1", "1,0")
+    text = (tmp_path / "labels.csv").read_text().replace(",label", "").replace(".png,0", ".png")
+    (tmp_path / "labels.csv").write_text(text.replace(".png,1", ".png"))
+    task = make_plan(classes=["control", "case"]).task
+    found = read_dataset(DatasetSpec(tmp_path), task)
+    assert len({sample.patient for sample in found.samples}) == len(found.samples) > 0
+    assert not any(sample.patient_known for sample in found.samples)
+
+
+def test_columns_that_contradict_are_both_named(tmp_path, make_plan):
+    labelled(tmp_path, "patient_id,case", "p1,c1", "p1,c2", "p2,c3")
+    with pytest.raises(DataError, match="must agree") as caught:
+        read_dataset(DatasetSpec(tmp_path), make_plan().task)
+    assert "patient_id" in str(caught.value) and "case" in str(caught.value)
+    chosen = LabelOptions(patient_column="Case")
+    found = read_dataset(DatasetSpec(tmp_path, labels=chosen), make_plan().task)
+    assert sizes_of(found) == [1, 1, 1]
+
+
+def test_columns_that_say_the_same_in_other_words(tmp_path, make_plan):
+    labelled(tmp_path, "pid,subject", "1,anna", "1,anna", "2,bea")
+    assert sizes_of(read_dataset(DatasetSpec(tmp_path), make_plan().task)) == [1, 2]
+
+
+def test_the_column_that_the_site_names(tmp_path, make_plan):
+    labelled(tmp_path, "lesion,patient_id", "l1,", "l1,", "l2,")
+    options = LabelOptions(patient_column="Lesion")
+    assert sizes_of(read_dataset(DatasetSpec(tmp_path, labels=options), make_plan().task)) == [1, 2]
+    missing = LabelOptions(patient_column="lession")
+    with pytest.raises(DataError, match="lession"):
+        read_dataset(DatasetSpec(tmp_path, labels=missing), make_plan().task)
+
+
+def test_the_column_that_the_site_names_in_a_table_of_patients(tmp_path, make_plan):
+    kind = pairs(tmp_path)
+    text = (tmp_path / "patients.csv").read_text("utf-8")
+    (tmp_path / "patients.csv").write_text(text.replace("image,patient", "image,lesion"), "utf-8")
+    options = LabelOptions(patient_column="lesion")
+    spec = DatasetSpec(tmp_path, labels=options)
+    assert sizes_of(read_dataset(spec, make_plan(kind).task))[-1] == 2
+    (tmp_path / "patients.csv").unlink()
+    with pytest.raises(DataError, match="lesion"):
+        read_dataset(spec, make_plan(kind).task)

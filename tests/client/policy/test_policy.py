@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,6 +66,7 @@ def request_of(make_plan: Callable[..., Plan]) -> Callable[..., StudyRequest]:
         ({"minimum_sites": 3}, {"sites": 2}, words.SITES),
         ({"minimum_sites": 2}, {"sites": 0}, words.SITES),
         ({"studies": [{**RULE, "minimum_sites": 3}]}, {"sites": 2}, words.SITES),
+        ({}, {"facts": replace(FACTS, per_image=True)}, words.PATIENT_KEY),
     ],
 )
 def test_each_limit_refuses_with_its_own_rule(
@@ -84,6 +86,14 @@ def test_as_many_sites_as_the_policy_asks_for_are_enough(
     request_of: Callable[..., StudyRequest], least: int, sites: int | None
 ) -> None:
     assert decide(policy_of(minimum_sites=least), request_of(sites=sites)).allowed
+
+
+def test_a_site_may_take_images_for_patients(request_of: Callable[..., StudyRequest]) -> None:
+    facts = replace(FACTS, per_image=True)
+    allowed = replace(facts, images_are_patients=True)
+    assert decide(policy_of(), request_of(facts=allowed)).allowed
+    plain = decide(policy_of(require_privacy=False), request_of(private=False, facts=facts))
+    assert plain.allowed  # nothing is promised
 
 
 @pytest.mark.parametrize(("patients", "limit"), [(20, 1e-3), (1000, 1e-4), (1001, 1e-5)])
@@ -307,7 +317,10 @@ def test_a_cohorts_record_tells_patients_of_each_class(tmp_path: Path) -> None:
     def cohort(labels: list[tuple[str, tuple[int, ...] | None]], multi: bool = False) -> CohortFile:
         task = SimpleNamespace(classes=("no", "yes"), multi_label=multi)
         return CohortFile.model_construct(
-            task=task, items=tuple(item(patient, label) for patient, label in labels)
+            task=task,
+            items=tuple(item(patient, label) for patient, label in labels),
+            format="dicom",
+            images_are_patients=False,
         )
 
     single = cohort([("a", (0,)), ("a", (0,)), ("a", (1,)), ("b", (1,))])

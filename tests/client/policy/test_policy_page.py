@@ -15,10 +15,12 @@ from click import Group
 
 from client.audit import AuditLog, audit_folder, audit_key
 from client.cli import app
+from client.config import DatasetSection
 from client.egress.counts import CLASSIFICATION
 from client.policy import words
 from client.policy.settings import PolicySection
 from client.secret import site_secret
+from client.sections import LabelSection
 
 PAGE = (Path(__file__).parents[3] / "docs" / "policy.md").read_text("utf-8")
 PLAIN = " ".join(PAGE.split())
@@ -40,6 +42,8 @@ def test_each_rule_is_on_the_page_with_keys_that_exist(rule: str) -> None:
         "[[policy.studies]]",
         "trainer.allow_networked_trainer",
         "trainer.allow_unconfined_connector",
+        *DatasetSection.model_fields,
+        *(f"labels.{key}" for key in LabelSection.model_fields),
     }
     for key in re.findall(r"`([^`]+)`", row[1]):
         assert key in known or key.startswith("fedward-client ")
