@@ -47,6 +47,8 @@ __all__ = ["Job", "StudyRun"]
 _LOG = logging.getLogger("fedward.server")
 _LOOK_AGAIN: Final = 0.5
 _LONGEST: Final = 300.0
+# Refusals of an evaluation that waiting does not mend.
+_FOR_GOOD: Final = frozenset({"policy", "budget", "privacy"})
 
 
 class StudyRun:
@@ -375,7 +377,7 @@ class StudyRun:
         sites = {s for s, facts in self.job.facts.items() if facts.validation_images}
         if not sites:
             return
-        counts = self._measure(round_, "validation", sites)
+        counts, _ = self._measure(round_, "validation", sites)
         if self.job.stop.is_set():  # of some of the sites they would pass for those of all
             return
         per_site, result.validation = figures(self.plan, counts)
@@ -384,19 +386,32 @@ class StudyRun:
                 result.sites[site].validation = values
 
     def _finish(self) -> None:
-        """Measure the model on the test patients; then the study is complete."""
+        """Measure the model on the test patients; then the study is complete.
+
+        Sites that let none of their counts go do not hold it up: the report says so.
+        """
         facts = self.job.facts
-        images = {site: one.test_images for site, one in facts.items()}
-        counts = self._measure(0, "test", {site for site, number in images.items() if number})
+        sizes = {site: (one.test_images, one.test_patients) for site, one in facts.items()}
+        tested = {site for site, (images, _) in sizes.items() if images}
+        counts, missing = self._measure(0, "test", tested)
         if self.job.stop.is_set():
             return
-        if self.job.patient and any(images.values()) and not counts:
-            raise StudyError("a study needs a site to be tested on", fix="Bring a site back")
-        self.job.arm.test = test_figures(self.plan, counts, images) if counts else None
-        self.job.complete = self.job.arm.test is not None
+        if tested and not counts and any(bad.kind not in _FOR_GOOD for bad in missing.values()):
+            if self.job.patient:
+                raise StudyError("a study needs a site to be tested on", fix="Bring a site back")
+            return
+        failures = [
+            Failure(site=site, reason=bad.reason, kind=bad.kind)
+            for site, bad in sorted(missing.items())
+        ]
+        self.job.arm.test = test_figures(self.plan, counts, sizes, failures)
+        self.job.complete = True
         self.job.save(self.job)
 
-    def _measure(self, round_: int, part: str, sites: set[str]) -> dict[str, AnyCounts]:
+    def _measure(
+        self, round_: int, part: str, sites: set[str]
+    ) -> tuple[dict[str, AnyCounts], dict[str, Bad]]:
+        """The counts of the sites, and why each that sent none has none."""
         order = self._order(round_, "evaluate", self.job.average, part=part)
         content = RecordDict({"arrays": record_of(self.job.average), "config": order})
         nodes = dict(self._members.nodes)
@@ -406,6 +421,8 @@ class StudyRun:
         for message in messages:
             message.metadata.ttl = deadline
         counts: dict[str, AnyCounts] = {}
+        missing = dict.fromkeys(sites, Bad("not connected", "silent"))
+        missing |= {nodes[node]: Bad("no answer in time", "silent") for node in members}
         for node, reply in self._members.grid.replies(messages, deadline, self._members.cut_off):
             site = nodes[node]
             facts = self.job.facts.get(site)
@@ -413,10 +430,12 @@ class StudyRun:
             self._tell(round_, site, part)
             if isinstance(measured, Measured):
                 counts[site] = measured.counts
+                missing.pop(site, None)
                 self._members.note(site, None, "counts")
             else:
+                missing[site] = measured
                 self._unmeasured(site, measured)
-        return counts
+        return counts, missing
 
     def _unmeasured(self, site: str, bad: Bad) -> None:
         _LOG.warning("%s could not be measured: %s", site, bad.reason)

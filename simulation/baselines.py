@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from client.data.types import PreparedSite
@@ -38,10 +39,16 @@ def lone_arm(state: State, plan: Plan, arrays: Arrays, seed: int, site: str | No
     )
     own = as_many_images(plan, len(state.sites.sites)) if site is None else plan
     average = _train(Trainer(own, data, state.sites.runtime), own, arrays, seed, arm)
-    images = {one.name: len(one.split["test"]) for one in state.sites.sites}
-    arm.test = test_figures(plan, _test(state, plan, average), images)
+    sizes = {one.name: test_size(one) for one in state.sites.sites}
+    arm.test = test_figures(plan, _test(state, plan, average), sizes, answers_by_site=False)
     arm.seconds = time.perf_counter() - started
     return arm
+
+
+def test_size(site: PreparedSite) -> tuple[int, int]:
+    """Test images and test patients of a site."""
+    own = site.split["test"]
+    return len(own), len(np.unique(site.patients[own]))
 
 
 def as_many_images(plan: Plan, sites: int) -> Plan:

@@ -18,6 +18,8 @@ _PARTS: tuple[type[BaseModel], ...] = (
     results.SiteRound,
     results.Failure,
     results.TestFigures,
+    results.Answers,
+    results.OperatingPoint,
     results.SitePrivacy,
     memorisation.Audit,
     memorisation.Membership,
