@@ -192,6 +192,22 @@ class Arm(Strict):
     seconds: float = Field(default=0.0, description="wall seconds of the arm")
 
 
+class Paired(Strict):
+    """How two ways to train differ on the same test patients, patient by patient."""
+
+    one: str = Field(description="name of an arm")
+    others: list[str] = Field(description="the arms whose mean it is compared with")
+    metric: str
+    own: bool = Field(
+        description="false: on all test patients together; true: mean over the hospitals, each on "
+        "its own patients, against its own model"
+    )
+    difference: float = Field(description="one minus the mean of the others")
+    interval: tuple[float, float] = Field(
+        description="95 % interval of the difference, by a jackknife over patients"
+    )
+
+
 class StudyResults(Strict):
     """Everything about one study; the content of ``metrics.json``."""
 
@@ -234,6 +250,9 @@ class StudyResults(Strict):
     )
     sites: list[SiteFacts] = Field(default_factory=list)
     arms: list[Arm] = Field(default_factory=list)
+    paired: list[Paired] = Field(
+        default_factory=list, description="simulations: differences between arms"
+    )
     model_sha256: str = Field(
         default="", description="SHA-256 of `model.safetensors`; empty while there is none"
     )

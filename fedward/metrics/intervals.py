@@ -1,9 +1,9 @@
 """Confidence intervals of 95 % from counts, and how they combine.
 
 Proportions have the score interval of Wilson (1927); the area under the ROC curve has DeLong's
-variance (DeLong et al., 1988) on the logit scale. Means and differences of several figures are
-combined by the limits of each (MOVER, Zou and Donner, 2008), so an interval need not be symmetric
-and two figures can be compared from their limits alone.
+variance (DeLong et al., 1988) on the logit scale, of few patients Newcombe's interval (2006). Means
+and differences of several figures are combined by the limits of each (MOVER, Zou and Donner, 2008),
+so an interval need not be symmetric and two figures can be compared from their limits alone.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from scipy.special import expit, logit, stdtrit
 Interval = tuple[float, float]
 LEVEL: Final = 0.95
 Z: Final = 1.959963984540054
+_FEW: Final = 10
 
 
 def wilson(share: float, n: float) -> Interval | None:
@@ -105,8 +106,9 @@ def auc_interval(
 ) -> Interval | None:
     """Interval of the area under the ROC curve of binned scores.
 
-    DeLong's variance on the logit scale. Scores that separate all patients, or none, have no
-    variance to show; they get Newcombe's score interval (2006, method 5).
+    DeLong's variance on the logit scale. With fewer than ten patients of either kind, or where
+    scores separate all patients or none, Newcombe's score interval (2006, method 5): DeLong's is
+    then too wide, or shows no variance at all.
 
     Parameters
     ----------
@@ -115,8 +117,9 @@ def auc_interval(
     negative, positive, per_count
         As for :func:`delong_variance`.
     """
+    fewest = min(negative.sum(), positive.sum()) * per_count
     variance = delong_variance(negative, positive, per_count)
-    if variance and 0 < area < 1:
+    if variance and 0 < area < 1 and fewest >= _FEW:
         half = Z * math.sqrt(variance) / (area * (1 - area))
         low, high = expit(logit(area) - half), expit(logit(area) + half)
         return float(low), float(high)

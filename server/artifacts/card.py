@@ -161,7 +161,7 @@ def _cell(value: float | None) -> str:
 
 
 def _told(one: Estimate | None) -> str:
-    limits = f"({one.interval[0]:.3f} to {one.interval[1]:.3f}) " if one and one.interval else ""
+    limits = f"({one.interval[0]:.3f}–{one.interval[1]:.3f}) " if one and one.interval else ""
     return _cell(one.value if one else None) + limits
 
 

@@ -67,8 +67,9 @@ def _square(
         if diagonal:
             axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
         for label, line, variable, width in lines:
+            # Between two points of a precision-recall curve nothing is reached by a straight line.
             axes.plot(*zip(*line, strict=True), color=VARIABLES[variable], linewidth=width,
-                      label=label)  # fmt: skip
+                      label=label, drawstyle="default" if diagonal else "steps-pre")  # fmt: skip
         _unit_axes(axes, what, labels)
         if len(lines) > 1:
             axes.legend(fontsize=7.5, frameon=False, labelcolor=INK)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedward.metrics.intervals import Interval, difference, mean_of
 from server.results import Arm, Figures, StudyResults
@@ -85,12 +85,15 @@ class Comparison:
         By how much the first is better; negative where it is worse.
     interval : tuple or None
         Of the gain, 95 %.
+    paired : bool
+        Whether it is patient by patient; otherwise the figures are taken as independent.
     """
 
     one: float
     other: float
     gain: float
     interval: Interval | None = None
+    paired: bool = False
 
     @property
     def apart(self) -> bool:
@@ -129,6 +132,21 @@ def compare(one: Estimate | None, other: Estimate | None, metric: str) -> Compar
     if better.interval and worse.interval:
         interval = difference((better.value, better.interval), (worse.value, worse.interval))[1]
     return Comparison(one.value, other.value, better.value - worse.value, interval)
+
+
+def patient_by_patient(
+    results: StudyResults, pair: Comparison | None, one: Arm, others: Sequence[Arm], *, own: bool
+) -> Comparison | None:
+    """The comparison with its paired interval, where the results hold one."""
+    names, metric = {arm.name for arm in others}, results.primary
+    for known in results.paired:
+        if pair and (known.one, set(known.others), known.own, known.metric) == (
+            one.name, names, own, metric,
+        ):  # fmt: skip
+            low, high = known.interval
+            low, high = (-high, -low) if metric in LOWER_IS_BETTER else (low, high)
+            return replace(pair, interval=(low, high), paired=True)
+    return pair
 
 
 def compare_at_home(shared: Arm, alone: Sequence[Arm], metric: str) -> Comparison | None:

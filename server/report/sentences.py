@@ -13,6 +13,7 @@ from server.report.numbers import (
     finite,
     of_kind,
     own,
+    patient_by_patient,
     together,
     together_estimate,
     together_mean_estimate,
@@ -44,7 +45,7 @@ def headline(results: StudyResults) -> str:
     lead = federated[0]
     found = measured(results, lead)
     if results.primary not in found:
-        return " ".join(_without_primary(results, lead, found))
+        return " ".join(filter(None, _without_primary(results, lead, found)))
     sentences = [
         *_together(results, lead),
         missing_words(results, lead, results.primary),
@@ -58,9 +59,13 @@ def headline(results: StudyResults) -> str:
 def _together(results: StudyResults, lead: Arm) -> Iterator[str]:
     metric, name = results.primary, metric_name(results.primary)
     value, whose = together_estimate(lead, metric), whom(results, lead, metric)
-    alone = compare(value, together_mean_estimate(of_kind(results, "alone"), metric), metric)
-    pooled = _alike(of_kind(results, "pooled"), lead)
-    below = compare(value, together_mean_estimate(pooled, metric), metric)
+    alone, below = (
+        patient_by_patient(
+            results, compare(value, together_mean_estimate(arms, metric), metric), lead, arms,
+            own=False,
+        )
+        for arms in (of_kind(results, "alone"), _alike(of_kind(results, "pooled"), lead))
+    )  # fmt: skip
     if alone is not None:
         yield _bought(alone, name, metric, whose, _with(lead))
     else:
@@ -96,7 +101,8 @@ def _bought(pair: Comparison, name: str, metric: str, whose: str, at: str) -> st
 
 def _limits(pair: Comparison, metric: str) -> str:
     low, high = pair.interval or (0.0, 0.0)
-    return f"95 % interval {signed(low, metric)} to {signed(high, metric)}"
+    how = "paired " if pair.paired else ""
+    return f"{how}95 % interval {signed(low, metric)} to {signed(high, metric)}"
 
 
 def _reached(lead: Arm, metric: str, whose: str) -> str:
@@ -187,6 +193,7 @@ def _at_home(results: StudyResults, lead: Arm) -> str:
     metric = results.primary
     alone = [arm for arm in of_kind(results, "alone") if arm.test]
     pair = compare_at_home(lead, alone, metric)
+    pair = patient_by_patient(results, pair, lead, alone, own=True)
     if pair is None:
         return ""
     both = f"{figure(pair.one, metric)} against {figure(pair.other, metric)}"
@@ -209,9 +216,12 @@ def _private(results: StudyResults, lead: Arm, federated: list[Arm]) -> str:
     metric, costs, plain = results.primary, [], together_estimate(lead, results.primary)
     for arm in federated:
         pair = compare(plain, together_estimate(arm, metric), metric)
+        pair = patient_by_patient(results, pair, lead, [arm], own=False)
         if arm.epsilon is not None and pair is not None:
+            low, high = pair.interval or (0.0, 0.0)
+            limits = f" ({signed(low, metric)} to {signed(high, metric)})" if pair.interval else ""
             unclear = "" if pair.apart else ", which cannot be told from none"
-            costs.append(f"{_cost(pair.gain, metric)} at {epsilon(arm.epsilon)}{unclear}")
+            costs.append(f"{_cost(pair.gain, metric)} at {epsilon(arm.epsilon)}{limits}{unclear}")
     return f"Patient-level differential privacy costs {'; '.join(costs)}." if costs else ""
 
 

@@ -22,9 +22,11 @@ _DIGITS = {"hd95": 2}
 SYNTHETIC = "A program made these images. Nothing here speaks of real patients."
 INTERVALS = (
     "Intervals are of 95 % and by patient: images of one patient are taken as alike, and the noise "
-    "of private counts is in them. Shares: Wilson; AUC: DeLong; Dice, IoU and distances: Student. "
-    "For a difference two models are taken as independent although they answer on the same "
-    "patients, which makes its interval wider than a paired one."
+    "of private counts is in them. Shares: Wilson; AUC: DeLong, below ten patients Newcombe; Dice, "
+    "IoU and distances: Student. "
+    "A paired interval is of differences patient by patient (jackknife), which a simulation has. "
+    "Otherwise, and for the marks in tables, two models are taken as independent although they "
+    "answer on the same patients, which makes the interval of a difference wider."
 )
 INTERRUPTED = "The study did not run to its end. Only what was finished is shown."
 
@@ -46,8 +48,8 @@ def signed(value: float, metric: str = "") -> str:
 
 
 def interval(limits: tuple[float, float], metric: str = "") -> str:
-    """``0.932 to 0.968``."""
-    return f"{figure(limits[0], metric)} to {figure(limits[1], metric)}"
+    """``0.932–0.968``."""
+    return f"{figure(limits[0], metric)}–{figure(limits[1], metric)}"
 
 
 def epsilon(value: float | None) -> str:

@@ -54,16 +54,17 @@ def test_delong_is_the_variance_of_placements_pair_by_pair() -> None:
     assert delong_variance(*binned) == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_auc_interval_covers_the_truth() -> None:
+@pytest.mark.parametrize("n", [5, 20])
+def test_the_auc_interval_covers_the_truth(n: int) -> None:
     # Normal scores one standard deviation apart: AUC = Phi(1 / sqrt 2).
     random, truth = np.random.default_rng(1), stats.norm.cdf(1 / math.sqrt(2))
     covered, times = 0, 600
     for _ in range(times):
-        drawn = np.concatenate([random.normal(0, 1, 20), random.normal(1, 1, 20)])
+        drawn = np.concatenate([random.normal(0, 1, n), random.normal(1, 1, n)])
         order = drawn.argsort().argsort()
-        negative, positive = (np.bincount(order[half], minlength=40) for half in
-                              (slice(20), slice(20, 40)))  # fmt: skip
-        area = (order[20:].sum() - 190) / 400
+        negative, positive = (np.bincount(order[half], minlength=2 * n) for half in
+                              (slice(n), slice(n, 2 * n)))  # fmt: skip
+        area = (order[n:].sum() - n * (n - 1) / 2) / n**2
         low, high = auc_interval(area, negative, positive) or (1.0, 0.0)
         covered += low <= truth <= high
     assert 0.93 <= covered / times <= 0.985

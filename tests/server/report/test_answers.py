@@ -73,14 +73,14 @@ def test_the_page_shows_them_for_each_hospital_and_together(
         told = next(label for label in labels if label.startswith(f"{what}: "))
         assert all(site in told for site in ("North", "Hill", "all together"))
     assert any(label.startswith("Share of right answers by confidence") for label in labels)
-    assert "AUC: all together 0.951 (0.941 to 0.961); North 0.957" in page.text
+    assert "AUC: all together 0.951 (0.941–0.961); North 0.957" in page.text
     rows = page.rows("Operating point")
     assert list(rows) == ["all together", *test.site_answers]
     point = test.site_answers["Hill"].operating_points[0]
     assert rows["Hill"][4:] == [f"{point.sensitivity:.3f}", f"{point.specificity:.3f}"]
     limits = page.intervals["Operating point"]["Hill"]
     assert limits == [
-        f"{low:.3f} to {high:.3f}"
+        f"{low:.3f}–{high:.3f}"
         for low, high in filter(None, (point.sensitivity_interval, point.specificity_interval))
     ]
     for label, answers in (("all together", test.answers), *test.site_answers.items()):

@@ -50,7 +50,7 @@ def test_one_hospitals_patients_are_not_all_together(real: StudyResults, read_pa
     test.patients["Hill"] = 16
     text = headline(real)
     assert text.startswith(
-        "The federated model reached 0.618 AUC (95 % interval 0.350 to 0.830) on the 16 test "
+        "The federated model reached 0.618 AUC (95 % interval 0.350–0.830) on the 16 test "
         "patients of 1 of 4 hospitals (Hill)."
     )
     assert "Not in it: North (its policy withholds AUC); Harbour (" in text
@@ -74,10 +74,10 @@ def test_a_metric_that_nobody_gave_is_no_dash_and_no_empty_chart(
         round_.validation["auc"] = None
     text = headline(real)
     assert text.startswith("AUC is known of no hospital's test patients. Why: North (its policy")
-    assert "reached 0.891 accuracy (95 % interval 0.881 to 0.901) on all test patients" in text
+    assert "reached 0.891 accuracy (95 % interval 0.881–0.901) on all test patients" in text
     first, last = (real.arms[0].rounds[at].train_loss for at in (0, -1))
     assert f"The training loss went from {first:.3f} to {last:.3f} in 12 rounds." in text
-    assert "–" not in text
+    assert "– " not in text and "  " not in text
     page = read_page(render([real]))
     labels = [values["aria-label"] or "" for tag, values in page.tags if tag == "svg"]
     assert len(labels) == 2  # learning, by a metric that there is, and loss
@@ -108,7 +108,7 @@ def test_hospitals_that_sent_no_counts_are_named_with_their_reason(
     assert rows["St. Anne"][-1] == "not connected."
     assert "`metrics` and `minimum_count` in [policy]" in rows["Hill"][-1]
     card = model_card("s-1", make_plan(metrics={"report": ["auc"], "primary": "auc"}), real)
-    assert "| together | 0.951 (0.941 to 0.961) |" in card
+    assert "| together | 0.951 (0.941–0.961) |" in card
     assert (
         "- auc: the 402 test patients of 2 of 4 hospitals (Harbour and North). Not in it: " in card
     )

@@ -198,7 +198,7 @@ def test_charts_say_their_numbers_in_words(classification: StudyResults, page: A
             assert f"{arm.name} {_test(arm).pooled['auc']:.3f}" in comparison
         assert f"{arm.name} ends at {arm.rounds[-1].validation['auc']:.3f}" in learning
         assert f"{arm.name} ends at {arm.rounds[-1].train_loss:.3f}" in losses
-    for told in ("ε = 1 0.884 (0.874 to 0.894)", "ε = 3 0.921", "ε = 8 0.937"):
+    for told in ("ε = 1 0.884 (0.874–0.894)", "ε = 3 0.921", "ε = 8 0.937"):
         assert told in privacy
     assert "federated, no privacy 0.951" in privacy and "pooled 0.955" in privacy
 

@@ -15,7 +15,7 @@ from server.report import headline, summary_table
 from server.report.numbers import Estimate, clear_best, gain, mean, ordered
 from server.report.page import render
 from server.report.words import counted, duration, figure, listed, runs, size
-from server.results import Arm, StudyResults
+from server.results import Arm, Paired, StudyResults
 
 
 def _text(results: StudyResults) -> str:
@@ -39,8 +39,24 @@ def test_the_headline_says_what_federation_bought(classification: StudyResults) 
         "data (0.955; difference −0.004, 95 % interval −0.019 to +0.010). On their own test "
         "patients the hospitals gain 0.064 on average, 0.951 against 0.886 (95 % interval "
         f"+{0.0645 - home:.3f} to +{0.0645 + home:.3f}). Patient-level differential privacy costs "
-        "0.014 at ε = 8, which cannot be told from none; 0.030 at ε = 3; 0.067 at ε = 1."
+        "0.014 at ε = 8 (0.000 to +0.028), which cannot be told from none; 0.030 at ε = 3 "
+        "(+0.016 to +0.044); 0.067 at ε = 1 (+0.053 to +0.081)."
     )
+
+
+def test_a_paired_interval_is_used_where_there_is_one(classification: StudyResults) -> None:
+    names = [arm.name for arm in classification.arms if arm.kind == "alone"]
+    classification.paired = [
+        Paired(one="federated", others=["pooled"], metric="auc", own=False, difference=-0.0044,
+               interval=(-0.007, -0.002)),
+        Paired(one="federated", others=names, metric="auc", own=True, difference=0.0645,
+               interval=(-0.01, 0.139)),
+    ]  # fmt: skip
+    text = headline(classification)
+    assert "worse than pooled data (0.955; paired 95 % interval −0.007 to −0.002)" in text
+    assert "difference +0.064 (paired 95 % interval −0.010 to +0.139)" in text
+    classification.primary = "ece"  # less is better, and nothing is paired by it
+    assert "paired" not in headline(classification)
 
 
 def test_a_tie_of_all_arms_is_told_as_one_and_nothing_is_marked(
@@ -127,7 +143,7 @@ def test_the_headline_compares_only_with_what_was_trained(classification: StudyR
     arms = classification.arms
     classification.arms = [arm for arm in arms if arm.kind == "federated"]
     assert headline(classification).startswith(
-        "The federated model reached 0.951 AUC (95 % interval 0.941 to 0.961) on all test patients "
+        "The federated model reached 0.951 AUC (95 % interval 0.941–0.961) on all test patients "
         "together (546 patients of 4 hospitals); 0.938 (St. Anne) to 0.962 (Hill) at the hospitals."
         " Patient-level"
     )
@@ -150,10 +166,10 @@ def test_the_terminal_table_has_the_figures(classification: StudyResults) -> Non
     lines = [line.split("│") for line in _text(classification).splitlines() if "│" in line]
     rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in lines}
     assert rows["federated, ε = 8"] == [
-        "0.937 (0.922 to 0.952)", "0.937 (0.927 to 0.947)", "8", "52.4 s",
+        "0.937 (0.922–0.952)", "0.937 (0.927–0.947)", "8", "52.4 s",
     ]  # fmt: skip
-    assert rows["alone: Hill"][0] == "0.823 (0.793 to 0.853)"
-    assert rows["hospitals alone, mean"][1] == "0.851 (0.841 to 0.861)"
+    assert rows["alone: Hill"][0] == "0.823 (0.793–0.853)"
+    assert rows["hospitals alone, mean"][1] == "0.851 (0.841–0.861)"
     assert list(rows)[-1] == "pooled" and len(rows) == 10
 
 
