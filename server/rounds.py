@@ -421,7 +421,8 @@ class StudyRun:
         for message in messages:
             message.metadata.ttl = deadline
         counts: dict[str, AnyCounts] = {}
-        missing = dict.fromkeys(sites, Bad("not connected", "silent"))
+        absent, silent = self._members.absent(), Bad("not connected", "silent")
+        missing = {site: absent.get(site, silent) for site in sites}
         missing |= {nodes[node]: Bad("no answer in time", "silent") for node in members}
         for node, reply in self._members.grid.replies(messages, deadline, self._members.cut_off):
             site = nodes[node]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from server.report.numbers import at_site, site_names, together
 from server.report.words import counted, listed, metric_name
-from server.results import Arm, StudyResults
+from server.results import Arm, Failure, StudyResults
 from strategies.robust import dominates
 
 
@@ -61,12 +61,21 @@ def missing_words(results: StudyResults, arm: Arm, metric: str) -> str:
 
 
 def _short(arm: Arm, site: str, metric: str) -> str:
-    failed = {one.site: one.reason for one in arm.test.not_measured} if arm.test else {}
-    if site in failed:
-        return failed[site].rstrip(".")
+    failed = why_not_measured(arm, site)
+    if failed is not None:
+        return failed.reason.rstrip(".")
     if arm.test and site in arm.test.per_site:
         return f"its policy withholds {metric_name(metric)}"
     return "not measured"
+
+
+def why_not_measured(arm: Arm, site: str) -> Failure | None:
+    """Why a site sent no counts: in the test, or, where it never took part, in the last round."""
+    if arm.test is None or site in arm.test.per_site:
+        return None
+    last = arm.rounds[-1].failures if arm.rounds else []
+    told = [one for one in (*arm.test.not_measured, *last) if one.site == site]
+    return told[0] if told else None
 
 
 def measured(results: StudyResults, arm: Arm) -> list[str]:

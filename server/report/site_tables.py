@@ -7,17 +7,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from fedward.protocol import SiteFacts
-from server.report.coverage import contributing
+from server.report.coverage import contributing, why_not_measured
 from server.report.numbers import finite, mean, ordered, site_names
 from server.report.tables import Cell, Row, Table
 from server.report.words import NOTHING, duration, figure, listed, metric_name, runs, size
 from server.results import Arm, Round, StudyResults, TestFigures
 
 _ROWS: Final = 200  # more rows than anybody reads
-_KEYS: Final[Mapping[str, str]] = {
-    "policy": "`metrics` and `minimum_count` in [policy] of its site.toml decide",
-    "budget": "`max_evaluation_epsilon` and `max_evaluation_epsilon_per_cohort` in [policy] of its "
-    "site.toml decide",
+# The sentences with which a site's policy refuses an evaluation, and what decides there.
+KEYS: Final[Mapping[str, str]] = {
+    "what the site counts must be enough, and allowed, to leave it": (
+        "`metrics` and `minimum_count` in [policy] of its site.toml decide"
+    ),
+    "ε of evaluations must not be above what the site allows": (
+        "`max_evaluation_epsilon` and `max_evaluation_epsilon_per_cohort` in [policy] of its "
+        "site.toml decide"
+    ),
 }
 WITHHELD: Final = (
     "Withheld by its policy: `metrics` in [policy] of its site.toml must name all figures that the "
@@ -223,17 +228,22 @@ def _coverage_cells(
         Cell(NOTHING if images is None else f"{images:,}"),
         Cell(", ".join(map(metric_name, given)) or "none"),
         Cell(", ".join(map(metric_name, lacking)) or "none"),
-        Cell(_why(test, site, given, lacking, patients)),
+        Cell(_why(arm, test, site, given, lacking, patients)),
     ]
 
 
 def _why(
-    test: TestFigures, site: str, given: list[str], lacking: list[str], patients: int | None
+    arm: Arm,
+    test: TestFigures,
+    site: str,
+    given: list[str],
+    lacking: list[str],
+    patients: int | None,
 ) -> str:
-    failed = {one.site: one for one in test.not_measured}.get(site)
+    failed = why_not_measured(arm, site)
     if failed is not None:
-        key = _KEYS.get(failed.kind)
-        return f"{failed.reason.rstrip('.')}{'; ' + key if key else ''}."
+        keys = [key for rule, key in KEYS.items() if failed.reason.startswith(rule)]
+        return f"{'; '.join([failed.reason.rstrip('.'), *keys])}."
     if patients == 0:
         return "It has no test patients."
     if site not in test.per_site:

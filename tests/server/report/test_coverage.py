@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from client.policy.settings import PolicySection
+from client.policy.words import EVALUATION_EPSILON, WITHHELD
 from server.artifacts.card import model_card
 from server.report import headline
 from server.report.page import render
+from server.report.site_tables import KEYS
 from server.results import Arm, Failure, StudyResults, TestFigures
 
 Read = Callable[[str], Any]
@@ -112,6 +116,26 @@ def test_hospitals_that_sent_no_counts_are_named_with_their_reason(
     assert (
         "- auc: the 402 test patients of 2 of 4 hospitals (Harbour and North). Not in it: " in card
     )
+
+
+def test_a_hospital_that_never_took_part_is_missing_with_its_reason(
+    real: StudyResults, read_page: Read
+) -> None:
+    real.named = [*(facts.site for facts in real.sites), "refusing", "silent one"]
+    failure = Failure(site="refusing", reason="updates must be private.", kind="policy")
+    real.arms[0].rounds[-1].failures.append(failure)
+    text = headline(real)
+    assert "on the 546 test patients of 4 of 6 hospitals" in text
+    assert "Not in it: refusing (updates must be private); silent one (not measured)." in text
+    rows = read_page(render([real])).rows("Of whom the figures are (federated)")
+    assert rows["refusing"][-1] == "updates must be private."  # not for its counts
+    assert rows["silent one"][0] == "–"
+
+
+def test_the_keys_are_those_of_the_policys_own_sentences() -> None:
+    assert list(KEYS) == [WITHHELD, EVALUATION_EPSILON]
+    named = {key for told in KEYS.values() for key in re.findall(r"`(\w+)`", told)}
+    assert named <= set(PolicySection.model_fields)
 
 
 def test_a_study_that_nobody_measured_tells_what_there_is(
