@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # ε where there is no noise, or no accountant can follow what a site says of it.
 NO_BOUND: Final = 1e9
 Figures = dict[str, float | None]
+Intervals = dict[str, tuple[float, float]]
 ArmKind = Literal["federated", "alone", "pooled"]
 
 
@@ -89,16 +90,80 @@ class SitePrivacy(Strict):
         return "no bound" if self.epsilon >= NO_BOUND else format(self.epsilon, form)
 
 
+class OperatingPoint(Strict):
+    """How a classifier decides on one class."""
+
+    name: str = Field(description="the class")
+    threshold: float | None = Field(
+        description="probability from which it is decided for; none: where it is the likeliest"
+    )
+    positives: float = Field(description="images with the class; private counts: about")
+    negatives: float = Field(description="images without it")
+    sensitivity: float | None = Field(default=None, description="none without positives")
+    specificity: float | None = Field(default=None, description="none without negatives")
+    sensitivity_interval: tuple[float, float] | None = Field(
+        default=None, description="of 95 %, by patient"
+    )
+    specificity_interval: tuple[float, float] | None = Field(default=None, description="the same")
+
+
+class Answers(Strict):
+    """A classifier's answers in counts: what its curves are drawn from."""
+
+    curves: dict[str, list[tuple[float, float, float]]] = Field(
+        default_factory=dict,
+        description="by class, thresholds from high to low: threshold, false positives, true "
+        "positives; empty where scores were withheld",
+    )
+    confusion: list[list[float]] = Field(
+        default_factory=list,
+        description="rows: true class, columns: likeliest class; multi-label: empty",
+    )
+    calibration: list[tuple[float, float, float]] = Field(
+        default_factory=list,
+        description="bins of confidence: mean confidence, share of right answers, answers",
+    )
+    operating_points: list[OperatingPoint] = Field(default_factory=list)
+
+
 class TestFigures(Strict):
     """Final test metrics of one arm."""
 
     __test__ = False
     per_site: dict[str, Figures] = Field(description="on each site's own test patients")
-    pooled: Figures = Field(description="on all test patients together")
+    pooled: Figures = Field(
+        description="on the test patients of the sites in `contributors` together"
+    )
     per_class: dict[str, dict[str, float | None]] = Field(
         default_factory=dict, description="segmentation: metric, class, figure on all together"
     )
     images: dict[str, int] = Field(default_factory=dict, description="test images per site")
+    patients: dict[str, int] = Field(default_factory=dict, description="test patients per site")
+    contributors: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description="by metric, the sites that let its counts go; a site of `per_site` that is not "
+        "in the list withheld them",
+    )
+    not_measured: list[Failure] = Field(
+        default_factory=list, description="sites with test patients that sent no counts, and why"
+    )
+    intervals: Intervals = Field(
+        default_factory=dict,
+        description="95 % interval of each figure of `pooled`, over patients and with the noise of "
+        "private counts; images of one patient are taken as alike",
+    )
+    site_intervals: dict[str, Intervals] = Field(
+        default_factory=dict, description="the same for each site of `per_site`"
+    )
+    class_intervals: dict[str, Intervals] = Field(
+        default_factory=dict, description="the same for the figures of `per_class`"
+    )
+    answers: Answers | None = Field(
+        default=None, description="classification: of all sites that let them go"
+    )
+    site_answers: dict[str, Answers] = Field(
+        default_factory=dict, description="the same for each site; shared models only"
+    )
     evaluation_epsilon: float | None = Field(
         default=None,
         description="ε of the counts for each test patient of every site; none: there is no bound",
@@ -135,6 +200,22 @@ class Arm(Strict):
     def finished(self) -> bool:
         """Whether its model was tested, or is known not to be testable."""
         return self.test is not None or bool(self.unmeasured)
+
+
+class Paired(Strict):
+    """How two ways to train differ on the same test patients, patient by patient."""
+
+    one: str = Field(description="name of an arm")
+    others: list[str] = Field(description="the arms whose mean it is compared with")
+    metric: str
+    own: bool = Field(
+        description="false: on all test patients together; true: mean over the hospitals, each on "
+        "its own patients, against its own model"
+    )
+    difference: float = Field(description="one minus the mean of the others")
+    interval: tuple[float, float] = Field(
+        description="95 % interval of the difference, by a jackknife over patients"
+    )
 
 
 class StudyResults(Strict):
@@ -179,6 +260,9 @@ class StudyResults(Strict):
     )
     sites: list[SiteFacts] = Field(default_factory=list)
     arms: list[Arm] = Field(default_factory=list)
+    paired: list[Paired] = Field(
+        default_factory=list, description="simulations: differences between arms"
+    )
     model_sha256: str = Field(
         default="", description="SHA-256 of `model.safetensors`; empty while there is none"
     )

@@ -465,8 +465,9 @@ class StudyRun:
         A patient job waits for sites that may come back as long as a round waits, and no longer.
         """
         end, pause = time.monotonic() + self.job.patience, _LOOK_AGAIN
-        images = {site: one.test_images for site, one in self.job.facts.items()}
-        sites = {site for site, number in images.items() if number}
+        facts = self.job.facts
+        sizes = {site: (one.test_images, one.test_patients) for site, one in facts.items()}
+        sites = {site for site, (images, _) in sizes.items() if images}
         while True:
             counts, missing = self._measure(0, "test", sites) if sites else ({}, {})
             if self.job.stop.is_set():
@@ -477,15 +478,19 @@ class StudyRun:
             reason = f"a study needs a site to be tested on; {named(missing)}"
             self._wait(reason.__str__, pause, 1, end)
             pause = min(2 * pause, _LONGEST)
+        failures = [
+            Failure(site=site, reason=bad.reason, kind=bad.kind)
+            for site, bad in sorted(missing.items())
+        ]
         arm = self.job.arm
-        arm.test, arm.unmeasured = tested(self.plan, counts, images, named(missing))
+        arm.test, arm.unmeasured = tested(self.plan, counts, sizes, failures, named(missing))
         self.job.complete = True
         self.job.save(self.job)
 
     def _measure(
         self, round_: int, part: str, sites: set[str]
     ) -> tuple[dict[str, AnyCounts], dict[str, Bad]]:
-        """The counts of these sites, and why others of them have none."""
+        """The counts of these sites, and why each of them that sent none has none."""
         nodes = dict(self._members.nodes)
         members = [node for node in self._members.grid.get_node_ids() if nodes[node] in sites]
         # Of the test: what trained last is what a site lacks.
@@ -512,8 +517,8 @@ class StudyRun:
             self._tell(round_, site, part)
             if isinstance(measured, Measured):
                 counts[site] = measured.counts
-                self._members.note(site, None, "counts")
                 missing.pop(site, None)
+                self._members.note(site, None, "counts")
             else:
                 missing[site] = measured
                 self._unmeasured(site, measured)

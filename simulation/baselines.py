@@ -6,28 +6,32 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from client.data.types import PreparedSite
 from client.training.trainer import Trainer
-from fedward.metrics import Counts, counts_from_arrays
+from fedward.metrics import counts_from_arrays
 from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Plan
 from fedward.protocol import RoundOrder
 from server.arms import figures, tested
 from server.results import Arm, Round
 from simulation.local import State
+from simulation.paired import SiteAnswers, answers_on_test
 from simulation.sites import pool_sites
 from strategies.averaging import blend, decay_at
 
 Arrays = Mapping[str, NDArray[Any]]
 
 
-def lone_arm(state: State, plan: Plan, arrays: Arrays, seed: int, site: str | None) -> Arm:
+def lone_arm(
+    state: State, plan: Plan, arrays: Arrays, seed: int, site: str | None
+) -> tuple[Arm, SiteAnswers]:
     """Train on one hospital's patients, or on all when ``site`` is None, and test everywhere.
 
     The same model, start, rounds, local epochs and averaging as the federated study; with local
-    steps, pooled data get the steps of all sites.
+    steps, pooled data get the steps of all sites. Gives also the answers on each site's patients.
     """
     started = time.perf_counter()
     data = pool_sites(state.sites.sites) if site is None else state.sites.by_name()[site]
@@ -38,10 +42,18 @@ def lone_arm(state: State, plan: Plan, arrays: Arrays, seed: int, site: str | No
     )
     own = as_many_images(plan, len(state.sites.sites)) if site is None else plan
     average = _train(Trainer(own, data, state.sites.runtime), own, arrays, seed, arm)
-    images = {one.name: len(one.split["test"]) for one in state.sites.sites}
-    arm.test, arm.unmeasured = tested(plan, _test(state, plan, average), images)
+    sizes = {one.name: test_size(one) for one in state.sites.sites}
+    answers = answers_on_test(state, plan, average)
+    counts = {name: one.exact() for name, one in answers.items()}
+    arm.test, arm.unmeasured = tested(plan, counts, sizes, answers_by_site=False)
     arm.seconds = time.perf_counter() - started
-    return arm
+    return arm, answers
+
+
+def test_size(site: PreparedSite) -> tuple[int, int]:
+    """Test images and test patients of a site."""
+    own = site.split["test"]
+    return len(own), len(np.unique(site.patients[own]))
 
 
 def as_many_images(plan: Plan, sites: int) -> Plan:
@@ -76,15 +88,6 @@ def _validate(trainer: Trainer, plan: Plan, arrays: Arrays, round_: int) -> dict
         return {}
     counts, _ = trainer.evaluate(arrays, _order(plan, round_, "validation"))
     return figures(plan, {trainer.site.name: counts_from_arrays(plan.task, counts)})[1]
-
-
-def _test(state: State, plan: Plan, arrays: Arrays) -> dict[str, Counts]:
-    measured = {}
-    for site in state.sites.sites:
-        if len(site.split["test"]):
-            counts, _ = state.sites.trainer_of(site, plan).evaluate(arrays, _order(plan, 0, "test"))
-            measured[site.name] = counts_from_arrays(plan.task, counts)
-    return measured
 
 
 def _order(plan: Plan, round_: int, part: Any) -> RoundOrder:

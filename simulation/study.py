@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from numpy.typing import NDArray
@@ -33,6 +34,7 @@ from simulation.feasible import check_privacy, start_model
 from simulation.left_out import Missed, counted
 from simulation.local import State, run_local
 from simulation.options import Options as Options
+from simulation.paired import SiteAnswers, answers_on_test, paired
 from simulation.pool import Pool, cores
 from simulation.prepare import frozen_sites
 from simulation.sites import SimulatedSites
@@ -93,9 +95,10 @@ class Study:
         runtime, workers = self.machine(len(sites))
         pool = Pool(State(SimulatedSites(sites, runtime)), workers)
         try:
-            self._federated(pool, sites, runtime, [self._job(plan, arrays) for plan in plans])
-            if self.options.baselines:
-                self._baselines(pool, sites, arrays)
+            jobs = [self._job(plan, arrays) for plan in plans]
+            self._federated(pool, sites, runtime, jobs)
+            answers = self._baselines(pool, sites, arrays) if self.options.baselines else {}
+            self._pair(pool, jobs, answers)
             self.results.complete = True
         except KeyboardInterrupt as error:
             self.stop.set()
@@ -197,10 +200,27 @@ class Study:
             check_privacy(plan)
         return plans
 
-    def _baselines(self, pool: Pool, sites: Sequence[PreparedSite], arrays: Arrays) -> None:
+    def _pair(self, pool: Pool, jobs: Sequence[Job], answers: dict[str, SiteAnswers]) -> None:
+        """Compare the arms patient by patient."""
+        if len(self.results.arms) < 2 or self.options.private_counts:
+            return  # beside figures with noise, exact differences would tell what it hides
+        plan, metric = with_privacy(self.plan, None), self.plan.metrics.primary
+        measure = partial(answers_on_test, surface=metric == "hd95")
+        waiting = {
+            job.arm.name: pool.submit(place, measure, plan, job.average)
+            for place, job in enumerate(jobs)
+        }
+        answers = answers | {name: future.result() for name, future in waiting.items()}
+        self.results.paired = paired(metric, self.results.arms, answers)
+
+    def _baselines(
+        self, pool: Pool, sites: Sequence[PreparedSite], arrays: Arrays
+    ) -> dict[str, SiteAnswers]:
+        """Train the arms without federation; their answers on the test patients."""
         plan, places = with_privacy(self.plan, None), shares(list(sites), pool.workers)
-        waiting: dict[Future[Arm], str] = {}
+        waiting: dict[Future[tuple[Arm, SiteAnswers]], str] = {}
         arms: dict[str, Arm] = {}
+        answers: dict[str, SiteAnswers] = {}
         for name, place in sorted(places.items(), key=lambda item: item[0] or ""):
             self.note(f"training {'pooled data' if name is None else name + ' alone'}")
             future = pool.submit(place, lone_arm, plan, arrays, self.options.seed, name)
@@ -208,8 +228,10 @@ class Study:
         while waiting:
             done, _ = wait(waiting, timeout=0.2, return_when="FIRST_COMPLETED")
             for future in done:
-                arms[waiting.pop(future)] = future.result()
+                arm, own = future.result()
+                arms[waiting.pop(future)], answers[arm.name] = arm, own
         self.results.arms += [arms[site.name] for site in sites] + [arms[""]]
+        return answers
 
 
 def with_privacy(plan: Plan, epsilon: float | None) -> Plan:

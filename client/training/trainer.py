@@ -20,7 +20,7 @@ from torch import nn
 from client.data.types import PreparedSite
 from client.training.batches import seed_for
 from client.training.device import place
-from client.training.evaluate import evaluate
+from client.training.evaluate import Answers, evaluate
 from client.training.fit import Draws, Fit
 from client.training.losses import build_loss
 from client.training.optimizers import build_optimizer
@@ -196,18 +196,9 @@ class Trainer:
             The part holds no image.
         """
         started = time.perf_counter()
-        self.runtime.enter()
-        part = order.part
-        indices = self.site.split[part]
-        if not len(indices):
-            raise DataError(f"a site needs {part} patients to be measured", fix="Change [split]")
-        prepared = self._prepare(arrays, max(1, order.round) if order.round else self.plan.rounds)
-        answers = evaluate(
-            self.plan, prepared.module, prepared.source, self.site, indices, self.runtime,
-            surface=part == "test" and "hd95" in self.plan.metrics.report,
-        )  # fmt: skip
+        part, answers = order.part, self.answers(arrays, order)
         outcome = EvaluateOutcome(
-            site=self.site.name, round=order.round, part=part, images=len(indices),
+            site=self.site.name, round=order.round, part=part, images=len(answers.patients),
             seconds=time.perf_counter() - started,
             unit=noise.unit if noise else None, noise=float(noise.scale) if noise else None,
             epsilon=self.plan.evaluation_epsilon(part) if noise and noise.by_patient else None,
@@ -215,6 +206,25 @@ class Trainer:
         if noise is None:
             return answers.exact().to_arrays(), outcome
         return answers.noisy(noise, self._randbelow(order)), outcome
+
+    def answers(
+        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder, *, surface: bool = True
+    ) -> Answers:
+        """A model's answers on one part of the site's patients, image by image; none of it leaves.
+
+        Without ``surface`` no HD95 is measured, which takes most of the time. Else parameters and
+        errors as for :meth:`evaluate`.
+        """
+        self.runtime.enter()
+        part = order.part
+        indices = self.site.split[part]
+        if not len(indices):
+            raise DataError(f"a site needs {part} patients to be measured", fix="Change [split]")
+        prepared = self._prepare(arrays, max(1, order.round) if order.round else self.plan.rounds)
+        return evaluate(
+            self.plan, prepared.module, prepared.source, self.site, indices, self.runtime,
+            surface=surface and part == "test" and "hd95" in self.plan.metrics.report,
+        )  # fmt: skip
 
     def _randbelow(self, order: RoundOrder) -> Callable[[int], int]:
         """Source of the counts' noise: the system's, or a seeded one for a simulation."""

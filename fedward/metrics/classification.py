@@ -22,6 +22,8 @@ from fedward.metrics.checks import (
     same_names,
     whole,
 )
+from fedward.metrics.intervals import Interval
+from fedward.metrics.rate_intervals import INTERVALS
 from fedward.metrics.rates import FIGURES, rates
 from fedward.plan.schema import MetricName
 
@@ -169,6 +171,31 @@ class ClassificationCounts:
         """
         known("classification", names, FIGURES)
         return {name: FIGURES[name](self) for name in names}
+
+    def intervals(self, names: Sequence[MetricName], per_image: float = 1.0) -> dict[str, Interval]:
+        """Intervals of 95 % of the figures that are defined.
+
+        Parameters
+        ----------
+        names : sequence of str
+            Figures.
+        per_image : float
+            Patients that one image stands for, at most 1. Images of one patient are taken as
+            alike: more images than patients make no interval narrower.
+        """
+        given = [name for name, value in self.figures(names).items() if value is not None]
+        found = {name: INTERVALS[name](self, per_image) for name in given}
+        return {name: interval for name, interval in found.items() if interval is not None}
+
+    def gives(self, name: str) -> bool:
+        """Whether the part that gives a figure is here for every class, so was not withheld."""
+        part = {"auc": self.scores.sum(axis=(0, 2)), "loss": self.loss[1:]}.get(name)
+        if part is None and name in ("accuracy", "ece"):
+            part = self.calibration[0].sum(keepdims=True)
+        if part is None:
+            several = self.multi_label
+            part = self.confusion.sum(axis=(1, 2)) if several else self.confusion.sum()[None]
+        return bool((part > 0).all())
 
 
 def _consistent(counts: ClassificationCounts) -> None:

@@ -7,6 +7,7 @@ linear in the logit near p = 1/2 and logarithmic in it towards 0 and 1.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,18 @@ from numpy.typing import NDArray
 from fedward.metrics.checks import Floats, Ints
 
 BINS = 2048
-# The least float32 above 0 is exp(-87) or so: a softmax gives nothing further out.
-_REACH = float(np.arcsinh(87.0))
+COARSE_BINS = 16  # even, so that a probability of 1/2 is the edge of a bin
+# The largest logit. The least float32 above 0 is exp(-87) or so: a softmax gives nothing further
+# out.
+_REACH = {BINS: math.asinh(87.0), COARSE_BINS: math.asinh(8.0)}
 _SMALLEST = 1e-38
 
 
-def bin_of(probability: NDArray[Any]) -> Ints:
-    """The bin of each probability; same shape, 0 to ``BINS - 1``, never falling as p rises."""
-    place = (np.arcsinh(logit(probability)) / _REACH + 1) / 2
-    bins: Ints = np.clip((place * BINS).astype(np.int64), 0, BINS - 1)
-    return bins
+def bin_of(probability: NDArray[Any], bins: int = BINS) -> Ints:
+    """The bin of each probability; same shape, 0 to ``bins - 1``, never falling as p rises."""
+    place = (np.arcsinh(logit(probability)) / _REACH[bins] + 1) / 2
+    found: Ints = np.clip((place * bins).astype(np.int64), 0, bins - 1)
+    return found
 
 
 def logit(probability: NDArray[Any]) -> Floats:
@@ -34,11 +37,21 @@ def logit(probability: NDArray[Any]) -> Floats:
     return odds
 
 
-def middles() -> Floats:
-    """The probability in the middle of each bin, ``(BINS,)``."""
-    place = (np.arange(BINS) + 0.5) / BINS
-    middle: Floats = 1 / (1 + np.exp(-np.sinh((2 * place - 1) * _REACH)))
-    return middle
+def middles(bins: int = BINS) -> Floats:
+    """The probability in the middle of each bin, ``(bins,)``."""
+    return _probability((np.arange(bins) + 0.5) / bins, bins)
+
+
+def lower_edges(bins: int = BINS) -> Floats:
+    """The lowest probability of each bin, ``(bins,)``; that of the first is 0."""
+    edges = _probability(np.arange(bins) / bins, bins)
+    edges[0] = 0.0
+    return edges
+
+
+def _probability(place: Floats, bins: int) -> Floats:
+    p: Floats = 1 / (1 + np.exp(-np.sinh((2 * place - 1) * _REACH[bins])))
+    return p
 
 
 def histograms(probabilities: Floats, positive: NDArray[np.bool_]) -> Ints:

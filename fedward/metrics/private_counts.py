@@ -22,20 +22,28 @@ from numpy.typing import NDArray
 from fedward.dp.discrete_laplace import discrete_laplace, variance
 from fedward.metrics import histogram
 from fedward.metrics.answers import CALIBRATION_BINS
-from fedward.metrics.checks import Floats, Ints, agree, mean, ratio, refuse, same_names
+from fedward.metrics.checks import (
+    Floats,
+    Ints,
+    agree,
+    mean,
+    ratio,
+    refuse,
+    same_names,
+)
 from fedward.metrics.classification import ClassificationCounts
+from fedward.metrics.intervals import Interval, mean_of, widen, wilson
+from fedward.metrics.rate_intervals import INTERVALS
 from fedward.metrics.rates import FIGURES
 from fedward.metrics.segmentation import SegmentationCounts
 from fedward.plan.schema import CLASSIFICATION_METRICS, MetricName, Task
 
 Tables = dict[str, Ints]
 
-SCORE_BINS: Final = 16  # even, so that a probability of 1/2 is the edge of a bin
+SCORE_BINS: Final = histogram.COARSE_BINS
 CONFIDENCE_BINS: Final = 5
 DICE_STEPS: Final = 1000  # a Dice is counted in thousandths
 MOST_DISTANCE: Final = 64.0  # mm; HD95 is cut there
-# The scale of the score bins is asinh(logit p), as in fedward.metrics.histogram, up to logit 8.
-_REACH: Final = math.asinh(8.0)
 _RANKED: Final = frozenset({"auc", "loss"})
 _DECIDED: Final = CLASSIFICATION_METRICS - _RANKED
 _OVERLAPS: Final = ("dice", "iou", "hd95")
@@ -281,7 +289,7 @@ class PrivateCounts:
                 for row, name in enumerate(_OVERLAPS)
             }
             return cls(task, tables, DICE_STEPS, 0.0)
-        coarse = _bin(histogram.middles())
+        coarse = histogram.bin_of(histogram.middles(), SCORE_BINS)
         scores = np.zeros((counts.classes, 2, SCORE_BINS), np.int64)
         for fine, place in enumerate(coarse):
             scores[:, :, place] += counts.scores[:, :, fine].T
@@ -329,7 +337,7 @@ class PrivateCounts:
         """The figures by name; None where these tables do not give one."""
         if self.task.kind == "segmentation":
             return {name: mean(self.per_class(name)) for name in names}
-        counts = self._as_classification()
+        counts = self.as_classification()
         return {name: FIGURES[name](counts) for name in names}
 
     def per_class(self, name: str) -> list[float | None]:
@@ -364,7 +372,73 @@ class PrivateCounts:
             if sum(v is not None for v in column) > 1
         }
 
-    def _as_classification(self) -> ClassificationCounts:
+    def intervals(
+        self,
+        names: Sequence[MetricName],
+        per_image: float = 1.0,
+        errors: Mapping[str, float] | None = None,
+    ) -> dict[str, Interval]:
+        """Intervals of 95 % of the figures that are defined: of so few patients, and of the noise.
+
+        Parameters
+        ----------
+        names : sequence of str
+            Figures.
+        per_image : float
+            Patients that one image stands for, at most 1; where the tables count patients, it is
+            not used.
+        errors : mapping, optional
+            What :meth:`standard_errors` gives for these names.
+        """
+        values = self.figures(names)
+        errors = self.standard_errors(names) if errors is None else errors
+        per_count = self._per_count(per_image)
+        if self.task.kind == "segmentation":
+            found = {name: self._overlap_interval(name, per_image) for name in names}
+        else:
+            counts = self.as_classification()
+            given = [name for name in names if values[name] is not None]
+            found = {name: INTERVALS[name](counts, per_count) for name in given}
+        return {
+            name: widen(value, interval, errors.get(name, 0.0), _bounds(name))
+            for name, interval in found.items()
+            if interval is not None and (value := values[name]) is not None
+        }
+
+    def class_intervals(self, name: str, per_image: float = 1.0) -> list[Interval | None]:
+        """Segmentation: intervals of :meth:`per_class`, without the noise.
+
+        The tables tell no spread: it is taken to be the largest that a mean admits.
+        """
+        if name not in self.tables:
+            return [None] * self.classes
+        scale, per_count = MOST_DISTANCE if name == "hd95" else 1.0, self._per_count(per_image)
+        found: list[Interval | None] = []
+        for missing, there in _project(self.tables[name]):
+            share = ratio(there, missing + there)
+            own = None if share is None else wilson(share, (missing + there) * per_count)
+            found.append(None if own is None else (own[0] * scale, own[1] * scale))
+        return found
+
+    def _overlap_interval(self, name: str, per_image: float) -> Interval | None:
+        pairs = zip(self.per_class(name), self.class_intervals(name, per_image), strict=True)
+        parts = [(m, i) for m, i in pairs if m is not None and i is not None]
+        return mean_of(parts, independent=False)[1] if parts else None
+
+    def _per_count(self, per_image: float) -> float:
+        """Patients that a weight of 1 stands for; tables with ε weigh patients, not images."""
+        return (per_image if self.epsilon is None else 1.0) / self.unit
+
+    def gives(self, name: str) -> bool:
+        """Whether the table that gives a figure is here."""
+        if self.task.kind == "segmentation":
+            return name in self.tables
+        by_scores = name in _RANKED or _scores_tell_decisions(self.task)
+        by_decisions = name in _DECIDED and "decisions" in self.tables
+        return by_decisions or (by_scores and "scores" in self.tables)
+
+    def as_classification(self) -> ClassificationCounts:
+        """Classification: the counts without negative cells, in units (see :attr:`unit`)."""
         k, several = self.classes, self.task.multi_label
         made = _Parts(k, several)
         if "scores" in self.tables:
@@ -431,7 +505,9 @@ def _scores(task: Task, p: Floats, truth: NDArray[np.bool_], weights: Ints) -> I
         p, truth = p[:, -1:], truth[:, -1:]
     table = np.zeros((p.shape[1], 2, SCORE_BINS), np.int64)
     classes = np.broadcast_to(np.arange(p.shape[1]), p.shape)
-    np.add.at(table, (classes, truth.astype(int), _bin(p)), weights[:, None])
+    np.add.at(
+        table, (classes, truth.astype(int), histogram.bin_of(p, SCORE_BINS)), weights[:, None]
+    )
     return table
 
 
@@ -454,20 +530,11 @@ def _confidence_bin(confidence: Floats) -> Ints:
     return np.minimum((confidence * CONFIDENCE_BINS).astype(np.int64), CONFIDENCE_BINS - 1)
 
 
-def _bin(probability: Floats) -> Ints:
-    place = (np.arcsinh(histogram.logit(probability)) / _REACH + 1) / 2
-    bins: Ints = np.clip((place * SCORE_BINS).astype(np.int64), 0, SCORE_BINS - 1)
-    return bins
+_MIDDLES: Final = histogram.middles(SCORE_BINS)
 
 
-def _middle_probabilities() -> Floats:
-    place = (np.arange(SCORE_BINS) + 0.5) / SCORE_BINS
-    logit = np.sinh((2 * place - 1) * _REACH)
-    p: Floats = 1 / (1 + np.exp(-logit))
-    return p
-
-
-_MIDDLES: Final = _middle_probabilities()
+def _bounds(name: str) -> Interval:
+    return (0.0, math.inf) if name in ("loss", "hd95") else (0.0, 1.0)
 
 
 def _project(table: NDArray[Any]) -> Floats:

@@ -23,6 +23,12 @@ from fedward.metrics.checks import (
     same_names,
     whole,
 )
+from fedward.metrics.intervals import (
+    Interval,
+    bounded_mean_interval,
+    mean_interval,
+    mean_of,
+)
 from fedward.metrics.surface import hd95 as surface_distance
 from fedward.plan.schema import MetricName
 
@@ -189,6 +195,45 @@ class SegmentationCounts:
         """
         known("segmentation", names, (*_ROWS, "loss"))
         return {name: self._figure(name) for name in names}
+
+    def class_intervals(self, name: Overlap, per_image: float = 1.0) -> list[Interval | None]:
+        """Intervals of 95 % of :meth:`per_class`; None where there is none.
+
+        Parameters
+        ----------
+        name : str
+            The figure.
+        per_image : float
+            Patients that one image stands for, at most 1; images of one patient are taken as alike.
+        """
+        of = mean_interval if name == "hd95" else bounded_mean_interval
+        rows = zip(
+            self.per_class(name), self.spread(name), self.counts[self._row(name)], strict=True
+        )
+        found = [
+            None if mean is None or sd is None else of(mean, sd**2, n * per_image)
+            for mean, sd, n in rows
+        ]
+        return [None if one is None else (max(0.0, one[0]), one[1]) for one in found]
+
+    def intervals(self, names: Sequence[MetricName], per_image: float = 1.0) -> dict[str, Interval]:
+        """Intervals of 95 % of the figures that are defined, but for the loss.
+
+        The classes are of the same images: their distances to the limits are averaged. Parameters
+        as for :meth:`class_intervals`.
+        """
+        found = {}
+        for name in _ROWS:
+            pairs = zip(self.per_class(name), self.class_intervals(name, per_image), strict=True)
+            parts = [(mean, own) for mean, own in pairs if mean is not None]
+            known = [(mean, own) for mean, own in parts if own is not None]
+            if name in names and known and len(known) == len(parts):
+                found[str(name)] = mean_of(known, independent=False)[1]
+        return found
+
+    def gives(self, name: str) -> bool:
+        """Whether images count for a figure."""
+        return bool(self.loss[1] if name == "loss" else self.counts[self._row(name)].any())  # type: ignore[arg-type]
 
     def _figure(self, name: MetricName) -> float | None:
         if name == "loss":

@@ -6,10 +6,12 @@ After Mitchell et al., 2019, Model Cards for Model Reporting (arXiv:1810.03993).
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from fedward.plan.schema import Plan
 from fedward.printable import printable
+from server.report.coverage import contributing, missing_words, whom
+from server.report.numbers import Estimate, site_estimate, together_estimate
 from server.report.sentences import dominance, patient_risk, per_image, unmeasured
 from server.results import Arm, StudyResults
 
@@ -113,11 +115,12 @@ def _figures(plan: Plan, arm: Arm, results: StudyResults) -> Iterator[str]:
     yield ""
     yield "| |" + "|".join(f" {name} " for name in names) + "|"
     yield "|---|" + "---|" * len(names)
-    for site, values in sorted(arm.test.per_site.items()):
-        yield f"| {site} |" + "|".join(_cell(values.get(n)) for n in names) + "|"
+    for site in sorted(arm.test.per_site):
+        yield f"| {site} |" + "|".join(_told(site_estimate(arm, site, n)) for n in names) + "|"
     yield "| spread between sites |" + "|".join(_spread(arm, n) for n in names) + "|"
-    yield "| all together |" + "|".join(_cell(arm.test.pooled.get(n)) for n in names) + "|"
-    if errors := arm.test.standard_errors:
+    yield "| together |" + "|".join(_told(together_estimate(arm, n)) for n in names) + "|"
+    errors = arm.test.standard_errors
+    if errors:
         cells = "|".join(_cell(errors.get(n)) for n in names)
         yield f"| standard error of the noise, all together |{cells}|"
         yield ""
@@ -126,9 +129,26 @@ def _figures(plan: Plan, arm: Arm, results: StudyResults) -> Iterator[str]:
             one = "image (patient, where images name theirs)" if per_image(results) else "patient"
             told += f" For each test {one} the counts are differentially private, ε = {epsilon:g}."
         yield told
+    yield ""
+    yield from _whom(arm, results, names)
     if told := dominance(arm, results.primary):
         yield ""
         yield f"**{told}**"
+
+
+def _whom(arm: Arm, results: StudyResults, names: Sequence[str]) -> Iterator[str]:
+    """Of whom the figures together are, and who is missing."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        if contributing(arm, name):
+            told = f"{whom(results, arm, name)}. {missing_words(results, arm, name)}".strip()
+            groups.setdefault(told, []).append(name)
+    yield "In brackets: 95 % interval, by patient. Together is on:"
+    yield ""
+    for told, own in groups.items():
+        yield f"- {', '.join(own)}: {told}"
+    if lacking := [name for name in names if not contributing(arm, name)]:
+        yield f"- {', '.join(lacking)}: nobody. {missing_words(results, arm, lacking[0])}".rstrip()
 
 
 def _use(plan: Plan, results: StudyResults) -> Iterator[str]:
@@ -145,6 +165,11 @@ def _use(plan: Plan, results: StudyResults) -> Iterator[str]:
 
 def _cell(value: float | None) -> str:
     return " – " if value is None else f" {value:.3f} "
+
+
+def _told(one: Estimate | None) -> str:
+    limits = f"({one.interval[0]:.3f}–{one.interval[1]:.3f}) " if one and one.interval else ""
+    return _cell(one.value if one else None) + limits
 
 
 def _spread(arm: Arm, name: str) -> str:

@@ -8,26 +8,33 @@ from typing import TYPE_CHECKING
 from server.report.looks import DASHES, looks
 from server.report.numbers import (
     LOWER_IS_BETTER,
+    Estimate,
     of_kind,
     ordered,
     own,
     together,
-    together_mean,
+    together_estimate,
+    together_mean_estimate,
 )
 from server.report.svg import INK, LINE, PAPER, VARIABLES, WARN, draw
-from server.report.words import counted, epsilon, figure, metric_name, runs
+from server.report.words import counted, epsilon, figure, interval, metric_name, runs
 from server.results import Arm, StudyResults
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def comparison(results: StudyResults, name: str) -> str:
-    """A line per way to train: each site's own test, their mean, all test patients together."""
+def comparison(results: StudyResults, name: str) -> str | None:
+    """A line per way to train: each site's own test, all test patients together with the interval.
+
+    None where no arm has a figure.
+    """
     alone = [arm for arm in of_kind(results, "alone") if arm.test]
     others = [arm for arm in ordered(results.arms) if arm.test and arm.kind != "alone"]
     groups = ([("hospitals alone", alone)] if alone else []) + [(arm.name, [arm]) for arm in others]
     look, metric = looks(results), results.primary
+    if not any(_drawn(arms, metric) for _, arms in groups):
+        return None
 
     def plot(axes: Axes) -> None:
         for place, (_, arms) in enumerate(groups):
@@ -40,15 +47,30 @@ def comparison(results: StudyResults, name: str) -> str:
         axes.set_xlabel(metric_name(metric))
 
     told = "; ".join(
-        f"{label} {figure(together_mean(arms, metric), metric)}" for label, arms in groups
+        f"{label} {_told(together_mean_estimate(arms, metric), metric)}" for label, arms in groups
     )
-    words = f"{metric_name(metric)} on all test patients together: {told}."
+    words = f"{metric_name(metric)} on test patients together: {told}."
     return draw(plot, name=name, words=words, height=0.75 + 0.42 * len(groups))
+
+
+def _drawn(arms: Sequence[Arm], metric: str) -> bool:
+    homes = any(value is not None for arm in arms for value in own(arm, metric).values())
+    return homes or together_mean_estimate(arms, metric) is not None
+
+
+def _told(one: Estimate | None, metric: str) -> str:
+    if one is None:
+        return "not known"
+    limits = f" ({interval(one.interval, metric)})" if one.interval else ""
+    return f"{figure(one.value, metric)}{limits}"
 
 
 def _group(axes: Axes, place: int, arms: Sequence[Arm], metric: str, colour: str) -> None:
     homes = [value for arm in arms for value in own(arm, metric).values() if value is not None]
-    whole = together_mean(arms, metric)
+    whole = together_mean_estimate(arms, metric)
+    if whole is not None and whole.interval:
+        axes.plot(whole.interval, [place] * 2, color=colour, linewidth=1.6, zorder=2)
+        axes.plot(whole.interval, [place] * 2, "|", color=colour, markersize=9, zorder=2)
     if homes:
         axes.plot([min(homes), max(homes)], [place] * 2, color=LINE, linewidth=5, zorder=1)
         axes.plot(
@@ -57,11 +79,12 @@ def _group(axes: Axes, place: int, arms: Sequence[Arm], metric: str, colour: str
         )  # fmt: skip
     if whole is not None:
         axes.plot(
-            [whole], [place], "D", markersize=8, color=colour, markeredgecolor=PAPER, zorder=4
+            [whole.value], [place], "D", markersize=8, color=colour, markeredgecolor=PAPER, zorder=4
         )
         axes.annotate(
-            figure(whole, metric), (whole, place), xytext=(0, 7.5), textcoords="offset points",
-            ha="center", va="bottom", fontsize=8.5, fontweight="bold", color=INK,
+            figure(whole.value, metric), (whole.value, place), xytext=(0, 7.5),
+            textcoords="offset points", ha="center", va="bottom", fontsize=8.5, fontweight="bold",
+            color=INK,
         )  # fmt: skip
 
 
@@ -70,51 +93,57 @@ def privacy_curve(results: StudyResults, name: str) -> str | None:
     metric = results.primary
     federated = [arm for arm in of_kind(results, "federated") if together(arm, metric) is not None]
     points = sorted(
-        (arm.epsilon, together(arm, metric) or 0.0) for arm in federated if arm.epsilon is not None
-    )
+        ((arm.epsilon, one) for arm in federated
+         if arm.epsilon is not None and (one := together_estimate(arm, metric))),
+        key=lambda point: point[0],
+    )  # fmt: skip
     if len({x for x, _ in points}) < 2:
         return None
     levels = [
-        (label, value, colour, dash)
-        for label, value, colour, dash in (
+        (label, one.value, colour, dash)
+        for label, one, colour, dash in (
             ("federated, no privacy", _plain(federated, metric), "--federated", DASHES[1]),
             ("pooled", _plain(of_kind(results, "pooled"), metric), "--pooled", DASHES[2]),
             (
                 "hospitals alone, mean",
-                together_mean(of_kind(results, "alone"), metric),
+                together_mean_estimate(of_kind(results, "alone"), metric),
                 "--alone",
                 DASHES[3],
             ),
         )
-        if value is not None
+        if one is not None
     ]
 
     def plot(axes: Axes) -> None:
         for _, value, variable, dash in levels:
             axes.axhline(value, color=VARIABLES[variable], linestyle=dash, linewidth=1.5)
-        axes.plot(*zip(*points, strict=True), "-o", color=VARIABLES["--private-1"], markersize=6)
-        for x, y in points:
+        colour = VARIABLES["--private-1"]
+        axes.plot([x for x, _ in points], [one.value for _, one in points], "-o", color=colour,
+                  markersize=6)  # fmt: skip
+        for x, one in points:
+            if one.interval:
+                axes.plot([x, x], one.interval, color=colour, linewidth=1.2)
             axes.annotate(
-                figure(y, metric), (x, y), xytext=(0, -7), textcoords="offset points",
-                ha="center", va="top", fontsize=8.5, color=INK,
+                figure(one.value, metric), (x, one.value), xytext=(6, -7),
+                textcoords="offset points", ha="left", va="top", fontsize=8.5, color=INK,
             )  # fmt: skip
         _epsilon_axis(axes, [x for x, _ in points])
         axes.margins(x=0.12, y=0.18)
         axes.grid(axis="y")
         axes.set_title(
-            f"{metric_name(metric)}, all test patients together",
+            f"{metric_name(metric)}, test patients together",
             loc="left",
             fontsize=9.5,
             color=INK,
         )
 
-    told = [f"{epsilon(x)} {figure(y, metric)}" for x, y in points]
+    told = [f"{epsilon(x)} {_told(one, metric)}" for x, one in points]
     told += [f"{label} {figure(value, metric)}" for label, value, *_ in levels]
     return draw(plot, name=name, words=f"{metric_name(metric)} over ε: {'; '.join(told)}.")
 
 
-def _plain(arms: Sequence[Arm], metric: str) -> float | None:
-    return next((together(arm, metric) for arm in arms if arm.epsilon is None), None)
+def _plain(arms: Sequence[Arm], metric: str) -> Estimate | None:
+    return next((together_estimate(arm, metric) for arm in arms if arm.epsilon is None), None)
 
 
 def _epsilon_axis(axes: Axes, values: list[float]) -> None:

@@ -16,15 +16,21 @@ if TYPE_CHECKING:
 
 
 def learning(results: StudyResults, name: str) -> str | None:
-    """The primary metric on validation patients, by round; none where no arm has such figures."""
+    """A metric on validation patients, by round; none where no arm has such figures."""
+    metric = learnt(results)
     curves = {
-        arm.name: [
-            (round_.round, finite(round_.validation.get(results.primary))) for round_ in arm.rounds
-        ]
+        arm.name: [(round_.round, finite(round_.validation.get(metric))) for round_ in arm.rounds]
         for arm in ordered(results.arms)
     }
-    what = f"{metric_name(results.primary)}, validation patients"
-    return _curves(results, curves, what, name)
+    return _curves(results, curves, f"{metric_name(metric)}, validation patients", name)
+
+
+def learnt(results: StudyResults) -> str:
+    """The metric to show by round: the primary one, or the first other one that there is."""
+    measured = [round_.validation for arm in results.arms for round_ in arm.rounds]
+    names = dict.fromkeys([results.primary, *(name for figures in measured for name in figures)])
+    known = (n for n in names if any(finite(figures.get(n)) is not None for figures in measured))
+    return next(known, results.primary)
 
 
 def losses(results: StudyResults, name: str) -> str | None:

@@ -15,10 +15,27 @@ from markupsafe import Markup
 
 from fedward.plan.text import toml_text
 from fedward.printable import printable
-from server.report import charts, curves, memorisation, sentences, site_tables, tables, words
+from server.report import (
+    answers,
+    charts,
+    coverage,
+    curves,
+    memorisation,
+    sentences,
+    site_tables,
+    tables,
+    words,
+)
 from server.report.files import write_text
 from server.report.looks import Look, looks
-from server.report.numbers import of_kind, ordered, site_names, together, together_mean
+from server.report.numbers import (
+    Estimate,
+    of_kind,
+    ordered,
+    own_mean_estimate,
+    site_names,
+    together_mean_estimate,
+)
 from server.results import Arm, StudyResults
 
 
@@ -29,6 +46,8 @@ class Tile:
     label: str
     value: str
     variable: str
+    interval: str = ""
+    own: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,12 +68,17 @@ class StudyPage:
     tiles: Sequence[Tile]
     facts: Sequence[tuple[str, str]]
     looks: Mapping[str, Look]
+    whom: str
+    coverage: tables.Table | None
     comparison: Chart | None
     direction: str
-    primary: tables.Table
+    primary: tables.Table | None
     site_metrics: tables.Table | None
-    metrics: tables.Table
+    metrics: tables.Table | None
     classes: Sequence[tables.Table]
+    answers: Sequence[Chart]
+    operating: tables.Table | None
+    confusion: Sequence[tables.Table]
     curves: Sequence[Chart]
     privacy: tables.Table | None
     privacy_words: Sequence[tuple[str, str]]
@@ -121,6 +145,8 @@ def render(results: Sequence[StudyResults], *, extra_notes: Sequence[str] = ()) 
 
 
 def _study(name: str, results: StudyResults) -> StudyPage:
+    lead = next((arm for arm in of_kind(results, "federated") if arm.test), None)
+    shown = answers.answering(results)
     return StudyPage(
         id=name,
         results=results,
@@ -128,12 +154,17 @@ def _study(name: str, results: StudyResults) -> StudyPage:
         tiles=_tiles(results),
         facts=_facts(results),
         looks=looks(results),
+        whom=coverage.whom(results, lead, results.primary) if lead else "",
+        coverage=site_tables.coverage_table(results, lead) if lead else None,
         comparison=_comparison(name, results),
         direction=charts.direction(results.primary),
         primary=tables.primary_table(results),
         site_metrics=tables.site_metrics_table(results),
         metrics=tables.metrics_table(results),
         classes=tables.class_tables(results),
+        answers=_answers(name, shown) if shown else [],
+        operating=answers.operating_table(shown) if shown else None,
+        confusion=answers.confusion_tables(shown, _classes(results)) if shown else [],
         curves=_curves(name, results),
         privacy=tables.privacy_table(results),
         privacy_words=sentences.privacy_words(results),
@@ -167,13 +198,50 @@ def _with_rounds(results: StudyResults) -> list[Arm]:
 def _tiles(results: StudyResults) -> list[Tile]:
     metric, look = results.primary, looks(results)
     alone = [arm for arm in of_kind(results, "alone") if arm.test]
-    found = [("hospitals alone, mean", together_mean(alone, metric), "--alone")] if alone else []
-    found += [
-        (arm.name, together(arm, metric), look[arm.name].variable)
+    groups = [("hospitals alone, mean", alone, "--alone")] if alone else []
+    groups += [
+        (arm.name, [arm], look[arm.name].variable)
         for arm in ordered(results.arms)
         if arm.kind != "alone" and arm.test
     ]
-    return [Tile(label, words.figure(value, metric), colour) for label, value, colour in found]
+    found = []
+    for label, arms, colour in groups:
+        whole, own = together_mean_estimate(arms, metric), own_mean_estimate(arms, metric)
+        if whole is None and own is None:
+            continue
+        value = words.figure(whole.value, metric) if whole else "not known"
+        limits = words.interval(whole.interval, metric) if whole and whole.interval else ""
+        found.append(Tile(label, value, colour, limits, _told(own, metric)))
+    return found
+
+
+def _told(one: Estimate | None, metric: str) -> str:
+    if one is None:
+        return ""
+    limits = f" ({words.interval(one.interval, metric)})" if one.interval else ""
+    return f"{words.figure(one.value, metric)}{limits}"
+
+
+def _classes(results: StudyResults) -> list[str]:
+    return [str(name) for name in results.plan.get("task", {}).get("classes", ())]
+
+
+def _answers(name: str, arm: Arm) -> list[Chart]:
+    area, error = (answers.curve_words(arm, metric) for metric in ("auc", "ece"))
+    measured = arm.test.answers if arm.test else None
+    bins = answers.ece(measured) if measured else None
+    error = error or (f"{answers.TOGETHER} {bins:.3f}" if bins is not None else "")
+    whose = f"Of {answers.whose_curves(arm)}."
+    drawn = (
+        _picture(answers.roc(arm, f"{name}-roc"), f"{whose} AUC: {area}." if area else whose),
+        _picture(answers.precision_recall(arm, f"{name}-precision"), whose),
+        _picture(
+            answers.calibration(arm, f"{name}-calibration"),
+            "Larger points are more answers; on the dashed line confidence is right. "
+            f"Calibration error (ECE): {error}. It is too large where a bin has few answers.",
+        ),
+    )
+    return [chart for chart in drawn if chart]
 
 
 def _facts(results: StudyResults) -> list[tuple[str, str]]:
@@ -198,11 +266,9 @@ def _picture(svg: str | None, caption: str) -> Chart | None:
 
 
 def _comparison(name: str, results: StudyResults) -> Chart | None:
-    if not any(arm.test for arm in results.arms):
-        return None
     caption = (
-        f"{words.metric_name(results.primary)}: diamonds, all test patients together (hospitals "
-        "alone: their mean); circles, each site's own test patients."
+        f"{words.metric_name(results.primary)}: diamonds with their interval of 95 %, test "
+        "patients together (hospitals alone: their mean); circles, each site's own test patients."
     )
     return _picture(charts.comparison(results, f"{name}-comparison"), caption)
 
@@ -211,7 +277,8 @@ def _curves(name: str, results: StudyResults) -> list[Chart]:
     drawn = (
         _picture(
             curves.learning(results, f"{name}-learning"),
-            "Shared models on the validation patients of all sites, a hospital alone on its own.",
+            "Shared models on the validation patients of the sites that let their counts go, a "
+            "hospital alone on its own.",
         ),
         _picture(curves.losses(results, f"{name}-losses"), "Mean training loss of the round."),
     )

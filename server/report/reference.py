@@ -18,6 +18,9 @@ _PARTS: tuple[type[BaseModel], ...] = (
     results.SiteRound,
     results.Failure,
     results.TestFigures,
+    results.Paired,
+    results.Answers,
+    results.OperatingPoint,
     results.SitePrivacy,
     memorisation.Audit,
     memorisation.Membership,
@@ -46,6 +49,7 @@ _MEANINGS: dict[type[BaseModel], dict[str, str]] = {
         "site": "whose update did not count",
         "reason": "the rule that it broke; never a path, identifier, name or date",
     },
+    results.Paired: {"metric": "the figure"},
     results.SitePrivacy: {
         "delta": "δ at which ε was spent",
         "noise_multiplier": "standard deviation of the noise over the clipping norm",

@@ -2,28 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from fedward.plan.schema import Plan
-from server.report.numbers import dominant, gain, home_gain, of_kind, own, together, together_mean
-from server.report.words import epsilon, figure, listed, metric_name, percent
+from server.report.coverage import dominant, measured, missing_words, whom
+from server.report.numbers import (
+    Comparison,
+    Estimate,
+    compare,
+    compare_at_home,
+    finite,
+    of_kind,
+    own,
+    patient_by_patient,
+    together,
+    together_estimate,
+    together_mean_estimate,
+)
+from server.report.words import (
+    counted,
+    epsilon,
+    figure,
+    interval,
+    listed,
+    metric_name,
+    percent,
+    signed,
+)
 from server.results import Arm, StudyResults
 
 
 def headline(results: StudyResults) -> str:
-    """What the study found, in one to four sentences.
+    """What the study found, in a few sentences.
 
     Compares the federated model on all test patients together with the mean of the hospitals alone
-    and with pooled data, by the primary metric, then tells what privacy cost. What was not trained
-    is not compared.
+    and with pooled data, and on the hospitals' own patients with each hospital's own model, by the
+    primary metric; then tells what privacy cost. A difference is one only where its interval
+    leaves 0 out. What was not trained is not compared, and where hospitals gave no figure it says
+    of how many the figures are.
     """
     federated = [arm for arm in of_kind(results, "federated") if arm.test]
     if not federated:
         told = [unmeasured(arm) for arm in of_kind(results, "federated") if arm.unmeasured]
         return told[0] if told else "No federated model was finished."
     lead = federated[0]
+    found = measured(results, lead)
+    if results.primary not in found:
+        return " ".join(filter(None, _without_primary(results, lead, found)))
     sentences = [
-        _bought(results, lead),
+        *_together(results, lead),
+        missing_words(results, lead, results.primary),
         dominance(lead, results.primary),
         _at_home(results, lead),
         _private(results, lead, federated),
@@ -31,24 +59,115 @@ def headline(results: StudyResults) -> str:
     return " ".join(sentence for sentence in sentences if sentence)
 
 
-def _bought(results: StudyResults, lead: Arm) -> str:
-    metric, value = results.primary, together(lead, results.primary)
-    name = metric_name(metric)
-    alone = together_mean(of_kind(results, "alone"), metric)
-    pooled = together_mean(_alike(of_kind(results, "pooled"), lead), metric)
-    parts = list(_compared(metric, value, alone, pooled))
-    if not parts:
-        at_home = {site: one for site, one in own(lead, metric).items() if one is not None}
-        reached = f"{figure(value, metric)} {name} on all test patients together"
-        if len(at_home) > 1:
-            low, high = min(at_home, key=at_home.__getitem__), max(at_home, key=at_home.__getitem__)
-            reached = (
-                f"{figure(at_home[low], metric)} ({low}) to {figure(at_home[high], metric)} "
-                f"({high}) {name} at the hospitals, {figure(value, metric)} on all test patients "
-                "together"
-            )
-        return f"The federated model{_with(lead)} reached {reached}."
-    return f"Federation{_with(lead)} {parts[0]}{'; ' + parts[1] if parts[1:] else ''}."
+def _together(results: StudyResults, lead: Arm) -> Iterator[str]:
+    metric, name = results.primary, metric_name(results.primary)
+    value, whose = together_estimate(lead, metric), whom(results, lead, metric)
+    alone, below = (
+        patient_by_patient(
+            results, compare(value, together_mean_estimate(arms, metric), metric), lead, arms,
+            own=False,
+        )
+        for arms in (of_kind(results, "alone"), _alike(of_kind(results, "pooled"), lead))
+    )  # fmt: skip
+    if alone is not None:
+        yield _bought(alone, name, metric, whose, _with(lead))
+    else:
+        yield _reached(lead, metric, whose)
+    if below is not None:
+        yield _against_pooled(below, metric)
+
+
+def _bought(pair: Comparison, name: str, metric: str, whose: str, at: str) -> str:
+    both = f"{figure(pair.one, metric)} against {figure(pair.other, metric)}"
+    if pair.interval is None:
+        return (
+            f"On {whose} the federated model{at} has {both} {name} of the hospitals alone on "
+            f"average; these results hold no interval, so nothing follows from the difference."
+        )
+    limits = _limits(pair, metric)
+    if not pair.apart:
+        return (
+            f"On {whose} the federated model{at} cannot be told apart from the hospitals alone on "
+            f"average: {both} {name}, difference {signed(pair.gain, metric)} ({limits})."
+        )
+    verb = (
+        f"bought {signed(pair.gain, metric)}"
+        if pair.gain > 0
+        else (f"cost {figure(-pair.gain, metric)}")
+    )
+    over = "over" if pair.gain > 0 else "against"
+    return (
+        f"Federation{at} {verb} {name} ({limits}) {over} the mean of the hospitals alone, {both}, "
+        f"on {whose}."
+    )
+
+
+def _limits(pair: Comparison, metric: str) -> str:
+    low, high = pair.interval or (0.0, 0.0)
+    how = "paired " if pair.paired else ""
+    return f"{how}95 % interval {signed(low, metric)} to {signed(high, metric)}"
+
+
+def _reached(lead: Arm, metric: str, whose: str) -> str:
+    name, value = metric_name(metric), together_estimate(lead, metric)
+    homes = {site: one for site, one in own(lead, metric).items() if one is not None}
+    told = ""
+    if len(homes) > 1:
+        low, high = min(homes, key=homes.__getitem__), max(homes, key=homes.__getitem__)
+        told = (
+            f"{figure(homes[low], metric)} ({low}) to {figure(homes[high], metric)} ({high}) "
+            "at the hospitals"
+        )
+    if value is None:
+        return f"The federated model{_with(lead)} reached {told or _homes(homes, metric)} {name}."
+    own_ = f"; {told}" if told else ""
+    return (
+        f"The federated model{_with(lead)} reached {figure(value.value, metric)} {name}"
+        f"{_of(value, metric)} on {whose}{own_}."
+    )
+
+
+def _homes(homes: Mapping[str, float], metric: str) -> str:
+    return ", ".join(f"{figure(value, metric)} ({site})" for site, value in homes.items())
+
+
+def _of(one: Estimate, metric: str) -> str:
+    return f" (95 % interval {interval(one.interval, metric)})" if one.interval else ""
+
+
+def _against_pooled(pair: Comparison, metric: str) -> str:
+    value = figure(pair.other, metric)
+    if pair.interval is None:
+        return f"Pooled data have {value}; these results hold no interval."
+    limits = _limits(pair, metric)
+    if not pair.apart:
+        return (
+            f"It cannot be told apart from pooled data ({value}; difference "
+            f"{signed(pair.gain, metric)}, {limits})."
+        )
+    word = "better" if pair.gain > 0 else "worse"
+    return f"It is {figure(abs(pair.gain), metric)} {word} than pooled data ({value}; {limits})."
+
+
+def _without_primary(results: StudyResults, lead: Arm, found: list[str]) -> Iterator[str]:
+    """What can be said where no hospital gave the primary metric."""
+    yield f"{_capital(metric_name(results.primary))} is known of no hospital's test patients."
+    yield missing_words(results, lead, results.primary).replace("Not in it:", "Why:")
+    if found:
+        yield _reached(lead, found[0], whom(results, lead, found[0]))
+        yield missing_words(results, lead, found[0])
+    losses = [one for r in lead.rounds if (one := finite(r.train_loss)) is not None]
+    if losses:
+        yield (
+            f"The training loss went from {losses[0]:.3f} to {losses[-1]:.3f} in "
+            f"{counted(len(lead.rounds), 'round')}."
+        )
+    else:
+        yield f"The model was trained for {counted(len(lead.rounds), 'round')}."
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def unmeasured(arm: Arm) -> str:
@@ -70,7 +189,7 @@ def few_sites(arm: Arm, plan: Plan) -> str:
 
 def dominance(arm: Arm, metric: str) -> str:
     """Whose figure the one on all test patients together mostly is; empty where it is nobody's."""
-    found = dominant(arm)
+    found = dominant(arm, metric)
     if found is None:
         return ""
     site, share = found
@@ -78,30 +197,6 @@ def dominance(arm: Arm, metric: str) -> str:
         f"The {figure(together(arm, metric), metric)} on all together is mostly {site}, which says "
         f"that it has {percent(share)} of the test images."
     )
-
-
-def _compared(
-    metric: str, value: float | None, alone: float | None, pooled: float | None
-) -> Iterator[str]:
-    name, over = metric_name(metric), gain(value, alone, metric)
-    if over is not None:
-        verb = "bought +" if over >= 0 else "cost "
-        against = "over" if over >= 0 else "against"
-        yield (
-            f"{verb}{figure(abs(over), metric)} {name} {against} the mean of the hospitals alone "
-            f"({figure(value, metric)} against {figure(alone, metric)}, all test patients together)"
-        )
-    below = gain(pooled, value, metric)
-    if below is not None:
-        lead = "" if over is not None else f"reached {figure(value, metric)} {name}, "
-        yield f"{lead}{_distance(below, metric)} pooled data"
-
-
-def _distance(worse: float, metric: str) -> str:
-    text = figure(abs(worse), metric)
-    if float(text) == 0:
-        return "level with"
-    return f"{text} {'worse' if worse > 0 else 'better'} than"
 
 
 def _alike(pooled: list[Arm], lead: Arm) -> list[Arm]:
@@ -115,28 +210,40 @@ def _with(arm: Arm) -> str:
 
 
 def _at_home(results: StudyResults, lead: Arm) -> str:
-    alone = [arm for arm in of_kind(results, "alone") if arm.test]
     metric = results.primary
-    over = home_gain(lead, alone, metric)
-    if over is None:
+    alone = [arm for arm in of_kind(results, "alone") if arm.test]
+    pair = compare_at_home(lead, alone, metric)
+    pair = patient_by_patient(results, pair, lead, alone, own=True)
+    if pair is None:
         return ""
-    verb = "gain" if over >= 0 else "lose"
-    return (
-        f"On their own test patients the hospitals {verb} {figure(abs(over), metric)} on average."
-    )
+    both = f"{figure(pair.one, metric)} against {figure(pair.other, metric)}"
+    start = "On their own test patients the hospitals"
+    if pair.interval is None:
+        return f"{start} have {both} of their own models on average, without an interval."
+    limits = _limits(pair, metric)
+    if not pair.apart:
+        return (
+            f"{start} cannot tell it from their own models: {both} on average, difference "
+            f"{signed(pair.gain, metric)} ({limits})."
+        )
+    verb = "gain" if pair.gain > 0 else "lose"
+    return f"{start} {verb} {figure(abs(pair.gain), metric)} on average, {both} ({limits})."
 
 
 def _private(results: StudyResults, lead: Arm, federated: list[Arm]) -> str:
     if lead.epsilon is not None:
         return ""
-    metric, costs = results.primary, []
-    for arm in federated[1:]:
-        cost = gain(together(lead, metric), together(arm, metric), metric)
-        if arm.epsilon is not None and cost is not None:
-            sign = "" if cost >= 0 else "−"
-            costs.append(f"{sign}{figure(abs(cost), metric)} at {epsilon(arm.epsilon)}")
+    metric, costs, plain = results.primary, [], together_estimate(lead, results.primary)
+    for arm in federated:
+        pair = compare(plain, together_estimate(arm, metric), metric)
+        pair = patient_by_patient(results, pair, lead, [arm], own=False)
+        if arm.epsilon is not None and pair is not None:
+            low, high = pair.interval or (0.0, 0.0)
+            limits = f" ({signed(low, metric)} to {signed(high, metric)})" if pair.interval else ""
+            unclear = "" if pair.apart else ", which cannot be told from none"
+            costs.append(f"{_cost(pair.gain, metric)} at {epsilon(arm.epsilon)}{limits}{unclear}")
     level = "Image" if per_image(results) else "Patient"
-    return f"{level}-level differential privacy costs {listed(costs)}." if costs else ""
+    return f"{level}-level differential privacy costs {'; '.join(costs)}." if costs else ""
 
 
 def per_image(results: StudyResults) -> list[str]:
@@ -166,6 +273,10 @@ def _covered(results: StudyResults) -> str:
     if len(sites) == len(results.sites):
         return f"{images}: a person with several images is protected less"
     return f"{patients}; at {listed(sites)} {images}: a person with several is protected less"
+
+
+def _cost(cost: float, metric: str) -> str:
+    return figure(cost, metric) if cost >= 0 else signed(cost, metric)
 
 
 def privacy_words(results: StudyResults) -> list[tuple[str, str]]:

@@ -7,12 +7,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from fedward.protocol import SiteFacts
+from server.report.coverage import contributing, why_not_measured
 from server.report.numbers import finite, mean, ordered, site_names
 from server.report.tables import Cell, Row, Table
 from server.report.words import NOTHING, duration, figure, listed, metric_name, runs, size
-from server.results import Arm, Round, StudyResults
+from server.results import Arm, Round, StudyResults, TestFigures
 
 _ROWS: Final = 200  # more rows than anybody reads
+# The sentences with which a site's policy refuses an evaluation, and what decides there.
+KEYS: Final[Mapping[str, str]] = {
+    "what the site counts must be enough, and allowed, to leave it": (
+        "`metrics` and `minimum_count` in [policy] of its site.toml decide"
+    ),
+    "ε of evaluations must not be above what the site allows": (
+        "`max_evaluation_epsilon` and `max_evaluation_epsilon_per_cohort` in [policy] of its "
+        "site.toml decide"
+    ),
+}
+WITHHELD: Final = (
+    "Withheld by its policy: `metrics` in [policy] of its site.toml must name all figures that the "
+    "same counts give, and each class must have `minimum_count` images."
+)
 
 
 def sites_table(results: StudyResults) -> Table | None:
@@ -183,3 +198,60 @@ def _round_cells(round_: Round, metric: str, staged: bool) -> list[Cell]:
         listed(failed) if failed else NOTHING,
     )
     return [Cell(text) for text in texts]
+
+
+def coverage_table(results: StudyResults, arm: Arm) -> Table | None:
+    """By site: test patients, the figures that it gave, those that are missing and why."""
+    if arm.test is None:
+        return None
+    asked = results.plan.get("metrics", {}).get("report", ())
+    names = list(arm.test.pooled or arm.test.contributors or asked)
+    rows = [
+        Row(site, _coverage_cells(results, arm, arm.test, site, names))
+        for site in site_names(results)
+    ]
+    columns = ["test patients", "test images", "figures it gave", "missing", "why"]
+    caption = f"Of whom the figures are ({arm.name})"
+    return Table(caption, "hospital", columns, rows, frozenset({2, 3, 4})) if rows else None
+
+
+def _coverage_cells(
+    results: StudyResults, arm: Arm, test: TestFigures, site: str, names: list[str]
+) -> list[Cell]:
+    facts = {one.site: one for one in results.sites}.get(site)
+    patients = test.patients.get(site, facts.test_patients if facts else None)
+    images = test.images.get(site, facts.test_images if facts else None)
+    given = [name for name in names if site in contributing(arm, name)]
+    lacking = [name for name in names if name not in given]
+    return [
+        Cell(NOTHING if patients is None else f"{patients:,}"),
+        Cell(NOTHING if images is None else f"{images:,}"),
+        Cell(", ".join(map(metric_name, given)) or "none"),
+        Cell(", ".join(map(metric_name, lacking)) or "none"),
+        Cell(_why(arm, test, site, given, lacking, patients)),
+    ]
+
+
+def _why(
+    arm: Arm,
+    test: TestFigures,
+    site: str,
+    given: list[str],
+    lacking: list[str],
+    patients: int | None,
+) -> str:
+    failed = why_not_measured(arm, site)
+    if failed is not None:
+        keys = [key for rule, key in KEYS.items() if failed.reason.startswith(rule)]
+        return f"{'; '.join([failed.reason.rstrip('.'), *keys])}."
+    if patients == 0:
+        return "It has no test patients."
+    if site not in test.per_site:
+        return "It was not measured."
+    undefined = [
+        metric_name(name) for name in given if finite(test.per_site[site].get(name)) is None
+    ]
+    told = [WITHHELD] if lacking else []
+    if undefined:
+        told.append(f"Its own patients define no {listed(undefined)} (one class, or too few).")
+    return " ".join(told) or NOTHING

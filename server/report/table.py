@@ -9,9 +9,17 @@ from rich.table import Table
 from rich.text import Text
 
 from server.report import tables
-from server.report.numbers import best, of_kind, own_mean, together, together_mean
+from server.report.coverage import is_whole, share_of
+from server.report.numbers import (
+    Estimate,
+    clear_best,
+    of_kind,
+    own_mean_estimate,
+    together_estimate,
+    together_mean_estimate,
+)
 from server.report.sentences import per_image
-from server.report.words import NOTHING, duration, figure, metric_name
+from server.report.words import NOTHING, duration, figure, interval, metric_name
 from server.results import Arm, StudyResults
 
 
@@ -21,9 +29,9 @@ class SummaryRow:
 
     Attributes
     ----------
-    own : float or None
+    own : Estimate or None
         Primary metric on the sites' own test patients, mean over sites.
-    together : float or None
+    together : Estimate or None
         Primary metric on all test patients together.
     is_mean : bool
         Whether it averages the arms above it; never the best of a column.
@@ -32,8 +40,8 @@ class SummaryRow:
     """
 
     name: str
-    own: float | None
-    together: float | None
+    own: Estimate | None
+    together: Estimate | None
     epsilon: float | None
     seconds: float
     finished: bool
@@ -53,8 +61,8 @@ def _rows(results: StudyResults) -> Iterator[SummaryRow]:
     if len(alone) > 1:
         yield SummaryRow(
             "hospitals alone, mean",
-            own_mean(alone, results.primary),
-            together_mean(alone, results.primary),
+            own_mean_estimate(alone, results.primary),
+            together_mean_estimate(alone, results.primary),
             None,
             sum(arm.seconds for arm in alone),
             finished=all(arm.finished for arm in alone),
@@ -67,8 +75,8 @@ def _rows(results: StudyResults) -> Iterator[SummaryRow]:
 def _row(results: StudyResults, arm: Arm) -> SummaryRow:
     return SummaryRow(
         arm.name,
-        own_mean([arm], results.primary),
-        together(arm, results.primary),
+        own_mean_estimate([arm], results.primary),
+        together_estimate(arm, results.primary),
         arm.epsilon,
         arm.seconds,
         finished=arm.finished,
@@ -83,22 +91,28 @@ def summary_table(results: StudyResults) -> Table:
     -------
     rich.table.Table
         Rows: each hospital alone, their mean, federated with and without privacy, pooled. Columns:
-        mean over the sites' own test patients, all test patients together, ε, seconds.
+        mean over the sites' own test patients, all test patients together, ε, seconds. Figures have
+        their interval of 95 %; one is green where it is better than all others by more than chance.
     """
     table = Table(title=Text(_title(results)), title_justify="left", header_style="bold")
     name = metric_name(results.primary)
     table.add_column("trained")
-    for column in (f"{name}, own test", f"{name}, all together", "ε", "time"):
+    for column in (f"{name}, own test", f"{name}, {_whose(results)}", "ε", "time"):
         table.add_column(column, justify="right")
     rows = summary_rows(results)
-    real = [row for row in rows if not row.is_mean]
-    bests = (
-        best((row.own for row in real if not row.is_alone), results.primary),
-        best((row.together for row in real), results.primary),
-    )
-    for row in rows:
-        table.add_row(*_cells(row, results.primary, bests))
+    own_ = [None if row.is_mean or row.is_alone else row.own for row in rows]
+    together = [None if row.is_mean else row.together for row in rows]
+    bests = clear_best(own_, results.primary), clear_best(together, results.primary)
+    for place, row in enumerate(rows):
+        table.add_row(*_cells(row, results.primary, place == bests[0], place == bests[1]))
     return table
+
+
+def _whose(results: StudyResults) -> str:
+    for arm in results.arms:
+        if arm.test and not is_whole(results, arm, results.primary):
+            return share_of(results, arm, results.primary)
+    return "all together"
 
 
 def printed(table: tables.Table) -> Table:
@@ -120,17 +134,20 @@ def _title(results: StudyResults) -> str:
     return f"{name} ({', '.join(marks)})" if marks else name
 
 
-def _cells(row: SummaryRow, metric: str, bests: tuple[float | None, float | None]) -> list[Text]:
-    def shown(value: float | None, top: float | None, *, runs: bool) -> Text:
-        if not row.finished and value is None:
+def _cells(row: SummaryRow, metric: str, own_best: bool, together_best: bool) -> list[Text]:
+    def shown(one: Estimate | None, *, best: bool) -> Text:
+        if not row.finished and one is None:
             return Text("unfinished", style="dim")
-        lead = value is not None and value == top and runs
-        return Text(figure(value, metric), style="bold green" if lead else "")
+        if one is None:
+            return Text(NOTHING)
+        limits = f" ({interval(one.interval, metric)})" if one.interval else ""
+        text = Text(figure(one.value, metric), style="bold green" if best else "")
+        return text.append(limits, style="dim")
 
     return [
         Text(row.name, style="italic" if row.is_mean else ""),
-        shown(row.own, bests[0], runs=not (row.is_mean or row.is_alone)),
-        shown(row.together, bests[1], runs=not row.is_mean),
+        shown(row.own, best=own_best),
+        shown(row.together, best=together_best),
         Text(NOTHING if row.epsilon is None else f"{row.epsilon:g}"),
         Text(duration(row.seconds)),
     ]

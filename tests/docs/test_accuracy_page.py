@@ -50,3 +50,23 @@ def test_other_studies_keep_their_lines(accuracy: ModuleType, tmp_path: Path) ->
     changed = [line for line in before if line not in after]
     assert changed == [f"| {second.plan} | federated | 0.700 | 0.700 | 0.703 | 0 |"]
     assert len(after) == len(before) and after[-1] == "A note."
+
+
+def test_the_readme_has_the_figures_of_the_page() -> None:
+    """Together and on own patients, of every study in its table."""
+    page = (BENCHMARKS / "accuracy.md").read_text("utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()
+            if line.startswith("|")]  # fmt: skip
+    known = {(row[0], row[1]): [cell.split(" ")[0].lstrip("0") for cell in row[2:5]]
+             for row in rows}  # fmt: skip
+    readme = (BENCHMARKS.parent / "README.md").read_text("utf-8")
+    lines = readme.split("| study | together: federated |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(lines) == 4
+    for line in lines:
+        name, *cells = (cell.strip() for cell in line.split("|")[1:-1])
+        study = name.split(",")[0].replace(" 3D", "")
+        federated, alone, pooled = (
+            known[study, arm] for arm in ("federated", "hospitals alone, mean", "pooled")
+        )
+        expected = [federated[0], alone[0], pooled[0], federated[2]]
+        assert cells == [*expected, federated[1], alone[1], pooled[1]], study

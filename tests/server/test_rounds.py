@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -16,20 +16,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp.exception import InconsistentMessageReplies
 from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, roc_auc_score
 
 import client.app
 from client.data.types import PreparedSite, SplitName
+from client.policy.words import WITHHELD
 from client.training.runtime import Runtime
 from client.training.trainer import Trainer
 from fedward.errors import BudgetError, ModelError, PolicyError, StudyError
 from fedward.metrics import counts_from_arrays
 from fedward.models import build_model, to_arrays
 from fedward.plan import Plan
-from fedward.protocol import EvaluateOutcome, RoundOrder, TrainOutcome
+from fedward.protocol import EvaluateOutcome, Refusal, RefusalKind, RoundOrder, TrainOutcome
 from server.events import Event, RoundEnded, SiteAnswered, SiteRefused, StudyPaused, StudyStarted
 from server.replies import Bad
 from server.results import Arm, Figures
@@ -593,6 +594,42 @@ def test_pooled_figures_are_those_of_all_predictions_at_once(
         for s in sites
     ]
     assert [job.arm.test.per_site[s.name]["auc"] for s in sites] == pytest.approx(counts)
+
+
+class RefusingGrid(LocalGrid):
+    """A grid on which every site refuses to let counts of an evaluation go."""
+
+    kind: RefusalKind = "policy"
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """The replies, with a refusal in place of counts."""
+        return [self._refused(reply) for reply in super().pull_messages(message_ids)]
+
+    def _refused(self, reply: Message) -> Message:
+        if "counts" in reply.content.array_records:
+            told = EvaluateOutcome.from_flat(dict(reply.content.config_records["outcome"]))
+            refusal = Refusal(site=told.site, round=told.round, kind=self.kind, rule=WITHHELD)
+            reply.content = RecordDict({"refusal": ConfigRecord(refusal.to_flat())})  # type: ignore[arg-type]
+        return reply
+
+
+@pytest.mark.parametrize("kind", ["policy", "pending"])
+def test_a_study_whose_sites_let_no_counts_go_ends_and_says_so(
+    make_plan: Make, sites: list[PreparedSite], kind: RefusalKind
+) -> None:
+    """It had waited for counts without end; it still waits where waiting may help."""
+    job = job_of(make_plan(training={"rounds": 1}))
+    flower.become_server()
+    pool = Pool(State(SimulatedSites(sites, SEEDED)), 0)
+    grid = RefusingGrid(pool, len(sites))
+    grid.kind = kind
+    StudyRun(job, grid).run()
+    pool.close()
+    assert job.complete == (kind == "policy")
+    if job.complete:
+        assert job.arm.test is not None and job.arm.test.per_site == {}
+        told = [(one.site, one.kind, one.reason) for one in job.arm.test.not_measured]
+        assert told == [(site.name, "policy", f"{WITHHELD}.") for site in sites]
 
 
 def test_a_stage_moves_only_what_it_trains(make_plan: Make, sites: list[PreparedSite]) -> None:

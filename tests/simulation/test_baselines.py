@@ -51,7 +51,10 @@ def test_a_lone_arm_is_direct_training_measured_everywhere(
 ) -> None:
     plan = make_plan()
     start = to_arrays(build_model(plan, 0))
-    arm = lone_arm(State(SimulatedSites(sites, SEEDED)), plan, start, 3, name)
+    arm, answers = lone_arm(State(SimulatedSites(sites, SEEDED)), plan, start, 3, name)
+    assert {site: len(one.patients) for site, one in answers.items()} == {
+        s.name: len(s.split["test"]) for s in sites
+    }
     data = pool_sites(sites) if name is None else sites[0]
     trained = list(Trainer(plan, data, SEEDED).alone(start, 3))
     assert [r.train_loss for r in arm.rounds] == [loss for _, _, loss in trained]

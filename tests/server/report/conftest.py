@@ -5,15 +5,21 @@ import tomllib
 from collections.abc import Callable
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
+from fedward.metrics import ClassificationCounts
 from fedward.plan import plan_from, plan_hash
+from fedward.plan.schema import Task
 from fedward.protocol import SiteFacts
+from server.answers import answers_of
 from server.report.page import render
 from server.results import (
+    Answers,
     Arm,
     Failure,
     Figures,
+    Intervals,
     Round,
     SitePrivacy,
     SiteRound,
@@ -55,6 +61,8 @@ PATIENTS = (1204, 812, 455, 268)
 AT_HOME = {"North": 0.938, "Harbour": 0.911, "St. Anne": 0.874, "Hill": 0.823}
 ABROAD = {"North": 0.902, "Harbour": 0.881, "St. Anne": 0.839, "Hill": 0.781}
 SHARED = {"federated": 0.951, "ε = 8": 0.937, "ε = 3": 0.921, "ε = 1": 0.884, "pooled": 0.9554}
+# Half-widths of the intervals, together and at a hospital.
+POOLED, HOME = 0.01, 0.03
 SHIFT = {"North": 0.006, "Harbour": -0.004, "St. Anne": -0.013, "Hill": 0.011}
 
 
@@ -66,6 +74,22 @@ def _figures(auc: float) -> Figures:
         "specificity": auc - 0.11,
         "ece": 0.2 - auc / 6,
     }
+
+
+def _limits(figures: Figures, half: float) -> Intervals:
+    return {name: (value - half, value + half) for name, value in figures.items() if value}
+
+
+def classifier_answers(n: int) -> Answers:
+    """Answers of a binary classifier on so many images, worked out by the real parts."""
+    random = np.random.default_rng(n)
+    truth = random.integers(0, 2, n)
+    p = 1 / (1 + np.exp(-random.normal(2.0 * truth - 1, 1.0)))
+    counts = ClassificationCounts.from_scores(np.stack([1 - p, p], axis=1), truth)
+    task = Task(kind="classification", classes=("normal", "pneumonia"))
+    found = answers_of(task, counts, 1.0)
+    assert found is not None
+    return found
 
 
 def _facts(place: int) -> SiteFacts:
@@ -118,10 +142,16 @@ def _arm(name: str, auc: float, **more: object) -> Arm:
     federated = more.get("kind", "federated") == "federated"
     sites = SITES if federated else SITES[:1]
     rounds = [_round(number, auc, sites, 96_520 if federated else 0) for number in range(1, 13)]
+    tested = {site: count // 5 for site, count in zip(SITES, PATIENTS, strict=True)}
+    per_site = {site: _figures(auc + SHIFT[site]) for site in SITES}
     test = TestFigures(
-        per_site={site: _figures(auc + SHIFT[site]) for site in SITES},
+        per_site=per_site,
         pooled=_figures(auc),
-        images={site: count // 5 for site, count in zip(SITES, PATIENTS, strict=True)},
+        images=tested,
+        patients=tested,
+        contributors={name: sorted(SITES) for name in _figures(auc)},
+        intervals=_limits(_figures(auc), POOLED),
+        site_intervals={site: _limits(figures, HOME) for site, figures in per_site.items()},
     )
     values = {"kind": "federated", "rounds": rounds, "test": test, "seconds": 52.4, **more}
     return Arm.model_validate({"name": name, **values})
@@ -134,6 +164,7 @@ def _alone(site: str) -> Arm:
             other: _figures(AT_HOME[site] if other == site else ABROAD[site] - 0.01 + SHIFT[other])
             for other in SITES
         }
+        arm.test.site_intervals = {s: _limits(f, HOME) for s, f in arm.test.per_site.items()}
     return arm
 
 
@@ -232,9 +263,15 @@ def segmentation_study() -> StudyResults:
             arm.test.per_site = {s: _overlap(f["auc"] or 0) for s, f in arm.test.per_site.items()}
             dice = arm.test.pooled["auc"] or 0
             arm.test.pooled = _overlap(dice)
+            arm.test.contributors = {name: sorted(SITES) for name in arm.test.pooled}
+            arm.test.intervals = _limits(arm.test.pooled, POOLED)
+            arm.test.site_intervals = {s: _limits(f, HOME) for s, f in arm.test.per_site.items()}
             arm.test.per_class = {
                 "dice": {"lung": dice + 0.02, "heart": dice - 0.02},
                 "hd95": {"lung": 40 * (0.98 - dice), "heart": 40 * (1.02 - dice)},
+            }
+            arm.test.class_intervals = {
+                m: _limits(f, POOLED) for m, f in arm.test.per_class.items()
             }
         for round_ in arm.rounds:
             round_.validation = _overlap(round_.validation["auc"] or 0)
@@ -260,6 +297,7 @@ class Page(HTMLParser):
         super().__init__()
         self.tables: dict[str, list[list[str]]] = {}
         self.marks: dict[str, list[tuple[str, int]]] = {}
+        self.intervals: dict[str, dict[str, list[str]]] = {}
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
         self._rows: list[list[str]] = []
@@ -273,6 +311,7 @@ class Page(HTMLParser):
         self.tags.append((tag, values))
         if tag == "table":
             self._rows, self._best, self._caption = [], [], ""
+            self._limits: dict[str, list[str]] = {}
         elif tag == "tr":
             self._rows.append([])
         elif tag in {"td", "th"}:
@@ -289,6 +328,7 @@ class Page(HTMLParser):
         elif tag == "table" and self._caption is not None:
             self.tables[self._caption] = self._rows
             self.marks[self._caption] = self._best
+            self.intervals[self._caption] = self._limits
             self._caption = None
         elif tag == "span" and self._open:
             self._open.pop()
@@ -296,7 +336,9 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         self.text += data
         inner = self._open[-1] if self._open else ""
-        if self._cell is not None and inner != "hidden":
+        if self._cell is not None and inner == "interval":
+            self._limits.setdefault(self._rows[-1][0], []).append(data)
+        elif self._cell is not None and inner != "hidden":
             self._cell += data
         elif inner == "label" and self._caption is not None and not self._rows:
             self._caption += data.strip()
@@ -317,6 +359,15 @@ def read(html: str) -> Page:
 @pytest.fixture
 def classification() -> StudyResults:
     return classification_study()
+
+
+@pytest.fixture
+def answering(classification: StudyResults) -> StudyResults:
+    """The study, with the curves of its federated arm without privacy."""
+    test = next(arm.test for arm in classification.arms if arm.name == "federated" and arm.test)
+    test.answers = classifier_answers(sum(test.images.values()))
+    test.site_answers = {site: classifier_answers(n) for site, n in test.images.items()}
+    return classification
 
 
 @pytest.fixture

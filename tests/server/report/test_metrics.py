@@ -11,7 +11,7 @@ import pytest
 from fedward.errors import OutputError
 from server.report import read_metrics, write_metrics
 from server.report.reference import metrics_reference
-from server.results import StudyResults
+from server.results import Paired, StudyResults
 
 PAGE = Path(__file__).parents[3] / "docs" / "metrics.md"
 
@@ -34,6 +34,20 @@ def test_one_study_reads_back_as_it_was(classification: StudyResults, tmp_path: 
     assert value["schema_version"] == 1 and _sorted(value)
     write_metrics([classification], tmp_path / "list.json")
     assert (tmp_path / "list.json").read_bytes() == path.read_bytes()
+
+
+def test_curves_intervals_and_paired_differences_read_back(
+    answering: StudyResults, tmp_path: Path
+) -> None:
+    answering.paired = [
+        Paired(one="federated", others=["pooled"], metric="auc", own=False, difference=-0.004,
+               interval=(-0.02, 0.01))
+    ]  # fmt: skip
+    write_metrics(answering, tmp_path / "metrics.json")
+    (again,) = read_metrics(tmp_path / "metrics.json")
+    assert again == answering
+    test = again.arms[4].test
+    assert test is not None and test.answers is not None and len(test.site_answers) == 4
 
 
 def test_several_studies_read_back_as_they_were(
