@@ -69,6 +69,7 @@ class StudyRun:
         self._strategy: tuple[str, Strategy] | None = None
         self._open: tuple[int, Gathered] | None = None
         self._told_heavy: set[str] = set()
+        self._started = time.perf_counter()
 
     def run(self) -> None:
         """Enrol, train the rounds that are missing, test.
@@ -81,18 +82,20 @@ class StudyRun:
         DivergenceError
             Training diverged at most sites.
         """
-        started = time.perf_counter() - self.job.arm.seconds
+        self._started = time.perf_counter() - self.job.arm.seconds
         try:
             self._patiently(self._members.enrol)
             while self.job.round <= self.plan.rounds:
                 self._patiently(self._round)
-                self.job.arm.seconds = time.perf_counter() - started
                 if self.job.stop.is_set():
                     return
             self._patiently(self._finish)
         finally:
             settle(self.job.arm)
-            self.job.arm.seconds = time.perf_counter() - started
+            self._note_time()
+
+    def _note_time(self) -> None:
+        self.job.arm.seconds = time.perf_counter() - self._started
 
     def _patiently(self, step: Any) -> None:
         """Do a step; a patient job that lacks sites waits for them and does it again."""
@@ -136,6 +139,7 @@ class StudyRun:
             self._validate(round_, result)
         result.seconds = time.perf_counter() - started
         self.job.arm.rounds.append(result)
+        self._note_time()
         self.job.save(self.job)
         self.job.listen(RoundEnded(self.job.arm.name, result, self.plan.rounds))
 
@@ -394,6 +398,7 @@ class StudyRun:
             raise StudyError("a study needs a site to be tested on", fix="Bring a site back")
         self.job.arm.test = test_figures(self.plan, counts, images) if counts else None
         self.job.complete = self.job.arm.test is not None
+        self._note_time()
         self.job.save(self.job)
 
     def _measure(self, round_: int, part: str, sites: set[str]) -> dict[str, AnyCounts]:

@@ -50,6 +50,10 @@ class Options:
         Whether the federated arms are evaluated with noisy counts, as hospitals send them.
     cache_gib : float or None
         GiB that prepared images of `data` may take; None for no bound.
+    fresh : bool
+        Whether to leave aside the state of an unfinished run in `out`.
+    checkpoint_seconds : float
+        Least time between two writes of a run's state; 0 writes after each round.
     """
 
     data: Path | None
@@ -66,6 +70,8 @@ class Options:
     hospitals: tuple[Hospital, ...] = ()
     cache_gib: float | None = None
     private_counts: bool = False
+    fresh: bool = False
+    checkpoint_seconds: float = 10.0
 
     @property
     def division(self) -> str:
