@@ -241,6 +241,7 @@ def test_an_unfinished_run_of_something_else_is_refused_until_fresh(
 def test_a_damaged_description_is_refused(tmp_path: Path) -> None:
     run = RunCheckpoints(tmp_path, {"plan": "a"}, 0)
     assert not run.begin("0" * 64)
+    run._lock.close()  # type: ignore[union-attr]
     (tmp_path / "checkpoints" / "arm-0" / "round-000001").mkdir(parents=True)
     assert RunCheckpoints(tmp_path, {"plan": "a"}, 0).found()
     (tmp_path / "checkpoints" / "run.json").write_text("{", "utf-8")
