@@ -2,8 +2,10 @@
 
 Run ``python benchmarks/accuracy.py --data FOLDER`` where FOLDER holds ``pneumonia``, ``covid-ct``,
 ``lungs`` and ``hippocampus``. Each study runs with three seeds (model, partition, sampling and
-noise). A finished run is kept and not repeated while its plan stays the same; ``--only NAME`` runs
-one study and leaves the others' lines as they are, ``--fresh`` forgets what is there.
+noise; division into training, validation and test where the data bring none). A finished run is
+kept and not repeated while its plan stays the same, and one that was broken off goes on;
+``--only NAME`` runs one study and leaves the others' lines as they are, ``--fresh`` forgets what is
+there.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 # Run as a script, this folder comes first, and its simulation.py would hide the package.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != HERE]
 
+from fedward.console import interruptible
 from fedward.plan import load_plan, plan_hash
 from server.report import read_metrics, write_metrics
 from server.results import Arm, StudyResults
@@ -82,7 +85,7 @@ def kept_case(case: Case, seed: int, out: Path) -> StudyResults | None:
     return kept if same and kept.complete else None
 
 
-def run_case(case: Case, seed: int, data: Path, out: Path) -> StudyResults:
+def run_case(case: Case, seed: int, data: Path, out: Path, *, fresh: bool = False) -> StudyResults:
     """Run one study with one seed."""
     path = REPOSITORY / "studies" / f"{case.plan}.toml"
     plan = load_plan(path)
@@ -92,12 +95,14 @@ def run_case(case: Case, seed: int, data: Path, out: Path) -> StudyResults:
         data=data / case.data, out=folder, partition=case.partition, sites=made,
         baselines=not case.epsilons, epsilons=case.epsilons, seed=seed, plan_folder=path.parent,
         images_are_patients=True,  # some of these sets name no patients: their ε is per image
+        fresh=fresh,
     )  # fmt: skip
     started = time.perf_counter()
     study = Study(plan, options, note=lambda text: None)
     results = study.run()
     folder.mkdir(parents=True, exist_ok=True)
     write_metrics([results], folder / "metrics.json")
+    study.checkpoints.clear()
     print(f"{case.plan}, seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
     return results
 
@@ -239,7 +244,7 @@ def _page(done: dict[Case, list[StudyResults]], before: str) -> str:
 
 
 def main() -> None:
-    """Run what is asked for and write the page after each study."""
+    """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared" / "data")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "runs" / "accuracy")
@@ -250,6 +255,12 @@ def main() -> None:
     if not options.data.is_dir():
         raise SystemExit("the images are not here; name their folder with --data")
     flower.quiet()
+    with interruptible():
+        run(options)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run what is asked for and write the page after each study."""
     done: dict[Case, list[StudyResults]] = {}
     page = HERE / "accuracy.md"
     text = page.read_text("utf-8") if page.exists() else ""
@@ -260,11 +271,11 @@ def main() -> None:
             wanted = not options.only or case.plan in options.only
             if not wanted and case.plan in there:
                 continue  # its lines stay, also where some of its runs are gone
-            run = None if options.fresh and wanted else kept_case(case, seed, options.out)
-            if run is None and wanted:
-                run = run_case(case, seed, options.data, options.out)
-            if run is not None:
-                done.setdefault(case, []).append(run)
+            found = None if options.fresh and wanted else kept_case(case, seed, options.out)
+            if found is None and wanted:
+                found = run_case(case, seed, options.data, options.out, fresh=options.fresh)
+            if found is not None:
+                done.setdefault(case, []).append(found)
                 write_page(done, page)
 
 

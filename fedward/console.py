@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Annotated, Any, Final, NoReturn
 
@@ -92,6 +93,31 @@ def stop_on_signals(stop: threading.Event) -> None:
     """SIGTERM and Ctrl-C set an event, on which everything ends cleanly."""
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: stop.set())
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within it, the first SIGINT, SIGTERM or SIGHUP raises KeyboardInterrupt, once.
+
+    A shell starts background jobs with SIGINT ignored, and Python then leaves it so; here it counts
+    all the same. SIGHUP stays ignored where `nohup` had it so. Later signals are ignored, since
+    results are being written then.
+    """
+    names = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        names.append(signal.SIGHUP)
+
+    def interrupt(*_: object) -> NoReturn:
+        for name in names:
+            signal.signal(name, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {name: signal.signal(name, interrupt) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 def wait_until(stop: threading.Event) -> None:

@@ -21,7 +21,7 @@
     ├── AccessError            24   a token is missing, invalid, or not enough
     ├── ServiceError           25   the aggregator's service cannot be reached or is not ready
     ├── ReleaseError           26   an audit found more than the plan promises
-    └── Interrupted           130   Ctrl-C; what was finished is kept
+    └── Interrupted           130   Ctrl-C or SIGTERM; what was finished is kept
 
 A message states the rule, the value that breaks it and the next step. Exit code 2 is the command
 line's own (unknown option, missing argument).
@@ -181,6 +181,6 @@ class ReleaseError(FedwardError):
 
 
 class Interrupted(FedwardError):
-    """The user pressed Ctrl-C; finished work was kept."""
+    """Ctrl-C, SIGTERM or SIGHUP; finished work was kept."""
 
     exit_code = 130

@@ -120,7 +120,8 @@ class Checkpoints:
         return sorted(self._folder.glob("round-[0-9]*"))
 
     def _write(self, folder: Path, job: Job) -> None:
-        tensors = save({name: np.ascontiguousarray(value) for name, value in _arrays(job).items()})
+        # Not ascontiguousarray, which makes a vector of a scalar.
+        tensors = save({name: np.asarray(v, order="C") for name, v in _arrays(job).items()})
         state = _State(
             plan_hash=self._hash, seed=job.seed, complete=job.complete, arm=job.arm,
             memory_stage=job.memory_stage, facts=job.facts, bad_answers=job.bad_answers,

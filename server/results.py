@@ -263,6 +263,11 @@ class StudyResults(Strict):
     paired: list[Paired] = Field(
         default_factory=list, description="simulations: differences between arms"
     )
+    missing: list[str] = Field(
+        default_factory=list,
+        description="simulations that did not run to their end: the planned arms that have no test "
+        "figures, and how far each came",
+    )
     model_sha256: str = Field(
         default="", description="SHA-256 of `model.safetensors`; empty while there is none"
     )

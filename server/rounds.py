@@ -88,6 +88,7 @@ class StudyRun:
         self._open: tuple[int, Gathered] | None = None
         self._told_heavy: set[str] = set()
         self._bytes_down = 0
+        self._started = time.perf_counter()
 
     def _describe(self) -> ConfigRecord:
         # What a site is told before the study is how many may take part at most.
@@ -104,18 +105,20 @@ class StudyRun:
         DivergenceError
             Training diverged at most sites.
         """
-        started = time.perf_counter() - self.job.arm.seconds
+        self._started = time.perf_counter() - self.job.arm.seconds
         try:
             self._patiently(self._members.enrol, start=True)
             while self.job.round <= self.plan.rounds:
                 self._patiently(self._round)
-                self.job.arm.seconds = time.perf_counter() - started
                 if self.job.stop.is_set():
                     return
             self._patiently(self._finish)
         finally:
             settle(self.job.arm)
-            self.job.arm.seconds = time.perf_counter() - started
+            self._note_time()
+
+    def _note_time(self) -> None:
+        self.job.arm.seconds = time.perf_counter() - self._started
 
     def _patiently(self, step: Callable[[], None], start: bool = False) -> None:
         """Do a step; a patient job that lacks sites waits for them and does it again."""
@@ -185,6 +188,7 @@ class StudyRun:
             self._validate(round_, result)
         result.seconds = time.perf_counter() - started
         self.job.arm.rounds.append(result)
+        self._note_time()
         self.job.save(self.job)
         self.job.listen(RoundEnded(self.job.arm.name, result, self.plan.rounds))
 
@@ -485,6 +489,7 @@ class StudyRun:
         arm = self.job.arm
         arm.test, arm.unmeasured = tested(self.plan, counts, sizes, failures, named(missing))
         self.job.complete = True
+        self._note_time()
         self.job.save(self.job)
 
     def _measure(

@@ -1,53 +1,108 @@
-"""The arms that federation is measured against: each hospital alone, and all data in one place."""
+"""The arms that federation is measured against: each hospital alone, and all data in one place.
+
+Each runs the same rounds as the federated study, by the same code, over one site: so they differ
+from it in how the patients are divided and in nothing that the plan was tuned for.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, Final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from client.data.types import PreparedSite
+from client.training.fit import Fit
+from client.training.optimizers import build_optimizer
+from client.training.runtime import Runtime
 from client.training.trainer import Trainer
-from fedward.metrics import counts_from_arrays
-from fedward.plan.load import canonical, plan_hash
+from fedward.models import build_model, trainable_names
+from fedward.plan.load import plan_from
 from fedward.plan.schema import Plan
-from fedward.protocol import RoundOrder
-from server.arms import figures, tested
-from server.results import Arm, Round
-from simulation.local import State
+from fedward.plan.settings import SERVER_OPTIMIZERS
+from server.arms import tested
+from server.results import Arm
+from server.rounds import Job, StudyRun
+from simulation import flower
+from simulation.checkpoint import ArmFolder
+from simulation.local import LocalGrid, State
 from simulation.paired import SiteAnswers, answers_on_test
-from simulation.sites import pool_sites
-from strategies.averaging import blend, decay_at
+from simulation.pool import Pool
+from simulation.sites import SimulatedSites, pool_sites
 
 Arrays = Mapping[str, NDArray[Any]]
+_MOST_IMAGES: Final = 4096  # of a step, and
+_MOST_STEPS: Final = 100_000  # of a round: the plan's own bounds
+
+
+def arm_name(site: str | None) -> str:
+    """The name of a hospital's lone arm, or of the pooled one for None."""
+    return "pooled" if site is None else f"alone: {site}"
 
 
 def lone_arm(
-    state: State, plan: Plan, arrays: Arrays, seed: int, site: str | None
-) -> tuple[Arm, SiteAnswers]:
+    state: State, plan: Plan, arrays: Arrays, seed: int, site: str | None,
+    folder: ArmFolder | None = None,
+) -> tuple[Arm, SiteAnswers]:  # fmt: skip
     """Train on one hospital's patients, or on all when ``site`` is None, and test everywhere.
 
-    The same model, start, rounds, local epochs and averaging as the federated study; with local
-    steps, pooled data get the steps of all sites. Gives also the answers on each site's patients.
+    Parameters
+    ----------
+    state : State
+        The hospitals.
+    plan : Plan
+        The study's, without privacy; :func:`lone_plan` says what is run of it.
+    arrays : mapping
+        The model that all arms start from.
+    seed : int
+        The study's.
+    site : str or None
+        Whose patients.
+    folder : ArmFolder, optional
+        Where the state of its rounds is kept; an arm that was broken off goes on from there.
+
+    Returns
+    -------
+    arm : Arm
+        With its test figures.
+    answers : mapping
+        The model's answers on each site's test patients.
+
+    Raises
+    ------
+    StudyError, DivergenceError
+        The arm cannot be trained; the error names it.
     """
-    started = time.perf_counter()
+    flower.become_server()
     data = pool_sites(state.sites.sites) if site is None else state.sites.by_name()[site]
-    arm = Arm(
-        name="pooled" if site is None else f"alone: {site}",
-        kind="pooled" if site is None else "alone",
-        site=site,
-    )
-    own = as_many_images(plan, len(state.sites.sites)) if site is None else plan
-    average = _train(Trainer(own, data, state.sites.runtime), own, arrays, seed, arm)
-    sizes = {one.name: test_size(one) for one in state.sites.sites}
-    answers = answers_on_test(state, plan, average)
-    counts = {name: one.exact() for name, one in answers.items()}
-    arm.test, arm.unmeasured = tested(plan, counts, sizes, answers_by_site=False)
-    arm.seconds = time.perf_counter() - started
-    return arm, answers
+    own = lone_plan(plan, len(state.sites.sites) if site is None else 1)
+    arm = Arm(name=arm_name(site), kind="pooled" if site is None else "alone", site=site)
+    job = Job(own, dict(arrays), arm, seed)
+    kept = None if folder is None else folder.open(job)
+    if job.complete:
+        return job.arm, answers_on_test(state, plan, job.average)
+    one = _OneSite(own, data, replace(state.sites.runtime, private_counts=False), job)
+    try:
+        StudyRun(job, LocalGrid(Pool(State(one), 0), 1)).run()
+        started = time.perf_counter()
+        sizes = {each.name: test_size(each) for each in state.sites.sites}
+        answers = answers_on_test(state, plan, job.average)
+        counts = {name: each.exact() for name, each in answers.items()}
+        job.arm.test, job.arm.unmeasured = tested(plan, counts, sizes, answers_by_site=False)
+        job.arm.seconds += time.perf_counter() - started
+        for result in job.arm.rounds:  # nothing travels, and the site is the arm
+            result.bytes_down = result.bytes_up = 0
+            result.sites = {}
+        job.complete = True
+        job.save(job)
+    finally:
+        if kept is not None:
+            kept.flush()
+    return job.arm, answers
 
 
 def test_size(site: PreparedSite) -> tuple[int, int]:
@@ -56,50 +111,98 @@ def test_size(site: PreparedSite) -> tuple[int, int]:
     return len(own), len(np.unique(site.patients[own]))
 
 
-def as_many_images(plan: Plan, sites: int) -> Plan:
-    """The plan for pooled data: so many steps that it sees as many images as the sites together.
+def lone_plan(plan: Plan, sites: int) -> Plan:
+    """The plan of a study over one site that has the patients of so many.
 
-    With local epochs that is so by itself.
+    With an optimiser at the server, the strategy stays: its steps are what the plan was tuned for.
+    A local step then takes as many images as the steps of all sites together. Every other strategy
+    takes one site's model as it is, so that this is plain training: batches stay as they are, and
+    there are as many steps as at all sites together. Either way the arm sees as many images in a
+    round as the sites do together.
     """
-    steps = plan.training.local_steps
-    if steps is None:
-        return plan
-    return plan.model_copy(
-        update={"training": plan.training.model_copy(update={"local_steps": steps * sites})}
-    )
+    content, training = plan.model_dump(mode="python"), plan.training
+    given, steps = content["training"], training.local_steps
+    if plan.strategy.name in SERVER_OPTIMIZERS:
+        given["batch_size"] = min(_MOST_IMAGES, training.batch_size * sites)
+        if steps is not None:
+            ratio = training.batch_size * sites / given["batch_size"]
+            given["local_steps"] = min(_MOST_STEPS, round(steps * ratio))
+    else:
+        content["strategy"] |= {"name": "fedavg", "settings": {}}
+        if steps is not None:
+            given["local_steps"] = min(_MOST_STEPS, steps * sites)
+    # A round of one site waits for nobody, and takes what it takes.
+    content["participation"] = {
+        "sites": 1, "quorum": 1, "retries": 0, "minimum_patients": 1, "deadline": 1e9
+    }  # fmt: skip
+    return plan_from(content)
 
 
-def _train(trainer: Trainer, plan: Plan, arrays: Arrays, seed: int, arm: Arm) -> Arrays:
-    average, before = arrays, time.perf_counter()
-    for round_, model, loss in trainer.alone(arrays, seed):
-        average = blend(average, model, decay_at(round_, plan.strategy.averaging))
-        result = Round(
-            round=round_, stage=plan.stage_of(round_)[0].name, seconds=0.0, train_loss=loss
+class _OneTrainer(Trainer):
+    """Goes on with one optimiser within a stage, as training in one place does.
+
+    In a federated round a site's optimiser starts anew, its state being about a model that the
+    server has replaced; here the server replaces nothing. The state stands in the job's memory
+    under ``optimizer/``, where checkpoints find it.
+    """
+
+    def __init__(self, plan: Plan, site: PreparedSite, runtime: Runtime, job: Job) -> None:
+        super().__init__(plan, site, runtime)
+        self._optimizer: tuple[tuple[str, ...], torch.optim.Optimizer] | None = None
+        self._job, keep = job, job.save
+        before = {n[10:]: value for n, value in job.memory.items() if n.startswith("optimizer/")}
+        done = plan.stage_of(max(1, len(job.arm.rounds)))[0]
+        self._before = (trainable_names(build_model(plan, seed=0), done.train), before)
+
+        def save(job: Job) -> None:
+            job.memory = {f"optimizer/{name}": value for name, value in self._state().items()}
+            keep(job)
+
+        job.save = save
+
+    def optimizer(self, fit: Fit) -> torch.optim.Optimizer:
+        """The stage's."""
+        names = self.trained
+        if self._optimizer is None or self._optimizer[0] != names:
+            made = build_optimizer(
+                self.plan, [p for p in fit.module.parameters() if p.requires_grad]
+            )
+            if self._optimizer is None and self._before[0] == names:
+                _remember(made, self._before[1])
+            self._optimizer = names, made
+        return self._optimizer[1]
+
+    def _state(self) -> dict[str, NDArray[Any]]:
+        if self._optimizer is None:
+            return self._before[1]
+        return {
+            f"{place}/{kind}": value.detach().cpu().numpy().copy()
+            for place, state in self._optimizer[1].state_dict()["state"].items()
+            for kind, value in state.items()
+            if value is not None  # momentum that is off
+        }
+
+
+def _remember(optimizer: torch.optim.Optimizer, arrays: Arrays) -> None:
+    content = optimizer.state_dict()
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in arrays.items():
+        place, _, kind = name.partition("/")
+        state.setdefault(int(place), {})[kind] = torch.from_numpy(np.array(value))
+    optimizer.load_state_dict({**content, "state": state})
+
+
+class _OneSite(SimulatedSites):
+    """The one site of a lone arm; it is tested with the hospitals' own trainers afterwards."""
+
+    def __init__(self, plan: Plan, site: PreparedSite, runtime: Runtime, job: Job) -> None:
+        untested = {**site.split, "test": np.empty(0, np.int64)}
+        super().__init__([replace(site, split=untested)], runtime)
+        ours = self.sites[0]
+        server = plan.strategy.name in SERVER_OPTIMIZERS
+        self._trainer = (
+            Trainer(plan, ours, runtime) if server else _OneTrainer(plan, ours, runtime, job)
         )
-        if plan.is_evaluated(round_, "validation"):
-            result.validation = _validate(trainer, plan, average, round_)
-        result.seconds, before = time.perf_counter() - before, time.perf_counter()
-        arm.rounds.append(result)
-    return average
 
-
-def _validate(trainer: Trainer, plan: Plan, arrays: Arrays, round_: int) -> dict[str, float | None]:
-    if not len(trainer.site.split["validation"]):
-        return {}
-    counts, _ = trainer.evaluate(arrays, _order(plan, round_, "validation"))
-    return figures(plan, {trainer.site.name: counts_from_arrays(plan.task, counts)})[1]
-
-
-def _order(plan: Plan, round_: int, part: Any) -> RoundOrder:
-    return RoundOrder(plan=canonical(plan), plan_hash=plan_hash(plan), round=round_, part=part)
-
-
-def shares(sites: list[PreparedSite], workers: int) -> dict[str | None, int]:
-    """Which worker trains which lone arm: the largest first, to the one with the least to do."""
-    sizes: dict[str | None, int] = {site.name: len(site.split["train"]) for site in sites}
-    sizes[None] = sum(sizes.values())
-    load, places = [0] * max(1, workers), {}
-    for name in sorted(sizes, key=lambda key: (-sizes[key], key or "")):
-        place = load.index(min(load))
-        places[name], load[place] = place, load[place] + sizes[name]
-    return places
+    def trainer_of(self, site: PreparedSite, plan: Plan) -> Trainer:
+        return self._trainer

@@ -14,7 +14,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 import typer
 
 from client.data.types import Format
-from fedward.console import Console, Version, print_json, run_command, say
+from fedward.console import Console, Version, interruptible, print_json, run_command, say
 
 app = typer.Typer(
     help="Run a federated study on this machine.", no_args_is_help=True, add_completion=False,
@@ -73,6 +73,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object inst
 Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
 Seed = Annotated[
     int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of everything random.")
+]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Forget an unfinished run in the output folder.")
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:INDEX.")]
 
@@ -141,6 +144,13 @@ def run(
     ] = None,
     seed: Seed = 0,
     out: Out = Path("runs/latest"),
+    fresh: Fresh = False,
+    checkpoint_seconds: Annotated[
+        float,
+        typer.Option(
+            "--checkpoint-seconds", min=0, help="Least time between writes; 0: after each round."
+        ),
+    ] = 10.0,
     as_json: AsJson = False,
 ) -> None:
     """Run a study: hospitals side by side on this machine, then the report."""
@@ -159,6 +169,7 @@ def run(
         epsilons=others, seed=seed, plan_folder=plan.parent, cache_gib=cache_gib,
         private_counts=private_counts, patient_column=patient_column,
         images_are_patients=images_are_patients,
+        fresh=fresh, checkpoint_seconds=checkpoint_seconds,
         hospitals=tuple(map(Hospital.parse, site or ())),
     )  # fmt: skip
     check_out(out, data)
@@ -221,7 +232,7 @@ def audit(
     flower.quiet()
     _log_to(out / "run.log")
     console = _console(as_json)
-    with AuditProgress(console) as progress:
+    with interruptible(), AuditProgress(console) as progress:
         found = audit_study(Study(loaded, options), Sizes(shadows, canaries), progress, fresh=False)
     told = add_to_report(found, out)
     if not as_json:
@@ -241,6 +252,7 @@ def demo(
     patients: Annotated[
         int, typer.Option("--patients", min=20, help="Patients per hospital.")
     ] = 80,
+    fresh: Fresh = False,
     as_json: AsJson = False,
 ) -> None:
     """Four synthetic hospitals as DICOM files, two studies, one report."""
@@ -248,7 +260,8 @@ def demo(
     from simulation.output import check_out
 
     check_out(out)
-    _run_studies(demo_studies(out, seed, device, patients, _console(as_json)), out, as_json)
+    studies = demo_studies(out, seed, device, patients, _console(as_json), fresh=fresh)
+    _run_studies(studies, out, as_json)
 
 
 @app.command()
@@ -327,21 +340,30 @@ def _run_studies(studies: list[Any], out: Path, as_json: bool) -> None:
     from simulation.output import set_aside, write_outputs
     from simulation.progress import StudyProgress
 
+    def write() -> None:
+        if begun := [study for study in studies if study.results.arms]:
+            write_outputs(begun, out)
+
     flower.quiet()
-    set_aside(studies, out)
+    # Of an unfinished run the results so far stay where they are until there are newer ones.
+    unfinished = [study.unfinished() for study in studies]
+    if not any(unfinished):
+        set_aside(studies, out)
     _log_to(out / "run.log")
     console = _console(as_json)
-    try:
-        for study in studies:
-            with StudyProgress(console, study.plan.metrics.primary) as progress:
-                study.listen, study.note = progress.listen, progress.note
-                study.run()
-            if study.plan.privacy.audit:
-                gate(study, console)
-    finally:
-        begun = [study for study in studies if study.results.arms]
-        if begun:
-            write_outputs(begun, out)
+    with interruptible():
+        try:
+            for study in studies:
+                study.wrote = write
+                with StudyProgress(console, study.plan.metrics.primary) as progress:
+                    study.listen, study.note = progress.listen, progress.note
+                    study.run()
+                if study.plan.privacy.audit:
+                    gate(study, console)
+        finally:
+            write()
+    for study in studies:
+        study.checkpoints.clear()
     if as_json:
         print_json(
             {"out": str(out), "studies": [s.results.model_dump(mode="json") for s in studies]}

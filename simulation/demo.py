@@ -19,7 +19,9 @@ _HOSPITALS = 4
 KINDS: tuple[Kind, ...] = ("classification", "segmentation")
 
 
-def demo_studies(out: Path, seed: int, device: str, patients: int, console: Console) -> list[Study]:
+def demo_studies(
+    out: Path, seed: int, device: str, patients: int, console: Console, *, fresh: bool = False
+) -> list[Study]:
     """Write the synthetic cohorts under ``out`` and set up a study over each.
 
     The first is classification with differential privacy per patient, the second segmentation;
@@ -32,7 +34,7 @@ def demo_studies(out: Path, seed: int, device: str, patients: int, console: Cons
         plan = parse_plan(plan_text(kind))
         options = Options(
             data=data, out=out / plan.study.name, format="dicom", partition="folders",
-            device=device, baselines=True, seed=seed,
+            device=device, baselines=True, seed=seed, fresh=fresh,
         )  # fmt: skip
         studies.append(Study(plan, options))
     return studies

@@ -70,6 +70,7 @@ def divided_sites(plan: Plan, options: Options, crew: Preparers, note: Note) -> 
     _check_names(parts)
     check_count(plan, len(parts))
     check_labels(plan, dataset.samples)
+    plan = with_seed(plan, options.seed)
     found = Divided(missed=by_site(dataset.left_out, parts if how.kind == "folders" else ()))
     for name, samples in parts.items():
         note(f"preparing {name}: {len(samples)} images")
@@ -77,6 +78,16 @@ def divided_sites(plan: Plan, options: Options, crew: Preparers, note: Note) -> 
     if found.missed:
         note(summary(found.missed))
     return found
+
+
+def with_seed(plan: Plan, seed: int) -> Plan:
+    """The plan with a division into training, validation and test that follows a run's seed too.
+
+    Seed 0 keeps the division of ``split.seed``. Figures of several seeds then differ by who is
+    tested, and not only by weights and batches. A division that the data bring stays.
+    """
+    split = plan.split.model_copy(update={"seed": (plan.split.seed + seed) % 2**63})
+    return plan.model_copy(update={"split": split})
 
 
 def _prepare(

@@ -54,6 +54,10 @@ class Options:
         The column of the tables of `data` that names the patients; "": found by name.
     images_are_patients : bool
         Whether each image of `data` is of another person, where the data name no patients.
+    fresh : bool
+        Whether to leave aside the state of an unfinished run in `out`.
+    checkpoint_seconds : float
+        Least time between two writes of a run's state; 0 writes after each round.
     """
 
     data: Path | None
@@ -72,6 +76,8 @@ class Options:
     private_counts: bool = False
     patient_column: str = ""
     images_are_patients: bool = False
+    fresh: bool = False
+    checkpoint_seconds: float = 10.0
 
     @property
     def division(self) -> str:

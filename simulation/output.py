@@ -103,7 +103,8 @@ def write_outputs(studies: Sequence[Study], out: Path) -> None:
             _write_study(study, out if len(studies) == 1 else out / study.plan.study.name)
         write_metrics(results, out / "metrics.json")
         write_report(results, out / "report.html")
-        _forget_earlier(studies, out)
+        if all(study.results.complete for study in studies):
+            _forget_earlier(studies, out)
     except OSError as error:
         raise OutputError(
             "results must be written", value=error.strerror, fix="Free the disk, or change --out",
@@ -116,7 +117,8 @@ def _write_study(study: Study, folder: Path) -> None:
     _write_text(folder / "plan.json", canonical(study.plan))
     (folder / "plan.sha256").write_text(f"{plan_hash(study.plan)}  plan.json\n", "utf-8")
     write_left_out(study.left_out, folder / FILE)
-    if study.model is not None:
+    audited = study.results.audit is not None or not study.plan.privacy.audit
+    if study.model is not None and audited:
         facts = {
             "study": study.plan.study.name, "plan_sha256": plan_hash(study.plan),
             "classes": ",".join(study.plan.task.classes), "model": study.plan.model.name,

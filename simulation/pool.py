@@ -85,7 +85,7 @@ class _Worker:
         processes = list((executor._processes or {}).values())
         executor.shutdown(wait=False, cancel_futures=True)
         for process in processes:
-            process.terminate()
+            process.kill()
         for process in processes:
             process.join(5)
 
@@ -124,9 +124,10 @@ def _ready(state: object) -> int:
 
 
 def _enter(state: object) -> None:
-    # Ctrl-C reaches the whole process group; the parent alone decides how to end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Ctrl-C, and a batch system's SIGTERM, reach the whole process group; the parent alone decides
+    # how to end. A worker that ended first would look like a site that failed.
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, signal.SIG_IGN)
     _STATE["state"] = state
     threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
 

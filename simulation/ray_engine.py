@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -115,6 +116,8 @@ def start_ray() -> None:
 
     if ray.is_initialized():
         return
+    # Ray would end this process at SIGTERM with nothing written.
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     # What the actors import lies where this process found it.
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
     for last in (False, True):
@@ -123,6 +126,8 @@ def start_ray() -> None:
                 num_cpus=cores(), include_dashboard=False, log_to_driver=False,
                 logging_level="error", runtime_env=environment,
             )  # fmt: skip
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)
             return
         except Exception as error:  # Ray has no error of its own for this
             ray.shutdown()

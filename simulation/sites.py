@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
@@ -84,3 +85,14 @@ def pool_sites(sites: Sequence[PreparedSite], name: str = "pooled") -> PreparedS
         synthetic=any(site.synthetic for site in sites),
         images_are_patients=any(site.images_are_patients for site in sites),
     )
+
+
+def digest_of_sites(sites: Sequence[PreparedSite]) -> str:
+    """SHA-256 over the sites' images, targets, patients and divisions."""
+    total = hashlib.sha256()
+    for site in sites:
+        total.update(f"{site.name}:{site.images.shape}".encode())
+        parts = (site.images, site.targets, site.patients, *site.split.values())
+        for array in parts:
+            total.update(np.ascontiguousarray(array).data)
+    return total.hexdigest()

@@ -19,7 +19,7 @@ from client.training.device import choose_device
 from client.training.runtime import Runtime
 from client.training.trainer import site_facts
 from client.workers import Limits
-from fedward.errors import Interrupted, PlanError, StudyError
+from fedward.errors import FedwardError, Interrupted, PlanError, StudyError
 from fedward.models import describe, to_arrays
 from fedward.plan.load import plan_from, plan_hash
 from fedward.plan.schema import Plan
@@ -27,7 +27,8 @@ from server.app import server_app
 from server.events import Listener, ignore
 from server.results import Arm, StudyResults
 from server.rounds import Job
-from simulation.baselines import lone_arm, shares
+from simulation.baselines import arm_name, lone_arm, shares
+from simulation.checkpoint import ArmCheckpoints, ArmFolder, RunCheckpoints
 from simulation.classes import missing_classes, told
 from simulation.divided import divided_sites
 from simulation.feasible import check_privacy, start_model
@@ -37,7 +38,7 @@ from simulation.options import Options as Options
 from simulation.paired import SiteAnswers, answers_on_test, paired
 from simulation.pool import Pool, cores
 from simulation.prepare import frozen_sites
-from simulation.sites import SimulatedSites
+from simulation.sites import SimulatedSites, digest_of_sites
 
 Arrays = dict[str, NDArray[Any]]
 Note = Callable[[str], None]
@@ -57,6 +58,10 @@ class Study:
         Files and rows that were not taken, by name; stays on this machine.
     sites : list of PreparedSite
         The hospitals, once they are prepared.
+    wrote : callable
+        Called when the state of the run was written, with ``results`` and ``model`` up to date.
+    resumed : bool
+        Whether this run went on with an unfinished one.
     """
 
     plan: Plan
@@ -68,6 +73,8 @@ class Study:
     model: Arrays | None = None
     left_out: list[Missed] = field(default_factory=list)
     sites: list[PreparedSite] = field(default_factory=list)
+    wrote: Callable[[], None] = lambda: None
+    resumed: bool = False
 
     def __post_init__(self) -> None:
         plan, options = self.plan, self.options
@@ -78,20 +85,43 @@ class Study:
             primary=plan.metrics.primary, parameters=describe(plan).parameters,
             versions=_versions(),
         )  # fmt: skip
+        self.checkpoints = RunCheckpoints(options.out, self._about(), options.checkpoint_seconds)
+        self._arms: dict[str, ArmFolder] = {}
+
+    def unfinished(self) -> bool:
+        """Whether the output folder holds this run, broken off; with ``fresh`` it is removed.
+
+        Raises
+        ------
+        OutputError
+            It holds the unfinished run of another plan or with other options.
+        """
+        if self.options.fresh:
+            self.checkpoints.clear()
+        return self.checkpoints.found()
 
     def run(self) -> StudyResults:
-        """Prepare, train all arms, measure.
+        """Prepare, train all arms, measure; an unfinished run in the output folder goes on.
+
+        Its state stays there until ``checkpoints.clear()``, so that results can be written first.
 
         Raises
         ------
         Interrupted
-            Ctrl-C; ``results`` and ``model`` hold what was finished.
+            KeyboardInterrupt; ``results`` and ``model`` hold what was finished.
+        OutputError
+            The output folder holds another unfinished run.
         """
         self._began = time.perf_counter()
         # What is wrong with the plan shows before an image is read.
         arrays, plans = self.initial(), self._plans()
+        self.unfinished()
         sites = self.sites = self.prepare()
         self._describe(sites)
+        self.resumed = self.checkpoints.begin(digest_of_sites(sites))
+        self._arms = self._planned(plans, sites)
+        if self.resumed:
+            self.note(f"going on with an unfinished run; {self._stock()}")
         runtime, workers = self.machine(len(sites))
         pool = Pool(State(SimulatedSites(sites, runtime)), workers)
         try:
@@ -104,12 +134,55 @@ class Study:
             self.stop.set()
             raise Interrupted(
                 "the study was interrupted",
-                fix="What was finished is kept; run it again for the rest",
+                fix=f"The same command goes on from here; {self._stock()}",
             ) from error
         finally:
             pool.close()
-            self.results.seconds = time.perf_counter() - self._began
+            self._stock()
         return self.results
+
+    def _about(self) -> dict[str, Any]:
+        """What a run must share with an unfinished one to go on with it, beside the images."""
+        results, options = self.results, self.options
+        return {
+            "plan": results.plan_sha256, "seed": options.seed, "partition": options.division,
+            "sites": options.sites, "format": options.format, "engine": options.engine,
+            "device": results.device, "baselines": options.baselines,
+            "epsilons": list(options.epsilons), "private_counts": options.private_counts,
+            "patient_column": options.patient_column,
+            "images_are_patients": options.images_are_patients,
+            "versions": results.versions,
+        }  # fmt: skip
+
+    def _planned(
+        self, plans: Sequence[Plan], sites: Sequence[PreparedSite]
+    ) -> dict[str, ArmFolder]:
+        """All arms by name, in the order of the results, and where the state of each is kept."""
+        federated = [(_arm(plan).name, plan) for plan in plans]
+        open_plan = with_privacy(self.plan, None)
+        alone = [(arm_name(site.name), open_plan) for site in sites] + [(arm_name(None), open_plan)]
+        return {
+            name: self.checkpoints.arm(f"arm-{place}", plan_hash(plan))
+            for place, (name, plan) in enumerate(federated + alone * self.options.baselines)
+        }
+
+    def _stock(self) -> str:
+        """Bring times and the list of what is missing up to date; the latter in words."""
+        results = self.results
+        here = time.perf_counter() - self._began
+        results.seconds = self.checkpoints.spent + here
+        done = {arm.name for arm in results.arms if arm.finished}
+        results.missing = [
+            f"{name}, {arm.rounds} of {self.plan.rounds} rounds done"
+            for name, arm in self._arms.items() if name not in done
+        ]  # fmt: skip
+        return f"missing: {'; '.join(results.missing) or 'nothing'}"
+
+    def _written(self) -> None:
+        """Bring up to date what stays behind where this process is killed."""
+        self._stock()
+        self.checkpoints.note_time(time.perf_counter() - self._began)
+        self.wrote()
 
     def prepare(self) -> list[PreparedSite]:
         """The hospitals' images, ready for the plan."""
@@ -155,12 +228,25 @@ class Study:
     ) -> None:
         self.results.start_up_seconds = time.perf_counter() - self._began
         for job in jobs:
+            kept = self._arms[job.arm.name].open(job)
             self.results.arms.append(job.arm)
+            kept.wrote = partial(self._stands, kept, tell=True)
             try:
-                self._run(job, pool, sites, runtime)
+                if not job.complete:
+                    self._run(job, pool, sites, runtime)
             finally:
-                if job.arm.rounds and self.model is None:
-                    self.model = job.average
+                kept.flush()
+                self._stands(kept)
+
+    def _stands(self, kept: ArmCheckpoints, *, tell: bool = False) -> None:
+        """Take over what stands of the arm that runs."""
+        if kept.standing is None:
+            return
+        self.results.arms[-1] = kept.standing.arm
+        if len(self.results.arms) == 1:
+            self.model = kept.standing.average
+        if tell:
+            self._written()
 
     def _run(self, job: Job, pool: Pool, sites: Sequence[PreparedSite], runtime: Runtime) -> None:
         if self.options.engine == "ray":
@@ -179,10 +265,7 @@ class Study:
             )
 
     def _job(self, plan: Plan, arrays: Arrays) -> Job:
-        epsilon, delta = plan.privacy.epsilon, plan.privacy.delta
-        name = "federated" if epsilon is None else f"federated, ε = {epsilon:g}"
-        arm = Arm(name=name, kind="federated", epsilon=epsilon, delta=delta)
-        return Job(plan, dict(arrays), arm, self.options.seed, self.listen, self.stop)
+        return Job(plan, dict(arrays), _arm(plan), self.options.seed, self.listen, self.stop)
 
     def _plans(self) -> list[Plan]:
         """The plan itself first; then the same with other ε, and without privacy."""
@@ -218,20 +301,36 @@ class Study:
     ) -> dict[str, SiteAnswers]:
         """Train the arms without federation; their answers on the test patients."""
         plan, places = with_privacy(self.plan, None), shares(list(sites), pool.workers)
-        waiting: dict[Future[tuple[Arm, SiteAnswers]], str] = {}
-        arms: dict[str, Arm] = {}
+        waiting: set[Future[tuple[Arm, SiteAnswers]]] = set()
         answers: dict[str, SiteAnswers] = {}
+        errors: list[FedwardError] = []
         for name, place in sorted(places.items(), key=lambda item: item[0] or ""):
             self.note(f"training {'pooled data' if name is None else name + ' alone'}")
-            future = pool.submit(place, lone_arm, plan, arrays, self.options.seed, name)
-            waiting[future] = name or ""
+            folder = self._arms[arm_name(name)]
+            waiting.add(pool.submit(place, lone_arm, plan, arrays, self.options.seed, name, folder))
         while waiting:
-            done, _ = wait(waiting, timeout=0.2, return_when="FIRST_COMPLETED")
+            done, waiting = wait(waiting, timeout=0.2, return_when="FIRST_COMPLETED")
             for future in done:
-                arm, own = future.result()
-                arms[waiting.pop(future)], answers[arm.name] = arm, own
-        self.results.arms += [arms[site.name] for site in sites] + [arms[""]]
+                try:
+                    arm, own = future.result()
+                except FedwardError as error:  # the other arms are not lost for it
+                    errors.append(error)
+                else:
+                    self.results.arms.append(arm)
+                    answers[arm.name] = own
+            if done:
+                order = list(self._arms)
+                self.results.arms.sort(key=lambda arm: order.index(arm.name))
+                self._written()
+        if errors:
+            raise errors[0]
         return answers
+
+
+def _arm(plan: Plan) -> Arm:
+    epsilon, delta = plan.privacy.epsilon, plan.privacy.delta
+    name = "federated" if epsilon is None else f"federated, ε = {epsilon:g}"
+    return Arm(name=name, kind="federated", epsilon=epsilon, delta=delta)
 
 
 def with_privacy(plan: Plan, epsilon: float | None) -> Plan:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import random
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
+from torch.optim import Optimizer
 
 from client.data.types import PreparedSite
 from client.training.batches import seed_for
@@ -23,7 +24,6 @@ from client.training.device import place
 from client.training.evaluate import Answers, evaluate
 from client.training.fit import Draws, Fit
 from client.training.losses import build_loss
-from client.training.optimizers import build_optimizer
 from client.training.private import Mode
 from client.training.runtime import Runtime
 from client.training.source import Source, digest_of
@@ -39,7 +39,6 @@ from fedward.models import (
     to_arrays,
     trainable_names,
 )
-from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Plan
 from fedward.privacy import Mechanism, calibrate, epsilon_spent, steps_per_round
 from fedward.protocol import EvaluateOutcome, RoundOrder, SiteFacts, TrainOutcome
@@ -72,7 +71,6 @@ class Trainer:
 
     def __init__(self, plan: Plan, site: PreparedSite, runtime: Runtime) -> None:
         self.plan, self.site, self.runtime = plan, site, runtime
-        self._hash = plan_hash(plan)
         runtime.enter()
         self._model = place(self._build(), runtime.torch_device)
         self._loss = build_loss(plan, runtime.torch_device)
@@ -138,9 +136,9 @@ class Trainer:
         self.runtime.enter()
         fit = self._fit(arrays, order, self.plan.strategy.proximal_mu)
         with fit.draws.in_layers(self.runtime.torch_device):
-            loss, steps = fit.run()
+            loss, steps = fit.run(self.optimizer(fit))
         values = to_arrays(self._model)
-        names = set(self._prepared.names) if self._prepared else set(values)
+        names = set(self.trained or values)
         outcome = TrainOutcome(
             site=self.site.name, round=order.round, patients=self.site.patients_in("train"),
             images=len(self.site.split["train"]), steps=steps,
@@ -151,27 +149,14 @@ class Trainer:
         )  # fmt: skip
         return {name: value for name, value in values.items() if name in names}, outcome
 
-    def alone(
-        self, arrays: Mapping[str, NDArray[Any]], seed: int
-    ) -> Iterator[tuple[int, Arrays, float]]:
-        """Train all rounds of the plan without federation, as a lone site would.
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the arrays that train in the round that was prepared last."""
+        return self._prepared.names if self._prepared else ()
 
-        The optimiser keeps its state within a stage. Gives, after each round, its number, the
-        whole model and the mean loss.
-        """
-        self.runtime.enter()
-        current, optimizer, names = dict(arrays), None, None
-        for round_ in range(1, self.plan.rounds + 1):
-            fit = self._fit(current, self._order(round_, seed), 0.0)
-            if self._prepared is None or self._prepared.names != names:
-                names = self._prepared.names if self._prepared else None
-                optimizer = build_optimizer(
-                    self.plan, [p for p in fit.module.parameters() if p.requires_grad]
-                )
-            with fit.draws.in_layers(self.runtime.torch_device):
-                loss, _ = fit.run(optimizer)
-            current = to_arrays(self._model)
-            yield round_, current, _finite(loss)
+    def optimizer(self, fit: Fit) -> Optimizer | None:
+        """The optimiser that a round goes on with; none: a fresh one."""
+        return None
 
     def evaluate(
         self,
@@ -232,9 +217,6 @@ class Trainer:
             return secrets.randbelow
         seed = seed_for(order.seed, self.site.name, order.round, order.part, "counts")
         return random.Random(seed).randrange
-
-    def _order(self, round_: int, seed: int) -> RoundOrder:
-        return RoundOrder(plan=canonical(self.plan), plan_hash=self._hash, round=round_, seed=seed)
 
     def _fit(self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder, mu: float) -> Fit:
         indices = self.site.split["train"]

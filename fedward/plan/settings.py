@@ -104,6 +104,11 @@ SUMMARIES: dict[StrategyName, str] = {
     "bulyan": "trimmed mean of the updates that Krum selects",
 }
 
+# Strategies that take a step of their own with the mean update.
+SERVER_OPTIMIZERS: frozenset[StrategyName] = frozenset(
+    ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
+)
+
 # Strategies that compare the updates of a round; the others fold each in as it comes.
 NEED_ALL: frozenset[StrategyName] = frozenset(
     ("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan")

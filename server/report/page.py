@@ -187,7 +187,8 @@ def _study(name: str, results: StudyResults) -> StudyPage:
         weights_names=_weights_names(results),
         plan=toml_text(_shown(results.plan)),
         intended_use=str(results.plan.get("study", {}).get("intended_use", "")),
-        unfinished=[arm.name for arm in ordered(results.arms) if not arm.finished],
+        unfinished=results.missing
+        or [arm.name for arm in ordered(results.arms) if not arm.finished],
     )
 
 

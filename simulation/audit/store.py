@@ -5,19 +5,17 @@ They tell of single patients, and stay on this machine: only their owner can rea
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from client.data.types import PreparedSite
 from fedward.errors import OutputError
 
 _ABOUT = "about.json"
@@ -85,17 +83,6 @@ class Store:
             file.flush()
             os.fsync(file.fileno())
         part.replace(self._folder / name)
-
-
-def digest_of_sites(sites: Sequence[PreparedSite]) -> str:
-    """SHA-256 over the sites' images, targets, patients and divisions."""
-    total = hashlib.sha256()
-    for site in sites:
-        total.update(f"{site.name}:{site.images.shape}".encode())
-        parts = (site.images, site.targets, site.patients, *site.split.values())
-        for array in parts:
-            total.update(np.ascontiguousarray(array).tobytes())
-    return total.hexdigest()
 
 
 def _unwritable(error: OSError) -> OutputError:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +20,8 @@ from server.report.files import write_text
 from simulation.audit.audit import Auditor, Sizes
 from simulation.audit.federation import Federation
 from simulation.audit.progress import AuditProgress
-from simulation.audit.store import Store, digest_of_sites
+from simulation.audit.store import Store
+from simulation.sites import digest_of_sites
 from simulation.study import Study
 
 FILE: Final = "audit.json"
@@ -42,14 +42,13 @@ def audit_study(study: Study, sizes: Sizes, progress: AuditProgress, *, fresh: b
     Raises
     ------
     Interrupted
-        Ctrl-C or SIGTERM; finished parts are kept.
+        KeyboardInterrupt (see :func:`fedward.console.interruptible`); finished parts are kept.
     """
     out = study.options.out
     try:
-        with _sigterm_as_interrupt():
-            if fresh:
-                shutil.rmtree(out / PARTS, ignore_errors=True)
-            audit = _auditor(study, sizes, progress).run(study.plan.study.name, _hash(study))
+        if fresh:
+            shutil.rmtree(out / PARTS, ignore_errors=True)
+        audit = _auditor(study, sizes, progress).run(study.plan.study.name, _hash(study))
     except KeyboardInterrupt as error:
         study.stop.set()
         raise Interrupted(
@@ -72,10 +71,12 @@ def gate(study: Study, console: Console) -> None:
     """
     try:
         with AuditProgress(console) as progress:
-            study.results.audit = audit_study(study, GATE, progress, fresh=True)
+            study.results.audit = audit_study(study, GATE, progress, fresh=not study.resumed)
         check_release(study.results.audit)
-    except BaseException:
+    except BaseException as error:
         study.model = None  # also of an audit that was interrupted: nothing speaks for the model
+        if isinstance(error, ReleaseError):
+            study.checkpoints.clear()  # they hold it too
         raise
 
 
@@ -154,12 +155,3 @@ def _earlier(out: Path) -> list[Any] | None:
 
 def _hash(study: Study) -> str:
     return plan_hash(study.plan)
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -257,19 +257,6 @@ def test_bad_arrays_and_missing_parts_are_clear_errors(
         Trainer(plan, empty, SEEDED).evaluate(start, make_order(plan, round=0, part="test"))
 
 
-def test_alone_equals_federation_of_one_for_plain_sgd(
-    make_plan: Make, make_site: Make, make_order: Make
-) -> None:
-    plan = make_plan(training={"optimizer": "sgd"})
-    start, site = to_arrays(build_model(plan, 0)), make_site()
-    current = dict(start)
-    trainer = Trainer(plan, site, SEEDED)
-    for round_ in (1, 2):
-        current, _ = trainer.train(current, make_order(plan, round=round_))
-    *_, (_, alone, _) = Trainer(plan, site, SEEDED).alone(start, 0)
-    assert equal(current, alone)
-
-
 def test_learning_rate_follows_each_stage(make_plan: Make) -> None:
     plan = make_plan(
         training={"rounds": None, "learning_rate": None},
