@@ -97,13 +97,14 @@ class Supervisor:
 
 
 def _end(children: list[Child]) -> None:
-    running = [child.process for child in children if child.process is not None]
-    for process in running:
+    running = [(child.which, child.process) for child in children if child.process is not None]
+    for _, process in running:
         process.terminate()
     end = time.monotonic() + _GRACE
-    for process in running:
+    for name, process in running:
         try:
             process.wait(max(0.1, end - time.monotonic()))
         except subprocess.TimeoutExpired:
+            _LOG.warning("the %s did not end within %g seconds and is killed", name, _GRACE)
             process.kill()
             process.wait()

@@ -118,7 +118,7 @@ def test_whatever_is_killed_the_same_study_goes_on(
             return False
         return bool(answer.get("study", {}).get("state") == "finished")
 
-    until(finished, 120)
+    until(finished)
     told = events(service, study)
     assert [e["payload"]["round"] for e in told if e["kind"] == "round"] == [1, 2, 3]
     until(service.ready)
