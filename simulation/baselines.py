@@ -206,3 +206,14 @@ class _OneSite(SimulatedSites):
 
     def trainer_of(self, site: PreparedSite, plan: Plan) -> Trainer:
         return self._trainer
+
+
+def shares(sites: list[PreparedSite], workers: int) -> dict[str | None, int]:
+    """Which worker trains which lone arm: the largest first, to the one with the least to do."""
+    sizes: dict[str | None, int] = {site.name: len(site.split["train"]) for site in sites}
+    sizes[None] = sum(sizes.values())
+    load, places = [0] * max(1, workers), {}
+    for name in sorted(sizes, key=lambda key: (-sizes[key], key or "")):
+        place = load.index(min(load))
+        places[name], load[place] = place, load[place] + sizes[name]
+    return places
