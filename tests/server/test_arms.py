@@ -91,9 +91,9 @@ def test_a_policy_that_lets_nothing_out_leaves_no_figure(plan: Plan) -> None:
 
 
 def test_images_of_patients_with_many_weigh_as_patients() -> None:
-    assert arms.per_image([(40, 40)]) == 1.0
-    assert arms.per_image([(40, 10)]) == 0.25
+    assert arms.patients_per_image([(40, 40)]) == 1.0
+    assert arms.patients_per_image([(40, 10)]) == 0.25
     # By hand, Kish: 110 patients with n_eff = (sum m)^2 / sum m^2 over 1,100 images.
     sizes = np.repeat([1, 100], [100, 10])
     kish = sizes.sum() ** 2 / (sizes**2).sum()
-    assert arms.per_image([(100, 100), (1000, 10)]) == pytest.approx(kish / 1100)
+    assert arms.patients_per_image([(100, 100), (1000, 10)]) == pytest.approx(kish / 1100)
