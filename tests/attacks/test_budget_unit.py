@@ -262,7 +262,7 @@ def test_a_real_hospitals_late_update_is_on_the_card(
 ) -> None:
     """The trainer is held up after its charge, until the aggregator's round is over."""
     plan, study = make_private(100), "late-1"
-    once = plan.participation.model_copy(update={"retries": 0})
+    once = plan.participation.model_copy(update={"retries": 0, "sites": 1})
     plan = plan.model_copy(update={"participation": once})
     assert "facts" in coordinator.ask(
         hospital.node, coordinator.order(plan, 0, study, task="describe"), "query"
