@@ -66,13 +66,30 @@ CASES = (
     Case("covid-ct", "covid-ct", "folders", 3, None, 0.703, {}),
     Case("lungs", "lungs", "folders", 7, 2.0, 0.911, {}),
     Case("hippocampus", "hippocampus", "iid", 4, 1.0, 0.822, {}),
-    Case("pneumonia-transfer", "pneumonia", "dirichlet:0.5", 5, None, 0.961,
-         {8: 0.957, 3: 0.946, 1: 0.937}, (8.0, 3.0, 1.0)),
-    Case("covid-ct-transfer", "covid-ct", "folders", 3, None, 0.807,
-         {8: 0.745, 3: 0.726}, (8.0, 3.0, 1.0)),
-    Case("lungs-private", "lungs", "folders", 7, None, 0.872,
-         {8: 0.817, 3: 0.723}, (8.0, 3.0, 1.0)),
-)  # fmt: skip
+    Case(
+        "pneumonia-transfer",
+        "pneumonia",
+        "dirichlet:0.5",
+        5,
+        None,
+        0.961,
+        {8: 0.957, 3: 0.946, 1: 0.937},
+        (8.0, 3.0, 1.0),
+    ),
+    Case(
+        "covid-ct-transfer",
+        "covid-ct",
+        "folders",
+        3,
+        None,
+        0.807,
+        {8: 0.745, 3: 0.726},
+        (8.0, 3.0, 1.0),
+    ),
+    Case(
+        "lungs-private", "lungs", "folders", 7, None, 0.872, {8: 0.817, 3: 0.723}, (8.0, 3.0, 1.0)
+    ),
+)
 
 
 def kept_case(case: Case, seed: int, out: Path) -> StudyResults | None:
@@ -92,11 +109,17 @@ def run_case(case: Case, seed: int, data: Path, out: Path, *, fresh: bool = Fals
     folder = out / f"{case.plan}-seed{seed}"
     made = None if case.partition == "folders" else case.sites
     options = Options(
-        data=data / case.data, out=folder, partition=case.partition, sites=made,
-        baselines=not case.epsilons, epsilons=case.epsilons, seed=seed, plan_folder=path.parent,
+        data=data / case.data,
+        out=folder,
+        partition=case.partition,
+        sites=made,
+        baselines=not case.epsilons,
+        epsilons=case.epsilons,
+        seed=seed,
+        plan_folder=path.parent,
         images_are_patients=True,  # some of these sets name no patients: their ε is per image
         fresh=fresh,
-    )  # fmt: skip
+    )
     started = time.perf_counter()
     study = Study(plan, options, note=lambda text: None)
     results = study.run()
@@ -221,15 +244,19 @@ def _page(done: dict[Case, list[StudyResults]], before: str) -> str:
     marker = "<!-- notes -->"
     page, _, notes = before.partition(marker)
     lines = [
-        "# Accuracy of the shipped plans", "",
+        "# Accuracy of the shipped plans",
+        "",
         "Written by `python benchmarks/accuracy.py`. Mean ± standard deviation over the seeds; AUC "
         "for classification, Dice for segmentation. *Together*: all test patients of all sites. "
         "*Own*: mean over the sites of each site's own test patients (for hospitals alone: its own "
         "model). *Plain script*: the best that plain FedAvg or FedProx code, or plain private code "
-        "at that ε, reached on the same images. Seconds are wall time of the arm.", "",
+        "at that ε, reached on the same images. Seconds are wall time of the arm.",
+        "",
         f"Machine: {platform.machine()}, {cores()} cores, Python {platform.python_version()}.",
-        "", "| plan | arm | together | own | plain script | seconds |", "|---|---|---|---|---|---|",
-    ]  # fmt: skip
+        "",
+        "| plan | arm | together | own | plain script | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
     for case in CASES:
         lines += rows(case, done[case]) if case in done else earlier(page, f"| {case.plan} |")
     lines += ["", "## In words", ""]

@@ -103,9 +103,12 @@ WORKS = (
 def command(module: str, *words: object) -> dict[str, Any]:
     """A command of the aggregator or a hospital, with its answer."""
     done = subprocess.run(
-        [sys.executable, "-m", module, *map(str, words), "--json"], cwd=ROOT, text=True,
-        capture_output=True, check=True,
-    )  # fmt: skip
+        [sys.executable, "-m", module, *map(str, words), "--json"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=True,
+    )
     return dict(json.loads(done.stdout))
 
 
@@ -139,35 +142,66 @@ class Federation:
         for number in (1, 2):
             site = folder / f"h{number}"
             name = f"hospital {number}"
-            command("client.cli", "enrol", "--name", name, "--server", f"127.0.0.1:{self.port}",
-                    "--ca", ca, "--out", site)  # fmt: skip
-            (site / "site.toml").write_text(SITE.format(
-                name=name, port=self.port, coordinator=told["coordinator"],
-                root=folder / "data" / f"hospital-{number}",
-            ))  # fmt: skip
+            command(
+                "client.cli",
+                "enrol",
+                "--name",
+                name,
+                "--server",
+                f"127.0.0.1:{self.port}",
+                "--ca",
+                ca,
+                "--out",
+                site,
+            )
+            (site / "site.toml").write_text(
+                SITE.format(
+                    name=name,
+                    port=self.port,
+                    coordinator=told["coordinator"],
+                    root=folder / "data" / f"hospital-{number}",
+                )
+            )
             command("client.cli", "data", "freeze", "chest", "--config", site / "site.toml")
             self.sites.append((name, site))
         self.wait(lambda: self.get("/readyz").status_code == 200)
         for name, site in self.sites:
-            command("server.cli", "site", "add", name, site / "connector" / "site.pub",
-                    "--config", self.config)  # fmt: skip
+            command(
+                "server.cli",
+                "site",
+                "add",
+                name,
+                site / "connector" / "site.pub",
+                "--config",
+                self.config,
+            )
             self.start("client.cli", "run", "--config", site / "site.toml")
 
     def start(self, module: str, *words: object) -> None:
         log = (self.folder / "log").open("ab")
-        traced = {**os.environ, "PYTHONPATH": f"{TRACE}:{ROOT}",
-                  "FEDWARD_BENCH_TRACE": str(self.folder / "trace")}  # fmt: skip
-        self.running.append(subprocess.Popen(
-            [sys.executable, "-m", module, *map(str, words)], cwd=ROOT, stdout=log, stderr=log,
-            env=traced,
-        ))  # fmt: skip
+        traced = {
+            **os.environ,
+            "PYTHONPATH": f"{TRACE}:{ROOT}",
+            "FEDWARD_BENCH_TRACE": str(self.folder / "trace"),
+        }
+        self.running.append(
+            subprocess.Popen(
+                [sys.executable, "-m", module, *map(str, words)],
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+                env=traced,
+            )
+        )
         log.close()
 
     def get(self, path: str) -> httpx.Response:
         context = ssl.create_default_context(cafile=str(self.folder / "agg" / "tls" / "ca.crt"))
         with httpx.Client(verify=context, timeout=300.0) as client:
-            return client.get(f"https://127.0.0.1:{self.api}{path}",
-                              headers={"Authorization": f"Bearer {self.token}"})  # fmt: skip
+            return client.get(
+                f"https://127.0.0.1:{self.api}{path}",
+                headers={"Authorization": f"Bearer {self.token}"},
+            )
 
     @staticmethod
     def wait(condition: Any) -> None:
@@ -185,8 +219,16 @@ class Federation:
         """Run a study; its rounds."""
         plan = self.folder / f"{work.name}.toml"
         plan.write_text(work.plan(rounds))
-        study = command("server.cli", "study", "submit", plan, "--sites", "hospital 1,hospital 2",
-                        "--config", self.config)["id"]  # fmt: skip
+        study = command(
+            "server.cli",
+            "study",
+            "submit",
+            plan,
+            "--sites",
+            "hospital 1,hospital 2",
+            "--config",
+            self.config,
+        )["id"]
         list(self.get(f"/v1/studies/{study}/events?follow=true").iter_lines())
         return list(self.get(f"/v1/studies/{study}").json()["rounds"])
 

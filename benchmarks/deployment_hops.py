@@ -52,10 +52,16 @@ def _of_round(calls: list[Call], began: float, end: float) -> list[float]:
     replies = starts("StudyRun._aggregate", began, end)
     validated = ends("StudyRun._validate", began, end)
     marks = [
-        began, ends("Courier.deliver", began, replies),
-        starts("TrainerDesk.answer", began, replies), ends("TrainerDesk.answer", began, replies),
-        replies, aggregated, starts("TrainerDesk.answer", aggregated, validated),
-        ends("TrainerDesk.answer", aggregated, validated), validated, end,
-    ]  # fmt: skip
+        began,
+        ends("Courier.deliver", began, replies),
+        starts("TrainerDesk.answer", began, replies),
+        ends("TrainerDesk.answer", began, replies),
+        replies,
+        aggregated,
+        starts("TrainerDesk.answer", aggregated, validated),
+        ends("TrainerDesk.answer", aggregated, validated),
+        validated,
+        end,
+    ]
     # An answer to a delivery may be later than what the delivery set going.
     return np.diff(np.maximum.accumulate(marks)).tolist()

@@ -32,9 +32,12 @@ def peak_of(kind: str, sites: int) -> float:
 
 def _call(*words: object) -> str:
     return subprocess.run(
-        [sys.executable, __file__, *map(str, words)], cwd=ROOT, text=True, capture_output=True,
+        [sys.executable, __file__, *map(str, words)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
         check=True,
-    ).stdout  # fmt: skip
+    ).stdout
 
 
 def make(path: Path) -> None:
@@ -92,12 +95,14 @@ def reply(site: int, path: Path) -> Any:
     return Message(
         RecordDict(
             {
-                "arrays": packed, "metrics": MetricRecord({"num-examples": 10.0}),
+                "arrays": packed,
+                "metrics": MetricRecord({"num-examples": 10.0}),
                 "outcome": ConfigRecord(outcome.to_flat()),
             }
         ),
-        dst_node_id=site + 1, message_type="train",
-    )  # fmt: skip
+        dst_node_id=site + 1,
+        message_type="train",
+    )
 
 
 def peak() -> float:

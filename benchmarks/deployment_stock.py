@@ -123,25 +123,49 @@ def stock_rounds(federation: Federation, work: Work, rounds: int) -> list[float]
     _write_app(folder, federation, work, rounds)
     # Flower starts programs of its own by their names.
     environment = {
-        **os.environ, "FLWR_HOME": str(folder / "home"), "FLWR_TELEMETRY_ENABLED": "0",
+        **os.environ,
+        "FLWR_HOME": str(folder / "home"),
+        "FLWR_TELEMETRY_ENABLED": "0",
         "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
-    }  # fmt: skip
+    }
     port, running = free_port(), list[subprocess.Popen[bytes]]()
     tls = federation.folder / "agg" / "tls"
     try:
-        running.append(_start(
-            environment, folder, "flower-superlink", "--ssl-certfile", tls / "server.crt",
-            "--ssl-keyfile", tls / "server.key", "--ssl-ca-certfile", tls / "ca.crt",
-            "--database", folder / "state.db", "--port", port,
-            "--disable-runtime-dependency-installation",
-        ))  # fmt: skip
+        running.append(
+            _start(
+                environment,
+                folder,
+                "flower-superlink",
+                "--ssl-certfile",
+                tls / "server.crt",
+                "--ssl-keyfile",
+                tls / "server.key",
+                "--ssl-ca-certfile",
+                tls / "ca.crt",
+                "--database",
+                folder / "state.db",
+                "--port",
+                port,
+                "--disable-runtime-dependency-installation",
+            )
+        )
         _write_connection(folder / "home", port, tls / "ca.crt")
         for number in (1, 2):
-            running.append(_start(
-                environment, folder, "flower-supernode", "--superlink", f"127.0.0.1:{port}",
-                "--root-certificates", tls / "ca.crt", "--port", free_port(),
-                "--node-config", f'site="h{number}"',
-            ))  # fmt: skip
+            running.append(
+                _start(
+                    environment,
+                    folder,
+                    "flower-supernode",
+                    "--superlink",
+                    f"127.0.0.1:{port}",
+                    "--root-certificates",
+                    tls / "ca.crt",
+                    "--port",
+                    free_port(),
+                    "--node-config",
+                    f'site="h{number}"',
+                )
+            )
         _run(environment, folder)
         return np.diff(_wait_for(folder / "marks.json", running)).tolist()[1:]
     finally:
@@ -164,16 +188,23 @@ def _write_app(folder: Path, federation: Federation, work: Work, rounds: int) ->
     (folder / "app" / "LICENSE").write_text("Benchmark.\n")
     (folder / "app" / "pyproject.toml").write_text(PROJECT.format(rounds=rounds, folder=folder))
     for number, site in enumerate(sites, start=1):
-        np.savez(folder / f"h{number}.npz", images=site.images, targets=site.targets,
-                 train=site.split["train"], validation=site.split["validation"])  # fmt: skip
+        np.savez(
+            folder / f"h{number}.npz",
+            images=site.images,
+            targets=site.targets,
+            train=site.split["train"],
+            validation=site.split["validation"],
+        )
     model = build_model(plan, 0)
     images = torch.from_numpy(np.array(sites[0].images[:4]))
     torch.jit.trace(model, images).save(str(folder / "network.pt"))
     training = plan.training
     steps = count_steps(
-        len(sites[0].split["train"]), training.batch_size, epochs=training.local_epochs,
+        len(sites[0].split["train"]),
+        training.batch_size,
+        epochs=training.local_epochs,
         steps=training.local_steps,
-    )  # fmt: skip
+    )
     (folder / "steps.json").write_text(json.dumps(steps))
 
 
@@ -188,17 +219,24 @@ def _write_connection(home: Path, port: int, ca: Path) -> None:
 def _start(environment: dict[str, str], folder: Path, *words: Any) -> subprocess.Popen[bytes]:
     with (folder / "log").open("ab") as log:
         return subprocess.Popen(
-            [str(SCRIPTS / words[0]), *map(str, words[1:])], env=environment, cwd=folder,
-            stdout=log, stderr=log,
-        )  # fmt: skip
+            [str(SCRIPTS / words[0]), *map(str, words[1:])],
+            env=environment,
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+        )
 
 
 def _run(environment: dict[str, str], folder: Path) -> None:
     for _ in range(60):
         done = subprocess.run(
             [str(SCRIPTS / "flwr"), "run", str(folder / "app"), "bench", "--format", "json"],
-            env=environment, cwd=folder, text=True, capture_output=True, check=False,
-        )  # fmt: skip
+            env=environment,
+            cwd=folder,
+            text=True,
+            capture_output=True,
+            check=False,
+        )
         if done.returncode == 0 and '"success": true' in done.stdout:
             return
         time.sleep(1)

@@ -27,9 +27,13 @@ HERE = Path(__file__).resolve().parent
 # Run as a script, this folder comes first, and this file would hide the package of its name.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != HERE]
 SMALL = (
-    "CT_small.dcm", "MR_small.dcm", "MR_small_RLE.dcm", "JPEG2000.dcm",
-    "MR_small_jpeg_ls_lossless.dcm", "SC_rgb_jpeg_gdcm.dcm",
-)  # fmt: skip
+    "CT_small.dcm",
+    "MR_small.dcm",
+    "MR_small_RLE.dcm",
+    "JPEG2000.dcm",
+    "MR_small_jpeg_ls_lossless.dcm",
+    "SC_rgb_jpeg_gdcm.dcm",
+)
 EACH = 10  # images of a patient
 PLAN: dict[str, Any] = {
     "version": 1,
@@ -211,8 +215,10 @@ def measure(step: str, folder: Path) -> dict[str, Any]:
     """One step in a process of its own, with the peak of its memory in MiB."""
     process = subprocess.Popen(
         [sys.executable, __file__, "--step", step, "--folder", str(folder)],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     peak = 0
     while process.poll() is None:
         peak = max(peak, resident(process.pid))
@@ -251,17 +257,19 @@ def run_all(folder: Path) -> dict[str, dict[str, Any]]:
 def page(found: dict[str, dict[str, dict[str, Any]]]) -> str:
     """The tables as Markdown."""
     lines = [
-        "# DICOM", "",
+        "# DICOM",
+        "",
         "Written by `python benchmarks/dicom.py`. *small*: test files of pydicom (CT, MR, colour; "
         "uncompressed, RLE, JPEG, JPEG-LS, JPEG 2000; 64 to 128 pixels a side) copied with new "
         "UIDs; *CT 512*: one of them enlarged to 512×512. The files were in memory before. The "
         "plain loop is `pydicom.dcmread(path).pixel_array`; the index adds SHA-256 of the file and "
         "of its pixels, their range, the facts of the report, keyed hashes, a limit of time and "
         "memory for each file, and SQLite; of both the better of two runs. Memory: resident, all "
-        "processes together.", "",
+        "processes together.",
+        "",
         f"Machine: {platform.machine()}, {os.cpu_count()} cores, "
         f"Python {platform.python_version()}.",
-    ]  # fmt: skip
+    ]
     for name, steps in found.items():
         lines += [
             "",

@@ -97,11 +97,15 @@ def measure(case: Case, epsilon: float | None, seed: int, options: argparse.Name
     study = Study(
         plan_of(case, epsilon, options.rounds),
         Options(
-            data=options.data / case.data, out=folder, partition=case.partition, sites=case.sites,
-            seed=seed, plan_folder=REPOSITORY / "studies",
+            data=options.data / case.data,
+            out=folder,
+            partition=case.partition,
+            sites=case.sites,
+            seed=seed,
+            plan_folder=REPOSITORY / "studies",
             images_are_patients=True,  # some of these sets name no patients: their ε is per image
         ),
-    )  # fmt: skip
+    )
     with AuditProgress(Console(stderr=True)) as progress:
         sizes = Sizes(options.shadows, options.canaries, options.steps)
         return audit_study(study, sizes, progress, fresh=False)
@@ -143,14 +147,19 @@ def inverted(audit: Audit) -> float | None:
 def row(case: Case, epsilon: float | None, found: Sequence[Audit]) -> str:
     """A line of the table."""
     cells = [
-        case.plan, "none" if epsilon is None else f"{epsilon:g}", str(len(found)),
-        mean(found, attack("loss, delivered model")), mean(found, attack("LiRA, delivered model")),
-        mean(found, attack("LiRA, random halves")), mean(found, rate, ".1f"),
+        case.plan,
+        "none" if epsilon is None else f"{epsilon:g}",
+        str(len(found)),
+        mean(found, attack("loss, delivered model")),
+        mean(found, attack("LiRA, delivered model")),
+        mean(found, attack("LiRA, random halves")),
+        mean(found, rate, ".1f"),
         mean(found, bound("members of a random half"), ".2f"),
         mean(found, bound("canaries, delivered model"), ".2f"),
         mean(found, bound("canaries, all updates"), ".2f"),
-        mean(found, bound("canaries, single steps"), ".2f"), mean(found, inverted),
-    ]  # fmt: skip
+        mean(found, bound("canaries, single steps"), ".2f"),
+        mean(found, inverted),
+    ]
     return f"| {' | '.join(cells)} |"
 
 
@@ -161,24 +170,28 @@ def write_page(
     path, marker = HERE / "privacy.md", "<!-- notes -->"
     notes = path.read_text("utf-8").partition(marker)[2] if path.exists() else "\n"
     lines = [
-        "# What the shipped private plans remember", "",
+        "# What the shipped private plans remember",
+        "",
         "Written by `python benchmarks/privacy.py`. Attacks on models and updates of the shipped "
         "private plans, by `fedward-simulate audit`. **Reduced**: each study runs at most "
         f"{options.rounds} rounds (its noise calibrated for these, so that ε is what stands in the "
         f"row), with {options.shadows} shadow federations, {options.canaries} canaries at each "
         f"site and {options.steps} steps of gradient inversion; a real audit takes more of all. "
-        "Mean ± standard deviation over the seeds. An empty cell was not measured.", "",
+        "Mean ± standard deviation over the seeds. An empty cell was not measured.",
+        "",
         "AUC: membership inference, 0.5 is guessing. TPR: true positives of LiRA at 1 % false "
         "ones. ε ≥: lower bounds at 95 %, the largest over the sites; 0 says that the attack "
         "found nothing. Single steps are tried only where updates are private. Inversion: "
         "correlation of a patient's image with what was drawn out of an update of that patient "
-        "alone.", "",
-        f"Machine: {platform.machine()}, {cores()} cores, Python {platform.python_version()}.", "",
+        "alone.",
+        "",
+        f"Machine: {platform.machine()}, {cores()} cores, Python {platform.python_version()}.",
+        "",
         "| plan | ε | seeds | AUC, loss, delivered | AUC, LiRA, delivered | AUC, LiRA, halves "
         "| TPR at 1 %, % | ε ≥, members | ε ≥, canaries, model | ε ≥, canaries, updates "
         "| ε ≥, single steps | inversion |",
         "|" + "---|" * 12,
-    ]  # fmt: skip
+    ]
     order = sorted(EPSILONS, key=lambda one: -(one or 1e9))
     lines += [row(case, one, done.get((case, one), [])) for case in CASES for one in order]
     path.write_text("\n".join(lines) + f"\n\n{marker}{notes}", "utf-8")

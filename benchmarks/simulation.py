@@ -36,12 +36,15 @@ PLAN: dict[str, Any] = {
     "split": {"validation": 0.1, "test": 0.1},
     "model": {"name": "cnn"},
     "training": {
-        "learning_rate": 2e-3, "local_epochs": 1, "batch_size": 32, "loss": "cross_entropy",
+        "learning_rate": 2e-3,
+        "local_epochs": 1,
+        "batch_size": 32,
+        "loss": "cross_entropy",
     },
     "privacy": {"mechanism": "none"},
     "participation": {"sites": SITES},
     "metrics": {"report": ["auc", "accuracy"], "primary": "auc"},
-}  # fmt: skip
+}
 
 
 def plan_of(rounds: int) -> Any:
@@ -240,16 +243,20 @@ def page(found: dict[str, dict[str, Any]], rounds: int) -> str:
     typical = {name: statistics.median(one["rounds"][1:]) for name, one in found.items()}
     best = min(typical[name] for name in found if name.startswith("bare"))
     lines = [
-        "# Engines", "",
+        "# Engines",
+        "",
         "Written by `python benchmarks/simulation.py`: "
         f"{IMAGES} made images of {SIZE}×{SIZE}, {SITES} sites, {rounds} rounds. A round trains "
         "and validates. *First*: seconds of the first round. *Later*: median of the others; the "
         "ratio is to the faster bare loop. *Whole* and *CPU*: the process from start to end, "
-        "imports included.", "",
+        "imports included.",
+        "",
         f"Machine: {platform.machine()}, {os.cpu_count()} cores, "
         f"Python {platform.python_version()}.",
-        "", "| contender | first | later | ratio | whole | CPU |", "|---|---|---|---|---|---|",
-    ]  # fmt: skip
+        "",
+        "| contender | first | later | ratio | whole | CPU |",
+        "|---|---|---|---|---|---|",
+    ]
     lines += [
         f"| {name} | {one['rounds'][0]:.2f} s | {typical[name]:.2f} s | {typical[name] / best:.2f} "
         f"| {one['wall']:.1f} s | {one['cpu']:.1f} s |"

@@ -10,9 +10,11 @@ from client.commands.data import data_app
 from fedward.console import Version, run_command
 
 app = typer.Typer(
-    help="A hospital's images and its part in studies, at the hospital.", no_args_is_help=True,
-    add_completion=False, pretty_exceptions_enable=False,
-)  # fmt: skip
+    help="A hospital's images and its part in studies, at the hospital.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 app.add_typer(data_app, name="data")
 app.add_typer(audit_app, name="audit")
 add_to(app)

@@ -28,12 +28,14 @@ class SiteSection(Section):
         default=Path("state"),
         description="folder for the index and the site's secret; only its owner can read what is "
         "in it",
-    )  # fmt: skip
+    )
     cache_gib: float = Field(
-        default=50.0, gt=0, allow_inf_nan=False,
+        default=50.0,
+        gt=0,
+        allow_inf_nan=False,
         description="GiB that prepared images, and what frozen layers make of them, may take in "
         "the state folder; those that were used longest ago make room",
-    )  # fmt: skip
+    )
 
 
 class DatasetSection(Section):
@@ -60,20 +62,26 @@ class DatasetSection(Section):
         default=10, ge=1, description="fewer patients, in all or of a class, are a risk"
     )
     images_are_patients: bool = Field(
-        default=False, description="each image is of another person, where the data name no "
+        default=False,
+        description="each image is of another person, where the data name no "
         "patients. Without it a private study is refused on such data; with it every promise is "
         "about an image",
-    )  # fmt: skip
+    )
     patients: PatientSection = Field(default=PatientSection(), description="patient ids")
     labels: LabelSection = Field(default=LabelSection(), description="the table of labels")
     masks: MaskSection = Field(default=MaskSection(), description="segments and regions")
 
     def as_task(self) -> Task:
         """The dataset's labels, in the words of a plan."""
-        return Task.model_validate({
-            "kind": self.task, "dimensions": self.dimensions, "classes": self.classes,
-            "multi_label": self.multi_label, "modality": self.modality,
-        })  # fmt: skip
+        return Task.model_validate(
+            {
+                "kind": self.task,
+                "dimensions": self.dimensions,
+                "classes": self.classes,
+                "multi_label": self.multi_label,
+                "modality": self.modality,
+            }
+        )
 
 
 class SiteConfig(Section):
@@ -107,8 +115,10 @@ class SiteConfig(Section):
         if name not in self.datasets:
             raise ConfigError(
                 f"the dataset must be one of {', '.join(sorted(self.datasets))}",
-                value=name, fix="Name one of these, or add it to site.toml", where="datasets",
-            )  # fmt: skip
+                value=name,
+                fix="Name one of these, or add it to site.toml",
+                where="datasets",
+            )
         return self.datasets[name]
 
     def present(self, name: str) -> DatasetSection:
@@ -122,9 +132,12 @@ class SiteConfig(Section):
         dataset = self.dataset(name)
         for key, rule, there in (
             ("root", "the dataset must exist", dataset.root.exists()),
-            ("labels.file", "the table of labels must exist",
-             dataset.labels.file is None or dataset.labels.file.is_file()),
-        ):  # fmt: skip
+            (
+                "labels.file",
+                "the table of labels must exist",
+                dataset.labels.file is None or dataset.labels.file.is_file(),
+            ),
+        ):
             if not there:
                 raise ConfigError(
                     rule, fix="Check the path and the mount", where=f"datasets.{name}.{key}"
@@ -136,9 +149,10 @@ def hidden_places(config: SiteConfig) -> list[Path]:
     """What the connector must not see: the site's state, the datasets, their tables of labels."""
     tables = (one.labels.file for one in config.datasets.values())
     return [
-        config.site.state, *(one.root for one in config.datasets.values()),
+        config.site.state,
+        *(one.root for one in config.datasets.values()),
         *(table for table in tables if table is not None),
-    ]  # fmt: skip
+    ]
 
 
 def trusted_places(config: SiteConfig) -> list[Path]:
@@ -166,8 +180,9 @@ def load_config(path: Path, *, datasets_here: bool = True) -> SiteConfig:
     except (OSError, UnicodeDecodeError):
         raise ConfigError(
             "the site's configuration must be a readable UTF-8 file",
-            value=path.name, fix="Give its place with --config",
-        ) from None  # fmt: skip
+            value=path.name,
+            fix="Give its place with --config",
+        ) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(
             "the site's configuration must be valid TOML", value=str(error), fix="Mend that line"
@@ -212,9 +227,10 @@ def _check_served(config: SiteConfig) -> None:
         if one.dataset not in config.datasets:
             raise ConfigError(
                 f"the dataset must be one of {', '.join(sorted(config.datasets))}",
-                value=one.dataset, fix="Name one of these, or add it to site.toml",
+                value=one.dataset,
+                fix="Name one of these, or add it to site.toml",
                 where=f"policy.studies.{place}.dataset",
-            )  # fmt: skip
+            )
 
 
 def _placed_server(server: ServerSection, folder: Path) -> ServerSection:
@@ -231,8 +247,9 @@ def _check_apart(config: SiteConfig) -> None:
         if any(place.resolve().is_relative_to(one.resolve()) for one in hidden):
             raise ConfigError(
                 "what the connector needs must lie outside datasets and the site's state",
-                fix="Put it elsewhere", where=where,
-            )  # fmt: skip
+                fix="Put it elsewhere",
+                where=where,
+            )
 
 
 def _placed(dataset: DatasetSection, folder: Path) -> DatasetSection:
@@ -275,6 +292,7 @@ def _broken(dataset: DatasetSection) -> Iterator[tuple[str, str, str]]:
 def _check_place(root: Path, state: Path) -> None:
     if state.resolve().is_relative_to(root.resolve()):
         raise ConfigError(
-            "the state folder must not lie inside a dataset", fix="Put it elsewhere",
+            "the state folder must not lie inside a dataset",
+            fix="Put it elsewhere",
             where="site.state",
-        )  # fmt: skip
+        )

@@ -99,9 +99,10 @@ def enrol(folder: Path, name: str, address: str, ca: bytes) -> Enrolment:
         x509.load_pem_x509_certificate(ca)
     except ValueError:
         raise ConfigError(
-            "the aggregator's authority must be a certificate in PEM", fix="Ask the coordinator",
+            "the aggregator's authority must be a certificate in PEM",
+            fix="Ask the coordinator",
             where="--ca",
-        ) from None  # fmt: skip
+        ) from None
     config = folder / "site.toml"
     with _writing():
         key = _make_key(folder / "connector")
@@ -126,8 +127,10 @@ def read_authority(path: Path) -> bytes:
     except OSError as error:
         raise ConfigError(
             "the aggregator's authority must be a readable file",
-            value=os.strerror(error.errno or 0), fix="Ask the coordinator for it", where="--ca",
-        ) from None  # fmt: skip
+            value=os.strerror(error.errno or 0),
+            fix="Ask the coordinator for it",
+            where="--ca",
+        ) from None
 
 
 def _check(name: str, address: str) -> None:
@@ -135,13 +138,18 @@ def _check(name: str, address: str) -> None:
     if not re.fullmatch(SITE_NAME, name):
         raise ConfigError(
             "a site's name has up to 64 letters, digits, spaces, . _ and -, and begins with one of "
-            "the first two", value=name, fix="Choose another", where="--name",
-        )  # fmt: skip
+            "the first two",
+            value=name,
+            fix="Choose another",
+            where="--name",
+        )
     if not _is_address(address):
         raise ConfigError(
-            "the aggregator is given as host:port", value=address,
-            fix="Ask the coordinator for both", where="--server",
-        )  # fmt: skip
+            "the aggregator is given as host:port",
+            value=address,
+            fix="Ask the coordinator for both",
+            where="--server",
+        )
 
 
 def _is_address(text: str) -> bool:
@@ -182,14 +190,16 @@ def _writing() -> Iterator[None]:
         yield
     except FileExistsError:
         raise ConfigError(
-            "a site has one key", fix="Keep it; to change it, move site.key away first",
+            "a site has one key",
+            fix="Keep it; to change it, move site.key away first",
             where="server.state",
-        ) from None  # fmt: skip
+        ) from None
     except OSError as error:
         raise OutputError(
-            "the site's folder must be writable", value=os.strerror(error.errno or 0),
+            "the site's folder must be writable",
+            value=os.strerror(error.errno or 0),
             fix="Choose another, or give it to the user that runs this",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def _make_key(folder: Path) -> ec.EllipticCurvePrivateKey:
@@ -222,9 +232,10 @@ def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
     with os.fdopen(handle, "wb") as file:
         file.write(
             key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
                 serialization.NoEncryption(),
             )
-        )  # fmt: skip
+        )
         file.flush()
         os.fsync(file.fileno())

@@ -53,9 +53,10 @@ def _connector(config: SiteConfig) -> Health:
     """Well when trainer and aggregator both answer it."""
     if config.server is None:
         raise ConfigError(
-            "the connector needs to know its aggregator", fix="Add [server] to site.toml",
+            "the connector needs to know its aggregator",
+            fix="Add [server] to site.toml",
             where="server",
-        )  # fmt: skip
+        )
     link, age = read_state(link_file(config.server.state))
     if link.state == "online" and age > _OLD:
         return Health("connector", False, f"no sign of life for {age:.0f} s")

@@ -34,7 +34,8 @@ modality = ["CR", "DX"]
 def page() -> str:
     """The page in Markdown."""
     parts = (
-        ("The file", "", SiteConfig), ("Site section", "[site]", SiteSection),
+        ("The file", "", SiteConfig),
+        ("Site section", "[site]", SiteSection),
         ("Dataset section", "[datasets.NAME]", DatasetSection),
         ("Patient section", "[datasets.NAME.patients]", PatientSection),
         ("Label section", "[datasets.NAME.labels]", LabelSection),
@@ -43,7 +44,7 @@ def page() -> str:
         ("Trainer section", "[trainer]", TrainerSection),
         ("Policy section", "[policy]", PolicySection),
         ("Study rule", "[[policy.studies]]", StudyRule),
-    )  # fmt: skip
+    )
     lines = [_HEAD]
     for title, name, model in parts:
         lines += [f"## {title}", "", *([f"`{name}`", ""] if name else []), *fields_table(model), ""]

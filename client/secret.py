@@ -82,19 +82,25 @@ def existing_secret(state: Path) -> bytes:
         raise _gone() from None
     except OSError as error:
         raise ConfigError(
-            "the site's secret must be readable", value=os.strerror(error.errno or 0),
-            fix="Give the state folder to the user that runs this", where="site.state",
-        ) from None  # fmt: skip
+            "the site's secret must be readable",
+            value=os.strerror(error.errno or 0),
+            fix="Give the state folder to the user that runs this",
+            where="site.state",
+        ) from None
     if stat.S_IMODE(mode) & 0o077:
         raise ConfigError(
             "the site's secret must be readable by its owner only",
-            value=oct(stat.S_IMODE(mode)), fix="chmod 600 site.secret", where="site.state",
-        )  # fmt: skip
+            value=oct(stat.S_IMODE(mode)),
+            fix="chmod 600 site.secret",
+            where="site.state",
+        )
     if len(secret) != _LENGTH:
         raise ConfigError(
-            f"the site's secret must have {_LENGTH} bytes", value=len(secret), fix=_RESTORE,
+            f"the site's secret must have {_LENGTH} bytes",
+            value=len(secret),
+            fix=_RESTORE,
             where="site.state",
-        )  # fmt: skip
+        )
     return secret
 
 
@@ -111,9 +117,11 @@ def _made(path: Path) -> None:
         # A disk that is full has room again some time; a folder of somebody else stays his.
         kind = OutputError if error.errno in (errno.ENOSPC, errno.EDQUOT) else ConfigError
         raise kind(
-            "the state folder must be writable", value=os.strerror(error.errno or 0),
-            fix="Make room, or give it to the user that runs this", where="site.state",
-        ) from None  # fmt: skip
+            "the state folder must be writable",
+            value=os.strerror(error.errno or 0),
+            fix="Make room, or give it to the user that runs this",
+            where="site.state",
+        ) from None
 
 
 def _make(path: Path) -> None:

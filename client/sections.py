@@ -17,9 +17,13 @@ Broken = Iterator[tuple[str, str, str]]  # key, rule and next step of what does 
 Word = Annotated[str, Field(min_length=1, max_length=64, pattern=r"\S")]
 MaybeWord = Annotated[str, Field(max_length=64)]
 Key = Literal[
-    "PatientID", "AccessionNumber", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID",
+    "PatientID",
+    "AccessionNumber",
+    "StudyInstanceUID",
+    "SeriesInstanceUID",
+    "SOPInstanceUID",
     "file",
-]  # fmt: skip
+]
 PatientId = Annotated[str, Field(min_length=1, max_length=64)]
 
 
@@ -52,34 +56,38 @@ class LabelSection(Section):
     """How the table of labels is read."""
 
     file: Place | None = Field(
-        default=None, description="the table, CSV or XLSX, inside the dataset or not; without it "
+        default=None,
+        description="the table, CSV or XLSX, inside the dataset or not; without it "
         "`labels.csv` or `labels.xlsx` in the dataset's folder",
-    )  # fmt: skip
+    )
     sheet: MaybeWord = Field(default="", description="sheet of a workbook; none: its first")
     header: Annotated[int, BeforeValidator(whole)] = Field(
         default=1, ge=1, le=1000, description="row of the column names, from 1"
     )
     key: MaybeWord = Field(
-        default="", description="column that tells which image a row is for; none: the first of "
+        default="",
+        description="column that tells which image a row is for; none: the first of "
         "`SOPInstanceUID`, `SeriesInstanceUID`, `StudyInstanceUID`, `AccessionNumber`, "
         "`PatientID`, `file` (pictures and NIfTI: `image`, `file`) that there is",
-    )  # fmt: skip
+    )
     means: Key | None = Field(
         default=None, description="what that column holds, where its name does not say so"
     )
     column: Word = Field(default="label", description="column of the label")
     patient_column: MaybeWord = Field(
-        default="", description="column that names the patients, here or in `patients.csv` (any "
+        default="",
+        description="column that names the patients, here or in `patients.csv` (any "
         "task); none: `patient`, `patient_id`, `subject`, `case_id` and the like. DICOM files name "
         "theirs themselves",
-    )  # fmt: skip
+    )
     columns: dict[Word, str] = Field(
         default={}, description="column of 0 and 1 to the name of its class, where it has another"
     )
     words: dict[Word, str] = Field(
-        default={}, description="word of the table (any case), or name of a folder of images, to "
+        default={},
+        description="word of the table (any case), or name of a folder of images, to "
         "the name of a class; others count by name or number",
-    )  # fmt: skip
+    )
     none: tuple[MaybeWord, ...] = Field(
         default=(), description="`multi_label`: words for none of the classes"
     )
@@ -93,9 +101,10 @@ class LabelSection(Section):
         default=(), description='words that mean 0 (beside 0, no, false); `""` is an empty cell'
     )
     rows: Literal["agree", "add"] = Field(
-        default="agree", description="several rows for one image: `agree`: must say the same, else "
+        default="agree",
+        description="several rows for one image: `agree`: must say the same, else "
         "the image is left out; `add`: their classes add up (`multi_label`)",
-    )  # fmt: skip
+    )
 
     def options(self) -> LabelOptions:
         """The same for a reader."""
@@ -111,16 +120,26 @@ class LabelSection(Section):
                 yield f"labels.{key}", "it must lead to one of `classes`", "Name one of them"
             if len({plain(word) for word in given}) != len(given):
                 yield f"labels.{key}", "a word must be listed once, in whatever case", "Remove one"
-        for pair in ((self.words, self.unlabelled), (self.yes, self.no), (self.words, self.none),
-                     (self.none, self.unlabelled), (self.yes, self.unlabelled),
-                     (self.no, self.unlabelled)):  # fmt: skip
+        for pair in (
+            (self.words, self.unlabelled),
+            (self.yes, self.no),
+            (self.words, self.none),
+            (self.none, self.unlabelled),
+            (self.yes, self.unlabelled),
+            (self.no, self.unlabelled),
+        ):
             if {plain(word) for word in pair[0]} & {plain(word) for word in pair[1]}:
                 yield "labels", "a word must have one meaning", "Remove it from one of the lists"
         if (self.none or self.rows == "add") and not multi_label:
             key = "labels.none" if self.none else "labels.rows"
             yield key, "it belongs to multi_label", "Remove it, or set multi_label"
-        if self.file is not None and self.file.suffix.lower() not in (".csv", ".tsv", ".txt",
-                                                                     ".xlsx", ".xlsm"):  # fmt: skip
+        if self.file is not None and self.file.suffix.lower() not in (
+            ".csv",
+            ".tsv",
+            ".txt",
+            ".xlsx",
+            ".xlsm",
+        ):
             yield "labels.file", "the table must be CSV or XLSX", "Save it as one of these"
 
     def placed(self, folder: Path) -> LabelSection:
@@ -132,13 +151,16 @@ class MaskSection(Section):
     """What the segments of DICOM segmentations and the regions of structure sets mean."""
 
     segments: dict[Word, str] = Field(
-        default={}, description="segment label or region name (any case), or number in quotes, to "
+        default={},
+        description="segment label or region name (any case), or number in quotes, to "
         "the name of a class; the others take the class of their own name, if there is one",
-    )  # fmt: skip
+    )
     threshold: float = Field(
-        default=0.5, gt=0, le=1,
+        default=0.5,
+        gt=0,
+        le=1,
         description="least share of its largest value at which a fractional segment counts",
-    )  # fmt: skip
+    )
     background: tuple[Word, ...] = Field(
         default=("background",),
         description="labels (any case) that mean nothing, so that a file whose only other segment "

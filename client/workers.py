@@ -215,9 +215,11 @@ class Crew(Generic[Item, Result]):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.close()
 
     def check(self) -> None:
@@ -243,9 +245,11 @@ class _Running(Generic[Item, Result]):
     """One list on its way through a crew."""
 
     def __init__(
-        self, crew: Crew[Item, Result], items: Iterator[tuple[int, Item]],
+        self,
+        crew: Crew[Item, Result],
+        items: Iterator[tuple[int, Item]],
         seconds: Callable[[Item], float],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.crew, self.items, self.seconds = crew, items, seconds
         self.done: dict[int, Result | None] = {}
         self.again: deque[tuple[int, Item]] = deque()

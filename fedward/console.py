@@ -84,9 +84,10 @@ Version = Annotated[
 def _missing(error: ModuleNotFoundError) -> FedwardError:
     """A container holds what its own process needs and no more."""
     return FedwardError(
-        "this command needs a package that is not installed here", value=error.name,
+        "this command needs a package that is not installed here",
+        value=error.name,
         fix="Run it in the container, or on the machine, whose work it is",
-    )  # fmt: skip
+    )
 
 
 def stop_on_signals(stop: threading.Event) -> None:

@@ -40,9 +40,10 @@ def check_model(path: Path, sha256: str) -> str:
         raise unreadable(error) from error
     if sha256 and found != sha256:
         raise ModelError(
-            f"the model file must have SHA-256 {sha256[:12]}…", value=f"{found[:12]}…",
+            f"the model file must have SHA-256 {sha256[:12]}…",
+            value=f"{found[:12]}…",
             fix="It was damaged or replaced since it was written; restore it from a backup",
-        )  # fmt: skip
+        )
     return found
 
 

@@ -138,10 +138,15 @@ def _safe_start(epsilon: float, delta: float, rate: float, steps: int) -> float:
         with _quiet():
             return float(
                 get_noise_multiplier(
-                    target_epsilon=epsilon, target_delta=delta, sample_rate=rate, steps=steps,
-                    accountant="rdp", epsilon_tolerance=epsilon / 3, alphas=_ORDERS,
+                    target_epsilon=epsilon,
+                    target_delta=delta,
+                    sample_rate=rate,
+                    steps=steps,
+                    accountant="rdp",
+                    epsilon_tolerance=epsilon / 3,
+                    alphas=_ORDERS,
                 )
-            )  # fmt: skip
+            )
     except (ValueError, RuntimeError, ArithmeticError):
         return math.sqrt(2 * math.log(1.25 / delta) * steps) / min(epsilon, 1.0)
 
@@ -299,8 +304,9 @@ def _composed(history: tuple[tuple[float, float, int], ...], delta: float) -> fl
     raise PrivacyError(
         "the cost of studies must be within what can be accounted",
         value=f"{sum(steps for *_, steps in history)} steps of {len(history)} kinds",
-        fix="Plan more noise, or a larger delta", where="privacy",
-    )  # fmt: skip
+        fix="Plan more noise, or a larger delta",
+        where="privacy",
+    )
 
 
 def _prv(history: _History, delta: float) -> float | None:

@@ -39,9 +39,11 @@ def alone(state: Path, holder: Holder, patience: float = 0.0) -> Iterator[None]:
         file = (state / f"{holder}.lock").open("ab")
     except OSError as error:
         raise OutputError(
-            "the state folder must be writable", value=error.strerror, where="server.state",
+            "the state folder must be writable",
+            value=error.strerror,
+            where="server.state",
             fix="See its owner, and free some space",
-        ) from None  # fmt: skip
+        ) from None
     with file:
         _take(file.fileno(), state.name, time.monotonic() + patience)
         yield
@@ -60,6 +62,8 @@ def _take(handle: int, name: str, end: float) -> None:
 
 def _taken(name: str) -> ServiceError:
     return ServiceError(
-        "one aggregator at a time may use a state folder", value=name, where="server.state",
+        "one aggregator at a time may use a state folder",
+        value=name,
+        where="server.state",
         fix="Stop the `fedward-server run` that uses it",
-    )  # fmt: skip
+    )

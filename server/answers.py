@@ -57,9 +57,11 @@ def _answers(
     decisions, confidence, right = counts.calibration
     there = decisions > 0
     bins = zip(
-        confidence[there] / decisions[there], right[there] / decisions[there],
-        decisions[there] / unit, strict=True,
-    )  # fmt: skip
+        confidence[there] / decisions[there],
+        right[there] / decisions[there],
+        decisions[there] / unit,
+        strict=True,
+    )
     found.calibration = [(float(a), float(b), float(n)) for a, b, n in bins]
     return found if found != Answers() else None
 
@@ -75,8 +77,9 @@ def _curve(
         # Steps of equal weight along the curve.
         way = false / false[-1] + true / true[-1]
         kept = np.unique(np.searchsorted(way, np.linspace(0, way[-1], _POINTS)))
-        places, false, true = (values[kept.clip(max=len(way) - 1)] for values in
-                               (places, false, true))  # fmt: skip
+        places, false, true = (
+            values[kept.clip(max=len(way) - 1)] for values in (places, false, true)
+        )
     edges = lower_edges(len(negative))[places]
     rows = zip(edges, false / unit, true / unit, strict=True)
     return [(float(a), float(b), float(c)) for a, b, c in rows]

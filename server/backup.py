@@ -35,13 +35,18 @@ def key_files(config: ServerConfig) -> dict[str, Path]:
     """The files of ``--keys`` in an archive, and where they belong; no other lies with them."""
     tls, signing = config.tls, config.coordinator_key
     keys = (
-        signing, signing.with_suffix(".pub"), config.control_secret, config.runtime_secret,
+        signing,
+        signing.with_suffix(".pub"),
+        config.control_secret,
+        config.runtime_secret,
         config.local_token,
-    )  # fmt: skip
+    )
     return {f"keys/{path.name}": path for path in keys} | {
-        "tls/server.crt": tls.certificate, "tls/server.key": tls.key, "tls/ca.crt": tls.ca,
+        "tls/server.crt": tls.certificate,
+        "tls/server.key": tls.key,
+        "tls/ca.crt": tls.ca,
         "tls/ca.key": config.ca_key,
-    }  # fmt: skip
+    }
 
 
 def registry_file(config: ServerConfig) -> Path | None:
@@ -148,6 +153,8 @@ def _copy_file(source: Path, copy: Path) -> None:
             live.backup(made)
     except sqlite3.Error as error:
         raise ConfigError(
-            "the registry must be there, and whole", value=f"{source.name}: {error}",
-            fix="Restore a backup", where="database.url",
-        ) from None  # fmt: skip
+            "the registry must be there, and whole",
+            value=f"{source.name}: {error}",
+            fix="Restore a backup",
+            where="database.url",
+        ) from None

@@ -130,9 +130,11 @@ def read_certificate(path: Path) -> x509.Certificate:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except (OSError, ValueError):
         raise ConfigError(
-            "a certificate must be a readable PEM file", value=path.name, fix="Check the file",
+            "a certificate must be a readable PEM file",
+            value=path.name,
+            fix="Check the file",
             where="tls",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def read_key(path: Path) -> Key:
@@ -149,9 +151,11 @@ def read_key(path: Path) -> Key:
         key = None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ConfigError(
-            "an EC private key must be a readable PEM file", value=path.name, where="tls",
+            "an EC private key must be a readable PEM file",
+            value=path.name,
+            where="tls",
             fix="Check the file; certificates of your own authority are renewed there",
-        )  # fmt: skip
+        )
     return key
 
 
@@ -172,10 +176,16 @@ def _builder(
 
 def _usage(*, signs: bool) -> x509.KeyUsage:
     return x509.KeyUsage(
-        digital_signature=not signs, key_cert_sign=signs, crl_sign=signs, content_commitment=False,
-        key_encipherment=False, data_encipherment=False, key_agreement=False, encipher_only=False,
+        digital_signature=not signs,
+        key_cert_sign=signs,
+        crl_sign=signs,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
         decipher_only=False,
-    )  # fmt: skip
+    )
 
 
 def _host(text: str) -> x509.GeneralName:
@@ -185,6 +195,8 @@ def _host(text: str) -> x509.GeneralName:
         if _DNS.fullmatch(text):
             return x509.DNSName(text)
         raise ConfigError(
-            "a host must be a DNS name or an IP address", value=text, where="--host",
+            "a host must be a DNS name or an IP address",
+            value=text,
+            where="--host",
             fix="Give the name under which hospitals reach this machine",
-        ) from None  # fmt: skip
+        ) from None

@@ -85,9 +85,10 @@ class Checkpoints:
         except OSError as error:
             shutil.rmtree(part, ignore_errors=True)
             raise OutputError(
-                "a checkpoint must be writable", value=os.strerror(error.errno or 0),
+                "a checkpoint must be writable",
+                value=os.strerror(error.errno or 0),
                 fix="Make room in the state folder; the study goes on from its last round",
-            ) from None  # fmt: skip
+            ) from None
         for old in self._found()[:-_KEEP]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -111,9 +112,10 @@ class Checkpoints:
                 return True
         if found:
             raise OutputError(
-                "a checkpoint of this study must be whole", value=f"none of {len(found)} is",
+                "a checkpoint of this study must be whole",
+                value=f"none of {len(found)} is",
                 fix="Restore the study's folder from a backup, or submit the study again",
-            )  # fmt: skip
+            )
         return False
 
     def _found(self) -> list[Path]:
@@ -123,10 +125,15 @@ class Checkpoints:
         # Not ascontiguousarray, which makes a vector of a scalar.
         tensors = save({name: np.asarray(v, order="C") for name, v in _arrays(job).items()})
         state = _State(
-            plan_hash=self._hash, seed=job.seed, complete=job.complete, arm=job.arm,
-            memory_stage=job.memory_stage, facts=job.facts, bad_answers=job.bad_answers,
+            plan_hash=self._hash,
+            seed=job.seed,
+            complete=job.complete,
+            arm=job.arm,
+            memory_stage=job.memory_stage,
+            facts=job.facts,
+            bad_answers=job.bad_answers,
             tensors_sha256=hashlib.sha256(tensors).hexdigest(),
-        )  # fmt: skip
+        )
         _write(folder / _TENSORS, tensors)
         content = state.model_dump_json().encode()
         _write(folder / _STATE, content)

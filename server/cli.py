@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from server.certificates import Facts
 
 app = typer.Typer(
-    help="Run an aggregator: enrol hospitals, submit studies.", no_args_is_help=True,
-    add_completion=False, pretty_exceptions_enable=False,
-)  # fmt: skip
+    help="Run an aggregator: enrol hospitals, submit studies.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 token_app = typer.Typer(help="Tokens of operators.", no_args_is_help=True)
 certificate_app = typer.Typer(help="The server's certificate.", no_args_is_help=True)
 app.add_typer(site_app, name="site")
@@ -67,10 +69,14 @@ def init(
     brought = OwnCertificate(certificate, key, ca) if certificate and key and ca else None
     made = initialise(folder, Wishes(name, tuple(host or ()), brought, database))
     if as_json:
-        print_json({
-            "config": str(made.config), "token": made.token, "coordinator": made.coordinator,
-            "expires": str(made.certificate.expires),
-        })  # fmt: skip
+        print_json(
+            {
+                "config": str(made.config),
+                "token": made.token,
+                "coordinator": made.coordinator,
+                "expires": str(made.certificate.expires),
+            }
+        )
         return
     say(f"Made {made.config}.")
     say(f"Admin token, shown this once: {made.token}")
@@ -97,9 +103,12 @@ def run(config: Config = SERVER) -> None:
 
 @app.command()
 def health(
-    config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None,
+    config: Config = SERVER,
+    url: Url = "",
+    token: Token = "",
+    ca: Ca = None,
     as_json: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Whether a study could run now; for containers and monitoring."""
     ready, parts = api(config, url, token, ca).ready()
     if as_json:
@@ -149,9 +158,12 @@ def restore(
 def create_token(
     name: Annotated[str, typer.Argument(help="whose")],
     role: Annotated[str, typer.Option(help="viewer, coordinator or admin")] = "viewer",
-    config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None,
+    config: Config = SERVER,
+    url: Url = "",
+    token: Token = "",
+    ca: Ca = None,
     as_json: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Make a token; its text is shown this once."""
     made = api(config, url, token, ca).call("POST", "/v1/tokens", {"name": name, "role": role})
     if as_json:
@@ -162,9 +174,12 @@ def create_token(
 
 @token_app.command("list")
 def list_tokens(
-    config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None,
+    config: Config = SERVER,
+    url: Url = "",
+    token: Token = "",
+    ca: Ca = None,
     as_json: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """All tokens, without what opens the door."""
     found = api(config, url, token, ca).call("GET", "/v1/tokens")
     if as_json:
@@ -177,9 +192,13 @@ def list_tokens(
 
 @token_app.command("revoke")
 def revoke_token(
-    name: Annotated[str, typer.Argument(help="whose")], config: Config = SERVER, url: Url = "",
-    token: Token = "", ca: Ca = None, as_json: Json = False,
-) -> None:  # fmt: skip
+    name: Annotated[str, typer.Argument(help="whose")],
+    config: Config = SERVER,
+    url: Url = "",
+    token: Token = "",
+    ca: Ca = None,
+    as_json: Json = False,
+) -> None:
     """End a token, at once."""
     made = api(config, url, token, ca).call("DELETE", at("tokens", name))
     if as_json:
@@ -200,8 +219,9 @@ def show_certificate(config: Config = SERVER, as_json: Json = False) -> None:
 @certificate_app.command("renew")
 def renew_certificate(
     host: Annotated[list[str] | None, typer.Option(help="names; without it the old ones")] = None,
-    config: Config = SERVER, as_json: Json = False,
-) -> None:  # fmt: skip
+    config: Config = SERVER,
+    as_json: Json = False,
+) -> None:
     """A new certificate of init's own authority; restart the service to use it."""
     from server.config import load_config
     from server.setup import renew

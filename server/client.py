@@ -32,14 +32,17 @@ class ApiClient:
     def __init__(self, place: Place) -> None:
         if not place.token.isascii() or not place.token.isprintable() or " " in place.token:
             raise AccessError(
-                "a token must be the text that `token create` showed", fix="Copy it anew",
+                "a token must be the text that `token create` showed",
+                fix="Copy it anew",
                 where="--token",
-            )  # fmt: skip
+            )
         try:
             self._http = httpx.Client(
-                base_url=place.url, verify=place.trust(), timeout=30.0,
+                base_url=place.url,
+                verify=place.trust(),
+                timeout=30.0,
                 headers={"Authorization": f"Bearer {place.token}"} if place.token else {},
-            )  # fmt: skip
+            )
         except httpx.InvalidURL:
             raise _no_api() from None
 
@@ -104,9 +107,11 @@ class ApiClient:
             # A body of its own length also where there is nothing to say.
             content = b"" if body is None else json.dumps(body).encode()
             answer = self._http.request(
-                method, path, content=content if method != "GET" else None,
+                method,
+                path,
+                content=content if method != "GET" else None,
                 headers={"Content-Type": "application/json"} if body is not None else {},
-            )  # fmt: skip
+            )
         except httpx.HTTPError as error:
             raise _unreachable(error) from None
         if answer.is_error:
@@ -135,6 +140,7 @@ def _no_api(status: int | None = None) -> ServiceError:
 
 def _unreachable(error: httpx.HTTPError) -> ServiceError:
     return ServiceError(
-        "the aggregator's service must be reachable", value=type(error).__name__,
+        "the aggregator's service must be reachable",
+        value=type(error).__name__,
         fix="Start it with `fedward-server run`; check --url and --ca",
-    )  # fmt: skip
+    )

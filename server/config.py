@@ -141,9 +141,10 @@ class LimitsSection(Section):
         description="how long such a connection may last, TLS handshake included",
     )
     free_bytes: int = Field(
-        default=1_000_000_000, ge=0,
+        default=1_000_000_000,
+        ge=0,
         description="room on the state folder's disk below which the service is not ready",
-    )  # fmt: skip
+    )
 
 
 class ServerConfig(Section):
@@ -241,9 +242,10 @@ def load_config(path: Path) -> ServerConfig:
         content = tomllib.loads(path.read_text("utf-8-sig"))
     except (OSError, UnicodeDecodeError):
         raise ConfigError(
-            "the server's configuration must be a readable UTF-8 file", value=path.name,
+            "the server's configuration must be a readable UTF-8 file",
+            value=path.name,
             fix="Give its place with --config, or make it with fedward-server init",
-        ) from None  # fmt: skip
+        ) from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(
             "the server's configuration must be valid TOML", value=str(error), fix="Mend that line"

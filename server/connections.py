@@ -225,15 +225,21 @@ class BoundedServer(uvicorn.Server):
         task: Any = asyncio.current_task()
         caller = Unidentified(self._table, network_of(address), task.cancel)
         make = partial(
-            BoundedHttp, caller, config=self.config, server_state=self.server_state,
+            BoundedHttp,
+            caller,
+            config=self.config,
+            server_state=self.server_state,
             app_state=self.lifespan.state,
-        )  # fmt: skip
+        )
         seconds = self._table.limits.seconds
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                make, accepted, ssl=self.config.ssl,
-                ssl_handshake_timeout=seconds, ssl_shutdown_timeout=_LINGER_SECONDS,
-            )  # fmt: skip
+                make,
+                accepted,
+                ssl=self.config.ssl,
+                ssl_handshake_timeout=seconds,
+                ssl_shutdown_timeout=_LINGER_SECONDS,
+            )
         except (OSError, asyncio.CancelledError):  # of ssl too
             caller.leave()
             accepted.close()
@@ -286,11 +292,17 @@ def bounded_config(app: Any, certificate: Any, key: Any, **more: Any) -> uvicorn
         Further settings of uvicorn.
     """
     return uvicorn.Config(
-        _closing(app), ssl_certfile=str(certificate), ssl_keyfile=str(key), ws="none",
+        _closing(app),
+        ssl_certfile=str(certificate),
+        ssl_keyfile=str(key),
+        ws="none",
         # Not "warning": a stranger's requests would write into the log.
-        log_level="error", access_log=False, server_header=False, timeout_graceful_shutdown=2,
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=2,
         **more,
-    )  # fmt: skip
+    )
 
 
 def _closing(app: Any) -> Any:
@@ -328,6 +340,8 @@ def listen(address: str, port: int, where: str = "sites.port") -> socket.socket:
 def taken(where: str, port: int) -> ServiceError:
     """The error for a port that is taken."""
     return ServiceError(
-        "a port of the service must be free, on an address of this machine", value=port,
-        fix=f"End what listens there, or change {where}", where=where,
-    )  # fmt: skip
+        "a port of the service must be free, on an address of this machine",
+        value=port,
+        fix=f"End what listens there, or change {where}",
+        where=where,
+    )

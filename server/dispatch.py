@@ -23,9 +23,14 @@ _LONGEST: Final = 60.0
 # Ends in a row, without a round between them, after which a study is given up.
 MOST_ENDS: Final = 6
 # What is away or told to end says nothing of the study.
-_NOT_ITS_FAULT: Final = frozenset({
-    ServiceError.exit_code, Interrupted.exit_code, ConfigError.exit_code, -signal.SIGTERM,
-})  # fmt: skip
+_NOT_ITS_FAULT: Final = frozenset(
+    {
+        ServiceError.exit_code,
+        Interrupted.exit_code,
+        ConfigError.exit_code,
+        -signal.SIGTERM,
+    }
+)
 _GRACE: Final = 10.0
 
 

@@ -94,9 +94,16 @@ class StudyResumed:
 
 
 Event = (
-    StudyStarted | SiteAnswered | RoundEnded | SiteJoined | SiteRefused | SiteQuarantined
-    | SiteWarned | StudyPaused | StudyResumed
-)  # fmt: skip
+    StudyStarted
+    | SiteAnswered
+    | RoundEnded
+    | SiteJoined
+    | SiteRefused
+    | SiteQuarantined
+    | SiteWarned
+    | StudyPaused
+    | StudyResumed
+)
 Listener = Callable[[Event], None]
 
 

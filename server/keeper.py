@@ -45,9 +45,14 @@ class Keeper:
     """
 
     def __init__(
-        self, folder: Path, registry: Registry, study: Study, plan: Plan, results: StudyResults,
+        self,
+        folder: Path,
+        registry: Registry,
+        study: Study,
+        plan: Plan,
+        results: StudyResults,
         stop: threading.Event,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._folder, self._registry, self._study, self._plan = folder, registry, study, plan
         self._results, self._stop, self._unwritten = results, stop, ""
         self._checkpoints = Checkpoints(folder / "rounds", study.plan_sha256)
@@ -93,9 +98,10 @@ class Keeper:
         self._results.arms = [job.arm]
         self._results.sites = [job.facts[name] for name in sorted(job.facts)]
         self._results.unchecked = [
-            name for name in sorted(job.facts)
+            name
+            for name in sorted(job.facts)
             if (limit := job.limits.get(name)) is None or None in (limit.patients, limit.images)
-        ]  # fmt: skip
+        ]
         self._results.synthetic = any(one.synthetic for one in self._results.sites)
         if job.arm.rounds:
             self._registry.studies.save_round(self._study.id, job.arm.rounds[-1])

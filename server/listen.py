@@ -135,5 +135,7 @@ def check_tls(config: ServerConfig) -> None:
     except OSError as error:  # of ssl too
         raise ConfigError(
             "certificate and key must be PEM files that belong together, the authority one too",
-            value=type(error).__name__, fix="Restore them from a backup with keys", where="tls",
-        ) from None  # fmt: skip
+            value=type(error).__name__,
+            fix="Restore them from a backup with keys",
+            where="tls",
+        ) from None

@@ -132,9 +132,10 @@ class Members:
             members = self._named
             # An operator may lower what a site was enrolled with while the study runs.
             self.nodes = {
-                node: site for node, site in self.nodes.items()
+                node: site
+                for node, site in self.nodes.items()
                 if node in members and not self._overclaims(self._job.facts[site])
-            }  # fmt: skip
+            }
             self._asked = {key: node for key, node in self._asked.items() if node in members}
             # Whom the registry keeps out needs no note here; it may release them.
             self._out &= set(members.values())
@@ -214,13 +215,14 @@ class Members:
             return online if ready and fresh else []
         now, named = time.monotonic(), self._named
         return [
-            node for node in online
+            node
+            for node in online
             if node not in self.nodes
             and (site := named.get(node)) is not None
             and site not in self._out
             and node not in self._asked.values()
             and self._refused.get(site, (0.0, "", ""))[0] <= now
-        ]  # fmt: skip
+        ]
 
     def _take(self, node: int, facts: SiteFacts | Bad) -> None:
         known = self._named.get(node, "")
@@ -239,9 +241,10 @@ class Members:
     def _warn_unchecked(self, facts: SiteFacts) -> None:
         limit = self._job.limits.get(facts.site, SizeLimit())
         claims = [
-            f"{getattr(facts, what):,} {what}" for what in ("patients", "images")
+            f"{getattr(facts, what):,} {what}"
+            for what in ("patients", "images")
             if getattr(limit, what) is None
-        ]  # fmt: skip
+        ]
         if claims:
             reason = (
                 f"no enrolled size for {facts.site}: its claim of {' and '.join(claims)} is not "

@@ -57,9 +57,10 @@ class Place:
         except OSError as error:  # of ssl too
             raise ConfigError(
                 "the aggregator's authority must be a readable PEM file",
-                value=type(error).__name__, fix="Give the aggregator's ca.crt with --ca",
+                value=type(error).__name__,
+                fix="Give the aggregator's ca.crt with --ca",
                 where="--ca",
-            ) from None  # fmt: skip
+            ) from None
         context.check_hostname = not self.here
         return context
 
@@ -69,10 +70,11 @@ def _own(path: Path) -> str:
         return path.read_text("ascii").strip()
     except (OSError, UnicodeDecodeError):
         raise ConfigError(
-            "this machine's own token must be readable", value=path.name,
+            "this machine's own token must be readable",
+            value=path.name,
             fix="Run it as the aggregator's user, give --token, or restore the keys",
             where="server.keys",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def at(*parts: str) -> str:
@@ -86,7 +88,8 @@ def at(*parts: str) -> str:
     for part in parts:
         if part in ("", ".", "..") or "/" in part:
             raise ConfigError(
-                "a name must not be empty, nor have a slash in it", value=part or "nothing",
+                "a name must not be empty, nor have a slash in it",
+                value=part or "nothing",
                 fix="Take one of `site list`, `study list` or `token list`",
-            )  # fmt: skip
+            )
     return "/v1/" + "/".join(quote(part, safe="", errors="replace") for part in parts)

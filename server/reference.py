@@ -32,11 +32,14 @@ A command that talks to the service finds it by `--config` on the aggregator's o
 when it fails: `error`, `exit_code`, `message`.
 """
 _SECTIONS: Final = (
-    ("The file", "", ServerConfig), ("Server section", "[server]", ServerSection),
-    ("Sites section", "[sites]", SitesSection), ("Api section", "[api]", ApiSection),
-    ("Tls section", "[tls]", TlsSection), ("Database section", "[database]", DatabaseSection),
+    ("The file", "", ServerConfig),
+    ("Server section", "[server]", ServerSection),
+    ("Sites section", "[sites]", SitesSection),
+    ("Api section", "[api]", ApiSection),
+    ("Tls section", "[tls]", TlsSection),
+    ("Database section", "[database]", DatabaseSection),
     ("Limits section", "[limits]", LimitsSection),
-)  # fmt: skip
+)
 
 
 def page() -> str:
@@ -62,12 +65,19 @@ def commands(command: Command, path: tuple[str, ...] = ()) -> Iterator[tuple[str
 def _command(name: str, command: Command) -> list[str]:
     words = [_argument(one) for one in command.params if isinstance(one, Argument)]
     return [
-        f"## `fedward-server {name}`", "",
-        "```", " ".join(["fedward-server", name, *words, "[options]"]), "```", "",
-        command.help or "", "",
-        "| argument or option | default | meaning |", "|---|---|---|",
-        *(_row(one) for one in command.params), "",
-    ]  # fmt: skip
+        f"## `fedward-server {name}`",
+        "",
+        "```",
+        " ".join(["fedward-server", name, *words, "[options]"]),
+        "```",
+        "",
+        command.help or "",
+        "",
+        "| argument or option | default | meaning |",
+        "|---|---|---|",
+        *(_row(one) for one in command.params),
+        "",
+    ]
 
 
 def _row(one: Parameter) -> str:

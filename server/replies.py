@@ -69,11 +69,15 @@ class Bad:
 
 
 # What a site refuses, or what is refused of it, where training diverged.
-_DIVERGED: Final = frozenset({
-    "an update must be finite", "an update must lie within a distance of the model",
-    "arrays must be finite", "losses must be one finite number, 0 or more, for each image",
-    "probabilities must lie in 0 to 1",
-})  # fmt: skip
+_DIVERGED: Final = frozenset(
+    {
+        "an update must be finite",
+        "an update must lie within a distance of the model",
+        "arrays must be finite",
+        "losses must be one finite number, 0 or more, for each image",
+        "probabilities must lie in 0 to 1",
+    }
+)
 
 
 def lacks_arrays(message: Message) -> bool:

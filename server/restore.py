@@ -68,9 +68,10 @@ def restore(config: ServerConfig, source: Path) -> Restored:
                 path.replace(aside / path.name)
     except OSError as error:
         raise OutputError(
-            "the aggregator's folders must be writable", value=error.strerror,
+            "the aggregator's folders must be writable",
+            value=error.strerror,
             fix="Free some space; what was there is in the newest state/before-restore",
-        ) from None  # fmt: skip
+        ) from None
     return Restored(found, aside.name)
 
 
@@ -134,9 +135,10 @@ def _opened(source: Path) -> BinaryIO:
         return source.open("rb")
     except OSError as error:
         raise ConfigError(
-            "a backup must be a readable file", value=f"{source.name}: {error.strerror}",
+            "a backup must be a readable file",
+            value=f"{source.name}: {error.strerror}",
             fix="Check its name, and its owner",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def _extract(archive: tarfile.TarFile, folder: Path) -> None:
@@ -164,6 +166,7 @@ def _check_registry(path: Path) -> None:
 
 def _broken(source: Path) -> ConfigError:
     return ConfigError(
-        "a backup must be a whole archive that `fedward-server backup` wrote", value=source.name,
+        "a backup must be a whole archive that `fedward-server backup` wrote",
+        value=source.name,
         fix="Take another one",
-    )  # fmt: skip
+    )

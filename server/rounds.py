@@ -216,9 +216,14 @@ class StudyRun:
         )
 
     def _ask(
-        self, round_: int, stage: Stage, place: int, expected: Mapping[str, NDArray[Any]],
-        gathered: Gathered, result: Round,
-    ) -> None:  # fmt: skip
+        self,
+        round_: int,
+        stage: Stage,
+        place: int,
+        expected: Mapping[str, NDArray[Any]],
+        gathered: Gathered,
+        result: Round,
+    ) -> None:
         frozen = self._frozen(self.job.arrays, expected)
         messages = self._train_messages(round_, stage, place, expected, gathered, frozen)
         before = self._bytes_down
@@ -377,10 +382,11 @@ class StudyRun:
         return DivergenceError(
             "updates must stay finite and near the model at more than half of the sites: training "
             "diverges",
-            value=value, where="training.learning_rate",
+            value=value,
+            where="training.learning_rate",
             fix="Lower the learning rate (or that of the stage, or of the strategy) and submit the "
             "plan again; no site is quarantined for this",
-        )  # fmt: skip
+        )
 
     def _note(self, gathered: Gathered, result: Round) -> None:
         looked = self.plan.is_evaluated(result.round, "validation")
@@ -394,10 +400,15 @@ class StudyRun:
             result.bytes_up += update.size
             spent = self.job.arm.privacy.get(out.site)
             result.sites[out.site] = SiteRound(
-                patients=out.patients, images=out.images, steps=out.steps, loss=out.loss,
-                seconds=out.seconds, cpu_seconds=out.cpu_seconds,
-                epsilon=spent.epsilon if spent and looked else None, share=share,
-            )  # fmt: skip
+                patients=out.patients,
+                images=out.images,
+                steps=out.steps,
+                loss=out.loss,
+                seconds=out.seconds,
+                cpu_seconds=out.cpu_seconds,
+                epsilon=spent.epsilon if spent and looked else None,
+                share=share,
+            )
             if dominates(share, len(weights)):
                 self._warn_heavy(out.site, share)
         told = [(site.loss, site.images) for site in result.sites.values() if site.loss is not None]
@@ -423,14 +434,17 @@ class StudyRun:
         except AppExitException as error:
             # No StudyError: waiting for sites does not mend it.
             raise ModelError(
-                "the updates must be combinable", value=type(error).__name__,
+                "the updates must be combinable",
+                value=type(error).__name__,
                 fix="Submit the plan again with another strategy",
-            ) from error  # fmt: skip
+            ) from error
         if arrays is None:
             raise PlanError(
-                "the strategy must find enough updates", value=len(gathered.updates),
-                fix="Submit the plan again with a higher quorum", where="participation.quorum",
-            )  # fmt: skip
+                "the strategy must find enough updates",
+                value=len(gathered.updates),
+                fix="Submit the plan again with a higher quorum",
+                where="participation.quorum",
+            )
         new = dict(self.job.arrays)
         for name, array in arrays.items():
             new[name] = array.numpy().astype(self.job.arrays[name].dtype)

@@ -168,17 +168,20 @@ class Runner:
             put_out = self.registry.studies.quarantined(self.study.id)
             named = {name: there.get(name) for name in self.study.sites}
             self.job.left_out = {
-                name: bad for name, site in named.items()
+                name: bad
+                for name, site in named.items()
                 if (bad := _left_out(site, put_out.get(name))) is not None
-            }  # fmt: skip
+            }
             self.job.limits = {
                 name: SizeLimit(site.max_patients, site.max_images)
-                for name, site in named.items() if site is not None
-            }  # fmt: skip
+                for name, site in named.items()
+                if site is not None
+            }
             self.job.members = {
-                site.node_id: name for name, site in named.items()
+                site.node_id: name
+                for name, site in named.items()
                 if site is not None and site.node_id is not None and name not in self.job.left_out
-            }  # fmt: skip
+            }
             return self.job.members
 
     def _job(self) -> Job:
@@ -186,11 +189,20 @@ class Runner:
         name = "federated" if epsilon is None else f"federated, ε = {epsilon:g}"
         arm = Arm(name=name, kind="federated", epsilon=epsilon, delta=delta)
         return Job(
-            self.plan, {}, arm, self.study.seed, self._listen, self.stop,
-            study=self.study.id, sign=self.registry.sign,
-            save=self.keeper.keep, patient=True, ask_again_seconds=5.0, quorum=self.study.quorum,
+            self.plan,
+            {},
+            arm,
+            self.study.seed,
+            self._listen,
+            self.stop,
+            study=self.study.id,
+            sign=self.registry.sign,
+            save=self.keeper.keep,
+            patient=True,
+            ask_again_seconds=5.0,
+            quorum=self.study.quorum,
             deadline=self.study.deadline,
-        )  # fmt: skip
+        )
 
     def _initial(self) -> Arrays:
         model = build_model(self.plan, self.study.seed)
@@ -256,12 +268,18 @@ class Runner:
         if kept is not None:
             return kept
         return StudyResults(
-            study=self.plan.study.name, title=self.plan.study.title,
-            plan=self.plan.model_dump(mode="json"), plan_sha256=self.study.plan_sha256,
-            seed=self.study.seed, engine="superlink", device="hospitals'",
-            partition="hospitals", primary=self.plan.metrics.primary,
-            parameters=describe(self.plan).parameters, versions=_versions(),
-        )  # fmt: skip
+            study=self.plan.study.name,
+            title=self.plan.study.title,
+            plan=self.plan.model_dump(mode="json"),
+            plan_sha256=self.study.plan_sha256,
+            seed=self.study.seed,
+            engine="superlink",
+            device="hospitals'",
+            partition="hospitals",
+            primary=self.plan.metrics.primary,
+            parameters=describe(self.plan).parameters,
+            versions=_versions(),
+        )
 
 
 def _telling(event: events.Event) -> tuple[str, dict[str, Any]] | None:
@@ -273,13 +291,13 @@ def _telling(event: events.Event) -> tuple[str, dict[str, Any]] | None:
             return "joined", {"site": event.site, "round": event.round}
         case events.SiteRefused():
             return "refused", {
-                "site": event.site, "round": event.round, "kind": event.kind,
+                "site": event.site,
+                "round": event.round,
+                "kind": event.kind,
                 "reason": event.reason,
-            }  # fmt: skip
+            }
         case events.SiteQuarantined():
-            return "quarantined", {
-                "site": event.site, "round": event.round, "reason": event.reason
-            }  # fmt: skip
+            return "quarantined", {"site": event.site, "round": event.round, "reason": event.reason}
         case events.SiteWarned():
             return "warned", {"site": event.site, "round": event.round, "reason": event.reason}
         case events.SiteAnswered():
@@ -348,9 +366,10 @@ def _run(config: ServerConfig, study: str) -> None:
 
 def _disk(error: OSError) -> OutputError:
     return OutputError(
-        "the state folder must be readable and writable", value=error.strerror,
+        "the state folder must be readable and writable",
+        value=error.strerror,
         fix="Mend it; the study goes on by itself",
-    )  # fmt: skip
+    )
 
 
 def unexpected(error: Exception) -> str:

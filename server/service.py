@@ -72,9 +72,11 @@ def _link(config: ServerConfig) -> Link:
         secret = config.control_secret.read_bytes().strip()
     except OSError as error:
         raise ConfigError(
-            "this machine's secrets must be readable", value=error.strerror, where="server.keys",
+            "this machine's secrets must be readable",
+            value=error.strerror,
+            where="server.keys",
             fix="Restore them from a backup with keys",
-        ) from None  # fmt: skip
+        ) from None
     return Link(config.superlink_address, config.tls.ca.read_bytes(), secret)
 
 

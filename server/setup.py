@@ -76,9 +76,11 @@ def initialise(folder: Path, wishes: Wishes) -> Made:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(
-            "init overwrites nothing", value=folder.name, fix="Name a new or an empty folder",
+            "init overwrites nothing",
+            value=folder.name,
+            fix="Name a new or an empty folder",
             where="DIR",
-        )  # fmt: skip
+        )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -89,9 +91,11 @@ def initialise(folder: Path, wishes: Wishes) -> Made:
             shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
         raise OutputError(
-            "the aggregator's folder must be writable", value=error.strerror,
-            fix="Choose another folder, or free some space", where="DIR",
-        ) from None  # fmt: skip
+            "the aggregator's folder must be writable",
+            value=error.strerror,
+            fix="Choose another folder, or free some space",
+            where="DIR",
+        ) from None
     token, coordinator = made
     config = load_config(folder / CONFIG_NAME)
     return Made(
@@ -117,9 +121,10 @@ def renew(config: ServerConfig, hosts: Sequence[str] = ()) -> certificates.Facts
     ca_key_path = config.ca_key
     if not ca_key_path.exists():
         raise ConfigError(
-            "only certificates of init's own authority are renewed here", where="tls",
+            "only certificates of init's own authority are renewed here",
+            where="tls",
             fix="Put the new files of your authority where server.toml names them, and restart",
-        )  # fmt: skip
+        )
     old = certificates.read_facts(config.tls.certificate)
     ca, ca_key = certificates.read_certificate(config.tls.ca), certificates.read_key(ca_key_path)
     names = (*hosts, *ALWAYS) if hosts else old.hosts
@@ -192,14 +197,17 @@ def _copy_own(config: ServerConfig, own: OwnCertificate) -> None:
         key: Any = serialization.load_pem_private_key(pem, None)
     except (OSError, ValueError, TypeError):
         raise ConfigError(
-            "a private key must be a readable PEM file without a password", value=own.key.name,
-            fix="Check the file", where="--key",
-        ) from None  # fmt: skip
+            "a private key must be a readable PEM file without a password",
+            value=own.key.name,
+            fix="Check the file",
+            where="--key",
+        ) from None
     if key.public_key() != certificate.public_key():
         raise ConfigError(
-            "key and certificate must belong together", fix="Give the certificate's own key",
+            "key and certificate must belong together",
+            fix="Give the certificate's own key",
             where="--key",
-        )  # fmt: skip
+        )
     write_private(config.tls.certificate, own.certificate.read_bytes(), 0o644)
     write_private(config.tls.key, pem)
     write_private(config.tls.ca, own.ca.read_bytes(), 0o644)

@@ -62,10 +62,13 @@ def _add(arm: Arm, site: str, round_: int, more: Mechanism, delta: float) -> Non
         noise, rate = min(noise, before.noise_multiplier), max(rate, before.sampling_rate)
         steps = before.steps + (steps if round_ > before.last_round else 0)
     arm.privacy[site] = SitePrivacy(
-        epsilon=before.epsilon if before else 0.0, delta=delta, noise_multiplier=noise,
-        sampling_rate=rate, steps=steps,
+        epsilon=before.epsilon if before else 0.0,
+        delta=delta,
+        noise_multiplier=noise,
+        sampling_rate=rate,
+        steps=steps,
         last_round=max(round_, before.last_round if before else 0),
-    )  # fmt: skip
+    )
 
 
 def settle(arm: Arm) -> None:

@@ -88,15 +88,20 @@ def supervise(config: ServerConfig, path: Path, stop: threading.Event) -> int:
 def link_of(config: ServerConfig) -> LinkSettings:
     """The SuperLink of a configuration."""
     return LinkSettings(
-        host=config.sites.address, port=config.sites.port, certificate=config.tls.certificate,
-        key=config.tls.key, ca=config.tls.ca, database=config.superlink_database,
-        control_secret=config.control_secret, runtime_secret=config.runtime_secret,
+        host=config.sites.address,
+        port=config.sites.port,
+        certificate=config.tls.certificate,
+        key=config.tls.key,
+        ca=config.tls.ca,
+        database=config.superlink_database,
+        control_secret=config.control_secret,
+        runtime_secret=config.runtime_secret,
         unauthenticated_connections=config.limits.unauthenticated_connections,
         unauthenticated_connections_per_network=(
             config.limits.unauthenticated_connections_per_network
         ),
         unauthenticated_seconds=config.limits.unauthenticated_seconds,
-    )  # fmt: skip
+    )
 
 
 def _end(running: list[subprocess.Popen[bytes]]) -> None:

@@ -45,9 +45,13 @@ def arm_name(site: str | None) -> str:
 
 
 def lone_arm(
-    state: State, plan: Plan, arrays: Arrays, seed: int, site: str | None,
+    state: State,
+    plan: Plan,
+    arrays: Arrays,
+    seed: int,
+    site: str | None,
     folder: ArmFolder | None = None,
-) -> tuple[Arm, SiteAnswers]:  # fmt: skip
+) -> tuple[Arm, SiteAnswers]:
     """Train on one hospital's patients, or on all when ``site`` is None, and test everywhere.
 
     Parameters
@@ -133,8 +137,12 @@ def lone_plan(plan: Plan, sites: int) -> Plan:
             given["local_steps"] = min(_MOST_STEPS, steps * sites)
     # A round of one site waits for nobody, and takes what it takes.
     content["participation"] = {
-        "sites": 1, "quorum": 1, "retries": 0, "minimum_patients": 1, "deadline": 1e9
-    }  # fmt: skip
+        "sites": 1,
+        "quorum": 1,
+        "retries": 0,
+        "minimum_patients": 1,
+        "deadline": 1e9,
+    }
     return plan_from(content)
 
 

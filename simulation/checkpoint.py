@@ -74,8 +74,10 @@ class RunCheckpoints:
         if changes := _changes(known["about"], self._about):
             raise OutputError(
                 "the output folder holds an unfinished run of something else",
-                value="; ".join(changes), fix=_AFRESH, where="--out",
-            )  # fmt: skip
+                value="; ".join(changes),
+                fix=_AFRESH,
+                where="--out",
+            )
         return True
 
     def begin(self, data: str) -> bool:
@@ -99,8 +101,9 @@ class RunCheckpoints:
                 raise OutputError(
                     "the output folder holds an unfinished run on other images",
                     value=f"SHA-256 {data[:12]}…, not {known['data'][:12]}…",
-                    fix=_AFRESH, where="--out",
-                )  # fmt: skip
+                    fix=_AFRESH,
+                    where="--out",
+                )
             self.spent = float(known["seconds"])
         self._data = data
         try:
@@ -149,22 +152,26 @@ class RunCheckpoints:
             file.close()
             raise OutputError(
                 "one process at a time may run into an output folder",
-                fix="Wait until the other one ends, or choose another --out", where="--out",
-            ) from None  # fmt: skip
+                fix="Wait until the other one ends, or choose another --out",
+                where="--out",
+            ) from None
         self._lock = file  # the system lets go of it however the process ends
 
     def _read(self) -> dict[str, Any]:
         try:
             known = json.loads((self._folder / _RUN).read_text("utf-8"))
             return {
-                "about": dict(known["about"]), "data": str(known["data"]),
+                "about": dict(known["about"]),
+                "data": str(known["data"]),
                 "seconds": float(known["seconds"]),
-            }  # fmt: skip
+            }
         except (OSError, ValueError, KeyError, TypeError):
             raise OutputError(
-                "the description of the unfinished run must be readable", value=_RUN,
-                fix="Choose another --out, or start afresh with --fresh", where="--out",
-            ) from None  # fmt: skip
+                "the description of the unfinished run must be readable",
+                value=_RUN,
+                fix="Choose another --out, or start afresh with --fresh",
+                where="--out",
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -271,9 +278,14 @@ def _copy(job: Job) -> Job:
         update={"rounds": list(job.arm.rounds), "privacy": dict(job.arm.privacy)}
     )
     return replace(
-        job, arm=arm, arrays=dict(job.arrays), average=dict(job.average), memory=dict(job.memory),
-        facts=dict(job.facts), bad_answers=dict(job.bad_answers),
-    )  # fmt: skip
+        job,
+        arm=arm,
+        arrays=dict(job.arrays),
+        average=dict(job.average),
+        memory=dict(job.memory),
+        facts=dict(job.facts),
+        bad_answers=dict(job.bad_answers),
+    )
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -295,6 +307,8 @@ def _short(value: Any) -> str:
 
 def _unwritable(error: OSError) -> OutputError:
     return OutputError(
-        "the checkpoints of a run must be writable", value=os.strerror(error.errno or 0),
-        fix="Free some space, or choose another --out", where="--out",
-    )  # fmt: skip
+        "the checkpoints of a run must be writable",
+        value=os.strerror(error.errno or 0),
+        fix="Free some space, or choose another --out",
+        where="--out",
+    )

@@ -54,11 +54,12 @@ def _check(plan: Plan, seen: set[int]) -> None:
     empty = [name for place, name in enumerate(plan.task.classes) if place not in seen]
     if empty:
         raise DataError(
-            "each class of the plan needs an image", value=f"none of {', '.join(empty)}",
+            "each class of the plan needs an image",
+            value=f"none of {', '.join(empty)}",
             fix="Check its name in the labels or its number in the masks, or take it out of the "
             "plan",
             where="task.classes",
-        )  # fmt: skip
+        )
 
 
 def _labels(plan: Plan, label: tuple[int, ...]) -> set[int]:

@@ -17,9 +17,11 @@ from client.data.types import Format
 from fedward.console import Console, Version, interruptible, print_json, run_command, say
 
 app = typer.Typer(
-    help="Run a federated study on this machine.", no_args_is_help=True, add_completion=False,
+    help="Run a federated study on this machine.",
+    no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
-)  # fmt: skip
+)
 plan_app = typer.Typer(help="Work on study plans without data.", no_args_is_help=True)
 app.add_typer(plan_app, name="plan")
 
@@ -57,10 +59,11 @@ _FORMATS: dict[FormatName, Format] = {
 PatientColumn = Annotated[
     str,
     typer.Option(
-        "--patient-column", metavar="NAME",
+        "--patient-column",
+        metavar="NAME",
         help="Column of the tables that names the patients; none: patient, patient_id, subject, …",
     ),
-]  # fmt: skip
+]
 ImagesArePatients = Annotated[
     bool,
     typer.Option(
@@ -164,14 +167,25 @@ def run(
     from simulation.study import Study
 
     options = Options(
-        data=data, out=out, format=None if format is FormatName.auto else _FORMATS[format],
-        partition=partition, sites=sites, engine=engine.value, device=device, baselines=baselines,
-        epsilons=others, seed=seed, plan_folder=plan.parent, cache_gib=cache_gib,
-        private_counts=private_counts, patient_column=patient_column,
+        data=data,
+        out=out,
+        format=None if format is FormatName.auto else _FORMATS[format],
+        partition=partition,
+        sites=sites,
+        engine=engine.value,
+        device=device,
+        baselines=baselines,
+        epsilons=others,
+        seed=seed,
+        plan_folder=plan.parent,
+        cache_gib=cache_gib,
+        private_counts=private_counts,
+        patient_column=patient_column,
         images_are_patients=images_are_patients,
-        fresh=fresh, checkpoint_seconds=checkpoint_seconds,
+        fresh=fresh,
+        checkpoint_seconds=checkpoint_seconds,
         hospitals=tuple(map(Hospital.parse, site or ())),
-    )  # fmt: skip
+    )
     check_out(out, data)
     _run_studies([Study(loaded, options)], out, as_json)
 
@@ -301,10 +315,15 @@ def check(plan: PlanFile, as_json: AsJson = False) -> None:
     parameters = describe(loaded).parameters
     if as_json:
         print_json(
-            {"valid": True, "study": loaded.study.name, "plan_sha256": plan_hash(loaded),
-             "parameters": parameters, "rounds": loaded.rounds,
-             "plan": loaded.model_dump(mode="json")}
-        )  # fmt: skip
+            {
+                "valid": True,
+                "study": loaded.study.name,
+                "plan_sha256": plan_hash(loaded),
+                "parameters": parameters,
+                "rounds": loaded.rounds,
+                "plan": loaded.model_dump(mode="json"),
+            }
+        )
     else:
         say(explain(loaded, parameters))
 
@@ -325,9 +344,9 @@ def export(
     target = out or run.with_name(f"{run.resolve().name}-bundle")
     made = export_run(run, target)
     if as_json:
-        print_json({
-            "export": target.name, "files": list(made.files), "difference": made.difference
-        })  # fmt: skip
+        print_json(
+            {"export": target.name, "files": list(made.files), "difference": made.difference}
+        )
         return
     say(f"MONAI bundle: {target}, ONNX file: {target / 'models' / 'model.onnx'}")
     say(f"Outputs differ from the network's by at most {made.difference:.1e}.")
@@ -399,8 +418,13 @@ def _one_source(context: typer.Context) -> None:
     if ("data" in given) == ("site" in given):
         raise typer.BadParameter("give either --data, or --site for each hospital")
     of_data = {
-        "format", "sites", "partition", "cache_gib", "patient_column", "images_are_patients",
-    }  # fmt: skip
+        "format",
+        "sites",
+        "partition",
+        "cache_gib",
+        "patient_column",
+        "images_are_patients",
+    }
     others = sorted(given & of_data)
     if "site" in given and others:
         option = others[0].replace("_", "-")

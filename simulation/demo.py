@@ -33,9 +33,15 @@ def demo_studies(
         _cohort(data, seed, kind, patients, console)
         plan = parse_plan(plan_text(kind))
         options = Options(
-            data=data, out=out / plan.study.name, format="dicom", partition="folders",
-            device=device, baselines=True, seed=seed, fresh=fresh,
-        )  # fmt: skip
+            data=data,
+            out=out / plan.study.name,
+            format="dicom",
+            partition="folders",
+            device=device,
+            baselines=True,
+            seed=seed,
+            fresh=fresh,
+        )
         studies.append(Study(plan, options))
     return studies
 
@@ -51,9 +57,10 @@ def _cohort(data: Path, seed: int, kind: Kind, patients: int, console: Console) 
         return
     if data.exists() and any(data.iterdir()) and not (data / MARKER).is_file():
         raise OutputError(
-            "the demonstration writes only over its own synthetic cohort", value=data.name,
+            "the demonstration writes only over its own synthetic cohort",
+            value=data.name,
             fix="Choose another folder with --out",
-        )  # fmt: skip
+        )
     console.print(f"writing {_HOSPITALS} SYNTHETIC hospitals as DICOM files, {kind}", style="dim")
     # Written aside and renamed: an interrupted run leaves nothing that looks like a cohort.
     part = data.with_name(data.name + ".part")

@@ -91,9 +91,13 @@ def with_seed(plan: Plan, seed: int) -> Plan:
 
 
 def _prepare(
-    found: Divided, name: str, samples: tuple[Sample, ...], plan: Plan, options: Options,
+    found: Divided,
+    name: str,
+    samples: tuple[Sample, ...],
+    plan: Plan,
+    options: Options,
     crew: Preparers,
-) -> None:  # fmt: skip
+) -> None:
     data = options.data or Path()
     watched = WatchedCrew(crew)
     means = Means(cores(), watched, options.cache_bytes)
@@ -112,5 +116,7 @@ def _check_names(names: Iterable[str]) -> None:
         if not re.fullmatch(SITE_NAME, name):
             raise DataError(
                 "a site's name has letters, digits, blanks, `.`, `_` or `-`, 64 at most",
-                value=name, fix="Rename the folder or the column's value", where="--partition",
-            )  # fmt: skip
+                value=name,
+                fix="Rename the folder or the column's value",
+                where="--partition",
+            )

@@ -49,6 +49,8 @@ def _results(folder: Path, plan: Plan) -> StudyResults:
 
 def _no_run(folder: Path, missing: str) -> OutputError:
     return OutputError(
-        "the folder must be that of a finished run", value=f"{folder.name}: no fitting {missing}",
-        fix="Give the folder that `fedward-simulate run --out` wrote", where="RUN",
-    )  # fmt: skip
+        "the folder must be that of a finished run",
+        value=f"{folder.name}: no fitting {missing}",
+        fix="Give the folder that `fedward-simulate run --out` wrote",
+        where="RUN",
+    )

@@ -18,9 +18,15 @@ from simulation.study import Study
 
 _EARLIER = "earlier-results"
 _RESULTS = (
-    "report.html", "metrics.json", "model.safetensors", "plan.json", "plan.sha256", "run.log",
-    "audit.json", FILE,
-)  # fmt: skip
+    "report.html",
+    "metrics.json",
+    "model.safetensors",
+    "plan.json",
+    "plan.sha256",
+    "run.log",
+    "audit.json",
+    FILE,
+)
 
 
 def check_out(out: Path, data: Path | None = None) -> None:
@@ -40,18 +46,22 @@ def check_out(out: Path, data: Path | None = None) -> None:
     """
     if data is not None and out.resolve().is_relative_to(data.resolve()):
         raise OutputError(
-            "the output folder must lie outside the data", value=out.name,
-            fix="Choose another folder with --out", where="--out",
-        )  # fmt: skip
+            "the output folder must lie outside the data",
+            value=out.name,
+            fix="Choose another folder with --out",
+            where="--out",
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
         raise OutputError(
-            "the output folder must be writable", value=error.strerror,
-            fix="Choose another folder with --out", where="--out",
-        ) from error  # fmt: skip
+            "the output folder must be writable",
+            value=error.strerror,
+            fix="Choose another folder with --out",
+            where="--out",
+        ) from error
 
 
 def set_aside(studies: Sequence[Study], out: Path) -> None:
@@ -71,9 +81,11 @@ def set_aside(studies: Sequence[Study], out: Path) -> None:
                 path.replace(folder / _EARLIER / path.name)
     except OSError as error:
         raise OutputError(
-            f"earlier results must be movable to {_EARLIER}/", value=error.strerror,
-            fix="Choose another folder with --out", where="--out",
-        ) from error  # fmt: skip
+            f"earlier results must be movable to {_EARLIER}/",
+            value=error.strerror,
+            fix="Choose another folder with --out",
+            where="--out",
+        ) from error
 
 
 def _forget_earlier(studies: Sequence[Study], out: Path) -> None:
@@ -107,9 +119,11 @@ def write_outputs(studies: Sequence[Study], out: Path) -> None:
             _forget_earlier(studies, out)
     except OSError as error:
         raise OutputError(
-            "results must be written", value=error.strerror, fix="Free the disk, or change --out",
+            "results must be written",
+            value=error.strerror,
+            fix="Free the disk, or change --out",
             where="--out",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _write_study(study: Study, folder: Path) -> None:
@@ -120,11 +134,13 @@ def _write_study(study: Study, folder: Path) -> None:
     audited = study.results.audit is not None or not study.plan.privacy.audit
     if study.model is not None and audited:
         facts = {
-            "study": study.plan.study.name, "plan_sha256": plan_hash(study.plan),
-            "classes": ",".join(study.plan.task.classes), "model": study.plan.model.name,
+            "study": study.plan.study.name,
+            "plan_sha256": plan_hash(study.plan),
+            "classes": ",".join(study.plan.task.classes),
+            "model": study.plan.model.name,
             "synthetic": str(study.results.synthetic).lower(),
             "complete": str(study.results.complete).lower(),
-        }  # fmt: skip
+        }
         study.results.model_sha256 = save_model(folder / "model.safetensors", study.model, facts)
 
 

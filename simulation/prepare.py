@@ -28,8 +28,9 @@ def check_count(plan: Plan, sites: int) -> None:
         raise PlanError(
             "the plan needs more sites than the data give",
             value=f"{sites} of {plan.participation.sites}",
-            fix="Lower participation.sites, or bring more sites", where="participation.sites",
-        )  # fmt: skip
+            fix="Lower participation.sites, or bring more sites",
+            where="participation.sites",
+        )
 
 
 def frozen_sites(plan: Plan, options: Options, crew: Preparers, note: Note) -> list[PreparedSite]:
@@ -59,8 +60,9 @@ def _configured(hospital: Hospital) -> tuple[SiteConfig, str]:
         raise ConfigError(
             "a site with several datasets needs one of them named",
             value=", ".join(sorted(config.datasets)),
-            fix="Give --site site.toml:DATASET", where=config.site.name,
-        )  # fmt: skip
+            fix="Give --site site.toml:DATASET",
+            where=config.site.name,
+        )
     name = next(iter(config.datasets))
     config.present(name)
     return config, name
@@ -70,9 +72,11 @@ def _check_different(names: Sequence[str]) -> None:
     double = [name for name, count in Counter(names).items() if count > 1]
     if double:
         raise ConfigError(
-            "the sites of a study must have different names", value=double[0],
-            fix="Give each site.toml a name of its own", where="site.name",
-        )  # fmt: skip
+            "the sites of a study must have different names",
+            value=double[0],
+            fix="Give each site.toml a name of its own",
+            where="site.name",
+        )
 
 
 def _frozen(
@@ -80,9 +84,15 @@ def _frozen(
 ) -> PreparedSite:
     try:
         return prepare_cohort(
-            config, dataset, "latest", plan, secret=site_secret(config.site.state),
-            cache=cache_folder(config), crew=crew, note=note,
-        )  # fmt: skip
+            config,
+            dataset,
+            "latest",
+            plan,
+            secret=site_secret(config.site.state),
+            cache=cache_folder(config),
+            crew=crew,
+            note=note,
+        )
     except DataError as error:
         where = f"{config.site.name}, {error.where or dataset}"
         raise DataError(error.rule, value=error.value, fix=error.fix, where=where) from None

@@ -36,11 +36,17 @@ class StudyProgress:
         self._answers: dict[str, int] = {}
         self._sites: dict[str, int] = {}
         self._progress = Progress(
-            SpinnerColumn(), TextColumn("{task.description:<24}", markup=False),
-            BarColumn(bar_width=24), MofNCompleteColumn(),
-            TextColumn("{task.fields[state]:<34}"), TimeElapsedColumn(), TextColumn("left"),
-            TimeRemainingColumn(), console=console, transient=False,
-        )  # fmt: skip
+            SpinnerColumn(),
+            TextColumn("{task.description:<24}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]:<34}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=False,
+        )
         self._note: TaskID | None = None
 
     def __enter__(self) -> StudyProgress:

@@ -78,12 +78,15 @@ def store_sites(sites: Sequence[PreparedSite], folder: Path) -> None:
         np.save(target / "images.npy", site.images)
         facts: dict[str, Any] = {f"split_{part}": site.split[part] for part in SPLITS}
         np.savez(
-            target / "rest.npz", targets=site.targets, patients=site.patients,
-            spacing=site.spacing, synthetic=np.array(site.synthetic),
+            target / "rest.npz",
+            targets=site.targets,
+            patients=site.patients,
+            spacing=site.spacing,
+            synthetic=np.array(site.synthetic),
             reasons=np.array(sorted(site.left_out), dtype=str),
             counts=np.array([site.left_out[key] for key in sorted(site.left_out)], dtype=np.int64),
             **facts,
-        )  # fmt: skip
+        )
 
 
 def load_site(folder: Path, name: str) -> PreparedSite:
@@ -123,9 +126,12 @@ def start_ray() -> None:
     for last in (False, True):
         try:
             ray.init(
-                num_cpus=cores(), include_dashboard=False, log_to_driver=False,
-                logging_level="error", runtime_env=environment,
-            )  # fmt: skip
+                num_cpus=cores(),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="error",
+                runtime_env=environment,
+            )
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, on_sigterm)
             return
@@ -133,9 +139,11 @@ def start_ray() -> None:
             ray.shutdown()
             if last:
                 raise DeviceError(
-                    "Ray must start on this machine", value=type(error).__name__,
-                    fix="End other programs, or use --engine local", where="--engine",
-                ) from None  # fmt: skip
+                    "Ray must start on this machine",
+                    value=type(error).__name__,
+                    fix="End other programs, or use --engine local",
+                    where="--engine",
+                ) from None
 
 
 def run_ray(
@@ -166,7 +174,7 @@ def run_ray(
             client_app=client_app(stored),
             num_supernodes=len(sites),
             backend_config={"client_resources": resources},
-        )  # fmt: skip
+        )
     except KeyboardInterrupt:
         stop.set()
         raise

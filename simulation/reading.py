@@ -21,9 +21,19 @@ _COLUMN = "labels.patient_column"
 _OPTIONS = {"format": "--format", _COLUMN: "--patient-column"}
 _MADE = FORMS.removeprefix("folders, ")
 _OF_A_DATASET = frozenset(
-    {"images", "masks", "labels", "imagestr", "labelstr", "train", "val", "valid", "validation",
-     "test"}
-)  # fmt: skip
+    {
+        "images",
+        "masks",
+        "labels",
+        "imagestr",
+        "labelstr",
+        "train",
+        "val",
+        "valid",
+        "validation",
+        "test",
+    }
+)
 
 
 def read(options: Options, how: Partition, task: Task) -> Dataset:
@@ -39,31 +49,38 @@ def read(options: Options, how: Partition, task: Task) -> Dataset:
     with _in_our_words(data, how, task):
         return read_dataset(
             DatasetSpec(
-                data, options.format, "folders" if how.kind == "folders" else "none",
+                data,
+                options.format,
+                "folders" if how.kind == "folders" else "none",
                 labels=LabelOptions(patient_column=options.patient_column),
-            ), task,
-        )  # fmt: skip
+            ),
+            task,
+        )
 
 
 def _check(data: Path, options: Options, how: Partition) -> None:
     if not data.exists():
         raise DataError(
-            "the data must exist", value=data.name, fix="Check the path and the mount",
+            "the data must exist",
+            value=data.name,
+            fix="Check the path and the mount",
             where="--data",
-        )  # fmt: skip
+        )
     natural = how.kind in ("folders", "column")
     if natural and options.sites is not None:
         raise DataError(
             "with folders and column:NAME there are as many hospitals as the data have",
-            value=f"--sites {options.sites}", fix="Leave --sites out, or choose another partition",
+            value=f"--sites {options.sites}",
+            fix="Leave --sites out, or choose another partition",
             where="--partition",
-        )  # fmt: skip
+        )
     if how.kind == "folders" and not _subs(data):
         raise DataError(
             "with folders the data must be a folder with a sub-folder per hospital",
-            value=data.name, fix=f"Make sub-folders, or choose --partition {_MADE}",
+            value=data.name,
+            fix=f"Make sub-folders, or choose --partition {_MADE}",
             where="--partition",
-        )  # fmt: skip
+        )
 
 
 def _subs(data: Path) -> list[str]:

@@ -79,12 +79,18 @@ class Study:
     def __post_init__(self) -> None:
         plan, options = self.plan, self.options
         self.results = StudyResults(
-            study=plan.study.name, title=plan.study.title, plan=plan.model_dump(mode="json"),
-            plan_sha256=plan_hash(plan), seed=options.seed, engine=options.engine,
-            device=str(choose_device(options.device)), partition=options.division,
-            primary=plan.metrics.primary, parameters=describe(plan).parameters,
+            study=plan.study.name,
+            title=plan.study.title,
+            plan=plan.model_dump(mode="json"),
+            plan_sha256=plan_hash(plan),
+            seed=options.seed,
+            engine=options.engine,
+            device=str(choose_device(options.device)),
+            partition=options.division,
+            primary=plan.metrics.primary,
+            parameters=describe(plan).parameters,
             versions=_versions(),
-        )  # fmt: skip
+        )
         self.checkpoints = RunCheckpoints(options.out, self._about(), options.checkpoint_seconds)
         self._arms: dict[str, ArmFolder] = {}
 
@@ -145,14 +151,20 @@ class Study:
         """What a run must share with an unfinished one to go on with it, beside the images."""
         results, options = self.results, self.options
         return {
-            "plan": results.plan_sha256, "seed": options.seed, "partition": options.division,
-            "sites": options.sites, "format": options.format, "engine": options.engine,
-            "device": results.device, "baselines": options.baselines,
-            "epsilons": list(options.epsilons), "private_counts": options.private_counts,
+            "plan": results.plan_sha256,
+            "seed": options.seed,
+            "partition": options.division,
+            "sites": options.sites,
+            "format": options.format,
+            "engine": options.engine,
+            "device": results.device,
+            "baselines": options.baselines,
+            "epsilons": list(options.epsilons),
+            "private_counts": options.private_counts,
             "patient_column": options.patient_column,
             "images_are_patients": options.images_are_patients,
             "versions": results.versions,
-        }  # fmt: skip
+        }
 
     def _planned(
         self, plans: Sequence[Plan], sites: Sequence[PreparedSite]
@@ -174,8 +186,9 @@ class Study:
         done = {arm.name for arm in results.arms if arm.finished}
         results.missing = [
             f"{name}, {arm.rounds} of {self.plan.rounds} rounds done"
-            for name, arm in self._arms.items() if name not in done
-        ]  # fmt: skip
+            for name, arm in self._arms.items()
+            if name not in done
+        ]
         return f"missing: {'; '.join(results.missing) or 'nothing'}"
 
     def _written(self) -> None:
@@ -216,11 +229,14 @@ class Study:
         workers = 0 if on_gpu else min(cores(), sites)
         threads = max(1, cores() // max(1, workers))
         runtime = Runtime(
-            device=str(device), threads=threads, randomness="seeded",
-            cache=self.options.out / "cache", cache_bytes=self.options.cache_bytes,
+            device=str(device),
+            threads=threads,
+            randomness="seeded",
+            cache=self.options.out / "cache",
+            cache_bytes=self.options.cache_bytes,
             physical_batch=256 if on_gpu else 64,
             private_counts=self.options.private_counts,
-        )  # fmt: skip
+        )
         return runtime, workers
 
     def _federated(

@@ -74,7 +74,9 @@ def build_strategy(name: str, settings: StrategySettings) -> Strategy:
     """
     if name not in STRATEGIES:
         raise PlanError(
-            "the strategy must be known", value=name, fix=f"Choose from {', '.join(STRATEGIES)}",
+            "the strategy must be known",
+            value=name,
+            fix=f"Choose from {', '.join(STRATEGIES)}",
             where="strategy.name",
-        )  # fmt: skip
+        )
     return STRATEGIES[name](settings)

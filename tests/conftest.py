@@ -36,13 +36,16 @@ BASE: dict[str, Any] = {
     "split": {"given": True},
     "model": {"name": "cnn", "channels": [4, 8]},
     "training": {
-        "rounds": 2, "learning_rate": 0.01, "local_epochs": 1, "batch_size": 8,
+        "rounds": 2,
+        "learning_rate": 0.01,
+        "local_epochs": 1,
+        "batch_size": 8,
         "loss": "cross_entropy",
     },
     "privacy": {"mechanism": "none"},
     "participation": {"sites": 2, "deadline": 300.0},
     "metrics": {"report": ["auc", "accuracy"], "primary": "auc"},
-}  # fmt: skip
+}
 PRIVATE = {"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-3, "clipping_norm": 1.0}
 
 
@@ -102,11 +105,15 @@ def make_site() -> Callable[..., PreparedSite]:
             "train": np.flatnonzero(part < 6),
             "validation": np.flatnonzero((part >= 6) & (part < 8)),
             "test": np.flatnonzero(part >= 8),
-        }  # fmt: skip
+        }
         return PreparedSite(
-            name=name, images=images, targets=labels, patients=owner.astype(np.int64), split=split,
+            name=name,
+            images=images,
+            targets=labels,
+            patients=owner.astype(np.int64),
+            split=split,
             spacing=np.ones((count, 2), np.float32),
-        )  # fmt: skip
+        )
 
     return build
 
@@ -215,9 +222,13 @@ class Commands:
         self._parent: subprocess.Popen[str] | None = None
 
     def __call__(
-        self, module: str, *arguments: object, cwd: Path, timeout: float = 240,
+        self,
+        module: str,
+        *arguments: object,
+        cwd: Path,
+        timeout: float = 240,
         env: Mapping[str, str] = os.environ,
-    ) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    ) -> subprocess.CompletedProcess[str]:
         """Run ``python -m module arguments`` in a folder; what it printed and its exit code."""
         parent = self._start()
         assert parent.stdin and parent.stdout
@@ -245,10 +256,13 @@ class Commands:
     def _start(self) -> subprocess.Popen[str]:
         if self._parent is None:
             self._parent = subprocess.Popen(
-                [sys.executable, "-c", FORKING], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                text=True, start_new_session=True,
+                [sys.executable, "-c", FORKING],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
                 env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-            )  # fmt: skip
+            )
         return self._parent
 
 

@@ -13,10 +13,27 @@ from pydantic import BaseModel, ConfigDict, Field
 from fedward.errors import AuditError
 
 Event = Literal[
-    "started", "stopped", "plan", "decision", "approval", "charge", "sent", "refused", "withheld",
-    "replaced", "evaluation", "policy", "version", "isolation", "paused", "resumed", "error",
-    "repaired", "watchdog", "order",
-]  # fmt: skip
+    "started",
+    "stopped",
+    "plan",
+    "decision",
+    "approval",
+    "charge",
+    "sent",
+    "refused",
+    "withheld",
+    "replaced",
+    "evaluation",
+    "policy",
+    "version",
+    "isolation",
+    "paused",
+    "resumed",
+    "error",
+    "repaired",
+    "watchdog",
+    "order",
+]
 EVENTS: Final = frozenset(get_args(Event))
 GENESIS: Final = "0" * 64
 LARGEST: Final = 1 << 20

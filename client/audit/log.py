@@ -69,9 +69,12 @@ class AuditLog:
     """
 
     def __init__(
-        self, folder: Path, key: bytes | None = None, max_bytes: int = 16 << 20,
+        self,
+        folder: Path,
+        key: bytes | None = None,
+        max_bytes: int = 16 << 20,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._folder, self._key, self._max, self._now = folder, key, max_bytes, now
         self._active = folder / ACTIVE
         self._tail: _Tail | None = None
@@ -110,9 +113,10 @@ class AuditLog:
             self._tail = None
             why = os.strerror(error.errno or 0) if isinstance(error, OSError) else error.value
             raise AuditError(
-                "the audit log must be writable", value=why,
+                "the audit log must be writable",
+                value=why,
                 fix="Free some space, or mend its rights; nothing is sent until then",
-            ) from None  # fmt: skip
+            ) from None
 
     def _append(self, event: Event, fields: dict[str, Any]) -> Entry:
         tail = self._rotated(self._found())

@@ -63,9 +63,10 @@ class Verification:
         """Raise AuditError for a fault."""
         if self.fault:
             raise AuditError(
-                "the audit log must be whole", value=f"{self.fault.kind} at {self.fault.seq}",
+                "the audit log must be whole",
+                value=f"{self.fault.kind} at {self.fault.seq}",
                 fix="Keep the folder as it is, and find out who could write to it",
-            )  # fmt: skip
+            )
 
 
 def verify(folder: Path, key: bytes | None = None) -> Verification:
@@ -107,9 +108,10 @@ def check_written(folder: Path, seq: int, hash_: str) -> None:
     """
     if not any((one.seq, one.hash) == (seq, hash_) for one in entries(folder)):
         raise AuditError(
-            "the audit log must be the one that the daemon writes", value=f"entry {seq}",
+            "the audit log must be the one that the daemon writes",
+            value=f"entry {seq}",
             fix="Keep the folder as it is, and find out who could write to it",
-        )  # fmt: skip
+        )
 
 
 def check_there(folder: Path) -> None:

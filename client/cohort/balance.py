@@ -56,9 +56,10 @@ def balance(
     names = list(enumerate(dataset.classes))
     pixels = {name: marks.pixels[k] for k, name in names} if marks.pixels else {}
     return Balance(
-        {name: images[k] for k, name in names}, {name: len(patients[k]) for k, name in names},
+        {name: images[k] for k, name in names},
+        {name: len(patients[k]) for k, name in names},
         pixels,
-    )  # fmt: skip
+    )
 
 
 @dataclass

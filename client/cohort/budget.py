@@ -24,9 +24,10 @@ class Budget(BaseModel):
     steps: int = Field(description="over the whole study")
     patients: int = Field(description="that would train")
     per_image: bool = Field(
-        default=False, description="the images name no patients, and each counts as one: ε bounds "
+        default=False,
+        description="the images name no patients, and each counts as one: ε bounds "
         "what is learnt about an image",
-    )  # fmt: skip
+    )
 
 
 def privacy_finding(
@@ -46,9 +47,14 @@ def privacy_finding(
     except PrivacyError as error:
         return finding("privacy", "fail", error.rule, error.fix), None
     budget = Budget(
-        epsilon=spent, delta=target.delta, noise_multiplier=one.noise_multiplier,
-        sampling_rate=one.sampling_rate, steps=one.steps, patients=patients, per_image=per_image,
-    )  # fmt: skip
+        epsilon=spent,
+        delta=target.delta,
+        noise_multiplier=one.noise_multiplier,
+        sampling_rate=one.sampling_rate,
+        steps=one.steps,
+        patients=patients,
+        per_image=per_image,
+    )
     fixes = []
     if target.delta > (most := default_delta(everyone)):
         fixes.append(f"Ask for a delta of at most {most:.2g}, or let the policy say max_delta")
@@ -67,20 +73,25 @@ def cost_findings(cost: Cost) -> Iterator[Finding]:
     """Whether the machine has the room that the plan needs."""
     disk, memory = cost.prepared_bytes, cost.training_bytes
     yield finding(
-        "disk", "pass" if disk < cost.free_disk_bytes else "fail",
+        "disk",
+        "pass" if disk < cost.free_disk_bytes else "fail",
         f"{_size(disk)} for prepared images, {_size(cost.free_disk_bytes)} free",
         "Free some space, or put the state folder elsewhere",
-    )  # fmt: skip
+    )
     yield finding(
-        "memory", "pass" if memory < cost.memory_bytes else "fail",
+        "memory",
+        "pass" if memory < cost.memory_bytes else "fail",
         f"at least {_size(memory)} for the model in training, {_size(cost.memory_bytes)} there",
         "Train on a larger machine",
-    )  # fmt: skip
+    )
     if cost.seconds is not None:
         yield finding(
-            "time", "pass", f"about {_duration(cost.seconds)} on {cost.device} for {cost.steps} "
-            f"steps of {cost.seconds_per_step:.3g} s", "",
-        )  # fmt: skip
+            "time",
+            "pass",
+            f"about {_duration(cost.seconds)} on {cost.device} for {cost.steps} "
+            f"steps of {cost.seconds_per_step:.3g} s",
+            "",
+        )
 
 
 def _size(count: float) -> str:

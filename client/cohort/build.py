@@ -23,9 +23,12 @@ from fedward.errors import DataError
 
 # Where the index keeps what a DICOM label table may be keyed by.
 _COLUMNS: Final = {
-    "sopinstanceuid": "instance", "seriesinstanceuid": "series", "studyinstanceuid": "study",
-    "accessionnumber": "accession", "patientid": "patientid",
-}  # fmt: skip
+    "sopinstanceuid": "instance",
+    "seriesinstanceuid": "series",
+    "studyinstanceuid": "study",
+    "accessionnumber": "accession",
+    "patientid": "patientid",
+}
 
 
 def usable(
@@ -71,8 +74,9 @@ def check_patients(dataset: DatasetSection, found: Dataset) -> None:
         raise DataError(
             "the site refuses datasets with images whose patient is not known",
             value=", ".join(f"{reason}: {n}" for reason, n in sorted(counts.items())),
-            fix="Give them ids, or choose another rule", where="patients.missing, patients.shared",
-        )  # fmt: skip
+            fix="Give them ids, or choose another rule",
+            where="patients.missing, patients.shared",
+        )
 
 
 @dataclass
@@ -158,10 +162,13 @@ def _rows_without_image(dataset: DatasetSection, index: Index, extract: Extracto
 
 def _read(dataset: DatasetSection, listen: Listen) -> Dataset:
     spec = DatasetSpec(
-        dataset.root, dataset.format, masks=dataset.masks.options(),
-        patients=dataset.patients.options(), labels=dataset.labels.options(),
+        dataset.root,
+        dataset.format,
+        masks=dataset.masks.options(),
+        patients=dataset.patients.options(),
+        labels=dataset.labels.options(),
         listen=listen,
-    )  # fmt: skip
+    )
     return read_dataset(spec, dataset.as_task(), empty=True)  # an empty one is worth a report too
 
 

@@ -43,10 +43,17 @@ class PlanCheck(BaseModel):
 
 
 def check_plan(
-    name: str, cohort: str, dataset: DatasetSection, samples: Sequence[Sample],
-    modalities: Sequence[str], plan: Plan, room: Room, *, measure: bool = True,
+    name: str,
+    cohort: str,
+    dataset: DatasetSection,
+    samples: Sequence[Sample],
+    modalities: Sequence[str],
+    plan: Plan,
+    room: Room,
+    *,
+    measure: bool = True,
     left_out: Sequence[LeftOut] = (),
-) -> PlanCheck:  # fmt: skip
+) -> PlanCheck:
     """Hold samples against a plan.
 
     Parameters
@@ -94,10 +101,17 @@ def check_plan(
                 cost = expect(plan, len(taken), images, training, timed, room)
                 findings += cost_findings(cost)
     return PlanCheck(
-        dataset=name, cohort=cohort, study=plan.study.name, plan_sha256=plan_hash(plan),
-        can_serve=all(one.status != "fail" for one in findings), patients=parts,
-        patients_by_class=classes, findings=findings, cost=cost, privacy=budget,
-    )  # fmt: skip
+        dataset=name,
+        cohort=cohort,
+        study=plan.study.name,
+        plan_sha256=plan_hash(plan),
+        can_serve=all(one.status != "fail" for one in findings),
+        patients=parts,
+        patients_by_class=classes,
+        findings=findings,
+        cost=cost,
+        privacy=budget,
+    )
 
 
 def _of_modality(samples: Sequence[Sample], modalities: Sequence[str], plan: Plan) -> list[Sample]:

@@ -77,17 +77,20 @@ def ranges(index: Index) -> dict[str, Range]:
     ).fetchall()
     return {
         safe_word(modality): Range(
-            lowest=low, highest=high, typical_lowest=_median(index, "low", modality, count),
+            lowest=low,
+            highest=high,
+            typical_lowest=_median(index, "low", modality, count),
             typical_highest=_median(index, "high", modality, count),
         )
         for modality, low, high, count in rows
-    }  # fmt: skip
+    }
 
 
 def _median(index: Index, column: str, modality: str, count: int) -> float:
     """The lower median, found by the database."""
     row = index.connection.execute(
         f"SELECT {column} FROM files WHERE {IMAGES} AND low IS NOT NULL AND modality = ? "
-        f"ORDER BY 1 LIMIT 1 OFFSET ?", (modality, (count - 1) // 2),
-    ).fetchone()  # fmt: skip
+        f"ORDER BY 1 LIMIT 1 OFFSET ?",
+        (modality, (count - 1) // 2),
+    ).fetchone()
     return float(row[0])

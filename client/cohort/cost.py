@@ -91,12 +91,16 @@ def expect(
     seconds = _time(plan, probe, in_step, per_round, room) if probe and probe.prepared else None
     steps = per_round * plan.rounds
     return Cost(
-        prepared_bytes=prepared_bytes(plan, images), parameters=describe(plan).parameters,
+        prepared_bytes=prepared_bytes(plan, images),
+        parameters=describe(plan).parameters,
         free_disk_bytes=shutil.disk_usage(room.state).free,
-        training_bytes=training_bytes(plan, round(in_step)), memory_bytes=room.memory(),
-        device=str(choose_device(room.device)), steps=steps, seconds=seconds,
+        training_bytes=training_bytes(plan, round(in_step)),
+        memory_bytes=room.memory(),
+        device=str(choose_device(room.device)),
+        steps=steps,
+        seconds=seconds,
         seconds_per_step=None if seconds is None else seconds / steps,
-    )  # fmt: skip
+    )
 
 
 def training_bytes(plan: Plan, in_step: int) -> int:
@@ -126,9 +130,11 @@ def _steps(plan: Plan, training: int, patients: int) -> int:
     if plan.privacy.on:
         return steps_per_round(plan, sampling_rate(plan, patients))
     return count_steps(
-        training, plan.training.batch_size, epochs=plan.training.local_epochs,
+        training,
+        plan.training.batch_size,
+        epochs=plan.training.local_epochs,
         steps=plan.training.local_steps,
-    )  # fmt: skip
+    )
 
 
 def _time(plan: Plan, probe: Probe, in_step: float, per_round: int, room: Room) -> float | None:
@@ -162,13 +168,17 @@ def _time_step(plan: Plan, stage: Stage, probe: Probe, device: str) -> float:
 def _shortened(plan: Plan, stage: Stage) -> Plan:
     """The same training, of two short rounds over few images."""
     training = {
-        "rounds": None, "learning_rate": None, "local_epochs": None, "local_steps": _STEPS,
+        "rounds": None,
+        "learning_rate": None,
+        "local_epochs": None,
+        "local_steps": _STEPS,
         "batch_size": 4096,
-    }  # fmt: skip
+    }
     privacy: Privacy = plan.privacy.model_copy(update=_TIMED if plan.privacy.on else {})
     return plan.model_copy(
         update={
-            "training": plan.training.model_copy(update=training), "privacy": privacy,
+            "training": plan.training.model_copy(update=training),
+            "privacy": privacy,
             "stages": (stage.model_copy(update={"rounds": 2}),),
         }
-    )  # fmt: skip
+    )

@@ -19,12 +19,16 @@ def task_findings(ours: Task, plan: Plan) -> Iterator[Finding]:
     """Whether the dataset's labels are those that the plan is about."""
     theirs = plan.task
     same = (ours.kind, ours.dimensions, ours.multi_label) == (
-        theirs.kind, theirs.dimensions, theirs.multi_label,
-    )  # fmt: skip
+        theirs.kind,
+        theirs.dimensions,
+        theirs.multi_label,
+    )
     yield finding(
-        "task", "pass" if same else "fail", f"the dataset is for {_words(ours)}, the plan for "
-        f"{_words(theirs)}", "Check another dataset, or correct task and dimensions in site.toml",
-    )  # fmt: skip
+        "task",
+        "pass" if same else "fail",
+        f"the dataset is for {_words(ours)}, the plan for {_words(theirs)}",
+        "Check another dataset, or correct task and dimensions in site.toml",
+    )
     names = [[name.lower() for name in task.classes] for task in (ours, theirs)]
     fix = "Write the plan's names into site.toml, in the plan's order"
     if sorted(names[0]) == sorted(names[1]) and names[0] != names[1]:
@@ -48,9 +52,11 @@ def model_finding(plan: Plan) -> Finding:
 def sample_finding(count: int) -> Finding:
     """Whether the dataset holds anything that a study could use."""
     return finding(
-        "samples", "pass" if count else "fail", f"{count} that a study could use",
+        "samples",
+        "pass" if count else "fail",
+        f"{count} that a study could use",
         "See the dataset's report for what was left out and why",
-    )  # fmt: skip
+    )
 
 
 def left_out_finding(left_out: Sequence[LeftOut]) -> Finding:
@@ -65,9 +71,11 @@ def modality_finding(plan: Plan, before: int, samples: Sequence[Sample]) -> Find
     wanted = ", ".join(plan.task.modality)
     status: Status = "pass" if len(samples) == before else "warn" if samples else "fail"
     return finding(
-        "modality", status, f"{len(samples)} of {before} samples are {wanted}",
+        "modality",
+        status,
+        f"{len(samples)} of {before} samples are {wanted}",
         "The others are left out; see the report for what there is",
-    )  # fmt: skip
+    )
 
 
 def patient_findings(
@@ -78,20 +86,26 @@ def patient_findings(
     least = max(plan.participation.minimum_patients, dataset.minimum_patients)
     found = [
         finding(
-            "patients", "pass" if count >= least else "fail",
+            "patients",
+            "pass" if count >= least else "fail",
             f"{count}{' (each image counts as one)' if unnamed(samples) else ''}; the plan wants "
             f"{plan.participation.minimum_patients}, the site "
-            f"{dataset.minimum_patients}", "Bring more patients",
+            f"{dataset.minimum_patients}",
+            "Bring more patients",
         )
-    ]  # fmt: skip
+    ]
     try:
         parts = _parts(plan, samples)
         none = [name for name in ("train", "validation", "test") if not parts[name]]
         listed = ", ".join(f"{name} {n}" for name, n in parts.items())
         found.append(
-            finding("division", "warn" if none else "pass", f"patients: {listed}",
-                     f"Without {' and '.join(none)} patients the site measures less")
-        )  # fmt: skip
+            finding(
+                "division",
+                "warn" if none else "pass",
+                f"patients: {listed}",
+                f"Without {' and '.join(none)} patients the site measures less",
+            )
+        )
     except DataError as error:
         parts = {}
         found.append(finding("division", "fail", error.rule, error.fix))
@@ -106,9 +120,11 @@ def _class_finding(dataset: DatasetSection, classes: dict[str, int]) -> Finding:
     few = [name for name, n in classes.items() if n < dataset.minimum_patients]
     listed = ", ".join(f"{name} {n}" for name, n in classes.items())
     return finding(
-        "patients of each class", "fail" if empty else "warn" if few else "pass", listed,
+        "patients of each class",
+        "fail" if empty else "warn" if few else "pass",
+        listed,
         f"Bring patients of {', '.join(empty or few)}, or check the labels",
-    )  # fmt: skip
+    )
 
 
 def _parts(plan: Plan, samples: Sequence[Sample]) -> dict[str, int]:
@@ -140,30 +156,37 @@ def probe_findings(plan: Plan, probe: Probe) -> Iterator[Finding]:
     listed = ", ".join(f"{reason}: {n}" for reason, n in sorted(probe.left_out.items()))
     status: Status = "pass" if not probe.left_out else "warn" if probe.prepared else "fail"
     yield finding(
-        "preprocessing", status, f"{len(probe.prepared)} of {tried} images that were tried could "
-        f"be prepared{'; ' + listed if listed else ''}", "See the reasons on the data page",
-    )  # fmt: skip
+        "preprocessing",
+        status,
+        f"{len(probe.prepared)} of {tried} images that were tried could "
+        f"be prepared{'; ' + listed if listed else ''}",
+        "See the reasons on the data page",
+    )
     if not probe.prepared:
         return
     size = " x ".join(map(str, plan.preprocessing.size))
     yield finding(
-        "image size", "warn" if probe.enlarged else "pass",
+        "image size",
+        "warn" if probe.enlarged else "pass",
         f"{probe.enlarged} of {len(probe.prepared)} are smaller than {size} on some side",
         "They are enlarged or padded; a smaller preprocessing.size would serve them better",
-    )  # fmt: skip
+    )
     if probe.outside:
         yield finding(
-            "window", "warn", f"{probe.outside} of {len(probe.prepared)} images lie wholly "
-            "outside the plan's window", "See that pixels and window have the same unit",
-        )  # fmt: skip
+            "window",
+            "warn",
+            f"{probe.outside} of {len(probe.prepared)} images lie wholly outside the plan's window",
+            "See that pixels and window have the same unit",
+        )
     if plan.task.kind == "segmentation":
         names = [name for k, name in enumerate(plan.task.classes, start=1) if k in probe.labels]
         missing = [name for name in plan.task.classes if name not in names]
         yield finding(
-            "masks", "warn" if missing else "pass",
+            "masks",
+            "warn" if missing else "pass",
             f"classes seen in {len(probe.prepared)} masks: {', '.join(names) or 'none'}",
             f"Look at the preview for {', '.join(missing)}",
-        )  # fmt: skip
+        )
 
 
 def _words(task: Task) -> str:

@@ -109,22 +109,28 @@ def make_cohort(
     check_patients(dataset, found)
     if not found.samples:
         raise DataError(
-            "a cohort must have images", value="none", where=name,
+            "a cohort must have images",
+            value="none",
+            where=name,
             fix="See the report for what was left out and why",
-        )  # fmt: skip
+        )
     hashed = Pseudonyms(extract.secret)
     recorder = Recorder(extract.name, extract.root, hashed)
     items = [
-        _item(sample, place, recorder, extract.format)
-        for place, sample in enumerate(found.samples)
-    ]  # fmt: skip
+        _item(sample, place, recorder, extract.format) for place, sample in enumerate(found.samples)
+    ]
     paths = sorted({path for s in found.samples for path in files_of(s, extract.root)})
     cohort = CohortFile(
-        version=1, dataset=name, format=extract.format, sha256="0" * 64,
-        task=dataset.as_task(), files={extract.name(p): _record(index, extract, p) for p in paths},
-        series=recorder.all_series(), items=tuple(items),
+        version=1,
+        dataset=name,
+        format=extract.format,
+        sha256="0" * 64,
+        task=dataset.as_task(),
+        files={extract.name(p): _record(index, extract, p) for p in paths},
+        series=recorder.all_series(),
+        items=tuple(items),
         images_are_patients=unnamed(found.samples) > 0,
-    )  # fmt: skip
+    )
     return cohort.model_copy(update={"sha256": content_hash(cohort)})
 
 
@@ -132,11 +138,13 @@ def _item(sample: Sample, place: int, recorder: Recorder, format: Format) -> Ite
     # As the index hashes them: issuer and id apart.
     parts = sample.patient.split("\\", 1) if format == "dicom" else [sample.patient]
     return Item(
-        patient=recorder.hashed("patient", *parts), label=sample.label, split=sample.split,
+        patient=recorder.hashed("patient", *parts),
+        label=sample.label,
+        split=sample.split,
         synthetic=sample.columns.get("synthetic", "").lower() in ("yes", "true", "1"),
         image=recorder.source(sample.load, place),
         mask=recorder.source(sample.mask, place) if sample.mask is not None else None,
-    )  # fmt: skip
+    )
 
 
 def _record(index: Index, extract: Extractor, path: Path) -> FileRecord:
@@ -145,9 +153,7 @@ def _record(index: Index, extract: Extractor, path: Path) -> FileRecord:
         (extract.name(path),),
     ).fetchone()
     if row is None or not row[0]:
-        raise DataError(
-            "a dataset must hold still while it is frozen", fix="Freeze it again"
-        )  # fmt: skip
+        raise DataError("a dataset must hold still while it is frozen", fix="Freeze it again")
     return FileRecord(sha256=row[0], size=row[1], modified=row[2], changed=row[3])
 
 
@@ -164,9 +170,10 @@ def cohorts_folder(state: Path) -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
         raise OutputError(
-            "the state folder must be writable", fix="Give it to the user that runs this",
+            "the state folder must be writable",
+            fix="Give it to the user that runs this",
             where="site.state",
-        ) from None  # fmt: skip
+        ) from None
     return folder
 
 
@@ -202,9 +209,13 @@ def counts(cohort: CohortFile, dataset: DatasetSection) -> dict[str, Any]:
     by_class = Counter(k for item in cohort.items for k in classes_of(dataset, item.label))
     names = cohort.task.classes if cohort.task.kind == "classification" else ()
     return {
-        "dataset": cohort.dataset, "cohort": cohort.name, "sha256": cohort.sha256,
-        "patients": cohort.patients, "images": len(cohort.items), "files": len(cohort.files),
+        "dataset": cohort.dataset,
+        "cohort": cohort.name,
+        "sha256": cohort.sha256,
+        "patients": cohort.patients,
+        "images": len(cohort.items),
+        "files": len(cohort.files),
         "bytes": sum(record.size for record in cohort.files.values()),
         "images_by_class": {name: by_class[k] for k, name in enumerate(names)},
         "images_are_patients": cohort.per_image,
-    }  # fmt: skip
+    }

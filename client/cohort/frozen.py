@@ -69,9 +69,10 @@ class FrozenCohort:
         if changed:
             raise DataError(
                 "a frozen cohort must hold still while it is read",
-                value=f"of {len(self.stamps)} files {changed} changed", fix="Start again",
+                value=f"of {len(self.stamps)} files {changed} changed",
+                fix="Start again",
                 where=self.name,
-            )  # fmt: skip
+            )
 
 
 def open_cohort(
@@ -101,15 +102,19 @@ def open_cohort(
     if now != cohort.files:
         _remember(cohort, now, config.site.state)
     restorer = Restorer(
-        paths, {key: record.sha256 for key, record in cohort.files.items()}, cohort.series,
-        cohort.task.dimensions, Pseudonyms(secret), _archive(cohort, extract.root),
-    )  # fmt: skip
+        paths,
+        {key: record.sha256 for key, record in cohort.files.items()},
+        cohort.series,
+        cohort.task.dimensions,
+        Pseudonyms(secret),
+        _archive(cohort, extract.root),
+    )
     samples = tuple(_sample(item, restorer, not cohort.per_image) for item in cohort.items)
     again = sum(now[key] != record for key, record in cohort.files.items())
     stamps = {paths[key]: (one.size, one.modified, one.changed) for key, one in now.items()}
     return FrozenCohort(
         cohort.name, cohort.sha256, cohort.task, Dataset(samples), again, extract.root, stamps
-    )  # fmt: skip
+    )
 
 
 def cohort_path(state: Path, name: str, which: str = "latest") -> Path:
@@ -131,9 +136,11 @@ def cohort_path(state: Path, name: str, which: str = "latest") -> Path:
     """
     if which != "latest" and not _HASH.fullmatch(which):
         raise DataError(
-            'a cohort is named by "latest" or the start of its hash', value=which[:70], where=name,
+            'a cohort is named by "latest" or the start of its hash',
+            value=which[:70],
+            where=name,
             fix="Give 4 to 64 of its hexadecimal digits",
-        )  # fmt: skip
+        )
     start = "" if which == "latest" else which[:12]
     of_name = re.compile(re.escape(f"{name}-{start}") + r"[0-9a-f]*\.json")
     folder = cohorts_folder(state)
@@ -162,8 +169,9 @@ def _verify(
         raise DataError(
             "a frozen cohort must not have changed",
             value=f"of {len(cohort.files)} files {changed} changed, {gone} gone",
-            fix="Freeze it again, or restore the files", where=cohort.name,
-        )  # fmt: skip
+            fix="Freeze it again, or restore the files",
+            where=cohort.name,
+        )
     return paths, now
 
 
@@ -211,9 +219,7 @@ def _remember(cohort: CohortFile, now: dict[str, FileRecord], state: Path) -> No
     """So that a tree that was copied is read whole once, not at every start."""
     path = cohorts_folder(state) / f"{cohort.name}.json"
     with suppress(OutputError, OSError):  # without it the next start is slower, nothing else
-        save(
-            cohort.model_copy(update={"files": now}), state, modified=path.stat().st_mtime_ns
-        )  # fmt: skip
+        save(cohort.model_copy(update={"files": now}), state, modified=path.stat().st_mtime_ns)
 
 
 def _archive(cohort: CohortFile, root: Path) -> tuple[Sample, ...]:
@@ -224,7 +230,11 @@ def _archive(cohort: CohortFile, root: Path) -> tuple[Sample, ...]:
 
 def _sample(item: Item, restorer: Restorer, patient_known: bool) -> Sample:
     return Sample(
-        item.patient, restorer.image(item.image), item.label,
-        mask=restorer.mask(item.mask) if item.mask is not None else None, split=item.split,
-        columns={"synthetic": "yes"} if item.synthetic else {}, patient_known=patient_known,
-    )  # fmt: skip
+        item.patient,
+        restorer.image(item.image),
+        item.label,
+        mask=restorer.mask(item.mask) if item.mask is not None else None,
+        split=item.split,
+        columns={"synthetic": "yes"} if item.synthetic else {},
+        patient_known=patient_known,
+    )

@@ -45,9 +45,11 @@ def check_patient_key(
     count = unnamed(samples)
     if plan.privacy.on and count and not allowed:
         raise DataError(
-            PATIENT_KEY, value=f"{count} of {len(samples)} images name no patient", fix=fix,
+            PATIENT_KEY,
+            value=f"{count} of {len(samples)} images name no patient",
+            fix=fix,
             where=where,
-        )  # fmt: skip
+        )
 
 
 def patient_key_finding(samples: Sequence[Sample], plan: Plan, allowed: bool) -> Finding:

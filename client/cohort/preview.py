@@ -27,9 +27,14 @@ from fedward.plan.schema import Preprocessing, Task
 _SIZES: Final = {2: (256, 256), 3: (96, 96, 96)}
 # Told apart by people who see no red or no green (Okabe and Ito, 2008); cycled when they run out.
 _COLOURS: Final = (
-    (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0),
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (0, 114, 178),
+    (213, 94, 0),
     (204, 121, 167),
-)  # fmt: skip
+)
 _PLANES: Final = ("sagittal", "coronal", "axial")
 _TINT: Final = 0.45  # share of the mask's colour in a pixel that it covers
 
@@ -50,9 +55,14 @@ def default_preprocessing(task: Task) -> Preprocessing:
 
 
 def write_preview(
-    out: Path, root: Path, title: str, samples: Sequence[Sample], task: Task,
-    prep: Preprocessing | None = None, most: int = 24,
-) -> tuple[int, Counter[str]]:  # fmt: skip
+    out: Path,
+    root: Path,
+    title: str,
+    samples: Sequence[Sample],
+    task: Task,
+    prep: Preprocessing | None = None,
+    most: int = 24,
+) -> tuple[int, Counter[str]]:
     """Write the page.
 
     Parameters
@@ -93,7 +103,7 @@ def write_preview(
             "a preview must have images that can be shown",
             value=", ".join(f"{reason}: {n}" for reason, n in sorted(left_out.items())) or "none",
             fix="See the report for what was left out and why",
-        )  # fmt: skip
+        )
     page = _page(title, tiles, task, prep, len(samples), left_out)
     write_private(out, page.encode())
     return len(tiles), left_out
@@ -198,6 +208,10 @@ def _page(
             for k, name in enumerate(task.classes)
         ]
     return environment.get_template("preview.html.jinja").render(
-        title=title, tiles=tiles, legend=legend, of=of, left_out=sorted(left_out.items()),
+        title=title,
+        tiles=tiles,
+        legend=legend,
+        of=of,
+        left_out=sorted(left_out.items()),
         size=" × ".join(map(str, prep.size)),
-    )  # fmt: skip
+    )

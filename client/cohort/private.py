@@ -44,9 +44,10 @@ def write_private(
         _sync_folder(path.parent)
     except OSError as error:
         raise OutputError(
-            "the folder of the result must be writable", value=os.strerror(error.errno or 0),
+            "the folder of the result must be writable",
+            value=os.strerror(error.errno or 0),
             fix="Choose another, or free some space",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def _fill(handle: int, content: bytes) -> None:

@@ -106,7 +106,10 @@ def as_site(found: Probe, plan: Plan) -> PreparedSite:
         targets = np.array(labels, np.int64)[:, 0]
     none = np.empty(0, np.int64)
     return PreparedSite(
-        name="check", images=np.stack([one.pixels for one in found.prepared]), targets=targets,
-        patients=np.arange(count), spacing=np.array([one.spacing for one in found.prepared]),
+        name="check",
+        images=np.stack([one.pixels for one in found.prepared]),
+        targets=targets,
+        patients=np.arange(count),
+        spacing=np.array([one.spacing for one in found.prepared]),
         split={"train": np.arange(count), "validation": none, "test": none},
-    )  # fmt: skip
+    )

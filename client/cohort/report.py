@@ -62,9 +62,12 @@ class DatasetReport(BaseModel):
 
 
 def make_report(
-    name: str, dataset: DatasetSection, index: Index, extract: Extractor,
+    name: str,
+    dataset: DatasetSection,
+    index: Index,
+    extract: Extractor,
     listen: Listen = unheard,
-) -> DatasetReport:  # fmt: skip
+) -> DatasetReport:
     """Count what is in an index, and what a study could make of it.
 
     Before there are labels or masks, that they are missing is a risk, and there are no samples.
@@ -87,21 +90,31 @@ def make_report(
     classes = balance(dataset, found.samples, index, extract)
     people = len({sample.patient for sample in found.samples})
     return DatasetReport(
-        dataset=name, files=index.count(), instances=number(index, "count(*)"),
+        dataset=name,
+        files=index.count(),
+        instances=number(index, "count(*)"),
         patients=distinct(index, "patient") if extract.format == "dicom" else people,
         studies=distinct(index, "study"),
-        series=distinct(index, "series"), modality=by(index, "modality"),
-        body_part=by(index, "body_part"), manufacturer=by(index, "manufacturer"),
-        object_type=by(index, "object_type"), transfer_syntax=by(index, "syntax"),
-        size=by(index, "rows || ' x ' || columns"), spacing=spacings(index),
+        series=distinct(index, "series"),
+        modality=by(index, "modality"),
+        body_part=by(index, "body_part"),
+        manufacturer=by(index, "manufacturer"),
+        object_type=by(index, "object_type"),
+        transfer_syntax=by(index, "syntax"),
+        size=by(index, "rows || ' x ' || columns"),
+        spacing=spacings(index),
         slice_distance=_distances(found.samples),
-        intensity=ranges(index), samples=len(found.samples),
-        sample_patients=people, images_are_patients=unnamed(found.samples) > 0,
-        images_by_class=classes.images, patients_by_class=classes.patients,
+        intensity=ranges(index),
+        samples=len(found.samples),
+        sample_patients=people,
+        images_are_patients=unnamed(found.samples) > 0,
+        images_by_class=classes.images,
+        patients_by_class=classes.patients,
         pixels_by_class=classes.pixels,
-        split=_split(found.samples), left_out=dict(sorted(left_out.items())),
+        split=_split(found.samples),
+        left_out=dict(sorted(left_out.items())),
         risks=risks,
-    )  # fmt: skip
+    )
 
 
 def _distances(samples: tuple[Sample, ...]) -> Counts:

@@ -33,17 +33,24 @@ class Risk(BaseModel):
 
 
 def find_risks(
-    dataset: DatasetSection, found: Dataset, index: Index, extract: Extractor,
+    dataset: DatasetSection,
+    found: Dataset,
+    index: Index,
+    extract: Extractor,
     left_out: Counter[str],
-) -> list[Risk]:  # fmt: skip
+) -> list[Risk]:
     """All risks that are there, none that is not."""
     risks = [
-        _of_key(dataset, found), *_of_patients(dataset, found), *_of_classes(dataset, found),
+        _of_key(dataset, found),
+        *_of_patients(dataset, found),
+        *_of_classes(dataset, found),
         *_of_copies(found, index, extract),
-        *_of_ids(dataset, index, left_out), *_of_people(index), *_of_parts(found),
+        *_of_ids(dataset, index, left_out),
+        *_of_people(index),
+        *_of_parts(found),
         *_of_series(found, index),
         *_of_labels(left_out),
-    ]  # fmt: skip
+    ]
     return [risk for risk in risks if risk.count]
 
 
@@ -60,31 +67,40 @@ def unlabelled_risks(
 def _of_key(dataset: DatasetSection, found: Dataset) -> Risk:
     allowed = dataset.images_are_patients
     return Risk(
-        rule="the data say whose each image is", count=unnamed(found.samples), severity="high",
+        rule="the data say whose each image is",
+        count=unnamed(found.samples),
+        severity="high",
         fix=PER_IMAGE if allowed else FIX,
-    )  # fmt: skip
+    )
 
 
 def _of_labels(left_out: Counter[str]) -> list[Risk]:
     return [
         Risk(
-            rule="every image has a label", count=left_out[reasons.NO_LABEL], severity="medium",
+            rule="every image has a label",
+            count=left_out[reasons.NO_LABEL],
+            severity="medium",
             fix="Complete the table, or accept that they are left out",
         ),
         Risk(
-            rule="every label and every mask has an image", count=left_out[reasons.NO_IMAGE],
-            severity="medium", fix="Export the missing images",
+            rule="every label and every mask has an image",
+            count=left_out[reasons.NO_IMAGE],
+            severity="medium",
+            fix="Export the missing images",
         ),
         Risk(
             rule="the name of a mask means one image, and that of an image one mask",
-            count=left_out[reasons.AMBIGUOUS], severity="medium",
+            count=left_out[reasons.AMBIGUOUS],
+            severity="medium",
             fix="Lay masks as the images lie, or name them by UID; they are left out until then",
         ),
         Risk(
-            rule="the rows of one image agree", count=left_out[reasons.CONFLICTING],
-            severity="medium", fix="Decide which label holds; they are left out until then",
+            rule="the rows of one image agree",
+            count=left_out[reasons.CONFLICTING],
+            severity="medium",
+            fix="Decide which label holds; they are left out until then",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _of_patients(dataset: DatasetSection, found: Dataset) -> list[Risk]:
@@ -95,14 +111,17 @@ def _of_patients(dataset: DatasetSection, found: Dataset) -> list[Risk]:
     return [
         Risk(
             rule="all images of a patient have the same label",
-            count=sum(len(of) > 1 for of in labels.values()), severity="low",
+            count=sum(len(of) > 1 for of in labels.values()),
+            severity="low",
             fix="Right for findings that come and go; else see the table",
         ),
         Risk(
-            rule=f"there are at least {dataset.minimum_patients} patients", count=missing,
-            severity="high", fix="Bring more patients, or lower minimum_patients",
+            rule=f"there are at least {dataset.minimum_patients} patients",
+            count=missing,
+            severity="high",
+            fix="Bring more patients, or lower minimum_patients",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _of_classes(dataset: DatasetSection, found: Dataset) -> Iterator[Risk]:
@@ -115,29 +134,35 @@ def _of_classes(dataset: DatasetSection, found: Dataset) -> Iterator[Risk]:
     few = [k for k in range(len(dataset.classes)) if len(patients[k]) < dataset.minimum_patients]
     empty = sum(not patients[k] for k in few)
     yield Risk(
-        rule="every class has patients", count=empty, severity="high",
+        rule="every class has patients",
+        count=empty,
+        severity="high",
         fix="Check the spelling of the class in the table, or bring some",
-    )  # fmt: skip
+    )
     yield Risk(
         rule=f"every class has at least {dataset.minimum_patients} patients",
-        count=len(few) - empty, severity="low",
+        count=len(few) - empty,
+        severity="low",
         fix="Expect unsure figures for it, or bring more patients",
-    )  # fmt: skip
+    )
 
 
 def _of_copies(found: Dataset, index: Index, extract: Extractor) -> list[Risk]:
     """The same pixels twice; between patients or parts it leaks from training into the test."""
     return [
         Risk(
-            rule="no two files show the same pixels", count=copies(index), severity="low",
+            rule="no two files show the same pixels",
+            count=copies(index),
+            severity="low",
             fix="Take the copies out",
         ),
         Risk(
             rule="no two patients or parts share an image, or a test would leak",
-            count=shared(found.samples, index, extract), severity="high",
+            count=shared(found.samples, index, extract),
+            severity="high",
             fix="Take the copies out, or find out whose they are; one person may have two ids",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _of_series(found: Dataset, index: Index) -> list[Risk]:
@@ -148,14 +173,18 @@ def _of_series(found: Dataset, index: Index) -> list[Risk]:
     tilted = sum(sample.columns.get("tilted") == "yes" for sample in found.samples)
     return [
         Risk(
-            rule="the images of a series have one spacing", count=int(row[0]), severity="low",
+            rule="the images of a series have one spacing",
+            count=int(row[0]),
+            severity="low",
             fix="Volumes are divided by it; see that none falls apart",
         ),
         Risk(
-            rule="no volume is of a leaning gantry", count=tilted, severity="low",
+            rule="no volume is of a leaning gantry",
+            count=tilted,
+            severity="low",
             fix="A plan leaves them out, or sets them upright (preprocessing.gantry_tilt)",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _of_parts(found: Dataset) -> list[Risk]:
@@ -166,10 +195,11 @@ def _of_parts(found: Dataset) -> list[Risk]:
     return [
         Risk(
             rule="no patient is in two parts of the division that the data brings",
-            count=sum(len(of) > 1 for of in parts.values()), severity="high",
+            count=sum(len(of) > 1 for of in parts.values()),
+            severity="high",
             fix="Correct the table's split; such a patient goes to the test part as a whole",
         )
-    ]  # fmt: skip
+    ]
 
 
 def _of_people(index: Index) -> list[Risk]:
@@ -185,30 +215,39 @@ def _of_people(index: Index) -> list[Risk]:
     leak = "If they are one person, give one id: the test would leak"
     return [
         Risk(
-            rule="one name and birth date has one patient id", count=several("patient", "person"),
-            severity="high", fix=leak,
+            rule="one name and birth date has one patient id",
+            count=several("patient", "person"),
+            severity="high",
+            fix=leak,
         ),
         Risk(
-            rule="a patient has one birth date", count=several("born", "patient"),
-            severity="high", fix="The id may be shared: list it in patients.shared_ids",
+            rule="a patient has one birth date",
+            count=several("born", "patient"),
+            severity="high",
+            fix="The id may be shared: list it in patients.shared_ids",
         ),
         Risk(
-            rule="a study is of one patient", count=several("patient", "study"),
-            severity="high", fix=leak,
+            rule="a study is of one patient",
+            count=several("patient", "study"),
+            severity="high",
+            fix=leak,
         ),
         Risk(
             rule="ids differ by more than case, blanks, marks, leading zeros and issuer",
-            count=several("patient", "alike"), severity="medium", fix=leak,
+            count=several("patient", "alike"),
+            severity="medium",
+            fix=leak,
         ),
-    ]  # fmt: skip
+    ]
 
 
 _FATE: Final = {
-    "leave-out": "they are left out", "refuse": "nothing is frozen until then",
+    "leave-out": "they are left out",
+    "refuse": "nothing is frozen until then",
     "study": "until then each study or image counts as a patient",
     "keep": "these count as one patient",
     "series": "until then each series or image counts as a patient",
-}  # fmt: skip
+}
 
 
 def _of_ids(dataset: DatasetSection, index: Index, left_out: Counter[str]) -> list[Risk]:
@@ -219,18 +258,21 @@ def _of_ids(dataset: DatasetSection, index: Index, left_out: Counter[str]) -> li
 
     return [
         Risk(
-            rule="a patient id stands for one patient", severity="high",
+            rule="a patient id stands for one patient",
+            severity="high",
             count=count("nobody = 'shared'", reasons.SHARED_PATIENT),
             fix=f"Give each patient an id; {_FATE[dataset.patients.shared]}",
         ),
         Risk(
-            rule="every image names its patient", severity="medium",
+            rule="every image names its patient",
+            severity="medium",
             count=count("nobody = 'missing' AND marked = '' AND rows > 0", reasons.NO_PATIENT),
             fix=f"Fill in its id; {_FATE[dataset.patients.missing]}",
         ),
         Risk(
             rule="no text is burnt into the pixels",
-            count=count("burned_in = 'YES' AND marked = '' AND rows > 0"), severity="high",
+            count=count("burned_in = 'YES' AND marked = '' AND rows > 0"),
+            severity="high",
             fix="Look at these images; a name in the pixels can be learnt",
         ),
-    ]  # fmt: skip
+    ]

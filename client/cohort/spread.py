@@ -17,8 +17,9 @@ def spread(samples: Sequence[Sample], most: int) -> list[Sample]:
     for number, sample in enumerate(samples):
         groups[sample.label].append(number)
     chosen: list[int] = []
-    for share, group in zip(_shares([len(g) for g in groups.values()], most), groups.values(),
-                            strict=True):  # fmt: skip
+    for share, group in zip(
+        _shares([len(g) for g in groups.values()], most), groups.values(), strict=True
+    ):
         chosen += [group[k * len(group) // share] for k in range(share)]
     return [samples[number] for number in sorted(chosen)]
 

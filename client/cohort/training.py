@@ -38,9 +38,16 @@ def cache_folder(config: SiteConfig) -> Path:
 
 
 def prepare_cohort(
-    config: SiteConfig, name: str, which: str, plan: Plan, *, secret: bytes, cache: Path,
-    crew: Preparers | None = None, note: Callable[[str], None] = lambda _: None,
-) -> PreparedSite:  # fmt: skip
+    config: SiteConfig,
+    name: str,
+    which: str,
+    plan: Plan,
+    *,
+    secret: bytes,
+    cache: Path,
+    crew: Preparers | None = None,
+    note: Callable[[str], None] = lambda _: None,
+) -> PreparedSite:
     """Open a frozen cohort, make sure that it is unchanged and fits a plan, and prepare it.
 
     Parameters
@@ -89,9 +96,13 @@ def prepare_cohort(
 
 
 def _prepare(
-    config: SiteConfig, cohort: FrozenCohort, samples: tuple[Sample, ...], plan: Plan,
-    cache: Path, crew: Preparers,
-) -> PreparedSite:  # fmt: skip
+    config: SiteConfig,
+    cohort: FrozenCohort,
+    samples: tuple[Sample, ...],
+    plan: Plan,
+    cache: Path,
+    crew: Preparers,
+) -> PreparedSite:
     room = round(config.site.cache_gib * _GIB)
     # Without the last look, a file that changes now would stay in the cache as the frozen one.
     means = Means(crew=crew, cache_bytes=room, verify=cohort.verify)
@@ -111,22 +122,27 @@ def fitting(cohort: FrozenCohort, plan: Plan) -> tuple[Sample, ...]:
     for one in task_findings(cohort.task, plan):
         if one.status == "fail":
             raise DataError(
-                f"a cohort must have the plan's {one.name}", value=one.found, fix=one.fix,
+                f"a cohort must have the plan's {one.name}",
+                value=one.found,
+                fix=one.fix,
                 where=cohort.name,
-            )  # fmt: skip
+            )
     samples = _of_modality(cohort, plan)
     patients, least = len({s.patient for s in samples}), plan.participation.minimum_patients
     if not samples:
         raise DataError(
             "a cohort must have images of the plan's modalities",
-            value=f"none of {', '.join(plan.task.modality)}", where=cohort.name,
+            value=f"none of {', '.join(plan.task.modality)}",
+            where=cohort.name,
             fix="Freeze another dataset, or change task.modality",
-        )  # fmt: skip
+        )
     if patients < least:
         raise DataError(
-            f"the plan wants at least {least} patients of a site", value=patients,
-            fix="Bring more patients", where=cohort.name,
-        )  # fmt: skip
+            f"the plan wants at least {least} patients of a site",
+            value=patients,
+            fix="Bring more patients",
+            where=cohort.name,
+        )
     return samples
 
 

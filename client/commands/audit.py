@@ -38,9 +38,9 @@ def verify(config: Config = _SITE, as_json: Json = False) -> None:
         check_written(folder, *last)
     daemon = "not running" if last is None else "agrees"
     if as_json:
-        print_json({
-            "whole": found.whole, "entries": found.entries, "hash": found.hash, "daemon": daemon
-        })  # fmt: skip
+        print_json(
+            {"whole": found.whole, "entries": found.entries, "hash": found.hash, "daemon": daemon}
+        )
         return
     say(f"Whole: {found.entries} entries; the daemon: {daemon}.")
     say(f"Last hash, to note down: {found.hash}")

@@ -137,12 +137,16 @@ def status(config: Config = _SITE, as_json: Json = False) -> None:
     now, link = answer["trainer"], answer["link"]
     table = Table(show_header=False, box=None)
     for name, value in (
-        ("site", now["site"]), ("link", link.get("state", "no connector")),
-        ("doing", _doing(now)), ("waiting orders", now["waiting"]),
-        ("pending studies", answer["pending"]), ("paused", "yes" if now["paused"] else "no"),
-        ("trainer's network", now["network"]), ("connector and images", now["connector"]),
+        ("site", now["site"]),
+        ("link", link.get("state", "no connector")),
+        ("doing", _doing(now)),
+        ("waiting orders", now["waiting"]),
+        ("pending studies", answer["pending"]),
+        ("paused", "yes" if now["paused"] else "no"),
+        ("trainer's network", now["network"]),
+        ("connector and images", now["connector"]),
         ("last error", now["last_error"] or link.get("last_error") or "none"),
-    ):  # fmt: skip
+    ):
         table.add_row(name, str(value))
     console = Console()
     console.print(table)
@@ -163,8 +167,10 @@ def pending(config: Config = _SITE, as_json: Json = False) -> None:
     if not answer["pending"]:
         say("No study waits.")
     for one in answer["pending"]:
-        say(f"{one['study']}: {one['name']}, plan {one['plan_hash'][:12]}, "
-                   f"coordinator {one['coordinator'][:16]}")  # fmt: skip
+        say(
+            f"{one['study']}: {one['name']}, plan {one['plan_hash'][:12]}, "
+            f"coordinator {one['coordinator'][:16]}"
+        )
 
 
 def approve(
@@ -190,7 +196,8 @@ def resume(config: Config = _SITE, as_json: Json = False) -> None:
 
 
 def budget(
-    config: Config = _SITE, as_json: Json = False,
+    config: Config = _SITE,
+    as_json: Json = False,
     accept_older: Annotated[
         bool,
         typer.Option(
@@ -199,7 +206,7 @@ def budget(
             "later charges; the newest copy is lost for good",
         ),
     ] = False,
-) -> None:  # fmt: skip
+) -> None:
     """What the patients' privacy budget was spent on, and what is left."""
     if accept_older:
         _accept_older(config, as_json=as_json)
@@ -238,8 +245,21 @@ def doctor(
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands to the client's command line."""
-    for command in (run, trainer, connector, enrol, doctor, health, status, pending, approve, deny,
-                    pause, resume, budget):  # fmt: skip
+    for command in (
+        run,
+        trainer,
+        connector,
+        enrol,
+        doctor,
+        health,
+        status,
+        pending,
+        approve,
+        deny,
+        pause,
+        resume,
+        budget,
+    ):
         app.command()(command)
 
 
@@ -290,27 +310,57 @@ def _print_budget(console: Console, answer: dict[str, Any]) -> None:
     if not answer["budget"]:
         console.print("No patient was charged yet.")
         return
-    table = Table("dataset", "cohort", "patients", "ε spent", "ε allowed", "ε left", "at δ",
-                  "without privacy", "evaluations: ε spent", "ε allowed",
-                  title="All studies together, per patient")  # fmt: skip
+    table = Table(
+        "dataset",
+        "cohort",
+        "patients",
+        "ε spent",
+        "ε allowed",
+        "ε left",
+        "at δ",
+        "without privacy",
+        "evaluations: ε spent",
+        "ε allowed",
+        title="All studies together, per patient",
+    )
     for row in answer["budget"]:
         table.add_row(
-            row["dataset"], row["cohort"], people(row["patients"], row["images_are_patients"]),
+            row["dataset"],
+            row["cohort"],
+            people(row["patients"], row["images_are_patients"]),
             f"{row['spent']:.3g}",
-            f"{row['cap']:.3g}", f"{row['left']:.3g}", f"{row['delta']:.2g}",
-            _unbounded(row["unbounded"]), _evaluations(row["evaluations"]),
+            f"{row['cap']:.3g}",
+            f"{row['left']:.3g}",
+            f"{row['delta']:.2g}",
+            _unbounded(row["unbounded"]),
+            _evaluations(row["evaluations"]),
             f"{row['evaluations']['cap']:.3g}",
-        )  # fmt: skip
+        )
     console.print(table)
-    table = Table("study", "dataset", "rounds charged", "released", "lost", "ε at the site's δ",
-                  "ε at its own δ", title="Each study")  # fmt: skip
+    table = Table(
+        "study",
+        "dataset",
+        "rounds charged",
+        "released",
+        "lost",
+        "ε at the site's δ",
+        "ε at its own δ",
+        title="Each study",
+    )
     for row in answer["studies"]:
         here = own = "unbounded"
         if row["epsilon"] is not None and not row["unbounded_rounds"]:
             here = f"{row['site_epsilon']:.3g} at {row['site_delta']:.2g}"
             own = f"{row['epsilon']:.3g} at {row['delta']:.2g}"
-        table.add_row(row["study"], row["dataset"], str(row["charged"]),
-                      str(row["released"]), str(row["lost"]), here, own)  # fmt: skip
+        table.add_row(
+            row["study"],
+            row["dataset"],
+            str(row["charged"]),
+            str(row["released"]),
+            str(row["lost"]),
+            here,
+            own,
+        )
     console.print(table)
 
 

@@ -47,10 +47,12 @@ def index(
     if name and failed:
         raise failed[name]
     if as_json:
-        print_json({
-            "datasets": {one: _plain(summary) for one, summary in found.items()},
-            "failed": {one: str(error) for one, error in failed.items()},
-        })  # fmt: skip
+        print_json(
+            {
+                "datasets": {one: _plain(summary) for one, summary in found.items()},
+                "failed": {one: str(error) for one, error in failed.items()},
+            }
+        )
     else:
         for one, summary in found.items():
             Console().print(scan_table(one, summary))
@@ -114,15 +116,17 @@ def preview(
     if loaded and loaded.task.dimensions != task.dimensions:
         raise DataError(
             "the plan must be for images of the dataset's dimensions",
-            value=loaded.task.dimensions, fix="Choose another plan", where=name,
-        )  # fmt: skip
+            value=loaded.task.dimensions,
+            fix="Choose another plan",
+            where=name,
+        )
     with work_on(site, name) as work:
         samples = work.samples(cohort)[1].samples
         with busy(f"{name}: preparing images"):
             prep = loaded.preprocessing if loaded else None
             shown, left_out = write_preview(
                 out, work.dataset.root, name, samples, task, prep, count
-            )  # fmt: skip
+            )
     if as_json:
         print_json({"dataset": name, "shown": shown, "left_out": dict(left_out)})
         return
@@ -158,9 +162,16 @@ def check(
         words = modalities(found.samples, work.index, work.extract)
         with busy(f"{name}: checking"):
             made = check_plan(
-                name, frozen, work.dataset, found.samples, words, loaded,
-                Room(site.site.state, device), measure=measure, left_out=found.left_out,
-            )  # fmt: skip
+                name,
+                frozen,
+                work.dataset,
+                found.samples,
+                words,
+                loaded,
+                Room(site.site.state, device),
+                measure=measure,
+                left_out=found.left_out,
+            )
     if as_json:
         print_json(made.model_dump(mode="json"))
     else:
@@ -185,6 +196,9 @@ def _scan_all(
 
 def _plain(summary: Summary) -> dict[str, Any]:
     return {
-        "new": summary.new, "unchanged": summary.unchanged, "gone": summary.gone,
-        "reasons": dict(summary.reasons), "seconds": round(summary.seconds, 3),
-    }  # fmt: skip
+        "new": summary.new,
+        "unchanged": summary.unchanged,
+        "gone": summary.gone,
+        "reasons": dict(summary.reasons),
+        "seconds": round(summary.seconds, 3),
+    }

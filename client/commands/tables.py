@@ -13,9 +13,13 @@ if TYPE_CHECKING:
     from client.index.scan import Summary
 
 _COLOURS: Final = {
-    "pass": "green", "warn": "yellow", "fail": "red", "high": "red", "medium": "yellow",
+    "pass": "green",
+    "warn": "yellow",
+    "fail": "red",
+    "high": "red",
+    "medium": "yellow",
     "low": "white",
-}  # fmt: skip
+}
 
 
 def scan_table(name: str, summary: Summary) -> Table:
@@ -35,33 +39,42 @@ def report_tables(made: DatasetReport) -> list[Table]:
             table.add_section()
     risks = Table("risk", "count", "", "what to do")
     for risk in made.risks:
-        risks.add_row(
-            f"not so: {risk.rule}", str(risk.count), _coloured(risk.severity), risk.fix
-        )  # fmt: skip
+        risks.add_row(f"not so: {risk.rule}", str(risk.count), _coloured(risk.severity), risk.fix)
     return [table, risks] if made.risks else [table]
 
 
 def _parts(made: DatasetReport) -> list[tuple[str, dict[str, Any]]]:
     totals = {
-        "files": made.files, "images": made.instances, "patients": made.patients,
-        "studies": made.studies, "series": made.series, "usable samples": made.samples,
+        "files": made.files,
+        "images": made.instances,
+        "patients": made.patients,
+        "studies": made.studies,
+        "series": made.series,
+        "usable samples": made.samples,
         "their patients": people(made.sample_patients, made.images_are_patients),
-    }  # fmt: skip
+    }
     pixels = {
         modality: f"{one.lowest:g} to {one.highest:g}, typically "
         f"{one.typical_lowest:g} to {one.typical_highest:g}"
         for modality, one in made.intensity.items()
     }
     return [
-        ("", totals), ("modality", made.modality), ("body part", made.body_part),
-        ("manufacturer", made.manufacturer), ("object", made.object_type),
-        ("transfer syntax", made.transfer_syntax), ("rows x columns", made.size),
-        ("spacing, mm", made.spacing), ("between slices, mm", made.slice_distance),
+        ("", totals),
+        ("modality", made.modality),
+        ("body part", made.body_part),
+        ("manufacturer", made.manufacturer),
+        ("object", made.object_type),
+        ("transfer syntax", made.transfer_syntax),
+        ("rows x columns", made.size),
+        ("spacing, mm", made.spacing),
+        ("between slices, mm", made.slice_distance),
         ("samples by class", made.images_by_class),
         ("patients by class", made.patients_by_class),
-        ("marked pixels by class", made.pixels_by_class), ("patients by part", made.split),
-        ("left out", made.left_out), ("intensity", pixels),
-    ]  # fmt: skip
+        ("marked pixels by class", made.pixels_by_class),
+        ("patients by part", made.split),
+        ("left out", made.left_out),
+        ("intensity", pixels),
+    ]
 
 
 def cohort_table(counts: dict[str, Any]) -> Table:

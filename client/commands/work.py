@@ -68,8 +68,9 @@ class Work:
         if cohort.task != self.dataset.as_task():
             raise DataError(
                 "a frozen cohort must have the task and classes of its dataset in site.toml",
-                fix="Freeze it again, or put them back", where=cohort.name,
-            )  # fmt: skip
+                fix="Freeze it again, or put them back",
+                where=cohort.name,
+            )
         return cohort
 
     def samples(self, which: str | None, *, strict: bool = False) -> tuple[str, Dataset]:
@@ -122,9 +123,10 @@ def scan_dataset(site: SiteConfig, name: str) -> Summary:
         say(f"{name}: {first}", err=True)
         with busy(f"{name}: indexing") as tell:
             return scan(
-                extract, found,
+                extract,
+                found,
                 listen=lambda s: tell(f"{name}: {s.new} files read, {s.unchanged} known"),
-            )  # fmt: skip
+            )
 
 
 def extractor(site: SiteConfig, name: str) -> Extractor:
@@ -163,9 +165,12 @@ def busy(text: str) -> Iterator[Callable[[str], None]]:
             yield tell
         return
     with Progress(
-        SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn(),
-        console=Console(stderr=True), transient=True,
-    ) as progress:  # fmt: skip
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as progress:
         shown = progress.add_task(text)
         yield lambda now: progress.update(shown, description=now)
 

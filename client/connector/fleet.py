@@ -108,12 +108,16 @@ class _Client(FleetHttpClient):
     ) -> Iterator[httpx.Response]:
         """Post a body; gives the answer while it comes in."""
         asked = self._client.build_request(
-            "POST", f"{self._base_url}/v1/fleet/{path}", content=body,
+            "POST",
+            f"{self._base_url}/v1/fleet/{path}",
+            content=body,
             headers={
-                "content-type": PROTOBUF_MEDIA_TYPE, "accept": PROTOBUF_MEDIA_TYPE,
-                PARTS_HEADER: "1", **headers,
+                "content-type": PROTOBUF_MEDIA_TYPE,
+                "accept": PROTOBUF_MEDIA_TYPE,
+                PARTS_HEADER: "1",
+                **headers,
             },
-        )  # fmt: skip
+        )
         context = ProtobufRequestContext(f"/flwr.proto.Fleet/{method}", request, asked)
         response = self._send(context, stream=True)
         # Flower lets streams be silent for ever.
@@ -146,9 +150,10 @@ class Fleet:
         self._public, self._most = public_key_to_bytes(key.public_key()), most_bytes
         self._signing = _Signing(key)
         self._client = _Client(
-            f"https://{address}", verify=tls_context(ca),
+            f"https://{address}",
+            verify=tls_context(ca),
             interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperNode"), self._signing],
-        )  # fmt: skip
+        )
         careful(self._client._client, most_bytes + _ENVELOPE)
         self.node = Node()
 
@@ -212,10 +217,16 @@ class Fleet:
             The connection broke.
         """
         request = PullMessagesRequest(node=self.node)
-        with _translated(), self._client.whole(
-            "pull-messages", "PullMessages", request, iter([request.SerializeToString()]),
-            {WAIT_HEADER: f"{seconds:.3f}"},
-        ) as response:  # fmt: skip
+        with (
+            _translated(),
+            self._client.whole(
+                "pull-messages",
+                "PullMessages",
+                request,
+                iter([request.SerializeToString()]),
+                {WAIT_HEADER: f"{seconds:.3f}"},
+            ) as response,
+        ):
             parts = _frames_of(response)
             answer = PullMessagesResponse.FromString(next(parts))
             if not answer.messages_list:
@@ -275,8 +286,9 @@ class Fleet:
             request = PushMessagesRequest(
                 node=self.node,
                 messages_list=[message_to_proto(remove_content_from_message(reply))],
-                message_object_trees=[tree], clientapp_runtime_list=[0.0],
-            )  # fmt: skip
+                message_object_trees=[tree],
+                clientapp_runtime_list=[0.0],
+            )
 
             def body() -> Iterator[bytes]:
                 nonlocal sent
@@ -355,10 +367,13 @@ class _Signing:
     def _signed(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
         time_ = (now() + self.ahead).isoformat()
         signature = b64encode(sign_message(self._key, time_.encode("ascii"))).decode("ascii")
-        context.request.headers.update({
-            FLEET_HTTP_PUBLIC_KEY_HEADER: self._public, TIMESTAMP_HEADER: time_,
-            FLEET_HTTP_SIGNATURE_HEADER: signature,
-        })  # fmt: skip
+        context.request.headers.update(
+            {
+                FLEET_HTTP_PUBLIC_KEY_HEADER: self._public,
+                TIMESTAMP_HEADER: time_,
+                FLEET_HTTP_SIGNATURE_HEADER: signature,
+            }
+        )
         return call_next(context)
 
     def _learn(self, response: httpx.Response) -> bool:
@@ -399,9 +414,10 @@ def _announced(answer: Any) -> tuple[Message, list[str]]:
         return envelope, [part.object_id for part in iterate_object_tree(tree)]
     except Exception as error:  # an aggregator that is none sends anything
         raise LinkDown(
-            "the aggregator must announce messages as Flower does", value=type(error).__name__,
+            "the aggregator must announce messages as Flower does",
+            value=type(error).__name__,
             fix="Tell its operator",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def _frames_of(response: httpx.Response) -> Iterator[bytes]:
@@ -442,12 +458,18 @@ def _translated() -> Iterator[None]:
     except httpx.HTTPStatusError as error:
         raise _meaning(error.response) from None
     except (
-        httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError, RuntimeError
-    ) as error:  # fmt: skip
+        httpx.HTTPError,
+        httpx.InvalidURL,
+        httpx.StreamError,
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:
         raise LinkDown(
-            "the aggregator must be reachable", value=type(error).__name__,
+            "the aggregator must be reachable",
+            value=type(error).__name__,
             fix="Check network, proxy and certificate with `fedward-client doctor`",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def _meaning(response: httpx.Response) -> FedwardError:
@@ -458,8 +480,9 @@ def _meaning(response: httpx.Response) -> FedwardError:
     if response.status_code in (401, 403) and not code:
         return LinkRefused(
             "the aggregator must know this site's key, and both clocks must agree",
-            value=response.status_code, fix="Send the public key to the coordinator, set the clock",
-        )  # fmt: skip
+            value=response.status_code,
+            fix="Send the public key to the coordinator, set the clock",
+        )
     if code in _RUN_OVER:
         return RunOver("the run must go on", fix="Nothing; the reply is not needed")
     return LinkDown(

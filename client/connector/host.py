@@ -36,9 +36,10 @@ def run_connector(config: SiteConfig, stop: threading.Event | None = None) -> No
     server = config.server
     if server is None:
         raise ConfigError(
-            "the connector needs to know its aggregator", fix="Add [server] to site.toml",
+            "the connector needs to know its aggregator",
+            fix="Add [server] to site.toml",
             where="server",
-        )  # fmt: skip
+        )
     undumpable()
     stop = stop or threading.Event()
     stop_on_signals(stop)
@@ -51,10 +52,14 @@ def run_connector(config: SiteConfig, stop: threading.Event | None = None) -> No
     if not find_writable(trusted_places(config)).holds:
         _LOG.warning("the connector can change what it runs; see fedward-client doctor")
     Connector(
-        site=config.site.name, server=server, socket=config.trainer.socket,
-        key=read_key(server.state / KEY_NAME), isolation=found.text, version=version("fedward"),
+        site=config.site.name,
+        server=server,
+        socket=config.trainer.socket,
+        key=read_key(server.state / KEY_NAME),
+        isolation=found.text,
+        version=version("fedward"),
         stop=stop,
-    ).run()  # fmt: skip
+    ).run()
 
 
 def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
@@ -72,12 +77,14 @@ def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
         key, mode = None, 0o600
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ConfigError(
-            "the site's key must be there and readable", fix="Make one: fedward-client enrol",
+            "the site's key must be there and readable",
+            fix="Make one: fedward-client enrol",
             where="server.state",
-        )  # fmt: skip
+        )
     if mode & 0o077:
         raise ConfigError(
-            "the site's key must be readable by its owner only", fix="chmod 600 site.key",
+            "the site's key must be readable by its owner only",
+            fix="chmod 600 site.key",
             where="server.state",
-        )  # fmt: skip
+        )
     return key

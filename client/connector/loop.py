@@ -59,9 +59,7 @@ class Connector:
 
     def __post_init__(self) -> None:
         folder = self.server.state
-        self._attachment = Attachment(
-            self.socket, self.version, self.isolation, folder, self.stop
-        )  # fmt: skip
+        self._attachment = Attachment(self.socket, self.version, self.isolation, folder, self.stop)
         self._orders = Orders(self.site, folder / "spool", self._attachment)
 
     def run(self) -> None:

@@ -144,9 +144,10 @@ class Orders:
         except Exception as error:
             _LOG.exception("an order could not be handed on")
             return refusal(
-                self._site, order.order,
+                self._site,
+                order.order,
                 FedwardError("an unexpected error stopped the connector", value=type(error)),
-            )  # fmt: skip
+            )
 
     def _asked(self, order: InHand) -> Packet:
         while True:

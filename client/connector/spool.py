@@ -60,9 +60,11 @@ class Spool:
     def put(self, message: InHand) -> None:
         """Keep a message; a full disk only means that it is not kept."""
         head = {
-            "envelope": message.envelope.hex(), "what": message.what,
-            "record": message.order.record, "until": message.until,
-        }  # fmt: skip
+            "envelope": message.envelope.hex(),
+            "what": message.what,
+            "record": message.order.record,
+            "until": message.until,
+        }
         with suppress(OSError):
             if message.order.arrays:
                 self._write(f"{message.name}.safetensors", pack(message.order.arrays).tobytes())

@@ -70,10 +70,11 @@ def refusal(site: str, order: Packet | None, error: FedwardError) -> Packet:
     """A refusal by the connector itself."""
     round_ = order.record.get("round", 0) if order else 0
     made = Refusal(
-        site=site, kind=_kind(error),
+        site=site,
+        kind=_kind(error),
         round=round_ if isinstance(round_, int) and round_ >= 0 else 0,
         rule=printable(error.rule)[:500],
-    )  # fmt: skip
+    )
     return Packet("refusal", dict(made.to_flat()))
 
 

@@ -31,8 +31,9 @@ def tls_context(ca: bytes) -> ssl.SSLContext:
     except (ssl.SSLError, ValueError):
         raise ConfigError(
             "the aggregator's authority must be certificates in PEM",
-            fix="Ask the coordinator for them", where="server.ca",
-        ) from None  # fmt: skip
+            fix="Ask the coordinator for them",
+            where="server.ca",
+        ) from None
     return context
 
 
@@ -49,9 +50,10 @@ def read_ca(server: ServerSection) -> bytes:
     except OSError as error:
         raise ConfigError(
             "the aggregator's authority must be a readable file",
-            value=os.strerror(error.errno or 0), fix="Ask the coordinator for it",
+            value=os.strerror(error.errno or 0),
+            fix="Ask the coordinator for it",
             where="server.ca",
-        ) from None  # fmt: skip
+        ) from None
     tls_context(content)
     return content
 

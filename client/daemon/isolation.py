@@ -32,9 +32,9 @@ _MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE, _ATTR_RDONLY = 442, -100, 0x8000, 1
 READ_OTHERS: Final = frozenset({0, 1, 2, 3})
 
 # What a connection attempt says where no packet could leave.
-_NO_WAY: Final = frozenset({
-    errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT
-})  # fmt: skip
+_NO_WAY: Final = frozenset(
+    {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
+)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 

@@ -71,9 +71,11 @@ def _become(user: str) -> None:
         entry = pwd.getpwnam(user)
     except KeyError:
         raise ConfigError(
-            "the connector's user must exist on this machine", value=user,
-            fix="Make it, or name another", where="server.user",
-        ) from None  # fmt: skip
+            "the connector's user must exist on this machine",
+            value=user,
+            fix="Make it, or name another",
+            where="server.user",
+        ) from None
     os.setgroups([])
     os.setgid(entry.pw_gid)
     os.setuid(entry.pw_uid)

@@ -51,7 +51,7 @@ class ServerSection(Section):
         default="",
         description="HTTP proxy, `http://host:port`; without it that of the environment "
         "(`HTTPS_PROXY`, `NO_PROXY`)",
-    )  # fmt: skip
+    )
     user: str = Field(
         default="",
         description="user that the connector runs as when the daemon is started by root",
@@ -84,9 +84,11 @@ class TrainerSection(Section):
         default="auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="where to train"
     )
     threads: int = Field(
-        default=0, ge=0, le=1024,
+        default=0,
+        ge=0,
+        le=1024,
         description="CPU threads, and processes that read images; 0: all cores",
-    )  # fmt: skip
+    )
     physical_batch: int = Field(default=64, ge=1, description="images on the device at once")
     allow_networked_trainer: bool = Field(
         default=False,

@@ -195,9 +195,12 @@ def _claim(cache: Path, start: str) -> tuple[Path, int]:
 
 
 def publish(
-    temporary: Path, place: Path, arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any],
+    temporary: Path,
+    place: Path,
+    arrays: Mapping[str, NDArray[Any]],
+    meta: Mapping[str, Any],
     names: tuple[str, ...],
-) -> Stored | None:  # fmt: skip
+) -> Stored | None:
     """Add small arrays and the description, then give the entry its name in one step.
 
     Returns the entry as :func:`load` does.

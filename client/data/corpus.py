@@ -20,9 +20,10 @@ from client.index.facts import FileFacts
 
 # Packages, and where in each the files are.
 _PACKAGES: Final = {
-    "pydicom": ("pydicom", "data"), "pydicom-data": ("data_store", ""), "highdicom": (
-        "highdicom", ""),
-}  # fmt: skip
+    "pydicom": ("pydicom", "data"),
+    "pydicom-data": ("data_store", ""),
+    "highdicom": ("highdicom", ""),
+}
 _CODE: Final = (".py", ".pyc", ".json", ".toml", ".typed", ".md", ".txt")
 _MASKS: Final = ("Segmentation Storage", "RT Structure Set Storage")
 _HEAD: Final = """# DICOM: what is read
@@ -89,11 +90,17 @@ def page() -> str:
     for (_, syntax), ends in table.items():
         of_syntax[syntax] += ends
     lines = [_HEAD.format(versions=versions()), "## By transfer syntax", ""]
-    lines += _rows("transfer syntax", ((_word(s),) for s in sorted(of_syntax)),
-                   (of_syntax[s] for s in sorted(of_syntax)))  # fmt: skip
+    lines += _rows(
+        "transfer syntax",
+        ((_word(s),) for s in sorted(of_syntax)),
+        (of_syntax[s] for s in sorted(of_syntax)),
+    )
     lines += ["", "## By object and transfer syntax", ""]
-    lines += _rows("object | transfer syntax", ((_word(k), _word(s)) for k, s in sorted(table)),
-                   (table[key] for key in sorted(table)))  # fmt: skip
+    lines += _rows(
+        "object | transfer syntax",
+        ((_word(k), _word(s)) for k, s in sorted(table)),
+        (table[key] for key in sorted(table)),
+    )
     lines += ["", *_codecs(of_syntax)]
     return "\n".join(lines) + "\n"
 

@@ -22,9 +22,12 @@ from client.data.stored import open_dicom, stored_values
 from client.data.types import Image, Lookup
 
 _GROUPS: Final = (
-    "PixelValueTransformationSequence", "FrameVOILUTSequence", "PixelMeasuresSequence",
-    "PlanePositionSequence", "PlaneOrientationSequence",
-)  # fmt: skip
+    "PixelValueTransformationSequence",
+    "FrameVOILUTSequence",
+    "PixelMeasuresSequence",
+    "PlanePositionSequence",
+    "PlaneOrientationSequence",
+)
 _LARGEST: Final = 2 << 30  # bytes of one decoded frame: a square of 16,000 pixels
 _MEASURED: Final = ("PT",)  # modalities
 _SPACINGS: Final = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")

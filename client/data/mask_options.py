@@ -67,9 +67,11 @@ class MaskOptions:
     def _class(self, chosen: Mapping[str, int], name: str) -> int:
         if plain(name) not in chosen:
             raise ConfigError(
-                "a segment must be given a class of the task", value=name,
-                fix="Name one of the classes", where="masks.segments",
-            )  # fmt: skip
+                "a segment must be given a class of the task",
+                value=name,
+                fix="Name one of the classes",
+                where="masks.segments",
+            )
         return chosen[plain(name)]
 
 

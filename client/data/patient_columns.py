@@ -10,15 +10,28 @@ from fedward.errors import DataError
 
 # Compared without case, blanks and marks: `Patient ID`, `patient_id` and `PatientID` are one.
 PATIENT_COLUMNS: Final = (
-    "patient", "patientid", "patientkey", "patientnumber", "patientno", "subject", "subjectid",
-    "participant", "participantid", "case", "caseid", "pid",
-)  # fmt: skip
+    "patient",
+    "patientid",
+    "patientkey",
+    "patientnumber",
+    "patientno",
+    "subject",
+    "subjectid",
+    "participant",
+    "participantid",
+    "case",
+    "caseid",
+    "pid",
+)
 
 
 def patient_column(
-    lower: Sequence[str], rows: Sequence[Sequence[str]], taken: Collection[str], named: str,
+    lower: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    taken: Collection[str],
+    named: str,
     table: str,
-) -> int | None:  # fmt: skip
+) -> int | None:
     """The place of the column that names the patients; None where there is none.
 
     Parameters
@@ -42,18 +55,21 @@ def patient_column(
     if named and low(named) in lower:
         return lower.index(low(named))
     places = [
-        k for word in PATIENT_COLUMNS for k, name in enumerate(lower)
+        k
+        for word in PATIENT_COLUMNS
+        for k, name in enumerate(lower)
         if _bare(name) == word and name not in taken
-    ]  # fmt: skip
+    ]
     filled = [k for k in places if any(_cell(row, k) for row in rows)] or places[:1]
     for other in filled[1:]:
         pairs = {(_cell(row, filled[0]), _cell(row, other)) for row in rows}
         if not len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs}):
             raise DataError(
                 "columns that name the patients must agree",
-                value=f"{lower[filled[0]]}, {lower[other]}", where=table,
+                value=f"{lower[filled[0]]}, {lower[other]}",
+                where=table,
                 fix="Name the one that counts by labels.patient_column, or remove the other",
-            )  # fmt: skip
+            )
     return filled[0] if filled else None
 
 

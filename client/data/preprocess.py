@@ -58,9 +58,12 @@ _ALONE: Final = Means()
 
 
 def prepare(
-    name: str, samples: Sequence[Sample], plan: Plan, cache: Path | None = None,
+    name: str,
+    samples: Sequence[Sample],
+    plan: Plan,
+    cache: Path | None = None,
     means: Means = _ALONE,
-) -> PreparedSite:  # fmt: skip
+) -> PreparedSite:
     """Decode and preprocess a site's samples and divide them by patient.
 
     Parameters

@@ -100,10 +100,11 @@ def _read(root: Path, task: Task, spec: DatasetSpec) -> Dataset:
     if kind in ("npz", "dicom") and spec.labels.patient_column:
         raise DataError(
             "a column of patients belongs to a table beside pictures or NIfTI images",
-            value=spec.labels.patient_column, where="labels.patient_column",
+            value=spec.labels.patient_column,
+            where="labels.patient_column",
             fix="Remove labels.patient_column: DICOM files name their patients themselves, "
             "an npz archive has an array of them",
-        )  # fmt: skip
+        )
     return _READERS[kind](root, task, spec)
 
 

@@ -41,14 +41,40 @@ OTHER_FORMAT: Final = "other format"
 
 REASONS: Final = frozenset(
     {
-        NOT_READABLE, NOT_DICOM, NO_PIXELS, OTHER_MODALITY, NO_PATIENT, SHARED_PATIENT, NO_LABEL,
-        UNKNOWN_CLASS, CONFLICTING, NO_MASK, AMBIGUOUS, NO_IMAGE, DUPLICATE, WRONG_SHAPE,
+        NOT_READABLE,
+        NOT_DICOM,
+        NO_PIXELS,
+        OTHER_MODALITY,
+        NO_PATIENT,
+        SHARED_PATIENT,
+        NO_LABEL,
+        UNKNOWN_CLASS,
+        CONFLICTING,
+        NO_MASK,
+        AMBIGUOUS,
+        NO_IMAGE,
+        DUPLICATE,
+        WRONG_SHAPE,
         MASK_SHAPE,
-        MASK_POSITION, MASK_CLASS, NO_CONTOURS, INCOMPLETE, UNEVEN, DUPLICATE_SLICES, SCOUT, MOSAIC,
-        TILTED, TOO_LARGE, CHANGED, NOT_PERMITTED, NOT_A_FILE, LINKED, HIDDEN,
-        DECODER_FAILED, OTHER_FORMAT,
+        MASK_POSITION,
+        MASK_CLASS,
+        NO_CONTOURS,
+        INCOMPLETE,
+        UNEVEN,
+        DUPLICATE_SLICES,
+        SCOUT,
+        MOSAIC,
+        TILTED,
+        TOO_LARGE,
+        CHANGED,
+        NOT_PERMITTED,
+        NOT_A_FILE,
+        LINKED,
+        HIDDEN,
+        DECODER_FAILED,
+        OTHER_FORMAT,
     }
-)  # fmt: skip
+)
 
 # Where an error says that a dataset has no table of labels, or no masks, at all.
 NO_TABLE: Final = "labels"

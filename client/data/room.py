@@ -128,8 +128,9 @@ def make_room(cache: Path, size: int, most: int | None) -> None:
         raise OutputError(
             "prepared images must have room in the cache",
             value=f"{(size + writing) / _GIB:.3g} GiB of {most / _GIB:.3g} GiB",
-            fix="Raise cache_gib, or wait until other studies are prepared", where="cache_gib",
-        )  # fmt: skip
+            fix="Raise cache_gib, or wait until other studies are prepared",
+            where="cache_gib",
+        )
     over = size + writing + sum(sizes.values()) - most
     for _, path in found:
         if over <= 0:

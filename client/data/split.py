@@ -63,8 +63,10 @@ def split_by_patient(
     chosen = _every(pool, tests)
     rest = [p for p in pool if p not in chosen]
     assigned: list[tuple[SplitName, Iterable[str]]] = [
-        ("train", pool), ("test", chosen), ("validation", _every(rest, validations))
-    ]  # fmt: skip
+        ("train", pool),
+        ("test", chosen),
+        ("validation", _every(rest, validations)),
+    ]
     for name, members in assigned:
         part |= dict.fromkeys(members, name)
     parts = [part[p] for p in patients]

@@ -21,9 +21,10 @@ from client.data import reasons
 from client.data.readers.dicom_files import Watched, check_inflated, check_items, is_deflated
 
 _PIXELS: Final = {
-    (0x7FE0, 0x0008): "FloatPixelData", (0x7FE0, 0x0009): "DoubleFloatPixelData",
+    (0x7FE0, 0x0008): "FloatPixelData",
+    (0x7FE0, 0x0009): "DoubleFloatPixelData",
     (0x7FE0, 0x0010): "PixelData",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

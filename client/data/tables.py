@@ -24,9 +24,14 @@ from fedward.errors import DataError
 from fedward.plan.schema import Task
 
 SPLIT_NAMES: Final[dict[str, SplitName]] = {
-    "train": "train", "training": "train", "val": "validation", "valid": "validation",
-    "validation": "validation", "test": "test", "testing": "test",
-}  # fmt: skip
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+    "testing": "test",
+}
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,13 @@ class Table:
 
 
 def read_table(
-    path: Path, columns: Sequence[str], task: Task | None, options: LabelOptions | None = None,
-    *, patients: bool = True,
-) -> Table:  # fmt: skip
+    path: Path,
+    columns: Sequence[str],
+    task: Task | None,
+    options: LabelOptions | None = None,
+    *,
+    patients: bool = True,
+) -> Table:
     """Read a table keyed by the first of `columns` (lower case) that it has.
 
     Parameters
@@ -114,9 +123,11 @@ def _key(
     if not key or key not in lower:
         wanted = options.key or " or ".join(columns)
         raise DataError(
-            f"needs a column {wanted}", where=path.name, fix="Name its key column so, or see "
+            f"needs a column {wanted}",
+            where=path.name,
+            fix="Name its key column so, or see "
             "labels.key, labels.sheet and labels.header in site.toml",
-        )  # fmt: skip
+        )
     means = low(options.means) or (key if key in columns else "file")
     return key, means
 
@@ -126,16 +137,20 @@ def _check_columns(path: Path, lower: Sequence[str], options: LabelOptions) -> N
     named = [*options.columns, *([options.column] if options.column != "label" else [])]
     if missing := [name for name in named if low(name) not in lower]:
         raise DataError(
-            "the table must have the columns that site.toml names", value=missing[0],
-            where=path.name, fix="Correct labels.column or labels.columns",
-        )  # fmt: skip
+            "the table must have the columns that site.toml names",
+            value=missing[0],
+            where=path.name,
+            fix="Correct labels.column or labels.columns",
+        )
     used = {low(name) for name in (*named, options.key, options.column, options.patient_column)}
     used -= {""}
     if twice := [name for name, n in Counter(lower).items() if n > 1 and name in used]:
         raise DataError(
-            "a column that is used must be there once", value=twice[0], where=path.name,
+            "a column that is used must be there once",
+            value=twice[0],
+            where=path.name,
             fix="Rename or remove one of them",
-        )  # fmt: skip
+        )
 
 
 def _rows(path: Path, options: LabelOptions) -> tuple[list[str], list[list[str]]]:
@@ -167,9 +182,11 @@ def _workbook(path: Path, sheet: str) -> list[list[str]]:
         ) from None
     if rows is None:
         raise DataError(
-            "the workbook must have the sheet that site.toml names", value=sheet, where=path.name,
+            "the workbook must have the sheet that site.toml names",
+            value=sheet,
+            where=path.name,
             fix="Correct labels.sheet",
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -204,9 +221,14 @@ def _decoded(raw: bytes) -> str:
 
 
 def _entry(
-    column: str, header: list[str], lower: list[str], cells: list[str], patient: int | None,
-    task: Task | None, options: LabelOptions,
-) -> Entry:  # fmt: skip
+    column: str,
+    header: list[str],
+    lower: list[str],
+    cells: list[str],
+    patient: int | None,
+    task: Task | None,
+    options: LabelOptions,
+) -> Entry:
     padded = [c.strip() for c in cells] + [""] * (len(header) - len(cells))
     row = dict(zip(lower, padded, strict=False))
     label, reason = _label(row, task, options)

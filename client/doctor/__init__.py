@@ -61,8 +61,9 @@ def _outwards(config: SiteConfig) -> Iterator[Line]:
     from client.doctor.link import enrolment, network
 
     if config.server is None:
-        yield Line("aggregator", "fail", "site.toml has no [server]",
-                   "Add it: fedward-client enrol")  # fmt: skip
+        yield Line(
+            "aggregator", "fail", "site.toml has no [server]", "Add it: fedward-client enrol"
+        )
         return
     yield from network(config.server)
     yield from enrolment(config.server)

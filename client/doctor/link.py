@@ -106,16 +106,28 @@ def _certificate(
             given = x509.load_der_x509_certificate(link.getpeercert(binary_form=True) or b"")
             version = link.version() or ""
     except ssl.SSLCertVerificationError as error:
-        return Line("certificate", "fail", error.verify_message,
-                    "Compare server.ca and server.address with the coordinator's")  # fmt: skip
+        return Line(
+            "certificate",
+            "fail",
+            error.verify_message,
+            "Compare server.ca and server.address with the coordinator's",
+        )
     except (OSError, ValueError):
-        return Line("certificate", "fail", "no TLS 1.2 or newer is spoken there",
-                    "Ask the coordinator; or a firewall breaks TLS open")  # fmt: skip
+        return Line(
+            "certificate",
+            "fail",
+            "no TLS 1.2 or newer is spoken there",
+            "Ask the coordinator; or a firewall breaks TLS open",
+        )
     chain = [given, *x509.load_pem_x509_certificates(server.ca.read_bytes())]
     left = min(one.not_valid_after_utc for one in chain) - datetime.now(UTC)
     if left.days < _DAYS:
-        return Line("certificate", "warn", f"{version}, ends in {left.days} days",
-                    "Ask the coordinator to renew it")  # fmt: skip
+        return Line(
+            "certificate",
+            "warn",
+            f"{version}, ends in {left.days} days",
+            "Ask the coordinator to renew it",
+        )
     return Line("certificate", "pass", f"{version}, valid for {left.days} days")
 
 
@@ -128,8 +140,9 @@ def _clock(address: str, context: ssl.SSLContext) -> Line:
         return Line("clock", "warn", "the aggregator tells no time", "Set this clock by NTP")
     if abs(away) > _CLOCK:
         # The link itself goes by the aggregator's clock; certificates and the audit log do not.
-        return Line("clock", "warn", f"{abs(away):.0f} s from the aggregator's",
-                    "Set both clocks by NTP")  # fmt: skip
+        return Line(
+            "clock", "warn", f"{abs(away):.0f} s from the aggregator's", "Set both clocks by NTP"
+        )
     return Line("clock", "pass", f"within {max(1, round(abs(away)))} s of the aggregator's")
 
 
@@ -151,12 +164,20 @@ def enrolment(server: ServerSection) -> Iterator[Line]:
         if not _running(server):
             fleet.close()
     except LeaseHeld:
-        yield Line("enrolment", "fail", "the aggregator does not take this site's key",
-                   "Send connector/site.pub to the coordinator; if the site was connected until "
-                   "just now, look again in a minute")  # fmt: skip
+        yield Line(
+            "enrolment",
+            "fail",
+            "the aggregator does not take this site's key",
+            "Send connector/site.pub to the coordinator; if the site was connected until "
+            "just now, look again in a minute",
+        )
     except LinkRefused:
-        yield Line("enrolment", "fail", "the aggregator does not know this site's key any more",
-                   "Send connector/site.pub to the coordinator")  # fmt: skip
+        yield Line(
+            "enrolment",
+            "fail",
+            "the aggregator does not know this site's key any more",
+            "Send connector/site.pub to the coordinator",
+        )
     except LinkDown as error:
         yield Line("enrolment", "fail", error.rule, "Mend what failed above")
     except FedwardError as error:  # something else answers in the aggregator's place

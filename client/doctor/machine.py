@@ -43,8 +43,12 @@ def memory() -> Line:
     """What is left of the machine's memory."""
     free = _available()
     if free < _MEMORY:
-        return Line("memory", "warn", f"{free / 2**30:.1f} GiB available",
-                    "Give the machine more, or train with fewer threads")  # fmt: skip
+        return Line(
+            "memory",
+            "warn",
+            f"{free / 2**30:.1f} GiB available",
+            "Give the machine more, or train with fewer threads",
+        )
     return Line("memory", "pass", f"{free >> 30} GiB available")
 
 
@@ -68,8 +72,9 @@ def device(config: SiteConfig) -> Iterator[Line]:
         yield Line("device", "fail", error.rule, error.fix)
         return
     if chosen.type != "cuda":
-        yield Line("device", "warn", "no GPU; training runs on the CPU",
-                   "Install a CUDA build of torch")  # fmt: skip
+        yield Line(
+            "device", "warn", "no GPU; training runs on the CPU", "Install a CUDA build of torch"
+        )
         return
     free, total = torch.cuda.mem_get_info(chosen)
     found = f"a GPU with {total >> 30} GiB, {free >> 30} of them free"
@@ -101,9 +106,13 @@ def walls(config: SiteConfig) -> Iterator[Line]:
 def _wall(name: str, code: str, *, allowed: bool) -> Line:
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            [sys.executable, "-c", f"{code}; print(f.holds, f.text)"], cwd=folder, text=True,
-            capture_output=True, timeout=60, check=False,
-        )  # fmt: skip
+            [sys.executable, "-c", f"{code}; print(f.holds, f.text)"],
+            cwd=folder,
+            text=True,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
     holds, _, text = done.stdout.strip().partition(" ")
     if done.returncode == 0 and holds == "True":
         return Line(name, "pass", text)
@@ -122,11 +131,19 @@ def connector_user(config: SiteConfig) -> Iterator[Line]:
     """Who the connector will be, where root starts the daemon."""
     user = config.server.user if config.server else ""
     if user and _entry(user) is None:
-        yield Line("connector's user", "fail", "is not on this machine",
-                   "Make it, or name another in server.user")  # fmt: skip
+        yield Line(
+            "connector's user",
+            "fail",
+            "is not on this machine",
+            "Make it, or name another in server.user",
+        )
     elif os.geteuid() == 0 and not user:
-        yield Line("connector's user", "warn", "root, which owns what others protect",
-                   "Name a user of its own in server.user")  # fmt: skip
+        yield Line(
+            "connector's user",
+            "warn",
+            "root, which owns what others protect",
+            "Name a user of its own in server.user",
+        )
 
 
 def _entry(user: str) -> pwd.struct_passwd | None:
@@ -155,8 +172,12 @@ def _dataset(
     if connector and _reads(connector, one.root):
         return Line(title, "fail", "the connector's user can read it", "Take that access away")
     if _open_to_all(one.root):
-        return Line(title, "warn", "every user of this machine can read it",
-                    "Leave it to the trainer's user: chmod o-rwx")  # fmt: skip
+        return Line(
+            title,
+            "warn",
+            "every user of this machine can read it",
+            "Leave it to the trainer's user: chmod o-rwx",
+        )
     try:
         cohort_path(config.site.state, name)
     except FedwardError:
@@ -173,9 +194,13 @@ def _reads(user: str, root: Path) -> bool:
     if entry is None:
         return False
     done = subprocess.run(
-        ["test", "-r", str(root)], user=entry.pw_uid, group=entry.pw_gid, extra_groups=[],
-        cwd="/", check=False,
-    )  # fmt: skip
+        ["test", "-r", str(root)],
+        user=entry.pw_uid,
+        group=entry.pw_gid,
+        extra_groups=[],
+        cwd="/",
+        check=False,
+    )
     return done.returncode == 0
 
 
@@ -192,16 +217,25 @@ def policy(config: SiteConfig) -> Iterator[Line]:
     delta = max(own.max_delta or 0.0, *(rule.max_delta or 0.0 for rule in own.studies), 0.0)
     checks = (
         (not own.studies, "serves no study", "Add [[policy.studies]]"),
-        (not own.coordinators and not own.any_coordinator, "accepts no coordinator",
-         "Add the coordinator's fingerprint"),
+        (
+            not own.coordinators and not own.any_coordinator,
+            "accepts no coordinator",
+            "Add the coordinator's fingerprint",
+        ),
         (own.any_coordinator, "accepts every coordinator", "Name those you trust"),
-        (_open_rounds(config), "lets updates leave without privacy: unbounded, in no budget",
-         "Set require_privacy = true"),
+        (
+            _open_rounds(config),
+            "lets updates leave without privacy: unbounded, in no budget",
+            "Set require_privacy = true",
+        ),
         (much > _MUCH, f"lets studies spend ε = {much:.4g}", "Above 10 it protects little"),
-        (delta > _MUCH_DELTA, f"lets promises fail with a chance of δ = {delta:.4g}",
-         "Remove max_delta: it then follows the cohort's size"),
+        (
+            delta > _MUCH_DELTA,
+            f"lets promises fail with a chance of δ = {delta:.4g}",
+            "Remove max_delta: it then follows the cohort's size",
+        ),
         (own.minimum_count == 1, "lets counts of a single image leave", "Raise minimum_count"),
-    )  # fmt: skip
+    )
     wrong = [Line("policy", "warn", found, fix) for bad, found, fix in checks if bad]
     yield from wrong
     if not wrong:

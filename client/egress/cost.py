@@ -31,9 +31,11 @@ def _private(plan: Plan, outcome: TrainOutcome) -> None:
         mechanism = calibrate(plan, outcome.patients)
         each = steps_per_round(plan, mechanism.sampling_rate)
         spent = epsilon_spent(
-            mechanism.noise_multiplier, mechanism.sampling_rate, each * outcome.round,
+            mechanism.noise_multiplier,
+            mechanism.sampling_rate,
+            each * outcome.round,
             plan.privacy.delta or 0.0,
-        )  # fmt: skip
+        )
     except FedwardError:
         raise _wrong("what an update cost must be accountable") from None
     ran = (outcome.noise_multiplier, outcome.sampling_rate, outcome.delta, outcome.steps)

@@ -75,9 +75,16 @@ class Gate:
     """
 
     def __init__(
-        self, plan: Plan | None, limits: Limits, *, site: str, facts: DatasetFacts | None,
-        max_upload_mib: float, audit: AuditLog | None = None, dataset: str = "",
-    ) -> None:  # fmt: skip
+        self,
+        plan: Plan | None,
+        limits: Limits,
+        *,
+        site: str,
+        facts: DatasetFacts | None,
+        max_upload_mib: float,
+        audit: AuditLog | None = None,
+        dataset: str = "",
+    ) -> None:
         self._plan, self._limits, self._site, self._facts = plan, limits, site, facts
         self._max_bytes, self._audit = max_upload_mib * _MIB, audit
         self._dataset = dataset

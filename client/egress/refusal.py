@@ -19,10 +19,14 @@ from fedward.printable import printable
 from fedward.protocol import Refusal, RefusalKind
 
 _KINDS: Final[tuple[tuple[type[FedwardError], RefusalKind], ...]] = (
-    (PolicyError, "policy"), (BudgetError, "budget"), (PrivacyError, "privacy"),
+    (PolicyError, "policy"),
+    (BudgetError, "budget"),
+    (PrivacyError, "privacy"),
     (DataError, "data"),
-    (ProtocolError, "protocol"), (PlanError, "protocol"), (ModelError, "protocol"),
-)  # fmt: skip
+    (ProtocolError, "protocol"),
+    (PlanError, "protocol"),
+    (ModelError, "protocol"),
+)
 
 
 def refusal_for(

@@ -107,9 +107,22 @@ SENTENCES: Final = (
 _PLAIN: Final = frozenset(one for one in SENTENCES if "@" not in one)
 _AROUND_WORD: Final = tuple(tuple(one.split("@")) for one in SENTENCES if "@" in one)
 _VALUE_WORDS: Final = (
-    "limit", "million", "MiB", "missing", "patients", "patient", "cohort", "coordinator", "none",
-    "for training", "no images", "epsilon", "delta", "noise", "steps at rate",
-)  # fmt: skip
+    "limit",
+    "million",
+    "MiB",
+    "missing",
+    "patients",
+    "patient",
+    "cohort",
+    "coordinator",
+    "none",
+    "for training",
+    "no images",
+    "epsilon",
+    "delta",
+    "noise",
+    "steps at rate",
+)
 
 
 class Vocabulary:

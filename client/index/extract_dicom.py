@@ -32,9 +32,13 @@ from fedward.errors import DataError
 
 _VALUES: Final = 16  # of ImageType
 _WHO: Final = (
-    "PatientID", "IssuerOfPatientID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID",
+    "PatientID",
+    "IssuerOfPatientID",
+    "StudyInstanceUID",
+    "SeriesInstanceUID",
+    "SOPInstanceUID",
     "AccessionNumber",
-)  # fmt: skip
+)
 
 
 def dicom_facts(
@@ -95,13 +99,14 @@ def _what(header: pydicom.Dataset) -> dict[str, Any]:
         "photometric": term(header.get("PhotometricInterpretation"), PHOTOMETRIC),
         "object_type": _uid_name(header.get("SOPClassUID")),
         "image_type": "\\".join(map(own.without, types)),
-        "rows": _count(header.get("Rows")), "columns": _count(header.get("Columns")),
+        "rows": _count(header.get("Rows")),
+        "columns": _count(header.get("Columns")),
         "frames": max(1, _count(header.get("NumberOfFrames"))),
         "bits": _count(header.get("BitsStored")),
         "thickness": _positive(header.get("SliceThickness")),
         "burned_in": term(header.get("BurnedInAnnotation"), YES_NO),
         "synthetic": str(header.get("SyntheticData") or "").upper() == "YES",
-    }  # fmt: skip
+    }
 
 
 def _uid_name(value: object) -> str:

@@ -32,9 +32,12 @@ def nifti_facts(path: Path, facts: FileFacts) -> FileFacts:
     image: Any = nib.load(path)
     shape, zooms = image.shape, tuple(float(z) for z in image.header.get_zooms()[:3])
     facts = replace(
-        facts, rows=shape[0], columns=shape[1] if len(shape) > 1 else 1,
-        frames=math.prod(shape[2:]), bits=image.get_data_dtype().itemsize * 8,
-    )  # fmt: skip
+        facts,
+        rows=shape[0],
+        columns=shape[1] if len(shape) > 1 else 1,
+        frames=math.prod(shape[2:]),
+        bits=image.get_data_dtype().itemsize * 8,
+    )
     if 8 * math.prod(shape) > LARGEST:
         return replace(facts, reason=reasons.TOO_LARGE)
     return measured(facts, [(np.asanyarray(image.dataobj), zooms)])
@@ -94,9 +97,12 @@ def measured(
             low, high = min(low, ends[0]), max(high, ends[1])
     known = low <= high
     return replace(
-        facts, pixels=digest.hexdigest(), spacing=tuple(round(s, 4) for s in spacing),
-        low=low if known else math.nan, high=high if known else math.nan,
-    )  # fmt: skip
+        facts,
+        pixels=digest.hexdigest(),
+        spacing=tuple(round(s, 4) for s in spacing),
+        low=low if known else math.nan,
+        high=high if known else math.nan,
+    )
 
 
 def _ends(pixels: NDArray[Any]) -> tuple[float, float]:

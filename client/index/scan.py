@@ -96,9 +96,10 @@ class _Scan:
         except KeyboardInterrupt:
             self._write()
             raise Interrupted(
-                "the scan was interrupted", value=f"{self.summary.new} files read",
+                "the scan was interrupted",
+                value=f"{self.summary.new} files read",
                 fix="What was read is kept; index again for the rest",
-            ) from None  # fmt: skip
+            ) from None
         finally:
             for worker in self.workers:
                 worker.end()

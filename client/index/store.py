@@ -68,9 +68,11 @@ class Index:
             self._open()
         except (OSError, sqlite3.Error):
             raise OutputError(
-                "the index must be a file that can be written", fix="Free some space, or remove "
-                "the dataset's file in the state folder and index again", where=name,
-            ) from None  # fmt: skip
+                "the index must be a file that can be written",
+                fix="Free some space, or remove "
+                "the dataset's file in the state folder and index again",
+                where=name,
+            ) from None
 
     def _open(self) -> None:
         sql = self.connection.execute
@@ -100,9 +102,11 @@ class Index:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.connection.close()
 
     def next_scan(self) -> int:

@@ -142,9 +142,13 @@ class Ledger:
     """
 
     def __init__(
-        self, folder: Path, *, read_only: bool = False, secret_id: str = "",
+        self,
+        folder: Path,
+        *,
+        read_only: bool = False,
+        secret_id: str = "",
         clock: Callable[[], float] = time.time,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._store = Store(folder, read_only=read_only, secret_id=secret_id)
         self._clock, self._turn = clock, threading.RLock()
         self.evaluations = Evaluations(self._store, self._turn, self._groups)
@@ -170,9 +174,10 @@ class Ledger:
             known = self._rows("SELECT patients FROM cohorts WHERE sha256 = ?", cohort)
             if known and known[0][0] != digest:
                 raise BudgetError(
-                    "a cohort keeps the patients that it was registered with", value=len(people),
+                    "a cohort keeps the patients that it was registered with",
+                    value=len(people),
                     fix="Freeze the dataset again",
-                )  # fmt: skip
+                )
             if known:
                 return
             with self._store.writing() as sql:
@@ -204,8 +209,9 @@ class Ledger:
             self._same_study(request)
             known = self._rows(
                 "SELECT id, state, digest FROM charges WHERE study = ? AND round = ?",
-                request.study, request.round,
-            )  # fmt: skip
+                request.study,
+                request.round,
+            )
             if request.mechanism is None:
                 return self._note_public(request, known)
             if known:
@@ -312,15 +318,22 @@ class Ledger:
             made = []
             for study, dataset, cohort, own, charged, released, lost, last, unbounded in rows:
                 here, own = self.delta_of(cohort, delta), own if charged > unbounded else None
-                made.append({
-                    "study": study, "dataset": dataset, "cohort": cohort[:12], "delta": own,
-                    "epsilon": self.epsilon_of_study(study, own) if own else None,
-                    "site_delta": here,
-                    "site_epsilon": self.epsilon_of_study(study, here) if own else None,
-                    "unbounded_rounds": unbounded or 0,
-                    "charged": charged, "released": released or 0, "lost": lost or 0,
-                    "last_round": last or 0,
-                })  # fmt: skip
+                made.append(
+                    {
+                        "study": study,
+                        "dataset": dataset,
+                        "cohort": cohort[:12],
+                        "delta": own,
+                        "epsilon": self.epsilon_of_study(study, own) if own else None,
+                        "site_delta": here,
+                        "site_epsilon": self.epsilon_of_study(study, here) if own else None,
+                        "unbounded_rounds": unbounded or 0,
+                        "charged": charged,
+                        "released": released or 0,
+                        "lost": lost or 0,
+                        "last_round": last or 0,
+                    }
+                )
             return made
 
     def charged(self, study: str, round_: int) -> bool:
@@ -373,9 +386,10 @@ class Ledger:
         last = self._rows("SELECT max(round) FROM charges WHERE study = ?", request.study)[0][0]
         if last is not None and request.round < last:
             raise BudgetError(
-                "a private round is trained in its turn", value=f"{request.round} after {last}",
+                "a private round is trained in its turn",
+                value=f"{request.round} after {last}",
                 fix="Order the next round",
-            )  # fmt: skip
+            )
 
     def _within(self, request: RoundRequest, more: Mechanism, caps: Caps) -> None:
         delta = self.delta_of(request.cohort, caps.delta)
@@ -401,11 +415,15 @@ class Ledger:
                 "INSERT INTO charges (study, round, noise, rate, steps, delta, state, made) "
                 "VALUES (?, ?, ?, ?, ?, ?, 'reserved', ?)",
                 (
-                    request.study, request.round, one and one.noise_multiplier,
-                    one and one.sampling_rate, one.steps if one else 0, request.delta,
+                    request.study,
+                    request.round,
+                    one and one.noise_multiplier,
+                    one and one.sampling_rate,
+                    one.steps if one else 0,
+                    request.delta,
                     self._clock(),
                 ),
-            )  # fmt: skip
+            )
             number = int(made.lastrowid or 0)
         self._live.add(number)
         return Charge(number)

@@ -54,7 +54,8 @@ class Releases:
             content = b""
         if hashlib.sha256(content).hexdigest() != digest:
             raise BudgetError(
-                "an update that was released can be given again while it is kept", value=round_,
+                "an update that was released can be given again while it is kept",
+                value=round_,
                 fix="Order the next round",
-            )  # fmt: skip
+            )
         return content

@@ -107,9 +107,13 @@ class Store:
     """
 
     def __init__(
-        self, folder: Path, *, read_only: bool = False, secret_id: str = "",
+        self,
+        folder: Path,
+        *,
+        read_only: bool = False,
+        secret_id: str = "",
         accept_older: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._anchor, self._path = folder / "ledger.anchor", folder / "ledger.sqlite"
         self._secret_id, self._accept = secret_id, accept_older
         self._lock = -1
@@ -124,9 +128,11 @@ class Store:
                 self._path.chmod(0o600)
             mode = "ro" if read_only else "rw"
             self._connection = sqlite3.connect(
-                f"{self._path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None,
+                f"{self._path.absolute().as_uri()}?mode={mode}",
+                uri=True,
+                isolation_level=None,
                 check_same_thread=False,
-            )  # fmt: skip
+            )
             self._open(read_only=read_only)
         except BaseException as error:
             self.close()
@@ -209,9 +215,13 @@ class Store:
             sql.execute(statement)
         sql.executemany(
             "INSERT INTO meta VALUES (?, ?)",
-            (("counter", "0"), ("id", secrets.token_hex(16)), ("secret", self._secret_id),
-             ("accepted", "0")),
-        )  # fmt: skip
+            (
+                ("counter", "0"),
+                ("id", secrets.token_hex(16)),
+                ("secret", self._secret_id),
+                ("accepted", "0"),
+            ),
+        )
         sql.execute("COMMIT")
 
     def _check(self, anchored: _State | None, *, read_only: bool) -> None:
@@ -225,8 +235,9 @@ class Store:
         if not read_only and self.meta("secret") != self._secret_id:
             raise BudgetError(
                 "the privacy ledger goes with the secret that it was begun with: with another one "
-                "its patients would look new", fix="Restore site.secret from a backup",
-            )  # fmt: skip
+                "its patients would look new",
+                fix="Restore site.secret from a backup",
+            )
         if not self._accept:
             self._compare(anchored, self._state())
 
@@ -341,15 +352,17 @@ def _lock(path: Path) -> int:
 
 def _unwritable(error: Exception) -> BudgetError:
     return BudgetError(
-        "the privacy ledger must be writable", value=type(error).__name__,
+        "the privacy ledger must be writable",
+        value=type(error).__name__,
         fix="Make room on the disk of the state folder, or give it to the user that runs this; "
         "nothing was released",
-    )  # fmt: skip
+    )
 
 
 def _damaged(what: str) -> BudgetError:
     return BudgetError(
-        "the privacy ledger must be whole", value=what,
+        "the privacy ledger must be whole",
+        value=what,
         fix="Restore the newest copy of ledger.sqlite and ledger.anchor; a new one would forget "
         "what was spent",
-    )  # fmt: skip
+    )

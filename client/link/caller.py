@@ -141,6 +141,7 @@ def _translated() -> Iterator[None]:
                 "a trainer serves one connector", fix="End the other connector"
             ) from None
         raise TrainerGone(
-            "the trainer must answer on its socket", value=code.name if code else None,
+            "the trainer must answer on its socket",
+            value=code.name if code else None,
             fix="Start it; see its log",
-        ) from None  # fmt: skip
+        ) from None

@@ -48,11 +48,13 @@ def to_parts(packet: Packet) -> Iterator[Part]:
     tensors = pack(packet.arrays).tobytes() if packet.arrays else b""
     yield Part(
         head=Head(
-            lease=packet.lease, kind=packet.kind,
+            lease=packet.lease,
+            kind=packet.kind,
             record=json.dumps(packet.record, allow_nan=False),
-            tensor_bytes=len(tensors), tensor_sha256=hashlib.sha256(tensors).digest(),
+            tensor_bytes=len(tensors),
+            tensor_sha256=hashlib.sha256(tensors).digest(),
         )
-    )  # fmt: skip
+    )
     view = memoryview(tensors)
     for start in range(0, len(view), CHUNK):
         yield Part(chunk=bytes(view[start : start + CHUNK]))
@@ -75,10 +77,11 @@ def from_parts(parts: Iterable[Part], most_bytes: int = MOST_BYTES) -> Packet:
         raise _broken(f"a packet holds at most {most_bytes} bytes of tensors", head.tensor_bytes)
     tensors = _gather(stream, head)
     return Packet(
-        kind=head.kind, record=_record(head.record),
+        kind=head.kind,
+        record=_record(head.record),
         arrays=_unpacked(tensors),
         lease=head.lease,
-    )  # fmt: skip
+    )
 
 
 def _gather(stream: Iterator[Part], head: Head) -> bytes:

@@ -195,8 +195,9 @@ def serve(
     except RuntimeError:
         raise ConfigError(
             "the trainer's socket must be free and its path short enough",
-            fix="End the other trainer, or name another socket", where="trainer.socket",
-        ) from None  # fmt: skip
+            fix="End the other trainer, or name another socket",
+            where="trainer.socket",
+        ) from None
     finally:
         os.umask(before)
     if group is not None and path.stat().st_gid != group:
@@ -221,9 +222,11 @@ def _clear(path: Path, group: int | None) -> None:
             _remove_dead(path)
     except OSError as error:
         raise ConfigError(
-            "the trainer's socket must be writable", value=os.strerror(error.errno or 0),
-            fix="Give its folder to the user that runs this", where="trainer.socket",
-        ) from None  # fmt: skip
+            "the trainer's socket must be writable",
+            value=os.strerror(error.errno or 0),
+            fix="Give its folder to the user that runs this",
+            where="trainer.socket",
+        ) from None
 
 
 def _let_in(folder: Path, group: int) -> None:
@@ -245,7 +248,8 @@ def _remove_dead(path: Path) -> None:
         alive = True
     if alive:
         raise ConfigError(
-            "the trainer's socket must not be in use", fix="End the other trainer first",
+            "the trainer's socket must not be in use",
+            fix="End the other trainer first",
             where="trainer.socket",
-        )  # fmt: skip
+        )
     path.unlink()

@@ -87,7 +87,7 @@ def read_state(path: Path) -> tuple[LinkState, float]:
         raise ProtocolError(
             "the connector must have written how its link is",
             fix="Start it: fedward-client connector",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def parse_state(text: str) -> LinkState:

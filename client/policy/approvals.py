@@ -125,9 +125,13 @@ class Approvals:
                 wanted = "denied"
             others = [one for one in file.approvals if one.key != key]
             made = Approval(
-                study=request.study, plan_hash=request.plan_hash, coordinator=request.coordinator,
-                name=request.plan.study.name, state=wanted, seen=self._time(),
-            )  # fmt: skip
+                study=request.study,
+                plan_hash=request.plan_hash,
+                coordinator=request.coordinator,
+                name=request.plan.study.name,
+                state=wanted,
+                seen=self._time(),
+            )
             self._write(file.model_copy(update={"approvals": [*_with_room(others, wanted), made]}))
             return made
 

@@ -162,9 +162,14 @@ def decide(policy: PolicySection, request: StudyRequest) -> Decision:
     """Everything in which a study goes beyond the site's policy."""
     rule = policy.rule_for(request.study, request.plan.study.name)
     limits = policy.limits(rule) if rule else policy
-    found = [*_whose(policy, request, known=rule is not None), *_model(policy, limits, request),
-             *_privacy(policy, limits, request), *_evaluation(limits, request.plan),
-             *_others(limits, request.sites), *_people(limits, request)]  # fmt: skip
+    found = [
+        *_whose(policy, request, known=rule is not None),
+        *_model(policy, limits, request),
+        *_privacy(policy, limits, request),
+        *_evaluation(limits, request.plan),
+        *_others(limits, request.sites),
+        *_people(limits, request),
+    ]
     return Decision(tuple(found), rule.dataset if rule else "", limits)
 
 
@@ -182,8 +187,9 @@ def _model(policy: PolicySection, limits: Limits, request: StudyRequest) -> Iter
     if count > limits.max_parameters:
         yield Violation("model", words.PARAMETERS, _size(count), _size(limits.max_parameters))
     if (upload := count * _BYTES / _MIB) > policy.max_upload_mib:
-        yield Violation("model", words.UPLOAD, f"{upload:.4g} MiB",
-                        f"{policy.max_upload_mib:.4g} MiB")  # fmt: skip
+        yield Violation(
+            "model", words.UPLOAD, f"{upload:.4g} MiB", f"{policy.max_upload_mib:.4g} MiB"
+        )
 
 
 def _privacy(policy: PolicySection, limits: Limits, request: StudyRequest) -> Iterator[Violation]:
@@ -226,12 +232,14 @@ def _people(limits: Limits, request: StudyRequest) -> Iterator[Violation]:
     if request.plan.privacy.on and facts.per_image and not facts.images_are_patients:
         yield Violation("patients", words.PATIENT_KEY)
     if facts.patients < (least := limits.minimum_patients):
-        yield Violation("patients", words.PATIENTS, str(facts.patients), f"{least:.4g}",
-                        shared=False)  # fmt: skip
+        yield Violation(
+            "patients", words.PATIENTS, str(facts.patients), f"{least:.4g}", shared=False
+        )
     for name, count in facts.per_class.items():
         if count < (least := limits.minimum_per_class):
-            yield Violation("task.classes", words.PER_CLASS, f"{name}: {count}", f"{least:.4g}",
-                            shared=False)  # fmt: skip
+            yield Violation(
+                "task.classes", words.PER_CLASS, f"{name}: {count}", f"{least:.4g}", shared=False
+            )
 
 
 def _size(count: int) -> str:

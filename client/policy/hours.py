@@ -48,9 +48,10 @@ class QuietHours:
         start, end = (_minutes(match[name]) for name in ("start", "end")) if match else (None, None)
         if match is None or start is None or end is None or start in (end, _DAY_MINUTES):
             raise PydanticCustomError(
-                "plan_rule", "{rule}",
+                "plan_rule",
+                "{rule}",
                 {"rule": 'quiet hours must look like "Mon-Fri 07:00-18:00"; write them so'},
-            )  # fmt: skip
+            )
         return cls(_days(match["days"]), start, end if end > start else end + _DAY_MINUTES)
 
     def until(self, now: datetime) -> datetime | None:

@@ -169,10 +169,13 @@ class PolicySection(Limits):
     def _one_way(self) -> PolicySection:
         if self.any_coordinator and self.coordinators:
             raise PydanticCustomError(
-                "plan_rule", "{rule}",
-                {"rule": "coordinators and any_coordinator exclude each other; keep one",
-                 "where": "policy.any_coordinator"},
-            )  # fmt: skip
+                "plan_rule",
+                "{rule}",
+                {
+                    "rule": "coordinators and any_coordinator exclude each other; keep one",
+                    "where": "policy.any_coordinator",
+                },
+            )
         return self
 
     def rule_for(self, study: str, name: str) -> StudyRule | None:

@@ -44,7 +44,26 @@ MEMORY: Final = "the device must have memory for one image"
 FIX: Final = "Change the plan, or ask the site's security officer"
 
 RULES: Final = (
-    COORDINATOR, STUDY, MODEL, PARAMETERS, UPLOAD, PRIVATE, EPSILON, COHORT_EPSILON, DELTA, COHORT,
-    PATIENTS, PER_CLASS, SITES, PENDING, DENIED, PAUSED, QUIET, WITHHELD,
-    NETWORKED, EVALUATION_EPSILON, CONNECTOR, PATIENT_KEY,
-)  # fmt: skip
+    COORDINATOR,
+    STUDY,
+    MODEL,
+    PARAMETERS,
+    UPLOAD,
+    PRIVATE,
+    EPSILON,
+    COHORT_EPSILON,
+    DELTA,
+    COHORT,
+    PATIENTS,
+    PER_CLASS,
+    SITES,
+    PENDING,
+    DENIED,
+    PAUSED,
+    QUIET,
+    WITHHELD,
+    NETWORKED,
+    EVALUATION_EPSILON,
+    CONNECTOR,
+    PATIENT_KEY,
+)

@@ -35,9 +35,13 @@ class Admin:
     """The officer's commands."""
 
     def __init__(
-        self, config: SiteConfig, desk: TrainerDesk, approvals: Approvals, ledger: Ledger,
+        self,
+        config: SiteConfig,
+        desk: TrainerDesk,
+        approvals: Approvals,
+        ledger: Ledger,
         audit: AuditLog,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._config, self._desk, self._approvals = config, desk, approvals
         self._ledger, self._audit = ledger, audit
 
@@ -94,21 +98,29 @@ class Admin:
         rows = []
         for sha, dataset, patients in self._ledger.cohorts():
             now = self._ledger.standing(sha, caps)
-            rows.append({
-                "dataset": dataset, "cohort": sha[:12], "patients": patients, "delta": now.delta,
-                "images_are_patients": _per_image(self._config.site.state, dataset, sha),
-                "spent": round(now.spent, 4), "cap": caps.cohort, "left": round(now.left, 4),
-                "unbounded": {"studies": now.unbounded_studies, "rounds": now.unbounded_rounds},
-                "evaluations": {
-                    "spent": round(self._ledger.evaluations.epsilon_of_cohort(sha), 4),
-                    "cap": policy.max_evaluation_epsilon_per_cohort,
-                    "unbounded_studies": len(self._ledger.evaluations.without_bound(sha)),
-                },
-            })  # fmt: skip
+            rows.append(
+                {
+                    "dataset": dataset,
+                    "cohort": sha[:12],
+                    "patients": patients,
+                    "delta": now.delta,
+                    "images_are_patients": _per_image(self._config.site.state, dataset, sha),
+                    "spent": round(now.spent, 4),
+                    "cap": caps.cohort,
+                    "left": round(now.left, 4),
+                    "unbounded": {"studies": now.unbounded_studies, "rounds": now.unbounded_rounds},
+                    "evaluations": {
+                        "spent": round(self._ledger.evaluations.epsilon_of_cohort(sha), 4),
+                        "cap": policy.max_evaluation_epsilon_per_cohort,
+                        "unbounded_studies": len(self._ledger.evaluations.without_bound(sha)),
+                    },
+                }
+            )
         return {
-            "budget": rows, "studies": self._ledger.studies(policy.max_delta),
+            "budget": rows,
+            "studies": self._ledger.studies(policy.max_delta),
             "older_ledgers_accepted": self._ledger.accepted(),
-        }  # fmt: skip
+        }
 
 
 @lru_cache
@@ -129,8 +141,16 @@ class _Handler(socketserver.StreamRequestHandler):
             command, arguments = str(asked["command"]), dict(asked.get("arguments", {}))
             answer = cast("_Server", self.server).admin.do(command, arguments, self._who())
         except FedwardError as error:
-            answer = {"error": [type(error).__name__, error.rule, str(error.value or ""),
-                                error.fix, error.where, error.exit_code]}  # fmt: skip
+            answer = {
+                "error": [
+                    type(error).__name__,
+                    error.rule,
+                    str(error.value or ""),
+                    error.fix,
+                    error.where,
+                    error.exit_code,
+                ]
+            }
         except (OSError, ValueError, KeyError, TypeError):
             answer = {"error": ["ConfigError", "a command must be a JSON object", "", "", "", 19]}
         with suppress(OSError):
@@ -170,8 +190,9 @@ def serve_admin(admin: Admin, path: Path) -> Callable[[], None]:
         raise ConfigError(
             "the state folder must take a socket, so its path must be short",
             value=os.strerror(error.errno or 0) if error.errno else str(error),
-            fix="Move site.state to a shorter path", where="site.state",
-        ) from None  # fmt: skip
+            fix="Move site.state to a shorter path",
+            where="site.state",
+        ) from None
     finally:
         os.umask(before)
     threading.Thread(target=server.serve_forever, daemon=True, name="officer").start()

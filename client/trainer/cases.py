@@ -83,10 +83,14 @@ class Cases:
         section = self._config.datasets.get(dataset)
         allowed = section is not None and section.images_are_patients
         return Case(
-            study=study, plan=plan, plan_hash=plan_hash(plan), dataset=dataset, cohort=cohort,
+            study=study,
+            plan=plan,
+            plan_hash=plan_hash(plan),
+            dataset=dataset,
+            cohort=cohort,
             limits=self.policy.limits(rule) if rule else self.policy,
             facts=facts_of(cohort, allowed) if cohort else None,
-        )  # fmt: skip
+        )
 
     def pin(self, study: str, dataset: str, sha256: str) -> None:
         """Say with which cohort a study began, after a restart."""
@@ -96,11 +100,14 @@ class Cases:
     def gate(self, case: Case | None) -> Gate:
         """What everything that leaves passes through."""
         return Gate(
-            case.plan if case else None, case.limits if case else self.policy, site=self.site,
-            facts=case.facts if case else None, max_upload_mib=self.policy.max_upload_mib,
+            case.plan if case else None,
+            case.limits if case else self.policy,
+            site=self.site,
+            facts=case.facts if case else None,
+            max_upload_mib=self.policy.max_upload_mib,
             audit=self._audit,
             dataset=case.dataset if case and self.policy.tell_datasets else "",
-        )  # fmt: skip
+        )
 
     def _cohort(self, study: str, dataset: str) -> CohortFile | None:
         known = self._pinned.get(study)

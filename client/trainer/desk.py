@@ -66,9 +66,15 @@ class TrainerDesk:
     """
 
     def __init__(
-        self, cases: Cases, work: Work, audit: AuditLog, approvals: Approvals, board: Board,
-        in_hand: OrdersInHand, now: Callable[[], datetime] = datetime.now,
-    ) -> None:  # fmt: skip
+        self,
+        cases: Cases,
+        work: Work,
+        audit: AuditLog,
+        approvals: Approvals,
+        board: Board,
+        in_hand: OrdersInHand,
+        now: Callable[[], datetime] = datetime.now,
+    ) -> None:
         self._cases, self._work, self._audit = cases, work, audit
         self._approvals, self._board, self._now = approvals, board, now
         self._in_hand, self._exposed = in_hand, False
@@ -116,9 +122,7 @@ class TrainerDesk:
         """A connector came; what it found of the images is written down, and shouted if bad."""
         hidden = isolation == "hidden"
         allowed = self._cases.allow_unconfined_connector
-        self._audit.append(
-            "isolation", process="connector", holds=hidden, allowed_anyway=allowed
-        )  # fmt: skip
+        self._audit.append("isolation", process="connector", holds=hidden, allowed_anyway=allowed)
         self._exposed = not hidden
         others = [one for one in self._board.get()["warnings"] if one not in UNCONFINED.values()]
         self._board.set(
@@ -179,10 +183,14 @@ class TrainerDesk:
         plan = order.read_plan()
         case = self._cases.of(order.study, plan)
         request = StudyRequest(
-            study=order.study, plan=plan, plan_hash=order.plan_hash, coordinator=coordinator,
-            parameters=describe(plan).parameters, facts=case.facts,
+            study=order.study,
+            plan=plan,
+            plan_hash=order.plan_hash,
+            coordinator=coordinator,
+            parameters=describe(plan).parameters,
+            facts=case.facts,
             sites=None if order.task == "evaluate" else order.sites,
-        )  # fmt: skip
+        )
         self._once("plan", order.study, order.plan_hash, coordinator, name=plan.study.name)
         self._keep_signed(order)
         decision = decide(self._cases.policy, request)
@@ -199,18 +207,27 @@ class TrainerDesk:
             raise PolicyError(words.DENIED)
 
     def _in_turn(
-        self, what: str, order: RoundOrder, case: Case, packet: Packet, coordinator: str,
+        self,
+        what: str,
+        order: RoundOrder,
+        case: Case,
+        packet: Packet,
+        coordinator: str,
         mark: Mark,
-    ) -> Packet:  # fmt: skip
+    ) -> Packet:
         self._ready(what)
         mark.write("")
         with self._turns.turn(order.study) as given_up:
             mark.write("work")
             self._ready(what)
             self._board.set(
-                doing=_DOING[what], study=order.study, round=order.round, step=0, steps=0,
+                doing=_DOING[what],
+                study=order.study,
+                round=order.round,
+                step=0,
+                steps=0,
                 waiting=self._turns.waiting(),
-            )  # fmt: skip
+            )
 
             def going(*, done: bool = False) -> None:
                 if given_up.is_set() or done:
@@ -250,8 +267,13 @@ class TrainerDesk:
         said = refusal_for(error, self._cases.site, round_, kind)
         try:
             made = self._cases.gate(case).check_refusal(said)
-            self._audit.append("refused", kind=made.kind, rule=made.rule, round=round_,
-                               study=case.study if case else "")  # fmt: skip
+            self._audit.append(
+                "refused",
+                kind=made.kind,
+                rule=made.rule,
+                round=round_,
+                study=case.study if case else "",
+            )
         except AuditError:
             made = Refusal(site=self._cases.site, round=round_, kind="error", rule=words.UNWRITTEN)
         if made.kind in ("error", "data", "protocol"):
@@ -263,9 +285,14 @@ class TrainerDesk:
         that later, with its public key alone."""
         if ("order", order.signature) not in self._told:
             self._audit.append(
-                "order", study=order.study, round=order.round, task=order.task, sites=order.sites,
-                signed=signed_bytes(order).decode(), signature=order.signature,
-            )  # fmt: skip
+                "order",
+                study=order.study,
+                round=order.round,
+                task=order.task,
+                sites=order.sites,
+                signed=signed_bytes(order).decode(),
+                signature=order.signature,
+            )
             self._told.add(("order", order.signature))
 
     def _once(self, event: Any, *key: str, **fields: Any) -> None:
@@ -279,7 +306,10 @@ class TrainerDesk:
         key = ("decision", order.study, order.plan_hash, hashlib.sha256(found.encode()).hexdigest())
         if key not in self._told:
             self._audit.append(
-                "decision", study=order.study, plan=order.plan_hash, allowed=decision.allowed,
+                "decision",
+                study=order.study,
+                plan=order.plan_hash,
+                allowed=decision.allowed,
                 violations=[f"{one.key}: {one.rule}" for one in decision.violations],
-            )  # fmt: skip
+            )
             self._told.add(key)

@@ -98,10 +98,12 @@ def runtime_of(config: SiteConfig) -> Runtime:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, most * 2**30 / total), device)
     return Runtime(
-        device=str(device), threads=min(cores, config.policy.max_threads or cores),
-        cache=config.site.state / "cache", cache_bytes=round(config.site.cache_gib * 2**30),
+        device=str(device),
+        threads=min(cores, config.policy.max_threads or cores),
+        cache=config.site.state / "cache",
+        cache_bytes=round(config.site.cache_gib * 2**30),
         physical_batch=config.trainer.physical_batch,
-    )  # fmt: skip
+    )
 
 
 def _prove_walls(config: SiteConfig, audit: AuditLog, board: Board) -> None:
@@ -157,9 +159,11 @@ def _group(config: SiteConfig) -> int | None:
         return grp.getgrnam(name).gr_gid
     except KeyError:
         raise ConfigError(
-            "the socket's group must exist on this machine", value=name, fix="Make it, or another",
+            "the socket's group must exist on this machine",
+            value=name,
+            fix="Make it, or another",
             where="trainer.group",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def _most_bytes(config: SiteConfig) -> int:

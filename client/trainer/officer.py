@@ -122,9 +122,13 @@ def _status(config: SiteConfig, approvals: Approvals) -> dict[str, Any]:
         with suppress(FedwardError):
             link = read_state(link_file(config.server.state))[0].model_dump()
     return {
-        "trainer": asdict(now), "link": link, "pending": len(approvals.pending()),
-        "budget": [], "studies": [], "older_ledgers_accepted": 0,
-    }  # fmt: skip
+        "trainer": asdict(now),
+        "link": link,
+        "pending": len(approvals.pending()),
+        "budget": [],
+        "studies": [],
+        "older_ledgers_accepted": 0,
+    }
 
 
 @contextmanager

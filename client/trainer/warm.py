@@ -46,9 +46,14 @@ class Warm:
     """
 
     def __init__(
-        self, config: SiteConfig, ledger: Ledger, board: Board, secret: bytes, runtime: Runtime,
+        self,
+        config: SiteConfig,
+        ledger: Ledger,
+        board: Board,
+        secret: bytes,
+        runtime: Runtime,
         crew: Preparers,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._config, self._ledger, self._board = config, ledger, board
         self._secret, self._runtime, self._crew = secret, runtime, crew
         self._kept: OrderedDict[tuple[str, str], Trainer] = OrderedDict()
@@ -113,9 +118,14 @@ class Warm:
         people = {item.patient for item in cohort.items}
         self._ledger.register(cohort.sha256, case.dataset, people)
         site = prepare_cohort(
-            self._config, case.dataset, cohort.sha256, case.plan, secret=self._secret,
-            cache=cache_folder(self._config), crew=self._crew,
-        )  # fmt: skip
+            self._config,
+            case.dataset,
+            cohort.sha256,
+            case.plan,
+            secret=self._secret,
+            cache=cache_folder(self._config),
+            crew=self._crew,
+        )
         # A hospital's noise and sampling come from the system; what needs no secrecy follows the
         # study's seed, so that a study can be told apart from a simulation of it by nothing else.
         private = case.plan.privacy.on

@@ -63,18 +63,24 @@ class Work:
     """
 
     def __init__(
-        self, config: SiteConfig, cases: Cases, ledger: Ledger, releases: Releases,
-        audit: AuditLog, board: Board, secret: bytes, runtime: Runtime, crew: Preparers,
-    ) -> None:  # fmt: skip
+        self,
+        config: SiteConfig,
+        cases: Cases,
+        ledger: Ledger,
+        releases: Releases,
+        audit: AuditLog,
+        board: Board,
+        secret: bytes,
+        runtime: Runtime,
+        crew: Preparers,
+    ) -> None:
         self._cases, self._ledger, self._releases = cases, ledger, releases
         self._audit, self._board = audit, board
         watched = replace(runtime, watch=lambda step, steps: self._watch(step, steps))
         self._warm = Warm(config, ledger, board, secret, watched, crew)
         self._going: Going = lambda *, done=False: None
 
-    def do(
-        self, what: str, order: RoundOrder, case: Case, packet: Packet, going: Going
-    ) -> Packet:  # fmt: skip
+    def do(self, what: str, order: RoundOrder, case: Case, packet: Packet, going: Going) -> Packet:
         """Carry out an order.
 
         Parameters
@@ -85,8 +91,10 @@ class Work:
         """
         self._going = going
         act: dict[str, Callable[[RoundOrder, Case, Packet], Packet]] = {
-            "describe": self._describe, "train": self._train, "evaluate": self._evaluate
-        }  # fmt: skip
+            "describe": self._describe,
+            "train": self._train,
+            "evaluate": self._evaluate,
+        }
         answer = act[what](order, case, packet)
         going(done=True)
         self._tell_sent(what, order, answer)
@@ -116,9 +124,10 @@ class Work:
     def _train(self, order: RoundOrder, case: Case, packet: Packet) -> Packet:
         if not 1 <= order.round <= case.plan.rounds:
             raise ProtocolError(
-                f"the plan has rounds 1 to {case.plan.rounds}", value=order.round,
+                f"the plan has rounds 1 to {case.plan.rounds}",
+                value=order.round,
                 fix="Order one of these",
-            )  # fmt: skip
+            )
         trainer = self._warm.get(case)
         request, _ = self._request(order, case, trainer, rounds=1)
         self._going()
@@ -202,32 +211,43 @@ class Work:
             steps = steps_per_round(case.plan, whole.sampling_rate) * rounds
             mechanism, planned = replace(whole, steps=steps), whole.steps
         request = RoundRequest(
-            order.study, order.plan_hash, order.round, trainer.site.cohort, mechanism,
-            case.plan.privacy.delta, planned,
-        )  # fmt: skip
+            order.study,
+            order.plan_hash,
+            order.round,
+            trainer.site.cohort,
+            mechanism,
+            case.plan.privacy.delta,
+            planned,
+        )
         return request, mechanism or Mechanism(1.0, 0.0, 0)
 
     def _caps(self, case: Case) -> Caps:
         limits = case.limits
         return Caps(
-            limits.max_epsilon_per_study, self._cases.policy.max_epsilon_per_cohort,
+            limits.max_epsilon_per_study,
+            self._cases.policy.max_epsilon_per_cohort,
             self._cases.policy.max_delta,
-        )  # fmt: skip
+        )
 
     def _tell_evaluation(self, request: EvaluationRequest) -> None:
         self._audit.append(
-            "evaluation", study=request.study, round=request.round, part=request.part,
-            epsilon=request.epsilon or 0.0, private=request.epsilon is not None,
-        )  # fmt: skip
+            "evaluation",
+            study=request.study,
+            round=request.round,
+            part=request.part,
+            epsilon=request.epsilon or 0.0,
+            private=request.epsilon is not None,
+        )
 
     def _tell_charge(self, order: RoundOrder, case: Case, request: RoundRequest) -> None:
         fields: dict[str, Any] = {"study": order.study, "round": order.round, "private": False}
         if request.mechanism is not None and case.plan.privacy.delta is not None:
             delta = case.plan.privacy.delta
             fields |= {
-                "private": True, "delta": delta,
+                "private": True,
+                "delta": delta,
                 "epsilon_of_study": round(self._ledger.epsilon_of_study(order.study, delta), 4),
-            }  # fmt: skip
+            }
         self._audit.append("charge", **fields)
 
     def _tell_sent(self, what: str, order: RoundOrder, answer: Packet) -> None:
@@ -238,9 +258,14 @@ class Work:
             digest.update(name.encode() + value.tobytes())
             size += value.nbytes
         self._audit.append(
-            "sent", study=order.study, round=order.round, what=what, tensors=len(answer.arrays),
-            bytes=size, sha256=digest.hexdigest(),
-        )  # fmt: skip
+            "sent",
+            study=order.study,
+            round=order.round,
+            what=what,
+            tensors=len(answer.arrays),
+            bytes=size,
+            sha256=digest.hexdigest(),
+        )
 
 
 def _kept(outcome: TrainOutcome | EvaluateOutcome, arrays: Arrays) -> bytes:

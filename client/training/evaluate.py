@@ -73,8 +73,10 @@ class Answers:
             flags = truth(np.asarray(self.targets), self.values)
             tables = score_tables(task, self.values, flags, weights, how.parts)
         noisy = add_noise(tables, how.scale, randbelow)
-        return {name: np.where(table < how.least, 0, table) if how.least else table
-                for name, table in noisy.items()}  # fmt: skip
+        return {
+            name: np.where(table < how.least, 0, table) if how.least else table
+            for name, table in noisy.items()
+        }
 
 
 @torch.no_grad()

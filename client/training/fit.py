@@ -181,9 +181,14 @@ class Fit:
             return
         count = len(np.unique(self.patients))
         private = PrivateStep(
-            self.module, optimizer, self.mechanism, self.plan.privacy.clipping_norm, count,
-            self.mode, self.draws.noise,
-        )  # fmt: skip
+            self.module,
+            optimizer,
+            self.mechanism,
+            self.plan.privacy.clipping_norm,
+            count,
+            self.mode,
+            self.draws.noise,
+        )
         rate = self.mechanism.sampling_rate
         sampler = PatientSampler(
             self.indices, self.patients, rate, self.plan.privacy.images_per_patient

@@ -41,9 +41,7 @@ def build_optimizer(plan: Plan, parameters: Iterable[nn.Parameter]) -> torch.opt
     in arithmetic.
     """
     training, chosen = plan.training, list(parameters)
-    settings: dict[str, Any] = {
-        "lr": 0.0, "weight_decay": training.weight_decay, "foreach": True
-    }  # fmt: skip
+    settings: dict[str, Any] = {"lr": 0.0, "weight_decay": training.weight_decay, "foreach": True}
     if training.optimizer == "sgd":
         settings["momentum"] = training.momentum
     return _KINDS[training.optimizer](chosen, **settings)

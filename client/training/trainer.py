@@ -140,13 +140,17 @@ class Trainer:
         values = to_arrays(self._model)
         names = set(self.trained or values)
         outcome = TrainOutcome(
-            site=self.site.name, round=order.round, patients=self.site.patients_in("train"),
-            images=len(self.site.split["train"]), steps=steps,
+            site=self.site.name,
+            round=order.round,
+            patients=self.site.patients_in("train"),
+            images=len(self.site.split["train"]),
+            steps=steps,
             # An exact loss on training patients is a release that ε would not cover.
             loss=None if self.plan.privacy.on else _finite(loss),
-            seconds=time.perf_counter() - started, cpu_seconds=time.process_time() - cpu,
+            seconds=time.perf_counter() - started,
+            cpu_seconds=time.process_time() - cpu,
             **self._cost(order),
-        )  # fmt: skip
+        )
         return {name: value for name, value in values.items() if name in names}, outcome
 
     @property
@@ -183,11 +187,15 @@ class Trainer:
         started = time.perf_counter()
         part, answers = order.part, self.answers(arrays, order)
         outcome = EvaluateOutcome(
-            site=self.site.name, round=order.round, part=part, images=len(answers.patients),
+            site=self.site.name,
+            round=order.round,
+            part=part,
+            images=len(answers.patients),
             seconds=time.perf_counter() - started,
-            unit=noise.unit if noise else None, noise=float(noise.scale) if noise else None,
+            unit=noise.unit if noise else None,
+            noise=float(noise.scale) if noise else None,
             epsilon=self.plan.evaluation_epsilon(part) if noise and noise.by_patient else None,
-        )  # fmt: skip
+        )
         if noise is None:
             return answers.exact().to_arrays(), outcome
         return answers.noisy(noise, self._randbelow(order)), outcome
@@ -207,9 +215,14 @@ class Trainer:
             raise DataError(f"a site needs {part} patients to be measured", fix="Change [split]")
         prepared = self._prepare(arrays, max(1, order.round) if order.round else self.plan.rounds)
         return evaluate(
-            self.plan, prepared.module, prepared.source, self.site, indices, self.runtime,
+            self.plan,
+            prepared.module,
+            prepared.source,
+            self.site,
+            indices,
+            self.runtime,
             surface=surface and part == "test" and "hd95" in self.plan.metrics.report,
-        )  # fmt: skip
+        )
 
     def _randbelow(self, order: RoundOrder) -> Callable[[int], int]:
         """Source of the counts' noise: the system's, or a seeded one for a simulation."""
@@ -225,12 +238,19 @@ class Trainer:
             raise DataError("a site needs training patients", value=patients, fix="Bring more data")
         prepared = self._prepare(arrays, order.round)
         return Fit(
-            plan=self.plan, round=order.round, module=prepared.module, source=prepared.source,
-            loss=self._loss, indices=indices, patients=self.site.patients[indices],
+            plan=self.plan,
+            round=order.round,
+            module=prepared.module,
+            source=prepared.source,
+            loss=self._loss,
+            indices=indices,
+            patients=self.site.patients[indices],
             runtime=self.runtime,
             draws=Draws.make(self.runtime, order.seed, self.site.name, order.round),
-            mechanism=self._private_mechanism(), mode=self._mode(), mu=mu,
-        )  # fmt: skip
+            mechanism=self._private_mechanism(),
+            mode=self._mode(),
+            mu=mu,
+        )
 
     def _prepare(self, arrays: Mapping[str, NDArray[Any]], round_: int) -> _Prepared:
         """Load the arrays; rebuild what depends on frozen layers only when these changed."""
@@ -269,9 +289,10 @@ class Trainer:
             raise PrivacyError("a private plan needs delta", fix="Set privacy.delta")
         done = steps_per_round(self.plan, mechanism.sampling_rate) * order.round
         cost: dict[str, Any] = {
-            "delta": delta, "noise_multiplier": mechanism.noise_multiplier,
+            "delta": delta,
+            "noise_multiplier": mechanism.noise_multiplier,
             "sampling_rate": mechanism.sampling_rate,
-        }  # fmt: skip
+        }
         if order.account:
             cost["epsilon"] = epsilon_spent(
                 mechanism.noise_multiplier, mechanism.sampling_rate, done, delta
@@ -290,12 +311,17 @@ def site_facts(plan: Plan, site: PreparedSite) -> SiteFacts:
         f"{part}_patients": site.patients_in(part) for part in ("train", "validation", "test")
     }
     return SiteFacts(
-        site=site.name, patients=len(np.unique(site.patients)), images=len(site.images),
-        class_counts=_class_counts(plan, site, train), synthetic=site.synthetic,
+        site=site.name,
+        patients=len(np.unique(site.patients)),
+        images=len(site.images),
+        class_counts=_class_counts(plan, site, train),
+        synthetic=site.synthetic,
         images_are_patients=site.images_are_patients,
         left_out_reasons=tuple(reason for reason, _ in left),
-        left_out_counts=tuple(count for _, count in left), **sizes, **people,
-    )  # fmt: skip
+        left_out_counts=tuple(count for _, count in left),
+        **sizes,
+        **people,
+    )
 
 
 def _class_counts(plan: Plan, site: PreparedSite, indices: NDArray[np.int64]) -> tuple[int, ...]:

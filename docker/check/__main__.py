@@ -100,9 +100,14 @@ def _named(pin: str) -> str:
 def _run(image: Image, work: Path, command: list[str]) -> str:
     """Run a command in the image as its user, sealed as a service is."""
     service = {
-        "entrypoint": command, "command": [], "read_only": True, "cap_drop": ["ALL"],
-        "security_opt": ["no-new-privileges:true"], "network_mode": "none", "tmpfs": ["/tmp"],
-    }  # fmt: skip
+        "entrypoint": command,
+        "command": [],
+        "read_only": True,
+        "cap_drop": ["ALL"],
+        "security_opt": ["no-new-privileges:true"],
+        "network_mode": "none",
+        "tmpfs": ["/tmp"],
+    }
     made: Container = start(f"try-{image.role}", service, image, Volumes(work / "v", ROOT))
     made.process.wait()
     return made.log.read_text()

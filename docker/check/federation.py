@@ -124,8 +124,10 @@ def _look(name: str, one: Container) -> None:
 def _look_at_walls(name: str, one: Container) -> None:
     told = json.loads(one.call("fedward-client", "status", "--json").stdout)
     now = told["trainer"]
-    print(f"  {name}: network: {now['network']}; connector: {now['connector']}; "
-          f"link: {told['link']['state']}; budget: {told['budget']}")  # fmt: skip
+    print(
+        f"  {name}: network: {now['network']}; connector: {now['connector']}; "
+        f"link: {told['link']['state']}; budget: {told['budget']}"
+    )
     _demand(now["walls"] and now["connector"] == "hidden", f"{name} and its connector are apart")
     _demand(told["link"]["state"] == "online", f"{name} knows of the link")
     whole = one.call("fedward-client", "audit", "verify")

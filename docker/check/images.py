@@ -77,10 +77,25 @@ def build(work: Path, role: str, tag: str) -> Image:
     """Build one Dockerfile, and mount what came out of it."""
     name = f"fedward-{role}:{tag}"
     with tempfile.TemporaryDirectory() as folder:
-        buildah(work, "build", "--isolation", "chroot", "--format", "docker", "--layers",
-            "--pull-never", "--quiet", "--build-arg", "TORCH_INDEX=",
-            *_pip_of_this_machine(Path(folder)), "--file", ROOT / f"docker/{role}.Dockerfile",
-            "--tag", name, ROOT)  # fmt: skip
+        buildah(
+            work,
+            "build",
+            "--isolation",
+            "chroot",
+            "--format",
+            "docker",
+            "--layers",
+            "--pull-never",
+            "--quiet",
+            "--build-arg",
+            "TORCH_INDEX=",
+            *_pip_of_this_machine(Path(folder)),
+            "--file",
+            ROOT / f"docker/{role}.Dockerfile",
+            "--tag",
+            name,
+            ROOT,
+        )
     return mounted(work, role, name)
 
 

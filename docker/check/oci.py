@@ -37,10 +37,14 @@ class Volumes:
         made = [self._mount(text, image) for text in service.get("volumes", ())]
         for text in service.get("tmpfs", ()):
             place, _, options = text.partition(":")
-            made.append({
-                "destination": place, "type": "tmpfs", "source": "tmpfs",
-                "options": ["nosuid", "nodev", *options.split(",")],
-            })  # fmt: skip
+            made.append(
+                {
+                    "destination": place,
+                    "type": "tmpfs",
+                    "source": "tmpfs",
+                    "options": ["nosuid", "nodev", *options.split(",")],
+                }
+            )
         return made
 
     def _mount(self, text: str, image: Image) -> dict[str, Any]:
@@ -53,9 +57,11 @@ class Volumes:
             os.chown(here, like.st_uid if like else 0, like.st_gid if like else 0)
             here.chmod(like.st_mode & 0o7777 if like else 0o755)
         return {
-            "destination": place, "type": "bind", "source": str(here),
+            "destination": place,
+            "type": "bind",
+            "source": str(here),
             "options": ["rbind", *(mode or ["rw"])],
-        }  # fmt: skip
+        }
 
     def _named(self, name: str) -> Path:
         return self.folder / name
@@ -94,9 +100,12 @@ class Container:
     def call(self, *command: str, given: str = "") -> subprocess.CompletedProcess[str]:
         """Run a command inside, as the container's user, with something on standard input."""
         return subprocess.run(
-            ["runc", "exec", self.id, *command], text=True, capture_output=True, check=False,
+            ["runc", "exec", self.id, *command],
+            text=True,
+            capture_output=True,
+            check=False,
             input=given,
-        )  # fmt: skip
+        )
 
     def facts(self) -> dict[str, str]:
         """What the kernel says of its first process."""
@@ -116,9 +125,12 @@ class Container:
 
 
 def start(
-    name: str, service: Mapping[str, Any], image: Image, volumes: Volumes,
+    name: str,
+    service: Mapping[str, Any],
+    image: Image,
+    volumes: Volumes,
     seccomp: Mapping[str, Any] | None = None,
-) -> Container:  # fmt: skip
+) -> Container:
     """Start a service, under a filter of system calls if there is one."""
     bundle = volumes.folder.parent / "bundles" / name
     bundle.mkdir(parents=True, exist_ok=True)
@@ -149,12 +161,14 @@ def _fill(spec: dict[str, Any], service: Mapping[str, Any], image: Image) -> Non
     kept = [f"CAP_{name}" for name in service.get("cap_add", ())]
     process = spec["process"]
     process |= {
-        "terminal": False, "args": [*entry, *command], "env": [*image.config["Env"], *extra],
+        "terminal": False,
+        "args": [*entry, *command],
+        "env": [*image.config["Env"], *extra],
         "user": {"uid": int(user), "gid": int(group)},
         "capabilities": dict.fromkeys(_CAPABILITIES, kept),
         "noNewPrivileges": "no-new-privileges:true" in service.get("security_opt", ()),
         "rlimits": [],
-    }  # fmt: skip
+    }
     if "ALL" not in service.get("cap_drop", ()):
         raise SystemExit("a service must drop all capabilities")
     spec["root"] = {"path": str(image.files), "readonly": bool(service.get("read_only"))}
@@ -171,5 +185,8 @@ def _hosts(work: Path) -> dict[str, Any]:
     file = work / "hosts"
     file.write_text("127.0.0.1 localhost aggregator\n")
     return {
-        "destination": "/etc/hosts", "type": "bind", "source": str(file), "options": ["bind", "ro"]
-    }  # fmt: skip
+        "destination": "/etc/hosts",
+        "type": "bind",
+        "source": str(file),
+        "options": ["bind", "ro"],
+    }

@@ -32,17 +32,23 @@ def seccomp(role: str) -> dict[str, Any]:
     guarded = {"socket": [_rule(0, "SCMP_CMP_EQ", int(one)) for one in families]}
     if unit.get("MemoryDenyWriteExecute") == ["yes"]:
         no_execute, no_write = _lacks(_EXECUTE), _lacks(_WRITE)
-        guarded |= {"mmap": [no_execute, no_write], "mprotect": [no_execute],
-                    "pkey_mprotect": [no_execute]}  # fmt: skip
+        guarded |= {
+            "mmap": [no_execute, no_write],
+            "mprotect": [no_execute],
+            "pkey_mprotect": [no_execute],
+        }
     plain = {"names": sorted(allowed - set(guarded)), "action": "SCMP_ACT_ALLOW"}
     rules = [
         {"names": [name], "action": "SCMP_ACT_ALLOW", "args": [one]}
-        for name, ones in guarded.items() for one in ones
-    ]  # fmt: skip
+        for name, ones in guarded.items()
+        for one in ones
+    ]
     return {
-        "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 1,
-        "architectures": ["SCMP_ARCH_X86_64"], "syscalls": [plain, *rules],
-    }  # fmt: skip
+        "defaultAction": "SCMP_ACT_ERRNO",
+        "defaultErrnoRet": 1,
+        "architectures": ["SCMP_ARCH_X86_64"],
+        "syscalls": [plain, *rules],
+    }
 
 
 def _allowed(filters: list[str]) -> frozenset[str]:

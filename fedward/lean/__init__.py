@@ -30,14 +30,20 @@ def _equal(one: Any, other: Any) -> bool:
 # With sizes that are numbers, torch's questions about sizes that are symbols have plain answers.
 _PLAIN: Final[dict[str, dict[str, Any]]] = {
     "torch.fx.experimental.symbolic_shapes": {
-        "expect_true": bool, "guard_or_false": bool, "guard_or_true": bool,
-        "guard_size_oblivious": bool, "statically_known_true": bool,
-        "sym_and": lambda *given: all(given), "sym_or": lambda *given: any(given),
-        "is_nested_int": lambda size: False, "has_guarding_hint": lambda size: True,
-        "guarding_hint_or_throw": lambda size: size, "sym_eq": _equal,
+        "expect_true": bool,
+        "guard_or_false": bool,
+        "guard_or_true": bool,
+        "guard_size_oblivious": bool,
+        "statically_known_true": bool,
+        "sym_and": lambda *given: all(given),
+        "sym_or": lambda *given: any(given),
+        "is_nested_int": lambda size: False,
+        "has_guarding_hint": lambda size: True,
+        "guarding_hint_or_throw": lambda size: size,
+        "sym_eq": _equal,
     },
     "sympy": {"Basic": type("Basic", (), {})},
-}  # fmt: skip
+}
 
 
 def prepare() -> None:

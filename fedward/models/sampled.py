@@ -214,7 +214,11 @@ def _scale_samples(layer: SampledGroupNorm, x: Tensor, back: Tensor, shift: Tens
 
 
 SAMPLED_WEIGHTED = (
-    SampledConv2d, SampledConv3d, SampledConvTranspose2d, SampledConvTranspose3d, SampledLinear,
-)  # fmt: skip
+    SampledConv2d,
+    SampledConv3d,
+    SampledConvTranspose2d,
+    SampledConvTranspose3d,
+    SampledLinear,
+)
 register_grad_sampler(list(SAMPLED_WEIGHTED))(_weighted_samples)
 register_grad_sampler(SampledGroupNorm)(norm_samples)

@@ -113,9 +113,11 @@ class Access:
         length = request.headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self._limits.request_bytes:
             raise ProtocolError(
-                f"a request has at most {self._limits.request_bytes} bytes", value=length[:20],
-                fix="Send less", where="body",
-            )  # fmt: skip
+                f"a request has at most {self._limits.request_bytes} bytes",
+                value=length[:20],
+                fix="Send less",
+                where="body",
+            )
         if "transfer-encoding" in request.headers:
             raise ProtocolError("a request must say how long it is", where="body")
 
@@ -127,10 +129,13 @@ class Access:
             if event["type"] == "http.response.start":
                 try:
                     await run_in_threadpool(
-                        self._registry.audit.add, actor=token.name, role=token.role,
-                        address=_address(request), status=event["status"],
+                        self._registry.audit.add,
+                        actor=token.name,
+                        role=token.role,
+                        address=_address(request),
+                        status=event["status"],
                         action=f"{request.method} {request.url.path}",
-                    )  # fmt: skip
+                    )
                 except (OperationalError, InterfaceError) as error:
                     lost = True
                     await (await answer_problem(request, error))(

@@ -45,15 +45,22 @@ def build_api(config: ServerConfig, enrolment: Enrolment, health: Health) -> Fas
     problems: dict[int | str, dict[str, Any]] = {
         code: {"model": Problem, "description": text}
         for code, text in (
-            (401, "no valid token"), (403, "the token's role is not enough"),
-            (404, "not there"), (409, "not possible now"), (422, "not valid"),
+            (401, "no valid token"),
+            (403, "the token's role is not enough"),
+            (404, "not there"),
+            (409, "not possible now"),
+            (422, "not valid"),
             (429, "too many calls"),
         )
-    }  # fmt: skip
+    }
     app = FastAPI(
-        title="Fedward aggregator", version=version("fedward"), description=_ABOUT,
-        docs_url=None, redoc_url=None, responses=problems,
-    )  # fmt: skip
+        title="Fedward aggregator",
+        version=version("fedward"),
+        description=_ABOUT,
+        docs_url=None,
+        redoc_url=None,
+        responses=problems,
+    )
     access = Access(registry, config.limits)
     app.add_middleware(access.around)
     app.add_exception_handler(FedwardError, answer_problem)
@@ -62,9 +69,11 @@ def build_api(config: ServerConfig, enrolment: Enrolment, health: Health) -> Fas
         app.add_exception_handler(away, answer_problem)
     app.add_exception_handler(Exception, answer_problem)
     for router in (
-        health_router(health, registry, link), sites_router(enrolment, access),
-        studies_router(config, registry, access), tokens_router(registry, access),
-    ):  # fmt: skip
+        health_router(health, registry, link),
+        sites_router(enrolment, access),
+        studies_router(config, registry, access),
+        tokens_router(registry, access),
+    ):
         app.include_router(describe_roles(router))
     describe_tokens(app)
     return app

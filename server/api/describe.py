@@ -10,9 +10,10 @@ from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 
 _BEARER: Final = {
-    "type": "http", "scheme": "bearer",
+    "type": "http",
+    "scheme": "bearer",
     "description": "a token of `fedward-server token create`; `x-role` is the role that it needs",
-}  # fmt: skip
+}
 
 
 def describe_roles(router: APIRouter) -> APIRouter:

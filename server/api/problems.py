@@ -21,9 +21,14 @@ from fedward.errors import (
 )
 
 _STATUS: Final[tuple[tuple[type[FedwardError], int], ...]] = (
-    (PlanError, 422), (ProtocolError, 422), (StudyError, 409), (ConfigError, 409),
-    (ServiceError, 503), (OutputError, 507), (AccessError, 403),
-)  # fmt: skip
+    (PlanError, 422),
+    (ProtocolError, 422),
+    (StudyError, 409),
+    (ConfigError, 409),
+    (ServiceError, 503),
+    (OutputError, 507),
+    (AccessError, 403),
+)
 
 
 class Problem(BaseModel):
@@ -63,9 +68,13 @@ def problem_of(error: FedwardError) -> Problem:
     known = next(k for k in type(error).__mro__ if k.__module__ == "fedward.errors")
     value = "" if error.value is None else str(error.value)
     return Problem(
-        error=known.__name__, rule=error.rule, value=value, fix=error.fix, where=error.where,
+        error=known.__name__,
+        rule=error.rule,
+        value=value,
+        fix=error.fix,
+        where=error.where,
         exit_code=error.exit_code,
-    )  # fmt: skip
+    )
 
 
 async def answer_problem(request: Request, error: Exception) -> JSONResponse:

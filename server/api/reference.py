@@ -51,9 +51,11 @@ _WORDS: Final = {
     "limit": "so many, at most 10,000",
 }
 _TAGS: Final = {
-    "health": "Health, without a token", "sites": "Sites", "studies": "Studies",
+    "health": "Health, without a token",
+    "sites": "Sites",
+    "studies": "Studies",
     "access": "Tokens and audit",
-}  # fmt: skip
+}
 
 
 def page() -> str:
@@ -113,9 +115,11 @@ def _answer(call: Schema) -> str:
     )
     content: Mapping[str, Schema] = answer.get("content", {})
     kinds = ", ".join(
-        kind if media == "application/json" and (kind := _type(one.get("schema") or {}))
-        else f"`{media}`" for media, one in content.items()
-    )  # fmt: skip
+        kind
+        if media == "application/json" and (kind := _type(one.get("schema") or {}))
+        else f"`{media}`"
+        for media, one in content.items()
+    )
     return f"Answer {status}: {kinds}." if kinds else f"Answer {status}."
 
 

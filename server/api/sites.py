@@ -118,15 +118,22 @@ def sites_router(enrolment: Enrolment, access: Access) -> APIRouter:
 def _answer(registry: Registry, site: Site, nodes: dict[int, Node]) -> SiteAnswer:
     node = nodes.get(site.node_id or 0)
     running = [
-        one for one in registry.studies.list("submitted", "running", "paused", "failed")
+        one
+        for one in registry.studies.list("submitted", "running", "paused", "failed")
         if site.name in one.sites
-    ]  # fmt: skip
+    ]
     put_out = {one.id: registry.studies.quarantined(one.id) for one in running}
     return SiteAnswer(
-        name=site.name, fingerprint=site.fingerprint, state=site.state,
-        max_patients=site.max_patients, max_images=site.max_images,
+        name=site.name,
+        fingerprint=site.fingerprint,
+        state=site.state,
+        max_patients=site.max_patients,
+        max_images=site.max_images,
         quarantined={s: sites[site.name] for s, sites in put_out.items() if site.name in sites},
-        status=node.status if node else "registered", last_seen=node.last_seen if node else "",
-        facts=site.facts, version=site.facts.release if site.facts else "",
-        datasets=list(site.datasets), studies=[one.id for one in running if one.state != "failed"],
-    )  # fmt: skip
+        status=node.status if node else "registered",
+        last_seen=node.last_seen if node else "",
+        facts=site.facts,
+        version=site.facts.release if site.facts else "",
+        datasets=list(site.datasets),
+        studies=[one.id for one in running if one.state != "failed"],
+    )

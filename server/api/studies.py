@@ -82,9 +82,10 @@ def studies_router(config: ServerConfig, registry: Registry, access: Access) -> 
     def show_study(study: str) -> StudyAnswer:
         """Where a study stands, and its rounds."""
         return StudyAnswer(
-            study=studies.get(study), rounds=list(studies.rounds(study)),
+            study=studies.get(study),
+            rounds=list(studies.rounds(study)),
             quarantined=studies.quarantined(study),
-        )  # fmt: skip
+        )
 
     @router.get(
         "/{study}/events", dependencies=[Depends(viewer)], response_class=_Lines, responses=_LINES
@@ -118,9 +119,11 @@ def studies_router(config: ServerConfig, registry: Registry, access: Access) -> 
         return _results(registry, study)
 
     @router.get(
-        "/{study}/model", dependencies=[Depends(viewer)], response_class=FileResponse,
+        "/{study}/model",
+        dependencies=[Depends(viewer)],
+        response_class=FileResponse,
         responses=_FILE,
-    )  # fmt: skip
+    )
     def model(study: str) -> FileResponse:
         """The model (safetensors) of a study that has finished."""
         path, digest = _model(config, registry, study)

@@ -30,9 +30,12 @@ def model_card(study: str, plan: Plan, results: StudyResults) -> str:
     """
     arm = results.arms[0]
     parts = (
-        _head(study, plan, results), _data(results, arm), _privacy(plan, arm, results),
-        _figures(plan, arm, results), _use(plan, results),
-    )  # fmt: skip
+        _head(study, plan, results),
+        _data(results, arm),
+        _privacy(plan, arm, results),
+        _figures(plan, arm, results),
+        _use(plan, results),
+    )
     return printable("\n".join(line for part in parts for line in (*part, "")))
 
 
@@ -52,9 +55,8 @@ def _head(study: str, plan: Plan, results: StudyResults) -> Iterator[str]:
     # Of what ran the study, whoever writes the card.
     release = results.versions.get("fedward", "(release not known)")
     yield f"- Made with: Fedward {release}, " + ", ".join(
-        f"{name} {number}" for name, number in sorted(results.versions.items())
-        if name != "fedward"
-    )  # fmt: skip
+        f"{name} {number}" for name, number in sorted(results.versions.items()) if name != "fedward"
+    )
 
 
 def _data(results: StudyResults, arm: Arm) -> Iterator[str]:

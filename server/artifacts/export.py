@@ -92,9 +92,11 @@ def export_bundle(given: Delivered, target: Path) -> Exported:
     """
     if target.exists():
         raise OutputError(
-            "the export's folder must be new", value=target.name, fix="Choose another with --out",
+            "the export's folder must be new",
+            value=target.name,
+            fix="Choose another with --out",
             where="--out",
-        )  # fmt: skip
+        )
     model = build_model(given.plan, 0)
     from_arrays(model, given.arrays)
     model.eval()
@@ -108,11 +110,13 @@ def export_bundle(given: Delivered, target: Path) -> Exported:
 def _content(given: Delivered, model: nn.Module, example: Tensor) -> dict[str, bytes]:
     plan = given.plan
     about = {
-        "title": plan.study.title or plan.study.name, "plan_sha256": plan_hash(plan),
-        "classes": json.dumps(plan.task.classes), "task": plan.task.kind,
+        "title": plan.study.title or plan.study.name,
+        "plan_sha256": plan_hash(plan),
+        "classes": json.dumps(plan.task.classes),
+        "task": plan.task.kind,
         "preprocessing": json.dumps(expected_input(plan)),
         "intended_use": plan.study.intended_use or RESEARCH,
-    }  # fmt: skip
+    }
     weights = io.BytesIO()
     torch.save({name: value.clone() for name, value in model.state_dict().items()}, weights)
     script, facts = files("server.artifacts.scripts"), _json(metadata(plan))
@@ -127,7 +131,7 @@ def _content(given: Delivered, model: nn.Module, example: Tensor) -> dict[str, b
         "docs/README.md": (given.card + how_to_use(plan)).encode(),
         "LICENSE": _LICENSE.encode(),
         "docs/license.txt": _LICENSE.encode(),
-    }  # fmt: skip
+    }
     sums = (f"{hashlib.sha256(v).hexdigest()}  {name}\n" for name, v in sorted(content.items()))
     return {**content, "SHA256SUMS": "".join(sums).encode()}
 
@@ -157,7 +161,7 @@ def _check(model: nn.Module, content: Mapping[str, bytes], images: Tensor) -> fl
                 "an exported model must give the network's own output",
                 value=f"{name}: off by {off:.2g}",
                 fix="Report it with the plan; use the safetensors file meanwhile",
-            )  # fmt: skip
+            )
         worst = max(worst, off)
     return worst
 
@@ -197,6 +201,8 @@ def _write(target: Path, content: Mapping[str, bytes]) -> None:
 
 def _unwritable(error: OSError) -> OutputError:
     return OutputError(
-        "the export must be writable", value=error.strerror, fix="Choose another folder with --out",
+        "the export must be writable",
+        value=error.strerror,
+        fix="Choose another folder with --out",
         where="--out",
-    )  # fmt: skip
+    )

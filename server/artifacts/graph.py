@@ -57,9 +57,15 @@ def onnx_model(model: nn.Module, example: Tensor, about: Mapping[str, str]) -> b
     batch = torch.export.Dim("batch")
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            model, (example,), dynamo=True, opset_version=_OPSET, verbose=False,
-            input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=({0: batch},),
-        )  # fmt: skip
+            model,
+            (example,),
+            dynamo=True,
+            opset_version=_OPSET,
+            verbose=False,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=({0: batch},),
+        )
     proto = program.model_proto  # type: ignore[union-attr]
     _forget(proto)
     proto.producer_name = "fedward"
@@ -92,8 +98,12 @@ def _forget(proto: Any) -> None:
         for node in graph.node:
             node.doc_string = ""
             del node.metadata_props[:]
-    for part in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output,
-                 *proto.graph.initializer):  # fmt: skip
+    for part in (
+        *proto.graph.value_info,
+        *proto.graph.input,
+        *proto.graph.output,
+        *proto.graph.initializer,
+    ):
         part.doc_string = ""
         del part.metadata_props[:]
     del proto.graph.metadata_props[:]

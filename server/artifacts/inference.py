@@ -23,28 +23,37 @@ def inference_config(plan: Plan) -> Config:
         "output_dir": "$@bundle_root + '/output'",
         "datalist": "$sorted(glob.glob(@dataset_dir + '/*'))",
         "network_def": {
-            "_target_": "torch.jit.load", "f": "$@bundle_root + '/models/model.ts'",
+            "_target_": "torch.jit.load",
+            "f": "$@bundle_root + '/models/model.ts'",
             "map_location": "@device",
         },
         "preprocessing": {"_target_": "Compose", "transforms": preprocessing(plan)},
         "dataset": {
-            "_target_": "Dataset", "data": "$[{'image': path} for path in @datalist]",
+            "_target_": "Dataset",
+            "data": "$[{'image': path} for path in @datalist]",
             "transform": "@preprocessing",
         },
         "dataloader": {
-            "_target_": "DataLoader", "dataset": "@dataset", "batch_size": 1, "shuffle": False,
+            "_target_": "DataLoader",
+            "dataset": "@dataset",
+            "batch_size": 1,
+            "shuffle": False,
             "num_workers": 0,
         },
         "inferer": {"_target_": "SimpleInferer"},
         "postprocessing": {"_target_": "Compose", "transforms": _postprocessing(plan)},
         "handlers": _handlers(plan),
         "evaluator": {
-            "_target_": "SupervisedEvaluator", "device": "@device",
-            "val_data_loader": "@dataloader", "network": "@network_def", "inferer": "@inferer",
-            "postprocessing": "@postprocessing", "val_handlers": "@handlers",
+            "_target_": "SupervisedEvaluator",
+            "device": "@device",
+            "val_data_loader": "@dataloader",
+            "network": "@network_def",
+            "inferer": "@inferer",
+            "postprocessing": "@postprocessing",
+            "val_handlers": "@handlers",
         },
         "run": ["$@evaluator.run()"],
-    }  # fmt: skip
+    }
 
 
 def preprocessing(plan: Plan) -> list[Config]:
@@ -55,9 +64,7 @@ def preprocessing(plan: Plan) -> list[Config]:
         {"_target_": "EnsureChannelFirstd", "keys": _IMAGE},
     ]
     if not flat:
-        steps.append({
-            "_target_": "Orientationd", "keys": _IMAGE, "axcodes": "RAS", "labels": None
-        })  # fmt: skip
+        steps.append({"_target_": "Orientationd", "keys": _IMAGE, "axcodes": "RAS", "labels": None})
     steps += _window(plan)
     steps.append(_own("Channelsd", channels=prep.channels))
     grid = {"size": list(prep.size), "spacing": list(prep.spacing) if prep.spacing else None}
@@ -86,10 +93,13 @@ def _window(plan: Plan) -> list[Config]:
         low, high = prep.percentiles
         scale = {"_target_": "ScaleIntensityRangePercentilesd", "lower": low, "upper": high, **unit}
         return [_own("Finited"), scale]
-    return [_own(
-        "OwnRanged", bytes_are_mapped=plan.task.dimensions == 2,
-        stretch=prep.intensity != "zscore",
-    )]  # fmt: skip
+    return [
+        _own(
+            "OwnRanged",
+            bytes_are_mapped=plan.task.dimensions == 2,
+            stretch=prep.intensity != "zscore",
+        )
+    ]
 
 
 def _finish(plan: Plan) -> Config:
@@ -113,24 +123,36 @@ def _postprocessing(plan: Plan) -> list[Config]:
     return [
         likely,
         {
-            "_target_": "Invertd", "keys": "pred", "transform": "@preprocessing",
-            "orig_keys": _IMAGE, "nearest_interp": False, "to_tensor": True,
+            "_target_": "Invertd",
+            "keys": "pred",
+            "transform": "@preprocessing",
+            "orig_keys": _IMAGE,
+            "nearest_interp": False,
+            "to_tensor": True,
         },
         {"_target_": "AsDiscreted", "keys": "pred", "argmax": True},
         {
-            "_target_": "SaveImaged", "keys": "pred", "output_dir": "@output_dir",
-            "output_postfix": "mask", "output_dtype": "$__import__('numpy').uint8",
-            "separate_folder": False, "resample": False, "print_log": False,
+            "_target_": "SaveImaged",
+            "keys": "pred",
+            "output_dir": "@output_dir",
+            "output_postfix": "mask",
+            "output_dtype": "$__import__('numpy').uint8",
+            "separate_folder": False,
+            "resample": False,
+            "print_log": False,
         },
-    ]  # fmt: skip
+    ]
 
 
 def _handlers(plan: Plan) -> list[Config]:
     if plan.task.kind == "segmentation":
         return []
-    return [{
-        "_target_": "ClassificationSaver", "output_dir": "@output_dir",
-        "filename": "predictions.csv",
-        "batch_transform": "$lambda batch: [item['image'].meta for item in batch]",
-        "output_transform": "$lambda output: [item['pred'] for item in output]",
-    }]  # fmt: skip
+    return [
+        {
+            "_target_": "ClassificationSaver",
+            "output_dir": "@output_dir",
+            "filename": "predictions.csv",
+            "batch_transform": "$lambda batch: [item['image'].meta for item in batch]",
+            "output_transform": "$lambda output: [item['pred'] for item in output]",
+        }
+    ]

@@ -19,7 +19,8 @@ def _input(plan: Plan) -> tuple[str, ...]:
     sides = " × ".join(map(str, prep.size))
     axes = "rows, columns" if plan.task.dimensions == 2 else "right, front, up (RAS)"
     return (
-        "## Input", "",
+        "## Input",
+        "",
         f"- `image`: float32 `(N, {prep.channels}, {', '.join(map(str, prep.size))})`; "
         f"{sides} ({axes}), batches of any size.",
         f"- Window: {_window(plan)}.",
@@ -31,7 +32,7 @@ def _input(plan: Plan) -> tuple[str, ...]:
         "file. It does not turn over inverted greys (MONOCHROME1) and applies no display window "
         "that a DICOM file proposes; a hospital's client does. Convert such files first.",
         "",
-    )  # fmt: skip
+    )
 
 
 def _window(plan: Plan) -> str:
@@ -72,9 +73,12 @@ def _output(plan: Plan) -> tuple[str, ...]:
     meaning = "sigmoid of each" if plan.task.multi_label else "softmax over channels"
     listed = ", ".join(f"{place} = {name}" for place, name in enumerate(names))
     return (
-        "## Output", "", f"- `pred`: float32 `{shape}` logits; {meaning} gives probabilities.",
-        f"- Channels: {listed}.", "",
-    )  # fmt: skip
+        "## Output",
+        "",
+        f"- `pred`: float32 `{shape}` logits; {meaning} gives probabilities.",
+        f"- Channels: {listed}.",
+        "",
+    )
 
 
 def _files(plan: Plan) -> tuple[str, ...]:
@@ -84,10 +88,15 @@ def _files(plan: Plan) -> tuple[str, ...]:
         else "`output/predictions.csv`, a row for each image"
     )
     return (
-        "## Files", "",
+        "## Files",
+        "",
         "- `models/model.onnx`: for ONNX Runtime and others. `models/model.ts`: TorchScript. "
         "`models/model.pt`: the weights alone.",
         "- `configs/`, `scripts/`: the MONAI bundle. In its folder, with images in `images/`:",
-        "", "```", "python -m monai.bundle run --config_file configs/inference.json", "```", "",
+        "",
+        "```",
+        "python -m monai.bundle run --config_file configs/inference.json",
+        "```",
+        "",
         f"writes {made}. It needs monai, pytorch-ignite and fire, and no Fedward.",
-    )  # fmt: skip
+    )

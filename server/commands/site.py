@@ -26,9 +26,16 @@ MaxImages = Annotated[
 
 @site_app.command("add")
 def add(
-    name: Name, key: Key, max_patients: MaxPatients = None, max_images: MaxImages = None,
-    config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None, as_json: Json = False,
-) -> None:  # fmt: skip
+    name: Name,
+    key: Key,
+    max_patients: MaxPatients = None,
+    max_images: MaxImages = None,
+    config: Config = SERVER,
+    url: Url = "",
+    token: Token = "",
+    ca: Ca = None,
+    as_json: Json = False,
+) -> None:
     """Enrol a hospital by its public key, with the size that it told the coordinator."""
     body = {"name": name, "public_key": _read(key), **_limits(max_patients, max_images)}
     made = api(config, url, token, ca).call("POST", "/v1/sites", body)
@@ -37,9 +44,15 @@ def add(
 
 @site_app.command("limit")
 def limit(
-    name: Name, max_patients: MaxPatients = None, max_images: MaxImages = None,
-    config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None, as_json: Json = False,
-) -> None:  # fmt: skip
+    name: Name,
+    max_patients: MaxPatients = None,
+    max_images: MaxImages = None,
+    config: Config = SERVER,
+    url: Url = "",
+    token: Token = "",
+    ca: Ca = None,
+    as_json: Json = False,
+) -> None:
     """Set the most patients and images that a hospital may claim; what is not given stays."""
     body = _limits(max_patients, max_images)
     made = api(config, url, token, ca).call("POST", at("sites", name, "limit"), body)
@@ -48,9 +61,12 @@ def limit(
 
 @site_app.command("list")
 def list_sites(
-    config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None,
+    config: Config = SERVER,
+    url: Url = "",
+    token: Token = "",
+    ca: Ca = None,
     as_json: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Every enrolled hospital: online, last seen, version, datasets, studies."""
     found = api(config, url, token, ca).call("GET", "/v1/sites")
     if as_json:
@@ -60,18 +76,27 @@ def list_sites(
     table = Table(*heads.split(", "))
     for one in found:
         table.add_row(
-            one["name"], one["status"], one["last_seen"][:19], one["version"],
-            "\n".join(map(_dataset, one["datasets"])), _most(one),
-            ", ".join(one["studies"]), ", ".join(one["quarantined"]),
-        )  # fmt: skip
+            one["name"],
+            one["status"],
+            one["last_seen"][:19],
+            one["version"],
+            "\n".join(map(_dataset, one["datasets"])),
+            _most(one),
+            ", ".join(one["studies"]),
+            ", ".join(one["quarantined"]),
+        )
     Console().print(table)
 
 
 @site_app.command("remove")
 def remove(
-    name: Name, config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None,
+    name: Name,
+    config: Config = SERVER,
+    url: Url = "",
+    token: Token = "",
+    ca: Ca = None,
     as_json: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Cut a hospital off at once, also in the middle of a round."""
     made = api(config, url, token, ca).call("DELETE", at("sites", name))
     _told(made, f"{name} is cut off.", as_json=as_json)
@@ -79,9 +104,14 @@ def remove(
 
 @site_app.command("rotate")
 def rotate(
-    name: Name, key: Key, config: Config = SERVER, url: Url = "", token: Token = "",
-    ca: Ca = None, as_json: Json = False,
-) -> None:  # fmt: skip
+    name: Name,
+    key: Key,
+    config: Config = SERVER,
+    url: Url = "",
+    token: Token = "",
+    ca: Ca = None,
+    as_json: Json = False,
+) -> None:
     """Take another key for a hospital; the old one ends at once."""
     body = {"public_key": _read(key)}
     made = api(config, url, token, ca).call("POST", at("sites", name, "rotate"), body)
@@ -92,8 +122,12 @@ def rotate(
 def release(
     name: Name,
     study: Annotated[str, typer.Option(help="a study's id; none: all studies")] = "",
-    config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None, as_json: Json = False,
-) -> None:  # fmt: skip
+    config: Config = SERVER,
+    url: Url = "",
+    token: Token = "",
+    ca: Ca = None,
+    as_json: Json = False,
+) -> None:
     """End a hospital's quarantine, in one study or in all."""
     body = {"study": study or None}
     made = api(config, url, token, ca).call("POST", at("sites", name, "release"), body)
@@ -121,9 +155,11 @@ def _read(path: Path) -> str:
         return path.read_text("ascii")
     except (OSError, UnicodeDecodeError):
         raise ConfigError(
-            "a public key must be a readable PEM file", value=path.name,
-            fix="Use the site.pub that `fedward-client enrol` made", where="KEY",
-        ) from None  # fmt: skip
+            "a public key must be a readable PEM file",
+            value=path.name,
+            fix="Use the site.pub that `fedward-client enrol` made",
+            where="KEY",
+        ) from None
 
 
 def _told(made: dict[str, Any], text: str, *, as_json: bool) -> None:

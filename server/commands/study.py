@@ -31,14 +31,20 @@ def submit(
     quorum: Annotated[int | None, typer.Option(help="updates that make a round count")] = None,
     deadline: Annotated[float | None, typer.Option(help="seconds that a round waits")] = None,
     seed: Annotated[int, typer.Option(help="of the first model and the division")] = 0,
-    config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None,
+    config: Config = SERVER,
+    url: Url = "",
+    token: Token = "",
+    ca: Ca = None,
     as_json: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Submit a plan to sites; it begins at once."""
     body = {
-        "plan": _read(plan), "sites": [one.strip() for one in sites.split(",") if one.strip()],
-        "quorum": quorum, "deadline": deadline, "seed": seed,
-    }  # fmt: skip
+        "plan": _read(plan),
+        "sites": [one.strip() for one in sites.split(",") if one.strip()],
+        "quorum": quorum,
+        "deadline": deadline,
+        "seed": seed,
+    }
     made = api(config, url, token, ca).call("POST", "/v1/studies", body)
     if as_json:
         print_json(made)
@@ -48,9 +54,12 @@ def submit(
 
 @study_app.command("list")
 def list_studies(
-    config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None,
+    config: Config = SERVER,
+    url: Url = "",
+    token: Token = "",
+    ca: Ca = None,
     as_json: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Every study."""
     found = api(config, url, token, ca).call("GET", "/v1/studies")
     if as_json:
@@ -58,16 +67,21 @@ def list_studies(
         return
     table = Table("study", "state", "rounds", "sites", "reason")
     for one in found:
-        table.add_row(one["id"], one["state"], str(one["round"]), ", ".join(one["sites"]),
-                      one["reason"])  # fmt: skip
+        table.add_row(
+            one["id"], one["state"], str(one["round"]), ", ".join(one["sites"]), one["reason"]
+        )
     Console().print(table)
 
 
 @study_app.command("show")
 def show(
-    study: StudyId, config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None,
+    study: StudyId,
+    config: Config = SERVER,
+    url: Url = "",
+    token: Token = "",
+    ca: Ca = None,
     as_json: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Where a study stands, round by round."""
     found = api(config, url, token, ca).call("GET", at("studies", study))
     if as_json:
@@ -86,9 +100,13 @@ def show(
 
 @study_app.command("watch")
 def watch(
-    study: StudyId, config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None,
+    study: StudyId,
+    config: Config = SERVER,
+    url: Url = "",
+    token: Token = "",
+    ca: Ca = None,
     as_json: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Follow a study as it runs; ends with it."""
     client, state = api(config, url, token, ca), ""
     console = Console()
@@ -104,36 +122,53 @@ def watch(
 
 @study_app.command("pause")
 def pause(
-    study: StudyId, config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None,
+    study: StudyId,
+    config: Config = SERVER,
+    url: Url = "",
+    token: Token = "",
+    ca: Ca = None,
     as_json: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Let a study stand still after what runs now."""
     _wish(api(config, url, token, ca), study, "pause", as_json=as_json)
 
 
 @study_app.command("resume")
 def resume(
-    study: StudyId, config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None,
+    study: StudyId,
+    config: Config = SERVER,
+    url: Url = "",
+    token: Token = "",
+    ca: Ca = None,
     as_json: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Let a study go on."""
     _wish(api(config, url, token, ca), study, "resume", as_json=as_json)
 
 
 @study_app.command("stop")
 def stop(
-    study: StudyId, config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None,
+    study: StudyId,
+    config: Config = SERVER,
+    url: Url = "",
+    token: Token = "",
+    ca: Ca = None,
     as_json: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """End a study for good; what it reached is kept."""
     _wish(api(config, url, token, ca), study, "stop", as_json=as_json)
 
 
 @study_app.command("report")
 def report(
-    study: StudyId, out: Out = Path("report.html"), config: Config = SERVER, url: Url = "",
-    token: Token = "", ca: Ca = None, as_json: Json = False,
-) -> None:  # fmt: skip
+    study: StudyId,
+    out: Out = Path("report.html"),
+    config: Config = SERVER,
+    url: Url = "",
+    token: Token = "",
+    ca: Ca = None,
+    as_json: Json = False,
+) -> None:
     """Write the report, of what stands so far, as one HTML file."""
     _write(out, api(config, url, token, ca).fetch(at("studies", study, "report")))
     _said({"report": out.name}, f"Report: {out}", as_json=as_json)
@@ -141,9 +176,14 @@ def report(
 
 @study_app.command("model")
 def model(
-    study: StudyId, out: Out = Path("model.safetensors"), config: Config = SERVER, url: Url = "",
-    token: Token = "", ca: Ca = None, as_json: Json = False,
-) -> None:  # fmt: skip
+    study: StudyId,
+    out: Out = Path("model.safetensors"),
+    config: Config = SERVER,
+    url: Url = "",
+    token: Token = "",
+    ca: Ca = None,
+    as_json: Json = False,
+) -> None:
     """Write the finished model (safetensors) and, beside it, its card (Markdown)."""
     client = api(config, url, token, ca)
     _write(out, client.fetch(at("studies", study, "model")))
@@ -158,8 +198,12 @@ def export(
     out: Annotated[
         Path | None, typer.Option("--out", help="a new folder; none: STUDY-bundle")
     ] = None,
-    config: Config = SERVER, url: Url = "", token: Token = "", ca: Ca = None, as_json: Json = False,
-) -> None:  # fmt: skip
+    config: Config = SERVER,
+    url: Url = "",
+    token: Token = "",
+    ca: Ca = None,
+    as_json: Json = False,
+) -> None:
     """Write the finished model as a MONAI bundle with an ONNX file in it."""
     from fedward.models import load_model
     from server.artifacts.export import Delivered, export_bundle
@@ -176,8 +220,9 @@ def export(
     _said(
         {"export": target.name, "files": list(made.files), "difference": made.difference},
         f"MONAI bundle: {target}, ONNX file: {target / 'models' / 'model.onnx'}; outputs differ "
-        f"from the network's by at most {made.difference:.1e}.", as_json=as_json,
-    )  # fmt: skip
+        f"from the network's by at most {made.difference:.1e}.",
+        as_json=as_json,
+    )
 
 
 def _wish(client: ApiClient, study: str, wish: str, *, as_json: bool) -> None:
@@ -197,16 +242,18 @@ def _read(path: Path) -> dict[str, Any]:
         plan = tomllib.loads(path.read_text("utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise PlanError(
-            "a plan must be a readable TOML file", value=f"{path.name}: {type(error).__name__}",
+            "a plan must be a readable TOML file",
+            value=f"{path.name}: {type(error).__name__}",
             fix="See `fedward-simulate plan check`",
-        ) from None  # fmt: skip
+        ) from None
     try:
         json.dumps(plan, allow_nan=False)
     except (TypeError, ValueError):
         raise PlanError(
-            "a plan must hold no date, time, inf or nan", value=path.name,
+            "a plan must hold no date, time, inf or nan",
+            value=path.name,
             fix="Put it in quotes, or take it out",
-        ) from None  # fmt: skip
+        ) from None
     return plan
 
 
@@ -217,9 +264,11 @@ def _write(path: Path, content: bytes) -> None:
         part.replace(path)
     except OSError as error:
         raise OutputError(
-            "the file must be writable", value=error.strerror, fix="Choose another with --out",
+            "the file must be writable",
+            value=error.strerror,
+            fix="Choose another with --out",
             where="--out",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def _telling(event: dict[str, Any]) -> str:
@@ -254,6 +303,11 @@ def _round_cells(one: dict[str, Any]) -> tuple[str, ...]:
     )
     loss = "" if one["train_loss"] is None else f"loss {one['train_loss']:.3f}"
     return (
-        str(one["round"]), one["stage"], f"{one['seconds']:.1f} s", loss, figures,
-        ", ".join(sorted(one["sites"])), "; ".join(f["site"] for f in one["failures"]),
-    )  # fmt: skip
+        str(one["round"]),
+        one["stage"],
+        f"{one['seconds']:.1f} s",
+        loss,
+        figures,
+        ", ".join(sorted(one["sites"])),
+        "; ".join(f["site"] for f in one["failures"]),
+    )

@@ -87,9 +87,11 @@ class Link:
     def __init__(self, address: str, ca: bytes, secret: bytes) -> None:
         self.address, self.ca = address, ca
         self._client = ControlHttpClient.from_server_address(
-            address, False, ca,
+            address,
+            False,
+            ca,
             [RuntimeVersionHttpInterceptor(component_name="flwr"), _Secret(secret)],
-        )  # fmt: skip
+        )
 
     def register(self, public_key: bytes, name: str) -> int:
         """Enrol a hospital's key (PEM, NIST curve); gives its node id.
@@ -117,8 +119,9 @@ class Link:
         answer = self._call("ListNodes", ListNodesRequest())
         return [
             Node(one.node_id, one.status, _last_seen(one, answer.now), one.public_key)
-            for one in answer.nodes_info if one.status
-        ]  # fmt: skip
+            for one in answer.nodes_info
+            if one.status
+        ]
 
     def start_run(self) -> int:
         """Start a Flower run for a study; gives its id."""
@@ -151,9 +154,10 @@ class Link:
             ) from None
         except httpx.HTTPError as error:
             raise StudyError(
-                "the SuperLink must be reachable", value=type(error).__name__,
+                "the SuperLink must be reachable",
+                value=type(error).__name__,
                 fix="Start the service; see its log",
-            ) from None  # fmt: skip
+            ) from None
 
 
 class _Secret:

@@ -107,19 +107,27 @@ class Courier(RuntimeHttpClient):
         ]
 
     def _whole(
-        self, where: tuple[str, str], request: Proto, body: Callable[[], Iterator[bytes]],
-        headers: dict[str, str], read: Callable[[httpx.Response], list[bytes]],
-    ) -> list[bytes]:  # fmt: skip
+        self,
+        where: tuple[str, str],
+        request: Proto,
+        body: Callable[[], Iterator[bytes]],
+        headers: dict[str, str],
+        read: Callable[[httpx.Response], list[bytes]],
+    ) -> list[bytes]:
         path, method = where
 
         def send() -> list[bytes]:
             asked = self._client.build_request(
-                "POST", f"{self._base_url}{path}", content=body(),
+                "POST",
+                f"{self._base_url}{path}",
+                content=body(),
                 headers={
-                    "content-type": PROTOBUF_MEDIA_TYPE, "accept": PROTOBUF_MEDIA_TYPE,
-                    PARTS_HEADER: "1", **headers,
+                    "content-type": PROTOBUF_MEDIA_TYPE,
+                    "accept": PROTOBUF_MEDIA_TYPE,
+                    PARTS_HEADER: "1",
+                    **headers,
                 },
-            )  # fmt: skip
+            )
             context = ProtobufRequestContext(rpc_method=method, message=request, request=asked)
             response = self._send(context, stream=True)
             # Flower lets streams be silent for ever.
@@ -159,8 +167,14 @@ def _inflated(about: Any, tree: ObjectTree, contents: dict[str, bytes]) -> Messa
 
 def _error(about: Any, reason: str) -> Message:
     metadata = Metadata(
-        run_id=about.run_id, message_id="", src_node_id=SUPERLINK_NODE_ID,
-        dst_node_id=SUPERLINK_NODE_ID, message_type=SYSTEM_MESSAGE_TYPE, group_id="", ttl=0,
-        reply_to_message_id=about.reply_to_message_id, created_at=now().timestamp(),
-    )  # fmt: skip
+        run_id=about.run_id,
+        message_id="",
+        src_node_id=SUPERLINK_NODE_ID,
+        dst_node_id=SUPERLINK_NODE_ID,
+        message_type=SYSTEM_MESSAGE_TYPE,
+        group_id="",
+        ttl=0,
+        reply_to_message_id=about.reply_to_message_id,
+        created_at=now().timestamp(),
+    )
     return make_message(metadata=metadata, error=Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, reason))

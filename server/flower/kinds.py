@@ -51,11 +51,15 @@ PULLS: Final = {
 }
 PUSHES: Final = {
     "/v1/fleet/push-messages": Push(
-        PushMessagesRequest, PushMessagesResponse,
-        lambda asked: (m.metadata.reply_to_message_id for m in asked.messages_list), True,
+        PushMessagesRequest,
+        PushMessagesResponse,
+        lambda asked: (m.metadata.reply_to_message_id for m in asked.messages_list),
+        True,
     ),
     "/v1/runtime/push-messages": Push(
-        PushAppMessagesRequest, PushAppMessagesResponse,
-        lambda asked: (m.metadata.dst_node_id for m in asked.messages_list), False,
+        PushAppMessagesRequest,
+        PushAppMessagesResponse,
+        lambda asked: (m.metadata.dst_node_id for m in asked.messages_list),
+        False,
     ),
-}  # fmt: skip
+}

@@ -42,9 +42,13 @@ class PackedGrid(WaitingGrid):
         return self._grid.run
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str,
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
         ttl: float | None = None,
-    ) -> Message:  # fmt: skip
+    ) -> Message:
         """A message from this run."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 

@@ -33,8 +33,11 @@ from server.flower.shelf import Shelf
 
 # Of a question, or of a message without its parts: who asks is not known before that is read.
 _MOST_ASKED: Final = 1 << 20
-_START: Final = {"type": "http.response.start", "status": 200,
-                 "headers": [(b"content-type", PARTS_TYPE.encode())]}  # fmt: skip
+_START: Final = {
+    "type": "http.response.start",
+    "status": 200,
+    "headers": [(b"content-type", PARTS_TYPE.encode())],
+}
 _REFUSED: Final = Answer(409, [(b"content-type", b"application/json")], b"{}")
 # Whoever sends part by part may have completed a message with any of these.
 _PIECEMEAL: Final = ("/push-object", "/push-messages")

@@ -113,14 +113,16 @@ class RunSession:
 
     def _connect(self, interceptors: list[Any], retry: RetryInvoker | None = None) -> Courier:
         return Courier.from_server_address(
-            self._link.address, False, self._link.ca,
+            self._link.address,
+            False,
+            self._link.ca,
             [
                 RuntimeTracingInterceptor(),
                 RuntimeVersionHttpInterceptor(component_name="flwr-serverapp"),
                 *interceptors,
             ],
             retry_invoker=retry,
-        )  # fmt: skip
+        )
 
     def _beat(self) -> None:
         while not self._stopped.wait(_HEARTBEAT_SECONDS):

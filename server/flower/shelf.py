@@ -55,9 +55,13 @@ class Shelf:
             await run_in_threadpool(self._state().object_store.delete, message)
 
     async def keep(
-        self, run: int, session: str, missing: set[str], frames: AsyncIterator[bytes],
+        self,
+        run: int,
+        session: str,
+        missing: set[str],
+        frames: AsyncIterator[bytes],
         hospital: bool,
-    ) -> bool:  # fmt: skip
+    ) -> bool:
         """Store the objects that are missing, as they come; whether all of them came."""
         batch, size, fine = list[tuple[str, bytes]](), 0, True
         async for content in frames:

@@ -153,9 +153,10 @@ class Lifespan(SuperLinkLifespan):
 
     def __init__(self, config: Any, state_factory: LinkStateFactory) -> None:
         made = WholeMessages(
-            state_factory.database, state_factory.federation_manager,
+            state_factory.database,
+            state_factory.federation_manager,
             state_factory.objectstore_factory.store(),
-        )  # fmt: skip
+        )
         made.initialize()
         state_factory.state_instance = made
         super().__init__(config, state_factory)

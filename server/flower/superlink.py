@@ -104,9 +104,12 @@ def serve(settings: LinkSettings) -> None:
     parts = Parts(app, state)
     config = bounded_config(
         Guard(parts, settings.control_secret.read_bytes().strip(), state),
-        settings.certificate, settings.key, host=settings.host, port=settings.port,
+        settings.certificate,
+        settings.key,
+        host=settings.host,
+        port=settings.port,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-    )  # fmt: skip
+    )
     limits = ConnectionLimits(
         settings.unauthenticated_connections,
         settings.unauthenticated_connections_per_network,

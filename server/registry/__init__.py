@@ -74,7 +74,9 @@ def read_signing_key(path: Path) -> Ed25519PrivateKey:
         key = None
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigError(
-            "the coordinator's signing key must be an Ed25519 key in PEM", value=path.name,
-            fix="Restore it from a backup with keys", where="server.keys",
-        )  # fmt: skip
+            "the coordinator's signing key must be an Ed25519 key in PEM",
+            value=path.name,
+            fix="Restore it from a backup with keys",
+            where="server.keys",
+        )
     return key

@@ -46,10 +46,14 @@ class AuditStore:
         with self._engine.begin() as connection:
             connection.execute(
                 insert(audit).values(
-                    at=now(), actor=actor, role=role, address=address[:64], action=action[:200],
+                    at=now(),
+                    actor=actor,
+                    role=role,
+                    address=address[:64],
+                    action=action[:200],
                     status=status,
                 )
-            )  # fmt: skip
+            )
 
     def count_unknown(self, address: str) -> None:
         """Count a call without a valid token; :meth:`keep` writes how many there were."""
@@ -72,9 +76,12 @@ class AuditStore:
         where = next(iter(found)) if len(found) == 1 else f"{len(found)} networks"
         try:
             self.add(
-                actor="", role="", address=where, status=401,
+                actor="",
+                role="",
+                address=where,
+                status=401,
                 action=f"{found.total()} calls without a valid token",
-            )  # fmt: skip
+            )
         except SQLAlchemyError:
             with self._lock:
                 self._unknown += found

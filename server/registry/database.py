@@ -49,14 +49,17 @@ def open_database(url: str) -> Engine:
         engine.dispose()
         raise ServiceError(
             "the registry's database must be reachable, with room on its disk",
-            fix="Check database.url, the database's server and the disk", where="database.url",
-        ) from None  # fmt: skip
+            fix="Check database.url, the database's server and the disk",
+            where="database.url",
+        ) from None
     except SQLAlchemyError as error:
         engine.dispose()
         raise ConfigError(
-            "the registry's database must be whole", value=type(error).__name__,
-            fix="Check database.url, or restore a backup", where="database.url",
-        ) from None  # fmt: skip
+            "the registry's database must be whole",
+            value=type(error).__name__,
+            fix="Check database.url, or restore a backup",
+            where="database.url",
+        ) from None
     except ConfigError:
         engine.dispose()
         raise
@@ -69,9 +72,10 @@ def connect(url: str) -> Engine:
         engine = create_engine(url, pool_pre_ping=True)
     except (NoSuchModuleError, ModuleNotFoundError):
         raise ConfigError(
-            "the database's driver must be installed", fix="pip install 'fedward[postgres]'",
+            "the database's driver must be installed",
+            fix="pip install 'fedward[postgres]'",
             where="database.url",
-        ) from None  # fmt: skip
+        ) from None
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
@@ -130,10 +134,11 @@ def upgrade(connection: Connection, revision: str = "head") -> None:
     current = MigrationContext.configure(connection).get_current_revision()
     if current is not None and current not in revisions():
         raise ConfigError(
-            "the registry must not be newer than this release", value=f"schema {current}",
+            "the registry must not be newer than this release",
+            value=f"schema {current}",
             fix="Install the release that wrote it, or restore an older backup",
             where="database.url",
-        )  # fmt: skip
+        )
     config = _config()
     config.attributes["connection"] = connection
     command.upgrade(config, revision)

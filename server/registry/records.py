@@ -15,14 +15,16 @@ State = Literal["submitted", "running", "paused", "finished", "failed", "stopped
 Wanted = Literal["run", "pause", "stop"]
 FINAL: frozenset[State] = frozenset({"finished", "stopped"})
 ENDED: frozenset[State] = FINAL | {"failed"}
-NEXT: Mapping[State, frozenset[State]] = MappingProxyType({
-    "submitted": frozenset({"running", "paused", "finished", "failed", "stopped"}),
-    "running": frozenset({"submitted", "paused", "finished", "failed", "stopped"}),
-    "paused": frozenset({"submitted", "running", "finished", "failed", "stopped"}),
-    "failed": frozenset({"submitted", "stopped"}),
-    "finished": frozenset(),
-    "stopped": frozenset(),
-})  # fmt: skip
+NEXT: Mapping[State, frozenset[State]] = MappingProxyType(
+    {
+        "submitted": frozenset({"running", "paused", "finished", "failed", "stopped"}),
+        "running": frozenset({"submitted", "paused", "finished", "failed", "stopped"}),
+        "paused": frozenset({"submitted", "running", "finished", "failed", "stopped"}),
+        "failed": frozenset({"submitted", "stopped"}),
+        "finished": frozenset(),
+        "stopped": frozenset(),
+    }
+)
 """Where a study may go from each state."""
 
 

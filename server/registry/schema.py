@@ -20,7 +20,8 @@ from sqlalchemy import (
 metadata = MetaData()
 
 sites = Table(
-    "sites", metadata,
+    "sites",
+    metadata,
     Column("id", Integer, primary_key=True, autoincrement=True),
     Column("name", String(64), nullable=False),
     Column("public_key", Text, nullable=False),
@@ -34,15 +35,18 @@ sites = Table(
     Column("max_images", Integer),
     Column("added", String(32), nullable=False),
     Column("updated", String(32), nullable=False),
-)  # fmt: skip
+)
 Index(
-    "one_present_site_per_name", sites.c.name, unique=True,
+    "one_present_site_per_name",
+    sites.c.name,
+    unique=True,
     sqlite_where=text("state IN ('active', 'quarantined')"),
     postgresql_where=text("state IN ('active', 'quarantined')"),
-)  # fmt: skip
+)
 
 studies = Table(
-    "studies", metadata,
+    "studies",
+    metadata,
     Column("id", String(64), primary_key=True),
     Column("name", String(200), nullable=False),
     Column("plan", Text, nullable=False),
@@ -61,35 +65,39 @@ studies = Table(
     Column("request", String(64), unique=True),
     Column("created", String(32), nullable=False),
     Column("updated", String(32), nullable=False),
-)  # fmt: skip
+)
 
 rounds = Table(
-    "rounds", metadata,
+    "rounds",
+    metadata,
     Column("study", String(64), ForeignKey("studies.id"), primary_key=True),
     Column("round", Integer, primary_key=True, autoincrement=False),
     Column("result", Text, nullable=False),
     Column("saved", String(32), nullable=False),
-)  # fmt: skip
+)
 
 events = Table(
-    "events", metadata,
+    "events",
+    metadata,
     Column("study", String(64), ForeignKey("studies.id"), primary_key=True),
     Column("seq", Integer, primary_key=True, autoincrement=False),
     Column("at", String(32), nullable=False),
     Column("kind", String(32), nullable=False),
     Column("payload", Text, nullable=False),
-)  # fmt: skip
+)
 
 quarantines = Table(
-    "quarantines", metadata,
+    "quarantines",
+    metadata,
     Column("study", String(64), ForeignKey("studies.id"), primary_key=True),
     Column("site", String(64), primary_key=True),
     Column("reason", Text, nullable=False),
     Column("at", String(32), nullable=False),
-)  # fmt: skip
+)
 
 tokens = Table(
-    "tokens", metadata,
+    "tokens",
+    metadata,
     Column("id", String(16), primary_key=True),
     Column("name", String(64), nullable=False),
     Column("role", String(16), nullable=False),
@@ -97,14 +105,18 @@ tokens = Table(
     Column("hash", String(64), nullable=False),
     Column("created", String(32), nullable=False),
     Column("revoked", String(32), nullable=False, server_default=""),
-)  # fmt: skip
+)
 Index(
-    "one_valid_token_per_name", tokens.c.name, unique=True,
-    sqlite_where=text("revoked = ''"), postgresql_where=text("revoked = ''"),
-)  # fmt: skip
+    "one_valid_token_per_name",
+    tokens.c.name,
+    unique=True,
+    sqlite_where=text("revoked = ''"),
+    postgresql_where=text("revoked = ''"),
+)
 
 audit = Table(
-    "audit", metadata,
+    "audit",
+    metadata,
     Column("id", Integer, primary_key=True, autoincrement=True),
     Column("at", String(32), nullable=False),
     Column("actor", String(64), nullable=False),
@@ -112,7 +124,7 @@ audit = Table(
     Column("address", String(64), nullable=False, server_default=""),
     Column("action", String(200), nullable=False),
     Column("status", Integer, nullable=False),
-)  # fmt: skip
+)
 
 
 def now() -> str:

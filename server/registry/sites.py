@@ -150,8 +150,9 @@ def normal_key(text: str) -> tuple[str, str]:
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise ConfigError(
             "a site's key must be a public EC key, in PEM or OpenSSH form",
-            fix="Use the file that fedward-client enrol made at the hospital", where="public_key",
-        )  # fmt: skip
+            fix="Use the file that fedward-client enrol made at the hospital",
+            where="public_key",
+        )
     form = serialization.PublicFormat.SubjectPublicKeyInfo
     pem = key.public_bytes(serialization.Encoding.PEM, form).decode()
     der = key.public_bytes(serialization.Encoding.DER, form)
@@ -162,9 +163,11 @@ def _new_key(connection: Connection, public_key: str) -> tuple[str, str]:
     pem, mark = normal_key(public_key)
     if connection.execute(select(sites.c.id).where(sites.c.fingerprint == mark)).first():
         raise ConfigError(
-            "a key is enrolled once", value=f"fingerprint {mark[:16]}…", where="public_key",
+            "a key is enrolled once",
+            value=f"fingerprint {mark[:16]}…",
+            where="public_key",
             fix="Make a new key at the hospital with fedward-client enrol",
-        )  # fmt: skip
+        )
     return pem, mark
 
 
@@ -172,16 +175,23 @@ def _insert(connection: Connection, name: str, public_key: str, node_id: int | N
     pem, mark = _new_key(connection, public_key)
     at = now()
     values = {
-        "name": name, "public_key": pem, "fingerprint": mark, "state": "active",
-        "node_id": "" if node_id is None else str(node_id), "added": at, "updated": at,
-    }  # fmt: skip
+        "name": name,
+        "public_key": pem,
+        "fingerprint": mark,
+        "state": "active",
+        "node_id": "" if node_id is None else str(node_id),
+        "added": at,
+        "updated": at,
+    }
     try:
         connection.execute(insert(sites).values(values))
     except IntegrityError:
         raise ConfigError(
-            "a site's name is given once", value=name, where="name",
+            "a site's name is given once",
+            value=name,
+            where="name",
             fix="Choose another name, or use fedward-server site rotate",
-        ) from None  # fmt: skip
+        ) from None
     return _site(connection.execute(select(sites).where(_present(name))).one())
 
 

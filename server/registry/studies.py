@@ -79,20 +79,36 @@ class StudyStore:
             return _study(_locked(connection, values["id"]))
 
     def _values(
-        self, plan: Plan, sites: list[str], quorum: int | None, deadline: float | None,
-        seed: int, request: str | None,
-    ) -> dict[str, Any]:  # fmt: skip
+        self,
+        plan: Plan,
+        sites: list[str],
+        quorum: int | None,
+        deadline: float | None,
+        seed: int,
+        request: str | None,
+    ) -> dict[str, Any]:
         quorum = plan.participation.needed if quorum is None else quorum
         deadline = plan.participation.deadline if deadline is None else deadline
         _check(plan, sites, quorum, deadline)
         mark, identity, at = plan_hash(plan), _new_id(plan.study.name), now()
         return {
-            "id": identity, "name": plan.study.name, "plan": canonical(plan), "plan_sha256": mark,
-            "coordinator": self._coordinator, "signature": "",  # each order has its own
-            "sites": json.dumps(sites), "quorum": quorum, "deadline": deadline, "seed": seed,
-            "state": "submitted", "wanted": "run", "round": 0, "request": request,
-            "created": at, "updated": at,
-        }  # fmt: skip
+            "id": identity,
+            "name": plan.study.name,
+            "plan": canonical(plan),
+            "plan_sha256": mark,
+            "coordinator": self._coordinator,
+            "signature": "",  # each order has its own
+            "sites": json.dumps(sites),
+            "quorum": quorum,
+            "deadline": deadline,
+            "seed": seed,
+            "state": "submitted",
+            "wanted": "run",
+            "round": 0,
+            "request": request,
+            "created": at,
+            "updated": at,
+        }
 
     def find(self, study: str) -> Study | None:
         """A study by its id."""
@@ -134,14 +150,18 @@ class StudyStore:
             row = _locked(connection, study)
             if state != row.state and state not in NEXT[row.state]:
                 raise StudyError(
-                    f"a study that is {row.state} cannot become {state}", value=study,
-                    fix="See fedward-server study show", where="state",
-                )  # fmt: skip
+                    f"a study that is {row.state} cannot become {state}",
+                    value=study,
+                    fix="See fedward-server study show",
+                    where="state",
+                )
             if state == "running" and row.wanted != "run":
                 raise StudyError(
-                    f"an operator wants this study to {row.wanted}", value=study,
-                    fix="Resume it first", where="state",
-                )  # fmt: skip
+                    f"an operator wants this study to {row.wanted}",
+                    value=study,
+                    fix="Resume it first",
+                    where="state",
+                )
             return _set_state(connection, row, state, reason)
 
     def want(self, study: str, wanted: Wanted, by: str) -> Study:
@@ -156,9 +176,11 @@ class StudyStore:
             row = _locked(connection, study)
             if row.state in FINAL and not (wanted == row.wanted == "stop"):
                 raise StudyError(
-                    f"a study that is {row.state} stays so", value=study,
-                    fix="Submit the plan again", where="state",
-                )  # fmt: skip
+                    f"a study that is {row.state} stays so",
+                    value=study,
+                    fix="Submit the plan again",
+                    where="state",
+                )
             connection.execute(update(studies).where(studies.c.id == study).values(wanted=wanted))
             return _set_state(connection, row, *_wish(row, wanted, by))
 
@@ -266,25 +288,33 @@ def _check(plan: Plan, sites: list[str], quorum: int, deadline: float) -> None:
     least = plan.participation.sites
     if len(sites) < least:
         raise PlanError(
-            f"the study needs {least} sites", value=len(sites), fix="Name more sites",
+            f"the study needs {least} sites",
+            value=len(sites),
+            fix="Name more sites",
             where="participation.sites",
-        )  # fmt: skip
+        )
     if not 1 <= quorum <= len(sites):
         raise PlanError(
-            f"the quorum must be from 1 to the {len(sites)} sites", value=quorum,
-            fix="Change --quorum or participation.quorum", where="participation.quorum",
-        )  # fmt: skip
+            f"the quorum must be from 1 to the {len(sites)} sites",
+            value=quorum,
+            fix="Change --quorum or participation.quorum",
+            where="participation.quorum",
+        )
     need = updates_needed(plan.strategy.name, int(plan.strategy.settings.get("malicious", 0)))
     if quorum < need:
         raise PlanError(
-            f"{plan.strategy.name} needs {need} updates", value=quorum, fix="Change --quorum",
+            f"{plan.strategy.name} needs {need} updates",
+            value=quorum,
+            fix="Change --quorum",
             where="participation.quorum",
-        )  # fmt: skip
+        )
     if not 0 < deadline < float("inf"):
         raise PlanError(
-            "the deadline must be a number of seconds above 0", value=deadline,
-            fix="Change --deadline", where="participation.deadline",
-        )  # fmt: skip
+            "the deadline must be a number of seconds above 0",
+            value=deadline,
+            fix="Change --deadline",
+            where="participation.deadline",
+        )
 
 
 def _new_id(name: str) -> str:

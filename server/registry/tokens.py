@@ -69,17 +69,24 @@ class TokenStore:
             secrets.token_hex(16),
         )
         values = {
-            "id": identity, "name": name, "role": role, "salt": salt,
-            "hash": _hash(salt, secret), "created": now(), "revoked": "",
-        }  # fmt: skip
+            "id": identity,
+            "name": name,
+            "role": role,
+            "salt": salt,
+            "hash": _hash(salt, secret),
+            "created": now(),
+            "revoked": "",
+        }
         try:
             with self._engine.begin() as connection:
                 connection.execute(insert(tokens).values(values))
         except IntegrityError:
             raise AccessError(
-                "a valid token's name is given once", value=name,
-                fix="Revoke that one first, or choose another name", where="name",
-            ) from None  # fmt: skip
+                "a valid token's name is given once",
+                value=name,
+                fix="Revoke that one first, or choose another name",
+                where="name",
+            ) from None
         text = f"fw_{identity}_{base64.urlsafe_b64encode(secret).decode().rstrip('=')}"
         return NewToken(Token.model_validate(values), text)
 
@@ -116,9 +123,11 @@ class TokenStore:
             row = connection.execute(select(tokens).where(valid)).one_or_none()
             if row is None:
                 raise AccessError(
-                    "the token must exist", value=name, fix="See fedward-server token list",
+                    "the token must exist",
+                    value=name,
+                    fix="See fedward-server token list",
                     where="name",
-                )  # fmt: skip
+                )
             ended = now()
             connection.execute(update(tokens).where(valid).values(revoked=ended))
         return Token.model_validate({**row._mapping, "revoked": ended})

@@ -30,9 +30,11 @@ def copy_registry(source: str, target: str) -> None:
             _copy(old, new)
         except SQLAlchemyError as error:
             raise ServiceError(
-                "a registry must be copied whole, or not at all", value=type(error).__name__,
-                fix="Check the database's server and the disks", where="database.url",
-            ) from None  # fmt: skip
+                "a registry must be copied whole, or not at all",
+                value=type(error).__name__,
+                fix="Check the database's server and the disks",
+                where="database.url",
+            ) from None
         finally:
             new.dispose()
     finally:

@@ -56,9 +56,14 @@ def precision_recall(arm: Arm, name: str) -> str | None:
 
 
 def _square(
-    arm: Arm, name: str, what: str, points: Callable[[list[tuple[float, float, float]]], Points],
-    labels: tuple[str, str], *, diagonal: bool,
-) -> str | None:  # fmt: skip
+    arm: Arm,
+    name: str,
+    what: str,
+    points: Callable[[list[tuple[float, float, float]]], Points],
+    labels: tuple[str, str],
+    *,
+    diagonal: bool,
+) -> str | None:
     lines = list(_lines(arm, points))
     if not lines:
         return None
@@ -68,8 +73,13 @@ def _square(
             axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
         for label, line, variable, width in lines:
             # Between two points of a precision-recall curve nothing is reached by a straight line.
-            axes.plot(*zip(*line, strict=True), color=VARIABLES[variable], linewidth=width,
-                      label=label, drawstyle="default" if diagonal else "steps-pre")  # fmt: skip
+            axes.plot(
+                *zip(*line, strict=True),
+                color=VARIABLES[variable],
+                linewidth=width,
+                label=label,
+                drawstyle="default" if diagonal else "steps-pre",
+            )
         _unit_axes(axes, what, labels)
         if len(lines) > 1:
             axes.legend(fontsize=7.5, frameon=False, labelcolor=INK)
@@ -117,8 +127,9 @@ def calibration(arm: Arm, name: str) -> str | None:
         colour = VARIABLES["--federated"]
         axes.plot([a for a, *_ in bins], [b for _, b, _ in bins], color=colour, linewidth=1.0)
         for confidence, right, n in bins:
-            axes.plot([confidence], [right], "o", color=colour,
-                      markersize=3 + 7 * math.sqrt(n / most))  # fmt: skip
+            axes.plot(
+                [confidence], [right], "o", color=colour, markersize=3 + 7 * math.sqrt(n / most)
+            )
         _unit_axes(axes, "Calibration", ("confidence", "share of right answers"))
 
     told = "; ".join(f"{a:.2f} {b:.2f}" for a, b, _ in answers.calibration)
@@ -150,8 +161,9 @@ def curve_words(arm: Arm, metric: str) -> str:
 
 def whose_curves(arm: Arm) -> str:
     """Of how many hospitals the curves together are."""
-    return counted(len(contributing(arm, "auc")) or len(arm.test.per_site if arm.test else ()),
-                   "hospital")  # fmt: skip
+    return counted(
+        len(contributing(arm, "auc")) or len(arm.test.per_site if arm.test else ()), "hospital"
+    )
 
 
 def operating_table(arm: Arm) -> Table | None:
@@ -178,8 +190,10 @@ def _operating_cells(point: OperatingPoint) -> list[Cell]:
 
 
 def _share(value: float | None, limits: tuple[float, float] | None) -> Cell:
-    return Cell(NOTHING if value is None else figure(value),
-                interval=interval(limits) if limits and value is not None else "")  # fmt: skip
+    return Cell(
+        NOTHING if value is None else figure(value),
+        interval=interval(limits) if limits and value is not None else "",
+    )
 
 
 def confusion_tables(arm: Arm, classes: Sequence[str]) -> list[Table]:

@@ -74,18 +74,30 @@ def _group(axes: Axes, place: int, arms: Sequence[Arm], metric: str, colour: str
     if homes:
         axes.plot([min(homes), max(homes)], [place] * 2, color=LINE, linewidth=5, zorder=1)
         axes.plot(
-            homes, [place] * len(homes), "o", markersize=5.5, markerfacecolor=PAPER,
-            markeredgecolor=colour, markeredgewidth=1.2, zorder=3,
-        )  # fmt: skip
+            homes,
+            [place] * len(homes),
+            "o",
+            markersize=5.5,
+            markerfacecolor=PAPER,
+            markeredgecolor=colour,
+            markeredgewidth=1.2,
+            zorder=3,
+        )
     if whole is not None:
         axes.plot(
             [whole.value], [place], "D", markersize=8, color=colour, markeredgecolor=PAPER, zorder=4
         )
         axes.annotate(
-            figure(whole.value, metric), (whole.value, place), xytext=(0, 7.5),
-            textcoords="offset points", ha="center", va="bottom", fontsize=8.5, fontweight="bold",
+            figure(whole.value, metric),
+            (whole.value, place),
+            xytext=(0, 7.5),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=8.5,
+            fontweight="bold",
             color=INK,
-        )  # fmt: skip
+        )
 
 
 def privacy_curve(results: StudyResults, name: str) -> str | None:
@@ -93,10 +105,13 @@ def privacy_curve(results: StudyResults, name: str) -> str | None:
     metric = results.primary
     federated = [arm for arm in of_kind(results, "federated") if together(arm, metric) is not None]
     points = sorted(
-        ((arm.epsilon, one) for arm in federated
-         if arm.epsilon is not None and (one := together_estimate(arm, metric))),
+        (
+            (arm.epsilon, one)
+            for arm in federated
+            if arm.epsilon is not None and (one := together_estimate(arm, metric))
+        ),
         key=lambda point: point[0],
-    )  # fmt: skip
+    )
     if len({x for x, _ in points}) < 2:
         return None
     levels = [
@@ -118,15 +133,26 @@ def privacy_curve(results: StudyResults, name: str) -> str | None:
         for _, value, variable, dash in levels:
             axes.axhline(value, color=VARIABLES[variable], linestyle=dash, linewidth=1.5)
         colour = VARIABLES["--private-1"]
-        axes.plot([x for x, _ in points], [one.value for _, one in points], "-o", color=colour,
-                  markersize=6)  # fmt: skip
+        axes.plot(
+            [x for x, _ in points],
+            [one.value for _, one in points],
+            "-o",
+            color=colour,
+            markersize=6,
+        )
         for x, one in points:
             if one.interval:
                 axes.plot([x, x], one.interval, color=colour, linewidth=1.2)
             axes.annotate(
-                figure(one.value, metric), (x, one.value), xytext=(6, -7),
-                textcoords="offset points", ha="left", va="top", fontsize=8.5, color=INK,
-            )  # fmt: skip
+                figure(one.value, metric),
+                (x, one.value),
+                xytext=(6, -7),
+                textcoords="offset points",
+                ha="left",
+                va="top",
+                fontsize=8.5,
+                color=INK,
+            )
         _epsilon_axis(axes, [x for x, _ in points])
         axes.margins(x=0.12, y=0.18)
         axes.grid(axis="y")

@@ -69,10 +69,15 @@ def _curves(
 
 def _line(axes: Axes, curve: list[tuple[int, float]], look: Look) -> None:
     axes.plot(
-        *zip(*curve, strict=True), color=look.colour, linestyle=look.dash,
-        linewidth=1.0 if look.thin else 1.7, marker=look.marker or ("o" if len(curve) == 1 else ""),
-        markersize=4.0, markevery=max(1, len(curve) // 12), zorder=2 if look.thin else 3,
-    )  # fmt: skip
+        *zip(*curve, strict=True),
+        color=look.colour,
+        linestyle=look.dash,
+        linewidth=1.0 if look.thin else 1.7,
+        marker=look.marker or ("o" if len(curve) == 1 else ""),
+        markersize=4.0,
+        markevery=max(1, len(curve) // 12),
+        zorder=2 if look.thin else 3,
+    )
 
 
 def _stages(axes: Axes, results: StudyResults) -> None:
@@ -82,6 +87,11 @@ def _stages(axes: Axes, results: StudyResults) -> None:
         if before.stage != after.stage:
             axes.axvline(after.round - 0.5, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
             axes.annotate(
-                after.stage, (after.round - 0.5, 0.0), xycoords=("data", "axes fraction"),
-                xytext=(3, 3), textcoords="offset points", fontsize=8, color=MUTED,
-            )  # fmt: skip
+                after.stage,
+                (after.round - 0.5, 0.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(3, 3),
+                textcoords="offset points",
+                fontsize=8,
+                color=MUTED,
+            )

@@ -141,8 +141,11 @@ def patient_by_patient(
     names, metric = {arm.name for arm in others}, results.primary
     for known in results.paired:
         if pair and (known.one, set(known.others), known.own, known.metric) == (
-            one.name, names, own, metric,
-        ):  # fmt: skip
+            one.name,
+            names,
+            own,
+            metric,
+        ):
             low, high = known.interval
             low, high = (-high, -low) if metric in LOWER_IS_BETTER else (low, high)
             return replace(pair, interval=(low, high), paired=True)

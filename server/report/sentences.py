@@ -64,11 +64,14 @@ def _together(results: StudyResults, lead: Arm) -> Iterator[str]:
     value, whose = together_estimate(lead, metric), whom(results, lead, metric)
     alone, below = (
         patient_by_patient(
-            results, compare(value, together_mean_estimate(arms, metric), metric), lead, arms,
+            results,
+            compare(value, together_mean_estimate(arms, metric), metric),
+            lead,
+            arms,
             own=False,
         )
         for arms in (of_kind(results, "alone"), _alike(of_kind(results, "pooled"), lead))
-    )  # fmt: skip
+    )
     if alone is not None:
         yield _bought(alone, name, metric, whose, _with(lead))
     else:

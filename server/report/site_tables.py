@@ -139,9 +139,14 @@ def cost_table(results: StudyResults) -> Table | None:
     arms = [arm for arm in ordered(results.arms) if arm.rounds]
     rows = [Row(arm.name, _cost_cells(arm)) for arm in arms]
     columns = [
-        "rounds", "time per round", "slowest round", "sent per round", "received per round",
-        "traffic in all", "time in all",
-    ]  # fmt: skip
+        "rounds",
+        "time per round",
+        "slowest round",
+        "sent per round",
+        "received per round",
+        "traffic in all",
+        "time in all",
+    ]
     return Table("Time and traffic", "trained", columns, rows) if rows else None
 
 
@@ -165,9 +170,15 @@ def rounds_table(results: StudyResults, arm: Arm) -> Table:
     """The rounds of an arm; of very many the measured ones and some between."""
     stages = Counter(round_.stage for round_ in arm.rounds)
     columns = [
-        *(["stage"] if len(stages) > 1 else []), "time", "sent", "received", "training loss",
-        f"{metric_name(results.primary)}, validation", "updates", "failed sites",
-    ]  # fmt: skip
+        *(["stage"] if len(stages) > 1 else []),
+        "time",
+        "sent",
+        "received",
+        "training loss",
+        f"{metric_name(results.primary)}, validation",
+        "updates",
+        "failed sites",
+    ]
     shown = _some(arm.rounds)
     rows = [Row(str(r.round), _round_cells(r, results.primary, len(stages) > 1)) for r in shown]
     words = {len(columns) - 1, *([0] if len(stages) > 1 else [])}

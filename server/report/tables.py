@@ -91,14 +91,16 @@ def primary_table(results: StudyResults) -> Table | None:
             arm.name,
             [
                 _cell(
-                    column[at], metric, best=top == at,
+                    column[at],
+                    metric,
+                    best=top == at,
                     home=place < len(sites) and arm.kind == "alone" and arm.site == sites[place],
                 )
                 for place, (column, top) in enumerate(zip(values, tops, strict=True))
             ],
         )
         for at, arm in enumerate(arms)
-    ]  # fmt: skip
+    ]
     alone = [arm for arm in arms if arm.kind == "alone"]
     if len(alone) > 1:
         rows.insert(len(alone), _alone_row(alone, sites, metric))
@@ -163,8 +165,12 @@ def metrics_table(results: StudyResults) -> Table | None:
     heads = [metric_name(name) for name in values]
     if not whole:
         caption = "Every metric on the test patients of the hospitals that gave it"
-        heads = [f"{metric_name(n)} ({head.removeprefix('together, ')})" if head != "all together"
-                 else metric_name(n) for n, head in parts.items()]  # fmt: skip
+        heads = [
+            f"{metric_name(n)} ({head.removeprefix('together, ')})"
+            if head != "all together"
+            else metric_name(n)
+            for n, head in parts.items()
+        ]
     if any(arm.test and arm.test.standard_errors for arm in arms):
         caption += "; ± is the standard error of the noise in private counts"
     return Table(caption, "trained", heads, rows)

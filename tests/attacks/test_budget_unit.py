@@ -86,9 +86,14 @@ class Officer:
 def private(make_plan: Make, epsilon: float, delta: float) -> Plan:
     plan: Plan = make_plan(
         training={"rounds": 4, "local_epochs": None, "local_steps": 10},
-        privacy={"mechanism": "dp-sgd", "epsilon": epsilon, "delta": delta, "clipping_norm": 1.0,
-                 "sampling_rate": 0.2},
-    )  # fmt: skip
+        privacy={
+            "mechanism": "dp-sgd",
+            "epsilon": epsilon,
+            "delta": delta,
+            "clipping_norm": 1.0,
+            "sampling_rate": 0.2,
+        },
+    )
     return plan
 
 
@@ -233,9 +238,10 @@ class Slow(LocalGrid):
 
 def test_an_update_that_came_too_late_is_on_the_card(make_plan: Make, make_site: Make) -> None:
     plan = make_plan(
-        training={"rounds": 4, "batch_size": 6}, participation={"quorum": 1, "retries": 0},
+        training={"rounds": 4, "batch_size": 6},
+        participation={"quorum": 1, "retries": 0},
         privacy={"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-3, "clipping_norm": 1.0},
-    )  # fmt: skip
+    )
     sites = [make_site(f"site-{number}", seed=number) for number in (1, 2)]
     Meter.charged.clear()
     job = Job(plan, to_arrays(build_model(plan, 0)), Arm(name="t", kind="federated"), deadline=1.0)
@@ -247,8 +253,11 @@ def test_an_update_that_came_too_late_is_on_the_card(make_plan: Make, make_site:
         pool.close()
     assert job.complete
     assert [list(one.sites) for one in job.arm.rounds] == [
-        ["site-1", "site-2"], ["site-1"], ["site-1", "site-2"], ["site-1"]
-    ]  # fmt: skip
+        ["site-1", "site-2"],
+        ["site-1"],
+        ["site-1", "site-2"],
+        ["site-1"],
+    ]
     for site, steps in Meter.charged.items():
         spent = job.arm.privacy[site]
         assert spent.steps >= steps, f"{site}: the card has {spent.steps} steps of {steps}"
@@ -268,10 +277,15 @@ def test_a_real_hospitals_late_update_is_on_the_card(
         hospital.node, coordinator.order(plan, 0, study, task="describe"), "query"
     )
     job = Job(
-        plan, to_arrays(build_model(plan, 0)), Arm(name="t", kind="federated"), deadline=600.0,
-        quorum=1, members={hospital.node: hospital.daemon.name},
-        study=study, sign=lambda order: sign_order(coordinator.key, order),
-    )  # fmt: skip
+        plan,
+        to_arrays(build_model(plan, 0)),
+        Arm(name="t", kind="federated"),
+        deadline=600.0,
+        quorum=1,
+        members={hospital.node: hospital.daemon.name},
+        study=study,
+        sign=lambda order: sign_order(coordinator.key, order),
+    )
     ended: list[FedwardError] = []
 
     def run() -> None:

@@ -29,23 +29,34 @@ MODES: tuple[Mode, ...] = ("hooks", "functorch", "bookkeeping")
 SMALL: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("resnet18", "resnet34", "resnet50"), (4, 4, 8, 8)),
     **dict.fromkeys(("unet", "attention-unet"), (4, 8, 8)),
-    "basicunet": (4, 4, 8, 8, 8, 4), "segresnet": (4, 8, 16), "cnn": (4, 8),
-}  # fmt: skip
+    "basicunet": (4, 4, 8, 8, 8, 4),
+    "segresnet": (4, 8, 16),
+    "cnn": (4, 8),
+}
 ROOM, BOUND = 4, 1.0 + 1e-4
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
 
 
 def _summed(
-    module: nn.Module, images: Tensor, mode: Mode, each: int, clipping_norm: float = 1.0,
+    module: nn.Module,
+    images: Tensor,
+    mode: Mode,
+    each: int,
+    clipping_norm: float = 1.0,
     chunks: int = 1,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The sum that noise is added to, float64; a patient whose images are NaN is not there."""
     module = module if mode == "functorch" else sampled(module)
     trained = [p for p in module.parameters() if p.requires_grad]
     step = PrivateStep(
-        module, torch.optim.SGD(trained, lr=1.0), Mechanism(0.0, 1.0, 1), clipping_norm, 1, mode,
+        module,
+        torch.optim.SGD(trained, lr=1.0),
+        Mechanism(0.0, 1.0, 1),
+        clipping_norm,
+        1,
+        mode,
         None,
-    )  # fmt: skip
+    )
     absent = torch.isnan(images).flatten(1).all(1)
     filled = images.masked_fill(absent.view(-1, *[1] * (images.ndim - 1)), 0.0)
     for number in range(chunks):
@@ -137,16 +148,23 @@ def _built(name: ModelName) -> nn.Module:
         {
             "version": 1,
             "study": {"name": "bound"},
-            "task": {"kind": "segmentation" if segmentation else "classification",
-                     "dimensions": 2, "classes": ["one", "two"]},
+            "task": {
+                "kind": "segmentation" if segmentation else "classification",
+                "dimensions": 2,
+                "classes": ["one", "two"],
+            },
             "preprocessing": {"size": [_side(name)] * 2, "channels": 3 if lite else 1},
             "model": model,
-            "training": {"rounds": 1, "learning_rate": 0.1, "local_steps": 1,
-                         "loss": "dice_ce" if segmentation else "cross_entropy"},
+            "training": {
+                "rounds": 1,
+                "learning_rate": 0.1,
+                "local_steps": 1,
+                "loss": "dice_ce" if segmentation else "cross_entropy",
+            },
             "privacy": {"mechanism": "none"},
             "metrics": {"report": ["loss"], "primary": "loss"},
         }
-    )  # fmt: skip
+    )
     return build_model(plan, 0).eval()
 
 
@@ -184,9 +202,16 @@ def _hostile(name: ModelName, pattern: str, power: float, seed: int) -> nn.Modul
     seed=st.integers(0, 2**20),
 )
 def test_one_patient_moves_the_sum_by_c_at_most(
-    name: ModelName, mode: Mode, pattern: str, power: float, bright: float, each: int, chunks: int,
-    ghost: bool, seed: int,
-) -> None:  # fmt: skip
+    name: ModelName,
+    mode: Mode,
+    pattern: str,
+    power: float,
+    bright: float,
+    each: int,
+    chunks: int,
+    ghost: bool,
+    seed: int,
+) -> None:
     size, rng = _side(name), torch.Generator().manual_seed(seed)
     images = torch.randn(ROOM * each, 1, size, size, generator=rng)
     images[:each] *= bright

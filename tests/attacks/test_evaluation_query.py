@@ -72,9 +72,13 @@ def two_rounds(make_plan: Make) -> Plan:
 
 @pytest.mark.parametrize("counts", ["private", "exact"])
 def test_a_coordinator_with_the_key_gets_the_plans_evaluations_and_no_other(
-    coordinator: Any, make_hospital: Make, until: Make, two_rounds: Plan, refusal_of: Make,
+    coordinator: Any,
+    make_hospital: Make,
+    until: Make,
+    two_rounds: Plan,
+    refusal_of: Make,
     counts: str,
-) -> None:  # fmt: skip
+) -> None:
     number = 1 if counts == "private" else 2
     site = make_hospital(number)
     if counts == "private":
@@ -103,8 +107,9 @@ def test_a_coordinator_with_the_key_gets_the_plans_evaluations_and_no_other(
         for part in ("validation", "test")
     )
     assert given == 2  # round 2, and the test; round 1 was answered for another model
-    order = coordinator.signed(two_rounds, 1, "query", threshold_model(two_rounds, 1.0),
-                               task="evaluate")  # fmt: skip
+    order = coordinator.signed(
+        two_rounds, 1, "query", threshold_model(two_rounds, 1.0), task="evaluate"
+    )
     order.config_records["config"]["part"] = "train"
     assert refusal_of(coordinator.ask(site.node, order, "evaluate"))[0] == "protocol"
     row = site.told("evaluation")
@@ -124,9 +129,12 @@ def key() -> Ed25519PrivateKey:
 
 @pytest.fixture(scope="module")
 def connector(
-    coordinator: Any, make_daemon: Make, key: Ed25519PrivateKey, environment: dict[str, str],
+    coordinator: Any,
+    make_daemon: Make,
+    key: Ed25519PrivateKey,
+    environment: dict[str, str],
     until: Make,
-) -> Iterator[Caller]:  # fmt: skip
+) -> Iterator[Caller]:
     """What a taken-over connector has: the trainer's socket, and nothing of the coordinator's."""
     mark = fingerprint(public_bytes(key))
     daemon = make_daemon(3, "127.0.0.1:1", coordinator.superlink.ca, mark)
@@ -154,9 +162,14 @@ def test_a_connector_with_a_captured_order_can_ask_nothing_new(
 ) -> None:
     def signed(task: str, round_: int, arrays: dict[str, np.ndarray], **more: Any) -> Packet:
         order = RoundOrder(
-            plan=canonical(two_rounds), plan_hash=plan_hash(two_rounds), round=round_, task=task,
-            study="captured", arrays=digest(arrays) if arrays else "", **more,
-        )  # fmt: skip
+            plan=canonical(two_rounds),
+            plan_hash=plan_hash(two_rounds),
+            round=round_,
+            task=task,
+            study="captured",
+            arrays=digest(arrays) if arrays else "",
+            **more,
+        )
         return Packet("order", dict(sign_order(key, order).to_flat()), arrays)
 
     model = threshold_model(two_rounds, 1.0)
@@ -205,9 +218,12 @@ def test_what_a_plan_does_not_say_changes_nothing(
     """A proximal weight beside a signed FedAvg plan: there is no place left to put it."""
     model = to_arrays(build_model(two_rounds, 0))
     order = RoundOrder(
-        plan=canonical(two_rounds), plan_hash=plan_hash(two_rounds), round=1, study="prox",
+        plan=canonical(two_rounds),
+        plan_hash=plan_hash(two_rounds),
+        round=1,
+        study="prox",
         arrays=digest(model),
-    )  # fmt: skip
+    )
     record = dict(sign_order(key, order).to_flat())
     plain = connector.ask("train", Packet("order", record, model))
     assert plain.kind == "update"

@@ -73,11 +73,22 @@ def unchecked(plan: Plan, patterns: tuple[str, ...]) -> Plan:
 @pytest.mark.parametrize(
     "text",
     [
-        TEXT, "a " * 99 + "a", "a" * 200, "a, " * 66, "a (" * 66, "1" * 200, "clear " * 33,
-        " " * 200, "(" * 200, ")" * 200, "a a a " * 33 + "!",
-        "a " * 100_000 + "!", "-" * 200, "1e+00" * 40,
+        TEXT,
+        "a " * 99 + "a",
+        "a" * 200,
+        "a, " * 66,
+        "a (" * 66,
+        "1" * 200,
+        "clear " * 33,
+        " " * 200,
+        "(" * 200,
+        ")" * 200,
+        "a a a " * 33 + "!",
+        "a " * 100_000 + "!",
+        "-" * 200,
+        "1e+00" * 40,
     ],
-)  # fmt: skip
+)
 def test_words_of_a_plan_cost_no_more_than_other_text(make_plan: Make, text: str) -> None:
     """Was exponential: 33 characters took a second, each 4 more twice as long."""
     plan = make_plan(task={"classes": [*WORDS, *(f"a{n}" for n in range(200))]})
@@ -107,11 +118,17 @@ def test_patterns_of_a_stage_are_matched_in_linear_time(make_plan: Make) -> None
 
 @pytest.mark.parametrize(
     "text",
-    ["[" * 900_000, '{"a":' * 150_000, "9" * 900_000, '{"split":{"seed":' + "9" * 4000 + "}}",
-     '{"strategy":{"name":"fedavgm","settings":{"server_momentum":' + "9" * 400 + "}}}",
-     '{"version":1e999}', '{"task":{"classes":[' + '"x",' * 200_000 + '"x"]}}',
-     "{" + ",".join(f'"k{n}":1' for n in range(80_000)) + "}"],
-)  # fmt: skip
+    [
+        "[" * 900_000,
+        '{"a":' * 150_000,
+        "9" * 900_000,
+        '{"split":{"seed":' + "9" * 4000 + "}}",
+        '{"strategy":{"name":"fedavgm","settings":{"server_momentum":' + "9" * 400 + "}}}",
+        '{"version":1e999}',
+        '{"task":{"classes":[' + '"x",' * 200_000 + '"x"]}}',
+        "{" + ",".join(f'"k{n}":1' for n in range(80_000)) + "}",
+    ],
+)
 def test_a_plan_of_any_text_is_refused_soon(text: str) -> None:
     began = time.process_time()
     with pytest.raises(PlanError):
@@ -133,8 +150,9 @@ def test_a_plan_whose_words_froze_the_trainer_is_refused(
     word = "*a" * 40 + "[" * 40
     named = coordinator.order(make_plan(**staged(word)), 1, "freezing")
     assert refusal_of(coordinator.ask(hospital.node, named)) == (
-        "protocol", "every pattern must match a parameter of the model",
-    )  # fmt: skip
+        "protocol",
+        "every pattern must match a parameter of the model",
+    )
     assert hospital.daemon.call("status")["trainer"]["doing"] == "idle"
     assert hospital.daemon.children() == before
     assert "outcome" in coordinator.ask(hospital.node, coordinator.order(plan, 1, "other"))
@@ -142,9 +160,14 @@ def test_a_plan_whose_words_froze_the_trainer_is_refused(
 
 @pytest.mark.integration
 def test_an_order_that_hangs_within_native_code_stops_no_command(
-    coordinator: Any, make_hospital: Make, make_plan: Make, refusal_of: Make, plan: Plan,
-    until: Make, tmp_path: Path,
-) -> None:  # fmt: skip
+    coordinator: Any,
+    make_hospital: Make,
+    make_plan: Make,
+    refusal_of: Make,
+    plan: Plan,
+    until: Make,
+    tmp_path: Path,
+) -> None:
     """The watchdog ends the trainer, and the study that asks again is refused."""
     site = make_hospital(2, trainer="watchdog_seconds = 3.0")
     (tmp_path / "sitecustomize.py").write_text(HANGS)
@@ -192,8 +215,9 @@ def test_the_officer_is_answered_while_the_trainer_answers_nothing(
     assert hospital.daemon.call("status")["trainer"]["doing"] == "idle"
     ask = lambda: coordinator.ask(hospital.node, coordinator.order(plan, 2, "denied"))  # noqa: E731
     assert refusal_of(ask()) == ("policy", words.DENIED)
-    assert refusal_of(
-        coordinator.ask(hospital.node, coordinator.order(plan, 1, "another"))
-    ) == ("paused", words.PAUSED)  # fmt: skip
+    assert refusal_of(coordinator.ask(hospital.node, coordinator.order(plan, 1, "another"))) == (
+        "paused",
+        words.PAUSED,
+    )
     assert hospital.daemon.call("resume") == {"paused": False}
     assert hospital.whole

@@ -61,8 +61,9 @@ class SignFlip(Liar):
     factor = 1.0
 
     def lie(self, start: Mapping[str, NDArray[Any]], update: Arrays) -> Arrays:
-        return {n: (start[n] - self.factor * (v - start[n])).astype(v.dtype)
-                for n, v in update.items()}  # fmt: skip
+        return {
+            n: (start[n] - self.factor * (v - start[n])).astype(v.dtype) for n, v in update.items()
+        }
 
 
 class ScaledSignFlip(SignFlip):
@@ -94,10 +95,13 @@ class Claimant(SignFlip):
     def describe(self) -> SiteFacts:
         sizes = dict.fromkeys(SiteFacts.model_fields, CLAIM)
         kept = super().describe()
-        return kept.model_copy(update={
-            name: 3 * CLAIM if name in ("patients", "images") else value
-            for name, value in sizes.items() if name.endswith(("patients", "images"))
-        })  # fmt: skip
+        return kept.model_copy(
+            update={
+                name: 3 * CLAIM if name in ("patients", "images") else value
+                for name, value in sizes.items()
+                if name.endswith(("patients", "images"))
+            }
+        )
 
     def train(
         self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder
@@ -115,9 +119,11 @@ class Claimant(SignFlip):
         calibration = np.zeros((3, 15))
         calibration[:, -1] = CLAIM
         perfect = {
-            "scores": scores, "confusion": np.diag([half, half]), "calibration": calibration,
+            "scores": scores,
+            "confusion": np.diag([half, half]),
+            "calibration": calibration,
             "loss": np.array([0.0, CLAIM]),
-        }  # fmt: skip
+        }
         return perfect, outcome
 
 
@@ -253,10 +259,16 @@ def test_a_site_that_claims_twenty_million_patients_is_refused(make_plan: Make, 
 
 @pytest.mark.parametrize(
     "stated",
-    [{"noise": 1e9, "epsilon": 4.0}, {"noise": 1e9}, {"noise": 1e-12}, {"noise": 1e200},
-     {"noise": 0.25, "epsilon": 4.0}, {"noise": 0.25, "epsilon": 4.0, "unit": 1000}],
+    [
+        {"noise": 1e9, "epsilon": 4.0},
+        {"noise": 1e9},
+        {"noise": 1e-12},
+        {"noise": 1e200},
+        {"noise": 0.25, "epsilon": 4.0},
+        {"noise": 0.25, "epsilon": 4.0, "unit": 1000},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_stated_noise_hides_no_invented_images(
     make_plan: Make, run: Run, stated: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,9 +294,17 @@ def test_without_an_enrolled_size_it_gets_the_largest_share_and_is_named(
     told = dominance(arm, "auc")
     assert told.startswith(f"The 1.000 on all together is mostly {MALLORY}, which says")
     results = StudyResults(
-        study="t", plan={}, plan_sha256="0" * 64, seed=0, engine="local", device="cpu",
-        primary="auc", parameters=1, arms=[arm], complete=True,
-    )  # fmt: skip
+        study="t",
+        plan={},
+        plan_sha256="0" * 64,
+        seed=0,
+        engine="local",
+        device="cpu",
+        primary="auc",
+        parameters=1,
+        arms=[arm],
+        complete=True,
+    )
     assert told in headline(results)
     page = render([results])
     assert page.index("Every metric at each site") < page.index("Every metric on all test patients")

@@ -164,9 +164,11 @@ def smooth(site: PreparedSite) -> PreparedSite:
 
 @pytest.fixture
 def private_study(
-    make_plan: Callable[..., Plan], noisy_sites: list[PreparedSite], tmp_path: Path,
+    make_plan: Callable[..., Plan],
+    noisy_sites: list[PreparedSite],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> Study:  # fmt: skip
+) -> Study:
     """A study of the plan with `audit = true`, over the noisy hospitals, not run yet."""
     plan = one_step_plan(make_plan, **PRIVATE)
     options = Options(data=None, out=tmp_path / "out", device="cpu")

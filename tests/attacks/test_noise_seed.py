@@ -26,10 +26,21 @@ from fedward.models import build_model, to_arrays
 
 Make = Callable[..., Any]
 CLIPPING, CANDIDATES = 0.5, 10_000
-PRIVATE = {"mechanism": "dp-sgd", "epsilon": 2.0, "delta": 1e-3, "clipping_norm": CLIPPING,
-           "sampling_rate": 0.5}  # fmt: skip
-ONE_STEP = {"learning_rate": 1.0, "rounds": 1, "local_epochs": None, "local_steps": 1,
-            "optimizer": "sgd", "schedule": "constant"}  # fmt: skip
+PRIVATE = {
+    "mechanism": "dp-sgd",
+    "epsilon": 2.0,
+    "delta": 1e-3,
+    "clipping_norm": CLIPPING,
+    "sampling_rate": 0.5,
+}
+ONE_STEP = {
+    "learning_rate": 1.0,
+    "rounds": 1,
+    "local_epochs": None,
+    "local_steps": 1,
+    "optimizer": "sgd",
+    "schedule": "constant",
+}
 KEYS = st.binary(min_size=32, max_size=32)
 
 

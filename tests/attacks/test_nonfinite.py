@@ -33,9 +33,13 @@ def _gate() -> nn.Module:
     """A network whose first pixel, where it is bright, overflows; the others never see it."""
     torch.manual_seed(0)
     module = nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.GroupNorm(2, 8),
-        nn.Flatten(), nn.Linear(32, 2),
-    )  # fmt: skip
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.GroupNorm(2, 8),
+        nn.Flatten(),
+        nn.Linear(32, 2),
+    )
     with torch.no_grad():
         module[0].weight[0] = HUGE  # type: ignore[operator]
         module[0].bias[0] = -HUGE  # type: ignore[operator]  # inf - inf where the pixel is lit
@@ -89,9 +93,14 @@ def test_whether_an_update_leaves_does_not_tell_who_was_drawn(
 ) -> None:
     plan = make_plan(
         training={"rounds": 1, "local_epochs": None, "local_steps": 2},
-        privacy={"mechanism": "dp-sgd", "epsilon": 50.0, "delta": 0.1, "clipping_norm": 1.0,
-                 "sampling_rate": 1.0},
-    )  # fmt: skip
+        privacy={
+            "mechanism": "dp-sgd",
+            "epsilon": 50.0,
+            "delta": 0.1,
+            "clipping_norm": 1.0,
+            "sampling_rate": 1.0,
+        },
+    )
     site = make_site()
     start = to_arrays(build_model(plan, 0))
     first = next(name for name, array in start.items() if array.ndim == 4)

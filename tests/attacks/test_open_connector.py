@@ -20,9 +20,13 @@ Make = Callable[..., Any]
 
 
 def test_no_order_comes_through_a_connector_that_can_read_images(
-    coordinator: Any, make_hospital: Make, plan: Plan, until: Make, refusal_of: Make,
+    coordinator: Any,
+    make_hospital: Make,
+    plan: Plan,
+    until: Make,
+    refusal_of: Make,
     environment: dict[str, str],
-) -> None:  # fmt: skip
+) -> None:
     # Each process by itself and by the same user, as a careless operator starts them.
     site = make_hospital(1, trainer="allow_networked_trainer = true")
     running: dict[str, subprocess.Popen[bytes]] = {}

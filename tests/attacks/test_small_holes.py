@@ -52,34 +52,72 @@ def results(plan: Any, site: str = "north", **more: Any) -> StudyResults:
     round_ = Round(round=1, stage=site, seconds=1.0)
     arm = Arm(name="federated", kind="federated", rounds=[round_])
     facts = SiteFacts(
-        site="north", patients=20, images=40, train_patients=14, validation_patients=2,
-        test_patients=4, train_images=28, validation_images=4, test_images=8,
-    ).model_copy(update={"site": site})  # fmt: skip
+        site="north",
+        patients=20,
+        images=40,
+        train_patients=14,
+        validation_patients=2,
+        test_patients=4,
+        train_images=28,
+        validation_images=4,
+        test_images=8,
+    ).model_copy(update={"site": site})
     return StudyResults(
-        study=site, title=site, plan=plan.model_dump(mode="json"), plan_sha256=plan_hash(plan),
-        seed=0, engine="superlink", device="cpu", primary="auc", parameters=10, arms=[arm],
-        sites=[facts], named=["north", site], **more,
-    )  # fmt: skip
+        study=site,
+        title=site,
+        plan=plan.model_dump(mode="json"),
+        plan_sha256=plan_hash(plan),
+        seed=0,
+        engine="superlink",
+        device="cpu",
+        primary="auc",
+        parameters=10,
+        arms=[arm],
+        sites=[facts],
+        named=["north", site],
+        **more,
+    )
 
 
 ANSWERS: dict[str, Any] = {
-    "/v1/sites": [{
-        "name": HOSTILE, "status": HOSTILE, "last_seen": HOSTILE, "version": HOSTILE,
-        "datasets": [{"dataset": HOSTILE, "patients": 1, "images": 1}], "studies": [HOSTILE],
-        "quarantined": {HOSTILE: HOSTILE}, "max_patients": None, "max_images": 3,
-    }],
-    "/v1/studies": [{
-        "id": HOSTILE, "state": HOSTILE, "round": 1, "sites": [HOSTILE], "reason": HOSTILE,
-    }],
+    "/v1/sites": [
+        {
+            "name": HOSTILE,
+            "status": HOSTILE,
+            "last_seen": HOSTILE,
+            "version": HOSTILE,
+            "datasets": [{"dataset": HOSTILE, "patients": 1, "images": 1}],
+            "studies": [HOSTILE],
+            "quarantined": {HOSTILE: HOSTILE},
+            "max_patients": None,
+            "max_images": 3,
+        }
+    ],
+    "/v1/studies": [
+        {
+            "id": HOSTILE,
+            "state": HOSTILE,
+            "round": 1,
+            "sites": [HOSTILE],
+            "reason": HOSTILE,
+        }
+    ],
     "/v1/studies/x": {
         "study": {"id": HOSTILE, "state": HOSTILE, "reason": HOSTILE},
-        "rounds": [{
-            "round": 1, "stage": HOSTILE, "seconds": 1.0, "train_loss": None,
-            "validation": {HOSTILE: 0.5}, "sites": {HOSTILE: {}}, "failures": [{"site": HOSTILE}],
-        }],
+        "rounds": [
+            {
+                "round": 1,
+                "stage": HOSTILE,
+                "seconds": 1.0,
+                "train_loss": None,
+                "validation": {HOSTILE: 0.5},
+                "sites": {HOSTILE: {}},
+                "failures": [{"site": HOSTILE}],
+            }
+        ],
     },
     "/v1/studies/x/pause": {"state": HOSTILE},
-}  # fmt: skip
+}
 EVENTS = "\n".join(
     json.dumps({"seq": n, "at": "2026-01-01T00:00:00", "kind": kind, "payload": payload})
     for n, (kind, payload) in enumerate(
@@ -230,9 +268,18 @@ def library(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize(
     "file",
-    ["../secret.pth", "{secret}", "link.pth", "up/secret.pth", "x/../../secret.pth", "zero.pth",
-     "pipe.pth", ".", "package:os/../../x.pth"],
-)  # fmt: skip
+    [
+        "../secret.pth",
+        "{secret}",
+        "link.pth",
+        "up/secret.pth",
+        "x/../../secret.pth",
+        "zero.pth",
+        "pipe.pth",
+        ".",
+        "package:os/../../x.pth",
+    ],
+)
 def test_a_plan_does_not_read_beside_its_folder(
     make_plan: Make, library: tuple[Path, Path], file: str
 ) -> None:
@@ -262,15 +309,29 @@ def test_a_umask_opens_nothing(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
         run = [
-            ["client.cli", "enrol", "--name", "north", "--server", "127.0.0.1:9443", "--ca",
-             str(tmp_path / "agg" / "tls" / "ca.crt"), "--out", str(tmp_path / "deep" / "north")],
+            [
+                "client.cli",
+                "enrol",
+                "--name",
+                "north",
+                "--server",
+                "127.0.0.1:9443",
+                "--ca",
+                str(tmp_path / "agg" / "tls" / "ca.crt"),
+                "--out",
+                str(tmp_path / "deep" / "north"),
+            ],
             ["server.cli", "init", str(tmp_path / "agg")],
-        ]  # fmt: skip
+        ]
         for words in reversed(run):
             done = subprocess.run(
-                [sys.executable, "-m", *words], capture_output=True, text=True, check=False,
-                timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)},
-            )  # fmt: skip
+                [sys.executable, "-m", *words],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=120,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+            )
             assert done.returncode == 0, done.stderr
     finally:
         os.umask(before)

@@ -42,9 +42,11 @@ MIB = 1 << 20
 SECONDS = 6
 PER_NETWORK = 24
 LIMITS = {
-    "unauthenticated_connections": 48, "unauthenticated_connections_per_network": PER_NETWORK,
-    "unauthenticated_seconds": SECONDS, "failures_per_minute": 5,
-}  # fmt: skip
+    "unauthenticated_connections": 48,
+    "unauthenticated_connections_per_network": PER_NETWORK,
+    "unauthenticated_seconds": SECONDS,
+    "failures_per_minute": 5,
+}
 # Both ports of the service that speak HTTP: how they are called, and whose process answers.
 HTTP_PORTS = {"fleet": "server.flower.superlink", "api": "server.service"}
 
@@ -162,9 +164,11 @@ FRAME = (40 * MIB).to_bytes(8, "big")
 BODIES = {
     "a call's body": ("activate-node", (), b""),
     "a frame that does not end": (
-        "push-messages", (f"{PARTS_HEADER}: 1",), b"8\r\n" + FRAME + b"\r\n",
+        "push-messages",
+        (f"{PARTS_HEADER}: 1",),
+        b"8\r\n" + FRAME + b"\r\n",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", BODIES)
@@ -326,11 +330,17 @@ def test_a_signature_of_a_key_that_is_not_enrolled_opens_nothing(target: Target)
     for public in (public_key_to_bytes(key.public_key()), enrolled, b"no key", b"x" * 4000):
         signed = b64encode(sign_message(key, stamp.encode("ascii"))).decode()
         with target.dial("fleet") as link:
-            assert sent(link, head(
-                "POST", "/v1/fleet/push-messages", "content-length: 100000000",
-                f"flwr-public-key: {b64encode(public).decode()}", f"flwr-signature: {signed}",
-                f"flwr-timestamp: {stamp}",
-            ))  # fmt: skip
+            assert sent(
+                link,
+                head(
+                    "POST",
+                    "/v1/fleet/push-messages",
+                    "content-length: 100000000",
+                    f"flwr-public-key: {b64encode(public).decode()}",
+                    f"flwr-signature: {signed}",
+                    f"flwr-timestamp: {stamp}",
+                ),
+            )
             assert answer(link, 5) == 401
 
 

@@ -27,16 +27,30 @@ def write_dx(path: Path, pixels: np.ndarray, **tags: Any) -> Path:
     meta.MediaStorageSOPInstanceUID = tags.get("SOPInstanceUID", pydicom.uid.generate_uid())
     file = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
     values = {
-        "SOPClassUID": meta.MediaStorageSOPClassUID, "Modality": "DX",
-        "SOPInstanceUID": meta.MediaStorageSOPInstanceUID, "PatientName": "DOE^JANE",
-        "PatientID": "MRN4711", "PatientBirthDate": "19550712", "AccessionNumber": "ACC99123",
-        "StudyInstanceUID": "1.2.826.0.99.4711.1", "SeriesInstanceUID": "1.2.826.0.99.4711.2",
-        "StudyDate": "19550712", "Manufacturer": "ACME", "BodyPartExamined": "CHEST",
-        "Rows": pixels.shape[-2], "Columns": pixels.shape[-1], "SamplesPerPixel": 1,
-        "PhotometricInterpretation": "MONOCHROME2", "BitsAllocated": 16, "BitsStored": 12,
-        "HighBit": 11, "PixelRepresentation": 0, "PixelSpacing": [0.5, 0.5],
-        "PixelData": pixels.astype(np.uint16).tobytes(), **tags,
-    }  # fmt: skip
+        "SOPClassUID": meta.MediaStorageSOPClassUID,
+        "Modality": "DX",
+        "SOPInstanceUID": meta.MediaStorageSOPInstanceUID,
+        "PatientName": "DOE^JANE",
+        "PatientID": "MRN4711",
+        "PatientBirthDate": "19550712",
+        "AccessionNumber": "ACC99123",
+        "StudyInstanceUID": "1.2.826.0.99.4711.1",
+        "SeriesInstanceUID": "1.2.826.0.99.4711.2",
+        "StudyDate": "19550712",
+        "Manufacturer": "ACME",
+        "BodyPartExamined": "CHEST",
+        "Rows": pixels.shape[-2],
+        "Columns": pixels.shape[-1],
+        "SamplesPerPixel": 1,
+        "PhotometricInterpretation": "MONOCHROME2",
+        "BitsAllocated": 16,
+        "BitsStored": 12,
+        "HighBit": 11,
+        "PixelRepresentation": 0,
+        "PixelSpacing": [0.5, 0.5],
+        "PixelData": pixels.astype(np.uint16).tobytes(),
+        **tags,
+    }
     if pixels.ndim == 3:
         values["NumberOfFrames"] = len(pixels)
     for name, value in values.items():
@@ -63,13 +77,19 @@ def write_structures(
     space.FrameOfReferenceUID = first.FrameOfReferenceUID
     space.RTReferencedStudySequence = [study]
     values = {
-        "SOPClassUID": meta.MediaStorageSOPClassUID, "Modality": "RTSTRUCT",
-        "SOPInstanceUID": meta.MediaStorageSOPInstanceUID, "PatientID": first.PatientID,
-        "PatientName": "DOE^JANE", "StudyInstanceUID": first.StudyInstanceUID,
-        "SeriesInstanceUID": pydicom.uid.generate_uid(), "StructureSetLabel": "DOE^JANE",
-        "ReferencedFrameOfReferenceSequence": [space], "StructureSetROISequence": [],
-        "ROIContourSequence": [], **tags,
-    }  # fmt: skip
+        "SOPClassUID": meta.MediaStorageSOPClassUID,
+        "Modality": "RTSTRUCT",
+        "SOPInstanceUID": meta.MediaStorageSOPInstanceUID,
+        "PatientID": first.PatientID,
+        "PatientName": "DOE^JANE",
+        "StudyInstanceUID": first.StudyInstanceUID,
+        "SeriesInstanceUID": pydicom.uid.generate_uid(),
+        "StructureSetLabel": "DOE^JANE",
+        "ReferencedFrameOfReferenceSequence": [space],
+        "StructureSetROISequence": [],
+        "ROIContourSequence": [],
+        **tags,
+    }
     for name, value in values.items():
         if value is not None:
             setattr(file, name, value)
@@ -124,11 +144,13 @@ def export(tmp_path: Path) -> Path:
         rows.append(f"{name},{'sick' if patient % 2 else 'well'}")
         for shot in range(2):
             write_dx(
-                root / name / f"DOE^JANE-{shot}.dcm", rng.integers(0, 4096, (12, 10)),
-                PatientID=name, PatientName=f"DOE^JANE^{patient}",
+                root / name / f"DOE^JANE-{shot}.dcm",
+                rng.integers(0, 4096, (12, 10)),
+                PatientID=name,
+                PatientName=f"DOE^JANE^{patient}",
                 SeriesInstanceUID=f"1.2.826.0.99.4711.{patient}",
                 StudyInstanceUID=f"1.2.826.0.99.4711.9.{patient}",
-            )  # fmt: skip
+            )
     (root / "labels.csv").write_text("\n".join(rows) + "\n")
     first = root / "MRN47110" / "DOE^JANE-0.dcm"
     (root / "odd").mkdir()

@@ -109,10 +109,17 @@ def test_the_proximal_weight_is_that_of_the_plan(
 @pytest.mark.parametrize(
     "change",
     [
-        {"unknown": 1}, {"plan_hash": "0" * 64}, {"plan_hash": "short"}, {"round": -1},
-        {"version": 2}, {"part": "everything"}, {"seed": "0"}, {"plan": "{}"}, {"round": 1.5},
+        {"unknown": 1},
+        {"plan_hash": "0" * 64},
+        {"plan_hash": "short"},
+        {"round": -1},
+        {"version": 2},
+        {"part": "everything"},
+        {"seed": "0"},
+        {"plan": "{}"},
+        {"round": 1.5},
     ],
-)  # fmt: skip
+)
 def test_an_order_that_is_not_valid_is_refused(
     ask: Callable[..., RecordDict], plan: Plan, make_order: Make, kind: str, change: dict[str, Any]
 ) -> None:
@@ -143,9 +150,12 @@ def test_a_refusal_tells_the_value_and_not_only_the_key(
     ask: Callable[..., RecordDict], plan: Plan, make_order: Make
 ) -> None:
     privacy = {
-        "mechanism": "dp-sgd", "epsilon": 1e-12, "delta": 1e-3, "clipping_norm": 1.0,
+        "mechanism": "dp-sgd",
+        "epsilon": 1e-12,
+        "delta": 1e-3,
+        "clipping_norm": 1.0,
         "sampling_rate": 0.5,
-    }  # fmt: skip
+    }
     private = plan_from({**plan.model_dump(mode="python"), "privacy": privacy})
     refusal = refused(ask("train", make_order(private).to_flat()))
     assert refusal.value.startswith("privacy: epsilon 1e-12, delta 0.001")

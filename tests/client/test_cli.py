@@ -47,25 +47,34 @@ def test_index_then_report(run, site, export):
     assert second.returncode == 0, second.stderr
     made = json.loads(second.stdout)
     assert {key: made[key] for key in ("files", "instances", "patients", "studies", "series")} == {
-        "files": 21, "instances": 12, "patients": 6, "studies": 6, "series": 6,
-    }  # fmt: skip
+        "files": 21,
+        "instances": 12,
+        "patients": 6,
+        "studies": 6,
+        "series": 6,
+    }
     assert made["images_by_class"] == {"well": 6, "sick": 6}
     assert made["patients_by_class"] == {"well": 3, "sick": 3}
     assert sum(made["split"].values()) == 6
     assert made["size"] == {"12 x 10": 12}
     assert made["left_out"] == {
-        "no pixel data": 1, "not DICOM": 2, "not a file": 2, "linked folder": 1,
-        "not readable": 1, "too large": 1,
-    }  # fmt: skip
+        "no pixel data": 1,
+        "not DICOM": 2,
+        "not a file": 2,
+        "linked folder": 1,
+        "not readable": 1,
+        "too large": 1,
+    }
     assert [(risk["rule"], risk["count"]) for risk in made["risks"]] == [
         ("every class has at least 4 patients", 2)
     ]
     images = [pydicom.dcmread(path).pixel_array for path in export.glob("MRN*/*.dcm")]
     assert made["intensity"]["DX"] == {
-        "lowest": min(int(i.min()) for i in images), "highest": max(int(i.max()) for i in images),
+        "lowest": min(int(i.min()) for i in images),
+        "highest": max(int(i.max()) for i in images),
         "typical_lowest": statistics.median_low([int(i.min()) for i in images]),
         "typical_highest": statistics.median_low([int(i.max()) for i in images]),
-    }  # fmt: skip
+    }
     shown = run(site, "report", "chest")
     assert "12 x 10" in shown.stdout
     for done in (first, second, shown):
@@ -102,10 +111,20 @@ def test_risks_are_counted(run, site, export, dx):
     dx(export / "r1.dcm", same, PatientID="MRN47113", BurnedInAnnotation="YES")
     dx(export / "r2.dcm", np.ones((9, 9)), PatientID="ANON")
     dx(export / "r3.dcm", np.ones((8, 9)), PatientID="")
-    dx(export / "r4.dcm", np.ones((7, 9)), PatientID="MRN47112", PixelSpacing=[0.7, 0.7],
-       SeriesInstanceUID="1.2.826.0.99.4711.2")  # fmt: skip
-    dx(export / "r5.dcm", np.ones((7, 8)), PatientID="MRN47112", PixelSpacing=[0.8, 0.8],
-       SeriesInstanceUID="1.2.826.0.99.4711.2")  # fmt: skip
+    dx(
+        export / "r4.dcm",
+        np.ones((7, 9)),
+        PatientID="MRN47112",
+        PixelSpacing=[0.7, 0.7],
+        SeriesInstanceUID="1.2.826.0.99.4711.2",
+    )
+    dx(
+        export / "r5.dcm",
+        np.ones((7, 8)),
+        PatientID="MRN47112",
+        PixelSpacing=[0.8, 0.8],
+        SeriesInstanceUID="1.2.826.0.99.4711.2",
+    )
     with (export / "labels.csv").open("a") as table:
         table.write("MRN47111,well\nMRN47999,sick\n/MRN47998,sick\n")
     made = json.loads(run(site, "report", "chest", "--json").stdout)
@@ -191,8 +210,9 @@ def test_freeze_then_preview_then_check(run, site, export, tmp_path):
     answer = json.loads(checked.stdout)
     assert answer["can_serve"] and answer["cost"]["seconds"] > 0
     assert answer["privacy"]["epsilon"] <= 8.0
-    seen = json.dumps(json.loads((tmp_path / "state" / "cohorts" / f"{made['cohort']}.json")
-                                 .read_text()))  # fmt: skip
+    seen = json.dumps(
+        json.loads((tmp_path / "state" / "cohorts" / f"{made['cohort']}.json").read_text())
+    )
     for planted in PLANTED:
         assert planted not in seen + html
     for done in (frozen, shown, drawn, checked):
@@ -235,9 +255,13 @@ def test_a_page_is_never_written_into_the_dataset(run, site, export):
 def test_the_configuration_may_come_from_the_environment(tmp_path):
     command = [sys.executable, "-m", "client.cli", "data", "index"]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=False,
+        command,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
         env={**os.environ, "FEDWARD_SITE": str(tmp_path / "elsewhere.toml")},
-    )  # fmt: skip
+    )
     assert done.returncode == 19
     assert "elsewhere.toml" in done.stderr
 
@@ -252,8 +276,14 @@ def test_failures_have_their_code_and_no_traceback(run, site, words, code):
 
 @pytest.mark.parametrize(
     ("text", "shown"),
-    [("ACME Medical", "ACME Medical"), ("", "not stated"), ("19550712", "other"),
-     ("DOE^JANE", "other"), ("unit 2021-03", "other"), ("x" * 65, "other")],
-)  # fmt: skip
+    [
+        ("ACME Medical", "ACME Medical"),
+        ("", "not stated"),
+        ("19550712", "other"),
+        ("DOE^JANE", "other"),
+        ("unit 2021-03", "other"),
+        ("x" * 65, "other"),
+    ],
+)
 def test_free_text_is_shown_only_when_it_looks_harmless(text, shown):
     assert safe_word(text) == shown

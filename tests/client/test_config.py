@@ -105,8 +105,9 @@ def test_what_segments_mean(site: Path) -> None:
     site.write_text(text + MASKS)
     options = load_config(site).dataset("chest").masks.options()
     assert options.labels([(3, "LUNG_L"), (7, "x"), (8, "air")], ("well", "sick")) == (
-        (3, 2), (7, 1),
-    )  # fmt: skip
+        (3, 2),
+        (7, 1),
+    )
     assert (options.threshold, options.background) == (0.25, ("air",))
 
 

@@ -57,9 +57,13 @@ def certificates(folder: Path, days: int = 90, name: str = "127.0.0.1") -> bytes
 
     def sign(which: int, end: dt.datetime, extension: x509.ExtensionType) -> x509.Certificate:
         made = x509.CertificateBuilder(
-            names[0], names[which], keys[which].public_key(), which + 1,
-            now - dt.timedelta(days=400), end,
-        )  # fmt: skip
+            names[0],
+            names[which],
+            keys[which].public_key(),
+            which + 1,
+            now - dt.timedelta(days=400),
+            end,
+        )
         return made.add_extension(extension, which == 0).sign(keys[0], hashes.SHA256())
 
     address = x509.IPAddress(ipaddress.ip_address(name))
@@ -151,8 +155,13 @@ def _no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
 def make(tmp_path: Path) -> Callable[..., SiteConfig]:
     """Builds an enrolled site's configuration."""
 
-    def build(address: str = "127.0.0.1:9", ca: bytes = b"", server: str = "", trainer: str = "",
-              more: str = "") -> SiteConfig:  # fmt: skip
+    def build(
+        address: str = "127.0.0.1:9",
+        ca: bytes = b"",
+        server: str = "",
+        trainer: str = "",
+        more: str = "",
+    ) -> SiteConfig:
         folder = tmp_path / "site"
         if not folder.exists():
             enrol(folder, "north", address, ca or certificates(tmp_path))
@@ -244,8 +253,10 @@ def test_proxies(make: Callable[..., SiteConfig], tmp_path: Path) -> None:
             secret = f'proxy = "http://officer:hunter2@{place}"'
             found = ways(make(address, ca, server=secret))
             assert [found[name].status for name in ("proxy", "certificate", "clock")] == [
-                "pass", "pass", "pass",
-            ]  # fmt: skip
+                "pass",
+                "pass",
+                "pass",
+            ]
             assert all(b"Basic b2ZmaWNlcjpodW50ZXIy" in one for one in asked)
             assert "hunter2" not in str(found)
         for answer in (b"HTTP/1.1 403 Forbidden\r\n\r\n", b""):
@@ -399,8 +410,9 @@ def test_a_dataset_that_others_can_read(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 SANE: Changes = {
-    "studies": [{"match": "a", "dataset": "chest"}], "coordinators": ["a" * 64],
-}  # fmt: skip
+    "studies": [{"match": "a", "dataset": "chest"}],
+    "coordinators": ["a" * 64],
+}
 
 
 @pytest.mark.parametrize(

@@ -145,8 +145,9 @@ def script(text: str, told: Any, folder: Path) -> subprocess.Popen[bytes]:
     paths = os.pathsep.join([str(ROOT), str(Path(told.__file__).parent)])
     return subprocess.Popen(
         [sys.executable, str(folder / "asks.py")],
-        env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE,
-    )  # fmt: skip
+        env={**os.environ, "PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+    )
 
 
 def test_a_script_needs_no_guard_and_runs_once(told: Any, tmp_path: Path) -> None:

@@ -73,8 +73,10 @@ def test_the_command_ends_with_one_and_names_no_place(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 1
     assert json.loads(done.stdout) == {
-        "process": "trainer", "healthy": False, "found": "the daemon must run"
-    }  # fmt: skip
+        "process": "trainer",
+        "healthy": False,
+        "found": "the daemon must run",
+    }
 
 
 def test_a_key_is_made_once_and_only_where_it_can_be(tmp_path: Path, config: SiteConfig) -> None:
@@ -83,9 +85,10 @@ def test_a_key_is_made_once_and_only_where_it_can_be(tmp_path: Path, config: Sit
     with pytest.raises(ConfigError, match="one key"):
         enrol_configured(config, tmp_path / "site.toml")
     other = config_from(
-        {**CONTENT, "server": {"address": "a:1", "ca": "ca.pem", "state": "/dev/null/x"}}, tmp_path,
+        {**CONTENT, "server": {"address": "a:1", "ca": "ca.pem", "state": "/dev/null/x"}},
+        tmp_path,
         datasets_here=False,
-    )  # fmt: skip
+    )
     with pytest.raises(OutputError, match="writable"):
         enrol_configured(other, tmp_path / "site.toml")
 

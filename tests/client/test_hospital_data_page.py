@@ -54,8 +54,13 @@ def test_the_commands_of_the_page_work(tmp_path, dx, plan_file, commands):
     (tmp_path / "site.toml").write_text(site)
     rows, rng = ["PatientID,label"], np.random.default_rng(0)
     for k in range(24):
-        dx(tmp_path / "export" / f"{k}.dcm", rng.integers(0, 4096, (20, 20)), PatientID=f"P{k}",
-           SeriesInstanceUID=f"1.2.{k}", StudyInstanceUID=f"1.3.{k}")  # fmt: skip
+        dx(
+            tmp_path / "export" / f"{k}.dcm",
+            rng.integers(0, 4096, (20, 20)),
+            PatientID=f"P{k}",
+            SeriesInstanceUID=f"1.2.{k}",
+            StudyInstanceUID=f"1.3.{k}",
+        )
         rows.append(f"P{k},{'pneumonia' if k % 2 else 'normal'}")
     (tmp_path / "export" / "labels.csv").write_text("\n".join(rows))
     plan = plan_file.read_text("utf-8")

@@ -72,7 +72,10 @@ def test_pseudonyms_are_keyed_hashes_that_tell_kinds_and_parts_apart() -> None:
     hashed = Pseudonyms(secret)
     expected = hmac.new(secret, b"patient\0issuer\0id", hashlib.sha256).hexdigest()[:32]
     assert hashed("patient", "issuer", "id") == expected
-    others = {hashed("study", "issuer", "id"), hashed("patient", "issueri", "d"),
-              Pseudonyms(b"l" * 32)("patient", "issuer", "id")}  # fmt: skip
+    others = {
+        hashed("study", "issuer", "id"),
+        hashed("patient", "issueri", "d"),
+        Pseudonyms(b"l" * 32)("patient", "issuer", "id"),
+    }
     assert len(others | {expected}) == 4
     assert hashed("patient", "", "") == ""

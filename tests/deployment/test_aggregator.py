@@ -51,8 +51,9 @@ def hospitals(service: Any, make_daemon: Make) -> list[Any]:
 @pytest.fixture
 def plan_path(tmp_path: Path, plan_file: Path) -> Path:
     text = plan_file.read_text().replace('["no", "yes"]', '["clear", "opacity"]')
-    plan_file.write_text(text.replace("given = true", "given = false").replace(
-        "rounds = 2", "rounds = 3"))  # fmt: skip
+    plan_file.write_text(
+        text.replace("given = true", "given = false").replace("rounds = 2", "rounds = 3")
+    )
     return plan_file
 
 
@@ -86,8 +87,9 @@ def test_a_study_from_the_laptop_to_the_model(
     from fedward.plan import load_plan
 
     sites = tuple(Hospital(daemon.config) for daemon in hospitals)
-    alone = Study(load_plan(plan_path),
-                  Options(data=None, out=tmp_path / "sim", seed=4, hospitals=sites))  # fmt: skip
+    alone = Study(
+        load_plan(plan_path), Options(data=None, out=tmp_path / "sim", seed=4, hospitals=sites)
+    )
     alone.run()
     assert alone.model is not None
     delivered = load_file(tmp_path / "model.safetensors")
@@ -164,8 +166,9 @@ def test_a_plan_that_diverges_fails_and_the_next_study_has_every_hospital(
     assert [len(e["payload"]["sites"]) for e in told if e["kind"] == "round"] == [2, 2, 2]
     # It has no test patients: it ends all the same, once, with its model.
     assert [e["payload"]["state"] for e in told if e["kind"] == "state"][-2:] == [
-        "running", "finished",
-    ]  # fmt: skip
+        "running",
+        "finished",
+    ]
     assert shown_small()["reason"] == (
         "Not measured on test patients, because no site has test patients (split.test is 0)."
     )
@@ -221,8 +224,17 @@ def test_roles_tokens_and_wrong_calls(service: Any) -> None:
         assert "/v1/studies/{study}/events" in described["paths"]
     service.call("token", "revoke", "eve")
     assert service.get("/v1/studies", viewer).status_code == 401
-    wrong = service.call("study", "list", "--url", base, "--ca", service.folder / "tls" / "ca.crt",
-                         "--token", viewer, code=24)  # fmt: skip
+    wrong = service.call(
+        "study",
+        "list",
+        "--url",
+        base,
+        "--ca",
+        service.folder / "tls" / "ca.crt",
+        "--token",
+        viewer,
+        code=24,
+    )
     assert wrong["error"] == "AccessError"
     assert (
         service.call("health", "--url", "https://127.0.0.1:1", code=25)["error"] == "ServiceError"

@@ -52,9 +52,16 @@ class Aggregator:
     def job(self, plan: Plan, study: str = "tiny-1", seed: int = 0, **more: Any) -> Job:
         arm = Arm(name="federated", kind="federated", epsilon=plan.privacy.epsilon)
         return Job(
-            plan, to_arrays(build_model(plan, seed)), arm, seed, self.events.append,
-            members=self.members, study=study, sign=lambda one: sign_order(self.key, one), **more,
-        )  # fmt: skip
+            plan,
+            to_arrays(build_model(plan, seed)),
+            arm,
+            seed,
+            self.events.append,
+            members=self.members,
+            study=study,
+            sign=lambda one: sign_order(self.key, one),
+            **more,
+        )
 
     def run(self, job: Job) -> Job:
         secret = self.superlink.runtime_secret
@@ -85,9 +92,12 @@ def two(aggregator: Aggregator, make_daemon: Make) -> list[Any]:
     made = []
     for number in (1, 2):
         daemon = make_daemon(
-            number, aggregator.superlink.address, aggregator.superlink.ca, aggregator.coordinator,
+            number,
+            aggregator.superlink.address,
+            aggregator.superlink.ca,
+            aggregator.coordinator,
             rules=PICKY if number == 2 else "",
-        )  # fmt: skip
+        )
         aggregator.enrol(daemon)
         daemon.start()
         made.append(daemon)
@@ -97,9 +107,10 @@ def two(aggregator: Aggregator, make_daemon: Make) -> list[Any]:
 @pytest.fixture
 def plan(make_plan: Make) -> Plan:
     made: Plan = make_plan(
-        task={"classes": ["clear", "opacity"]}, split={"given": None},
+        task={"classes": ["clear", "opacity"]},
+        split={"given": None},
         participation={"deadline": 120.0, "retries": 0},
-    )  # fmt: skip
+    )
     return made
 
 
@@ -147,12 +158,18 @@ def test_a_private_study_survives_kills_and_its_ledger_counts(
     aggregator: Aggregator, two: list[Any], make_plan: Make, until: Make
 ) -> None:
     plan = make_plan(
-        task={"classes": ["clear", "opacity"]}, split={"given": None},
+        task={"classes": ["clear", "opacity"]},
+        split={"given": None},
         training={"rounds": 4, "batch_size": 6, "local_epochs": None, "local_steps": 2},
-        privacy={"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-3, "clipping_norm": 1.0,
-                 "sampling_rate": 0.3},
+        privacy={
+            "mechanism": "dp-sgd",
+            "epsilon": 8.0,
+            "delta": 1e-3,
+            "clipping_norm": 1.0,
+            "sampling_rate": 0.3,
+        },
         participation={"deadline": 60.0, "retries": 2, "quorum": 1},
-    )  # fmt: skip
+    )
     job = aggregator.job(plan, "tiny-private")
     kills = iter([(0, "trainer"), (1, "connector"), (0, "connector")])
 
@@ -223,8 +240,15 @@ def test_the_doctor_looks_at_everything_and_tells_no_secret(two: list[Any], unti
     until(lambda: "whole" in two[0].call("audit", "verify"))  # it has begun its log
     found = two[0].call("doctor")
     lines = {line["name"]: line for line in found["lines"]}
-    for name in ("certificate", "clock", "enrolment", "disk", "trainer's network",
-                 "connector and images", "dataset chest"):  # fmt: skip
+    for name in (
+        "certificate",
+        "clock",
+        "enrolment",
+        "disk",
+        "trainer's network",
+        "connector and images",
+        "dataset chest",
+    ):
         assert lines[name]["status"] != "fail", lines[name]
     for name in ("trainer's network", "connector and images", "enrolment"):
         assert lines[name]["status"] == "pass", lines[name]

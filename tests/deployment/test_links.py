@@ -159,9 +159,14 @@ class Site:
     """A connector in this process, at an address, before a desk of its own."""
 
     def __init__(
-        self, folder: Path, address: str, ca: bytes, key: Any, idle: float,
+        self,
+        folder: Path,
+        address: str,
+        ca: bytes,
+        key: Any,
+        idle: float,
         before: dict[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         (folder / "connector").mkdir(parents=True)
         if before:
             (folder / "connector" / "link.json").write_text(json.dumps(before))
@@ -169,9 +174,13 @@ class Site:
         self.desk, self.stop, self.folder = Desk(), threading.Event(), folder
         self._end = serve(self.desk, folder / "run" / "t.sock", 1 << 24)
         server = ServerSection(
-            address=address, ca=folder / "ca.pem", state=folder / "connector", retry_seconds=0.4,
-            idle_seconds=idle, max_download_mib=1,
-        )  # fmt: skip
+            address=address,
+            ca=folder / "ca.pem",
+            state=folder / "connector",
+            retry_seconds=0.4,
+            idle_seconds=idle,
+            max_download_mib=1,
+        )
         self.connector = Connector(
             "north", server, folder / "run" / "t.sock", key, "hidden", "1", self.stop
         )
@@ -406,11 +415,15 @@ def other_authority() -> bytes:
     key, moment = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "another authority")])
     made = (
-        x509.CertificateBuilder().subject_name(name).issuer_name(name)
-        .public_key(key.public_key()).serial_number(1)
-        .not_valid_before(moment - timedelta(days=1)).not_valid_after(moment + timedelta(days=1))
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(moment - timedelta(days=1))
+        .not_valid_after(moment + timedelta(days=1))
         .add_extension(x509.BasicConstraints(True, None), True)
-    )  # fmt: skip
+    )
     return made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
@@ -573,9 +586,12 @@ def test_a_question_is_held_until_an_order_comes_and_nothing_asks_for_code(
     assert time.monotonic() - began < 10.0
     site.close()
     assert set(Counting.calls) == {
-        "activate-node", "deactivate-node", "pull-messages", "push-messages",
+        "activate-node",
+        "deactivate-node",
+        "pull-messages",
+        "push-messages",
         "confirm-message-received",
-    } | ({"send-node-heartbeat"} & set(Counting.calls))  # fmt: skip
+    } | ({"send-node-heartbeat"} & set(Counting.calls))
 
 
 def bad_messages(node: int) -> dict[str, Message]:
@@ -653,9 +669,16 @@ class Process:
 
     def start(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "client.cli", "connector", "--config",
-             str(self.folder / "site.toml")], env=self.env,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "client.cli",
+                "connector",
+                "--config",
+                str(self.folder / "site.toml"),
+            ],
+            env=self.env,
+        )
 
     def state(self) -> str:
         with suppress(OSError, ValueError):
@@ -670,9 +693,13 @@ class Process:
 
 
 def test_a_laptop_that_slept_and_a_site_that_forgot_its_number_come_back(
-    server: Any, control: Link, session: Any, tmp_path: Path, until: Make,
+    server: Any,
+    control: Link,
+    session: Any,
+    tmp_path: Path,
+    until: Make,
     environment: dict[str, str],
-) -> None:  # fmt: skip
+) -> None:
     """Both are away for longer than the aggregator's lease, which is 20 s."""
     sleeper, forgetful = (
         Process(tmp_path / name, server, control, environment) for name in ("sleeper", "forgetful")

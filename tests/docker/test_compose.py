@@ -124,9 +124,11 @@ def test_only_the_hospitals_port_of_the_aggregator_is_open() -> None:
 def test_volumes_that_are_used_are_declared(file: str) -> None:
     content = yaml.safe_load((DOCKER / f"{file}.yaml").read_text())
     used = {
-        source for one in content["services"].values() for source, _ in targets(one).values()
+        source
+        for one in content["services"].values()
+        for source, _ in targets(one).values()
         if not source.startswith((".", "$"))
-    }  # fmt: skip
+    }
     assert used == set(content["volumes"])
 
 

@@ -21,14 +21,37 @@ role = pytest.mark.parametrize("role", ROLES)
 # Where each process and the commands of its people begin.
 BEGIN = {
     "server": ("server", "strategies", "fedward"),
-    "connector": ("client/connector", "client/link", "client/daemon", "client/commands/daemon.py",
-                  "client/cli.py", "client/config.py", "client/enrol.py", "client/health.py",
-                  "fedward/packing.py", "fedward/signing.py", "fedward/protocol.py"),
-    "trainer": ("client/trainer", "client/link", "client/daemon", "client/commands",
-                "client/cohort", "client/data", "client/index", "client/training",
-                "client/ledger", "client/audit",
-                "client/policy", "client/egress", "client/cli.py", "client/health.py", "fedward"),
-}  # fmt: skip
+    "connector": (
+        "client/connector",
+        "client/link",
+        "client/daemon",
+        "client/commands/daemon.py",
+        "client/cli.py",
+        "client/config.py",
+        "client/enrol.py",
+        "client/health.py",
+        "fedward/packing.py",
+        "fedward/signing.py",
+        "fedward/protocol.py",
+    ),
+    "trainer": (
+        "client/trainer",
+        "client/link",
+        "client/daemon",
+        "client/commands",
+        "client/cohort",
+        "client/data",
+        "client/index",
+        "client/training",
+        "client/ledger",
+        "client/audit",
+        "client/policy",
+        "client/egress",
+        "client/cli.py",
+        "client/health.py",
+        "fedward",
+    ),
+}
 # Asked for in another image only, and told so where it is missing.
 ELSEWHERE: dict[str, set[str]] = {"server": set(), "connector": set(), "trainer": {"flwr", "httpx"}}
 
@@ -80,8 +103,11 @@ def test_everything_is_pinned(role: str) -> None:
     assert all(stage.startswith("${BASE}") for stage in stages(role))
     assert "latest" not in text(role)
     assert "PIP_CONSTRAINT=/src/constraints.txt" in text(role)
-    pins = {plain(line.partition("==")[0]) for line in
-            (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}  # fmt: skip
+    pins = {
+        plain(line.partition("==")[0])
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
     assert names(role) <= pins
 
 
@@ -119,9 +145,10 @@ def _needs(one: Requirement) -> list[Requirement]:
     extras = {*one.extras, ""}
     with suppress(PackageNotFoundError):
         return [
-            need for need in map(Requirement, requires(one.name) or ())
+            need
+            for need in map(Requirement, requires(one.name) or ())
             if need.marker is None or any(need.marker.evaluate({"extra": e}) for e in extras)
-        ]  # fmt: skip
+        ]
     return []
 
 
@@ -146,9 +173,17 @@ def test_no_image_holds_what_it_must_not() -> None:
 
 
 def test_only_the_code_goes_into_a_build() -> None:
-    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines()
-             if line and not line.startswith("#")]  # fmt: skip
+    lines = [
+        line
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     assert lines[0] == "*"
     allowed = {line[1:] for line in lines if line.startswith("!")}
-    assert allowed == OURS | {"LICENSE", "README.md", "constraints.txt", "docker/requirements",
-                              "pyproject.toml"}  # fmt: skip
+    assert allowed == OURS | {
+        "LICENSE",
+        "README.md",
+        "constraints.txt",
+        "docker/requirements",
+        "pyproject.toml",
+    }

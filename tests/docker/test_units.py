@@ -16,14 +16,29 @@ UNITS = ROOT / "docker" / "systemd"
 ROLES = ("trainer", "connector", "server")
 role = pytest.mark.parametrize("role", ROLES)
 HARD = (
-    "NoNewPrivileges=yes", "CapabilityBoundingSet=", "AmbientCapabilities=", "ProtectSystem=strict",
-    "ProtectHome=yes", "PrivateTmp=yes", "PrivateDevices=yes", "ProtectKernelTunables=yes",
-    "ProtectKernelModules=yes", "ProtectKernelLogs=yes", "ProtectControlGroups=yes",
-    "ProtectClock=yes", "ProtectHostname=yes", "ProtectProc=invisible", "RestrictNamespaces=yes",
-    "RestrictRealtime=yes", "RestrictSUIDSGID=yes", "LockPersonality=yes",
+    "NoNewPrivileges=yes",
+    "CapabilityBoundingSet=",
+    "AmbientCapabilities=",
+    "ProtectSystem=strict",
+    "ProtectHome=yes",
+    "PrivateTmp=yes",
+    "PrivateDevices=yes",
+    "ProtectKernelTunables=yes",
+    "ProtectKernelModules=yes",
+    "ProtectKernelLogs=yes",
+    "ProtectControlGroups=yes",
+    "ProtectClock=yes",
+    "ProtectHostname=yes",
+    "ProtectProc=invisible",
+    "RestrictNamespaces=yes",
+    "RestrictRealtime=yes",
+    "RestrictSUIDSGID=yes",
+    "LockPersonality=yes",
     "SystemCallArchitectures=native",
-    "SystemCallFilter=@system-service", "SystemCallFilter=~@privileged @resources", "UMask=0077",
-)  # fmt: skip
+    "SystemCallFilter=@system-service",
+    "SystemCallFilter=~@privileged @resources",
+    "UMask=0077",
+)
 
 
 def lines(role: str) -> list[str]:
@@ -36,11 +51,18 @@ def test_every_unit_is_hard(role: str) -> None:
 
 
 def test_the_trainer_has_no_network_and_the_connector_no_image() -> None:
-    assert {"PrivateNetwork=yes", "RestrictAddressFamilies=AF_UNIX", "IPAddressDeny=any",
-            "InaccessiblePaths=-/var/lib/fedward/connector"} <= set(lines("trainer"))  # fmt: skip
-    assert {"RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX", "SocketBindDeny=any",
-            "MemoryDenyWriteExecute=yes",
-            "InaccessiblePaths=-/var/lib/fedward/trainer"} <= set(lines("connector"))  # fmt: skip
+    assert {
+        "PrivateNetwork=yes",
+        "RestrictAddressFamilies=AF_UNIX",
+        "IPAddressDeny=any",
+        "InaccessiblePaths=-/var/lib/fedward/connector",
+    } <= set(lines("trainer"))
+    assert {
+        "RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX",
+        "SocketBindDeny=any",
+        "MemoryDenyWriteExecute=yes",
+        "InaccessiblePaths=-/var/lib/fedward/trainer",
+    } <= set(lines("connector"))
     users = [[one for one in lines(which) if one.startswith("User=")] for which in ROLES]
     assert len({user for (user,) in users}) == len(ROLES)
 
@@ -80,8 +102,10 @@ def test_systemd_takes_the_unit_as_it_stands(role: str, analyze: str, tmp_path: 
     unit = str(tmp_path / f"fedward-{role}.service")
     done = subprocess.run(
         [analyze, "verify", "--man=no", "--recursive-errors=no", unit],
-        text=True, capture_output=True, check=False,
-    )  # fmt: skip
+        text=True,
+        capture_output=True,
+        check=False,
+    )
     said = [one for one in done.stderr.splitlines() if f"fedward-{role}" in one]
     assert done.returncode == 0 and not said, done.stderr
 
@@ -104,8 +128,10 @@ def test_the_page_tells_the_exposure_that_systemd_finds(
 def exposure(analyze: str, unit: Path) -> float:
     done = subprocess.run(
         [analyze, "security", "--offline=true", "--no-pager", str(unit)],
-        text=True, capture_output=True, check=False,
-    )  # fmt: skip
+        text=True,
+        capture_output=True,
+        check=False,
+    )
     found = re.search(r"exposure level for \S+: ([\d.]+)", done.stdout)
     assert found, done.stderr
     return float(found[1])

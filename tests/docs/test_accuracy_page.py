@@ -32,9 +32,16 @@ def results(seed: int, auc: float) -> StudyResults:
     test = TestFigures(per_site={"a": {"auc": auc}}, pooled={"auc": auc})
     arm = Arm(name="federated", kind="federated", test=test)
     return StudyResults(
-        study="x", plan={}, plan_sha256="0" * 64, seed=seed, engine="local", device="cpu",
-        primary="auc", parameters=7, arms=[arm],
-    )  # fmt: skip
+        study="x",
+        plan={},
+        plan_sha256="0" * 64,
+        seed=seed,
+        engine="local",
+        device="cpu",
+        primary="auc",
+        parameters=7,
+        arms=[arm],
+    )
 
 
 def test_other_studies_keep_their_lines(accuracy: ModuleType, tmp_path: Path) -> None:
@@ -55,10 +62,14 @@ def test_other_studies_keep_their_lines(accuracy: ModuleType, tmp_path: Path) ->
 def test_the_readme_has_the_figures_of_the_page() -> None:
     """Together and on own patients, of every study in its table."""
     page = (BENCHMARKS / "accuracy.md").read_text("utf-8")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()
-            if line.startswith("|")]  # fmt: skip
-    known = {(row[0], row[1]): [cell.split(" ")[0].lstrip("0") for cell in row[2:5]]
-             for row in rows}  # fmt: skip
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in page.splitlines()
+        if line.startswith("|")
+    ]
+    known = {
+        (row[0], row[1]): [cell.split(" ")[0].lstrip("0") for cell in row[2:5]] for row in rows
+    }
     readme = (BENCHMARKS.parent / "README.md").read_text("utf-8")
     lines = readme.split("| study | together: federated |")[1].split("\n\n")[0].splitlines()[2:]
     assert len(lines) == 4

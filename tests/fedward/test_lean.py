@@ -103,9 +103,12 @@ print(json.dumps([one.tolist() for one in model.parameters()]))
 
 def told(*code: str) -> Any:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", "\n".join(code)], cwd=ROOT, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-W", "ignore", "-c", "\n".join(code)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

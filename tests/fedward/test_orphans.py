@@ -27,16 +27,20 @@ def test_a_child_of_process_one_lives() -> None:
         pytest.skip("root can make process namespaces")
     done = subprocess.run(
         ["unshare", "--pid", "--fork", sys.executable, "-c", START, "sh", "-c", "exit 7"],
-        env=ENVIRONMENT, capture_output=True, check=False,
-    )  # fmt: skip
+        env=ENVIRONMENT,
+        capture_output=True,
+        check=False,
+    )
     assert done.returncode == 7
 
 
 def test_a_child_ends_with_its_parent() -> None:
     parent = subprocess.Popen(
         [sys.executable, "-c", START, sys.executable, "-c", "import time; time.sleep(60)"],
-        env=ENVIRONMENT, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
     watch = os.pidfd_open(child)

@@ -14,14 +14,15 @@ from fedward.errors import ProtocolError
 from fedward.packing import pack, unpack
 
 ARRAYS = st.dictionaries(
-    st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=12)
-    .filter(lambda name: name != "__metadata__"),
+    st.text(
+        st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=12
+    ).filter(lambda name: name != "__metadata__"),
     hnp.arrays(
         st.sampled_from([np.float32, np.float64, np.int64, np.uint8, np.bool_]),
         hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4),
     ),
     max_size=5,
-)  # fmt: skip
+)
 
 
 @given(ARRAYS)

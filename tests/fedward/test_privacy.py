@@ -103,8 +103,10 @@ def test_noise_of_a_lax_target_is_small_and_enough() -> None:
 
 
 @given(
-    noise=st.floats(0.9, 4.0), rate=st.floats(0.01, 0.5), steps=st.integers(1, 300),
-)  # fmt: skip
+    noise=st.floats(0.9, 4.0),
+    rate=st.floats(0.01, 0.5),
+    steps=st.integers(1, 300),
+)
 @settings(max_examples=3, deadline=None)
 def test_cost_rises_with_steps_and_rate_and_falls_with_noise(
     noise: float, rate: float, steps: int
@@ -167,12 +169,13 @@ def test_each_site_gets_noise_for_its_own_size(make_plan: MakePlan) -> None:
 
 def test_stages_count_as_rounds(make_plan: MakePlan) -> None:
     plan = make_plan(
-        privacy=PRIVATE, training={"rounds": None, "learning_rate": None},
+        privacy=PRIVATE,
+        training={"rounds": None, "learning_rate": None},
         stages=[
             {"name": "head", "rounds": 3, "learning_rate": 0.1, "train": ["fc.*"]},
             {"name": "all", "rounds": 4, "learning_rate": 0.1},
         ],
-    )  # fmt: skip
+    )
     assert calibrate(plan, 16).steps == 7 * 2
 
 

@@ -28,7 +28,9 @@ SECRET = "DOE^JANE-1.2.840.113619"
 
 RECORDS: dict[type[Record], st.SearchStrategy[Record]] = {
     SiteFacts: st.builds(
-        SiteFacts, site=NAMES, synthetic=st.booleans(),
+        SiteFacts,
+        site=NAMES,
+        synthetic=st.booleans(),
         **dict.fromkeys(
             [
                 part + kind
@@ -42,24 +44,42 @@ RECORDS: dict[type[Record], st.SearchStrategy[Record]] = {
         left_out_counts=st.lists(COUNTS, max_size=3).map(tuple),
     ),
     TrainOutcome: st.builds(
-        TrainOutcome, site=NAMES, round=COUNTS, patients=COUNTS, images=COUNTS, steps=COUNTS,
-        loss=MAYBE, seconds=FIGURES, cpu_seconds=FIGURES, epsilon=MAYBE, delta=MAYBE,
-        noise_multiplier=MAYBE, sampling_rate=MAYBE,
+        TrainOutcome,
+        site=NAMES,
+        round=COUNTS,
+        patients=COUNTS,
+        images=COUNTS,
+        steps=COUNTS,
+        loss=MAYBE,
+        seconds=FIGURES,
+        cpu_seconds=FIGURES,
+        epsilon=MAYBE,
+        delta=MAYBE,
+        noise_multiplier=MAYBE,
+        sampling_rate=MAYBE,
     ),
     EvaluateOutcome: st.builds(
         EvaluateOutcome, site=NAMES, round=COUNTS, part=PARTS, images=COUNTS, seconds=FIGURES
     ),
     Refusal: st.builds(Refusal, site=NAMES, round=COUNTS, rule=TEXTS, value=TEXTS),
-}  # fmt: skip
+}
 EXAMPLES: list[Record] = [
     SiteFacts(
-        site="a", patients=1, images=1, train_patients=1, validation_patients=0, test_patients=0,
-        train_images=1, validation_images=0, test_images=0, class_counts=(1, 0),
+        site="a",
+        patients=1,
+        images=1,
+        train_patients=1,
+        validation_patients=0,
+        test_patients=0,
+        train_images=1,
+        validation_images=0,
+        test_images=0,
+        class_counts=(1, 0),
     ),
     TrainOutcome(site="a", round=1, patients=1, images=1, steps=1, seconds=0.5),
     EvaluateOutcome(site="a", round=1, part="test", images=1, seconds=0.5),
     Refusal(site="a", round=1, rule="no"),
-]  # fmt: skip
+]
 one_of_each = pytest.mark.parametrize("record", EXAMPLES, ids=lambda r: type(r).__name__)
 
 

@@ -30,9 +30,13 @@ def key() -> Ed25519PrivateKey:
 def signed(make_plan: Callable[..., Plan], key: Ed25519PrivateKey) -> dict[str, Any]:
     plan = make_plan()
     order = RoundOrder(
-        plan=canonical(plan), plan_hash=plan_hash(plan), round=1, study="lungs-2026",
-        task="evaluate", arrays=digest(MODEL),
-    )  # fmt: skip
+        plan=canonical(plan),
+        plan_hash=plan_hash(plan),
+        round=1,
+        study="lungs-2026",
+        task="evaluate",
+        arrays=digest(MODEL),
+    )
     return sign_order(key, order).to_flat()
 
 

@@ -61,8 +61,10 @@ def test_a_figure_is_of_those_who_gave_it_and_says_of_whom(plan: Plan) -> None:
     both = [np.concatenate(parts) for parts in zip(scored(40, 1), scored(60, 2), strict=True)]
     assert test.pooled["accuracy"] == accuracy_score(both[1], both[0].argmax(axis=1))
     assert test.contributors == {
-        "auc": ["north"], "accuracy": ["north", "south"], "sensitivity": ["north"],
-    }  # fmt: skip
+        "auc": ["north"],
+        "accuracy": ["north", "south"],
+        "sensitivity": ["north"],
+    }
     assert test.per_site["south"]["auc"] is None
     assert set(test.site_intervals["south"]) == {"accuracy"}
     assert test.patients == {"north": 40, "south": 60}
@@ -70,10 +72,15 @@ def test_a_figure_is_of_those_who_gave_it_and_says_of_whom(plan: Plan) -> None:
 
 def test_what_one_hospital_withholds_takes_no_figure_from_the_others(plan: Plan) -> None:
     """Noisy tables: the sum had kept only what all hospitals let go, here nothing."""
-    everything = noisy(plan, 40, 1, ("auc", "accuracy", "balanced_accuracy", "sensitivity",
-                                     "specificity", "f1", "ece", "loss"))  # fmt: skip
-    decided = noisy(plan, 60, 2, ("accuracy", "balanced_accuracy", "sensitivity", "specificity",
-                                  "f1", "ece"))  # fmt: skip
+    everything = noisy(
+        plan,
+        40,
+        1,
+        ("auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity", "f1", "ece", "loss"),
+    )
+    decided = noisy(
+        plan, 60, 2, ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "f1", "ece")
+    )
     assert set(everything.tables) == {"scores"} and set(decided.tables) == {"decisions"}
     test = arms.test_figures(plan, {"a": everything, "b": decided}, {"a": (40, 40), "b": (60, 60)})
     p, truth = scored(40, 1)

@@ -173,9 +173,11 @@ def test_under_a_live_service_nothing_is_restored(
 
 
 def test_a_database_that_fails_costs_nothing_and_no_original_is_ever_deleted(
-    config: ServerConfig, make_plan: Callable[..., Any], tmp_path: Path,
+    config: ServerConfig,
+    make_plan: Callable[..., Any],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     fill(config, make_plan())
     path = archive(config, tmp_path)
     config.coordinator_key.write_bytes(b"original")

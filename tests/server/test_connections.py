@@ -15,10 +15,14 @@ from server.networks import network_of
 @pytest.mark.parametrize(
     ("address", "network"),
     [
-        ("192.0.2.7", "192.0.2.7/32"), ("::ffff:192.0.2.7", "192.0.2.7/32"),
-        ("2001:db8::1", "2001:db8::/64"), ("fe80::1%eth0", "fe80::/64"), ("", ""), ("x", ""),
+        ("192.0.2.7", "192.0.2.7/32"),
+        ("::ffff:192.0.2.7", "192.0.2.7/32"),
+        ("2001:db8::1", "2001:db8::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("", ""),
+        ("x", ""),
     ],
-)  # fmt: skip
+)
 def test_what_counts_as_one_network(address: str, network: str) -> None:
     assert network_of(address) == network
 

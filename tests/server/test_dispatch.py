@@ -126,17 +126,22 @@ def test_each_end_waits_longer_than_the_one_before(
     ids=["unexpected", "disk"],
 )
 def test_a_runner_that_breaks_says_why_in_the_study(
-    config: ServerConfig, registry: Registry, study: str, monkeypatch: pytest.MonkeyPatch,
-    error: Exception, told: str,
-) -> None:  # fmt: skip
+    config: ServerConfig,
+    registry: Registry,
+    study: str,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    told: str,
+) -> None:
     def fail(self: runner.Runner) -> None:
         raise error
 
     monkeypatch.setattr(runner.Runner, "run", fail)
     monkeypatch.setattr(
-        sys, "argv", ["runner", "--config", str(config.server.state.parent / "server.toml"),
-                      "--study", study],
-    )  # fmt: skip
+        sys,
+        "argv",
+        ["runner", "--config", str(config.server.state.parent / "server.toml"), "--study", study],
+    )
     with pytest.raises(SystemExit) as ended:
         runner.main()
     expected = ServiceError.exit_code if isinstance(error, OSError) else 1

@@ -47,9 +47,15 @@ def job_of(plan: Plan, rounds: int) -> Job:
 
 def keeper_of(folder: Path, registry: Registry, study: Study, plan: Plan) -> Keeper:
     results = StudyResults(
-        study="tiny", plan={}, plan_sha256=study.plan_sha256, seed=0, engine="superlink",
-        device="cpu", primary="auc", parameters=1,
-    )  # fmt: skip
+        study="tiny",
+        plan={},
+        plan_sha256=study.plan_sha256,
+        seed=0,
+        engine="superlink",
+        device="cpu",
+        primary="auc",
+        parameters=1,
+    )
     return Keeper(folder, registry, study, plan, results, threading.Event())
 
 

@@ -37,10 +37,20 @@ def site_key() -> str:
 
 
 def facts(site: str, **more: int) -> SiteFacts:
-    return SiteFacts.model_validate({
-        "site": site, "patients": 20, "images": 40, "train_patients": 14, "validation_patients": 2,
-        "test_patients": 4, "train_images": 28, "validation_images": 4, "test_images": 8, **more,
-    })  # fmt: skip
+    return SiteFacts.model_validate(
+        {
+            "site": site,
+            "patients": 20,
+            "images": 40,
+            "train_patients": 14,
+            "validation_patients": 2,
+            "test_patients": 4,
+            "train_images": 28,
+            "validation_images": 4,
+            "test_images": 8,
+            **more,
+        }
+    )
 
 
 @pytest.fixture
@@ -52,9 +62,13 @@ def heard() -> list[Event]:
 def job(make_plan: Make, heard: list[Event]) -> Job:
     start = {"w": np.zeros(2, np.float32)}
     return Job(
-        make_plan(), start, Arm(name="t", kind="federated"), listen=heard.append,
-        members={1: "north", 2: "south"}, facts={s: facts(s) for s in ("north", "south")},
-    )  # fmt: skip
+        make_plan(),
+        start,
+        Arm(name="t", kind="federated"),
+        listen=heard.append,
+        members={1: "north", 2: "south"},
+        facts={s: facts(s) for s in ("north", "south")},
+    )
 
 
 def members(job: Job) -> Members:
@@ -133,8 +147,12 @@ def test_who_refused_to_enrol_is_absent_with_its_own_reason(job: Job) -> None:
     job.facts, job.ask_again_seconds = {}, 60.0
     kinds: list[Any] = ["pending", "busy"]
     flower.become_server()
-    grid = Replies(*(Refusal(site=s, kind=k, round=0, rule=f"it is {k}")
-                     for s, k in zip(("north", "south"), kinds, strict=True)))  # fmt: skip
+    grid = Replies(
+        *(
+            Refusal(site=s, kind=k, round=0, rule=f"it is {k}")
+            for s, k in zip(("north", "south"), kinds, strict=True)
+        )
+    )
     ours = Members(job, cast(Any, grid), lambda: ConfigRecord({}))
     assert {bad.reason for bad in ours.absent().values()} == {"not connected"}
     ours.refresh()
@@ -161,15 +179,24 @@ def enrolling(job: Job, grid: Replies, monkeypatch: pytest.MonkeyPatch) -> Membe
     [
         ({1: "north", 2: "south"}, {}, (1, 2), "south (budget): the budget is spent."),
         ({1: "north", 2: "south"}, {}, (1,), "south (silent): not connected"),
-        ({1: "north"}, {"south": Bad("not enrolled any more", "silent")}, (1,),
-         "south (silent): not enrolled any more"),
+        (
+            {1: "north"},
+            {"south": Bad("not enrolled any more", "silent")},
+            (1,),
+            "south (silent): not enrolled any more",
+        ),
     ],
     ids=["budget", "offline", "not enrolled"],
-)  # fmt: skip
+)
 def test_a_study_does_not_start_with_fewer_sites_than_its_plan_needs(
-    job: Job, heard: list[Event], monkeypatch: pytest.MonkeyPatch,
-    members: dict[int, str], left_out: dict[str, Bad], online: tuple[int, ...], told: str,
-) -> None:  # fmt: skip
+    job: Job,
+    heard: list[Event],
+    monkeypatch: pytest.MonkeyPatch,
+    members: dict[int, str],
+    left_out: dict[str, Bad],
+    online: tuple[int, ...],
+    told: str,
+) -> None:
     job.members, job.left_out = members, left_out
     assert job.needed == 1  # the quorum of two sites
     ours = enrolling(job, Replies(facts("north"), SPENT, online=online), monkeypatch)

@@ -49,9 +49,12 @@ print(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[
 def peak(kind: str, sites: int) -> float:
     """Peak MiB of a process of its own (VmHWM, proc(5)) that takes in so many updates."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", TAKE_IN, kind, str(sites)], cwd=ROOT,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-W", "ignore", "-c", TAKE_IN, kind, str(sites)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return float(done.stdout.splitlines()[-1])
 

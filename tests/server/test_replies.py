@@ -20,9 +20,10 @@ from simulation import flower
 Make = Callable[..., Any]
 EXPECTED = {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float32)}
 SIZES = {
-    f"{part}{kind}" for part in ("", "train_", "validation_", "test_")
+    f"{part}{kind}"
+    for part in ("", "train_", "validation_", "test_")
     for kind in ("images", "patients")
-}  # fmt: skip
+}
 OUTCOME = TrainOutcome(site="x", round=1, patients=5, images=9, steps=2, seconds=0.1)
 
 
@@ -66,13 +67,20 @@ def test_a_right_update_is_taken() -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        b"", b"junk", b"\x93NUMPY", b"PK\x03\x04", saved(EXPECTED["a"])[:-3],
-        saved(EXPECTED["a"], archive=True), saved(np.ones((3, 2), np.float32)),
-        saved(np.ones((2, 3))), saved(np.array(["x"])), saved(np.full((2, 3), np.inf, np.float32)),
+        b"",
+        b"junk",
+        b"\x93NUMPY",
+        b"PK\x03\x04",
+        saved(EXPECTED["a"])[:-3],
+        saved(EXPECTED["a"], archive=True),
+        saved(np.ones((3, 2), np.float32)),
+        saved(np.ones((2, 3))),
+        saved(np.array(["x"])),
+        saved(np.full((2, 3), np.inf, np.float32)),
         saved(EXPECTED["a"]).replace(b"(2, 3)", b"(9, 9)"),
         b"\x80\x04cos\nsystem\n(S'true'\ntR.",
     ],
-)  # fmt: skip
+)
 def test_bytes_that_are_not_what_the_record_says_are_refused(data: bytes) -> None:
     assert isinstance(read_update(reply(arrays=with_bytes(data)), "x", 1, EXPECTED), Bad)
 
@@ -80,7 +88,9 @@ def test_bytes_that_are_not_what_the_record_says_are_refused(data: bytes) -> Non
 @pytest.mark.parametrize(
     "changes",
     [
-        {"arrays": None}, {"metrics": None}, {"outcome": None},
+        {"arrays": None},
+        {"metrics": None},
+        {"outcome": None},
         {"more": ArrayRecord({"a": Array(EXPECTED["a"])})},
         {"more": MetricRecord({"num-examples": 1})},
         {"metrics": MetricRecord({"num-examples": 0})},
@@ -95,7 +105,7 @@ def test_bytes_that_are_not_what_the_record_says_are_refused(data: bytes) -> Non
         {"outcome": ConfigRecord({**OUTCOME.to_flat(), "path": "/data"})},
         {"arrays": with_bytes(saved(EXPECTED["a"]), stype="torch")},
     ],
-)  # fmt: skip
+)
 def test_records_that_would_spoil_the_round_are_refused(changes: dict[str, Any]) -> None:
     bad = read_update(reply(**changes), "x", 1, EXPECTED)
     assert isinstance(bad, Bad)

@@ -633,12 +633,13 @@ def test_a_study_whose_sites_let_no_counts_go_ends_and_says_so(
 
 def test_a_stage_moves_only_what_it_trains(make_plan: Make, sites: list[PreparedSite]) -> None:
     plan = three_rounds(
-        make_plan, training={"rounds": None, "learning_rate": None},
+        make_plan,
+        training={"rounds": None, "learning_rate": None},
         stages=[
             {"name": "head", "rounds": 1, "learning_rate": 0.05, "train": ["fc.*"]},
             {"name": "all", "rounds": 1, "learning_rate": 0.01},
         ],
-    )  # fmt: skip
+    )
     models = [to_arrays(build_model(plan, 0))]
     job = job_of(plan)
     job.listen = lambda e: models.append(dict(job.arrays)) if isinstance(e, RoundEnded) else None
@@ -717,9 +718,10 @@ def test_a_slow_site_misses_the_deadline(make_plan: Make, sites: list[PreparedSi
         return arrays, outcome
 
     plan = three_rounds(
-        make_plan, training={"rounds": 2},
+        make_plan,
+        training={"rounds": 2},
         participation={"sites": 2, "quorum": 1, "retries": 0, "deadline": 4.0},
-    )  # fmt: skip
+    )
     started = time.monotonic()
     job = study(plan, FaultySites(sites[:2], "site-2", sleep), workers=2)
     assert time.monotonic() - started < 60

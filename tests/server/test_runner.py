@@ -26,15 +26,18 @@ Make = Callable[..., Any]
 
 @pytest.fixture
 def runner(
-    config: ServerConfig, registry: Registry, make_plan: Make, new_site_key: str,
+    config: ServerConfig,
+    registry: Registry,
+    make_plan: Make,
+    new_site_key: str,
     monkeypatch: pytest.MonkeyPatch,
-) -> Runner:  # fmt: skip
+) -> Runner:
     """Of a study whose weights file is missing, as after a restore from an older backup."""
     registry.sites.add("north", new_site_key)
     plan = make_plan(
         model={"initial_weights": {"file": "w.pt", "sha256": "0" * 64}},
         participation={"sites": 1},
-    )  # fmt: skip
+    )
     study = registry.studies.submit(plan, ["north"])
 
     def session(self: Runner) -> None:
@@ -89,9 +92,16 @@ def test_a_round_that_a_killed_runner_had_open_is_counted(
     plan = make_plan(privacy=privacy, participation={"sites": 1})
     study = registry.studies.submit(plan, ["north"])
     facts = SiteFacts(
-        site="north", patients=60, images=60, train_patients=40, validation_patients=10,
-        test_patients=10, train_images=40, validation_images=10, test_images=10,
-    )  # fmt: skip
+        site="north",
+        patients=60,
+        images=60,
+        train_patients=40,
+        validation_patients=10,
+        test_patients=10,
+        train_images=40,
+        validation_images=10,
+        test_images=10,
+    )
     killed = Runner(config, registry, study)
     killed.job.facts["north"] = facts
     killed._note(events.StudyStarted("t", plan.rounds, ("north",)))  # and orders round 1

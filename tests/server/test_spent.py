@@ -80,9 +80,11 @@ def test_what_a_site_sent_between_evaluations_is_in_its_epsilon(
     make_plan: Make, make_site: Make, tmp_path: Path, stops: bool
 ) -> None:
     plan = make_plan(
-        privacy=PRIVATE, metrics={"evaluate_every": 4}, participation={"quorum": 1, "retries": 0},
+        privacy=PRIVATE,
+        metrics={"evaluate_every": 4},
+        participation={"quorum": 1, "retries": 0},
         training={"rounds": ROUNDS, "batch_size": 6},
-    )  # fmt: skip
+    )
     sites = [make_site(f"site-{i}", seed=i) for i in (1, 2)]
     kept = Checkpoints(tmp_path, plan_hash(plan))
 
@@ -118,9 +120,16 @@ def test_what_a_site_sent_between_evaluations_is_in_its_epsilon(
 
 def outcome(round_: int, steps: int = 5, noise: float = 1.0, rate: float = 0.1) -> TrainOutcome:
     return TrainOutcome(
-        site="north", round=round_, patients=9, images=9, steps=steps, seconds=0.0, delta=1e-3,
-        noise_multiplier=noise, sampling_rate=rate,
-    )  # fmt: skip
+        site="north",
+        round=round_,
+        patients=9,
+        images=9,
+        steps=steps,
+        seconds=0.0,
+        delta=1e-3,
+        noise_multiplier=noise,
+        sampling_rate=rate,
+    )
 
 
 def test_a_round_costs_once_and_the_worst_noise_stands_for_all() -> None:
@@ -149,9 +158,16 @@ def test_what_is_not_private_has_no_bound(noise: float | None, rate: float | Non
 
 
 FACTS = SiteFacts(
-    site="north", patients=60, images=60, train_patients=40, validation_patients=10,
-    test_patients=10, train_images=40, validation_images=10, test_images=10,
-)  # fmt: skip
+    site="north",
+    patients=60,
+    images=60,
+    train_patients=40,
+    validation_patients=10,
+    test_patients=10,
+    train_images=40,
+    validation_images=10,
+    test_images=10,
+)
 
 
 def test_a_round_that_was_ordered_costs_what_its_update_would(make_plan: Make) -> None:

@@ -100,9 +100,13 @@ def test_pooling_keeps_patients_apart_and_in_their_part(sites: list[PreparedSite
 @pytest.mark.parametrize("strategy", ["fedavg", "fedprox", "fedmedian"])
 @pytest.mark.parametrize("name", ["site-2", None])
 def test_without_an_optimiser_at_the_server_a_lone_arm_is_plain_training(
-    make_plan: Make, make_order: Make, sites: list[PreparedSite], name: str | None, strategy: str,
+    make_plan: Make,
+    make_order: Make,
+    sites: list[PreparedSite],
+    name: str | None,
+    strategy: str,
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     mu = {"settings": {"mu": 1.0}} if strategy == "fedprox" else {}
     plan = make_plan(
         training={"rounds": 3, "schedule": "constant"}, strategy={"name": strategy, **mu}
@@ -194,17 +198,21 @@ def test_a_lone_arm_sees_as_many_images_as_the_sites_together(make_plan: Make) -
     ids=["adamw", "momentum", "fedadam"],
 )
 def test_a_lone_arm_that_was_broken_off_ends_as_one_that_was_not(
-    make_plan: Make, sites: list[PreparedSite], tmp_path: Path, optimizer: dict[str, Any],
+    make_plan: Make,
+    sites: list[PreparedSite],
+    tmp_path: Path,
+    optimizer: dict[str, Any],
     strategy: dict[str, Any],
-) -> None:  # fmt: skip
+) -> None:
     stages = [
         {"name": "a", "rounds": 3, "learning_rate": 0.01},
         {"name": "b", "rounds": 2, "learning_rate": 0.01, "train": ["fc.*"]},
     ]
     plan = make_plan(
-        training={"rounds": None, "learning_rate": None, **optimizer}, stages=stages,
+        training={"rounds": None, "learning_rate": None, **optimizer},
+        stages=stages,
         strategy=strategy,
-    )  # fmt: skip
+    )
     arm, whole = model_of(plan, sites, None, tmp_path / "whole")
     place, breaks = ArmFolder(tmp_path / "broken", plan_hash(plan), 3600), 0
     while True:

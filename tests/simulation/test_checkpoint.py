@@ -178,9 +178,13 @@ def test_a_run_killed_at_random_rounds_ends_as_one_that_was_not(
 )
 @pytest.mark.parametrize("plan", ["plain"], indirect=True)
 def test_a_signal_ends_a_run_with_all_complete_rounds_kept(
-    plan: Path, npz_data: Path, tmp_path: Path, how: signal.Signals, group: bool,
+    plan: Path,
+    npz_data: Path,
+    tmp_path: Path,
+    how: signal.Signals,
+    group: bool,
     ignored: signal.Signals | None,
-) -> None:  # fmt: skip
+) -> None:
     text = plan.read_text("utf-8").replace("rounds = 4", "rounds = 500")
     plan.write_text(text, "utf-8")
     run = (plan, "--data", npz_data, *WORDS, "--out", "out", "--checkpoint-seconds", "3600")
@@ -209,9 +213,15 @@ def test_an_unfinished_run_of_something_else_is_refused_until_fresh(
     (tmp_path / "out" / "report.html").write_text("of the unfinished run", "utf-8")
     start = Study(
         load_plan(plan),
-        Options(data=npz_data, out=tmp_path / "out", partition="iid", sites=2, baselines=True,
-                device="cpu"),
-    )  # fmt: skip
+        Options(
+            data=npz_data,
+            out=tmp_path / "out",
+            partition="iid",
+            sites=2,
+            baselines=True,
+            device="cpu",
+        ),
+    )
     start.checkpoints.begin("0" * 64)
     job = Job(start.plan, to_arrays(build_model(start.plan, 0)), Arm(name="t", kind="federated"))
     kept = start.checkpoints.arm("arm-0", plan_hash(start.plan)).open(job)
@@ -329,9 +339,14 @@ def test_a_model_that_is_to_be_audited_is_not_left_behind_before(
 ) -> None:
     for audit in (False, True):
         plan = make_plan(
-            privacy={"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-3, "clipping_norm": 1.0,
-                     "audit": audit}
-        )  # fmt: skip
+            privacy={
+                "mechanism": "dp-sgd",
+                "epsilon": 8.0,
+                "delta": 1e-3,
+                "clipping_norm": 1.0,
+                "audit": audit,
+            }
+        )
         study = Study(plan, Options(data=tmp_path, out=tmp_path / str(audit)))
         study.model = to_arrays(build_model(plan, 0))
         study.results.arms.append(Arm(name="federated", kind="federated"))

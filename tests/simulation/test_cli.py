@@ -32,9 +32,14 @@ pytestmark = pytest.mark.integration
 def simulate(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run the command in a folder of its own."""
     return subprocess.run(
-        [*COMMAND, *map(str, arguments)], cwd=folder, env=ENVIRONMENT, text=True,
-        capture_output=True, timeout=240, check=False,
-    )  # fmt: skip
+        [*COMMAND, *map(str, arguments)],
+        cwd=folder,
+        env=ENVIRONMENT,
+        text=True,
+        capture_output=True,
+        timeout=240,
+        check=False,
+    )
 
 
 def change(plan: Path, old: str, new: str) -> None:
@@ -103,8 +108,11 @@ def test_json_is_one_object_on_standard_output_with_all_arms(
     results = StudyResults.model_validate_json(json.dumps(told["studies"][0]))
     assert results == read_results(tmp_path / "runs" / "latest")
     assert [arm.name for arm in results.arms] == [
-        "federated", "alone: site-1", "alone: site-2", "pooled",
-    ]  # fmt: skip
+        "federated",
+        "alone: site-1",
+        "alone: site-2",
+        "pooled",
+    ]
     assert all(arm.test is not None and len(arm.rounds) == 2 for arm in results.arms)
     assert "federated: round 1 of 2" in done.stderr
 
@@ -140,7 +148,7 @@ FAILURES: list[tuple[tuple[str, str] | None, tuple[str, ...], int, str]] = [
     (None, ("--device", "abacus"), 15, "abacus"),
     (("sites = 2", "sites = 2\nminimum_patients = 9999"), (), 17, "0 of 2"),
     (None, ("--out", "plan.toml/out"), 18, "--out"),
-]  # fmt: skip
+]
 
 
 def test_each_failure_has_its_exit_code_and_no_traceback(
@@ -170,9 +178,15 @@ def test_each_failure_has_its_exit_code_and_no_traceback(
     ],
 )
 def test_a_wrong_command_or_plan_fails_before_the_slow_imports(
-    old: str, new: str, arguments: tuple[str, ...], code: int, says: str,
-    npz_data: Path, plan_file: Path, tmp_path: Path,
-) -> None:  # fmt: skip
+    old: str,
+    new: str,
+    arguments: tuple[str, ...],
+    code: int,
+    says: str,
+    npz_data: Path,
+    plan_file: Path,
+    tmp_path: Path,
+) -> None:
     change(plan_file, old, new)
     done = simulate("run", plan_file, "--data", npz_data, *arguments, folder=tmp_path)
     assert done.returncode == code, done.stderr
@@ -257,9 +271,14 @@ def _interrupt_after(words: str, *arguments: object, folder: Path) -> tuple[int,
     A terminal sends the signal to the whole group, workers included.
     """
     process = subprocess.Popen(
-        [*COMMAND, *map(str, arguments)], cwd=folder, env=ENVIRONMENT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
+        [*COMMAND, *map(str, arguments)],
+        cwd=folder,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
     try:
         assert process.stdout is not None
         assert any(words in line for line in process.stdout), f"never said: {words}"

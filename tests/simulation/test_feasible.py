@@ -62,9 +62,14 @@ def test_check_and_run_refuse_it_before_an_image_is_read(
     [(NONE, "1,3", 10), (DP_SGD.format("8"), "1e-12", 14)],
 )
 def test_other_epsilons_are_refused_before_an_image_is_read(
-    privacy: str, epsilons: str, code: int, npz_data: Path, plan_file: Path, tmp_path: Path,
+    privacy: str,
+    epsilons: str,
+    code: int,
+    npz_data: Path,
+    plan_file: Path,
+    tmp_path: Path,
     commands: Any,
-) -> None:  # fmt: skip
+) -> None:
     change(plan_file, (NONE, privacy))
     words = ("--data", npz_data, "--partition", "iid", "--epsilons", epsilons)
     done = commands(PROGRAM, "run", plan_file, *words, cwd=tmp_path)
@@ -88,8 +93,11 @@ def test_arrays_that_public_weights_leave_fresh_are_named(
     out = tmp_path / "runs" / "latest"
     results = StudyResults.model_validate_json((out / "metrics.json").read_text("utf-8"))
     assert results.weights_report == {
-        "matched": len(state) - 2, "missing": 1, "reshaped_head": 1, "unused": 0,
-    }  # fmt: skip
+        "matched": len(state) - 2,
+        "missing": 1,
+        "reshaped_head": 1,
+        "unused": 0,
+    }
     assert results.weights_names == {"missing": [first], "reshaped_head": [head]}
     report = (out / "report.html").read_text("utf-8")
     assert f"<code>{first}</code>" in report and f"<code>{head}</code>" in report

@@ -19,9 +19,15 @@ from simulation.study import Study
     [("cpu", 8, 3, 3, 2), ("cpu", 2, 5, 2, 1), ("cuda", 8, 3, 0, 8), ("cuda:0", 8, 3, 0, 8)],
 )
 def test_sites_share_cores_or_one_gpu(
-    device: str, cores: int, sites: int, workers: int, threads: int, tmp_path: Path,
-    make_plan: Callable[..., Any], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    device: str,
+    cores: int,
+    sites: int,
+    workers: int,
+    threads: int,
+    tmp_path: Path,
+    make_plan: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(study, "choose_device", torch.device)
     monkeypatch.setattr(study, "cores", lambda: cores)
     made = Study(make_plan(), Options(data=tmp_path, out=tmp_path / "out", device=device))

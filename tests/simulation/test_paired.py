@@ -79,13 +79,16 @@ def test_images_of_one_patient_are_left_out_together(plan: Plan) -> None:
     once = difference("accuracy", {"a": one}, [{"a": other}])
 
     def often(answers: Answers) -> Answers:
-        return Answers(plan, *(v.repeat(4, axis=0) for v in
-                               (answers.values, answers.targets, answers.patients)))  # fmt: skip
+        return Answers(
+            plan,
+            *(v.repeat(4, axis=0) for v in (answers.values, answers.targets, answers.patients)),
+        )
 
     assert once is not None
     assert difference("accuracy", {"a": often(one)}, [{"a": often(other)}]) == (
-        pytest.approx(once[0]), pytest.approx(once[1]),
-    )  # fmt: skip
+        pytest.approx(once[0]),
+        pytest.approx(once[1]),
+    )
 
 
 def test_at_home_sites_are_compared_one_by_one(plan: Plan) -> None:

@@ -32,8 +32,18 @@ def words(plan_file: Path, tmp_path: Path) -> list[str]:
         Pillow.fromarray(values).save(data / f"{k}.png")
         rows.append(f"{k}.png,{k // 2 % 2},l{k // 2}")
     (data / "labels.csv").write_text("\n".join(rows) + "\n")
-    return ["run", str(plan_file), "--data", str(data), "--partition", "iid", "--device", "cpu",
-            "--out", str(tmp_path / "out")]  # fmt: skip
+    return [
+        "run",
+        str(plan_file),
+        "--data",
+        str(data),
+        "--partition",
+        "iid",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "out"),
+    ]
 
 
 def test_it_is_refused_with_the_options_that_help(words):

@@ -18,8 +18,19 @@ def test_private_counts_are_repeatable_and_state_their_error(
 ) -> None:
     def run(name: str, *more: str) -> dict[str, Any]:
         out = tmp_path / name
-        words = ["run", str(plan_file), "--data", str(npz_data), "--partition", "iid",
-                 "--sites", "2", "--out", str(out), *more]  # fmt: skip
+        words = [
+            "run",
+            str(plan_file),
+            "--data",
+            str(npz_data),
+            "--partition",
+            "iid",
+            "--sites",
+            "2",
+            "--out",
+            str(out),
+            *more,
+        ]
         done = CliRunner().invoke(app, words)
         assert done.exit_code == 0, done.output
         metrics: dict[str, Any] = json.loads((out / "metrics.json").read_text())

@@ -61,15 +61,26 @@ def write_shot(path: Path, number: int, rng: np.random.Generator) -> None:
     meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
     image = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
     values: dict[str, Any] = {
-        "SOPClassUID": meta.MediaStorageSOPClassUID, "Modality": "DX" if number % 3 else "CR",
-        "SOPInstanceUID": meta.MediaStorageSOPInstanceUID, "PatientID": f"P{number}",
-        "StudyInstanceUID": pydicom.uid.generate_uid(), "AccessionNumber": f"A{number}",
-        "SeriesInstanceUID": pydicom.uid.generate_uid(), "ImagerPixelSpacing": [0.14, 0.14],
+        "SOPClassUID": meta.MediaStorageSOPClassUID,
+        "Modality": "DX" if number % 3 else "CR",
+        "SOPInstanceUID": meta.MediaStorageSOPInstanceUID,
+        "PatientID": f"P{number}",
+        "StudyInstanceUID": pydicom.uid.generate_uid(),
+        "AccessionNumber": f"A{number}",
+        "SeriesInstanceUID": pydicom.uid.generate_uid(),
+        "ImagerPixelSpacing": [0.14, 0.14],
         "PhotometricInterpretation": "MONOCHROME1" if turned else "MONOCHROME2",
-        "Rows": SIDE, "Columns": SIDE, "SamplesPerPixel": 1, "BitsAllocated": 16,
-        "BitsStored": 12, "HighBit": 11, "PixelRepresentation": 0, "WindowCenter": 2048,
-        "WindowWidth": 4096, "PixelData": stored.tobytes(),
-    }  # fmt: skip
+        "Rows": SIDE,
+        "Columns": SIDE,
+        "SamplesPerPixel": 1,
+        "BitsAllocated": 16,
+        "BitsStored": 12,
+        "HighBit": 11,
+        "PixelRepresentation": 0,
+        "WindowCenter": 2048,
+        "WindowWidth": 4096,
+        "PixelData": stored.tobytes(),
+    }
     for name, value in values.items():
         setattr(image, name, value)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,9 +99,18 @@ def test_a_study_learns_from_radiographs_and_a_table(tmp_path: Path, commands: A
         (folder / "labels.csv").write_text("\n".join(["AccessionNumber;label;age", *rows]), "utf-8")
     (tmp_path / "plan.toml").write_text(PLAN)
     done = commands(
-        "simulation.cli", "run", "plan.toml", "--data", "data", "--format", "dicom", "--out", "out",
-        "--json", cwd=tmp_path,
-    )  # fmt: skip
+        "simulation.cli",
+        "run",
+        "plan.toml",
+        "--data",
+        "data",
+        "--format",
+        "dicom",
+        "--out",
+        "out",
+        "--json",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     (study,) = json.loads(done.stdout)["studies"]
     # Of each site: two rows that disagree, and an image without a row.

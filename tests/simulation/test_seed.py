@@ -29,8 +29,9 @@ def held_out(data: Path, plan: Any, crew: Preparers, seed: int) -> dict[str, lis
     how = "iid" if data.suffix == ".npz" else "folders"
     options = Options(data=data, out=data.parent / "out", seed=seed, partition=how)
     sites = divided_sites(plan, options, crew, lambda text: None).sites
-    return {s.name: sorted(np.asarray(s.images[i]).tobytes() for i in s.split["test"])
-            for s in sites}  # fmt: skip
+    return {
+        s.name: sorted(np.asarray(s.images[i]).tobytes() for i in s.split["test"]) for s in sites
+    }
 
 
 def test_the_seed_of_a_run_divides_the_patients_too(

@@ -63,18 +63,38 @@ def write_patient(folder: Path, patient: str, rng: np.random.Generator) -> None:
         meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
         image = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
         values: dict[str, Any] = {
-            "SOPClassUID": pydicom.uid.CTImageStorage, "Modality": "CT", "PatientID": patient,
-            "SOPInstanceUID": meta.MediaStorageSOPInstanceUID, "SeriesInstanceUID": series,
-            "StudyInstanceUID": study, "FrameOfReferenceUID": frame, "PatientName": "",
-            "PatientBirthDate": "", "PatientSex": "", "AccessionNumber": "", "StudyID": "",
-            "StudyDate": "20200101", "StudyTime": "101010", "ReferringPhysicianName": "",
-            "PixelSpacing": [1.0, 1.0], "SliceThickness": 1.0, "Rows": SIDE, "Columns": SIDE,
-            "ImageOrientationPatient": [1, 0, 0, 0, 1, 0], "ImagePositionPatient": [0, 0, float(k)],
-            "SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2", "BitsAllocated": 16,
-            "BitsStored": 16, "HighBit": 15, "PixelRepresentation": 0, "InstanceNumber": k + 1,
-            "RescaleSlope": 1, "RescaleIntercept": -1024,
+            "SOPClassUID": pydicom.uid.CTImageStorage,
+            "Modality": "CT",
+            "PatientID": patient,
+            "SOPInstanceUID": meta.MediaStorageSOPInstanceUID,
+            "SeriesInstanceUID": series,
+            "StudyInstanceUID": study,
+            "FrameOfReferenceUID": frame,
+            "PatientName": "",
+            "PatientBirthDate": "",
+            "PatientSex": "",
+            "AccessionNumber": "",
+            "StudyID": "",
+            "StudyDate": "20200101",
+            "StudyTime": "101010",
+            "ReferringPhysicianName": "",
+            "PixelSpacing": [1.0, 1.0],
+            "SliceThickness": 1.0,
+            "Rows": SIDE,
+            "Columns": SIDE,
+            "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
+            "ImagePositionPatient": [0, 0, float(k)],
+            "SamplesPerPixel": 1,
+            "PhotometricInterpretation": "MONOCHROME2",
+            "BitsAllocated": 16,
+            "BitsStored": 16,
+            "HighBit": 15,
+            "PixelRepresentation": 0,
+            "InstanceNumber": k + 1,
+            "RescaleSlope": 1,
+            "RescaleIntercept": -1024,
             "PixelData": (units[k] + 1024).astype(np.uint16).tobytes(),
-        }  # fmt: skip
+        }
         for name, value in values.items():
             setattr(image, name, value)
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,9 +104,19 @@ def write_patient(folder: Path, patient: str, rng: np.random.Generator) -> None:
         1, "Ball", codes.SCT.Tissue, codes.SCT.Tissue, hd.seg.SegmentAlgorithmTypeValues.MANUAL
     )
     hd.seg.Segmentation(
-        images, ball.astype(np.uint8), hd.seg.SegmentationTypeValues.BINARY, [described],
-        hd.UID(), 9, hd.UID(), 1, "m", "m", "1", "1",
-    ).save_as(folder / f"{patient}-seg.dcm")  # fmt: skip
+        images,
+        ball.astype(np.uint8),
+        hd.seg.SegmentationTypeValues.BINARY,
+        [described],
+        hd.UID(),
+        9,
+        hd.UID(),
+        1,
+        "m",
+        "m",
+        "1",
+        "1",
+    ).save_as(folder / f"{patient}-seg.dcm")
 
 
 @pytest.mark.integration
@@ -101,9 +131,18 @@ def test_a_study_learns_from_segmentations(
     plan = tmp_path / "plan.toml"
     plan.write_text(PLAN.format(dimensions=dimensions, size=size))
     done = commands(
-        "simulation.cli", "run", plan, "--data", "data", "--format", "dicom", "--out", "out",
-        "--json", cwd=tmp_path,
-    )  # fmt: skip
+        "simulation.cli",
+        "run",
+        plan,
+        "--data",
+        "data",
+        "--format",
+        "dicom",
+        "--out",
+        "out",
+        "--json",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     (study,) = json.loads(done.stdout)["studies"]
     assert study["left_out"] == {}

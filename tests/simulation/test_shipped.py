@@ -32,11 +32,15 @@ def test_the_shipped_start_outlines_lungs_of_patients_it_never_saw(tmp_path: Pat
     start = tomllib.loads((STUDIES / "lungs-private.toml").read_text("utf-8"))["model"]
     found = {}
     for name, model in (("fresh", raw["model"]), ("shipped", start)):
-        plan = plan_from({
-            **raw, "model": model, "split": {"validation": 0, "test": 0.8},
-            "training": {**raw["training"], "rounds": 1, "learning_rate": 1e-9},
-            "participation": {"sites": 1},
-        })  # fmt: skip
+        plan = plan_from(
+            {
+                **raw,
+                "model": model,
+                "split": {"validation": 0, "test": 0.8},
+                "training": {**raw["training"], "rounds": 1, "learning_rate": 1e-9},
+                "participation": {"sites": 1},
+            }
+        )
         options = Options(data=tmp_path / "data", out=tmp_path / name, plan_folder=STUDIES)
         arm = Study(plan, options, note=lambda text: None).run().arms[0]
         assert arm.test is not None

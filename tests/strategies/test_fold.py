@@ -22,8 +22,13 @@ def folded(updates: list[tuple[list[float], int]]) -> np.ndarray:
     return fold.mean()["w"]
 
 
-@given(st.lists(st.tuples(st.lists(VALUES, min_size=3, max_size=3), st.integers(1, 100_000)),
-                min_size=1, max_size=4))  # fmt: skip
+@given(
+    st.lists(
+        st.tuples(st.lists(VALUES, min_size=3, max_size=3), st.integers(1, 100_000)),
+        min_size=1,
+        max_size=4,
+    )
+)
 def test_the_mean_is_exact_and_has_no_order(updates: list[tuple[list[float], int]]) -> None:
     total = sum(weight for _, weight in updates)
     exact = [

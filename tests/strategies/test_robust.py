@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from strategies.robust import NormBound, capped_weights, dominates, most_capped
 
-WEIGHTS = st.dictionaries(st.text("abcdefgh", min_size=1, max_size=3), st.integers(1, 10**7),
-                          min_size=1, max_size=9)  # fmt: skip
+WEIGHTS = st.dictionaries(
+    st.text("abcdefgh", min_size=1, max_size=3), st.integers(1, 10**7), min_size=1, max_size=9
+)
 SHARES = st.floats(0.05, 1.0)
 
 

@@ -70,10 +70,13 @@ class DicomVolume:
 
 
 def read(
-    root: Path, task: Task, options: MaskOptions | None = None,
-    patients: PatientOptions | None = None, labels: LabelOptions | None = None,
+    root: Path,
+    task: Task,
+    options: MaskOptions | None = None,
+    patients: PatientOptions | None = None,
+    labels: LabelOptions | None = None,
     listen: Listen = unheard,
-) -> Dataset:  # fmt: skip
+) -> Dataset:
     """Read a DICOM tree.
 
     Parameters
@@ -180,16 +183,23 @@ def label_table(root: Path, task: Task, options: LabelOptions) -> Table | None:
     if options.key and not options.means and low(options.key) not in KEYS:
         raise DataError(
             "a site that names the key column of its table must say what it holds",
-            value=options.key, fix="Set labels.means to PatientID, AccessionNumber, "
-            "StudyInstanceUID, SeriesInstanceUID, SOPInstanceUID or file", where="labels.means",
-        )  # fmt: skip
+            value=options.key,
+            fix="Set labels.means to PatientID, AccessionNumber, "
+            "StudyInstanceUID, SeriesInstanceUID, SOPInstanceUID or file",
+            where="labels.means",
+        )
     return read_table(table, KEYS, task, options, patients=False)
 
 
 def _masks(
-    root: Path, base: Path, task: Task, found: list[Path], headers: list[Header],
-    options: Options, left_out: list[LeftOut],
-) -> _Masks:  # fmt: skip
+    root: Path,
+    base: Path,
+    task: Task,
+    found: list[Path],
+    headers: list[Header],
+    options: Options,
+    left_out: list[LeftOut],
+) -> _Masks:
     if task.kind == "classification":
         return _Masks({}, {})
     inside = walk(root / "masks") if (root / "masks").is_dir() else []
@@ -282,9 +292,10 @@ def _masked(
         yield reasons.MASK_SHAPE  # one mask cannot serve several frames
     else:
         read_mask = (
-            PlacedNiftiMask(mask, group.frames, task.dimensions) if is_nifti(mask)
+            PlacedNiftiMask(mask, group.frames, task.dimensions)
+            if is_nifti(mask)
             else PictureMask(mask)
-        )  # fmt: skip
+        )
         load = next(_loads(group, task))
         yield Sample(header.patient, load, mask=read_mask, columns=_columns(group))
 

@@ -81,9 +81,11 @@ def _slices_of(layer: Layer, slices: Slices, *, named: bool) -> tuple[tuple[int,
 
 def _fit(one: Place, other: Place, *, named: bool) -> Fit:
     """How the grids of two frames compare; a frame that names its image need not tell its place."""
-    if one.position is None or other.position is None or (
-        one.orientation is None or other.orientation is None
-    ):  # fmt: skip
+    if (
+        one.position is None
+        or other.position is None
+        or (one.orientation is None or other.orientation is None)
+    ):
         return "same" if named and one.shape == other.shape else "shape" if named else "other"
     near = _NEAR * min(other.spacing)
     turned = np.allclose(one.orientation, other.orientation, atol=1e-2)

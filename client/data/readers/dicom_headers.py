@@ -19,16 +19,37 @@ from fedward.errors import DataError
 from fedward.plan.schema import Task
 
 KEYS: Final[tuple[str, ...]] = (
-    "sopinstanceuid", "seriesinstanceuid", "studyinstanceuid", "accessionnumber", "patientid",
+    "sopinstanceuid",
+    "seriesinstanceuid",
+    "studyinstanceuid",
+    "accessionnumber",
+    "patientid",
     "file",
-)  # fmt: skip
+)
 _TAGS: Final = [
-    "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "AccessionNumber", "PatientID",
-    "IssuerOfPatientID", "Modality", "Rows", "Columns", "NumberOfFrames", "SyntheticData",
-    "SOPClassUID", "ImageType", "ImageOrientationPatient", "ImagePositionPatient",
-    "PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "AcquisitionNumber",
-    "EchoNumbers", "TemporalPositionIdentifier", "FrameOfReferenceUID",
-]  # fmt: skip
+    "SOPInstanceUID",
+    "SeriesInstanceUID",
+    "StudyInstanceUID",
+    "AccessionNumber",
+    "PatientID",
+    "IssuerOfPatientID",
+    "Modality",
+    "Rows",
+    "Columns",
+    "NumberOfFrames",
+    "SyntheticData",
+    "SOPClassUID",
+    "ImageType",
+    "ImageOrientationPatient",
+    "ImagePositionPatient",
+    "PixelSpacing",
+    "ImagerPixelSpacing",
+    "NominalScannedPixelSpacing",
+    "AcquisitionNumber",
+    "EchoNumbers",
+    "TemporalPositionIdentifier",
+    "FrameOfReferenceUID",
+]
 _SCOUTS: Final = frozenset({"LOCALIZER", "SCOUT"})
 _MOSAIC: Final = "MOSAIC"  # Siemens: the slices of a volume as tiles of one picture
 _OFTEN: Final = 50  # files after which the progress is told
@@ -98,9 +119,12 @@ def unheard(done: int, of: int) -> None:
 
 
 def read_headers(
-    files: Sequence[Path], root: Path, task: Task, patients: PatientOptions | None = None,
+    files: Sequence[Path],
+    root: Path,
+    task: Task,
+    patients: PatientOptions | None = None,
     listen: Listen = unheard,
-) -> tuple[list[Header], list[Path], list[LeftOut]]:  # fmt: skip
+) -> tuple[list[Header], list[Path], list[LeftOut]]:
     """The images among files, the masks if the task is segmentation, and what was left out."""
     patients = patients or PatientOptions()
     headers: list[Header] = []
@@ -159,14 +183,20 @@ def _header(path: Path, task: Task, patients: PatientOptions) -> Header | MaskOb
     synthetic = words["syntheticdata"].upper() == "YES"
     plane = (words["rows"], words["columns"], *_rounded(tags, "PixelSpacing", 3))
     return Header(
-        path, patient, keys, words["modality"], max(frames, 1), synthetic,
+        path,
+        patient,
+        keys,
+        words["modality"],
+        max(frames, 1),
+        synthetic,
         plane=repr((*plane, *_rounded(tags, "ImageOrientationPatient", 2))),
         position=repr(corner) if (corner := _rounded(tags, "ImagePositionPatient", 2)) else "",
-        take=repr([words[n] for n in ("acquisitionnumber", "echonumbers",
-                                      "temporalpositionidentifier")]),
+        take=repr(
+            [words[n] for n in ("acquisitionnumber", "echonumbers", "temporalpositionidentifier")]
+        ),
         space=words["frameofreferenceuid"],
         place=_place(tags) if frames <= 1 and task.dimensions == 3 else None,
-    )  # fmt: skip
+    )
 
 
 def _read(path: Path) -> tuple[pydicom.FileDataset, bool]:
@@ -174,9 +204,12 @@ def _read(path: Path) -> tuple[pydicom.FileDataset, bool]:
     check_inflated(path)
     with path.open("rb") as file:
         tags = pydicom.dcmread(
-            cast(BinaryIO, Watched(file, path)), defer_size=_LONGEST, stop_before_pixels=True,
-            specific_tags=_TAGS, force=True,
-        )  # fmt: skip
+            cast(BinaryIO, Watched(file, path)),
+            defer_size=_LONGEST,
+            stop_before_pixels=True,
+            specific_tags=_TAGS,
+            force=True,
+        )
         pixels_next = file.read(4) in _PIXELS or _deflated(tags)
     if any(getattr(element, "length", 0) > _LONGEST for element in tags.values()):
         raise reasons.unusable(reasons.TOO_LARGE)

@@ -71,9 +71,11 @@ class References:
 
 
 def read_mask_file(
-    path: Path, task: Task, options: MaskOptions | None = None,
+    path: Path,
+    task: Task,
+    options: MaskOptions | None = None,
     patients: PatientOptions | None = None,
-) -> tuple[MaskFile, References]:  # fmt: skip
+) -> tuple[MaskFile, References]:
     """Read the header of a segmentation or a structure set.
 
     Raises
@@ -110,8 +112,10 @@ def link(
     that it names; else of those of its patient in its frame of reference.
     """
     known: dict[str, Mapping[str, set[str]]] = {
-        "series": defaultdict(set), "instances": defaultdict(set), "spaces": defaultdict(set),
-    }  # fmt: skip
+        "series": defaultdict(set),
+        "instances": defaultdict(set),
+        "spaces": defaultdict(set),
+    }
     for header in headers:
         if uid := header.keys["seriesinstanceuid"]:
             known["series"][uid].add(uid)

@@ -49,9 +49,13 @@ class _Image:
 
 
 def by_name(
-    masks: Sequence[Path], folder: Path, headers: Sequence[Header], left_out: Iterable[Path],
-    base: Path, dimensions: int,
-) -> NamedMasks:  # fmt: skip
+    masks: Sequence[Path],
+    folder: Path,
+    headers: Sequence[Header],
+    left_out: Iterable[Path],
+    base: Path,
+    dimensions: int,
+) -> NamedMasks:
     """Find the image of each mask.
 
     Parameters

@@ -122,9 +122,12 @@ class Slices:
         step = float(steps[steps > _ONE].min(initial=np.inf))
         pixel = min(min(self.places[k].spacing) for k in numbers)
         return _Stack(
-            np.asarray(normal), heights[order], np.array(numbers)[order],
-            step if np.isfinite(step) else 0.0, pixel,
-        )  # fmt: skip
+            np.asarray(normal),
+            heights[order],
+            np.array(numbers)[order],
+            step if np.isfinite(step) else 0.0,
+            pixel,
+        )
 
     @cached_property
     def _stack_of(self) -> dict[int, _Stack]:

@@ -65,9 +65,10 @@ class Grid:
         back = np.linalg.inv(self.axes.T)
         along, down = place.orientation
         return (
-            back @ (place.position - self.origin), back @ (down * place.spacing[0]),
+            back @ (place.position - self.origin),
+            back @ (down * place.spacing[0]),
             back @ (along * place.spacing[1]),
-        )  # fmt: skip
+        )
 
     def foreground(self) -> Iterator[Vector]:
         """Centres ``(N, 3)`` of the voxels of any class, mm; of all corners when there is none."""
@@ -140,20 +141,19 @@ def _grid(part: Resampled) -> Grid:
     labels = np.zeros((int(planes.max()) + 1, *first.shape), np.uint8)
     for layer, k in zip(part.layers, planes.astype(int), strict=True):
         # Where two segments overlap, the later class stands.
-        np.maximum(
-            labels[k], decode_layer(part.file, layer.index, layer.segment), out=labels[k]
-        )  # fmt: skip
+        np.maximum(labels[k], decode_layer(part.file, layer.index, layer.segment), out=labels[k])
     axes = np.stack([normal * step, along[1] * spacing[0], along[0] * spacing[1]])
     return Grid(labels, corners[int(heights.argmin())], axes)
 
 
 def _alike(place: Place, first: Place) -> bool:
     return (
-        place.position is not None and place.orientation is not None
+        place.position is not None
+        and place.orientation is not None
         and place.shape == first.shape
         and np.allclose(place.spacing, first.spacing, rtol=1e-3)
         and np.allclose(place.orientation, first.orientation, atol=1e-3)  # type: ignore[arg-type]
-    )  # fmt: skip
+    )
 
 
 def _step(heights: Vector, said: float, thickness: float) -> float:

@@ -154,9 +154,13 @@ def _layer(header: Dataset, group: Dataset, index: int) -> Layer:
     measures = _first(group, "PixelMeasuresSequence") or _first(shared, "PixelMeasuresSequence")
     source = _source(group) or _source(shared)
     return Layer(
-        index, number, place_of(header, index), _length(measures, "SpacingBetweenSlices"),
-        _length(measures, "SliceThickness"), source,
-    )  # fmt: skip
+        index,
+        number,
+        place_of(header, index),
+        _length(measures, "SpacingBetweenSlices"),
+        _length(measures, "SliceThickness"),
+        source,
+    )
 
 
 def _first(group: Dataset, name: str) -> Dataset | None:

@@ -33,9 +33,11 @@ Item = tuple[Path, Sample | str]
 
 
 def read(
-    root: Path, task: Task, options: LabelOptions | None = None,
+    root: Path,
+    task: Task,
+    options: LabelOptions | None = None,
     patients: PatientOptions | None = None,
-) -> Dataset:  # fmt: skip
+) -> Dataset:
     """Read a picture folder.
 
     Parameters
@@ -118,9 +120,13 @@ def _labelled(
     except DataError as error:
         return reasons.reason_of(error)
     return Sample(
-        patient, loader(file), entry.label, split=entry.split, columns=entry.columns,
+        patient,
+        loader(file),
+        entry.label,
+        split=entry.split,
+        columns=entry.columns,
         patient_known=people.knows(patient),
-    )  # fmt: skip
+    )
 
 
 def pairs(

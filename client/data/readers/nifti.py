@@ -119,9 +119,11 @@ class Turned:
 
 
 def check_place(
-    shape: tuple[int, ...], affine: NDArray[np.float64], image_shape: tuple[int, ...],
+    shape: tuple[int, ...],
+    affine: NDArray[np.float64],
+    image_shape: tuple[int, ...],
     place: NDArray[np.float64],
-) -> None:  # fmt: skip
+) -> None:
     """Hold a mask's grid against its image's; both affines map voxels to RAS mm.
 
     Raises
@@ -147,9 +149,11 @@ def _corners(shape: tuple[int, ...]) -> NDArray[np.float64]:
 
 
 def read(
-    root: Path, task: Task, options: LabelOptions | None = None,
+    root: Path,
+    task: Task,
+    options: LabelOptions | None = None,
     patients: PatientOptions | None = None,
-) -> Dataset:  # fmt: skip
+) -> Dataset:
     """Read a NIfTI folder.
 
     Parameters

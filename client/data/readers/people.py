@@ -61,9 +61,11 @@ class People:
         tables = [*labels, *([self.table] if self.table else [])]
         if self.column and low(self.column) not in [table.patients for table in tables]:
             raise DataError(
-                "a table must have the column of patients that the site names", value=self.column,
-                fix="Correct labels.patient_column", where="labels.patient_column",
-            )  # fmt: skip
+                "a table must have the column of patients that the site names",
+                value=self.column,
+                fix="Correct labels.patient_column",
+                where="labels.patient_column",
+            )
 
     def knows(self, patient: str) -> bool:
         """Whether :meth:`of` gave a patient's id, and not the image in place of a patient."""

@@ -78,9 +78,12 @@ def _portions(counts: NDArray[np.int64]) -> Iterator[slice]:
 
 
 def _turn(
-    turned: NDArray[np.int64], low: Points, high: Points, first: NDArray[np.int64],
+    turned: NDArray[np.int64],
+    low: Points,
+    high: Points,
+    first: NDArray[np.int64],
     counts: NDArray[np.int64],
-) -> None:  # fmt: skip
+) -> None:
     edge = np.repeat(np.arange(len(counts)), counts)
     starts = np.repeat(np.cumsum(counts) - counts, counts)
     row = first[edge] + np.arange(len(edge)) - starts

@@ -110,9 +110,12 @@ class Resampled(MapTransform, InvertibleTransform):  # type: ignore[misc]
     """
 
     def __init__(
-        self, keys: KeysCollection, size: Sequence[int],
-        spacing: Sequence[float] | None = None, resize: str = "stretch",
-    ) -> None:  # fmt: skip
+        self,
+        keys: KeysCollection,
+        size: Sequence[int],
+        spacing: Sequence[float] | None = None,
+        resize: str = "stretch",
+    ) -> None:
         super().__init__(keys)
         self.size, self.spacing, self.resize = tuple(size), spacing, resize
 
@@ -191,9 +194,14 @@ class Finishd(MapTransform, InvertibleTransform):  # type: ignore[misc]
     """
 
     def __init__(
-        self, keys: KeysCollection, size: Sequence[int], mapped: bool, normalise: bool = True,
-        mean: Sequence[float] | None = None, deviation: Sequence[float] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        keys: KeysCollection,
+        size: Sequence[int],
+        mapped: bool,
+        normalise: bool = True,
+        mean: Sequence[float] | None = None,
+        deviation: Sequence[float] | None = None,
+    ) -> None:
         super().__init__(keys)
         self.size, self.mapped, self.normalise = tuple(size), mapped, normalise
         self.mean, self.deviation = mean, deviation

@@ -21,8 +21,9 @@ def chests(patients=40, images=1, side=20, low=0.0):
     made = []
     for k in range(patients * images):
         values = (low + RNG.random((1, side, side))).astype(np.float32)
-        made.append(Sample(f"p{k // images}", lambda v=values: Image(v, (1.0, 1.0)),
-                           (k // images % 2,)))  # fmt: skip
+        made.append(
+            Sample(f"p{k // images}", lambda v=values: Image(v, (1.0, 1.0)), (k // images % 2,))
+        )
     return made
 
 
@@ -36,8 +37,17 @@ def checked(tmp_path, dataset, make_plan):
     def run(samples, dataset=dataset, modality="", measure=False, left_out=(), **changes):
         plan = make_plan(**{"split": {"given": False}, **changes})
         words = [modality] * len(samples)
-        made = check_plan("chest", "", dataset, samples, words, plan, Room(tmp_path, "cpu"),
-                          measure=measure, left_out=left_out)  # fmt: skip
+        made = check_plan(
+            "chest",
+            "",
+            dataset,
+            samples,
+            words,
+            plan,
+            Room(tmp_path, "cpu"),
+            measure=measure,
+            left_out=left_out,
+        )
         return made, {one.name: one for one in made.findings}
 
     return run
@@ -59,11 +69,17 @@ def test_what_fits_is_said_to_fit(checked):
         ({"task": {"classes": ["yes", "no"]}}, "classes", "order"),
         ({"task": {"classes": ["no", "maybe"]}}, "classes", "plan's names"),
         ({"task": {"multi_label": True}, "training": {"loss": "bce"}}, "task", "another dataset"),
-        ({"preprocessing": {"size": [1024, 8]}, "model": {"name": "densenet121", "channels": None}},
-         "model", "larger"),
+        (
+            {
+                "preprocessing": {"size": [1024, 8]},
+                "model": {"name": "densenet121", "channels": None},
+            },
+            "model",
+            "larger",
+        ),
         ({"participation": {"minimum_patients": 41}}, "patients", "more patients"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_fails_with_a_next_step(checked, changes, name, words):
     made, found = checked(chests(), **changes)
     assert not made.can_serve
@@ -75,8 +91,9 @@ def test_what_the_reader_left_out_is_counted(checked):
     made, found = checked(chests(), left_out=left_out)
     assert made.can_serve
     assert (found["left out"].status, found["left out"].found) == (
-        "warn", "no image: 2, no mask: 1"
-    )  # fmt: skip
+        "warn",
+        "no image: 2, no mask: 1",
+    )
     assert "left out" not in checked(chests())[1]
 
 
@@ -146,9 +163,16 @@ def test_bytes_are_worked_out(make_plan):
 
 def test_a_machine_without_room_fails():
     cost = Cost(
-        prepared_bytes=10**9, free_disk_bytes=10**8, parameters=1, training_bytes=10**10,
-        memory_bytes=10**9, device="cpu", steps=100, seconds_per_step=2.0, seconds=200.0,
-    )  # fmt: skip
+        prepared_bytes=10**9,
+        free_disk_bytes=10**8,
+        parameters=1,
+        training_bytes=10**10,
+        memory_bytes=10**9,
+        device="cpu",
+        steps=100,
+        seconds_per_step=2.0,
+        seconds=200.0,
+    )
     found = {one.name: one for one in cost_findings(cost)}
     assert found["disk"].status == found["memory"].status == "fail"
     assert "3 min" in found["time"].found and "1 GB" in found["disk"].found
@@ -188,10 +212,13 @@ def test_masks_are_looked_at(checked, tmp_path):
     samples = [Sample(f"p{k}", lambda: image, mask=lambda: mask) for k in range(20)]
     samples[0] = Sample("p0", lambda: image, mask=lambda: mask[:-1])
     made, found = checked(
-        samples, dataset=lungs, task={"kind": "segmentation", "classes": ["lung", "heart"]},
-        model={"name": "unet", "channels": [4, 8]}, training={"loss": "dice_ce"},
+        samples,
+        dataset=lungs,
+        task={"kind": "segmentation", "classes": ["lung", "heart"]},
+        model={"name": "unet", "channels": [4, 8]},
+        training={"loss": "dice_ce"},
         metrics={"report": ["dice"], "primary": "dice"},
-    )  # fmt: skip
+    )
     assert found["masks"].status == "warn" and "heart" in found["masks"].fix
     assert "shape of mask differs: 1" in found["preprocessing"].found
     assert made.cost.prepared_bytes == 20 * (256 * 4 + 256)

@@ -140,8 +140,9 @@ def test_a_copied_tree_is_the_same_cohort_with_the_same_cache(frozen, export, ma
     elsewhere = export.parent / "copied"
     shutil.copytree(export, elsewhere, symlinks=True, ignore=shutil.ignore_patterns("pipe"))
     moved = config.dataset("chest").model_copy(update={"root": elsewhere})
-    there = open_cohort(config.model_copy(update={"datasets": {"chest": moved}}), "chest",
-                        secret=secret)  # fmt: skip
+    there = open_cohort(
+        config.model_copy(update={"datasets": {"chest": moved}}), "chest", secret=secret
+    )
     assert there.rehashed == 12
     keys = {_key(opened.dataset.samples, plan) for opened in (here, there)}
     assert len(keys) == 1 and None not in keys

@@ -42,9 +42,12 @@ def grey(*shape: int) -> np.ndarray:
 def npz(root: Path) -> None:
     root.mkdir()
     np.savez(
-        root / "DOE.npz", train_images=grey(6, 9, 8), train_labels=np.arange(6)[:, None] % 2,
-        test_images=grey(2, 9, 8), test_labels=np.array([[0], [1]]),
-    )  # fmt: skip
+        root / "DOE.npz",
+        train_images=grey(6, 9, 8),
+        train_labels=np.arange(6)[:, None] % 2,
+        test_images=grey(2, 9, 8),
+        test_labels=np.array([[0], [1]]),
+    )
 
 
 def folders(root: Path) -> None:
@@ -105,13 +108,27 @@ def segmentation(path: Path, images: list[Any]) -> None:
         masks[k, k : k + 3, 1:5] = 1
     tool = hd.AlgorithmIdentificationSequence("t", codes.DCM.ArtificialIntelligence, "1")
     described = hd.seg.SegmentDescription(
-        1, "lung", codes.SCT.Tissue, codes.SCT.Tissue,
-        hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC, tool,
-    )  # fmt: skip
+        1,
+        "lung",
+        codes.SCT.Tissue,
+        codes.SCT.Tissue,
+        hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+        tool,
+    )
     hd.seg.Segmentation(
-        images, masks, hd.seg.SegmentationTypeValues.BINARY, [described], hd.UID(), 2, hd.UID(), 1,
-        "m", "m", "1", "1",
-    ).save_as(path)  # fmt: skip
+        images,
+        masks,
+        hd.seg.SegmentationTypeValues.BINARY,
+        [described],
+        hd.UID(),
+        2,
+        hd.UID(),
+        1,
+        "m",
+        "m",
+        "1",
+        "1",
+    ).save_as(path)
 
 
 def scans(root: Path) -> None:
@@ -150,7 +167,7 @@ def _contours(images: list[Any]) -> dict[str, list[Any]]:
             for k, image in enumerate(images)
         ],
         "skin": [np.column_stack([corners + 0.6, np.full(4, 40)])],
-    }  # fmt: skip
+    }
 
 
 def contoured(root: Path, make_structures: Any) -> None:
@@ -167,20 +184,34 @@ def other_grid(root: Path) -> None:
         tool = hd.AlgorithmIdentificationSequence("t", codes.DCM.ArtificialIntelligence, "1")
         described = [
             hd.seg.SegmentDescription(
-                number, name, codes.SCT.Tissue, codes.SCT.Tissue,
-                hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC, tool,
+                number,
+                name,
+                codes.SCT.Tissue,
+                codes.SCT.Tissue,
+                hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+                tool,
             )
             for number, name in ((1, "a"), (2, "Lung_L"))
-        ]  # fmt: skip
+        ]
         hd.seg.Segmentation(
-            [image], labels, hd.seg.SegmentationTypeValues.LABELMAP, described, hd.UID(), 2,
-            hd.UID(), 1, "m", "m", "1", "1",
+            [image],
+            labels,
+            hd.seg.SegmentationTypeValues.LABELMAP,
+            described,
+            hd.UID(),
+            2,
+            hd.UID(),
+            1,
+            "m",
+            "m",
+            "1",
+            "1",
             pixel_measures=hd.PixelMeasuresSequence((0.8, 0.8), 2, spacing_between_slices=2),
             plane_positions=[
                 hd.PlanePositionSequence("PATIENT", [-19, 16, 40.3 + 2 * z]) for z in range(3)
             ],
             plane_orientation=hd.PlaneOrientationSequence("PATIENT", [1, 0, 0, 0, 1, 0]),
-        ).save_as(root / f"MRN4711{k}" / "seg.dcm")  # fmt: skip
+        ).save_as(root / f"MRN4711{k}" / "seg.dcm")
 
 
 CASES = {

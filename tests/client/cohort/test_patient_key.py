@@ -83,18 +83,28 @@ def freeze(reading, site: Path) -> CohortFile:
 def prepared(site: Path, plan):
     config = load_config(site)
     return prepare_cohort(
-        config, "chest", "latest", plan, secret=site_secret(config.site.state),
+        config,
+        "chest",
+        "latest",
+        plan,
+        secret=site_secret(config.site.state),
         cache=cache_folder(config),
-    )  # fmt: skip
+    )
 
 
 def checked(reading, site: Path, plan):
     with reading(site) as work:
         samples = usable(work.dataset, work.index, work.extract).samples
         made = check_plan(
-            "chest", "", work.dataset, samples, [""] * len(samples), plan,
-            Room(site.parent, "cpu"), measure=False,
-        )  # fmt: skip
+            "chest",
+            "",
+            work.dataset,
+            samples,
+            [""] * len(samples),
+            plan,
+            Room(site.parent, "cpu"),
+            measure=False,
+        )
     return made, {one.name: one for one in made.findings}
 
 

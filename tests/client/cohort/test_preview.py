@@ -33,8 +33,9 @@ def volume(shape, mask=None, patient="DOE"):
 def test_masks_are_overlaid_in_the_colours_of_the_legend(tmp_path):
     mask = np.zeros((8, 8), np.uint8)
     mask[:4, :4], mask[4:, 4:] = 1, 2
-    flat = Sample("DOE", lambda: Image(np.zeros((1, 8, 8), np.float32), (1.0, 1.0)),
-                  mask=lambda: mask)  # fmt: skip
+    flat = Sample(
+        "DOE", lambda: Image(np.zeros((1, 8, 8), np.float32), (1.0, 1.0)), mask=lambda: mask
+    )
     page, prep = tmp_path / "page.html", Preprocessing(size=(8, 8), intensity="unit")
     write_preview(page, tmp_path / "data", "chest", [flat], LUNGS, prep)
     (picture,) = pictures(page)
@@ -68,11 +69,17 @@ def test_bad_images_are_counted_and_class_names_cannot_be_code(tmp_path):
 
     good = volume((9, 9))
     task = Task.model_construct(
-        kind="classification", dimensions=2, classes=("<script>", "b"), multi_label=True,
+        kind="classification",
+        dimensions=2,
+        classes=("<script>", "b"),
+        multi_label=True,
         modality=("any",),
-    )  # fmt: skip
-    samples = [Sample("DOE", good.load, (1, 0)), Sample("DOE", good.load, (0, 0)),
-               Sample("DOE", broken, (0, 1))]  # fmt: skip
+    )
+    samples = [
+        Sample("DOE", good.load, (1, 0)),
+        Sample("DOE", good.load, (0, 0)),
+        Sample("DOE", broken, (0, 1)),
+    ]
     page = tmp_path / "page.html"
     shown, left_out = write_preview(page, tmp_path / "data", "chest", samples, task)
     assert (shown, left_out) == (2, {"not readable": 1})

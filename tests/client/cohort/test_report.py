@@ -39,8 +39,14 @@ def risks_of(found: DatasetReport) -> dict[str, int]:
 
 def shot(dx: Any, path: Path, patient: str, study: str, **tags: Any) -> None:
     tags = {"PatientName": "", "PatientBirthDate": "", "AccessionNumber": f"A{study}"} | tags
-    dx(path, RNG.integers(0, 4096, (8, 9)), PatientID=patient, StudyInstanceUID=f"1.2.{study}",
-       SeriesInstanceUID=f"1.2.{study}.1", **tags)  # fmt: skip
+    dx(
+        path,
+        RNG.integers(0, 4096, (8, 9)),
+        PatientID=patient,
+        StudyInstanceUID=f"1.2.{study}",
+        SeriesInstanceUID=f"1.2.{study}.1",
+        **tags,
+    )
 
 
 @pytest.fixture
@@ -48,9 +54,17 @@ def people(tmp_path: Path, dx: Any) -> Path:
     """Two patients, three studies under a shared id, and two without any id."""
     root = tmp_path / "export"
     for k, (patient, study) in enumerate(
-        [("P1", "1"), ("P2", "2"), ("ANON", "3"), ("anon ", "4"), ("Anon", "5"), ("", "6"),
-         (" ", "6"), ("", "7")]
-    ):  # fmt: skip
+        [
+            ("P1", "1"),
+            ("P2", "2"),
+            ("ANON", "3"),
+            ("anon ", "4"),
+            ("Anon", "5"),
+            ("", "6"),
+            (" ", "6"),
+            ("", "7"),
+        ]
+    ):
         shot(dx, root / f"{k}.dcm", patient, study)
     rows = [f"A{k},{'sick' if k % 2 else 'well'}" for k in range(1, 8)]
     (root / "labels.csv").write_text("AccessionNumber,label\n" + "\n".join(rows) + "\n")
@@ -148,8 +162,9 @@ def test_people_who_are_not_told_apart(tmp_path, reading, dx):
     shot(dx, root / "h.dcm", "H1", "7", **anonymous)
     shot(dx, root / "i.dcm", "H2", "8", **anonymous)  # that name is nobody's
     rows = ["AccessionNumber,label,split"]
-    rows += [f"A{k},{'sick' if k % 2 else 'well'},{'test' if k == 3 else 'train'}"
-             for k in range(1, 9)]  # fmt: skip
+    rows += [
+        f"A{k},{'sick' if k % 2 else 'well'},{'test' if k == 3 else 'train'}" for k in range(1, 9)
+    ]
     (root / "labels.csv").write_text("\n".join(rows) + "\n")
     (tmp_path / "site.toml").write_text(SITE)
     with reading(tmp_path / "site.toml") as work:
@@ -190,10 +205,14 @@ def test_a_slice_that_cannot_be_read_costs_its_volume_and_is_told(tmp_path, read
     for patient in ("P1", "P2", "P3"):
         for k in range(4):
             shot(
-                dx, root / patient / f"{k}.dcm", patient, patient[1], Modality="CT",
+                dx,
+                root / patient / f"{k}.dcm",
+                patient,
+                patient[1],
+                Modality="CT",
                 ImagePositionPatient=[0, 0, 2.0 * k + (patient == "P3") * 2 * (k == 3)],
                 ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
-            )  # fmt: skip
+            )
     cut = root / "P2" / "1.dcm"
     cut.write_bytes(cut.read_bytes()[:-30])
     (root / "labels.csv").write_text("PatientID,label\nP1,well\nP2,sick\nP3,sick\n")
@@ -219,12 +238,14 @@ def test_one_patient_with_two_labels_and_too_few_patients(tmp_path, reading, dx)
     with reading(tmp_path / "site.toml") as work:
         found = make_report("chest", work.dataset, work.index, work.extract)
     assert (found.images_by_class, found.patients_by_class) == (
-        {"well": 1, "sick": 3}, {"well": 1, "sick": 2},
-    )  # fmt: skip
+        {"well": 1, "sick": 3},
+        {"well": 1, "sick": 2},
+    )
     assert risks_of(found) == {
-        "all images of a patient have the same label": 1, "there are at least 5 patients": 3,
+        "all images of a patient have the same label": 1,
+        "there are at least 5 patients": 3,
         "every class has at least 5 patients": 2,
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.integration

@@ -53,16 +53,36 @@ def scans(root: Path, dx: Any) -> None:
     """Three CT slices and two MR slices, the latter compressed."""
     tags: dict[str, Any] = {"PatientName": "", "PatientBirthDate": ""}
     for k in range(3):
-        dx(root / "ct" / f"ct{k}.dcm", np.full((8, 9), 100 + k), PatientID="P1", Modality="CT",
-           StudyInstanceUID="1.2.1", SeriesInstanceUID="1.2.1.1", PixelSpacing=[0.7, 0.9],
-           SOPClassUID=pydicom.uid.CTImageStorage, RescaleSlope=2, RescaleIntercept=-1000,
-           Manufacturer="ACME", BodyPartExamined="CHEST", **tags)  # fmt: skip
+        dx(
+            root / "ct" / f"ct{k}.dcm",
+            np.full((8, 9), 100 + k),
+            PatientID="P1",
+            Modality="CT",
+            StudyInstanceUID="1.2.1",
+            SeriesInstanceUID="1.2.1.1",
+            PixelSpacing=[0.7, 0.9],
+            SOPClassUID=pydicom.uid.CTImageStorage,
+            RescaleSlope=2,
+            RescaleIntercept=-1000,
+            Manufacturer="ACME",
+            BodyPartExamined="CHEST",
+            **tags,
+        )
     for k in range(2):
         pixels = np.arange(60).reshape(6, 10) + 7 * k
-        path = dx(root / "mr" / f"mr{k}.dcm", pixels, PatientID="P2", Modality="MR",
-                  StudyInstanceUID="1.2.2", SeriesInstanceUID=f"1.2.2.{k}",
-                  PixelSpacing=[1.25, 1.25], SOPClassUID=pydicom.uid.MRImageStorage,
-                  Manufacturer="Other Works", BodyPartExamined="HEAD", **tags)  # fmt: skip
+        path = dx(
+            root / "mr" / f"mr{k}.dcm",
+            pixels,
+            PatientID="P2",
+            Modality="MR",
+            StudyInstanceUID="1.2.2",
+            SeriesInstanceUID=f"1.2.2.{k}",
+            PixelSpacing=[1.25, 1.25],
+            SOPClassUID=pydicom.uid.MRImageStorage,
+            Manufacturer="Other Works",
+            BodyPartExamined="HEAD",
+            **tags,
+        )
         with quiet():
             file = pydicom.dcmread(path)
             file.compress(pydicom.uid.RLELossless)
@@ -85,24 +105,38 @@ def test_a_tree_of_two_modalities_with_masks_of_two_kinds(tmp_path, reading, dx)
     made = report_of(reading, tmp_path, "dicom")
     assert sum(made.pop("split").values()) == 2
     assert made == {
-        "dataset": "chest", "files": 10, "instances": 5, "patients": 2, "studies": 2, "series": 3,
-        "modality": {"CT": 3, "MR": 2}, "body_part": {"CHEST": 3, "HEAD": 2},
+        "dataset": "chest",
+        "files": 10,
+        "instances": 5,
+        "patients": 2,
+        "studies": 2,
+        "series": 3,
+        "modality": {"CT": 3, "MR": 2},
+        "body_part": {"CHEST": 3, "HEAD": 2},
         "manufacturer": {"ACME": 3, "Other Works": 2},
         "object_type": {"CT Image Storage": 3, "MR Image Storage": 2},
         "transfer_syntax": {"Explicit VR Little Endian": 3, "RLE Lossless": 2},
-        "size": {"8 x 9": 3, "6 x 10": 2}, "spacing": {"0.7 x 0.9": 3, "1.25 x 1.25": 2},
+        "size": {"8 x 9": 3, "6 x 10": 2},
+        "spacing": {"0.7 x 0.9": 3, "1.25 x 1.25": 2},
         "slice_distance": {},
         "intensity": {
             "CT": {
-                "lowest": -800, "highest": -796, "typical_lowest": -798, "typical_highest": -798,
+                "lowest": -800,
+                "highest": -796,
+                "typical_lowest": -798,
+                "typical_highest": -798,
             },
             "MR": {"lowest": 0, "highest": 66, "typical_lowest": 0, "typical_highest": 59},
         },
-        "samples": 4, "sample_patients": 2, "images_are_patients": False,
+        "samples": 4,
+        "sample_patients": 2,
+        "images_are_patients": False,
         "images_by_class": {"lung": 2, "heart": 1},
-        "patients_by_class": {"lung": 1, "heart": 1}, "pixels_by_class": {"lung": 36, "heart": 4},
-        "left_out": {"no mask": 1, "unknown class in mask": 1}, "risks": [],
-    }  # fmt: skip
+        "patients_by_class": {"lung": 1, "heart": 1},
+        "pixels_by_class": {"lung": 36, "heart": 4},
+        "left_out": {"no mask": 1, "unknown class in mask": 1},
+        "risks": [],
+    }
 
 
 @pytest.mark.integration
@@ -117,8 +151,9 @@ def test_masks_whose_names_tell_no_image(tmp_path, reading, dx):
     assert made["left_out"] == {"ambiguous name of mask": 2, "no image": 1}
     counts = {risk["rule"]: (risk["count"], risk["severity"]) for risk in made["risks"]}
     assert counts["the name of a mask means one image, and that of an image one mask"] == (
-        2, "medium"
-    )  # fmt: skip
+        2,
+        "medium",
+    )
     assert counts["every label and every mask has an image"] == (1, "medium")
     assert "IM000" not in str(made)
 
@@ -171,11 +206,20 @@ def test_the_distance_of_slices(tmp_path, reading, dx):
     root = tmp_path / "export"
     for patient, step, count in (("P1", 2.5, 4), ("P2", 2.5, 3), ("P3", 0.7, 5)):
         for k in range(count):
-            dx(root / patient / f"{k}.dcm", np.full((6, 5), k), PatientID=patient, Modality="CT",
-               SOPClassUID=pydicom.uid.CTImageStorage, SeriesInstanceUID=f"1.2.{patient[1]}",
-               ImagePositionPatient=[0, 0, -step * k], SliceThickness=9, PatientName="",
-               ImageOrientationPatient=[1, 0, 0, 0, 1, 0], PatientBirthDate="",
-               StudyInstanceUID=f"1.3.{patient[1]}")  # fmt: skip
+            dx(
+                root / patient / f"{k}.dcm",
+                np.full((6, 5), k),
+                PatientID=patient,
+                Modality="CT",
+                SOPClassUID=pydicom.uid.CTImageStorage,
+                SeriesInstanceUID=f"1.2.{patient[1]}",
+                ImagePositionPatient=[0, 0, -step * k],
+                SliceThickness=9,
+                PatientName="",
+                ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
+                PatientBirthDate="",
+                StudyInstanceUID=f"1.3.{patient[1]}",
+            )
     (root / "labels.csv").write_text("PatientID,label\nP1,lung\nP2,heart\nP3,lung\n")
     site = tmp_path / "site.toml"
     text = SITE.format(format="dicom", dimensions=3).replace("segmentation", "classification")

@@ -34,8 +34,10 @@ def frozen(working, site):
     def run():
         with working(site) as work:
             found = usable(work.dataset, work.index, work.extract)
-            save(make_cohort(work.name, work.dataset, found, work.index, work.extract),
-                 work.site.site.state)  # fmt: skip
+            save(
+                make_cohort(work.name, work.dataset, found, work.index, work.extract),
+                work.site.site.state,
+            )
         return load_config(site)
 
     return run
@@ -52,9 +54,15 @@ def ready(config, plan, **more):
     secret = site_secret(config.site.state)
     with preparers(Limits(workers=1)) as crew:
         site = prepare_cohort(
-            config, "chest", "latest", plan, secret=secret, cache=cache_folder(config), crew=crew,
+            config,
+            "chest",
+            "latest",
+            plan,
+            secret=secret,
+            cache=cache_folder(config),
+            crew=crew,
             **more,
-        )  # fmt: skip
+        )
         return site, len(crew.workers)
 
 

@@ -23,9 +23,12 @@ def found(*before: str) -> str:
     if os.geteuid() or not shutil.which("ip"):
         pytest.skip("root and iproute2 can make network namespaces")
     done = subprocess.run(
-        ["unshare", "--net", "sh", "-c", " && ".join((*before, FIND))], text=True,
-        capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
-    )  # fmt: skip
+        ["unshare", "--net", "sh", "-c", " && ".join((*before, FIND))],
+        text=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
     if "Not supported" in done.stderr or "Unknown device" in done.stderr:
         pytest.skip("this kernel makes no interfaces")
     assert done.returncode == 0, done.stderr
@@ -86,16 +89,24 @@ def test_behind_its_walls_a_process_sees_no_image_and_changes_nothing_but_its_fo
     (tmp_path / "labels.csv").write_text("DOE^JANE,yes")
     (tmp_path / "site.toml").write_text("any_coordinator = false")
     done = subprocess.run(
-        [sys.executable, "-c", WALLED, tmp_path], text=True, capture_output=True, check=False,
+        [sys.executable, "-c", WALLED, tmp_path],
+        text=True,
+        capture_output=True,
+        check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     if "the kernel makes no namespace" in done.stderr:
         pytest.skip("this kernel makes no namespaces for this user")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {
-        "images": [], "labels": "", "hidden": True, "changed": "Read-only file system",
-        "unchangeable": True, "own": "1 of 1 places can be changed", "rights": ["0" * 16],
-    }  # fmt: skip
+        "images": [],
+        "labels": "",
+        "hidden": True,
+        "changed": "Read-only file system",
+        "unchangeable": True,
+        "own": "1 of 1 places can be changed",
+        "rights": ["0" * 16],
+    }
     assert (tmp_path / "own" / "kept").read_text() == "mine"
     assert (tmp_path / "site.toml").read_text() == "any_coordinator = false"
 
@@ -111,8 +122,11 @@ def test_a_connector_s_user_that_is_nobody_is_an_error_of_the_configuration(tmp_
     )
     done = subprocess.run(
         [sys.executable, "-m", "client.daemon.launch", "connector", tmp_path / "site.toml"],
-        text=True, capture_output=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        text=True,
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 19
     assert "server.user: the connector's user must exist on this machine" in done.stderr
     assert "Traceback" not in done.stderr

@@ -97,14 +97,24 @@ def build_ct(
     names = np.random.default_rng(4).permutation(count)
     for k in range(count):
         facts = {
-            "SOPClassUID": pydicom.uid.CTImageStorage, "SeriesInstanceUID": "1.2.77",
-            "StudyInstanceUID": "1.2.76", "FrameOfReferenceUID": "1.2.78",
-            "PixelSpacing": [0.7, 0.9], "SliceThickness": 2.5,
+            "SOPClassUID": pydicom.uid.CTImageStorage,
+            "SeriesInstanceUID": "1.2.77",
+            "StudyInstanceUID": "1.2.76",
+            "FrameOfReferenceUID": "1.2.78",
+            "PixelSpacing": [0.7, 0.9],
+            "SliceThickness": 2.5,
             "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
-            "ImagePositionPatient": [-20, 15, 40 + 2.5 * k], "PatientName": "",
-            "PatientBirthDate": "", "PatientSex": "", "StudyID": "1", "StudyDate": "20200101",
-            "StudyTime": "101010", "ReferringPhysicianName": "", "AccessionNumber": "", **tags,
-        }  # fmt: skip
+            "ImagePositionPatient": [-20, 15, 40 + 2.5 * k],
+            "PatientName": "",
+            "PatientBirthDate": "",
+            "PatientSex": "",
+            "StudyID": "1",
+            "StudyDate": "20200101",
+            "StudyTime": "101010",
+            "ReferringPhysicianName": "",
+            "AccessionNumber": "",
+            **tags,
+        }
         build_dicom(folder / f"{names[k]:03d}.dcm", values[k], **facts)
     files = [pydicom.dcmread(path) for path in folder.glob("*.dcm")]
     return sorted(files, key=lambda file: float(file.ImagePositionPatient[2]))
@@ -118,11 +128,15 @@ def build_seg(
     tool = hd.AlgorithmIdentificationSequence("t", codes.DCM.ArtificialIntelligence, "1")
     described = [
         hd.seg.SegmentDescription(
-            number, name, codes.SCT.Tissue, codes.SCT.Tissue,
-            hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC, tool,
+            number,
+            name,
+            codes.SCT.Tissue,
+            codes.SCT.Tissue,
+            hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+            tool,
         )
         for number, name in enumerate(names, start=1)
-    ]  # fmt: skip
+    ]
     seg = hd.seg.Segmentation(
         images, masks, kind, described, hd.UID(), 2, hd.UID(), 1, "m", "m", "1", "1", **more
     )

@@ -34,10 +34,13 @@ def test_nothing_active_gives_the_same_tensors():
 @pytest.mark.parametrize(
     ("name", "axis", "size"),
     [
-        ("vertical", 0, (6, 9)), ("horizontal", 1, (6, 9)),
-        ("vertical", 0, (5, 6, 7)), ("horizontal", 1, (5, 6, 7)), ("depth", 2, (5, 6, 7)),
+        ("vertical", 0, (6, 9)),
+        ("horizontal", 1, (6, 9)),
+        ("vertical", 0, (5, 6, 7)),
+        ("horizontal", 1, (5, 6, 7)),
+        ("depth", 2, (5, 6, 7)),
     ],
-)  # fmt: skip
+)
 def test_flips_are_exact_mirrors_of_half_the_images(name, axis, size):
     images = torch.rand(200, 2, *size)
     masks = torch.randint(0, 5, (200, *size), dtype=torch.uint8)
@@ -143,9 +146,14 @@ def test_noise_has_its_deviation():
 
 
 ALL = Augmentation(
-    flip=("horizontal", "vertical"), rotate=15.0, scale=0.1, shift=0.1, contrast=0.2,
-    brightness=0.2, noise=0.1,
-)  # fmt: skip
+    flip=("horizontal", "vertical"),
+    rotate=15.0,
+    scale=0.1,
+    shift=0.1,
+    contrast=0.2,
+    brightness=0.2,
+    noise=0.1,
+)
 
 
 def test_the_generator_decides_and_inputs_stay():

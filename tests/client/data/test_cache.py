@@ -93,12 +93,14 @@ def start(tmp_path, work, make_plan):
         command = [*prefix, sys.executable, str(program), str(cache or tmp_path / "cache")]
         running.append(
             subprocess.Popen(
-                [*command, canonical(make_plan()), how, str(tmp_path)], text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                [*command, canonical(make_plan()), how, str(tmp_path)],
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
                 env={**os.environ, "PYTHONPATH": f"{ROOT}:{program.parent / 'modules'}"},
                 **options,
             )
-        )  # fmt: skip
+        )
         return running[-1]
 
     yield start
@@ -141,8 +143,9 @@ def test_after_a_kill_in_the_middle_the_next_one_makes_it_whole(tmp_path, start,
     assert (left[0] / "images.npy").stat().st_size > 0
     out, err = start().communicate(timeout=60)
     assert not err
-    expected = prepare("x", [Sample(f"p{k}", work.Known(k), (k % 2,)) for k in range(30)],
-                       make_plan())  # fmt: skip
+    expected = prepare(
+        "x", [Sample(f"p{k}", work.Known(k), (k % 2,)) for k in range(30)], make_plan()
+    )
     assert float(out) == pytest.approx(float(expected.images.sum()))
     names = [p.name for p in (tmp_path / "cache").iterdir()]
     assert len(names) == 1 and len(names[0]) == 64  # the leftover is gone
@@ -247,10 +250,14 @@ def test_a_full_disk_is_an_output_error_and_leaves_nothing(tmp_path, start):
     disk.mkdir()
     mount = f'mount -t tmpfs -o size=16k none "{disk}" && "$@"; code=$?; ls -A "{disk}" >&2'
     prefix = ["unshare", "-rm", "sh", "-c", f"{mount}; exit $code", "sh"]
-    can = shutil.which("unshare") and not subprocess.run(
-        ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs none "{disk}"'], capture_output=True,
-        check=False,
-    ).returncode  # fmt: skip
+    can = (
+        shutil.which("unshare")
+        and not subprocess.run(
+            ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs none "{disk}"'],
+            capture_output=True,
+            check=False,
+        ).returncode
+    )
     if not can:
         pytest.skip("no file system can be mounted here")
     process = start(prefix=prefix, cache=disk)

@@ -102,9 +102,13 @@ def test_monochrome1_is_turned_over_with_its_window(tmp_path, make_dicom, signed
     low = -2048 if signed else 0
     stored = (np.array([[0, 1000], [3000, 4095]]) + low).astype(np.int16 if signed else np.uint16)
     common = {
-        "BitsStored": 12, "RescaleSlope": "2", "RescaleIntercept": "-10",
-        "WindowCenter": 100, "WindowWidth": 50, "VOILUTFunction": "LINEAR_EXACT",
-    }  # fmt: skip
+        "BitsStored": 12,
+        "RescaleSlope": "2",
+        "RescaleIntercept": "-10",
+        "WindowCenter": 100,
+        "WindowWidth": 50,
+        "VOILUTFunction": "LINEAR_EXACT",
+    }
     dark = read_frame(make_dicom(tmp_path / "a", stored, **common)).image
     inverse = make_dicom(tmp_path / "b", stored, PhotometricInterpretation="MONOCHROME1", **common)
     bright = read_frame(inverse).image
@@ -163,13 +167,15 @@ def test_enhanced_frames_have_their_own_rescale_window_and_spacing(
     each = [
         make_group(
             PixelValueTransformationSequence={
-                "RescaleSlope": str(k + 1), "RescaleIntercept": str(-5 * k), "RescaleType": "HU"
+                "RescaleSlope": str(k + 1),
+                "RescaleIntercept": str(-5 * k),
+                "RescaleType": "HU",
             },
             FrameVOILUTSequence={"WindowCenter": 100 * k + 0.5, "WindowWidth": 11},
             PlanePositionSequence={"ImagePositionPatient": [0, 0, 2.5 * k]},
         )
         for k in range(2)
-    ]  # fmt: skip
+    ]
     path = make_dicom(
         tmp_path / "a",
         stored,
@@ -240,14 +246,24 @@ def dermoscopy(path, rgb):
     meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
     file = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
     values = {
-        "SOPClassUID": meta.MediaStorageSOPClassUID, "Modality": "XC", "PatientID": "P1",
-        "SOPInstanceUID": meta.MediaStorageSOPInstanceUID, "BodyPartExamined": "SKIN",
-        "ImageType": ["ORIGINAL", "PRIMARY"], "Rows": rgb.shape[0], "Columns": rgb.shape[1],
-        "SamplesPerPixel": 3, "PhotometricInterpretation": "YBR_FULL_422",
-        "PlanarConfiguration": 0, "BitsAllocated": 8, "BitsStored": 8, "HighBit": 7,
-        "PixelRepresentation": 0, "LossyImageCompression": "01",
+        "SOPClassUID": meta.MediaStorageSOPClassUID,
+        "Modality": "XC",
+        "PatientID": "P1",
+        "SOPInstanceUID": meta.MediaStorageSOPInstanceUID,
+        "BodyPartExamined": "SKIN",
+        "ImageType": ["ORIGINAL", "PRIMARY"],
+        "Rows": rgb.shape[0],
+        "Columns": rgb.shape[1],
+        "SamplesPerPixel": 3,
+        "PhotometricInterpretation": "YBR_FULL_422",
+        "PlanarConfiguration": 0,
+        "BitsAllocated": 8,
+        "BitsStored": 8,
+        "HighBit": 7,
+        "PixelRepresentation": 0,
+        "LossyImageCompression": "01",
         "PixelData": encapsulate([stream.getvalue()]),
-    }  # fmt: skip
+    }
     for name, value in values.items():
         setattr(file, name, value)
     file["PixelData"].VR = "OB"
@@ -267,8 +283,9 @@ def test_dermoscopy_is_decoded_to_the_colours_of_the_skin(tmp_path):
         np.testing.assert_allclose(image.pixels[:, *place], rgb[place], atol=4)
     facts = Extractor(tmp_path, "dicom", b"k" * 32)(tmp_path / "skin.dcm")
     assert (facts.object_type, facts.syntax) == (
-        "VL Photographic Image Storage", "JPEG Baseline (Process 1)",
-    )  # fmt: skip
+        "VL Photographic Image Storage",
+        "JPEG Baseline (Process 1)",
+    )
     assert (facts.modality, facts.body_part, facts.photometric) == ("XC", "SKIN", "YBR_FULL_422")
 
 

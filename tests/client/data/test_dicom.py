@@ -46,22 +46,34 @@ def test_files_are_found_by_what_they_are(tmp_path, make_dicom, make_plan):
     dataset = read_dataset(DatasetSpec(tmp_path, "dicom"), plan.task)
     assert len(dataset.samples) == 2
     assert reasons(dataset) == {
-        "other modality": 1, "no patient id": 1, "not DICOM": 2, "no pixel data": 2,
-    }  # fmt: skip
+        "other modality": 1,
+        "no patient id": 1,
+        "not DICOM": 2,
+        "no pixel data": 2,
+    }
 
 
 KEYED = [
-    ("PatientID", "P1"), ("StudyInstanceUID", "1.2.1"), ("SeriesInstanceUID", "1.2.2"),
-    ("SOPInstanceUID", "1.2.3"), ("AccessionNumber", "A7"), ("file", "s/one"), ("FILE", "one"),
-]  # fmt: skip
+    ("PatientID", "P1"),
+    ("StudyInstanceUID", "1.2.1"),
+    ("SeriesInstanceUID", "1.2.2"),
+    ("SOPInstanceUID", "1.2.3"),
+    ("AccessionNumber", "A7"),
+    ("file", "s/one"),
+    ("FILE", "one"),
+]
 
 
 @pytest.mark.parametrize(("column", "value"), KEYED)
 def test_labels_by_each_key(tmp_path, make_dicom, make_plan, column, value):
     make_dicom(
-        tmp_path / "s" / "one", STORED, StudyInstanceUID="1.2.1", SeriesInstanceUID="1.2.2",
-        SOPInstanceUID="1.2.3", AccessionNumber="A7",
-    )  # fmt: skip
+        tmp_path / "s" / "one",
+        STORED,
+        StudyInstanceUID="1.2.1",
+        SeriesInstanceUID="1.2.2",
+        SOPInstanceUID="1.2.3",
+        AccessionNumber="A7",
+    )
     make_dicom(tmp_path / "s" / "two", STORED, PatientID="P2")
     labels(tmp_path, f"{column},label,Ward\n{value},sick,W3\n")
     dataset = read_dataset(DatasetSpec(tmp_path), make_plan().task)
@@ -197,10 +209,15 @@ def series(root, make_dicom, plane, count=5, skip=None, **tags):
     for name, k in enumerate(order):
         if k != skip:
             make_dicom(
-                root / "s" / f"{name}", values[k], PatientID="P1", SeriesInstanceUID="1.2.9",
-                PixelSpacing=[0.5, 0.25], ImageOrientationPatient=[*along, *down],
-                ImagePositionPatient=list(normal * 2.0 * k + [10, 20, 30]), **tags,
-            )  # fmt: skip
+                root / "s" / f"{name}",
+                values[k],
+                PatientID="P1",
+                SeriesInstanceUID="1.2.9",
+                PixelSpacing=[0.5, 0.25],
+                ImageOrientationPatient=[*along, *down],
+                ImagePositionPatient=list(normal * 2.0 * k + [10, 20, 30]),
+                **tags,
+            )
     return values
 
 
@@ -258,9 +275,12 @@ def plant(root, make_dicom):
     """Files of every bad kind, with identifiers in every place that a message could quote."""
     folder = root / "ward-secret" / "DOE^JANE"
     tags = {
-        "PatientName": "DOE^JANE", "PatientID": "MRN4711", "PatientBirthDate": "19550712",
-        "StudyInstanceUID": "1.2.826.99", "InstitutionName": "SECRETHOSP",
-    }  # fmt: skip
+        "PatientName": "DOE^JANE",
+        "PatientID": "MRN4711",
+        "PatientBirthDate": "19550712",
+        "StudyInstanceUID": "1.2.826.99",
+        "InstitutionName": "SECRETHOSP",
+    }
     good = make_dicom(folder / "MRN4711.dcm", STORED, **tags)
     make_dicom(folder / "other", STORED, **tags, RescaleSlope="1", RescaleIntercept="0")
     raw = good.read_bytes()
@@ -312,6 +332,9 @@ def test_nothing_is_printed_about_odd_files(tmp_path, make_dicom):
     )
     done = subprocess.run(
         [sys.executable, "-W", "always", "-c", program, str(tmp_path)],
-        env={"PYTHONPATH": ROOT}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        env={"PYTHONPATH": ROOT},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout + done.stderr == ""

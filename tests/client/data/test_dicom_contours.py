@@ -105,9 +105,7 @@ def test_tilted_axes(tmp_path, make_ct, make_structures, read_masked):
     for old in (tmp_path / "ct").glob("00*.dcm"):
         old.unlink()
     outline = blob(3, (18, 22))
-    points = np.stack(
-        [-20 + 0.9 * outline[:, 1], np.full(25, 17.5), 40 - 0.7 * outline[:, 0]], 1
-    )  # fmt: skip
+    points = np.stack([-20 + 0.9 * outline[:, 1], np.full(25, 17.5), 40 - 0.7 * outline[:, 0]], 1)
     make_structures(tmp_path / "s.dcm", images, {"x": [points]})
     (sample,) = read_masked(tmp_path, ("x",)).samples
     wanted = np.zeros((3, ROWS, COLUMNS), np.uint8)
@@ -129,14 +127,19 @@ def test_frames_of_a_multi_frame_image(
         for k in range(COUNT)
     ]
     path = make_dicom(
-        tmp_path / "ct.dcm", pixels, frames=COUNT, SharedFunctionalGroupsSequence=[shared],
-        PerFrameFunctionalGroupsSequence=each, FrameOfReferenceUID="1.2.78",
-    )  # fmt: skip
+        tmp_path / "ct.dcm",
+        pixels,
+        frames=COUNT,
+        SharedFunctionalGroupsSequence=[shared],
+        PerFrameFunctionalGroupsSequence=each,
+        FrameOfReferenceUID="1.2.78",
+    )
     image, outlines = pydicom.dcmread(path), [blob(k, (18, 22)) for k in range(2)]
     make_structures(
-        tmp_path / "s.dcm", [image],
+        tmp_path / "s.dcm",
+        [image],
         {"x": [(in_mm(outlines[0], 3), image), (in_mm(outlines[1], 4), image)]},
-    )  # fmt: skip
+    )
     structures = pydicom.dcmread(tmp_path / "s.dcm")
     second = structures.ROIContourSequence[0].ContourSequence[1]
     second.ContourImageSequence[0].ReferencedFrameNumber = 5
@@ -150,10 +153,17 @@ def test_frames_of_a_multi_frame_image(
 def test_points_and_open_lines_enclose_nothing(tmp_path, images, make_structures, read_masked):
     outline = in_mm(blob(1, (20, 20)), 2)
     make_structures(
-        tmp_path / "s.dcm", images,
-        {"x": [outline, (outline + [9, 9, 0], images[2], "OPEN_PLANAR"),
-               (outline[:1], images[2], "POINT"), outline[:2]]},
-    )  # fmt: skip
+        tmp_path / "s.dcm",
+        images,
+        {
+            "x": [
+                outline,
+                (outline + [9, 9, 0], images[2], "OPEN_PLANAR"),
+                (outline[:1], images[2], "POINT"),
+                outline[:2],
+            ]
+        },
+    )
     (sample,) = read_masked(tmp_path, ("x",)).samples
     assert sample.mask().sum() == inside(blob(1, (20, 20))).sum()
     make_structures(tmp_path / "s.dcm", images, {"x": [(outline[:1], images[2], "POINT")]})
@@ -193,18 +203,14 @@ OFF = {
 @pytest.mark.parametrize("case", OFF)
 def test_contours_off_the_slices(tmp_path, images, make_structures, read_masked, case, dimensions):
     points, reason = OFF[case]
-    refused(
-        tmp_path, images, make_structures, read_masked, [GOOD, points], reason, dimensions
-    )  # fmt: skip
+    refused(tmp_path, images, make_structures, read_masked, [GOOD, points], reason, dimensions)
 
 
 def test_a_contour_that_names_another_image_than_it_lies_on(
     tmp_path, images, make_structures, read_masked
 ):
     contours = [GOOD, (GOOD, images[3])]
-    refused(
-        tmp_path, images, make_structures, read_masked, contours, "position of mask differs"
-    )  # fmt: skip
+    refused(tmp_path, images, make_structures, read_masked, contours, "position of mask differs")
 
 
 def test_contours_of_slices_that_are_not_here(
@@ -243,9 +249,7 @@ def test_without_the_series(tmp_path, images, make_structures, read_masked, to_r
 
 
 def test_a_structure_set_of_no_image_here(tmp_path, images, make_structures, read_masked, make_ct):
-    others = make_ct(
-        tmp_path / "gone", SeriesInstanceUID="1.2.55", FrameOfReferenceUID="1.2.56"
-    )  # fmt: skip
+    others = make_ct(tmp_path / "gone", SeriesInstanceUID="1.2.55", FrameOfReferenceUID="1.2.56")
     make_structures(tmp_path / "s.dcm", others, {"x": [GOOD]})
     for one in (tmp_path / "gone").iterdir():
         one.unlink()
@@ -303,8 +307,6 @@ def test_a_drawing_with_too_many_points(
 @pytest.mark.parametrize("syntax", ["ImplicitVRLittleEndian", "DeflatedExplicitVRLittleEndian"])
 def test_other_codings(tmp_path, images, make_structures, read_masked, to_ras, syntax):
     regions, labels = drawn(images)
-    make_structures(
-        tmp_path / "s.dcm", images, regions, syntax=getattr(pydicom.uid, syntax)
-    )  # fmt: skip
+    make_structures(tmp_path / "s.dcm", images, regions, syntax=getattr(pydicom.uid, syntax))
     (sample,) = read_masked(tmp_path, ("heart", "lung")).samples
     np.testing.assert_array_equal(sample.mask(), to_ras(labels))

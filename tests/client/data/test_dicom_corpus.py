@@ -34,9 +34,11 @@ ROOTS = {
 FRAMES, SECONDS = 3, 20
 # What a plain reading by slope and intercept does not cover.
 ELSEWHERE = (
-    "ModalityLUTSequence", "PixelPaddingValue", "SharedFunctionalGroupsSequence",
+    "ModalityLUTSequence",
+    "PixelPaddingValue",
+    "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(autouse=True)

@@ -42,15 +42,25 @@ def write(
     for name, k in enumerate(order):
         height = gap * k if heights is None else heights[k]
         corner = np.array([-20.0, 15.0, 40.0]) + normal * height + np.array(aside) * k
-        paths.append(make_dicom(
-            folder / f"{name:03d}.dcm", values[k], **{
-                "SOPClassUID": "1.2.840.10008.5.1.4.1.1.2", "SeriesInstanceUID": "1.2.77",
-                "StudyInstanceUID": "1.2.76", "FrameOfReferenceUID": "1.2.78",
-                "PixelSpacing": [0.7, 0.9], "ImageOrientationPatient": [*along, *down],
-                "ImagePositionPatient": [round(float(v), 6) for v in corner],
-                "RescaleSlope": 1, "RescaleIntercept": -1024, "InstanceNumber": name + 1, **tags,
-            },
-        ))  # fmt: skip
+        paths.append(
+            make_dicom(
+                folder / f"{name:03d}.dcm",
+                values[k],
+                **{
+                    "SOPClassUID": "1.2.840.10008.5.1.4.1.1.2",
+                    "SeriesInstanceUID": "1.2.77",
+                    "StudyInstanceUID": "1.2.76",
+                    "FrameOfReferenceUID": "1.2.78",
+                    "PixelSpacing": [0.7, 0.9],
+                    "ImageOrientationPatient": [*along, *down],
+                    "ImagePositionPatient": [round(float(v), 6) for v in corner],
+                    "RescaleSlope": 1,
+                    "RescaleIntercept": -1024,
+                    "InstanceNumber": name + 1,
+                    **tags,
+                },
+            )
+        )
     return paths
 
 
@@ -139,8 +149,12 @@ def test_the_same_slice_twice_counts_once_and_another_in_its_place_is_refused(
     tmp_path, make_dicom, make_plan
 ):
     values = voxels(4)
-    write(tmp_path / "same" / "s", make_dicom, np.concatenate([values, values[1:2]]),
-          heights=[0, 2, 4, 6, 2])  # fmt: skip
+    write(
+        tmp_path / "same" / "s",
+        make_dicom,
+        np.concatenate([values, values[1:2]]),
+        heights=[0, 2, 4, 6, 2],
+    )
     (sample,) = volumes(tmp_path / "same", make_plan)
     np.testing.assert_array_equal(sample.load().pixels.shape, (1, 12, 10, 4))
     write(tmp_path / "other" / "s", make_dicom, voxels(5), heights=[0, 2, 4, 6, 2])

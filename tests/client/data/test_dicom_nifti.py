@@ -34,11 +34,15 @@ def write(folder: Path, make_dicom: Any, plane: str, aside: float = 0.0) -> np.n
     for k in range(SHAPE[0]):
         corner = np.cross(along, down) * 2.5 * k + along * aside * k + [-20, 15, 40]
         make_dicom(
-            folder / f"{k}.dcm", values[k], SeriesInstanceUID="1.2.9",
-            SOPInstanceUID=f"1.2.9.{k}", SOPClassUID="1.2.840.10008.5.1.4.1.1.2",
-            PixelSpacing=[0.5, 0.75], ImageOrientationPatient=[*along, *down],
+            folder / f"{k}.dcm",
+            values[k],
+            SeriesInstanceUID="1.2.9",
+            SOPInstanceUID=f"1.2.9.{k}",
+            SOPClassUID="1.2.840.10008.5.1.4.1.1.2",
+            PixelSpacing=[0.5, 0.75],
+            ImageOrientationPatient=[*along, *down],
             ImagePositionPatient=[round(float(v), 6) for v in corner],
-        )  # fmt: skip
+        )
     return values
 
 

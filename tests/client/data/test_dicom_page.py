@@ -35,8 +35,13 @@ def test_the_page_has_every_kind_of_storage_and_only_known_reasons():
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
     assert set(re.findall(r"`([^`]+)` \d", text)) <= REASONS
     named = {row[0].strip("| ") for row in rows}
-    for syntax in ("Deflated Explicit VR Little Endian", "Explicit VR Big Endian", "RLE Lossless",
-                   "JPEG Baseline (Process 1)", "JPEG-LS Lossless Image Compression",
-                   "JPEG 2000 Image Compression"):  # fmt: skip
+    for syntax in (
+        "Deflated Explicit VR Little Endian",
+        "Explicit VR Big Endian",
+        "RLE Lossless",
+        "JPEG Baseline (Process 1)",
+        "JPEG-LS Lossless Image Compression",
+        "JPEG 2000 Image Compression",
+    ):
         assert syntax in named
     assert sum(int(row[-2]) for row in rows if len(row) == 3 and row[-2].isdigit()) > 200

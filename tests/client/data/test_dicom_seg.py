@@ -24,13 +24,26 @@ def write_ct(folder: Path, make_dicom: Any, count: int = 5, series: str = "1.2.7
     names = np.random.default_rng(4).permutation(count)
     for k in range(count):
         make_dicom(
-            folder / f"{names[k]:03d}.dcm", values[k], SOPClassUID=pydicom.uid.CTImageStorage,
-            SeriesInstanceUID=series, StudyInstanceUID="1.2.76", FrameOfReferenceUID="1.2.78",
-            PixelSpacing=[0.7, 0.9], SliceThickness=2.5, ImageOrientationPatient=AXIAL,
-            ImagePositionPatient=[-20, 15, 40 + 2.5 * k], InstanceNumber=int(names[k]) + 1,
-            PatientName="", PatientBirthDate="", PatientSex="", StudyID="1", StudyDate="20200101",
-            StudyTime="101010", ReferringPhysicianName="", AccessionNumber="",
-        )  # fmt: skip
+            folder / f"{names[k]:03d}.dcm",
+            values[k],
+            SOPClassUID=pydicom.uid.CTImageStorage,
+            SeriesInstanceUID=series,
+            StudyInstanceUID="1.2.76",
+            FrameOfReferenceUID="1.2.78",
+            PixelSpacing=[0.7, 0.9],
+            SliceThickness=2.5,
+            ImageOrientationPatient=AXIAL,
+            ImagePositionPatient=[-20, 15, 40 + 2.5 * k],
+            InstanceNumber=int(names[k]) + 1,
+            PatientName="",
+            PatientBirthDate="",
+            PatientSex="",
+            StudyID="1",
+            StudyDate="20200101",
+            StudyTime="101010",
+            ReferringPhysicianName="",
+            AccessionNumber="",
+        )
     files = [pydicom.dcmread(path) for path in folder.glob("*.dcm")]
     return sorted(files, key=lambda file: float(file.ImagePositionPatient[2]))
 
@@ -43,11 +56,15 @@ def write_seg(
     tool = hd.AlgorithmIdentificationSequence("t", codes.DCM.ArtificialIntelligence, "1")
     described = [
         hd.seg.SegmentDescription(
-            number, name, codes.SCT.Tissue, codes.SCT.Tissue,
-            hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC, tool,
+            number,
+            name,
+            codes.SCT.Tissue,
+            codes.SCT.Tissue,
+            hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+            tool,
         )
         for number, name in enumerate(names, start=1)
-    ]  # fmt: skip
+    ]
     seg = hd.seg.Segmentation(
         images, masks, kind, described, hd.UID(), 2, hd.UID(), 1, "m", "m", "1", "1", **more
     )
@@ -114,9 +131,13 @@ def test_a_fractional_segmentation_is_cut_at_half(tmp_path, make_dicom, volume_o
     share = np.random.default_rng(1).random((5, ROWS, COLUMNS, 1))
     share[np.abs(share - 0.5) < 0.01] = 0.9
     write_seg(
-        tmp_path / "s.dcm", images, share, ["front"],
-        kind=hd.seg.SegmentationTypeValues.FRACTIONAL, max_fractional_value=200,
-    )  # fmt: skip
+        tmp_path / "s.dcm",
+        images,
+        share,
+        ["front"],
+        kind=hd.seg.SegmentationTypeValues.FRACTIONAL,
+        max_fractional_value=200,
+    )
     (sample,) = volume_of(tmp_path).samples
     np.testing.assert_array_equal(sample.mask(), expected_volume((share >= 0.5).astype(np.uint8)))
 
@@ -163,8 +184,10 @@ def test_a_series_without_segmentation_and_a_foreign_one_are_counted(
     dataset = volume_of(tmp_path)
     assert len(dataset.samples) == 1
     assert sorted(item.reason for item in dataset.left_out) == [
-        "no mask", "not readable", "unknown class in mask"
-    ]  # fmt: skip
+        "no mask",
+        "not readable",
+        "unknown class in mask",
+    ]
 
 
 def test_a_leaning_stack_and_its_segmentation_move_together(tmp_path, make_dicom, volume_of):
@@ -172,9 +195,11 @@ def test_a_leaning_stack_and_its_segmentation_move_together(tmp_path, make_dicom
     write_seg(tmp_path / "s.dcm", images, masks, ["front", "back"])
     for file in (*(tmp_path / "ct").glob("*"), tmp_path / "s.dcm"):
         data = pydicom.dcmread(file)
-        places = [data] if "ImagePositionPatient" in data else [
-            group.PlanePositionSequence[0] for group in data.PerFrameFunctionalGroupsSequence
-        ]  # fmt: skip
+        places = (
+            [data]
+            if "ImagePositionPatient" in data
+            else [group.PlanePositionSequence[0] for group in data.PerFrameFunctionalGroupsSequence]
+        )
         for place in places:
             height = (float(place.ImagePositionPatient[2]) - 40) / 2.5
             place.ImagePositionPatient[1] = 15 + 0.7 * height

@@ -18,12 +18,15 @@ def volumes(tmp_path, make_dicom, make_group, make_plan):
     def make(frames: list[dict]) -> list[np.ndarray]:
         pixels = np.arange(len(frames) * 20, dtype=np.int16).reshape(-1, 4, 5)
         make_dicom(
-            tmp_path / "x.dcm", pixels, frames=len(frames), PatientID="P1",
+            tmp_path / "x.dcm",
+            pixels,
+            frames=len(frames),
+            PatientID="P1",
             SharedFunctionalGroupsSequence=[
                 make_group(PixelMeasuresSequence={"PixelSpacing": [1, 1]})
             ],
             PerFrameFunctionalGroupsSequence=[make_group(**frame) for frame in frames],
-        )  # fmt: skip
+        )
         (tmp_path / "labels.csv").write_text("PatientID,label\nP1,sick\n")
         task = make_plan(size=(8, 8, 8)).task
         samples = read_dataset(DatasetSpec(tmp_path, "dicom"), task).samples
@@ -36,8 +39,9 @@ def frame(height: float, plane: list = AXIAL, **more: dict) -> dict:
     position = [0, 0, height] if plane is AXIAL else [height, 0, 0]
     return {
         "PlanePositionSequence": {"ImagePositionPatient": position},
-        "PlaneOrientationSequence": {"ImageOrientationPatient": plane}, **more,
-    }  # fmt: skip
+        "PlaneOrientationSequence": {"ImageOrientationPatient": plane},
+        **more,
+    }
 
 
 def numbers(volume: np.ndarray) -> set[int]:
@@ -49,19 +53,27 @@ def test_planes_and_stacks_are_told_apart(volumes):
     one = {"FrameContentSequence": {"StackID": "1"}}
     other = {"FrameContentSequence": {"StackID": "2"}}
     made = volumes(
-        [frame(0, **one), frame(0, SAGITTAL), frame(2, **one), frame(9, **other),
-         frame(2, SAGITTAL), frame(12, **other)]
-    )  # fmt: skip
+        [
+            frame(0, **one),
+            frame(0, SAGITTAL),
+            frame(2, **one),
+            frame(9, **other),
+            frame(2, SAGITTAL),
+            frame(12, **other),
+        ]
+    )
     assert [numbers(volume) for volume in made] == [{0, 2}, {1, 4}, {3, 5}]
     assert made[0].shape == (5, 4, 2)
 
 
 @pytest.mark.parametrize(
     ("sequence", "name", "values"),
-    [("FrameContentSequence", "TemporalPositionIndex", (1, 2)),
-     ("MREchoSequence", "EffectiveEchoTime", (10.0, 90.0)),
-     ("MRDiffusionSequence", "DiffusionBValue", (0.0, 800.0))],
-)  # fmt: skip
+    [
+        ("FrameContentSequence", "TemporalPositionIndex", (1, 2)),
+        ("MREchoSequence", "EffectiveEchoTime", (10.0, 90.0)),
+        ("MRDiffusionSequence", "DiffusionBValue", (0.0, 800.0)),
+    ],
+)
 def test_times_echoes_and_weights_where_places_repeat(volumes, sequence, name, values):
     made = volumes([frame(z, **{sequence: {name: v}}) for z in (0, 2, 4) for v in values])
     assert [numbers(volume) for volume in made] == [{0, 2, 4}, {1, 3, 5}]

@@ -31,23 +31,66 @@ TIMES = int(os.environ.get("FEDWARD_FUZZ", "1"))
 GREY = ("MONOCHROME1", "MONOCHROME2")
 COLOUR = ("RGB", "YBR_FULL", "PALETTE COLOR", "YBR_FULL_422", "NONE", "")
 SYNTAXES = (
-    "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2",
-    "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.90",
-    "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.102", "1.2.3",
-)  # fmt: skip
+    "1.2.840.10008.1.2",
+    "1.2.840.10008.1.2.1",
+    "1.2.840.10008.1.2.1.99",
+    "1.2.840.10008.1.2.2",
+    "1.2.840.10008.1.2.4.50",
+    "1.2.840.10008.1.2.4.80",
+    "1.2.840.10008.1.2.4.90",
+    "1.2.840.10008.1.2.5",
+    "1.2.840.10008.1.2.4.102",
+    "1.2.3",
+)
 odd_numbers = st.sampled_from(["", "0", "-1", "1e300", "-1e300", "NaN", "x", "1\\2", "7"])
 # Groups with what readers look at, and some with anything at all.
 tags = st.one_of(
-    st.sampled_from([
-        0x00080008, 0x00080016, 0x00080060, 0x00100020, 0x00100021, 0x00180050, 0x00180088,
-        0x00200013, 0x00200032, 0x00200037, 0x00280002, 0x00280004, 0x00280006, 0x00280008,
-        0x00280010, 0x00280011, 0x00280030, 0x00280100, 0x00280101, 0x00280102, 0x00280103,
-        0x00280120, 0x00280121, 0x00281050, 0x00281051, 0x00281052, 0x00281053, 0x00281056,
-        0x00281101, 0x00281102, 0x00281103, 0x00281201, 0x00283000, 0x00283010, 0x00400275,
-        0x52009229, 0x52009230, 0x7FE00001, 0x7FE00008, 0x7FE00009,
-    ]),
+    st.sampled_from(
+        [
+            0x00080008,
+            0x00080016,
+            0x00080060,
+            0x00100020,
+            0x00100021,
+            0x00180050,
+            0x00180088,
+            0x00200013,
+            0x00200032,
+            0x00200037,
+            0x00280002,
+            0x00280004,
+            0x00280006,
+            0x00280008,
+            0x00280010,
+            0x00280011,
+            0x00280030,
+            0x00280100,
+            0x00280101,
+            0x00280102,
+            0x00280103,
+            0x00280120,
+            0x00280121,
+            0x00281050,
+            0x00281051,
+            0x00281052,
+            0x00281053,
+            0x00281056,
+            0x00281101,
+            0x00281102,
+            0x00281103,
+            0x00281201,
+            0x00283000,
+            0x00283010,
+            0x00400275,
+            0x52009229,
+            0x52009230,
+            0x7FE00001,
+            0x7FE00008,
+            0x7FE00009,
+        ]
+    ),
     st.integers(0x00080000, 0x7FDFFFFF),
-)  # fmt: skip
+)
 texts = st.sampled_from(["CS", "LO", "DS", "IS", "UI", "SH", "DA", "TM", "PN", "UN", "OB", "OW"])
 
 
@@ -139,9 +182,13 @@ def task(make_plan: Any) -> Any:
 
 def many(count: int) -> Any:
     return settings(
-        max_examples=count * TIMES, deadline=None, database=None, derandomize=TIMES == 1,
-        suppress_health_check=list(HealthCheck), phases=[Phase.generate],
-    )  # fmt: skip
+        max_examples=count * TIMES,
+        deadline=None,
+        database=None,
+        derandomize=TIMES == 1,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],
+    )
 
 
 def image_or_reason(path: Path, task: Any, frame: int = 0) -> Image | str:
@@ -186,14 +233,23 @@ def test_sound_pixels_are_read_as_they_are(file: Any, data: Any, place: Path, ta
 @pytest.mark.integration
 @many(900)
 @given(
-    file=sound(), more=st.lists(elements(), max_size=6), syntax=st.sampled_from(SYNTAXES),
-    photometric=st.sampled_from((*GREY, *COLOUR, "keep", "keep", "keep")), cut=st.integers(0, 40),
+    file=sound(),
+    more=st.lists(elements(), max_size=6),
+    syntax=st.sampled_from(SYNTAXES),
+    photometric=st.sampled_from((*GREY, *COLOUR, "keep", "keep", "keep")),
+    cut=st.integers(0, 40),
     relabel=st.booleans(),
-)  # fmt: skip
+)
 def test_wrong_datasets_end_in_an_image_or_a_reason(
-    file: Any, more: Any, syntax: str, photometric: str, cut: int, relabel: bool,
-    place: Path, task: Any,
-) -> None:  # fmt: skip
+    file: Any,
+    more: Any,
+    syntax: str,
+    photometric: str,
+    cut: int,
+    relabel: bool,
+    place: Path,
+    task: Any,
+) -> None:
     path = place / "x.dcm"
     del file.info
     if photometric != "keep":

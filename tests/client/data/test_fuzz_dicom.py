@@ -30,10 +30,18 @@ from fedward.errors import DataError
 TIMES = int(os.environ.get("FEDWARD_FUZZ", "1"))
 # One of each way to store pixels; small, so that thousands of cases take seconds.
 SEEDS = (
-    "CT_small.dcm", "MR_small_RLE.dcm", "MR_small_bigendian.dcm", "SC_rgb_jpeg_gdcm.dcm",
-    "JPEG2000.dcm", "MR_small_jpeg_ls_lossless.dcm", "examples_palette.dcm", "image_dfl.dcm",
-    "liver_1frame.dcm", "SC_ybr_full_422_uncompressed.dcm", "emri_small.dcm",
-)  # fmt: skip
+    "CT_small.dcm",
+    "MR_small_RLE.dcm",
+    "MR_small_bigendian.dcm",
+    "SC_rgb_jpeg_gdcm.dcm",
+    "JPEG2000.dcm",
+    "MR_small_jpeg_ls_lossless.dcm",
+    "examples_palette.dcm",
+    "image_dfl.dcm",
+    "liver_1frame.dcm",
+    "SC_ybr_full_422_uncompressed.dcm",
+    "emri_small.dcm",
+)
 
 
 def mutated(content: bytes, rng: random.Random) -> bytes:
@@ -95,17 +103,27 @@ def test_changed_bytes_end_in_an_image_or_a_reason(tmp_path, make_plan, name):
 
 
 ODD = {
-    "Rows": (0, 1, 65535, 60000, ""), "Columns": (0, 1, 65535, 60000),
-    "BitsAllocated": (1, 8, 16, 32, 7, 0), "BitsStored": (0, 1, 12, 16, 40),
-    "HighBit": (0, 15, 99), "PixelRepresentation": (0, 1, 7),
-    "SamplesPerPixel": (0, 1, 3, 4, 200), "NumberOfFrames": (0, -3, 1, 2, 1_000_000, "x"),
+    "Rows": (0, 1, 65535, 60000, ""),
+    "Columns": (0, 1, 65535, 60000),
+    "BitsAllocated": (1, 8, 16, 32, 7, 0),
+    "BitsStored": (0, 1, 12, 16, 40),
+    "HighBit": (0, 15, 99),
+    "PixelRepresentation": (0, 1, 7),
+    "SamplesPerPixel": (0, 1, 3, 4, 200),
+    "NumberOfFrames": (0, -3, 1, 2, 1_000_000, "x"),
     "PhotometricInterpretation": ("MONOCHROME1", "PALETTE COLOR", "RGB", "YBR_FULL", "NONE", ""),
-    "RescaleSlope": (0, 1e300, -1), "RescaleIntercept": (1e300, -1024), "WindowWidth": (0, -5, 1),
-    "WindowCenter": (0, 1e300), "PixelSpacing": ([0, 0], [1, 2], [-1, 1]),
+    "RescaleSlope": (0, 1e300, -1),
+    "RescaleIntercept": (1e300, -1024),
+    "WindowWidth": (0, -5, 1),
+    "WindowCenter": (0, 1e300),
+    "PixelSpacing": ([0, 0], [1, 2], [-1, 1]),
     "ImageOrientationPatient": ([0] * 6, [1, 0, 0, 1, 0, 0], [1e300] * 6),
-    "ImagePositionPatient": ([1e300] * 3, [0, 0, 0]), "PixelPaddingValue": (0, 65535),
-    "ImageType": ("", ["A", "B", "LOCALIZER"]), "PatientID": ("", "x" * 64), "Modality": ("", "CT"),
-}  # fmt: skip
+    "ImagePositionPatient": ([1e300] * 3, [0, 0, 0]),
+    "PixelPaddingValue": (0, 65535),
+    "ImageType": ("", ["A", "B", "LOCALIZER"]),
+    "PatientID": ("", "x" * 64),
+    "Modality": ("", "CT"),
+}
 
 
 @pytest.mark.integration
@@ -219,21 +237,47 @@ def test_changed_masks_end_in_a_mask_or_a_reason(
 
 
 ODD_ANYWHERE = (
-    ("ContourData", ["1e300"] * 12), ("ContourData", ["1", "2"]), ("ContourData", []),
-    ("ContourData", ["0"] * 12), ("ContourGeometricType", "POINT"), ("ContourGeometricType", ""),
-    ("NumberOfContourPoints", 2_147_483_647), ("NumberOfContourPoints", -1),
-    ("ContourImageSequence", []), ("ReferencedSOPInstanceUID", "1.2.3"), ("ROINumber", 99),
-    ("ReferencedROINumber", -5), ("ROIName", ""), ("ROIName", "LUNG"), ("ContourSequence", []),
-    ("ReferencedFrameNumber", 77), ("ReferencedFrameOfReferenceUID", "1.2.3"),
-    ("FrameOfReferenceUID", ""), ("SeriesInstanceUID", "1.2.3"), ("ReferencedSeriesSequence", []),
-    ("ImagePositionPatient", [1e300] * 3), ("ImagePositionPatient", [0, 0, 1e9]),
-    ("ImageOrientationPatient", [0] * 6), ("ImageOrientationPatient", [0, 1, 0, 0, 0, -1]),
-    ("PixelSpacing", [1e-9, 1e-9]), ("PixelSpacing", [0, -1]), ("PixelSpacing", [9, 9]),
-    ("SpacingBetweenSlices", 1e-9), ("SpacingBetweenSlices", 1e300), ("SliceThickness", -1),
-    ("SegmentNumber", 0), ("ReferencedSegmentNumber", 9), ("SegmentationType", "FRACTIONAL"),
-    ("SegmentationType", "LABELMAP"), ("MaximumFractionalValue", 0), ("Rows", 65535), ("Rows", 3),
-    ("NumberOfFrames", 2_147_483_647), ("BitsAllocated", 16), ("DerivationImageSequence", []),
-)  # fmt: skip
+    ("ContourData", ["1e300"] * 12),
+    ("ContourData", ["1", "2"]),
+    ("ContourData", []),
+    ("ContourData", ["0"] * 12),
+    ("ContourGeometricType", "POINT"),
+    ("ContourGeometricType", ""),
+    ("NumberOfContourPoints", 2_147_483_647),
+    ("NumberOfContourPoints", -1),
+    ("ContourImageSequence", []),
+    ("ReferencedSOPInstanceUID", "1.2.3"),
+    ("ROINumber", 99),
+    ("ReferencedROINumber", -5),
+    ("ROIName", ""),
+    ("ROIName", "LUNG"),
+    ("ContourSequence", []),
+    ("ReferencedFrameNumber", 77),
+    ("ReferencedFrameOfReferenceUID", "1.2.3"),
+    ("FrameOfReferenceUID", ""),
+    ("SeriesInstanceUID", "1.2.3"),
+    ("ReferencedSeriesSequence", []),
+    ("ImagePositionPatient", [1e300] * 3),
+    ("ImagePositionPatient", [0, 0, 1e9]),
+    ("ImageOrientationPatient", [0] * 6),
+    ("ImageOrientationPatient", [0, 1, 0, 0, 0, -1]),
+    ("PixelSpacing", [1e-9, 1e-9]),
+    ("PixelSpacing", [0, -1]),
+    ("PixelSpacing", [9, 9]),
+    ("SpacingBetweenSlices", 1e-9),
+    ("SpacingBetweenSlices", 1e300),
+    ("SliceThickness", -1),
+    ("SegmentNumber", 0),
+    ("ReferencedSegmentNumber", 9),
+    ("SegmentationType", "FRACTIONAL"),
+    ("SegmentationType", "LABELMAP"),
+    ("MaximumFractionalValue", 0),
+    ("Rows", 65535),
+    ("Rows", 3),
+    ("NumberOfFrames", 2_147_483_647),
+    ("BitsAllocated", 16),
+    ("DerivationImageSequence", []),
+)
 
 
 @pytest.mark.integration

@@ -101,14 +101,18 @@ def regrid(path, images, make_seg, labels, spacing, start, step=2.5, **more) -> 
     """A label map on a grid of its own, ``(D, H, W)``."""
     count = len(labels)
     make_seg(
-        path, [images[0]], parts(labels), ["front", "back"][: labels.max()],
+        path,
+        [images[0]],
+        parts(labels),
+        ["front", "back"][: labels.max()],
         pixel_measures=hd.PixelMeasuresSequence(spacing, step, spacing_between_slices=step),
         plane_positions=[
             hd.PlanePositionSequence("PATIENT", [start[0], start[1], start[2] + step * k])
             for k in range(count)
         ],
-        plane_orientation=hd.PlaneOrientationSequence("PATIENT", [1, 0, 0, 0, 1, 0]), **more,
-    )  # fmt: skip
+        plane_orientation=hd.PlaneOrientationSequence("PATIENT", [1, 0, 0, 0, 1, 0]),
+        **more,
+    )
     edit(path, lambda seg: seg.pop("ReferencedSeriesSequence", None))
 
 
@@ -152,13 +156,16 @@ def test_a_grid_with_other_axes(tmp_path, images, make_seg, read_masked, to_ras)
     labels = blocks()
     sagittal = labels.transpose(2, 0, 1)[:, ::-1]  # columns; slices downwards; rows to the back
     make_seg(
-        tmp_path / "s.dcm", [images[0]], parts(sagittal), ["front", "back"],
+        tmp_path / "s.dcm",
+        [images[0]],
+        parts(sagittal),
+        ["front", "back"],
         pixel_measures=hd.PixelMeasuresSequence((2.5, 0.7), 0.9, spacing_between_slices=0.9),
         plane_positions=[
             hd.PlanePositionSequence("PATIENT", [-20 + 0.9 * c, 15, 50]) for c in range(COLUMNS)
         ],
         plane_orientation=hd.PlaneOrientationSequence("PATIENT", [0, 1, 0, 0, 0, -1]),
-    )  # fmt: skip
+    )
     edit(tmp_path / "s.dcm", unnamed)
     (sample,) = read_masked(tmp_path, ("front", "back")).samples
     np.testing.assert_array_equal(sample.mask(), to_ras(labels))
@@ -221,7 +228,7 @@ def test_segments_by_label_number_and_background(tmp_path, images, make_seg, rea
     make_seg(tmp_path / "s.dcm", images, parts(labels), ["L1", "Zweites"])
     (sample,) = read_masked(
         tmp_path, ("front", "back"), segments={" l1": "Back", "2": "front"}
-    ).samples  # fmt: skip
+    ).samples
     np.testing.assert_array_equal(sample.mask(), to_ras(np.array([0, 2, 1], np.uint8)[labels]))
     (sample,) = read_masked(tmp_path, ("lung",), background=("zweites",)).samples
     np.testing.assert_array_equal(sample.mask(), to_ras((labels == 1).astype(np.uint8)))
@@ -235,9 +242,13 @@ def test_the_threshold_of_a_fractional_segment(
     share[0, 0, 0] = 1.0
     share[np.abs(share - threshold) < 0.003] = threshold
     make_seg(
-        tmp_path / "s.dcm", images, share, ["front"],
-        kind=hd.seg.SegmentationTypeValues.FRACTIONAL, max_fractional_value=200,
-    )  # fmt: skip
+        tmp_path / "s.dcm",
+        images,
+        share,
+        ["front"],
+        kind=hd.seg.SegmentationTypeValues.FRACTIONAL,
+        max_fractional_value=200,
+    )
     (sample,) = read_masked(tmp_path, ("front",), threshold=threshold).samples
     wanted = (np.round(share[..., 0] * 200) >= round(threshold * 200)).astype(np.uint8)
     np.testing.assert_array_equal(sample.mask(), to_ras(wanted))
@@ -265,9 +276,7 @@ def test_slices_are_found_as_one_by_one():
     places = [
         Place((4, 4), (1, 1), rng.uniform(-9, 9, 3) * [1, 1, 0] + [0, 0, 2.0 * k], axial, f"a{k}")
         for k in rng.permutation(30)
-    ] + [
-        Place((4, 4), (1, 1), np.array([3.0 * k, 0, 0]), sagittal, f"s{k}") for k in range(7)
-    ]  # fmt: skip
+    ] + [Place((4, 4), (1, 1), np.array([3.0 * k, 0, 0]), sagittal, f"s{k}") for k in range(7)]
     slices = Slices(places, [(None, 0)] * len(places))
     for point in rng.uniform(-5, 65, (300, 3)):
         for way, first, last, step in (([0, 0, 1.0], 0, 30, 2), ([-1.0, 0, 0], 30, 37, 3)):
@@ -283,9 +292,7 @@ def test_a_series_is_looked_at_once(tmp_path, images, make_seg, read_masked, mon
     samples = read_masked(tmp_path, ("front", "back"), 2).samples
     asked: list = []
     real = dicom_masks.read_place
-    monkeypatch.setattr(
-        dicom_masks, "read_place", lambda *one: asked.append(one) or real(*one)
-    )  # fmt: skip
+    monkeypatch.setattr(dicom_masks, "read_place", lambda *one: asked.append(one) or real(*one))
     for sample in samples:
         sample.mask()
         sample.mask.identity()

@@ -24,9 +24,12 @@ def tree(tmp_path: Path, make_dicom: Any, make_plan: Any) -> Any:
     """
 
     def read(
-        images: list[str], masks: dict[str, int], base: str = "images", bad: str = "",
+        images: list[str],
+        masks: dict[str, int],
+        base: str = "images",
+        bad: str = "",
         uids: dict[str, str] | None = None,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         for k, path in enumerate(images):
             tags = {"SOPInstanceUID": uids[path]} if uids and path in uids else {}
             values = np.full((8, 8), k, np.uint8)
@@ -65,7 +68,7 @@ TWO = ["A/IM0001.dcm", "B/IM0001.dcm"]
         ({"A/IM0001.png": 4, "IM0001.png": 9}, {"A": 4}, {AMBIGUOUS: 1}),
         ({"A/IM0001.png": 4, "B/IM0002.png": 9}, {"A": 4}, {NO_MASK: 1, NO_IMAGE: 1}),
     ],
-)  # fmt: skip
+)
 def test_two_patients_with_files_of_one_name(tree, base, masks, marked, left_out):
     assert tree(TWO, masks, base) == (marked, left_out)
 
@@ -105,10 +108,15 @@ def test_a_uid_leads_before_a_name_and_is_there_once(tree):
 def volume(folder: Path, make_dicom: Any, patient: str, uid: str, modality: str = "CT") -> None:
     for k in range(3):
         make_dicom(
-            folder / f"{uid}-{k}.dcm", np.full((6, 5), k, np.uint8), PatientID=patient,
-            SeriesInstanceUID=uid, PixelSpacing=[1, 1], ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
-            ImagePositionPatient=[0, 0, k], Modality=modality,
-        )  # fmt: skip
+            folder / f"{uid}-{k}.dcm",
+            np.full((6, 5), k, np.uint8),
+            PatientID=patient,
+            SeriesInstanceUID=uid,
+            PixelSpacing=[1, 1],
+            ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
+            ImagePositionPatient=[0, 0, k],
+            Modality=modality,
+        )
 
 
 def volume_mask(path: Path, count: int) -> None:

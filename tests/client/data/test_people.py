@@ -93,9 +93,20 @@ def sizes_of(found):
 
 @pytest.mark.parametrize(
     "column",
-    ["patient", "patient_id", "PatientID", "Patient ID", "patient-id", "subject", "Subject_ID",
-     "case", "CaseID", "PID", "participant_id"],
-)  # fmt: skip
+    [
+        "patient",
+        "patient_id",
+        "PatientID",
+        "Patient ID",
+        "patient-id",
+        "subject",
+        "Subject_ID",
+        "case",
+        "CaseID",
+        "PID",
+        "participant_id",
+    ],
+)
 def test_usual_names_of_the_patient_column(tmp_path, make_plan, column):
     labelled(tmp_path, column, "p1", "p1", "p2")
     found = read_dataset(DatasetSpec(tmp_path), make_plan().task)

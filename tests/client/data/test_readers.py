@@ -43,10 +43,13 @@ def images(n, shape=(5, 4), dtype=np.uint8):
 def test_medmnist_archive(tmp_path, make_plan):
     path = archive(
         tmp_path / "a.npz",
-        train_images=images(4), train_labels=np.array([[0], [1], [1], [7]]),
-        val_images=images(2), val_labels=np.array([0, 1]),
-        test_images=images(1), test_labels=np.array([[1.0]]),
-    )  # fmt: skip
+        train_images=images(4),
+        train_labels=np.array([[0], [1], [1], [7]]),
+        val_images=images(2),
+        val_labels=np.array([0, 1]),
+        test_images=images(1),
+        test_labels=np.array([[1.0]]),
+    )
     dataset = read_dataset(DatasetSpec(path), make_plan().task)
     assert [s.label for s in dataset.samples] == [(0,), (1,), (1,), (0,), (1,), (1,)]
     parts = [s.split for s in dataset.samples]
@@ -61,9 +64,12 @@ def test_medmnist_archive(tmp_path, make_plan):
 def test_plain_archive_with_patients_colour_and_synthetic_mark(tmp_path, make_plan):
     stored = images(3, (5, 4, 3))
     archive(
-        tmp_path / "a.npz", images=stored, labels=[0, 1, 0],
-        patients=np.array(["x", "x", "y"]), synthetic=True,
-    )  # fmt: skip
+        tmp_path / "a.npz",
+        images=stored,
+        labels=[0, 1, 0],
+        patients=np.array(["x", "x", "y"]),
+        synthetic=True,
+    )
     dataset = read_dataset(DatasetSpec(tmp_path), make_plan().task)
     assert [s.patient for s in dataset.samples] == ["x", "x", "y"]
     assert dataset.samples[0].columns["synthetic"] == "yes"
@@ -132,8 +138,10 @@ def test_class_folders_below_parts(tmp_path, make_plan):
         picture(tmp_path / part / name / "a.png")
     dataset = read_dataset(DatasetSpec(tmp_path), make_plan().task)
     assert {s.split: s.label for s in dataset.samples} == {
-        "train": (0,), "validation": (1,), "test": (1,),
-    }  # fmt: skip
+        "train": (0,),
+        "validation": (1,),
+        "test": (1,),
+    }
 
 
 def test_label_table(tmp_path, make_plan):
@@ -148,11 +156,16 @@ def test_label_table(tmp_path, make_plan):
     dataset = read_dataset(DatasetSpec(tmp_path), make_plan().task)
     found = [(s.patient, s.label, s.split, s.columns["Scanner"]) for s in dataset.samples]
     assert found == [
-        ("p1", (0,), "train", "X"), ("p1", (1,), None, "Y"), ("p2", (1,), "test", "X"),
-    ]  # fmt: skip
+        ("p1", (0,), "train", "X"),
+        ("p1", (1,), None, "Y"),
+        ("p2", (1,), "test", "X"),
+    ]
     assert reasons(dataset) == {
-        "unknown class": 1, "conflicting labels": 1, "no label": 1, "no image": 1,
-    }  # fmt: skip
+        "unknown class": 1,
+        "conflicting labels": 1,
+        "no label": 1,
+        "no image": 1,
+    }
 
 
 def test_label_table_with_a_column_per_class(tmp_path, make_plan):

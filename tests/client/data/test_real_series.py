@@ -79,16 +79,20 @@ def test_a_multi_frame_mr_of_a_scanner(tmp_path, make_plan, make_group, placed):
     file = pydicom.dcmread(get_testdata_file("emri_small.dcm"))
     file.PatientID = "P1"
     if placed:
-        file.SharedFunctionalGroupsSequence = [make_group(
-            PixelMeasuresSequence={"PixelSpacing": [1.5, 1.25], "SliceThickness": 2.2},
-            PlaneOrientationSequence={"ImageOrientationPatient": [0.8, 0.6, 0, 0, 0, -1]},
-        )]  # fmt: skip
+        file.SharedFunctionalGroupsSequence = [
+            make_group(
+                PixelMeasuresSequence={"PixelSpacing": [1.5, 1.25], "SliceThickness": 2.2},
+                PlaneOrientationSequence={"ImageOrientationPatient": [0.8, 0.6, 0, 0, 0, -1]},
+            )
+        ]
         file.PerFrameFunctionalGroupsSequence = [
-            make_group(PlanePositionSequence={
-                "ImagePositionPatient": [-20 - 0.6 * 2.2 * k, 5 + 0.8 * 2.2 * k, 30]
-            })
+            make_group(
+                PlanePositionSequence={
+                    "ImagePositionPatient": [-20 - 0.6 * 2.2 * k, 5 + 0.8 * 2.2 * k, 30]
+                }
+            )
             for k in range(file.NumberOfFrames)
-        ]  # fmt: skip
+        ]
     file.save_as(tmp_path / "e.dcm")
     found = volumes(tmp_path, make_plan, "P1")
     if not placed:
@@ -111,13 +115,19 @@ def as_ct(volume: nib.Nifti1Image, folder: Path, make_dicom: Any) -> None:
         corner = affine @ [last[0], last[1], k, 1]  # the most right and most anterior comes first
         make_dicom(
             folder / f"{(7 * k) % 101:03d}-{k}.dcm",
-            np.ascontiguousarray(values[::-1, ::-1, k].T), Modality="CT", PatientID="P1",
-            SOPClassUID=pydicom.uid.CTImageStorage, SeriesInstanceUID="1.2.7",
-            StudyInstanceUID="1.2.8", FrameOfReferenceUID="1.2.9", RescaleSlope=1,
-            RescaleIntercept=-1024, PixelSpacing=[float(mm[1]), float(mm[0])],
+            np.ascontiguousarray(values[::-1, ::-1, k].T),
+            Modality="CT",
+            PatientID="P1",
+            SOPClassUID=pydicom.uid.CTImageStorage,
+            SeriesInstanceUID="1.2.7",
+            StudyInstanceUID="1.2.8",
+            FrameOfReferenceUID="1.2.9",
+            RescaleSlope=1,
+            RescaleIntercept=-1024,
+            PixelSpacing=[float(mm[1]), float(mm[0])],
             ImageOrientationPatient=[round(float(v), 8) for v in [*-units[:, 0], *-units[:, 1]]],
             ImagePositionPatient=[round(float(v), 6) for v in corner[:3]],
-        )  # fmt: skip
+        )
 
 
 def test_real_volumes_made_into_ct_series(tmp_path, real_data, make_plan, make_dicom):

@@ -135,8 +135,10 @@ def test_given_parts_are_used_and_a_divided_patient_goes_to_the_test():
     given_ = ["train", "test", "validation", "train", "train"]
     result = split_by_patient(patients, given_, Split(given=True))
     assert {k: v.tolist() for k, v in result.items()} == {
-        "test": [0, 1], "validation": [2], "train": [3, 4],
-    }  # fmt: skip
+        "test": [0, 1],
+        "validation": [2],
+        "train": [3, 4],
+    }
 
 
 def test_given_parts_are_ignored_unless_the_plan_wants_them():

@@ -36,9 +36,13 @@ def csv(folder: Path, text: str) -> Path:
 def test_words_key_and_column_of_the_site(tmp_path, read):
     path = csv(tmp_path, "Nr;Befund;PatientID\n1;ohne Befund;P\n2;Erguss;P\n3;?;P\n4;Erguß;P\n")
     found = read(
-        path, key="Nr", means="accessionnumber", column="befund",
-        words={"Ohne befund": "normal", "erguss": "effusion"}, unlabelled=("?",),
-    )  # fmt: skip
+        path,
+        key="Nr",
+        means="accessionnumber",
+        column="befund",
+        words={"Ohne befund": "normal", "erguss": "effusion"},
+        unlabelled=("?",),
+    )
     # Case folds, so that ß is ss.
     assert found == {"1": (0,), "2": (1,), "3": "no label", "4": (1,)}
     assert read_table(path, KEYS, None, LabelOptions(key="nr", means="accessionnumber")).column == (
@@ -70,9 +74,13 @@ def test_a_column_for_each_class(tmp_path, read):
         tmp_path, "PatientID,Normal,Pleural effusion,Nodule\na,,x,\nb,no,no,no\nc,,u,x\nd,maybe,,\n"
     )
     found = read(
-        path, multi_label=True, columns={"pleural EFFUSION": "effusion"}, yes=("X",), no=("",),
+        path,
+        multi_label=True,
+        columns={"pleural EFFUSION": "effusion"},
+        yes=("X",),
+        no=("",),
         unlabelled=("u",),
-    )  # fmt: skip
+    )
     assert found == {"a": (0, 1, 0), "b": (0, 0, 0), "c": "no label", "d": "unknown class"}
 
 
@@ -83,11 +91,15 @@ def test_rows_disagree_unless_they_add_up(tmp_path, read):
     path = csv(tmp_path, ROWS)
     words = {"none": ("no finding",)}
     assert read(path, multi_label=True, **words) == {
-        "a": "conflicting labels", "b": (0, 0, 0), "c": "conflicting labels",
-    }  # fmt: skip
+        "a": "conflicting labels",
+        "b": (0, 0, 0),
+        "c": "conflicting labels",
+    }
     assert read(path, multi_label=True, rows="add", **words) == {
-        "a": (0, 1, 1), "b": (0, 0, 0), "c": "conflicting labels",
-    }  # fmt: skip
+        "a": (0, 1, 1),
+        "b": (0, 0, 0),
+        "c": "conflicting labels",
+    }
 
 
 def test_several_words_in_a_cell(tmp_path, read):
@@ -116,9 +128,16 @@ REMARKS = "PatientID;Remark;Label\nA;{0};normal\nB;{0};nodule\n"
 
 @pytest.mark.parametrize(
     ("remark", "encoding"),
-    [("wait\u2026", "cp1252"), ("wait\u2026\x81", "latin-1-like"), ("a\u2028b", "utf-8"),
-     ("a\x0bb", "utf-8"), ("a\x0cb", "utf-8"), ("a\x85b", "utf-8"), ('"a\n;b"', "utf-8")],
-)  # fmt: skip
+    [
+        ("wait\u2026", "cp1252"),
+        ("wait\u2026\x81", "latin-1-like"),
+        ("a\u2028b", "utf-8"),
+        ("a\x0bb", "utf-8"),
+        ("a\x0cb", "utf-8"),
+        ("a\x85b", "utf-8"),
+        ('"a\n;b"', "utf-8"),
+    ],
+)
 def test_only_ends_of_lines_end_a_row(tmp_path, read, remark, encoding):
     text = REMARKS.format(remark)
     raw = text.encode("utf-8") if encoding == "utf-8" else text.replace("\x81", "").encode("cp1252")

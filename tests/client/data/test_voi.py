@@ -19,8 +19,11 @@ RNG = np.random.default_rng(0)
 
 def lut(first, table, bits=12, count=None, vr="US"):
     item = Dataset()
-    item.add_new("LUTDescriptor", "US" if first >= 0 else "SS",
-                 [len(table) if count is None else count, first, bits])  # fmt: skip
+    item.add_new(
+        "LUTDescriptor",
+        "US" if first >= 0 else "SS",
+        [len(table) if count is None else count, first, bits],
+    )
     if vr == "OW":
         item.add_new("LUTData", "OW", np.asarray(table, "<u2").tobytes())
     else:
@@ -36,17 +39,24 @@ CASES = {
     "12 bits": (lut(0, curve(4096, 4095)), {}),
     "10 bits, in OW": (lut(0, curve(1000, 1023), bits=10, vr="OW"), {}),
     "starts later, ends sooner": (lut(700, curve(2000, 4095)), {}),
-    "a window beside it": (lut(0, curve(4096, 65535), bits=16), {
-        "WindowCenter": 100, "WindowWidth": 50}),
-    "after a rescale, from below zero": (lut(-900, curve(3000, 4095)), {
-        "RescaleSlope": 1, "RescaleIntercept": -1024}),
-    "after a rescale by a fraction": (lut(0, curve(1500, 1023), bits=10), {
-        "RescaleSlope": 0.37, "RescaleIntercept": 0.5}),
+    "a window beside it": (
+        lut(0, curve(4096, 65535), bits=16),
+        {"WindowCenter": 100, "WindowWidth": 50},
+    ),
+    "after a rescale, from below zero": (
+        lut(-900, curve(3000, 4095)),
+        {"RescaleSlope": 1, "RescaleIntercept": -1024},
+    ),
+    "after a rescale by a fraction": (
+        lut(0, curve(1500, 1023), bits=10),
+        {"RescaleSlope": 0.37, "RescaleIntercept": 0.5},
+    ),
     "bright is low": (lut(100, curve(3000, 4095)), {"PhotometricInterpretation": "MONOCHROME1"}),
-    "bright is low, after a rescale": (lut(-20, curve(900, 1023), bits=10), {
-        "PhotometricInterpretation": "MONOCHROME1", "RescaleSlope": 0.25,
-        "RescaleIntercept": -30}),
-}  # fmt: skip
+    "bright is low, after a rescale": (
+        lut(-20, curve(900, 1023), bits=10),
+        {"PhotometricInterpretation": "MONOCHROME1", "RescaleSlope": 0.25, "RescaleIntercept": -30},
+    ),
+}
 
 
 def written(path, make_dicom, table, **tags):
@@ -103,10 +113,16 @@ def test_a_broken_table_is_a_reason(tmp_path, make_dicom, table):
 def test_units_of_pet_are_left_alone(tmp_path, make_dicom, make_plan, intensity):
     stored = np.arange(600, dtype=np.uint16).reshape(20, 30) * 50
     path = make_dicom(
-        tmp_path / "pet.dcm", stored, Modality="PT", Units="BQML", RescaleSlope=0.5,
-        RescaleIntercept=0, WindowCenter=100, WindowWidth=50,
+        tmp_path / "pet.dcm",
+        stored,
+        Modality="PT",
+        Units="BQML",
+        RescaleSlope=0.5,
+        RescaleIntercept=0,
+        WindowCenter=100,
+        WindowWidth=50,
         VOILUTSequence=lut(0, curve(900, 4095)),
-    )  # fmt: skip
+    )
     image = read_frame(path).image
     assert image.window is None and image.lookup is None
     np.testing.assert_array_equal(image.pixels[0], stored / 2)

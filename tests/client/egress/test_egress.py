@@ -32,9 +32,16 @@ from fedward.privacy import calibrate, epsilon_spent
 from fedward.protocol import Refusal, SiteFacts, TrainOutcome
 
 PLANTED = (
-    "DOE^JANE", "1.2.840.113619.2.55.3", "/data/ward-7/scan.dcm", "1961-04-03", "19610403",
-    "MRN 00481516", "ward-7", "C:\\images\\x.dcm", "4815162342",
-)  # fmt: skip
+    "DOE^JANE",
+    "1.2.840.113619.2.55.3",
+    "/data/ward-7/scan.dcm",
+    "1961-04-03",
+    "19610403",
+    "MRN 00481516",
+    "ward-7",
+    "C:\\images\\x.dcm",
+    "4815162342",
+)
 FACTS = DatasetFacts(40, 40, {"no": 20, "yes": 20})
 EXACT = {"counts": "minimum-cells", "count_noise": 0.0}
 LOOSE = Limits(minimum_count=1, rounding=9, require_privacy=False, **EXACT)
@@ -57,9 +64,16 @@ def gate_of(plan: Plan | None, folder: Path, limits: Limits = LOOSE, **more: Any
 
 
 def outcome(**changes: Any) -> TrainOutcome:
-    values = {"site": "north", "round": 1, "patients": 30, "images": 30,
-              "steps": 4, "loss": 0.5,
-              "seconds": 1.23456789, **changes}  # fmt: skip
+    values = {
+        "site": "north",
+        "round": 1,
+        "patients": 30,
+        "images": 30,
+        "steps": 4,
+        "loss": 0.5,
+        "seconds": 1.23456789,
+        **changes,
+    }
     return TrainOutcome.model_construct(**values)
 
 
@@ -100,10 +114,18 @@ def test_no_planted_text_leaves_in_any_record(plan: Plan, tmp_path: Path, text: 
         ).to_flat()
     )
     facts = SiteFacts(
-        site="north", patients=40, images=40, train_patients=30, validation_patients=5,
-        test_patients=5, train_images=30, validation_images=5, test_images=5,
-        left_out_reasons=(text, "no image"), left_out_counts=(1, 2),
-    )  # fmt: skip
+        site="north",
+        patients=40,
+        images=40,
+        train_patients=30,
+        validation_patients=5,
+        test_patients=5,
+        train_images=30,
+        validation_images=5,
+        test_images=5,
+        left_out_reasons=(text, "no image"),
+        left_out_counts=(1, 2),
+    )
     told += json.dumps(gate.check_facts(facts).to_flat())
     told += "".join(json.dumps(e.fields) for e in entries(tmp_path / "audit"))
     assert text not in told
@@ -117,10 +139,12 @@ def test_pixels_in_place_of_weights_are_found_by_shape_dtype_and_size(
     first = next(iter(arrays))
     pixels = np.random.default_rng(0).integers(0, 4096, (512, 512))
     for wrong in (
-        pixels.astype(np.float32), pixels.astype(np.uint16),
-        arrays[first].astype(np.float64), np.full_like(arrays[first], np.nan),
+        pixels.astype(np.float32),
+        pixels.astype(np.uint16),
+        arrays[first].astype(np.float64),
+        np.full_like(arrays[first], np.nan),
         np.array(["x"] * arrays[first].size, object).reshape(arrays[first].shape),
-    ):  # fmt: skip
+    ):
         with pytest.raises(EgressError):
             gate.check_update({**arrays, first: wrong}, expected_arrays(plan, 1), outcome(), 1)
     small = gate_of(plan, tmp_path, max_upload_mib=0.0001)
@@ -130,9 +154,15 @@ def test_pixels_in_place_of_weights_are_found_by_shape_dtype_and_size(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"patients": 41}, {"images": 41}, {"round": 2}, {"site": "south"}, {"seconds": float("inf")},
-     {"epsilon": 3.0}],
-)  # fmt: skip
+    [
+        {"patients": 41},
+        {"images": 41},
+        {"round": 2},
+        {"site": "south"},
+        {"seconds": float("inf")},
+        {"epsilon": 3.0},
+    ],
+)
 def test_an_outcome_that_cannot_be_true_stays(
     plan: Plan, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
@@ -182,9 +212,14 @@ def private_outcome(plan: Plan, **changes: Any) -> TrainOutcome:
     steps = mechanism.steps // plan.rounds
     spent = epsilon_spent(mechanism.noise_multiplier, mechanism.sampling_rate, steps, 1e-4)
     values = {
-        "loss": None, "steps": steps, "noise_multiplier": mechanism.noise_multiplier,
-        "sampling_rate": mechanism.sampling_rate, "delta": 1e-4, "epsilon": spent, **changes,
-    }  # fmt: skip
+        "loss": None,
+        "steps": steps,
+        "noise_multiplier": mechanism.noise_multiplier,
+        "sampling_rate": mechanism.sampling_rate,
+        "delta": 1e-4,
+        "epsilon": spent,
+        **changes,
+    }
     return outcome(**values)
 
 
@@ -193,10 +228,17 @@ PRIVATE = {"mechanism": "dp-sgd", "epsilon": 4.0, "delta": 1e-4, "clipping_norm"
 
 @pytest.mark.parametrize(
     "changes",
-    [{"steps": 19610403}, {"noise_multiplier": 19610403.0}, {"sampling_rate": 0.19610403},
-     {"delta": 0.19610403}, {"epsilon": 1.9610403}, {"patients": 29}, {"noise_multiplier": None},
-     {"delta": None}],
-)  # fmt: skip
+    [
+        {"steps": 19610403},
+        {"noise_multiplier": 19610403.0},
+        {"sampling_rate": 0.19610403},
+        {"delta": 0.19610403},
+        {"epsilon": 1.9610403},
+        {"patients": 29},
+        {"noise_multiplier": None},
+        {"delta": None},
+    ],
+)
 def test_no_number_of_a_private_update_is_free(
     make_plan: Callable[..., Plan], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
@@ -211,9 +253,11 @@ def test_no_number_of_a_private_update_is_free(
 
 
 def test_what_a_trainer_makes_passes_with_and_without_privacy(
-    make_plan: Callable[..., Plan], make_site: Callable[..., Any],
-    make_order: Callable[..., Any], tmp_path: Path,
-) -> None:  # fmt: skip
+    make_plan: Callable[..., Plan],
+    make_site: Callable[..., Any],
+    make_order: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
     for privacy in (PRIVATE, {"mechanism": "none"}):
         plan: Plan = make_plan(privacy=privacy)
         trainer = Trainer(plan, make_site("north"), Runtime(randomness="seeded"))
@@ -257,28 +301,42 @@ def test_an_array_that_carries_more_than_numbers_stays(plan: Plan, tmp_path: Pat
 
 def test_facts_that_cannot_be_true_of_the_cohort_stay(plan: Plan, tmp_path: Path) -> None:
     right = {
-        "site": "north", "patients": 40, "images": 40, "train_patients": 30,
-        "validation_patients": 5, "test_patients": 5, "train_images": 30, "validation_images": 5,
-        "test_images": 5, "class_counts": (15, 15), "left_out_reasons": ("no label", "no image"),
+        "site": "north",
+        "patients": 40,
+        "images": 40,
+        "train_patients": 30,
+        "validation_patients": 5,
+        "test_patients": 5,
+        "train_images": 30,
+        "validation_images": 5,
+        "test_images": 5,
+        "class_counts": (15, 15),
+        "left_out_reasons": ("no label", "no image"),
         "left_out_counts": (7, 2),
-    }  # fmt: skip
+    }
     gate = gate_of(plan, tmp_path, Limits(minimum_count=5))
     passed = gate.check_facts(SiteFacts(**right))  # type: ignore[arg-type]
     assert (passed.left_out_reasons, passed.left_out_counts) == (("no label",), (7,))
     for wrong in (
-        {"site": "south"}, {"patients": 19610403}, {"test_images": 11}, {"class_counts": (31, 5)},
-        {"class_counts": (15,)}, {"left_out_counts": (19610403, 7)},
-    ):  # fmt: skip
+        {"site": "south"},
+        {"patients": 19610403},
+        {"test_images": 11},
+        {"class_counts": (31, 5)},
+        {"class_counts": (15,)},
+        {"left_out_counts": (19610403, 7)},
+    ):
         with pytest.raises(EgressError):
             gate.check_facts(SiteFacts(**{**right, **wrong}))  # type: ignore[arg-type]
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    sizes=st.lists(st.integers(0, 30), min_size=2, max_size=4), seed=st.integers(0, 99),
-    multi=st.booleans(), least=st.integers(1, 12),
+    sizes=st.lists(st.integers(0, 30), min_size=2, max_size=4),
+    seed=st.integers(0, 99),
+    multi=st.booleans(),
+    least=st.integers(1, 12),
     metrics=st.sets(st.sampled_from(METRICS)).map(tuple),
-)  # fmt: skip
+)
 def test_what_is_left_of_counts_is_still_a_record_and_holds_no_small_class(
     sizes: list[int], seed: int, multi: bool, least: int, metrics: tuple[Any, ...]
 ) -> None:
@@ -315,9 +373,12 @@ def test_coarse_scores_keep_the_auc() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    seed=st.integers(0, 999), images=st.integers(0, 12), digits=st.integers(0, 3),
-    least=st.integers(1, 8), metrics=st.sets(st.sampled_from(METRICS)).map(tuple),
-)  # fmt: skip
+    seed=st.integers(0, 999),
+    images=st.integers(0, 12),
+    digits=st.integers(0, 3),
+    least=st.integers(1, 8),
+    metrics=st.sets(st.sampled_from(METRICS)).map(tuple),
+)
 def test_what_is_left_of_segmentation_sums_is_still_a_record(
     seed: int, images: int, digits: int, least: int, metrics: tuple[Any, ...]
 ) -> None:
@@ -366,8 +427,9 @@ def test_every_violation_leaves_in_its_own_words(plan: Plan, tmp_path: Path) -> 
     asked = StudyRequest(
         "tiny-1", plan, "f" * 64, "a" * 64, 12_345_678, DatasetFacts(3, 3, {"no": 3, "yes": 0})
     )
-    policy = PolicySection.model_validate({"models": ["unet"], "max_parameters": 10_000_000,
-                                           "max_upload_mib": 2.5})  # fmt: skip
+    policy = PolicySection.model_validate(
+        {"models": ["unet"], "max_parameters": 10_000_000, "max_upload_mib": 2.5}
+    )
     decision, gate = decide(policy, asked), gate_of(plan, tmp_path)
     assert len(decision.violations) == 9
     for one in decision.violations:

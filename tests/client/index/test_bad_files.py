@@ -131,8 +131,10 @@ def test_what_may_not_be_read_is_counted_and_tried_again(open_root, index, dx):
     finally:
         os.seteuid(0)
     assert {name: one.reason for name, one in facts.items()} == {
-        "a.dcm": "", "file.dcm": "not permitted", "shut": "not permitted",
-    }  # fmt: skip
+        "a.dcm": "",
+        "file.dcm": "not permitted",
+        "shut": "not permitted",
+    }
     index.put(facts.values(), [], index.next_scan(), extract.settings)
     summary = scan(extract, index, ONE)
     assert (summary.new, summary.unchanged, summary.gone) == (2, 1, 1)

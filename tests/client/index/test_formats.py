@@ -86,8 +86,10 @@ def test_dicom(name, object_type, syntax, frames):
     assert (facts.object_type, facts.frames) == (object_type, frames)
     assert facts.syntax.startswith(syntax)
     assert (facts.rows, facts.columns, facts.bits) == (
-        header.Rows, header.Columns, header.BitsStored,
-    )  # fmt: skip
+        header.Rows,
+        header.Columns,
+        header.BitsStored,
+    )
     assert facts.modality == header.Modality
     assert facts.low < facts.high
 
@@ -117,10 +119,12 @@ def test_the_same_pixels_have_one_hash_whatever_their_syntax():
 def test_words_that_are_no_codes_are_not_kept(tmp_path, dx):
     with quiet():
         path = dx(
-            tmp_path / "a.dcm", np.ones((4, 4)), Manufacturer="DOE^JANE",
+            tmp_path / "a.dcm",
+            np.ones((4, 4)),
+            Manufacturer="DOE^JANE",
             BodyPartExamined="DOE^JANE",
             ImageType=["ORIGINAL", "PRIMARY", "1.2.826.0.99.4711", "19550712"] + ["AXIAL"] * 40,
-        )  # fmt: skip
+        )
     facts = facts_of(path)
     assert (facts.manufacturer, facts.body_part) == ("other", "other")
     assert facts.image_type.startswith("ORIGINAL\\PRIMARY\\other\\other\\AXIAL")
@@ -132,13 +136,17 @@ def test_names_in_coded_fields_are_not_kept(tmp_path, dx):
     planted = {
         "BodyPartExamined": ["MEYER ANNA", "SCHMIDT", "HAND Q71"],
         "Manufacturer": ["Meyer Anna", "room of ANNA", "unit-Q71", "annameyers", "MEYER"],
-        "Modality": ["MEYER", "ANNA"], "BurnedInAnnotation": ["MEYER"],
+        "Modality": ["MEYER", "ANNA"],
+        "BurnedInAnnotation": ["MEYER"],
         "PhotometricInterpretation": ["MEYER"],
-    }  # fmt: skip
+    }
     columns = {
-        "BodyPartExamined": "body_part", "Manufacturer": "manufacturer", "Modality": "modality",
-        "BurnedInAnnotation": "burned_in", "PhotometricInterpretation": "photometric",
-    }  # fmt: skip
+        "BodyPartExamined": "body_part",
+        "Manufacturer": "manufacturer",
+        "Modality": "modality",
+        "BurnedInAnnotation": "burned_in",
+        "PhotometricInterpretation": "photometric",
+    }
     with quiet():
         for field, values in planted.items():
             for value in values:
@@ -151,10 +159,14 @@ def test_names_in_coded_fields_are_not_kept(tmp_path, dx):
 
 @pytest.mark.parametrize(
     ("field", "column", "value"),
-    [("BodyPartExamined", "body_part", "WHOLE BODY"), ("BodyPartExamined", "body_part", "Chest"),
-     ("Manufacturer", "manufacturer", "GE MEDICAL SYSTEMS"), ("Modality", "modality", "MR"),
-     ("Manufacturer", "manufacturer", "Philips, Best 2019")],
-)  # fmt: skip
+    [
+        ("BodyPartExamined", "body_part", "WHOLE BODY"),
+        ("BodyPartExamined", "body_part", "Chest"),
+        ("Manufacturer", "manufacturer", "GE MEDICAL SYSTEMS"),
+        ("Modality", "modality", "MR"),
+        ("Manufacturer", "manufacturer", "Philips, Best 2019"),
+    ],
+)
 def test_words_of_the_standard_and_of_makers_are_kept(tmp_path, dx, field, column, value):
     for name in ("Meyer^Anna^^Mr", "", "A^O"):
         with quiet():

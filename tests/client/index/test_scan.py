@@ -26,9 +26,13 @@ from fedward.errors import OutputError
 
 PLANTED = ("DOE^JANE", "MRN4711", "1.2.826.0.99.4711", "19550712", "ward-7-doe", "ACC99123")
 ODD = {
-    "not DICOM": 2, "not readable": 1, "no pixel data": 1, "too large": 1, "not a file": 2,
+    "not DICOM": 2,
+    "not readable": 1,
+    "no pixel data": 1,
+    "too large": 1,
+    "not a file": 2,
     "linked folder": 1,
-}  # fmt: skip
+}
 TWO = Limits(workers=2)
 
 

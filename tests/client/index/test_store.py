@@ -71,8 +71,11 @@ def test_it_is_its_owners_alone(tmp_path: Path) -> None:
         inside = list((tmp_path / "new" / "state").rglob("*"))
         modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in inside}
     assert modes == {
-        "index": 0o700, "chest.sqlite": 0o600, "chest.sqlite-wal": 0o600, "chest.sqlite-shm": 0o600,
-    }  # fmt: skip
+        "index": 0o700,
+        "chest.sqlite": 0o600,
+        "chest.sqlite-wal": 0o600,
+        "chest.sqlite-shm": 0o600,
+    }
     assert stat.S_IMODE((tmp_path / "new" / "state").stat().st_mode) == 0o700
 
 

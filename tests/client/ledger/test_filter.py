@@ -30,9 +30,14 @@ def opened(folder: Path, patients: int = 2) -> Ledger:
 
 
 def train(
-    ledger: Ledger, study: str, round_: int, one: Mechanism | None, planned: int = 0,
-    caps: Caps = CAPS, cohort: str = COHORT,
-) -> None:  # fmt: skip
+    ledger: Ledger,
+    study: str,
+    round_: int,
+    one: Mechanism | None,
+    planned: int = 0,
+    caps: Caps = CAPS,
+    cohort: str = COHORT,
+) -> None:
     charge = ledger.reserve(
         RoundRequest(study, "f" * 64, round_, cohort, one, DELTA, planned), caps
     )

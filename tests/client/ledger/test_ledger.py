@@ -58,9 +58,12 @@ def filtered(mechanisms: list[Mechanism], cap: float = CAPS.cohort) -> float:
 
 
 def request(
-    study: str = "s", round_: int = 1, cohort: str = "a" * 64, mechanism: Any = MECHANISMS[0],
+    study: str = "s",
+    round_: int = 1,
+    cohort: str = "a" * 64,
+    mechanism: Any = MECHANISMS[0],
     plan: str = "f" * 64,
-) -> RoundRequest:  # fmt: skip
+) -> RoundRequest:
     return RoundRequest(study, plan, round_, cohort, mechanism, DELTA if mechanism else None)
 
 
@@ -268,9 +271,11 @@ class LedgerMachine(RuleBasedStateMachine):
         self._open()
 
     @rule(
-        study=st.sampled_from("stu"), round_=st.integers(1, 4), which=st.integers(0, 1),
+        study=st.sampled_from("stu"),
+        round_=st.integers(1, 4),
+        which=st.integers(0, 1),
         left=st.integers(0, 16),
-    )  # fmt: skip
+    )
     def killed_while_it_charges(self, study: str, round_: int, which: int, left: int) -> None:
         asked = request(study, round_, self.cohort_of[study], MECHANISMS[which])
         self._dies(left, lambda: self.ledger.reserve(asked, CAPS))

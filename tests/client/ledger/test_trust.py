@@ -70,9 +70,13 @@ def reserve(ledger: Ledger, round_: int = 1, study: str = "s", **more: Any) -> C
 
 
 def ask(
-    ledger: Ledger, round_: int = 1, study: str = "s", mechanism: Mechanism | None = ONE,
-    cohort: str = COHORT, caps: Caps = CAPS,
-) -> Charge | Release:  # fmt: skip
+    ledger: Ledger,
+    round_: int = 1,
+    study: str = "s",
+    mechanism: Mechanism | None = ONE,
+    cohort: str = COHORT,
+    caps: Caps = CAPS,
+) -> Charge | Release:
     return ledger.reserve(RoundRequest(study, "f" * 64, round_, cohort, mechanism, DELTA), caps)
 
 
@@ -140,10 +144,13 @@ def test_another_ledgers_anchor_is_refused(charged: Path) -> None:
 def test_charges_neither_go_nor_change(charged: Path) -> None:
     sql = sqlite3.connect(charged / "ledger.sqlite")
     for statement in (
-        "DELETE FROM charges", "DELETE FROM members", "DELETE FROM studies",
-        "UPDATE charges SET steps = 1", "UPDATE charges SET state = 'reserved'",
+        "DELETE FROM charges",
+        "DELETE FROM members",
+        "DELETE FROM studies",
+        "UPDATE charges SET steps = 1",
+        "UPDATE charges SET state = 'reserved'",
         "UPDATE charges SET noise = 9.0",
-    ):  # fmt: skip
+    ):
         with pytest.raises(sqlite3.IntegrityError):
             sql.execute(statement)
     sql.close()

@@ -71,9 +71,11 @@ def test_large_tensors_cross_whole(served: tuple[EchoDesk, Path]) -> None:
     caller = Caller(path, "1", "hidden")
     rng = np.random.default_rng(1)
     arrays = {
-        "w": rng.normal(size=(1500, 1700)).astype(np.float32), "n": np.array(3),
-        "empty": np.zeros((0, 4), np.float64), "turned": np.arange(12).reshape(3, 4).T,
-    }  # fmt: skip
+        "w": rng.normal(size=(1500, 1700)).astype(np.float32),
+        "n": np.array(3),
+        "empty": np.zeros((0, 4), np.float64),
+        "turned": np.arange(12).reshape(3, 4).T,
+    }
     got = caller.ask("train", Packet("order", {"round": 7}, arrays))
     assert got.record == {"what": "train", "round": 7}
     assert list(got.arrays) == list(arrays)
@@ -208,8 +210,13 @@ def test_the_connector_tells_how_its_link_is_and_nothing_else(
     channel = grpc.insecure_channel(f"unix:{path}")
     stub = rpc.TrainerStub(channel)
     lease = caller._lease
-    for bad in ('{"state": "online", "more": 1}', '{"state": 7}', "[" * 9000, "nonsense",
-                '{"state": "' + "x" * 600 + '"}'):  # fmt: skip
+    for bad in (
+        '{"state": "online", "more": 1}',
+        '{"state": 7}',
+        "[" * 9000,
+        "nonsense",
+        '{"state": "' + "x" * 600 + '"}',
+    ):
         with pytest.raises(grpc.RpcError) as caught:
             stub.Tell(pb.TellRequest(lease=lease, link=bad), timeout=5)
         assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]

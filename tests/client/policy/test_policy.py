@@ -41,8 +41,13 @@ def request_of(make_plan: Callable[..., Plan]) -> Callable[..., StudyRequest]:
     ) -> StudyRequest:
         privacy = {"mechanism": "dp-sgd", "epsilon": 4.0, "delta": 1e-4, "clipping_norm": 1.0}
         plan = make_plan(privacy=privacy if private else {"mechanism": "none"})
-        values = {"study": "tiny-1", "plan_hash": "f" * 64, "coordinator": COORDINATOR,
-                  "parameters": 1000, **more}  # fmt: skip
+        values = {
+            "study": "tiny-1",
+            "plan_hash": "f" * 64,
+            "coordinator": COORDINATOR,
+            "parameters": 1000,
+            **more,
+        }
         return StudyRequest(plan=plan, facts=facts, **values)
 
     return build
@@ -70,9 +75,11 @@ def request_of(make_plan: Callable[..., Plan]) -> Callable[..., StudyRequest]:
     ],
 )
 def test_each_limit_refuses_with_its_own_rule(
-    request_of: Callable[..., StudyRequest], changes: dict[str, Any],
-    request_changes: dict[str, Any], rule: str,
-) -> None:  # fmt: skip
+    request_of: Callable[..., StudyRequest],
+    changes: dict[str, Any],
+    request_changes: dict[str, Any],
+    rule: str,
+) -> None:
     assert decide(policy_of(), request_of()).allowed
     decision = decide(policy_of(**changes), request_of(**request_changes))
     assert [one.rule for one in decision.violations] == [rule]
@@ -120,38 +127,53 @@ def test_a_rule_overrides_the_policy_for_its_studies(
 
 
 @given(
-    epsilon=st.floats(0.5, 20), delta=st.floats(1e-6, 0.01), patients=st.integers(2, 300),
-    parameters=st.integers(1, 5000), tighter=st.floats(0.05, 1.0),
-)  # fmt: skip
+    epsilon=st.floats(0.5, 20),
+    delta=st.floats(1e-6, 0.01),
+    patients=st.integers(2, 300),
+    parameters=st.integers(1, 5000),
+    tighter=st.floats(0.05, 1.0),
+)
 def test_tightening_never_allows_more(
     epsilon: float, delta: float, patients: int, parameters: int, tighter: float
 ) -> None:
     plan = plan_from(_plan())
     request = StudyRequest("tiny-1", plan, "f" * 64, COORDINATOR, 1000, FACTS)
     loose = {
-        "max_epsilon_per_study": epsilon, "max_delta": delta, "minimum_patients": patients,
+        "max_epsilon_per_study": epsilon,
+        "max_delta": delta,
+        "minimum_patients": patients,
         "max_parameters": parameters,
-    }  # fmt: skip
+    }
     tight = {
-        "max_epsilon_per_study": epsilon * tighter, "max_delta": delta * tighter,
-        "minimum_patients": int(patients / tighter), "require_privacy": True,
+        "max_epsilon_per_study": epsilon * tighter,
+        "max_delta": delta * tighter,
+        "minimum_patients": int(patients / tighter),
+        "require_privacy": True,
         "max_parameters": max(1, int(parameters * tighter)),
-    }  # fmt: skip
+    }
     broken = {v.rule for v in decide(policy_of(**loose), request).violations}
     assert broken <= {v.rule for v in decide(policy_of(**tight), request).violations}
 
 
 def _plan() -> dict[str, Any]:
     return {
-        "version": 1, "study": {"name": "tiny"},
+        "version": 1,
+        "study": {"name": "tiny"},
         "task": {"kind": "classification", "classes": ["no", "yes"]},
-        "preprocessing": {"size": [16, 16], "intensity": "unit"}, "split": {"given": True},
+        "preprocessing": {"size": [16, 16], "intensity": "unit"},
+        "split": {"given": True},
         "model": {"name": "cnn", "channels": [4, 8]},
-        "training": {"rounds": 2, "learning_rate": 0.01, "local_epochs": 1, "batch_size": 8,
-                     "loss": "cross_entropy"},
+        "training": {
+            "rounds": 2,
+            "learning_rate": 0.01,
+            "local_epochs": 1,
+            "batch_size": 8,
+            "loss": "cross_entropy",
+        },
         "privacy": {"mechanism": "dp-sgd", "epsilon": 4.0, "delta": 1e-4, "clipping_norm": 1.0},
-        "participation": {"sites": 2}, "metrics": {"report": ["auc"], "primary": "auc"},
-    }  # fmt: skip
+        "participation": {"sites": 2},
+        "metrics": {"report": ["auc"], "primary": "auc"},
+    }
 
 
 def test_an_approval_is_bound_to_plan_and_coordinator_and_survives(

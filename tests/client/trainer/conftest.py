@@ -90,9 +90,16 @@ class Hospital:
             cases.pin(row["study"], row["dataset"], row["cohort"])
         self.approvals = Approvals(state)
         self.work = Work(
-            self.config, cases, self.ledger, Releases(state / "releases"), self.audit, self.board,
-            secret, Runtime(), self.crew,
-        )  # fmt: skip
+            self.config,
+            cases,
+            self.ledger,
+            Releases(state / "releases"),
+            self.audit,
+            self.board,
+            secret,
+            Runtime(),
+            self.crew,
+        )
         in_hand = OrdersInHand(state)
         in_hand.note_last_end()
         self.desk = TrainerDesk(cases, self.work, self.audit, self.approvals, self.board, in_hand)
@@ -102,14 +109,24 @@ class Hospital:
         self.ledger.close()
 
     def order(
-        self, plan: Plan, round_: int, study: str = "tiny-1", task: str = "train", model: int = 0,
+        self,
+        plan: Plan,
+        round_: int,
+        study: str = "tiny-1",
+        task: str = "train",
+        model: int = 0,
         **more: Any,
-    ) -> Packet:  # fmt: skip
+    ) -> Packet:
         arrays = to_arrays(build_model(plan, model)) if task != "describe" else {}
         order = RoundOrder(
-            plan=canonical(plan), plan_hash=plan_hash(plan), round=round_, study=study, task=task,
-            arrays=digest(arrays) if arrays else "", **more,
-        )  # fmt: skip
+            plan=canonical(plan),
+            plan_hash=plan_hash(plan),
+            round=round_,
+            study=study,
+            task=task,
+            arrays=digest(arrays) if arrays else "",
+            **more,
+        )
         return Packet("order", dict(sign_order(self.key, order).to_flat()), arrays)
 
     def ask(self, what: str, plan: Plan, round_: int = 1, **more: Any) -> Packet:
@@ -152,8 +169,14 @@ def plan(make_plan: Callable[..., Plan]) -> Plan:
 def private_plan(make_plan: Callable[..., Plan]) -> Plan:
     """The same with patient-level privacy."""
     return make_plan(
-        task={"classes": ["clear", "opacity"]}, split={"given": None},
+        task={"classes": ["clear", "opacity"]},
+        split={"given": None},
         training={"batch_size": 6, "local_epochs": None, "local_steps": 2},
-        privacy={"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-3, "clipping_norm": 1.0,
-                 "sampling_rate": 0.3},
-    )  # fmt: skip
+        privacy={
+            "mechanism": "dp-sgd",
+            "epsilon": 8.0,
+            "delta": 1e-3,
+            "clipping_norm": 1.0,
+            "sampling_rate": 0.3,
+        },
+    )

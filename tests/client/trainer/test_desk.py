@@ -76,8 +76,11 @@ def test_an_evaluation_is_answered_once_and_the_answer_is_kept(
     assert hospital.ask("evaluate", plan, 0, part="test").kind == "counts"
     # Validation and test patients are different people: 2 + 2 for the ones, 4 for the others.
     assert hospital.ledger.evaluations.epsilon_of_study("tiny-1") == 4.0
-    told = [one for one in entries(audit_folder(hospital.config.site.state))
-            if one.event == "evaluation"]  # fmt: skip
+    told = [
+        one
+        for one in entries(audit_folder(hospital.config.site.state))
+        if one.event == "evaluation"
+    ]
     assert [one.fields["epsilon"] for one in told] == [2.0, 2.0, 4.0]
 
 
@@ -171,8 +174,10 @@ def test_a_repeated_private_round_gives_the_same_update_even_after_a_restart(
 def test_the_policy_refuses_before_an_image_is_opened(
     make_hospital: Make, plan: Plan, private_plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hospital = make_hospital("max_epsilon_per_cohort = 4.0\nmax_delta = 0.01",
-                             "require_privacy = true\nmax_epsilon_per_study = 9.0")  # fmt: skip
+    hospital = make_hospital(
+        "max_epsilon_per_cohort = 4.0\nmax_delta = 0.01",
+        "require_privacy = true\nmax_epsilon_per_study = 9.0",
+    )
 
     def fail(*args: Any, **more: Any) -> None:
         raise AssertionError("an image was opened")
@@ -184,8 +189,11 @@ def test_the_policy_refuses_before_an_image_is_opened(
     stranger = encoded_public_key(Ed25519PrivateKey.generate())
     order = hospital.order(plan, 1)
     forged = {**order.record, "coordinator": stranger}
-    refused(hospital.desk.answer("train", Packet("order", forged, order.arrays)), "protocol",
-            "signed by its coordinator")  # fmt: skip
+    refused(
+        hospital.desk.answer("train", Packet("order", forged, order.arrays)),
+        "protocol",
+        "signed by its coordinator",
+    )
     assert "charge" not in told(hospital)
 
 
@@ -214,8 +222,9 @@ def test_what_a_coordinator_signed_of_the_sites_can_be_shown_later(
     hospital = make_hospital("minimum_sites = 2")
     for _ in range(2):
         assert hospital.ask("train", plan, sites=5).kind == "update"
-    kept = [e.fields for e in entries(audit_folder(hospital.config.site.state))
-            if e.event == "order"]  # fmt: skip
+    kept = [
+        e.fields for e in entries(audit_folder(hospital.config.site.state)) if e.event == "order"
+    ]
     (one,) = kept
     assert (one["study"], one["round"], one["task"], one["sites"]) == ("tiny-1", 1, "train", 5)
     assert json.loads(one["signed"].partition("\n")[2])["sites"] == 5
@@ -301,8 +310,11 @@ def test_a_changed_file_is_found_and_named_by_no_name(
 def test_garbage_is_refused_and_written_down(make_hospital: Make, record: dict[str, Any]) -> None:
     hospital = make_hospital()
     refused(hospital.desk.answer("train", Packet("order", record)), "protocol", "valid")
-    refused(hospital.desk.garbage(ProtocolError("a packet must begin with its head")), "protocol",
-            "valid")  # fmt: skip
+    refused(
+        hospital.desk.garbage(ProtocolError("a packet must begin with its head")),
+        "protocol",
+        "valid",
+    )
     assert told(hospital).count("refused") == 2
 
 
@@ -310,9 +322,10 @@ def test_an_order_that_is_given_up_ends_at_the_next_step(
     make_hospital: Make, make_plan: Make
 ) -> None:
     endless = make_plan(
-        task={"classes": ["clear", "opacity"]}, split={"given": None},
+        task={"classes": ["clear", "opacity"]},
+        split={"given": None},
         training={"local_epochs": None, "local_steps": 100_000, "rounds": 2},
-    )  # fmt: skip
+    )
     hospital = make_hospital()
     answers: list[Packet] = []
     thread = threading.Thread(target=lambda: answers.append(hospital.ask("train", endless)))

@@ -55,9 +55,11 @@ def while_preparing(
 
 
 def answer(hospital: Any, what: str, plan: Plan) -> tuple[str, str]:
-    packet = hospital.ask(what, plan, int(what != "describe"), part="validation") if (
-        what == "evaluate"
-    ) else hospital.ask(what, plan, int(what != "describe"))  # fmt: skip
+    packet = (
+        hospital.ask(what, plan, int(what != "describe"), part="validation")
+        if (what == "evaluate")
+        else hospital.ask(what, plan, int(what != "describe"))
+    )
     assert packet.kind == "refusal", packet.record
     assert not packet.arrays
     refusal = Refusal.from_flat(packet.record)

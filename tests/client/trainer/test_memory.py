@@ -22,8 +22,13 @@ from fedward.protocol import Refusal
 
 pytestmark = pytest.mark.integration
 Make = Callable[..., Any]
-PRIVATE = {"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-3, "clipping_norm": 1.0,
-           "sampling_rate": 0.5}  # fmt: skip
+PRIVATE = {
+    "mechanism": "dp-sgd",
+    "epsilon": 8.0,
+    "delta": 1e-3,
+    "clipping_norm": 1.0,
+    "sampling_rate": 0.5,
+}
 
 
 @contextmanager
@@ -50,9 +55,10 @@ def test_a_step_in_smaller_parts_is_the_same_step(
 ) -> None:
     steps = {"local_epochs": None, "local_steps": 3} if privacy is PRIVATE else {}
     plan: Plan = make_plan(
-        privacy=privacy, training={"batch_size": 24, **steps},
+        privacy=privacy,
+        training={"batch_size": 24, **steps},
         preprocessing={"augmentation": {"flip": ["horizontal"], "rotate": 10.0}},
-    )  # fmt: skip
+    )
     if privacy is PRIVATE:  # the draws of a changed image follow the parts
         plan = make_plan(privacy=privacy, training={"batch_size": 24, **steps})
     start, site = to_arrays(build_model(plan, 0)), make_site("north")
@@ -92,8 +98,9 @@ def test_without_memory_for_one_image_it_says_so(make_hospital: Make, private_pl
     for answer in answers:
         refusal = Refusal.from_flat(answer.record)
         assert (refusal.kind, refusal.rule) == (
-            "error", "the device must have memory for one image",
-        )  # fmt: skip
+            "error",
+            "the device must have memory for one image",
+        )
         assert "GiB" not in json.dumps(answer.record)
     # The round is lost and stays charged; the next one works.
     again: Packet = hospital.ask("train", private_plan)

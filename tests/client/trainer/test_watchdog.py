@@ -114,8 +114,10 @@ def test_without_the_trainer_an_officer_forbids_and_does_not_allow(
 
 def test_the_limit_is_a_setting(tmp_path: Path) -> None:
     content: dict[str, Any] = {
-        "version": 1, "site": {"name": "north"}, "trainer": {"watchdog_seconds": 0.1},
+        "version": 1,
+        "site": {"name": "north"},
+        "trainer": {"watchdog_seconds": 0.1},
         "datasets": {"chest": {"root": "x", "task": "classification", "classes": ["a", "b"]}},
-    }  # fmt: skip
+    }
     with pytest.raises(ConfigError, match="watchdog_seconds"):
         config_from(content, tmp_path, datasets_here=False)

@@ -225,11 +225,22 @@ def test_an_outlier_moves_the_model_no_further_than_the_bound(
 ) -> None:
     """Neighbouring cohorts: one patient's images replaced by huge ones."""
     plan = make_plan(
-        training={"learning_rate": 1.0, "rounds": 1, "local_epochs": None, "local_steps": 1,
-                  "optimizer": "sgd", "schedule": "constant"},
-        privacy={"mechanism": "dp-sgd", "epsilon": 50.0, "delta": 0.1, "clipping_norm": 0.01,
-                 "sampling_rate": 1.0},
-    )  # fmt: skip
+        training={
+            "learning_rate": 1.0,
+            "rounds": 1,
+            "local_epochs": None,
+            "local_steps": 1,
+            "optimizer": "sgd",
+            "schedule": "constant",
+        },
+        privacy={
+            "mechanism": "dp-sgd",
+            "epsilon": 50.0,
+            "delta": 0.1,
+            "clipping_norm": 0.01,
+            "sampling_rate": 1.0,
+        },
+    )
     site, start = make_site(), to_arrays(build_model(plan, 0))
     images = site.images.copy()
     victim = site.split["train"][0]

@@ -175,10 +175,17 @@ def test_fedprox_term_is_the_gradient_of_half_mu_times_the_squared_distance(
 ) -> None:
     """Two plain SGD steps, against the same two steps written out with the loss term in it."""
     plan = make_plan(
-        training={"rounds": 1, "local_epochs": None, "local_steps": 3, "optimizer": "sgd",
-                  "learning_rate": 0.1, "schedule": "constant", "batch_size": 24},
+        training={
+            "rounds": 1,
+            "local_epochs": None,
+            "local_steps": 3,
+            "optimizer": "sgd",
+            "learning_rate": 0.1,
+            "schedule": "constant",
+            "batch_size": 24,
+        },
         strategy={"name": "fedprox", "settings": {"mu": 2.5}},
-    )  # fmt: skip
+    )
     site, start, mu = make_site(), to_arrays(build_model(plan, 0)), 2.5
     ours, _ = Trainer(plan, site, SEEDED).train(start, make_order(plan))
     plain = plan.model_copy(update={"strategy": Strategy()})

@@ -59,8 +59,9 @@ def open_view(
     script = [*opening(tmp_path_factory.mktemp("view")), "echo ready", "exec sleep infinity"]
     holder = subprocess.Popen(
         ["unshare", "--mount", "--propagation", "private", "sh", "-c", "\n".join(script)],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert holder.stdout
     if holder.stdout.readline() != "ready\n":
         pytest.skip("this kernel makes no mount namespaces here")

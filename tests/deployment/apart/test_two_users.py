@@ -66,9 +66,13 @@ class Apart:
 
     def call(self, user: int, *words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.words(user, *words, "--json"), env=self.environment, text=True,
-            capture_output=True, timeout=120, check=False,
-        )  # fmt: skip
+            self.words(user, *words, "--json"),
+            env=self.environment,
+            text=True,
+            capture_output=True,
+            timeout=120,
+            check=False,
+        )
 
     def start(self, which: str) -> None:
         user = TRAINER if which == "trainer" else CONNECTOR
@@ -93,9 +97,12 @@ class Apart:
 
 @pytest.fixture(scope="module")
 def apart(
-    make_superlink: Make, hospital_data: dict[str, Path], environment: dict[str, str],
-    open_view: list[str], as_user: Callable[[int, int], list[str]],
-) -> Iterator[Apart]:  # fmt: skip
+    make_superlink: Make,
+    hospital_data: dict[str, Path],
+    environment: dict[str, str],
+    open_view: list[str],
+    as_user: Callable[[int, int], list[str]],
+) -> Iterator[Apart]:
     superlink = make_superlink()
     group = next(one for one in grp.getgrall() if one.gr_gid)
     folder = Path(tempfile.mkdtemp(prefix="fedward-apart-", dir="/tmp"))

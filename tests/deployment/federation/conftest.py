@@ -265,10 +265,14 @@ class Federation:
         enrol(daemon.folder, daemon.name, address, ca)
         daemon.config.write_text(
             SITE.format(
-                name=daemon.name, address=address, data=self.folder, number=number,
-                coordinator=self.service.coordinator, **real_images(number),
+                name=daemon.name,
+                address=address,
+                data=self.folder,
+                number=number,
+                coordinator=self.service.coordinator,
+                **real_images(number),
             )
-        )  # fmt: skip
+        )
         self.service.ask("site", "add", daemon.name, daemon.folder / "connector" / "site.pub")
         return daemon
 
@@ -327,8 +331,9 @@ class Federation:
         with suppress(OSError, ValueError):
             link = json.loads((self.daemons[number].folder / "connector" / "link.json").read_text())
             return link["state"] == "online" and set(self.daemons[number].children()) == {
-                "trainer", "connector"
-            }  # fmt: skip
+                "trainer",
+                "connector",
+            }
         return False
 
     def finish(self, study: str, seconds: float = 400.0) -> dict[str, Any]:
@@ -365,10 +370,14 @@ class Federation:
         )
         session = RunSession(link, config.runtime_secret.read_bytes(), folder / "lock")
         job = Job(
-            plan, to_arrays(build_model(plan, seed)), Arm(name="replayed", kind="federated"), seed,
+            plan,
+            to_arrays(build_model(plan, seed)),
+            Arm(name="replayed", kind="federated"),
+            seed,
             members={node: name for node, name in members.items() if name in kept.sites},
-            study=study, sign=registry.sign,
-        )  # fmt: skip
+            study=study,
+            sign=registry.sign,
+        )
         try:
             StudyRun(job, session.grid).run()
         finally:

@@ -19,7 +19,7 @@ CLASSIFICATION: dict[str, Any] = {
     "preprocessing": {"size": [32, 32]},
     "split": {"given": None},
     "participation": {"sites": 5, "quorum": 5, "deadline": 120.0},
-}  # fmt: skip
+}
 SEGMENTATION: dict[str, Any] = {
     **CLASSIFICATION,
     "study": {"name": "lungs"},
@@ -27,10 +27,12 @@ SEGMENTATION: dict[str, Any] = {
     "model": {"name": "unet", "channels": [4, 8]},
     "training": {"rounds": 2, "loss": "dice_ce"},
     "metrics": {"report": ["dice", "iou"], "primary": "dice"},
-}  # fmt: skip
+}
 REAL: dict[str, Any] = {
-    **SEGMENTATION, "study": {"name": "real"}, "preprocessing": {"size": [64, 64]}
-}  # fmt: skip
+    **SEGMENTATION,
+    "study": {"name": "real"},
+    "preprocessing": {"size": [64, 64]},
+}
 
 
 def leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -45,9 +47,12 @@ def leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     "kind", [CLASSIFICATION, SEGMENTATION, REAL], ids=["chest", "lungs", "real images"]
 )
 def test_five_hospitals_make_the_model_of_the_simulation_bit_for_bit(
-    federation: Any, make_plan: Make, tmp_path: Path, kind: dict[str, Any],
+    federation: Any,
+    make_plan: Make,
+    tmp_path: Path,
+    kind: dict[str, Any],
     request: pytest.FixtureRequest,
-) -> None:  # fmt: skip
+) -> None:
     if kind is REAL:
         request.getfixturevalue("shared_data")
     plan = make_plan(**kind)
@@ -81,10 +86,15 @@ def test_privacy_costs_what_the_simulation_says_and_a_replayed_study_nothing(
             **CLASSIFICATION,
             "study": {"name": "private"},
             "training": {"batch_size": 6, "local_epochs": None, "local_steps": 2},
-            "privacy": {"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-3,
-                        "clipping_norm": 1.0, "sampling_rate": 0.3},
+            "privacy": {
+                "mechanism": "dp-sgd",
+                "epsilon": 8.0,
+                "delta": 1e-3,
+                "clipping_norm": 1.0,
+                "sampling_rate": 0.3,
+            },
         }
-    )  # fmt: skip
+    )
     names = federation.ready(*FIVE)
     study = federation.submit(plan, ",".join(names), tmp_path, "--seed", 5)
     found = federation.finish(study)

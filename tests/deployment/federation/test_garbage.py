@@ -27,9 +27,16 @@ Arrays = dict[str, NDArray[Any]]
 Answer = Callable[[Arrays, TrainOutcome], tuple[Arrays, TrainOutcome]]
 NAME = "mallory"
 FACTS = SiteFacts(
-    site=NAME, patients=12, images=12, train_patients=8, validation_patients=0, test_patients=0,
-    train_images=8, validation_images=0, test_images=0,
-)  # fmt: skip
+    site=NAME,
+    patients=12,
+    images=12,
+    train_patients=8,
+    validation_patients=0,
+    test_patients=0,
+    train_images=8,
+    validation_images=0,
+    test_images=0,
+)
 
 
 def right(arrays: Arrays, outcome: TrainOutcome) -> tuple[Arrays, TrainOutcome]:
@@ -176,9 +183,12 @@ def test_no_hospital_can_spoil_a_study(
     federation: Any, mallory: Mallory, make_plan: Make, tmp_path: Path, until: Make
 ) -> None:
     plan = make_plan(
-        study={"name": "spoilt"}, task={"classes": ["clear", "opacity"]}, split={"given": None},
-        training={"rounds": 900}, participation={"sites": 1, "quorum": 1, "deadline": 8.0},
-    )  # fmt: skip
+        study={"name": "spoilt"},
+        task={"classes": ["clear", "opacity"]},
+        split={"given": None},
+        training={"rounds": 900},
+        participation={"sites": 1, "quorum": 1, "deadline": 8.0},
+    )
     for number, garbage in enumerate(GARBAGE):
         mallory.script += [garbage] if number % 2 else [right, garbage]
     # Silent for a round, then put out for three bad answers.

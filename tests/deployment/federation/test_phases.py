@@ -24,11 +24,20 @@ Make = Callable[..., Any]
 BOTH = ["hospital 1", "hospital 2"]
 ROUNDS = 40
 VICTIMS = [
-    "connector", "trainer", "daemon", "runner", "superlink", "service", "aggregator", "restart"
-]  # fmt: skip
+    "connector",
+    "trainer",
+    "daemon",
+    "runner",
+    "superlink",
+    "service",
+    "aggregator",
+    "restart",
+]
 MODULES = {
-    "runner": "server.runner", "superlink": "server.flower.superlink", "service": "server.service"
-}  # fmt: skip
+    "runner": "server.runner",
+    "superlink": "server.flower.superlink",
+    "service": "server.service",
+}
 
 
 class Round:
@@ -204,11 +213,14 @@ def restart(killed: Any, children: dict[str, int]) -> None:
 @pytest.fixture
 def plan(make_plan: Make) -> Any:
     return make_plan(
-        study={"name": "killed"}, task={"classes": ["clear", "opacity"]}, split={"given": None},
+        study={"name": "killed"},
+        task={"classes": ["clear", "opacity"]},
+        split={"given": None},
         # Large enough that a phase can be seen, and held, before it is over.
-        model={"channels": [64, 128]}, training={"rounds": ROUNDS, "local_epochs": 10},
+        model={"channels": [64, 128]},
+        training={"rounds": ROUNDS, "local_epochs": 10},
         participation={"sites": 2, "quorum": 2, "deadline": 60.0},
-    )  # fmt: skip
+    )
 
 
 def is_as_if_nothing_happened(federation: Any, study: str, plan: Any, folder: Path) -> None:

@@ -15,9 +15,14 @@ Make = Callable[..., Any]
 
 @pytest.mark.parametrize("victims", [("trainer",), ("connector",), ("trainer", "connector")])
 def test_killed_while_it_trains(
-    coordinator: Any, hospital: Any, make_private: Make, until: Make, refusal_of: Make,
-    bytes_of: Make, victims: tuple[str, ...],
-) -> None:  # fmt: skip
+    coordinator: Any,
+    hospital: Any,
+    make_private: Make,
+    until: Make,
+    refusal_of: Make,
+    bytes_of: Make,
+    victims: tuple[str, ...],
+) -> None:
     """A trainer's round is lost and stays charged; a connector's is answered all the same."""
     study, plan = "kill-" + "-".join(victims), make_private(150)
     first = coordinator.send(hospital.node, coordinator.order(plan, 1, study))

@@ -42,9 +42,9 @@ def hostile(coordinator: Any, plan: Plan, other: Plan) -> dict[str, RecordDict]:
         "truncated": with_arrays(arrays[:-7].copy()),
         "oversized": with_arrays(np.zeros(5 << 20, np.uint8)),
         "another model": with_arrays(pack({name: value})),
-        "not finite": with_arrays(pack(
-            {n: np.full_like(v, np.nan) for n, v in to_arrays(build_model(plan, 0)).items()}
-        )),
+        "not finite": with_arrays(
+            pack({n: np.full_like(v, np.nan) for n, v in to_arrays(build_model(plan, 0)).items()})
+        ),
         "a plan with another hash": coordinator.order(
             plan, 1, "hostile", plan_hash=plan_hash(other)
         ),
@@ -54,7 +54,7 @@ def hostile(coordinator: Any, plan: Plan, other: Plan) -> dict[str, RecordDict]:
         "a study of a stranger": stranger.order(plan, 1, "hostile"),
         "a round too many": coordinator.order(plan, 7, "hostile"),
         "an unknown key": coordinator.order(plan, 1, "hostile", code="import os"),
-    }  # fmt: skip
+    }
 
 
 def test_a_hostile_coordinator_gets_refusals_and_the_site_goes_on(
@@ -69,8 +69,9 @@ def test_a_hostile_coordinator_gets_refusals_and_the_site_goes_on(
         kind, rule = refusal_of(coordinator.reply(identifier))
         assert kind == wanted.get(name, "protocol"), (name, kind, rule)
     assert len(hospital.told("refused")) == before + len(orders)
-    assert "hostile" not in {row["study"] for row in hospital.daemon.call("budget")["studies"]
-                             if row["released"]}  # fmt: skip
+    assert "hostile" not in {
+        row["study"] for row in hospital.daemon.call("budget")["studies"] if row["released"]
+    }
     answer = coordinator.ask(hospital.node, coordinator.order(plan, 1, "hostile"))
     assert answer.config_records["outcome"]["round"] == 1
     # Warm: all of that, and the rounds before, went through the same two processes.
@@ -109,8 +110,9 @@ def test_two_studies_at_once_are_served_in_turn(
     until(lambda: hospital.step("busy") > 0)
     asked = [
         coordinator.send(node, coordinator.order(plan, round_, study))
-        for study in ("twin-a", "twin-b") for round_ in (2, 3, 4)
-    ]  # fmt: skip
+        for study in ("twin-a", "twin-b")
+        for round_ in (2, 3, 4)
+    ]
     until(lambda: hospital.trainer.get("waiting", 0) >= 3)
     for one in [busy, *asked]:
         assert "outcome" in coordinator.reply(one).config_records
@@ -126,8 +128,9 @@ def test_the_officer_rules_over_the_running_daemon(
 ) -> None:
     assert hospital.daemon.call("pause") == {"paused": True}
     assert refusal_of(coordinator.ask(hospital.node, coordinator.order(plan, 1, "officer"))) == (
-        "paused", "the site must not be paused",
-    )  # fmt: skip
+        "paused",
+        "the site must not be paused",
+    )
     hospital.daemon.kill("trainer")
     until(lambda: hospital.trainer.get("connector") == "hidden")
     assert hospital.daemon.call("status")["trainer"]["paused"] is True  # a restart does not undo it
@@ -149,8 +152,9 @@ def test_the_officer_rules_over_the_running_daemon(
     assert refusal_of(coordinator.reply(running)) == ("policy", words.DENIED)
     again = coordinator.ask(hospital.node, coordinator.order(make_private(5_000), 2, "officer-2"))
     assert refusal_of(again) == (
-        "policy", "the study must be approved at the site; it was denied",
-    )  # fmt: skip
+        "policy",
+        "the study must be approved at the site; it was denied",
+    )
     assert hospital.daemon.call("approve", "officer-2")["approval"]["state"] == "approved"
     row = hospital.row("officer-2")
     assert (row["charged"], row["lost"], row["released"]) == (1, 1, 0)

@@ -44,9 +44,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_costs_a_round_and_no_more(
-    coordinator: Any, make_hospital: Make, small_disk: Path, make_private: Make, until: Make,
+    coordinator: Any,
+    make_hospital: Make,
+    small_disk: Path,
+    make_private: Make,
+    until: Make,
     refusal_of: Make,
-) -> None:  # fmt: skip
+) -> None:
     """Cache, then ledger and audit log: nothing leaves that could not be written down."""
     plan, site = make_private(), make_hospital(3)
     shutil.copytree(site.state, small_disk, dirs_exist_ok=True)
@@ -139,9 +143,13 @@ def frozen(process: Any) -> Iterator[None]:
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_stop_is_prompt_and_clean_at_every_moment(
-    coordinator: Any, stopping: Any, make_plan: Make, make_private: Make, until: Make,
+    coordinator: Any,
+    stopping: Any,
+    make_plan: Make,
+    make_private: Make,
+    until: Make,
     phase: str,
-) -> None:  # fmt: skip
+) -> None:
     if phase == "no link":
         text, address = stopping.daemon.config.read_text(), coordinator.superlink.address
         stopping.daemon.config.write_text(text.replace(address, nobody_listens()))
@@ -158,9 +166,11 @@ def test_a_stop_is_prompt_and_clean_at_every_moment(
         until(lambda: stopping.step(f"stop-{phase}") >= int(phase == "training"))
     if phase == "evaluating":
         large = make_plan(
-            task={"classes": ["clear", "opacity"]}, split={"given": None},
-            model={"name": "resnet50", "channels": None}, preprocessing={"size": [320, 320]},
-        )  # fmt: skip
+            task={"classes": ["clear", "opacity"]},
+            split={"given": None},
+            model={"name": "resnet50", "channels": None},
+            preprocessing={"size": [320, 320]},
+        )
         order = coordinator.order(large, 1, "stop-evaluating", task="evaluate")
         coordinator.send(stopping.node, order, "evaluate", ttl=20.0)
         until(lambda: stopping.trainer["doing"] == "evaluating")

@@ -13,17 +13,33 @@ from fedward.dp.keystream import Keystream, chacha20, derive_key
 CPU = torch.device("cpu")
 # RFC 8439, sections 2.3.2 and A.1 (vectors 1 to 5): key, nonce, block and the block's first half.
 RFC = [
-    (bytes(range(32)), "000000090000004a00000000", 1,
-     "10f1e7e4d13b5915500fdd1fa32071c4c7d1f4c733c068030422aa9ac3d46c4e"),
+    (
+        bytes(range(32)),
+        "000000090000004a00000000",
+        1,
+        "10f1e7e4d13b5915500fdd1fa32071c4c7d1f4c733c068030422aa9ac3d46c4e",
+    ),
     (bytes(32), "0" * 24, 0, "76b8e0ada0f13d90405d6ae55386bd28bdd219b8a08ded1aa836efcc8b770dc7"),
     (bytes(32), "0" * 24, 1, "9f07e7be5551387a98ba977c732d080dcb0f29a048e3656912c6533e32ee7aed"),
-    (bytes(31) + b"\1", "0" * 24, 1,
-     "3aeb5224ecf849929b9d828db1ced4dd832025e8018b8160b82284f3c949aa5a"),
-    (b"\0\xff" + bytes(30), "0" * 24, 2,
-     "72d54dfbf12ec44b362692df94137f328fea8da73990265ec1bbbea1ae9af0ca"),
-    (bytes(32), "0" * 23 + "2", 0,
-     "c2c64d378cd536374ae204b9ef933fcd1a8b2288b3dfa49672ab765b54ee27c7"),
-]  # fmt: skip
+    (
+        bytes(31) + b"\1",
+        "0" * 24,
+        1,
+        "3aeb5224ecf849929b9d828db1ced4dd832025e8018b8160b82284f3c949aa5a",
+    ),
+    (
+        b"\0\xff" + bytes(30),
+        "0" * 24,
+        2,
+        "72d54dfbf12ec44b362692df94137f328fea8da73990265ec1bbbea1ae9af0ca",
+    ),
+    (
+        bytes(32),
+        "0" * 23 + "2",
+        0,
+        "c2c64d378cd536374ae204b9ef933fcd1a8b2288b3dfa49672ab765b54ee27c7",
+    ),
+]
 
 
 @pytest.mark.parametrize(("key", "nonce", "block", "expected"), RFC)

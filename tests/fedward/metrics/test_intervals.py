@@ -62,8 +62,9 @@ def test_the_auc_interval_covers_the_truth(n: int) -> None:
     for _ in range(times):
         drawn = np.concatenate([random.normal(0, 1, n), random.normal(1, 1, n)])
         order = drawn.argsort().argsort()
-        negative, positive = (np.bincount(order[half], minlength=2 * n) for half in
-                              (slice(n), slice(n, 2 * n)))  # fmt: skip
+        negative, positive = (
+            np.bincount(order[half], minlength=2 * n) for half in (slice(n), slice(n, 2 * n))
+        )
         area = (order[n:].sum() - n * (n - 1) / 2) / n**2
         low, high = auc_interval(area, negative, positive) or (1.0, 0.0)
         covered += low <= truth <= high
@@ -102,8 +103,9 @@ def test_a_tie_at_the_majority_class_has_a_width() -> None:
     targets = np.repeat([0, 1, 2], [10, 9, 9])
     counts = ClassificationCounts.from_scores(np.tile([0.4, 0.3, 0.3], (28, 1)), targets)
     low, high = counts.intervals(["balanced_accuracy"])["balanced_accuracy"]
-    limits = [stats.binomtest(h, n).proportion_ci(method="wilson")
-              for h, n in ((10, 10), (0, 9), (0, 9))]  # fmt: skip
+    limits = [
+        stats.binomtest(h, n).proportion_ci(method="wilson") for h, n in ((10, 10), (0, 9), (0, 9))
+    ]
     assert low == pytest.approx(1 / 3 - (1 - limits[0].low) / 3, abs=1e-9)
     assert high == pytest.approx(1 / 3 + math.hypot(limits[1].high, limits[2].high) / 3, abs=1e-9)
 

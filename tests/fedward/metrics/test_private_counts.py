@@ -236,10 +236,12 @@ def test_cells_below_zero_go_by_the_nearest_possible_table(row: list[int]) -> No
     assert (made >= 0).all() and made.sum() == pytest.approx(total, abs=1e-9)
     if total:
         best = minimize(
-            lambda x: ((x - row) ** 2).sum(), np.full(len(row), total / len(row)),
-            bounds=[(0, None)] * len(row), tol=1e-12,
+            lambda x: ((x - row) ** 2).sum(),
+            np.full(len(row), total / len(row)),
+            bounds=[(0, None)] * len(row),
+            tol=1e-12,
             constraints={"type": "eq", "fun": lambda x: x.sum() - total},
-        )  # fmt: skip
+        )
         assert ((made - row) ** 2).sum() <= best.fun + 1e-6
 
 

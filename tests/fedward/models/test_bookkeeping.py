@@ -72,8 +72,11 @@ def test_every_convolution(kind: Any, stride: int, groups: int, owners: list[int
 def test_narrow_kernels_norms_and_linear_layers(owners: list[int]) -> None:
     torch.manual_seed(0)
     layers = [nn.Conv2d(1, 4, 1, stride=2), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 1, padding=1)]
-    _check(nn.Sequential(*layers, nn.Linear(6, 3), nn.Flatten(), nn.Linear(72, 2)),
-           torch.randn(4, 1, 8, 8), owners)  # fmt: skip
+    _check(
+        nn.Sequential(*layers, nn.Linear(6, 3), nn.Flatten(), nn.Linear(72, 2)),
+        torch.randn(4, 1, 8, 8),
+        owners,
+    )
 
 
 def test_frozen_layers_stay_out() -> None:

@@ -114,8 +114,10 @@ def test_the_hash_is_that_of_sorted_compact_json(segmentation: str) -> None:
     plan = parse_plan(segmentation)
     expected = json.dumps(
         plan.model_dump(mode="json", exclude_defaults=True),
-        sort_keys=True, separators=(",", ":"), ensure_ascii=False,
-    )  # fmt: skip
+        sort_keys=True,
+        separators=(",", ":"),
+        ensure_ascii=False,
+    )
     assert canonical(plan) == expected
     assert plan_hash(plan) == hashlib.sha256(expected.encode()).hexdigest()
 

@@ -106,5 +106,8 @@ def test_lines_are_plain_and_short(base: str, request: pytest.FixtureRequest) ->
 
 def test_counts_agree_with_their_words() -> None:
     assert [count(1, "class"), count(2, "class"), count(1000, "pass"), count(0, "site")] == [
-        "1 class", "2 classes", "1,000 passes", "0 sites",
-    ]  # fmt: skip
+        "1 class",
+        "2 classes",
+        "1,000 passes",
+        "0 sites",
+    ]

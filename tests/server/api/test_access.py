@@ -176,7 +176,7 @@ def test_what_may_change_something_is_written_down_and_nothing_else(
     assert found == [
         ("the admin", "admin", "POST /v1/sites", 201),
         ("the viewer", "viewer", "POST /v1/sites", 403),
-    ]  # fmt: skip
+    ]
     assert len(api.call("GET", "/v1/audit?limit=1").json()) == 1
 
 

@@ -24,9 +24,17 @@ MakePlan = Callable[..., Any]
 
 def facts(site: str, **more: Any) -> SiteFacts:
     return SiteFacts(
-        site=site, patients=20, images=40, train_patients=14, validation_patients=2,
-        test_patients=4, train_images=28, validation_images=4, test_images=8, **more,
-    )  # fmt: skip
+        site=site,
+        patients=20,
+        images=40,
+        train_patients=14,
+        validation_patients=2,
+        test_patients=4,
+        train_images=28,
+        validation_images=4,
+        test_images=8,
+        **more,
+    )
 
 
 def enrol(api: Any, site_key: Key, *names: str) -> None:
@@ -51,8 +59,9 @@ def test_a_site_from_its_key_to_its_end(api: Any, site_key: Key, make_plan: Make
     assert (north["status"], north["last_seen"]) == ("online", "2026-01-02T03:04:05Z")
     assert north["version"] == "0.1.1" and north["studies"] == [study]
     assert [(one["dataset"], one["patients"]) for one in north["datasets"]] == [
-        ("chest", 20), ("skull", 20)
-    ]  # fmt: skip
+        ("chest", 20),
+        ("skull", 20),
+    ]
     assert (south["version"], south["datasets"], south["facts"]) == ("", [], None)
 
     old = api.registry.sites.get("north")
@@ -122,11 +131,21 @@ def test_a_study_and_what_it_leaves(api: Any, site_key: Key, make_plan: MakePlan
     round_ = Round(round=1, stage="all", seconds=1.0)
     api.registry.studies.save_round(made["id"], round_)
     arm = Arm(name="federated", kind="federated", rounds=[round_])
-    api.registry.studies.save_results(made["id"], StudyResults(
-        study="tiny", plan=plan.model_dump(mode="json"), plan_sha256=plan_hash(plan), seed=0,
-        engine="superlink", device="cpu", primary="auc", parameters=10, arms=[arm],
-        sites=[facts("north")],
-    ))  # fmt: skip
+    api.registry.studies.save_results(
+        made["id"],
+        StudyResults(
+            study="tiny",
+            plan=plan.model_dump(mode="json"),
+            plan_sha256=plan_hash(plan),
+            seed=0,
+            engine="superlink",
+            device="cpu",
+            primary="auc",
+            parameters=10,
+            arms=[arm],
+            sites=[facts("north")],
+        ),
+    )
     assert "<html" in api.call("GET", f"{place}/report", role="viewer").text
     card = api.call("GET", f"{place}/card", role="viewer")
     assert card.headers["content-type"].startswith("text/markdown") or "text/plain" in str(
@@ -173,8 +192,9 @@ def test_ready_means_that_a_study_could_run(api: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, "_FRESH", -1.0)
     assert api.client.get("/healthz").json() == {"status": "ok"}
     assert api.client.get("/readyz").json() == {
-        "ready": True, "parts": {"database": "ok", "superlink": "ok", "disk": "ok"}
-    }  # fmt: skip
+        "ready": True,
+        "parts": {"database": "ok", "superlink": "ok", "disk": "ok"},
+    }
     api.link.broken = True
     answer = api.client.get("/readyz")
     assert answer.status_code == 503
@@ -192,9 +212,12 @@ def test_figures_for_prometheus(api: Any, site_key: Key, make_plan: MakePlan) ->
     enrol(api, site_key, "north", "south")
     study = submit(api, make_plan()).json()["id"]
     text = api.client.get("/metrics").text
-    for line in ("fedward_ready 1.0", 'fedward_studies{state="submitted"} 1.0',
-                 f'fedward_study_rounds{{study="{study}"}} 0.0',
-                 'fedward_site_online{site="north"} 0.0'):  # fmt: skip
+    for line in (
+        "fedward_ready 1.0",
+        'fedward_studies{state="submitted"} 1.0',
+        f'fedward_study_rounds{{study="{study}"}} 0.0',
+        'fedward_site_online{site="north"} 0.0',
+    ):
         assert line in text
 
 
@@ -209,9 +232,10 @@ def test_a_fault_of_ours_tells_nothing_of_itself(api: Any, monkeypatch: pytest.M
 
 
 KINDS = [
-    kind for kind in vars(errors).values()
+    kind
+    for kind in vars(errors).values()
     if isinstance(kind, type) and issubclass(kind, FedwardError)
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)

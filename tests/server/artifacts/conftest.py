@@ -26,17 +26,20 @@ def build_plan(name: str, dimensions: int = 2, size: int = 16, **changes: Any) -
         "study": {"name": "exported", "title": "A study", "intended_use": "To test exports."},
         "task": {
             "kind": "segmentation" if segmentation else "classification",
-            "dimensions": dimensions, "classes": ["lung"] if segmentation else ["no", "yes"],
+            "dimensions": dimensions,
+            "classes": ["lung"] if segmentation else ["no", "yes"],
         },
         "preprocessing": {"size": [size] * dimensions, "channels": 3 if lite else 1},
         "model": model,
         "training": {
-            "rounds": 1, "learning_rate": 0.1, "local_epochs": 1,
+            "rounds": 1,
+            "learning_rate": 0.1,
+            "local_epochs": 1,
             "loss": "dice_ce" if segmentation else "cross_entropy",
         },
         "privacy": {"mechanism": "none"},
         "metrics": {"report": ["loss"], "primary": "loss"},
-    }  # fmt: skip
+    }
     for section, values in changes.items():
         sections[section] = {**sections[section], **values}
     return plan_from({"version": 1, **sections})

@@ -37,37 +37,71 @@ NO_FEDWARD = "import sys; sys.modules['fedward'] = sys.modules['server'] = None"
 TEXT, TENSOR = {"type": "string", "minLength": 1}, ("inputs", "outputs")
 FORMAT = {
     "type": "object",
-    "required": ["type", "format", "num_channels", "spatial_shape", "dtype", "value_range",
-                 "is_patch_data", "channel_def"],
+    "required": [
+        "type",
+        "format",
+        "num_channels",
+        "spatial_shape",
+        "dtype",
+        "value_range",
+        "is_patch_data",
+        "channel_def",
+    ],
     "properties": {
-        "type": {"enum": ["image", "series", "tuples", "probabilities"]}, "format": TEXT,
-        "modality": TEXT, "num_channels": {"type": "integer", "minimum": 1},
+        "type": {"enum": ["image", "series", "tuples", "probabilities"]},
+        "format": TEXT,
+        "modality": TEXT,
+        "num_channels": {"type": "integer", "minimum": 1},
         "spatial_shape": {"type": "array", "items": {"type": ["integer", "string"]}},
-        "dtype": TEXT, "value_range": {"type": "array", "items": {"type": "number"}},
+        "dtype": TEXT,
+        "value_range": {"type": "array", "items": {"type": "number"}},
         "is_patch_data": {"type": "boolean"},
         "channel_def": {"type": "object", "additionalProperties": TEXT},
     },
-}  # fmt: skip
+}
 SCHEMA = {
     "type": "object",
-    "required": ["schema", "version", "monai_version", "pytorch_version", "numpy_version",
-                 "required_packages_version", "task", "description", "authors", "copyright",
-                 "network_data_format"],
+    "required": [
+        "schema",
+        "version",
+        "monai_version",
+        "pytorch_version",
+        "numpy_version",
+        "required_packages_version",
+        "task",
+        "description",
+        "authors",
+        "copyright",
+        "network_data_format",
+    ],
     "properties": {
-        **dict.fromkeys(("schema", "monai_version", "pytorch_version", "numpy_version", "task",
-                         "description", "authors", "copyright", "intended_use"), TEXT),
+        **dict.fromkeys(
+            (
+                "schema",
+                "monai_version",
+                "pytorch_version",
+                "numpy_version",
+                "task",
+                "description",
+                "authors",
+                "copyright",
+                "intended_use",
+            ),
+            TEXT,
+        ),
         "version": {"type": "string", "pattern": r"^[0-9]+\.[0-9]+\.[0-9]+"},
         "changelog": {"type": "object", "additionalProperties": TEXT},
         "required_packages_version": {"type": "object", "additionalProperties": TEXT},
         "network_data_format": {
-            "type": "object", "required": list(TENSOR),
+            "type": "object",
+            "required": list(TENSOR),
             "properties": {
                 name: {"type": "object", "minProperties": 1, "additionalProperties": FORMAT}
                 for name in TENSOR
             },
         },
     },
-}  # fmt: skip
+}
 KINDS = {
     "classification": ("cnn", 2, {"size": [24, 32], "intensity": "unit"}),
     "segmentation": ("unet", 3, {"size": [16, 16, 16], "spacing": [2.0, 2.0, 2.0]}),
@@ -76,9 +110,12 @@ KINDS = {
 
 @pytest.fixture(scope="module", params=KINDS)
 def made(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, plan_of: Make,
-    trained: Make, delivered: Make,
-) -> tuple[Any, Any, Path]:  # fmt: skip
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    plan_of: Make,
+    trained: Make,
+    delivered: Make,
+) -> tuple[Any, Any, Path]:
     name, dimensions, prep = KINDS[request.param]
     plan = plan_of(name, dimensions, preprocessing=prep, model={"channels": [4, 8]})
     model, folder = trained(plan), tmp_path_factory.mktemp("bundle") / "b"
@@ -93,8 +130,10 @@ def test_metadata_is_as_monai_wants_it(
     monkeypatch.syspath_prepend(folder)  # as `monai.bundle run` does
     told = json.loads((folder / "configs" / "metadata.json").read_text())
     jsonschema.validate(told, SCHEMA)
-    files = {"meta_file": str(folder / "configs" / "metadata.json"),
-             "config_file": str(folder / "configs" / "inference.json")}  # fmt: skip
+    files = {
+        "meta_file": str(folder / "configs" / "metadata.json"),
+        "config_file": str(folder / "configs" / "inference.json"),
+    }
     monai.bundle.verify_net_in_out("network_def", device="cpu", bundle_root=str(folder), **files)
     by_runner(
         folder,
@@ -125,10 +164,14 @@ def by_runner(folder: Path, code: str) -> None:
     if not RUNNER.is_dir():
         pytest.skip("make install puts ignite and fire in .venv/bundle-runner")
     done = subprocess.run(
-        [sys.executable, "-c", f"{NO_FEDWARD}; {code}"], cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(RUNNER)}, text=True, capture_output=True,
-        timeout=240, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", f"{NO_FEDWARD}; {code}"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(RUNNER)},
+        text=True,
+        capture_output=True,
+        timeout=240,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 

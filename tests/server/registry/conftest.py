@@ -30,9 +30,13 @@ def postgres() -> Iterator[str]:
 
     def run(*command: str) -> None:
         subprocess.run(
-            [*_owner(), *command], check=True, cwd="/", stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, timeout=120,
-        )  # fmt: skip
+            [*_owner(), *command],
+            check=True,
+            cwd="/",
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            timeout=120,
+        )
 
     run("initdb", "-D", data, "-U", "fedward", "-A", "trust", "--no-sync")
     options = f"-c listen_addresses= -c unix_socket_directories={folder} -c fsync=off"

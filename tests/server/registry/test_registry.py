@@ -59,9 +59,16 @@ def site_key() -> str:
 
 def facts(site: str) -> SiteFacts:
     return SiteFacts(
-        site=site, patients=9, images=9, train_patients=5, validation_patients=2, test_patients=2,
-        train_images=5, validation_images=2, test_images=2,
-    )  # fmt: skip
+        site=site,
+        patients=9,
+        images=9,
+        train_patients=5,
+        validation_patients=2,
+        test_patients=2,
+        train_images=5,
+        validation_images=2,
+        test_images=2,
+    )
 
 
 def test_a_study_reads_back_and_its_orders_are_signed(store: Registry, make_plan: MakePlan) -> None:
@@ -107,7 +114,7 @@ def test_a_quorum_that_the_strategy_cannot_work_with_is_refused(
     plan = make_plan(
         strategy={"name": "krum", "settings": {"malicious": 1}},
         participation={"sites": 5, "quorum": 5},
-    )  # fmt: skip
+    )
     sites = ["a", "b", "c", "d", "e"]
     with pytest.raises(PlanError, match=r"krum needs 5 updates \(got 4\)"):
         store.studies.submit(plan, sites, quorum=4)

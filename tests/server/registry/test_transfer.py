@@ -63,9 +63,15 @@ def test_a_registry_in_postgresql_is_backed_up_and_put_back(
     assert [one.actor for one in registry.audit.list()] == ["y", "x"]
     registry.close()
 
-    there = config.model_copy(update={"database": config.database.model_copy(update={
-        "url": f"sqlite:///{config.server.state / 'before-restore' / 'registry.db'}"
-    })})  # fmt: skip
+    there = config.model_copy(
+        update={
+            "database": config.database.model_copy(
+                update={
+                    "url": f"sqlite:///{config.server.state / 'before-restore' / 'registry.db'}"
+                }
+            )
+        }
+    )
     assert sites(there) == ["late", "south"]
     moved = config.model_copy(update={"database": config.database.model_copy(update={"url": ""})})
     restore(moved, tmp_path / "b.tar.gz")

@@ -11,18 +11,35 @@ from server.results import StudyResults
 def audit(epsilon: float, promised: float | None = 8.0) -> Audit:
     """An audit whose strongest bound is this."""
     told = Membership(
-        attack="LiRA, delivered model", members=100, others=120, auc=0.612, auc_error=0.04,
+        attack="LiRA, delivered model",
+        members=100,
+        others=120,
+        auc=0.612,
+        auc_error=0.04,
         true_positives={"0.01": (0.05, 0.02, 0.09)},
-    )  # fmt: skip
+    )
     bound = LowerBound(
-        attack="canaries, all updates", site="North", epsilon=epsilon + 0.1,
-        epsilon_jointly=epsilon, promised=promised, ceiling=4.2, guesses=48, correct=42,
-    )  # fmt: skip
+        attack="canaries, all updates",
+        site="North",
+        epsilon=epsilon + 0.1,
+        epsilon_jointly=epsilon,
+        promised=promised,
+        ceiling=4.2,
+        guesses=48,
+        correct=42,
+    )
     return Audit(
-        study="x", plan_sha256="0" * 64, seed=0, shadows=4, canaries=24, delta=1e-4,
-        confidence=0.95, memberships=[told], bounds=[bound],
+        study="x",
+        plan_sha256="0" * 64,
+        seed=0,
+        shadows=4,
+        canaries=24,
+        delta=1e-4,
+        confidence=0.95,
+        memberships=[told],
+        bounds=[bound],
         inversions=[Inverted(private=True, mse=0.2, ssim=0.01, correlation=-0.1)],
-    )  # fmt: skip
+    )
 
 
 def test_the_section_stands_only_where_there_was_an_audit(classification: StudyResults) -> None:

@@ -40,9 +40,15 @@ def test_curves_intervals_and_paired_differences_read_back(
     answering: StudyResults, tmp_path: Path
 ) -> None:
     answering.paired = [
-        Paired(one="federated", others=["pooled"], metric="auc", own=False, difference=-0.004,
-               interval=(-0.02, 0.01))
-    ]  # fmt: skip
+        Paired(
+            one="federated",
+            others=["pooled"],
+            metric="auc",
+            own=False,
+            difference=-0.004,
+            interval=(-0.02, 0.01),
+        )
+    ]
     write_metrics(answering, tmp_path / "metrics.json")
     (again,) = read_metrics(tmp_path / "metrics.json")
     assert again == answering

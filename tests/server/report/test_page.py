@@ -98,12 +98,18 @@ def test_privacy_is_told_by_site(classification: StudyResults, page: Any) -> Non
     rows = page.tables["Privacy spent, by site"][1:]
     expected = [
         [
-            arm.name, site, f"{arm.epsilon:g}", f"{spent.epsilon:.3f}", f"{spent.delta:g}",
-            f"{spent.noise_multiplier:.3f}", f"{spent.sampling_rate:.4g}", f"{spent.steps:,}",
+            arm.name,
+            site,
+            f"{arm.epsilon:g}",
+            f"{spent.epsilon:.3f}",
+            f"{spent.delta:g}",
+            f"{spent.noise_multiplier:.3f}",
+            f"{spent.sampling_rate:.4g}",
+            f"{spent.steps:,}",
         ]
         for arm in classification.arms
         for site, spent in arm.privacy.items()
-    ]  # fmt: skip
+    ]
     assert rows == expected and len(rows) == 12
     assert "ε and δ cover the released updates:" in page.text
     assert "They do not cover evaluations" in page.text
@@ -122,9 +128,13 @@ def test_sites_and_what_they_left_out(classification: StudyResults, page: Any) -
     for facts in classification.sites:
         shown = rows[facts.site]
         numbers = [
-            facts.patients, facts.train_patients, facts.validation_patients, facts.test_patients,
-            facts.images, *facts.class_counts,
-        ]  # fmt: skip
+            facts.patients,
+            facts.train_patients,
+            facts.validation_patients,
+            facts.test_patients,
+            facts.images,
+            *facts.class_counts,
+        ]
         assert shown[:-1] == [f"{number:,}" for number in numbers]
     assert rows["Harbour"][-1] == "wrong modality: 7; no label: 3"
     assert rows["North"][-1] == "none"
@@ -135,8 +145,10 @@ def test_sites_and_what_they_left_out(classification: StudyResults, page: Any) -
 def test_failures_are_named_by_site_and_round(classification: StudyResults, page: Any) -> None:
     rows = {row[1]: row[2:] for row in page.tables["Updates that counted, by site"][1:]}
     assert rows["Hill"] == [
-        "10 of 12", "2", "the site did not answer before the deadline (rounds 4–5)",
-    ]  # fmt: skip
+        "10 of 12",
+        "2",
+        "the site did not answer before the deadline (rounds 4–5)",
+    ]
     assert rows["Harbour"] == ["11 of 12", "1", "an update must be finite (round 9)"]
     assert rows["North"] == ["12 of 12", "0", "–"]
     assert "3 updates did not count" in page.text
@@ -161,16 +173,23 @@ def test_time_and_traffic(classification: StudyResults, page: Any) -> None:
     arm = next(arm for arm in classification.arms if arm.name == "federated")
     seconds = [round_.seconds for round_ in arm.rounds]
     assert rows["federated"] == [
-        "12", f"{fmean(seconds):.1f} s", f"{max(seconds):.1f} s", "386.1 kB", "386.1 kB",
-        f"{2 * 12 * 4 * 96_520 / 1e6:.2f} MB", "52.4 s",
-    ]  # fmt: skip
+        "12",
+        f"{fmean(seconds):.1f} s",
+        f"{max(seconds):.1f} s",
+        "386.1 kB",
+        "386.1 kB",
+        f"{2 * 12 * 4 * 96_520 / 1e6:.2f} MB",
+        "52.4 s",
+    ]
     assert rows["pooled"][3:6] == ["–"] * 3
     rounds = page.rows("federated")
     for round_ in arm.rounds:
         shown = rounds[str(round_.round)]
         assert shown[3:6] == [
-            f"{round_.train_loss:.3f}", f"{round_.validation['auc']:.3f}", "4",
-        ]  # fmt: skip
+            f"{round_.train_loss:.3f}",
+            f"{round_.validation['auc']:.3f}",
+            "4",
+        ]
 
 
 def test_of_very_many_rounds_the_measured_ones_and_some_between_are_shown(

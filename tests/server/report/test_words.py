@@ -47,11 +47,23 @@ def test_the_headline_says_what_federation_bought(classification: StudyResults) 
 def test_a_paired_interval_is_used_where_there_is_one(classification: StudyResults) -> None:
     names = [arm.name for arm in classification.arms if arm.kind == "alone"]
     classification.paired = [
-        Paired(one="federated", others=["pooled"], metric="auc", own=False, difference=-0.0044,
-               interval=(-0.007, -0.002)),
-        Paired(one="federated", others=names, metric="auc", own=True, difference=0.0645,
-               interval=(-0.01, 0.139)),
-    ]  # fmt: skip
+        Paired(
+            one="federated",
+            others=["pooled"],
+            metric="auc",
+            own=False,
+            difference=-0.0044,
+            interval=(-0.007, -0.002),
+        ),
+        Paired(
+            one="federated",
+            others=names,
+            metric="auc",
+            own=True,
+            difference=0.0645,
+            interval=(-0.01, 0.139),
+        ),
+    ]
     text = headline(classification)
     assert "worse than pooled data (0.955; paired 95 % interval −0.007 to −0.002)" in text
     assert "difference +0.064 (paired 95 % interval −0.010 to +0.139)" in text
@@ -69,8 +81,10 @@ def test_a_tie_of_all_arms_is_told_as_one_and_nothing_is_marked(
         for site, figures in arm.test.per_site.items():
             figures["auc"], arm.test.site_intervals[site]["auc"] = 0.333, (0.1, 0.7)
     text = headline(classification)
-    assert "the federated model cannot be told apart from the hospitals alone on average: 0.333 " \
-        "against 0.333 AUC, difference 0.000" in text  # fmt: skip
+    assert (
+        "the federated model cannot be told apart from the hospitals alone on average: 0.333 "
+        "against 0.333 AUC, difference 0.000" in text
+    )
     assert "cannot be told apart from pooled data" in text
     assert "On their own test patients the hospitals cannot tell it from their own models" in text
     assert text.count("which cannot be told from none") == 3
@@ -166,8 +180,11 @@ def test_the_terminal_table_has_the_figures(classification: StudyResults) -> Non
     lines = [line.split("│") for line in _text(classification).splitlines() if "│" in line]
     rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in lines}
     assert rows["federated, ε = 8"] == [
-        "0.937 (0.922–0.952)", "0.937 (0.927–0.947)", "8", "52.4 s",
-    ]  # fmt: skip
+        "0.937 (0.922–0.952)",
+        "0.937 (0.927–0.947)",
+        "8",
+        "52.4 s",
+    ]
     assert rows["alone: Hill"][0] == "0.823 (0.793–0.853)"
     assert rows["hospitals alone, mean"][1] == "0.851 (0.841–0.861)"
     assert list(rows)[-1] == "pooled" and len(rows) == 10
@@ -201,18 +218,31 @@ def test_arms_are_ordered_from_alone_to_pooled_and_loose_to_strict() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0.00 s"), (0.994, "0.99 s"), (59.94, "59.9 s"), (59.96, "1 min 00 s"),
-     (245.4, "4 min 05 s"), (3599.7, "1 h 00 min"), (7384, "2 h 03 min")],
-)  # fmt: skip
+    [
+        (0, "0.00 s"),
+        (0.994, "0.99 s"),
+        (59.94, "59.9 s"),
+        (59.96, "1 min 00 s"),
+        (245.4, "4 min 05 s"),
+        (3599.7, "1 h 00 min"),
+        (7384, "2 h 03 min"),
+    ],
+)
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(0, "0 B"), (999, "999 B"), (12_345, "12.3 kB"), (4.5678e6, "4.57 MB"), (2e9, "2000.00 MB"),
-     (1.5e10, "15.00 GB")],
-)  # fmt: skip
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (12_345, "12.3 kB"),
+        (4.5678e6, "4.57 MB"),
+        (2e9, "2000.00 MB"),
+        (1.5e10, "15.00 GB"),
+    ],
+)
 def test_sizes(number: float, text: str) -> None:
     assert size(number) == text
 

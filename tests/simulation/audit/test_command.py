@@ -53,8 +53,10 @@ def test_the_documented_command_adds_a_section_to_an_earlier_report(
     (results,) = read_metrics(out / "metrics.json")
     assert results.audit is not None and results.audit.shadows == 3
     assert {one.attack for one in results.audit.memberships} == {
-        "loss, delivered model", "LiRA, delivered model", "LiRA, random halves",
-    }  # fmt: skip
+        "loss, delivered model",
+        "LiRA, delivered model",
+        "LiRA, random halves",
+    }
     assert (out / "inversion.png").stat().st_mode & 0o777 == 0o600
     private = [*(out / "audit").iterdir()]
     assert (out / "audit").stat().st_mode & 0o777 == 0o700
@@ -65,9 +67,13 @@ def stop_after(line: str, how: signal.Signals, folder: Path) -> tuple[int, str]:
     """Start an audit, send it a signal once it printed a line; its exit code and errors."""
     process = subprocess.Popen(
         [sys.executable, "-m", PROGRAM, "audit", "plan.toml", "--data", "data.npz", *WORDS],
-        cwd=folder, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        cwd=folder,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         start_new_session=True,
-    )  # fmt: skip
+    )
     try:
         assert process.stdout is not None
         assert any(line in told for told in process.stdout), f"never said: {line}"

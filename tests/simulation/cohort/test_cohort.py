@@ -105,8 +105,15 @@ def test_scanners_differ(classification: Cohort) -> None:
     assert [ds.PhotometricInterpretation == "MONOCHROME1" for ds in first] == [0, 1, 0, 0]
     assert [ds.file_meta.TransferSyntaxUID.name for ds in first][3] == "RLE Lossless"
     assert len({(float(ds.RescaleSlope), float(ds.RescaleIntercept)) for ds in first}) == 3
-    assert len({tuple(ds.ImagerPixelSpacing if "ImagerPixelSpacing" in ds else ds.PixelSpacing)
-                for ds in first}) == 4  # fmt: skip
+    assert (
+        len(
+            {
+                tuple(ds.ImagerPixelSpacing if "ImagerPixelSpacing" in ds else ds.PixelSpacing)
+                for ds in first
+            }
+        )
+        == 4
+    )
     assert len({ds.SOPClassUID for ds in first}) == 3
 
 

@@ -97,6 +97,10 @@ def _tokens() -> None:
 
 def _unique_where(name: str, table: str, condition: str) -> None:
     op.create_index(
-        name, table, ["name"], unique=True,
-        sqlite_where=sa.text(condition), postgresql_where=sa.text(condition),
-    )  # fmt: skip
+        name,
+        table,
+        ["name"],
+        unique=True,
+        sqlite_where=sa.text(condition),
+        postgresql_where=sa.text(condition),
+    )
