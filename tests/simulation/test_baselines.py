@@ -226,7 +226,7 @@ def test_a_lone_arm_that_was_broken_off_ends_as_one_that_was_not(
 
         state = State(SimulatedSites(sites, replace(SEEDED, watch=watch)))
         try:
-            again = lone_arm(state, plan, start_of(plan), 3, None, place)
+            again, _ = lone_arm(state, plan, start_of(plan), 3, None, place)
             break
         except KeyboardInterrupt:
             breaks += 1

@@ -111,8 +111,8 @@ def descendants(of: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def stopped(make_hospital: Make) -> Any:
-    """A hospital that does not run between tests."""
-    return make_hospital(2)
+    """A hospital that does not run between tests; its budget is enough for all of them."""
+    return make_hospital(2, "max_epsilon_per_cohort = 1000.0\nmax_delta = 0.01")
 
 
 @pytest.fixture
