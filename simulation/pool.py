@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import Any, TypeVar
@@ -129,6 +129,9 @@ def _enter(state: object) -> None:
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
     _STATE["state"] = state
+    # The thread that was forked still believes in the parent's OpenMP threads, which are not here:
+    # it would wait for them for ever. A new thread starts its own.
+    _STATE["thread"] = ThreadPoolExecutor(1)
     threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
 
 
@@ -140,7 +143,8 @@ def _die_with(parent: int) -> None:
 
 
 def _run(task: Callable[..., Result], *arguments: object) -> Result:
-    return task(_STATE["state"], *arguments)
+    thread: ThreadPoolExecutor = _STATE["thread"]
+    return thread.submit(task, _STATE["state"], *arguments).result()
 
 
 def _at_once(task: Callable[..., Result], *arguments: object) -> Future[Result]:

@@ -39,6 +39,11 @@ Make = Callable[..., Any]
 Run = Callable[..., Job]
 MALLORY = "mallory"
 CLAIM = 20_000_000
+SIZES = [
+    name
+    for name, field in SiteFacts.model_fields.items()
+    if field.annotation is int and name.endswith(("patients", "images"))
+]
 
 
 class Liar(Trainer):
@@ -93,15 +98,9 @@ class Claimant(SignFlip):
     """Claims 20,000,000 patients, sends a flipped update and perfect figures of as many images."""
 
     def describe(self) -> SiteFacts:
-        sizes = dict.fromkeys(SiteFacts.model_fields, CLAIM)
-        kept = super().describe()
-        return kept.model_copy(
-            update={
-                name: 3 * CLAIM if name in ("patients", "images") else value
-                for name, value in sizes.items()
-                if name.endswith(("patients", "images"))
-            }
-        )
+        whole = ("patients", "images")
+        sizes = {name: 3 * CLAIM if name in whole else CLAIM for name in SIZES}
+        return super().describe().model_copy(update=sizes)
 
     def train(
         self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder
@@ -313,7 +312,7 @@ def test_without_an_enrolled_size_it_gets_the_largest_share_and_is_named(
 @pytest.mark.parametrize("part", ["train_patients", "test_images"])
 def test_facts_whose_parts_exceed_the_whole_are_refused(part: str) -> None:
     """A site within its enrolled size may not claim more in a part of it."""
-    sizes = {name: 0 for name in SiteFacts.model_fields if name.endswith(("patients", "images"))}
+    sizes = dict.fromkeys(SIZES, 0)
     facts = SiteFacts.model_validate({"site": "x", **sizes, part: CLAIM})
     flower.become_server()
     record = ConfigRecord(facts.to_flat())  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from simulation.pool import Pool, cores
 
@@ -33,6 +34,11 @@ def slow(state: object, seconds: float) -> int:
 def die(state: object) -> None:
     time.sleep(0.2)  # so that other tasks are waiting by then
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def total(state: object) -> float:
+    torch.set_num_threads(2)
+    return float(torch.ones(1 << 22).exp().sum())
 
 
 def fail(state: object) -> None:
@@ -126,3 +132,13 @@ def test_ctrl_c_does_not_reach_the_workers() -> None:
 
 def test_cores_are_those_that_this_process_may_use() -> None:
     assert 1 <= cores() <= (os.cpu_count() or 1)
+
+
+def test_a_parent_that_computed_on_several_threads_leaves_workers_free_to() -> None:
+    """After a fork, OpenMP waits for threads that only the parent has."""
+    expected = total(None)
+    pool = Pool(None, 1)
+    try:
+        assert pool.submit(0, total).result(timeout=60) == expected
+    finally:
+        pool.close()

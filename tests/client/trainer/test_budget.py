@@ -26,7 +26,8 @@ def test_the_officer_sees_one_delta_and_what_is_unbounded(tmp_path: Path) -> Non
     caps = Caps(8.0, 8.0, policy.max_delta)
     for study, mechanism in (("private", ONE), ("open", None)):
         ledger.reserve(RoundRequest(study, "f" * 64, 1, COHORT, mechanism, 1e-4), caps)
-    config, none = cast("Any", SimpleNamespace(policy=policy)), cast("Any", None)
+    site = SimpleNamespace(policy=policy, site=SimpleNamespace(state=tmp_path))
+    config, none = cast("Any", site), cast("Any", None)
     told = json.loads(json.dumps(Admin(config, none, none, ledger, none).do("budget", {}, "o")))
     ledger.close()
     (row,) = told["budget"]
