@@ -261,3 +261,22 @@ def test_without_test_patients_an_arm_says_why_it_has_no_figures(
     assert arm.finished
     assert arm.test is None
     assert arm.unmeasured == "no site has test patients (split.test is 0)"
+
+
+def test_a_lone_arm_that_was_broken_off_before_its_test_is_tested(
+    sites: list[PreparedSite], make_plan: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(training={"rounds": 1})
+    arm, _ = model_of(plan, sites, "site-2", tmp_path / "whole")
+    place = ArmFolder(tmp_path / "broken", plan_hash(plan), 0)
+    state = State(SimulatedSites(sites, SEEDED))
+
+    def stop(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("simulation.baselines.answers_on_test", stop)
+        lone_arm(state, plan, start_of(plan), 3, "site-2", place)
+    again, _ = lone_arm(state, plan, start_of(plan), 3, "site-2", place)
+    assert again.test == arm.test
+    assert again.rounds[0].bytes_down == 0 and not again.rounds[0].sites
