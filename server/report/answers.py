@@ -115,25 +115,34 @@ def _unit_axes(axes: Axes, what: str, labels: tuple[str, str]) -> None:
 
 
 def calibration(arm: Arm, name: str) -> str | None:
-    """Share of right answers over confidence, together; larger points are more answers."""
+    """Share of right answers over confidence, by hospital and together; large points: many."""
     answers = arm.test.answers if arm.test else None
-    if answers is None or not answers.calibration:
+    if arm.test is None or answers is None or not answers.calibration:
         return None
+    lines = [
+        (site, one.calibration, _SHADES[1 + place % (len(_SHADES) - 1)], 0.9)
+        for place, (site, one) in enumerate(arm.test.site_answers.items())
+        if one.calibration
+    ]
+    lines.append((TOGETHER, answers.calibration, "--federated", 2.2))
     most = max(n for *_, n in answers.calibration)
 
     def plot(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
-        bins = answers.calibration
-        colour = VARIABLES["--federated"]
-        axes.plot([a for a, *_ in bins], [b for _, b, _ in bins], color=colour, linewidth=1.0)
-        for confidence, right, n in bins:
-            axes.plot(
-                [confidence], [right], "o", color=colour, markersize=3 + 7 * math.sqrt(n / most)
-            )
+        for label, bins, variable, width in lines:
+            confidences, rights = [a for a, *_ in bins], [b for _, b, _ in bins]
+            colour = VARIABLES[variable]
+            axes.plot(confidences, rights, color=colour, linewidth=width, label=label)
+            areas = [(3 + 7 * math.sqrt(n / most)) ** 2 for *_, n in bins]
+            axes.scatter(confidences, rights, areas, color=colour)
         _unit_axes(axes, "Calibration", ("confidence", "share of right answers"))
+        if len(lines) > 1:
+            axes.legend(fontsize=7.5, frameon=False, labelcolor=INK)
 
-    told = "; ".join(f"{a:.2f} {b:.2f}" for a, b, _ in answers.calibration)
-    words = f"Share of right answers by confidence: {told}."
+    told = ". ".join(
+        f"{label}: {'; '.join(f'{a:.2f} {b:.2f}' for a, b, _ in bins)}" for label, bins, *_ in lines
+    )
+    words = f"Share of right answers by confidence. {told}."
     return draw(plot, name=name, words=words, width=3.9, height=3.7)
 
 
