@@ -72,7 +72,8 @@ def test_the_page_shows_them_for_each_hospital_and_together(
     for what in ("ROC", "Precision and recall"):
         told = next(label for label in labels if label.startswith(f"{what}: "))
         assert all(site in told for site in ("North", "Hill", "all together"))
-    assert any(label.startswith("Share of right answers by confidence") for label in labels)
+    told = next(one for one in labels if one.startswith("Share of right answers by confidence"))
+    assert all(f"{site}: " in told for site in ("North", "Hill", "all together"))
     assert "AUC: all together 0.951 (0.941–0.961); North 0.957" in page.text
     rows = page.rows("Operating point")
     assert list(rows) == ["all together", *test.site_answers]
