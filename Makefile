@@ -56,12 +56,12 @@ bench: $(DONE)
 	$(BIN)/python benchmarks/deployment.py
 
 docs: $(DONE)
-	$(BIN)/python -m fedward.plan.reference > docs/plan.md
-	$(BIN)/python -m server.report.reference > docs/metrics.md
-	$(BIN)/python -m client.reference > docs/site.md
-	$(BIN)/python -m client.data.corpus > docs/dicom.md
-	$(BIN)/python -m server.reference > docs/server.md
-	$(BIN)/python -m server.api.reference > docs/api.md
+	$(BIN)/python -m tools.docs.plan > docs/plan.md
+	$(BIN)/python -m tools.docs.metrics > docs/metrics.md
+	$(BIN)/python -m tools.docs.site > docs/site.md
+	$(BIN)/python -m tools.docs.dicom > docs/dicom.md
+	$(BIN)/python -m tools.docs.server > docs/server.md
+	$(BIN)/python -m tools.docs.api > docs/api.md
 
 clean:
 	rm -rf $(VENV) demo runs

@@ -27,12 +27,12 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != HERE]
 
 from fedward.console import interruptible
+from fedward.flower import identity
 from fedward.plan import load_plan, plan_hash
-from server.report import read_metrics, write_metrics
-from server.results import Arm, StudyResults
-from simulation import flower
-from simulation.pool import cores
-from simulation.study import Options, Study
+from fedward_server.report import read_metrics, write_metrics
+from fedward_server.results import Arm, StudyResults
+from fedward_simulation.pool import cores
+from fedward_simulation.study import Options, Study
 
 REPOSITORY = HERE.parent
 
@@ -281,7 +281,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.data.is_dir():
         raise SystemExit("the images are not here; name their folder with --data")
-    flower.quiet()
+    identity.quiet()
     with interruptible():
         run(options)
 

@@ -123,10 +123,10 @@ class Federation:
     """An aggregator and two hospitals as real processes."""
 
     def __init__(self, folder: Path) -> None:
-        from simulation.cohort import write_cohort
+        from fedward_simulation.cohort import write_cohort
 
         self.folder, self.running = folder, list[subprocess.Popen[bytes]]()
-        told = command("server.cli", "init", folder / "agg")
+        told = command("fedward_server.cli", "init", folder / "agg")
         self.config, self.token = folder / "agg" / "server.toml", told["token"]
         self.port, self.api = free_port(), free_port()
         text = self.config.read_text()
@@ -135,7 +135,7 @@ class Federation:
         self.config.write_text(
             text.replace("requests_per_minute = 600", "requests_per_minute = 99999")
         )
-        self.start("server.cli", "run", "--config", self.config)
+        self.start("fedward_server.cli", "run", "--config", self.config)
         write_cohort(folder / "data", 0, "classification", 60, 2)
         ca = folder / "agg" / "tls" / "ca.crt"
         self.sites = []
@@ -143,7 +143,7 @@ class Federation:
             site = folder / f"h{number}"
             name = f"hospital {number}"
             command(
-                "client.cli",
+                "fedward_client.cli",
                 "enrol",
                 "--name",
                 name,
@@ -162,12 +162,12 @@ class Federation:
                     root=folder / "data" / f"hospital-{number}",
                 )
             )
-            command("client.cli", "data", "freeze", "chest", "--config", site / "site.toml")
+            command("fedward_client.cli", "data", "freeze", "chest", "--config", site / "site.toml")
             self.sites.append((name, site))
         self.wait(lambda: self.get("/readyz").status_code == 200)
         for name, site in self.sites:
             command(
-                "server.cli",
+                "fedward_server.cli",
                 "site",
                 "add",
                 name,
@@ -175,7 +175,7 @@ class Federation:
                 "--config",
                 self.config,
             )
-            self.start("client.cli", "run", "--config", site / "site.toml")
+            self.start("fedward_client.cli", "run", "--config", site / "site.toml")
 
     def start(self, module: str, *words: object) -> None:
         log = (self.folder / "log").open("ab")
@@ -220,7 +220,7 @@ class Federation:
         plan = self.folder / f"{work.name}.toml"
         plan.write_text(work.plan(rounds))
         study = command(
-            "server.cli",
+            "fedward_server.cli",
             "study",
             "submit",
             plan,
@@ -241,10 +241,10 @@ class Federation:
 
 def prepared(federation: Federation, work: Work) -> tuple[Any, list[Any]]:
     """The plan, and both hospitals' images as their trainers have them."""
-    from client.cohort.training import preparers
     from fedward.plan import load_plan
-    from simulation.options import Hospital, Options
-    from simulation.prepare import frozen_sites
+    from fedward_client.cohort.training import preparers
+    from fedward_simulation.options import Hospital, Options
+    from fedward_simulation.prepare import frozen_sites
 
     plan = load_plan(federation.folder / f"{work.name}.toml")
     hospitals = tuple(Hospital(site / "site.toml") for _, site in federation.sites)
@@ -255,11 +255,11 @@ def prepared(federation: Federation, work: Work) -> tuple[Any, list[Any]]:
 
 def bare_loop(federation: Federation, work: Work, rounds: int) -> list[float]:
     """Seconds of rounds of the same work in this process: both sites side by side, two threads."""
-    from client.training.runtime import Runtime
-    from client.training.trainer import Trainer
     from fedward.models import build_model, to_arrays
     from fedward.plan.load import canonical, plan_hash
     from fedward.protocol import RoundOrder
+    from fedward_client.training.runtime import Runtime
+    from fedward_client.training.trainer import Trainer
 
     torch.set_num_threads(1)
     plan, sites = prepared(federation, work)
@@ -290,15 +290,15 @@ def hundred_megabytes(federation: Federation) -> list[float]:
     from cryptography.hazmat.primitives.asymmetric import ec
     from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
-    from client.connector.fleet import Fleet
-    from server.config import load_config
-    from server.exchange import StudyGrid
-    from server.flower.control import Link
-    from server.flower.runtime import RunSession
+    from fedward.flower.control_client import ControlClient
+    from fedward.flower.fleet_client import FleetClient
+    from fedward.flower.server_session import RunSession
+    from fedward.flower.study_grid import StudyGrid
+    from fedward_server.config import load_config
 
     config = load_config(federation.config)
     ca = config.tls.ca.read_bytes()
-    link = Link(config.superlink_address, ca, config.control_secret.read_bytes().strip())
+    link = ControlClient(config.superlink_address, ca, config.control_secret.read_bytes().strip())
     key = ec.generate_private_key(ec.SECP384R1())
     public = key.public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
@@ -307,7 +307,7 @@ def hundred_megabytes(federation: Federation) -> list[float]:
     session = RunSession(
         link, config.runtime_secret.read_bytes().strip(), federation.folder / "lock"
     )
-    fleet = Fleet(config.superlink_address, ca, key, 1 << 30)
+    fleet = FleetClient(config.superlink_address, ca, key, 1 << 30)
     fleet.activate()
 
     def echo() -> None:

@@ -44,7 +44,7 @@ def make(path: Path) -> None:
     """What the link gives of a reply's tensors, made by another process than the one measured."""
     from flwr.app import Array
 
-    from fedward.packing import pack
+    from fedward.flower.tensors import pack
 
     arrays = {str(n): np.full(_NUMBERS, n, np.float32) for n in range(_ARRAYS)}
     path.write_bytes(Array(pack(arrays)).data)
@@ -55,14 +55,14 @@ def take_in(kind: str, sites: int, path: Path) -> None:
     from flwr.serverapp.strategy import FedAvg
     from flwr.supercore.task_identity import TaskIdentity
 
-    from server.flower.packed import _unpacked
-    from server.gather import Gathered
-    from server.replies import Update, read_update
+    from fedward.flower.grid import _unpacked
+    from fedward_server.aggregation import Aggregation
+    from fedward_server.reply_validation import Update, read_update
 
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     expected = {str(n): np.zeros(_NUMBERS, np.float32) for n in range(_ARRAYS)}
     strategy = FedAvg(weighted_by_key="num-examples")
-    gathered, held = Gathered(fold=kind == "folded"), []
+    gathered, held = Aggregation(fold=kind == "folded"), []
     before = peak()
     for site in range(sites):
         message = _unpacked(reply(site, path))
@@ -83,7 +83,7 @@ def reply(site: int, path: Path) -> Any:
     """A reply as it comes from the link."""
     from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-    from fedward.packing import PACKED
+    from fedward.flower.tensors import PACKED
     from fedward.protocol import TrainOutcome
 
     packed = ArrayRecord()

@@ -176,8 +176,8 @@ def stock_rounds(federation: Federation, work: Work, rounds: int) -> list[float]
 
 
 def _write_app(folder: Path, federation: Federation, work: Work, rounds: int) -> None:
-    from client.training.batches import count_steps
     from fedward.models import build_model
+    from fedward_client.training.batches import count_steps
 
     plan, sites = prepared(federation, work)
     app = folder / "app" / "stock"

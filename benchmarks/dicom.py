@@ -122,11 +122,11 @@ def plain(folder: Path, workers: int) -> dict[str, Any]:
 
 def index(folder: Path, workers: int) -> dict[str, Any]:
     """``fedward-client data index``."""
-    from client.commands.work import extractor
-    from client.config import load_config
-    from client.index.scan import scan
-    from client.index.store import open_index
-    from client.workers import Limits
+    from fedward_client.commands.work import extractor
+    from fedward_client.config import load_config
+    from fedward_client.index.scan import scan
+    from fedward_client.index.store import open_index
+    from fedward_client.worker_pool import Limits
 
     site = load_config(folder / "site.toml")
     state = folder / f"state-{workers}"
@@ -139,13 +139,11 @@ def index(folder: Path, workers: int) -> dict[str, Any]:
 
 def command(folder: Path, name: str) -> dict[str, Any]:
     """``fedward-client data report``, ``freeze`` or ``check``, its index being there."""
-    from client.cohort.build import modalities, usable
-    from client.cohort.check import check_plan
-    from client.cohort.cost import Room
-    from client.cohort.freeze import make_cohort, save
-    from client.cohort.report import make_report
-    from client.commands.work import load_site, work_on
     from fedward.plan import plan_from
+    from fedward_client.cohort.check import Room, check_plan
+    from fedward_client.cohort.freeze import make_cohort, modalities, save, usable
+    from fedward_client.cohort.report import make_report
+    from fedward_client.commands.work import load_site, work_on
 
     began = time.perf_counter()
     with work_on(load_site(folder / "site.toml"), "files") as work:
@@ -167,14 +165,14 @@ def command(folder: Path, name: str) -> dict[str, Any]:
 
 def epoch(folder: Path) -> dict[str, Any]:
     """Open the frozen cohort, prepare what is not prepared, and train once over all of it."""
-    from client.cohort.training import cache_folder, prepare_cohort
-    from client.config import load_config
-    from client.secret import site_secret
-    from client.training.runtime import Runtime
-    from client.training.trainer import Trainer
     from fedward.models import build_model, to_arrays
     from fedward.plan import canonical, plan_from, plan_hash
     from fedward.protocol import RoundOrder
+    from fedward_client.cohort.training import cache_folder, prepare_cohort
+    from fedward_client.config import load_config
+    from fedward_client.secret import site_secret
+    from fedward_client.training.runtime import Runtime
+    from fedward_client.training.trainer import Trainer
 
     site, plan = load_config(folder / "site.toml"), plan_from(PLAN)
     began = time.perf_counter()

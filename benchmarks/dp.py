@@ -7,7 +7,7 @@ Run by hand on a quiet machine::
 
 Each cell is a process of its own, so that its peak memory is its own. Within a cell plain and
 private steps take turns, so that a change of the machine's load meets both. ``sampled`` is Opacus's
-``hooks`` mode with the layers of :mod:`fedward.models.sampled`. ``noise`` is such a step over the
+``hooks`` mode with the layers of :mod:`fedward.dp.layers`. ``noise`` is such a step over the
 same one with noise from torch's generator in place of the keystream.
 """
 
@@ -32,16 +32,15 @@ from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import Tensor, nn
 
-from client.training.runtime import Runtime
 from fedward.dp.gaussian import GaussianNoise
-from fedward.models.bookkeeping import backward, keep_books
-from fedward.models.noised import SumOptimizer
+from fedward.dp.ghost_clipping import SumOptimizer, backward, keep_books
+from fedward.dp.layers import sampled
 from fedward.models.registry import build_model
-from fedward.models.sampled import sampled
 from fedward.plan.schema import SEGMENTERS, ModelName, Plan
+from fedward_client.training.runtime import Runtime
 
 MODES = ("plain", "hooks", "sampled", "functorch", "ghost", "bookkeeping")
-OURS = ("sampled", "bookkeeping")  # on the layers of fedward.models.sampled
+OURS = ("sampled", "bookkeeping")  # on the layers of fedward.dp.layers
 KINDS = {"sampled": "hooks"}
 WARM_UP = 1
 

@@ -24,16 +24,16 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != HERE]
 
 from rich.console import Console
 
+from fedward.flower import identity
 from fedward.plan import load_plan, plan_hash
 from fedward.plan.load import plan_from
 from fedward.plan.schema import Plan
-from server.memorisation import Audit
-from simulation import flower
-from simulation.audit.audit import Sizes
-from simulation.audit.progress import AuditProgress
-from simulation.audit.study import FILE, audit_study
-from simulation.pool import cores
-from simulation.study import Options, Study, with_privacy
+from fedward_server.memorisation import Audit
+from fedward_simulation.audit.audit import Sizes
+from fedward_simulation.audit.progress import AuditProgress
+from fedward_simulation.audit.study import FILE, audit_study
+from fedward_simulation.pool import cores
+from fedward_simulation.study import Options, Study, with_privacy
 
 REPOSITORY = HERE.parent
 EPSILONS: tuple[float | None, ...] = (8.0, None, 1.0, 3.0)  # the most telling ones first
@@ -211,7 +211,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.data.is_dir():
         raise SystemExit("the images are not here; name their folder with --data")
-    flower.quiet()
+    identity.quiet()
     done: dict[tuple[Case, float | None], list[Audit]] = {}
     write_page(done, options)
     # Seeds outside: an interrupted call leaves something of every study.

@@ -67,9 +67,9 @@ def write_data(path: Path) -> None:
 
 def sites_of(data: Path, plan: Any) -> list[Any]:
     """The four prepared sites."""
-    from client.data.preprocess import prepare
-    from client.data.read import DatasetSpec, read_dataset
-    from simulation.partition import partition
+    from fedward_client.data.dataset import DatasetSpec, read_dataset
+    from fedward_client.data.prepare import prepare
+    from fedward_simulation.partition import partition
 
     samples = read_dataset(DatasetSpec(data), plan.task).samples
     parts = partition(samples, "iid", SITES, 0)
@@ -141,10 +141,10 @@ def _validate(model: Any, sites: list[Any]) -> float:
 
 def engine(data: Path, rounds: int, name: str) -> dict[str, Any]:
     """Fedward's own engines."""
-    from simulation import flower
-    from simulation.study import Options, Study
+    from fedward.flower import identity
+    from fedward_simulation.study import Options, Study
 
-    flower.quiet()
+    identity.quiet()
     with tempfile.TemporaryDirectory() as out:
         options = Options(data=data, out=Path(out), partition="iid", sites=SITES, engine=name)  # type: ignore[arg-type]
         study = Study(plan_of(rounds), options, note=lambda text: None)

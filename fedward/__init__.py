@@ -1,5 +1,5 @@
 """What both sides of a study must agree on."""
 
-from fedward.lean import prepare
+from fedward.startup import prepare
 
 prepare()

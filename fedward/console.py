@@ -22,7 +22,9 @@ from rich.text import Text
 from fedward.errors import FedwardError, Interrupted
 from fedward.printable import printable, printable_json
 
-_OURS: Final = frozenset({"fedward", "client", "server", "strategies", "simulation"})
+_OURS: Final = frozenset(
+    {"fedward", "fedward_client", "fedward_server", "fedward_strategies", "fedward_simulation"}
+)
 
 
 def run_command(app: Callable[..., Any]) -> None:

@@ -18,7 +18,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedward.errors import ProtocolError
-from fedward.packing import Arrays, digest
+from fedward.flower.tensors import Arrays, digest
 from fedward.protocol import RoundOrder
 
 _ORDER: Final = b"fedward order 1\n"

@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 import torch
 
-from client.data.types import PreparedSite
 from fedward.plan import Plan, canonical, plan_from, plan_hash
 from fedward.protocol import RoundOrder
+from fedward_client.data.sample import PreparedSite
 
 # Real processes (a SuperLink, hospitals, an aggregator) that several folders of tests start.
 pytest_plugins = ("live_federation", "live_hospital")
@@ -197,8 +197,9 @@ def shared_data() -> Path:
 # process all the same, with its own arguments, folder, environment, output and exit code.
 FORKING = """
 import json, os, sys
-import client.cohort.training, fedward.models, server.report, simulation.output, simulation.study
-import client.cli, server.cli, simulation.cli
+import fedward_client.cohort.training, fedward.models, fedward_server.report
+import fedward_simulation.output, fedward_simulation.study
+import fedward_client.cli, fedward_server.cli, fedward_simulation.cli
 for line in sys.stdin:
     if (child := os.fork()) == 0:
         module, words, folder, environment, out, err = json.loads(line)

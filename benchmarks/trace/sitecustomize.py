@@ -15,12 +15,11 @@ import time
 from pathlib import Path
 
 CHOSEN = {
-    "server.rounds": ("StudyRun._round", "StudyRun._aggregate", "StudyRun._validate"),
-    "server.keeper": ("Keeper.keep",),
-    "server.checkpoint": ("Checkpoints.save",),
-    "server.flower.courier": ("Courier.deliver", "Courier.collect"),
-    "client.trainer.desk": ("TrainerDesk.answer",),
-    "client.training.trainer": ("Trainer.train", "Trainer.evaluate"),
+    "fedward_server.round_loop": ("StudyRun._round", "StudyRun._aggregate", "StudyRun._validate"),
+    "fedward_server.study_persistence": ("Keeper.keep", "Checkpoints.save"),
+    "fedward.flower.runtime_client": ("Courier.deliver", "Courier.collect"),
+    "fedward_client.trainer.service": ("TrainerDesk.answer",),
+    "fedward_client.training.trainer": ("Trainer.train", "Trainer.evaluate"),
 }
 
 

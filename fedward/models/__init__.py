@@ -1,5 +1,6 @@
 """The study's networks: built from a plan, private by construction, exchanged as named arrays."""
 
+from fedward.dp.layers import sampled
 from fedward.models.arrays import (
     ModelFacts,
     describe,
@@ -10,10 +11,8 @@ from fedward.models.arrays import (
     to_arrays,
     trainable_names,
 )
-from fedward.models.modes import best_mode
 from fedward.models.prefix import split_at_trainable
-from fedward.models.registry import build_model
-from fedward.models.sampled import sampled
+from fedward.models.registry import best_mode, build_model
 from fedward.models.weights import WeightsReport, load_initial
 
 __all__ = [

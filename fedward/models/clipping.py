@@ -82,7 +82,7 @@ def product_norms(columns: Tensor, rows: Tensor, summed: int) -> tuple[Tensor, T
     Parameters
     ----------
     columns, rows : Tensor
-        ``(P, d, T)`` and ``(P, p, T)``, see :func:`fedward.models.samplers.product_of`.
+        ``(P, d, T)`` and ``(P, p, T)``, see :func:`fedward.dp.layers.product_of`.
     summed : int
         Products that the weighted sum adds up for each weight, of all patients together.
 

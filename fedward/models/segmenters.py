@@ -7,8 +7,8 @@ from itertools import pairwise
 from monai.networks.nets import AttentionUnet, BasicUNet, SegResNet, UNet
 from torch import nn
 
+from fedward.dp.compat import make_private
 from fedward.errors import PlanError
-from fedward.models.dp_ready import make_private
 from fedward.plan.schema import Plan
 
 _UNET_CHANNELS = (16, 32, 64, 128)

@@ -21,25 +21,25 @@ from flwr.app import Context, Message
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from client.ledger import Ledger, RoundRequest
-from client.ledger.ledger import Caps
-from client.policy.decide import DatasetFacts, StudyRequest, decide
-from client.policy.settings import PolicySection
-from client.training.runtime import Runtime
-from client.training.trainer import Trainer
+from fedward.dp.accounting import Mechanism, calibrate
 from fedward.errors import FedwardError
+from fedward.flower import identity
 from fedward.models import build_model, to_arrays
 from fedward.plan.schema import Plan
-from fedward.privacy import Mechanism, calibrate
 from fedward.protocol import RoundOrder
 from fedward.signing import sign_order
-from server.job import Job
-from server.results import Arm
-from server.rounds import StudyRun
-from simulation import flower
-from simulation.local import LocalGrid, State
-from simulation.pool import Pool
-from simulation.sites import SimulatedSites
+from fedward_client.ledger import Ledger, RoundRequest
+from fedward_client.ledger.ledger import Caps
+from fedward_client.policy.decide import DatasetFacts, StudyRequest, decide
+from fedward_client.policy.settings import PolicySection
+from fedward_client.training.runtime import Runtime
+from fedward_client.training.trainer import Trainer
+from fedward_server.job import Job
+from fedward_server.results import Arm
+from fedward_server.round_loop import StudyRun
+from fedward_simulation.local import LocalGrid, State
+from fedward_simulation.pool import Pool
+from fedward_simulation.sites import SimulatedSites
 
 Make = Callable[..., Any]
 Losses = NDArray[np.float64]
@@ -245,7 +245,7 @@ def test_an_update_that_came_too_late_is_on_the_card(make_plan: Make, make_site:
     sites = [make_site(f"site-{number}", seed=number) for number in (1, 2)]
     Meter.charged.clear()
     job = Job(plan, to_arrays(build_model(plan, 0)), Arm(name="t", kind="federated"), deadline=1.0)
-    flower.become_server()
+    identity.become_server()
     pool = Pool(State(Metered(sites, Runtime(randomness="seeded"))), 0)
     try:
         StudyRun(job, Slow(pool, 2)).run()

@@ -20,10 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from client.training.private import Mode, PrivateStep
-from fedward.models import bookkeeping, build_model, sampled
+from fedward.dp import ghost_clipping
+from fedward.dp.accounting import Mechanism
+from fedward.models import build_model, sampled
 from fedward.plan.schema import SEGMENTERS, ModelName, Plan
-from fedward.privacy import Mechanism
+from fedward_client.training.private import Mode, PrivateStep
 
 MODES: tuple[Mode, ...] = ("hooks", "functorch", "bookkeeping")
 SMALL: dict[str, tuple[int, ...]] = {
@@ -218,7 +219,7 @@ def test_one_patient_moves_the_sum_by_c_at_most(
     images[0] = -images[each - 1] if each > 1 else images[0]
     make = functools.partial(_hostile, name, pattern, power, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bookkeeping, "_PRODUCTS_PER_FLOAT", 10**9 if ghost else 32)
+        patch.setattr(ghost_clipping, "_PRODUCTS_PER_FLOAT", 10**9 if ghost else 32)
         moved = _moved(make, images, mode, each, chunks=chunks)
     assert math.isfinite(moved)
     assert moved <= BOUND

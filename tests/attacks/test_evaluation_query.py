@@ -17,15 +17,15 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from client.link.caller import Caller
-from client.link.packets import Packet
 from fedward.errors import FedwardError
+from fedward.flower.tensors import digest, unpack
 from fedward.models import build_model, to_arrays
-from fedward.packing import digest, unpack
 from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Plan
 from fedward.protocol import RoundOrder
 from fedward.signing import fingerprint, public_bytes, sign_order
+from fedward_client.link.client import TrainerClient
+from fedward_client.link.messages import TrainerMessage
 
 pytestmark = pytest.mark.integration
 Make = Callable[..., Any]
@@ -134,18 +134,18 @@ def connector(
     key: Ed25519PrivateKey,
     environment: dict[str, str],
     until: Make,
-) -> Iterator[Caller]:
+) -> Iterator[TrainerClient]:
     """What a taken-over connector has: the trainer's socket, and nothing of the coordinator's."""
     mark = fingerprint(public_bytes(key))
     daemon = make_daemon(3, "127.0.0.1:1", coordinator.superlink.ca, mark)
-    command = [sys.executable, "-m", "client.daemon.launch", "trainer", str(daemon.config)]
+    command = [sys.executable, "-m", "fedward_client.daemon.launch", "trainer", str(daemon.config)]
     with (daemon.folder / "trainer.log").open("ab") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    made: list[Caller] = []
+    made: list[TrainerClient] = []
 
     def attached() -> bool:
         try:
-            made.append(Caller(Path(daemon.folder / "run" / "t.sock"), "1", "hidden"))
+            made.append(TrainerClient(Path(daemon.folder / "run" / "t.sock"), "1", "hidden"))
         except FedwardError:
             return False
         return True
@@ -158,9 +158,11 @@ def connector(
 
 
 def test_a_connector_with_a_captured_order_can_ask_nothing_new(
-    connector: Caller, key: Ed25519PrivateKey, two_rounds: Plan
+    connector: TrainerClient, key: Ed25519PrivateKey, two_rounds: Plan
 ) -> None:
-    def signed(task: str, round_: int, arrays: dict[str, np.ndarray], **more: Any) -> Packet:
+    def signed(
+        task: str, round_: int, arrays: dict[str, np.ndarray], **more: Any
+    ) -> TrainerMessage:
         order = RoundOrder(
             plan=canonical(two_rounds),
             plan_hash=plan_hash(two_rounds),
@@ -170,7 +172,7 @@ def test_a_connector_with_a_captured_order_can_ask_nothing_new(
             arrays=digest(arrays) if arrays else "",
             **more,
         )
-        return Packet("order", dict(sign_order(key, order).to_flat()), arrays)
+        return TrainerMessage("order", dict(sign_order(key, order).to_flat()), arrays)
 
     model = threshold_model(two_rounds, 1.0)
     captured = signed("evaluate", 1, model)
@@ -181,16 +183,16 @@ def test_a_connector_with_a_captured_order_can_ask_nothing_new(
     for name, value in first.arrays.items():
         np.testing.assert_array_equal(again.arrays[name], value)
 
-    def changed(**fields: Any) -> Packet:
-        return Packet("order", captured.record | fields, captured.arrays)
+    def changed(**fields: Any) -> TrainerMessage:
+        return TrainerMessage("order", captured.record | fields, captured.arrays)
 
     other = threshold_model(two_rounds, 2.0)
     own = Ed25519PrivateKey.generate()
     stolen = RoundOrder.from_flat(captured.record | {"arrays": digest(other)})
     attempts = {
-        "another model": Packet("order", captured.record, other),
-        "its digest": Packet("order", captured.record | {"arrays": digest(other)}, other),
-        "an own key": Packet("order", dict(sign_order(own, stolen).to_flat()), other),
+        "another model": TrainerMessage("order", captured.record, other),
+        "its digest": TrainerMessage("order", captured.record | {"arrays": digest(other)}, other),
+        "an own key": TrainerMessage("order", dict(sign_order(own, stolen).to_flat()), other),
         "another round": changed(round=2),
         "another part": changed(part="test"),
         "training patients": changed(part="train"),
@@ -198,7 +200,7 @@ def test_a_connector_with_a_captured_order_can_ask_nothing_new(
         "another seed": changed(seed=7),
         "more sites": changed(sites=9),
         "another backbone": changed(frozen=digest(other)),
-        "no model": Packet("order", captured.record, {}),
+        "no model": TrainerMessage("order", captured.record, {}),
         "an unknown key": changed(mu=50.0),
     }
     for name, packet in attempts.items():
@@ -213,7 +215,7 @@ def test_a_connector_with_a_captured_order_can_ask_nothing_new(
 
 
 def test_what_a_plan_does_not_say_changes_nothing(
-    connector: Caller, key: Ed25519PrivateKey, two_rounds: Plan
+    connector: TrainerClient, key: Ed25519PrivateKey, two_rounds: Plan
 ) -> None:
     """A proximal weight beside a signed FedAvg plan: there is no place left to put it."""
     model = to_arrays(build_model(two_rounds, 0))
@@ -225,11 +227,11 @@ def test_what_a_plan_does_not_say_changes_nothing(
         arrays=digest(model),
     )
     record = dict(sign_order(key, order).to_flat())
-    plain = connector.ask("train", Packet("order", record, model))
+    plain = connector.ask("train", TrainerMessage("order", record, model))
     assert plain.kind == "update"
     for extra in ({"proximal-mu": 50.0}, {"mu": float("inf")}, {"learning_rate": 10.0}):
         with_more = {**record, **{k: str(v) if v == float("inf") else v for k, v in extra.items()}}
-        assert connector.ask("train", Packet("order", with_more, model)).kind == "refusal"
-    again = connector.ask("train", Packet("order", record, model))
+        assert connector.ask("train", TrainerMessage("order", with_more, model)).kind == "refusal"
+    again = connector.ask("train", TrainerMessage("order", record, model))
     for name, value in plain.arrays.items():
         np.testing.assert_array_equal(again.arrays[name], value)

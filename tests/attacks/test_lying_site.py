@@ -14,25 +14,25 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from numpy.typing import NDArray
 
-from client.data.types import PreparedSite
-from client.training.runtime import Runtime
-from client.training.trainer import Trainer
 from fedward.errors import DivergenceError, PlanError
+from fedward.flower import identity
 from fedward.models import build_model, to_arrays
 from fedward.plan import Plan
 from fedward.protocol import EvaluateOutcome, RoundOrder, SiteFacts, TrainOutcome
-from server.events import Event, SiteQuarantined, SiteWarned
-from server.job import Job, SizeLimit
-from server.replies import Bad, read_facts
-from server.report import headline
-from server.report.page import render
-from server.report.sentences import dominance
-from server.results import Arm, StudyResults
-from server.rounds import StudyRun
-from simulation import flower
-from simulation.local import LocalGrid, State
-from simulation.pool import Pool
-from simulation.sites import SimulatedSites
+from fedward_client.data.sample import PreparedSite
+from fedward_client.training.runtime import Runtime
+from fedward_client.training.trainer import Trainer
+from fedward_server.events import Event, SiteQuarantined, SiteWarned
+from fedward_server.job import Job, SizeLimit
+from fedward_server.reply_validation import InvalidReply, read_facts
+from fedward_server.report import headline
+from fedward_server.report.page import render
+from fedward_server.report.summary import dominance
+from fedward_server.results import Arm, StudyResults
+from fedward_server.round_loop import StudyRun
+from fedward_simulation.local import LocalGrid, State
+from fedward_simulation.pool import Pool
+from fedward_simulation.sites import SimulatedSites
 
 Arrays = dict[str, NDArray[Any]]
 Make = Callable[..., Any]
@@ -172,7 +172,7 @@ def run(sites: list[PreparedSite], heard: list[Event]) -> Run:
     def start(
         plan: Plan, liar: type[Liar] | None, among: list[PreparedSite] | None = None, **more: Any
     ) -> Job:
-        flower.become_server()
+        identity.become_server()
         arrays = to_arrays(build_model(plan, 0))
         job = Job(plan, arrays, Arm(name="t", kind="federated"), listen=heard.append, **more)
         there = among or sites
@@ -314,10 +314,10 @@ def test_facts_whose_parts_exceed_the_whole_are_refused(part: str) -> None:
     """A site within its enrolled size may not claim more in a part of it."""
     sizes = dict.fromkeys(SIZES, 0)
     facts = SiteFacts.model_validate({"site": "x", **sizes, part: CLAIM})
-    flower.become_server()
+    identity.become_server()
     record = ConfigRecord(facts.to_flat())  # type: ignore[arg-type]
     bad = read_facts(Message(RecordDict({"facts": record}), 1, "query"))
-    assert isinstance(bad, Bad) and "no more" in bad.reason
+    assert isinstance(bad, InvalidReply) and "no more" in bad.reason
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

@@ -1,8 +1,8 @@
 """A curious reader of the model, and one who sees each update: what they learn of who was in.
 
-The attackers are those of ``simulation.audit``. Each of them succeeds on a study without privacy
-and fails on the same study with it; and where the noise is silently left out, the release gate
-finds the promise broken.
+The attackers are those of ``fedward_simulation.audit``. Each of them succeeds on a study without
+privacy and fails on the same study with it; and where the noise is silently left out, the release
+gate finds the promise broken.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from client.data.types import PreparedSite
-from client.training.private import PrivateStep
-from client.training.runtime import Runtime
 from fedward.errors import ReleaseError
 from fedward.models import build_model, to_arrays
 from fedward.plan import Plan
-from server.events import ignore
-from server.memorisation import Audit
-from simulation.audit import inversion
-from simulation.audit.audit import PICTURE, Auditor, Sizes
-from simulation.audit.federation import Federation
-from simulation.audit.store import Store
-from simulation.audit.study import FILE, gate
-from simulation.study import Options, Study
+from fedward_client.data.sample import PreparedSite
+from fedward_client.training.private import PrivateStep
+from fedward_client.training.runtime import Runtime
+from fedward_server.events import ignore
+from fedward_server.memorisation import Audit
+from fedward_simulation.audit import inversion
+from fedward_simulation.audit.audit import PICTURE, Auditor, Sizes
+from fedward_simulation.audit.federation import Federation
+from fedward_simulation.audit.store import Store
+from fedward_simulation.audit.study import FILE, gate
+from fedward_simulation.study import Options, Study
 
 pytestmark = pytest.mark.integration
 SIZE = 12

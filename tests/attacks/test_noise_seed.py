@@ -17,12 +17,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.training.fit import Draws
-from client.training.runtime import Runtime
-from client.training.trainer import Trainer
 from fedward.dp.gaussian import SLACK, GaussianNoise, Grid
 from fedward.dp.keystream import KEY_BYTES, Keystream, derive_key
 from fedward.models import build_model, to_arrays
+from fedward_client.training.fit import Draws
+from fedward_client.training.runtime import Runtime
+from fedward_client.training.trainer import Trainer
 
 Make = Callable[..., Any]
 CLIPPING, CANDIDATES = 0.5, 10_000

@@ -15,14 +15,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from client.data.types import PreparedSite
-from client.training.private import Mode, PrivateStep
-from client.training.runtime import Runtime
-from client.training.trainer import Trainer
-from fedward.models import bookkeeping, build_model, sampled, to_arrays
+from fedward.dp import ghost_clipping
+from fedward.dp.accounting import Mechanism
+from fedward.models import build_model, sampled, to_arrays
 from fedward.plan import Plan
-from fedward.privacy import Mechanism
 from fedward.protocol import RoundOrder
+from fedward_client.data.sample import PreparedSite
+from fedward_client.training.private import Mode, PrivateStep
+from fedward_client.training.runtime import Runtime
+from fedward_client.training.trainer import Trainer
 
 MODES: tuple[Mode, ...] = ("hooks", "functorch", "bookkeeping")
 HUGE = 3e38
@@ -69,7 +70,7 @@ def _summed(mode: Mode, images: Tensor, owners: list[int]) -> list[Tensor]:
 def test_a_broken_patient_counts_as_zero_and_no_other_part_changes(
     monkeypatch: pytest.MonkeyPatch, mode: Mode, each: int, value: float, ghost: bool
 ) -> None:
-    monkeypatch.setattr(bookkeeping, "_PRODUCTS_PER_FLOAT", 10**9 if ghost else 0)
+    monkeypatch.setattr(ghost_clipping, "_PRODUCTS_PER_FLOAT", 10**9 if ghost else 0)
     torch.manual_seed(1)
     images = torch.zeros(4 * each, 1, 4, 4)
     images[:, :, 2:] = torch.randn(4 * each, 1, 2, 4).abs() * 1e-30

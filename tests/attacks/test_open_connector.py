@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from client.policy import words
+from fedward import rule_codes
 from fedward.plan.schema import Plan
 
 pytestmark = pytest.mark.integration
@@ -32,7 +32,14 @@ def test_no_order_comes_through_a_connector_that_can_read_images(
     running: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(which: str) -> None:
-        arguments = [sys.executable, "-m", "client.cli", which, "--config", str(site.daemon.config)]
+        arguments = [
+            sys.executable,
+            "-m",
+            "fedward_client.cli",
+            which,
+            "--config",
+            str(site.daemon.config),
+        ]
         with (site.daemon.folder / "daemon.log").open("ab") as log:
             running[which] = subprocess.Popen(arguments, env=environment, stdout=log, stderr=log)
 
@@ -47,7 +54,7 @@ def test_no_order_comes_through_a_connector_that_can_read_images(
         for what, task in (("query", "describe"), ("train", "train"), ("evaluate", "evaluate")):
             order = coordinator.order(plan, 1, "open", task=task)
             answer = coordinator.ask(site.node, order, what)
-            assert refusal_of(answer) == ("policy", words.CONNECTOR)
+            assert refusal_of(answer) == ("policy", rule_codes.CONNECTOR)
         assert "no order is carried out" in " ".join(
             site.daemon.call("status")["trainer"]["warnings"]
         )

@@ -21,17 +21,17 @@ import pytest
 from rich.table import Table
 from typer.testing import CliRunner
 
-from client.enrol import enrol
 from fedward.console import Console, log_to_stderr, print_json, say
 from fedward.errors import FedwardError, ModelError, OutputError, ProtocolError, WeightsError
 from fedward.models import build_model, load_initial, save_model
 from fedward.plan.load import plan_hash
 from fedward.printable import printable
 from fedward.protocol import Refusal, SiteFacts
-from server.checkpoint import Checkpoints
-from server.cli import app as server_cli
-from server.job import Job
-from server.results import Arm, Round, StudyResults
+from fedward_client.enrol import enrol
+from fedward_server.cli import app as server_cli
+from fedward_server.job import Job
+from fedward_server.results import Arm, Round, StudyResults
+from fedward_server.study_persistence import Checkpoints
 
 Make = Callable[..., Any]
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,7 +145,7 @@ def serve(
         more.pop("verify")
         return real(transport=httpx.MockTransport(answer), **more)
 
-    monkeypatch.setattr("server.client.httpx.Client", client)
+    monkeypatch.setattr("fedward_server.cli_profile.httpx.Client", client)
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -209,7 +209,11 @@ def test_every_way_to_print_is_covered(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_nothing_prints_past_it() -> None:
     """Who prints elsewhere would have to think of it again."""
-    allowed = {"fedward/console.py", "server/report/table.py", "client/commands/daemon.py"}
+    allowed = {
+        "fedward/console.py",
+        "server/fedward_server/report/table.py",
+        "client/fedward_client/commands/daemon.py",
+    }
     for folder in ("client", "server", "simulation", "fedward"):
         for path in (ROOT / folder).rglob("*.py"):
             name, text = str(path.relative_to(ROOT)), path.read_text("utf-8")
@@ -220,8 +224,8 @@ def test_nothing_prints_past_it() -> None:
 
 
 def test_the_report_and_the_card_show_text_as_text(make_plan: Make) -> None:
-    from server.artifacts.card import model_card
-    from server.report.page import render
+    from fedward_server.artifacts.card import model_card
+    from fedward_server.report.page import render
 
     plan = make_plan()
     found = results(plan, HOSTILE)
@@ -310,7 +314,7 @@ def test_a_umask_opens_nothing(tmp_path: Path, umask: int) -> None:
     try:
         run = [
             [
-                "client.cli",
+                "fedward_client.cli",
                 "enrol",
                 "--name",
                 "north",
@@ -321,7 +325,7 @@ def test_a_umask_opens_nothing(tmp_path: Path, umask: int) -> None:
                 "--out",
                 str(tmp_path / "deep" / "north"),
             ],
-            ["server.cli", "init", str(tmp_path / "agg")],
+            ["fedward_server.cli", "init", str(tmp_path / "agg")],
         ]
         for words in reversed(run):
             done = subprocess.run(
@@ -422,8 +426,8 @@ def test_a_damaged_model_is_not_served(
     """Was: 200, and whatever was left of the file."""
     from types import SimpleNamespace
 
-    from server.api.problems import status_of
-    from server.api.studies import _model
+    from fedward_server.api.problems import status_of
+    from fedward_server.api.studies import _model
 
     path = tmp_path / "model.safetensors"
     digest = save_model(path, {"w": np.ones((8, 8), np.float32)}, {"study": "x"})
@@ -458,8 +462,8 @@ def test_what_arrives_damaged_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_a_card_and_a_bundle_name_what_they_are_of(make_plan: Make, tmp_path: Path) -> None:
     from fedward.models import to_arrays
-    from server.artifacts.card import model_card
-    from server.artifacts.export import Delivered, export_bundle
+    from fedward_server.artifacts.card import model_card
+    from fedward_server.artifacts.export import Delivered, export_bundle
 
     plan = make_plan()
     card = model_card("x", plan, results(plan, model_sha256="ab" * 32))

@@ -33,9 +33,9 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_messa
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from client.connector.fleet import Fleet
-from fedward.frames import PARTS_HEADER
-from server.config import load_config
+from fedward.flower.fleet_client import FleetClient
+from fedward.flower.framing import PARTS_HEADER
+from fedward_server.config import load_config
 
 pytestmark = pytest.mark.integration
 MIB = 1 << 20
@@ -48,7 +48,7 @@ LIMITS = {
     "failures_per_minute": 5,
 }
 # Both ports of the service that speak HTTP: how they are called, and whose process answers.
-HTTP_PORTS = {"fleet": "server.flower.superlink", "api": "server.service"}
+HTTP_PORTS = {"fleet": "fedward.flower.superlink", "api": "fedward_server.service"}
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Target:
     """An aggregator, seen from outside, and the figures of its processes from inside."""
 
     service: Any
-    fleet: Fleet
+    fleet: FleetClient
 
     def port(self, name: str) -> int:
         return int(self.service.sites_port if name == "fleet" else self.service.api_port)
@@ -91,9 +91,9 @@ class Target:
         assert self.service.get("/v1/studies", self.service.token).status_code == 200
 
 
-def connect(service: Any, key: ec.EllipticCurvePrivateKey) -> Fleet:
+def connect(service: Any, key: ec.EllipticCurvePrivateKey) -> FleetClient:
     ca = (service.folder / "tls" / "ca.crt").read_bytes()
-    return Fleet(f"127.0.0.1:{service.sites_port}", ca, key, 1 << 30)
+    return FleetClient(f"127.0.0.1:{service.sites_port}", ca, key, 1 << 30)
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,16 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from numpy.typing import NDArray
 
-from client.app import client_app
-from client.training.runtime import Runtime
-from client.training.trainer import Trainer
+from fedward.flower import identity
 from fedward.metrics import counts_from_arrays
 from fedward.models import build_model, to_arrays
 from fedward.plan import Plan, plan_from, plan_hash
 from fedward.plan.schema import Strategy
 from fedward.protocol import EvaluateOutcome, Refusal, RoundOrder, SiteFacts, TrainOutcome
-from simulation import flower
-from simulation.sites import SimulatedSites
+from fedward_client.app import client_app
+from fedward_client.training.runtime import Runtime
+from fedward_client.training.trainer import Trainer
+from fedward_simulation.sites import SimulatedSites
 
 Make = Callable[..., Any]
 PLANTED = "/data/ward-7/DOE^JANE.dcm"
@@ -42,7 +42,7 @@ def plan(make_plan: Make) -> Plan:
 @pytest.fixture
 def ask(plan: Plan, make_site: Make, make_order: Make) -> Callable[..., RecordDict]:
     """Sends one message to a site and gives the content of its reply."""
-    flower.become_server()
+    identity.become_server()
     usual = SimulatedSites([make_site()], Runtime(randomness="seeded"))
 
     def send(
@@ -60,7 +60,7 @@ def ask(plan: Plan, make_site: Make, make_order: Make) -> Callable[..., RecordDi
         }
         node = {"partition-id": 0, "num-partitions": 1}
         message = Message(RecordDict(content), 7, kind)
-        flower.stamp(message)
+        identity.stamp(message)
         reply = client_app(sites)(message, Context(1, 7, node, RecordDict(), {}))  # type: ignore[arg-type]
         assert reply.has_content()
         return reply.content
@@ -182,6 +182,6 @@ def test_a_message_without_an_order_is_refused(
 ) -> None:
     app = client_app(SimulatedSites([make_site()], Runtime()))
     message = Message(RecordDict({}), 7, "train")
-    flower.stamp(message)
+    identity.stamp(message)
     reply = app(message, Context(1, 7, {"partition-id": 0}, RecordDict(), {}))
     assert "must carry an order" in refused(reply.content).rule

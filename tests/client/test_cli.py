@@ -17,7 +17,7 @@ import pydicom
 import pytest
 from PIL import Image as Pillow
 
-from client.cohort.contents import safe_word
+from fedward_client.cohort.report import safe_word
 
 PLANTED = ("DOE^JANE", "MRN4711", "1.2.826.0.99.4711", "19550712", "ward-7-doe", "ACC99123")
 
@@ -27,7 +27,7 @@ def run(commands, tmp_path):
     """Runs ``fedward-client data`` for a hospital."""
 
     def call(site: Path, *words: str) -> subprocess.CompletedProcess[str]:
-        return commands("client.cli", "data", *words, "--config", site, cwd=tmp_path)
+        return commands("fedward_client.cli", "data", *words, "--config", site, cwd=tmp_path)
 
     return call
 
@@ -253,7 +253,7 @@ def test_a_page_is_never_written_into_the_dataset(run, site, export):
 
 
 def test_the_configuration_may_come_from_the_environment(tmp_path):
-    command = [sys.executable, "-m", "client.cli", "data", "index"]
+    command = [sys.executable, "-m", "fedward_client.cli", "data", "index"]
     done = subprocess.run(
         command,
         capture_output=True,

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-import client
-from client.config import hidden_places, load_config, trusted_places
-from client.reference import page
+import fedward_client
 from fedward.errors import ConfigError
+from fedward_client.config import hidden_places, load_config, trusted_places
+from tools.docs.site import page
 
 
 def test_paths_are_relative_to_the_file(site: Path, export: Path) -> None:
@@ -30,7 +30,7 @@ def test_what_the_connector_must_not_see_and_not_change(site: Path, export: Path
     site.write_text(f"{text}\n{labels}{server.format('ca.pem')}")
     config = load_config(site)
     assert hidden_places(config) == [state, export, table]
-    code = Path(client.__file__).parent
+    code = Path(fedward_client.__file__).parent
     assert trusted_places(config) == [code, ca]
     site.write_text(f"{text}\n{labels}{server.format('elsewhere.csv')}")
     with pytest.raises(ConfigError, match=r"server\.ca: what the connector needs must lie outside"):

@@ -24,12 +24,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from client.config import SiteConfig, load_config
-from client.doctor import examine, link, machine, worst
-from client.doctor.line import Line
-from client.enrol import enrol
-from client.policy.settings import PolicySection
 from fedward.errors import ConfigError, ProtocolError
+from fedward_client.config import SiteConfig, load_config
+from fedward_client.doctor import examine, link, machine, worst
+from fedward_client.doctor.line import Line
+from fedward_client.enrol import enrol
+from fedward_client.policy.settings import PolicySection
 
 Changes = dict[str, Any]
 SITE = """
@@ -288,7 +288,7 @@ def test_what_answers_in_the_aggregator_s_place_is_a_line_too(
     def packed(*_: object) -> int:
         raise ProtocolError("an answer must not be compressed")
 
-    monkeypatch.setattr(link.Fleet, "activate", packed)
+    monkeypatch.setattr(link.FleetClient, "activate", packed)
     config = make()
     assert config.server is not None
     line = lines_of(link.enrolment(config.server))["enrolment"]
@@ -341,7 +341,7 @@ def test_walls(make: Callable[..., SiteConfig], monkeypatch: pytest.MonkeyPatch)
     assert {line.status for line in machine.walls(config)} == {"pass"}
     # On a kernel that makes no namespaces, both fail; a network that is allowed is
     # a warning, and so is a connector that could change the code.
-    no = "import client.daemon.isolation as i\ndef no(*a): raise OSError\ni._unshare = no\n"
+    no = "import fedward_client.daemon.isolation as i\ndef no(*a): raise OSError\ni._unshare = no\n"
     wall = machine._wall
     monkeypatch.setattr(
         machine, "_wall", lambda name, code, **more: wall(name, f"{no}{code}", **more)
@@ -357,7 +357,10 @@ def test_walls(make: Callable[..., SiteConfig], monkeypatch: pytest.MonkeyPatch)
 def test_a_kernel_that_cannot_make_all_read_only_is_told_apart(
     make: Callable[..., SiteConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old = "import client.daemon.isolation as i\ndef no(*a): raise OSError\ni._set_attributes = no\n"
+    old = (
+        "import fedward_client.daemon.isolation as i\ndef no(*a): raise OSError\n"
+        "i._set_attributes = no\n"
+    )
     wall = machine._wall
     monkeypatch.setattr(
         machine, "_wall", lambda name, code, **more: wall(name, f"{old}{code}", **more)
@@ -387,7 +390,7 @@ def test_datasets(make: Callable[..., SiteConfig], monkeypatch: pytest.MonkeyPat
     root = config.datasets["chest"].root
     root.chmod(0o750)
     assert (line().status, "no cohort" in line().found) == ("warn", True)
-    monkeypatch.setattr("client.cohort.frozen.cohort_path", lambda *_: root)
+    monkeypatch.setattr("fedward_client.cohort.open.cohort_path", lambda *_: root)
     assert line().status == "pass"
     root.rmdir()
     assert line().status == "fail"
@@ -444,7 +447,7 @@ def test_policies(make: Callable[..., SiteConfig], changes: Changes, words: str)
 def test_the_whole_and_without_a_server(
     make: Callable[..., SiteConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("client.doctor.walls", lambda _: iter(()))
+    monkeypatch.setattr("fedward_client.doctor.walls", lambda _: iter(()))
     config = make(server='proxy = "http://officer:hunter2@proxy.invalid:1"')
     lines = list(examine(config))
     text = str(lines)

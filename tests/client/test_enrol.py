@@ -13,9 +13,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from typer.testing import CliRunner
 
-from client.cli import app
-from client.config import load_config
 from fedward.errors import ConfigError
+from fedward_client.cli import app
+from fedward_client.config import load_config
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from client import forks
-from client.forks import Fork, fork
 from fedward.errors import DeviceError
+from fedward_client import worker_pool
+from fedward_client.worker_pool import ForkedProcess, fork
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.integration
@@ -39,7 +39,7 @@ def tell(connection):
 ORPHANS = """
 import time
 from multiprocessing import Pipe
-from client.forks import fork
+from fedward_client.worker_pool import fork
 import told
 if __name__ == "__main__":
     ours, theirs = Pipe()
@@ -51,7 +51,7 @@ if __name__ == "__main__":
 """
 UNGUARDED = """
 from multiprocessing import Pipe
-from client.forks import fork
+from fedward_client.worker_pool import fork
 import told
 print("begins", flush=True)
 ours, theirs = Pipe()
@@ -72,7 +72,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Any:
     sys.path.remove(str(folder))
 
 
-def start(told: Any) -> tuple[Fork, Connection]:
+def start(told: Any) -> tuple[ForkedProcess, Connection]:
     ours, theirs = Pipe()
     made = fork(told.tell, ["decimal"], theirs)
     theirs.close()
@@ -103,14 +103,14 @@ def test_it_has_its_pipe_and_nothing_else_of_this_process(told: Any, tmp_path: P
 
 def test_another_takes_the_place_of_a_template_that_was_killed(told: Any) -> None:
     made, connection = start(told)
-    assert forks._template is not None
-    before = forks._template.process.pid
+    assert worker_pool._template is not None
+    before = worker_pool._template.process.pid
     assert before is not None
     os.kill(before, signal.SIGKILL)
     again, other = start(told)
     assert connection.recv()[0] == made.pid
     assert other.recv()[0] == again.pid
-    assert forks._template.process.pid != before
+    assert worker_pool._template.process.pid != before
     connection.close()  # what has no reader left ends
     assert made.wait(10)
     again.kill()
@@ -122,14 +122,14 @@ def test_a_machine_without_room_for_a_process_is_told(
     def full(*_: Any, **__: Any) -> None:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(forks, "_template", None)
+    monkeypatch.setattr(worker_pool, "_template", None)
     monkeypatch.setattr("subprocess.Popen", full)
     with pytest.raises(DeviceError, match="raise the limit of processes"):
         start(told)
 
 
 def test_threads_may_ask_at_the_same_time(told: Any) -> None:
-    made: list[tuple[Fork, Connection]] = []
+    made: list[tuple[ForkedProcess, Connection]] = []
     threads = [threading.Thread(target=lambda: made.append(start(told))) for _ in range(8)]
     for thread in threads:
         thread.start()

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from client.cli import app
-from client.config import SiteConfig, config_from
-from client.enrol import enrol_configured
-from client.health import examine
-from client.link.state import LinkState, link_file, parse_state, read_state, write_state
 from fedward.errors import ConfigError, OutputError, ProtocolError
+from fedward_client.cli import app
+from fedward_client.config import SiteConfig, config_from
+from fedward_client.enrol import enrol_configured
+from fedward_client.health import examine
+from fedward_client.link.state import LinkState, link_file, parse_state, read_state, write_state
 
 CONTENT = {
     "version": 1,

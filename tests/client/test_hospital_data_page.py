@@ -12,7 +12,7 @@ import pytest
 import typer
 from click import Group, Option
 
-from client.cli import app
+from fedward_client.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "hospital-data.md").read_text("utf-8")
@@ -71,7 +71,7 @@ def test_the_commands_of_the_page_work(tmp_path, dx, plan_file, commands):
     for line in lines:
         program, *words = shlex.split(line)
         assert program == "fedward-client"
-        done = commands("client.cli", *words, "--json", cwd=tmp_path, env={})
+        done = commands("fedward_client.cli", *words, "--json", cwd=tmp_path, env={})
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         assert isinstance(json.loads(done.stdout), dict)
     assert (tmp_path / "chest.html").is_file()

@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PAGE_FAULTS = """
 import resource, sys
-from client.memory import keep_freed
-from client.training.runtime import Runtime
+from fedward_client.worker_pool import keep_freed
+from fedward_client.training.runtime import Runtime
 exec(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):

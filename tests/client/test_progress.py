@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.commands import work
-from client.data.readers.dicom_headers import read_headers
 from fedward.plan.schema import Task
+from fedward_client.commands import work
+from fedward_client.data.readers.dicom.headers import read_headers
 
 
 def test_a_log_gets_a_plain_line_every_few_seconds(capsys, monkeypatch):
@@ -45,6 +45,6 @@ def test_the_headers_that_are_read_are_counted(tmp_path: Path, dx):
 
 @pytest.mark.integration
 def test_commands_in_a_log(commands, site, tmp_path):
-    done = commands("client.cli", "data", "report", "chest", "--config", site, cwd=tmp_path)
+    done = commands("fedward_client.cli", "data", "report", "chest", "--config", site, cwd=tmp_path)
     assert done.returncode == 0
     assert done.stderr == "chest: indexing for the first time\n"

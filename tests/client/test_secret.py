@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from client.secret import Pseudonyms, existing_secret, site_secret
 from fedward.errors import ConfigError, OutputError
+from fedward_client.secret import Pseudonyms, existing_secret, site_secret
 
 
 def test_it_is_made_once_for_its_owner(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_reading_it_needs_no_room_and_writes_nothing(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "no room")
 
-    monkeypatch.setattr("client.secret.tempfile.mkstemp", full)
+    monkeypatch.setattr("fedward_client.secret.tempfile.mkstemp", full)
     assert site_secret(tmp_path) == existing_secret(tmp_path) == first
     # Room comes back, so the daemon tries again; who owns a folder does not change by itself.
     with pytest.raises(OutputError, match="No space left"):

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from server.config import load_config
-from server.flower.control import Link, stored_key
-from simulation.options import Hospital, Options
-from simulation.study import Study
+from fedward.flower.control_client import ControlClient, stored_key
+from fedward_server.config import load_config
+from fedward_simulation.options import Hospital, Options
+from fedward_simulation.study import Study
 
 pytestmark = pytest.mark.integration
 Make = Callable[..., Any]
@@ -101,7 +101,9 @@ def test_a_study_from_the_laptop_to_the_model(
     assert listed["hospital 1"]["facts"]["patients"] == 20
 
 
-@pytest.mark.parametrize("victim", ["server.runner", "server.flower.superlink", "server.service"])
+@pytest.mark.parametrize(
+    "victim", ["fedward_server.runner", "fedward.flower.superlink", "fedward_server.service"]
+)
 def test_whatever_is_killed_the_same_study_goes_on(
     service: Any, hospitals: list[Any], plan_path: Path, until: Make, victim: str
 ) -> None:
@@ -188,12 +190,12 @@ def test_pause_resume_and_stop(
 
     until(lambda: state()["round"] >= 1)
     assert service.call("study", "pause", study)["state"] == "paused"
-    until(lambda: "server.runner" not in service.processes())
+    until(lambda: "fedward_server.runner" not in service.processes())
     reached = state()["round"]
     assert service.call("study", "resume", study)["state"] == "submitted"
     until(lambda: state()["round"] > reached)
     assert service.call("study", "stop", study)["state"] == "stopped"
-    until(lambda: "server.runner" not in service.processes())
+    until(lambda: "fedward_server.runner" not in service.processes())
     refused = service.call("study", "resume", study, code=17)
     assert "stays so" in refused["message"]
 
@@ -266,7 +268,7 @@ def test_a_removed_site_is_cut_off_in_the_middle_of_a_study(
 def without_superlink(service: Any, until: Make) -> Iterator[None]:
     """The SuperLink is down, and nobody starts it again meanwhile."""
     os.kill(service.process.pid, signal.SIGSTOP)
-    os.kill(service.processes()["server.flower.superlink"], signal.SIGKILL)
+    os.kill(service.processes()["fedward.flower.superlink"], signal.SIGKILL)
     try:
         yield
     finally:
@@ -300,7 +302,7 @@ def test_site_calls_that_failed_with_the_superlink_down_are_done_again(
 
     config = load_config(service.config)
     secret = config.control_secret.read_bytes()
-    link = Link(config.superlink_address, config.tls.ca.read_bytes(), secret)
+    link = ControlClient(config.superlink_address, config.tls.ca.read_bytes(), secret)
     gone = {stored_key(path.read_bytes()) for path in keys}
     until(lambda: {n.status for n in link.nodes() if n.public_key in gone} == {"unregistered"})
     assert len([n for n in link.nodes() if n.public_key in gone]) == 3
@@ -313,7 +315,7 @@ def test_a_service_that_runs_is_alone_and_is_not_restored_over(
     service.call("backup", tmp_path / "b.tar.gz")
     refused = service.call("restore", tmp_path / "b.tar.gz", code=25)
     assert "one aggregator at a time" in refused["message"]
-    command = [sys.executable, "-m", "server.cli", "run", "--config", str(service.config)]
+    command = [sys.executable, "-m", "fedward_server.cli", "run", "--config", str(service.config)]
     second = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert second.returncode == 25
     assert "one aggregator at a time" in second.stderr and "Traceback" not in second.stderr
@@ -322,7 +324,7 @@ def test_a_service_that_runs_is_alone_and_is_not_restored_over(
 
 def test_the_whole_ends_cleanly(service: Any, hospitals: list[Any]) -> None:
     children = service.processes()
-    assert {"server.flower.superlink", "server.service"} <= set(children)
+    assert {"fedward.flower.superlink", "fedward_server.service"} <= set(children)
     assert service.stop() == 0
     assert not any(Path(f"/proc/{number}").exists() for number in children.values())
     log = (service.folder / "server.log").read_text()

@@ -13,20 +13,20 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from client.audit.log import audit_folder, audit_key
-from client.audit.verify import verify
+from fedward.flower.control_client import ControlClient
+from fedward.flower.server_session import RunSession
 from fedward.models import build_model, to_arrays
 from fedward.plan.load import plan_from
 from fedward.plan.schema import Plan
 from fedward.signing import fingerprint, public_bytes, sign_order
-from server.events import Event, RoundEnded, SiteRefused
-from server.flower.control import Link
-from server.flower.runtime import RunSession
-from server.job import Job
-from server.results import Arm
-from server.rounds import StudyRun
-from simulation.options import Hospital, Options
-from simulation.study import Study
+from fedward_client.audit.log import audit_folder, audit_key
+from fedward_client.audit.verify import verify
+from fedward_server.events import Event, RoundEnded, SiteRefused
+from fedward_server.job import Job
+from fedward_server.results import Arm
+from fedward_server.round_loop import StudyRun
+from fedward_simulation.options import Hospital, Options
+from fedward_simulation.study import Study
 
 pytestmark = pytest.mark.integration
 Make = Callable[..., Any]
@@ -37,7 +37,7 @@ class Aggregator:
 
     def __init__(self, superlink: Any, folder: Path) -> None:
         self.superlink, self.folder = superlink, folder
-        self.link = Link(superlink.address, superlink.ca, superlink.control_secret)
+        self.link = ControlClient(superlink.address, superlink.ca, superlink.control_secret)
         self.key = Ed25519PrivateKey.generate()
         self.members: dict[int, str] = {}
         self.events: list[Event] = []

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
-from client.connector.fleet import Fleet, LeaseHeld, LinkDown, LinkRefused, RunOver
 from fedward.errors import StudyError
-from fedward.packing import pack, unpack
-from server import certificates
-from server.exchange import StudyGrid
-from server.flower.control import Link
-from server.flower.runtime import RunSession
+from fedward.flower.control_client import ControlClient
+from fedward.flower.fleet_client import FleetClient, LeaseHeld, LinkDown, LinkRefused, RunOver
+from fedward.flower.server_session import RunSession
+from fedward.flower.study_grid import StudyGrid
+from fedward.flower.tensors import pack, unpack
+from fedward_server import certificates
 
 pytestmark = pytest.mark.integration
 NewKey = Callable[[], tuple[Any, bytes]]
@@ -29,11 +29,11 @@ NewKey = Callable[[], tuple[Any, bytes]]
 def test_a_message_goes_there_and_back_and_only_fleet_calls_pass(
     superlink: Any, new_key: NewKey, tmp_path: Any
 ) -> None:
-    link = Link(superlink.address, superlink.ca, superlink.control_secret)
+    link = ControlClient(superlink.address, superlink.ca, superlink.control_secret)
     key, public = new_key()
     node = link.register(public, "north")
     session = RunSession(link, superlink.runtime_secret, tmp_path / "lock")
-    fleet = Fleet(superlink.address, superlink.ca, key, 1 << 30)
+    fleet = FleetClient(superlink.address, superlink.ca, key, 1 << 30)
     assert fleet.activate() == node
     assert [(n.node_id, n.status) for n in link.nodes()] == [(node, "online")]
 
@@ -73,7 +73,7 @@ def test_a_message_goes_there_and_back_and_only_fleet_calls_pass(
 def test_an_answer_counts_though_its_hospital_has_left_and_a_damaged_part_does_not(
     superlink: Any, new_key: NewKey, tmp_path: Any
 ) -> None:
-    link = Link(superlink.address, superlink.ca, superlink.control_secret)
+    link = ControlClient(superlink.address, superlink.ca, superlink.control_secret)
     key, public = new_key()
     node = link.register(public, "north")
     session = RunSession(link, superlink.runtime_secret, tmp_path / "lock")
@@ -101,20 +101,20 @@ def test_an_answer_counts_though_its_hospital_has_left_and_a_damaged_part_does_n
 
 
 def test_who_may_connect(superlink: Any, new_key: NewKey, tmp_path: Any) -> None:
-    link = Link(superlink.address, superlink.ca, superlink.control_secret)
+    link = ControlClient(superlink.address, superlink.ca, superlink.control_secret)
     key, public = new_key()
     node = link.register(public, "north")
     with pytest.raises(StudyError, match="use"):
         link.register(public, "again")
     with pytest.raises(StudyError, match="public key"):
         link.register(b"no key", "bad")
-    stranger = Fleet(superlink.address, superlink.ca, new_key()[0], 1 << 20)
+    stranger = FleetClient(superlink.address, superlink.ca, new_key()[0], 1 << 20)
     with pytest.raises((LeaseHeld, LinkRefused)):
         stranger.activate()
 
-    first = Fleet(superlink.address, superlink.ca, key, 1 << 20)
+    first = FleetClient(superlink.address, superlink.ca, key, 1 << 20)
     first.activate()
-    second = Fleet(superlink.address, superlink.ca, key, 1 << 20)
+    second = FleetClient(superlink.address, superlink.ca, key, 1 << 20)
     with pytest.raises(LeaseHeld):
         second.activate()
     assert second.activate(known_as=node) == node
@@ -133,24 +133,24 @@ def test_a_certificate_that_has_ended_or_is_another_authoritys_ends_the_call(
     expired = make_superlink(days=-1)
     key, public = new_key()
     with pytest.raises(StudyError, match="must be reachable"):
-        Link(expired.address, expired.ca, expired.control_secret).register(public, "north")
+        ControlClient(expired.address, expired.ca, expired.control_secret).register(public, "north")
     with pytest.raises(LinkDown, match="certificate"):
-        Fleet(expired.address, expired.ca, key, 1 << 20).activate()
+        FleetClient(expired.address, expired.ca, key, 1 << 20).activate()
     elsewhere = certificates.certificate_pem(
         certificates.make_ca("another", certificates.new_key())
     )
     with pytest.raises(LinkDown, match="certificate"):
-        Fleet(expired.address, elsewhere, key, 1 << 20).activate()
+        FleetClient(expired.address, elsewhere, key, 1 << 20).activate()
 
 
 def test_a_killed_superlink_comes_back_with_the_run(
     superlink: Any, new_key: NewKey, tmp_path: Any
 ) -> None:
-    link = Link(superlink.address, superlink.ca, superlink.control_secret)
+    link = ControlClient(superlink.address, superlink.ca, superlink.control_secret)
     key, public = new_key()
     node = link.register(public, "north")
     session = RunSession(link, superlink.runtime_secret, tmp_path / "lock")
-    fleet = Fleet(superlink.address, superlink.ca, key, 1 << 20)
+    fleet = FleetClient(superlink.address, superlink.ca, key, 1 << 20)
     fleet.activate()
     order = RecordDict({"config": ConfigRecord({"x": 1})})
     (identifier,) = session.grid.push_messages([Message(order, node, MessageType.QUERY)])
@@ -177,7 +177,7 @@ def test_a_killed_superlink_comes_back_with_the_run(
     again.close(complete=True)
 
 
-class Breaking(Fleet):
+class Breaking(FleetClient):
     """A connection that breaks after so many pieces of what is sent, or bytes of what comes."""
 
     sends: int | None = None
@@ -230,7 +230,7 @@ class Cut(httpx.SyncByteStream):
 def test_a_link_that_breaks_in_the_middle_loses_no_order_and_holds_up_nobody(
     superlink: Any, new_key: NewKey, tmp_path: Any
 ) -> None:
-    link = Link(superlink.address, superlink.ca, superlink.control_secret)
+    link = ControlClient(superlink.address, superlink.ca, superlink.control_secret)
     fleets = []
     for name in ("north", "south"):
         key, public = new_key()

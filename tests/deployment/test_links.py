@@ -29,19 +29,19 @@ from cryptography.x509.oid import NameOID
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.proto.fleet_pb2 import PullMessagesResponse
 
-from client.connector import fleet as fleets
-from client.connector import loop
-from client.connector.fleet import Fleet, LinkDown
-from client.connector.loop import Connector
-from client.connector.wire import proxy_of, use_proxy
-from client.daemon.settings import ServerSection
-from client.enrol import enrol
-from client.link.packets import Packet
-from client.link.service import serve
 from fedward.errors import ConfigError, ProtocolError
-from fedward.packing import pack
-from server.flower.control import Link
-from server.flower.runtime import RunSession
+from fedward.flower import fleet_client
+from fedward.flower.control_client import ControlClient
+from fedward.flower.fleet_client import FleetClient, LinkDown
+from fedward.flower.server_session import RunSession
+from fedward.flower.tensors import pack
+from fedward.https import proxy_of, use_proxy
+from fedward_client.config import ServerSection
+from fedward_client.connector import connector
+from fedward_client.connector.connector import Connector
+from fedward_client.enrol import enrol
+from fedward_client.link.messages import TrainerMessage
+from fedward_client.link.service import serve
 
 pytestmark = pytest.mark.integration
 Make = Callable[..., Any]
@@ -129,15 +129,17 @@ class Desk:
         self.free, self.asked = threading.Event(), list[str]()
         self.free.set()
 
-    def answer(self, what: str, packet: Packet) -> Packet:
+    def answer(self, what: str, packet: TrainerMessage) -> TrainerMessage:
         self.asked.append(str(packet.record.get("x", packet.record)))
         assert self.free.wait(60)
         if "unreadable" in packet.record:
-            return Packet("refusal", {"site": "north", "round": 0, "rule": "r", "version": 1})
-        return Packet("facts", {"y": packet.record["x"]})
+            return TrainerMessage(
+                "refusal", {"site": "north", "round": 0, "rule": "r", "version": 1}
+            )
+        return TrainerMessage("facts", {"y": packet.record["x"]})
 
-    def garbage(self, error: ProtocolError) -> Packet:
-        return Packet("refusal", {"rule": error.rule})
+    def garbage(self, error: ProtocolError) -> TrainerMessage:
+        return TrainerMessage("refusal", {"rule": error.rule})
 
     def attached(self, isolation: str) -> None: ...
 
@@ -214,12 +216,14 @@ def server(make_superlink: Make) -> Any:
 
 
 @pytest.fixture(scope="module")
-def control(server: Any) -> Link:
-    return Link(server.address, server.ca, server.control_secret)
+def control(server: Any) -> ControlClient:
+    return ControlClient(server.address, server.ca, server.control_secret)
 
 
 @pytest.fixture(scope="module")
-def session(server: Any, control: Link, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def session(
+    server: Any, control: ControlClient, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
     made = RunSession(control, server.runtime_secret, tmp_path_factory.mktemp("run") / "lock")
     yield made
     made.close(complete=True)
@@ -240,7 +244,7 @@ def make_wire(server: Any) -> Iterator[Callable[..., Wire]]:
 
 @pytest.fixture
 def make_site(
-    server: Any, control: Link, new_key: Make, tmp_path: Path
+    server: Any, control: ControlClient, new_key: Make, tmp_path: Path
 ) -> Iterator[Callable[..., tuple[Site, int]]]:
     """Builds a site at an address that is enrolled; gives its number too."""
     made: list[Site] = []
@@ -330,14 +334,16 @@ def test_an_order_that_waited_until_its_round_was_over_is_not_carried_out(
 
 
 @pytest.fixture
-def fleet(server: Any, control: Link, new_key: Make) -> Iterator[Callable[..., Fleet]]:
+def fleet(
+    server: Any, control: ControlClient, new_key: Make
+) -> Iterator[Callable[..., FleetClient]]:
     """Builds connections of an enrolled site; ``node`` is its number."""
     key, public = new_key()
     node = control.register(public, "north")
-    made: list[Fleet] = []
+    made: list[FleetClient] = []
 
-    def build(address: str = "", ca: bytes = b"") -> Fleet:
-        made.append(Fleet(address or server.address, ca or server.ca, key, 1 << 20))
+    def build(address: str = "", ca: bytes = b"") -> FleetClient:
+        made.append(FleetClient(address or server.address, ca or server.ca, key, 1 << 20))
         return made[-1]
 
     build.node = node  # type: ignore[attr-defined]
@@ -490,7 +496,7 @@ def test_an_aggregator_that_is_none_breaks_nothing(server: Any, fleet: Any, kind
         made.socket = context.wrap_socket(made.socket, server_side=True)
         threading.Thread(target=made.serve_forever, daemon=True).start()
         link = fleet(f"127.0.0.1:{made.server_port}")
-        with pytest.raises((LinkDown, ProtocolError, fleets.LinkRefused)):
+        with pytest.raises((LinkDown, ProtocolError, fleet_client.LinkRefused)):
             link.pull()
         link.drop()
         made.shutdown()
@@ -502,7 +508,7 @@ def test_a_clock_that_is_wrong_by_an_hour_is_no_hindrance(
     fleet: Any, session: Any, monkeypatch: pytest.MonkeyPatch, hours: int
 ) -> None:
     wrong = lambda: datetime.now(UTC) + timedelta(hours=hours)  # noqa: E731
-    monkeypatch.setattr("client.connector.fleet.now", wrong)
+    monkeypatch.setattr("fedward.flower.fleet_client.now", wrong)
     link = fleet()
     assert link.activate() == fleet.node
     assert link.clock_seconds == pytest.approx(-3600 * hours, abs=5)
@@ -545,13 +551,13 @@ def test_what_a_killed_connector_said_does_not_pass_for_the_next_one_s(
 
 def test_the_pauses_between_tries_grow_and_differ() -> None:
     for attempt, most in ((1, 0.5), (4, 4.0), (50, 60.0)):
-        pauses = [loop._pause(attempt, 60.0) for _ in range(400)]
+        pauses = [connector._pause(attempt, 60.0) for _ in range(400)]
         assert 0 < min(pauses) < 0.2 * most
         assert 0.9 * most < max(pauses) <= most
         assert statistics.stdev(pauses) > most / 5  # no two hospitals come back together
 
 
-class Counting(Fleet):
+class Counting(FleetClient):
     """Tells what is called, and when."""
 
     calls: ClassVar[Counter[str]] = Counter()
@@ -566,7 +572,7 @@ class Counting(Fleet):
 def test_a_question_is_held_until_an_order_comes_and_nothing_asks_for_code(
     make_site: Make, session: Any, until: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "Fleet", Counting)
+    monkeypatch.setattr(connector, "FleetClient", Counting)
     site, node = make_site()
     until(lambda: site.link["state"] == "online")
 
@@ -660,7 +666,9 @@ classes = ["no", "yes"]
 class Process:
     """A real connector process before a desk in this one."""
 
-    def __init__(self, folder: Path, server: Any, control: Link, env: dict[str, str]) -> None:
+    def __init__(
+        self, folder: Path, server: Any, control: ControlClient, env: dict[str, str]
+    ) -> None:
         self.folder, self.env, self.desk = folder, env, Desk()
         made = enrol(folder, folder.name, server.address, server.ca)
         self.node = control.register(made.public_key.encode(), folder.name)
@@ -672,7 +680,7 @@ class Process:
             [
                 sys.executable,
                 "-m",
-                "client.cli",
+                "fedward_client.cli",
                 "connector",
                 "--config",
                 str(self.folder / "site.toml"),
@@ -694,7 +702,7 @@ class Process:
 
 def test_a_laptop_that_slept_and_a_site_that_forgot_its_number_come_back(
     server: Any,
-    control: Link,
+    control: ControlClient,
     session: Any,
     tmp_path: Path,
     until: Make,

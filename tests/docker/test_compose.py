@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from client.config import config_from, load_config
+from fedward_client.config import config_from, load_config
 
 DOCKER = Path(__file__).resolve().parents[2] / "docker"
 NAMES = ("aggregator", "hospital", "federation")

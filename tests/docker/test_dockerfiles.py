@@ -16,39 +16,39 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 ROLES = ("server", "connector", "trainer")
-OURS = {"fedward", "client", "server", "strategies", "simulation"}
+OURS = {"fedward", "fedward_client", "fedward_server", "fedward_strategies", "fedward_simulation"}
 role = pytest.mark.parametrize("role", ROLES)
 # Where each process and the commands of its people begin.
 BEGIN = {
     "server": ("server", "strategies", "fedward"),
     "connector": (
-        "client/connector",
-        "client/link",
-        "client/daemon",
-        "client/commands/daemon.py",
-        "client/cli.py",
-        "client/config.py",
-        "client/enrol.py",
-        "client/health.py",
-        "fedward/packing.py",
+        "client/fedward_client/connector",
+        "client/fedward_client/link",
+        "client/fedward_client/daemon",
+        "client/fedward_client/commands/daemon.py",
+        "client/fedward_client/cli.py",
+        "client/fedward_client/config.py",
+        "client/fedward_client/enrol.py",
+        "client/fedward_client/health.py",
+        "fedward/flower/tensors.py",
         "fedward/signing.py",
         "fedward/protocol.py",
     ),
     "trainer": (
-        "client/trainer",
-        "client/link",
-        "client/daemon",
-        "client/commands",
-        "client/cohort",
-        "client/data",
-        "client/index",
-        "client/training",
-        "client/ledger",
-        "client/audit",
-        "client/policy",
-        "client/egress",
-        "client/cli.py",
-        "client/health.py",
+        "client/fedward_client/trainer",
+        "client/fedward_client/link",
+        "client/fedward_client/daemon",
+        "client/fedward_client/commands",
+        "client/fedward_client/cohort",
+        "client/fedward_client/data",
+        "client/fedward_client/index",
+        "client/fedward_client/training",
+        "client/fedward_client/ledger",
+        "client/fedward_client/audit",
+        "client/fedward_client/policy",
+        "client/fedward_client/egress",
+        "client/fedward_client/cli.py",
+        "client/fedward_client/health.py",
         "fedward",
     ),
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from client.config import load_config
+from fedward_client.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = ROOT / "docker" / "systemd"

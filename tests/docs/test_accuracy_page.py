@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from server.results import Arm, StudyResults, TestFigures
+from fedward_server.results import Arm, StudyResults, TestFigures
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

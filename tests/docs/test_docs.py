@@ -13,8 +13,8 @@ import typer
 from click import Command, Group, Option
 
 from fedward.plan.settings import SETTINGS
-from simulation.cli import app
-from strategies.registry import STRATEGIES
+from fedward_simulation.cli import app
+from fedward_strategies.registry import STRATEGIES
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -135,8 +135,8 @@ def test_each_picture_is_used() -> None:
 
 
 def test_the_pages_of_the_server_are_those_of_the_program() -> None:
-    from server.api import reference as api
-    from server.reference import page
+    from tools.docs import api
+    from tools.docs.server import page
 
     written = {name: (DOCS / name).read_text("utf-8") for name in ("server.md", "api.md")}
     assert written["server.md"] == page(), "regenerate: make docs"
@@ -144,8 +144,8 @@ def test_the_pages_of_the_server_are_those_of_the_program() -> None:
 
 
 def test_each_server_command_is_on_its_page_with_a_meaning_for_each_word() -> None:
-    from server.cli import app as server
-    from server.reference import commands as of_server
+    from fedward_server.cli import app as server
+    from tools.docs.server import commands as of_server
 
     text = (DOCS / "server.md").read_text("utf-8")
     page = sections(text)
@@ -164,7 +164,7 @@ def test_each_server_command_is_on_its_page_with_a_meaning_for_each_word() -> No
 
 
 def test_each_call_of_the_api_says_which_role_it_needs() -> None:
-    from server.api.reference import description
+    from tools.docs.api import description
 
     told = description()
     assert told["components"]["securitySchemes"]["token"]["scheme"] == "bearer"
@@ -199,7 +199,7 @@ def test_each_log_message_is_in_the_operations_guide(room: str, heading: str) ->
     )
     assert len(written) > 5
     assert written <= told
-    from client.trainer.host import NETWORKED, WALLS_DOWN
+    from fedward_client.trainer.process import NETWORKED, WALLS_DOWN
 
     links = {"starting", "online", "down", "refused"}
     waits = {"waiting for an old connection to lapse", "waiting for the trainer"}
@@ -209,7 +209,7 @@ def test_each_log_message_is_in_the_operations_guide(room: str, heading: str) ->
 
 def test_each_state_event_and_kind_is_in_the_operations_guide() -> None:
     from fedward.protocol import RefusalKind
-    from server.registry.records import State
+    from fedward_server.registry.records import State
 
     page = sections((DOCS / "operations.md").read_text("utf-8"))
     told = {

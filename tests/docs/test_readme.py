@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from server.results import StudyResults
-from simulation.cohort import write_cohort
-from simulation.demo import KINDS
+from fedward_server.results import StudyResults
+from fedward_simulation.cohort import write_cohort
+from fedward_simulation.demo import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = {
-    ".venv/bin/fedward-simulate": "simulation.cli",
-    ".venv/bin/fedward-client": "client.cli",
-    ".venv/bin/fedward-server": "server.cli",
+    ".venv/bin/fedward-simulate": "fedward_simulation.cli",
+    ".venv/bin/fedward-client": "fedward_client.cli",
+    ".venv/bin/fedward-server": "fedward_server.cli",
 }
 BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
 LINES = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
@@ -30,8 +30,7 @@ pytestmark = pytest.mark.integration
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A folder with the shipped plans, and with a small copy of what ``make demo`` writes."""
-    for plans in ("studies", "simulation/plans"):
-        shutil.copytree(ROOT / plans, tmp_path / plans)
+    shutil.copytree(ROOT / "studies", tmp_path / "studies")
     for kind in KINDS:
         write_cohort(tmp_path / "demo" / f"cohort-{kind}", 0, kind, 20, 4)
     return tmp_path
@@ -39,7 +38,7 @@ def checkout(tmp_path: Path) -> Path:
 
 def hasten(checkout: Path) -> None:
     """Two rounds instead of many; everything else of the plans stays."""
-    for plan in (checkout / "simulation" / "plans").glob("*.toml"):
+    for plan in (checkout / "studies" / "demo").glob("*.toml"):
         text = re.sub(r"^rounds = \d+$", "rounds = 2", plan.read_text("utf-8"), flags=re.MULTILINE)
         plan.write_text(text, "utf-8")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedward.lean.finders import _uncompiled
+from fedward.startup import _uncompiled
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN = """
@@ -28,7 +28,7 @@ BUILD = """
 import torch
 from fedward.models.registry import build_model
 from fedward.plan.schema import SEGMENTERS, Plan
-from client.training.optimizers import build_optimizer
+from fedward_client.training.optimizers import build_optimizer
 def train(name, dimensions):
     seg = name in SEGMENTERS
     size = [32] * dimensions
@@ -55,7 +55,7 @@ say(loaded())
 """
 THERE = """
 import fedward.models, opacus.accountants, torch.distributed
-from fedward.lean import plain_shapes
+from fedward.startup import plain_shapes
 early = loaded()
 with plain_shapes():
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -75,7 +75,7 @@ say(optimizer.DTensor is before.DTensor)
 """
 COMPILED = """
 import torch
-from client.training.optimizers import _KINDS
+from fedward_client.training.optimizers import _KINDS
 weight = torch.nn.Parameter(torch.ones(2))
 optimizer = _KINDS["sgd"]([weight], lr=0.5)
 @torch.compile(backend="eager")

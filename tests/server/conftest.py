@@ -9,19 +9,19 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from server.config import ServerConfig, load_config
-from server.registry import Registry, open_registry
-from server.setup import Made, Wishes, initialise
+from fedward_server.config import ServerConfig, load_config
+from fedward_server.registry import Registry, open_registry
+from fedward_server.setup import SetupOptions, SetupResult, initialise
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Made:
+def made(tmp_path: Path) -> SetupResult:
     """A fresh aggregator."""
-    return initialise(tmp_path / "hub", Wishes(hosts=("aggregator.example.org",)))
+    return initialise(tmp_path / "hub", SetupOptions(hosts=("aggregator.example.org",)))
 
 
 @pytest.fixture
-def config(made: Made) -> ServerConfig:
+def config(made: SetupResult) -> ServerConfig:
     """Its configuration."""
     return load_config(made.config)
 

@@ -15,17 +15,17 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedward.errors import ConfigError, FedwardError, OutputError, ServiceError
-from server.alone import alone
-from server.backup import backup
-from server.config import ServerConfig, load_config
-from server.registry import open_registry
-from server.restore import restore
-from server.setup import Wishes, initialise
+from fedward.files import alone
+from fedward_server.backup import backup
+from fedward_server.config import ServerConfig, load_config
+from fedward_server.registry import open_registry
+from fedward_server.restore import restore
+from fedward_server.setup import SetupOptions, initialise
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> ServerConfig:
-    return load_config(initialise(tmp_path / "agg", Wishes()).config)
+    return load_config(initialise(tmp_path / "agg", SetupOptions()).config)
 
 
 def fill(config: ServerConfig, plan: Any) -> str:
@@ -186,7 +186,7 @@ def test_a_database_that_fails_costs_nothing_and_no_original_is_ever_deleted(
         raise ServiceError("the registry's database must be reachable")
 
     with monkeypatch.context() as away:
-        away.setattr("server.restore._put_registry", fail)
+        away.setattr("fedward_server.restore._put_registry", fail)
         with pytest.raises(ServiceError):
             restore(config, path)
     assert config.coordinator_key.read_bytes() == b"original"

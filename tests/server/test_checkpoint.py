@@ -14,21 +14,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from client.data.types import PreparedSite
-from client.training.runtime import Runtime
 from fedward.errors import OutputError
+from fedward.flower import identity
 from fedward.models import build_model, to_arrays
 from fedward.plan.load import plan_hash
 from fedward.plan.schema import Plan
-from server.checkpoint import Checkpoints
-from server.events import Event, RoundEnded
-from server.job import Job
-from server.results import Arm
-from server.rounds import StudyRun
-from simulation import flower
-from simulation.local import LocalGrid, State
-from simulation.pool import Pool
-from simulation.sites import SimulatedSites
+from fedward_client.data.sample import PreparedSite
+from fedward_client.training.runtime import Runtime
+from fedward_server.events import Event, RoundEnded
+from fedward_server.job import Job
+from fedward_server.results import Arm
+from fedward_server.round_loop import StudyRun
+from fedward_server.study_persistence import Checkpoints
+from fedward_simulation.local import LocalGrid, State
+from fedward_simulation.pool import Pool
+from fedward_simulation.sites import SimulatedSites
 
 Make = Callable[..., Any]
 
@@ -38,7 +38,7 @@ def job_of(plan: Plan, **more: Any) -> Job:
 
 
 def run(job: Job, sites: list[PreparedSite]) -> None:
-    flower.become_server()
+    identity.become_server()
     simulated = SimulatedSites(sites, Runtime(randomness="seeded"))
     pool = Pool(State(simulated), 0)
     try:
@@ -129,9 +129,9 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     code = f"""
 import numpy as np
 from pathlib import Path
-from server.checkpoint import Checkpoints
-from server.job import Job
-from server.results import Arm, Round
+from fedward_server.study_persistence import Checkpoints
+from fedward_server.job import Job
+from fedward_server.results import Arm, Round
 from fedward.plan.load import load_plan
 plan = None
 kept = Checkpoints(Path({str(tmp_path)!r}), "a" * 64)

@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-from server.config import ConnectionLimits
-from server.connections import Table, Unidentified, identified
-from server.networks import network_of
+from fedward.connections import ConnectionLimits, Table, Unidentified, identified, network_of
 
 
 @pytest.mark.parametrize(
@@ -57,7 +55,7 @@ def test_the_oldest_of_the_network_that_has_the_most_is_closed() -> None:
 def test_a_connection_without_an_identity_ends_after_its_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("server.connections._GRACE_SECONDS", 0.0)
+    monkeypatch.setattr("fedward.connections._GRACE_SECONDS", 0.0)
 
     async def run() -> None:
         table: Any = Table(ConnectionLimits(seconds=0.01))

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from fedward.errors import ServiceError
-from server import dispatch, runner
-from server.config import ServerConfig
-from server.dispatch import MOST_ENDS, Dispatcher
-from server.registry import Registry
-from server.results import Round
+from fedward_server import dispatch, runner
+from fedward_server.config import ServerConfig
+from fedward_server.dispatch import MOST_ENDS, Dispatcher
+from fedward_server.registry import Registry
+from fedward_server.results import Round
 
 Make = Callable[..., Any]
 PLANTED = "/data/ward-7/DOE^JANE"

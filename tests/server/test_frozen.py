@@ -11,23 +11,23 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from client.connector.frozen import FrozenArrays, Lacking
-from client.connector.translate import refusal, to_order, to_reply
-from client.data.types import PreparedSite
-from client.link.packets import Packet
-from client.training.runtime import Runtime
+from fedward.flower import identity
+from fedward.flower.grid import _packed
 from fedward.models import build_model, to_arrays, trainable_names
 from fedward.plan import Plan, load_plan
 from fedward.protocol import RoundOrder
-from server.events import Event, RoundEnded
-from server.flower.packed import _packed
-from server.gather import record_of, size_of
-from server.results import Arm
-from server.rounds import Job, StudyRun
-from simulation import flower
-from simulation.local import LocalGrid, State
-from simulation.pool import Pool
-from simulation.sites import SimulatedSites
+from fedward_client.connector.frozen import FrozenArrays, Lacking
+from fedward_client.data.sample import PreparedSite
+from fedward_client.link.messages import TrainerMessage
+from fedward_client.messages import refusal, to_order, to_reply
+from fedward_client.training.runtime import Runtime
+from fedward_server.aggregation import record_of, size_of
+from fedward_server.events import Event, RoundEnded
+from fedward_server.results import Arm
+from fedward_server.round_loop import Job, StudyRun
+from fedward_simulation.local import LocalGrid, State
+from fedward_simulation.pool import Pool
+from fedward_simulation.sites import SimulatedSites
 
 Make = Callable[..., Any]
 SITES = {1001: "site-1", 1002: "site-2"}
@@ -54,8 +54,8 @@ class Wire(LocalGrid):
         try:
             _, order = to_order(packed, self.held[node])
         except Lacking as error:
-            identifier = flower.stamp(message)
-            said = to_reply(refusal(SITES[node], None, error), Packet("order", {}))
+            identifier = identity.stamp(message)
+            said = to_reply(refusal(SITES[node], None, error), TrainerMessage("order", {}))
             self.refused[identifier] = Message(said, reply_to=message)
             self.asked[node] += 1
             return identifier
@@ -88,7 +88,7 @@ def plan(make_plan: Make) -> Plan:
 
 @pytest.fixture
 def pool(make_site: Make) -> Iterator[Pool]:
-    flower.become_server()
+    identity.become_server()
     sites: list[PreparedSite] = [make_site(name, patients=20, seed=7) for name in SITES.values()]
     made = Pool(State(SimulatedSites(sites, Runtime(randomness="seeded"))), 0)
     yield made

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord
 
-from server.exchange import Moment
-from simulation import flower
-from strategies.registry import build_strategy
-from strategies.settings import StrategySettings
+from fedward.flower import identity
+from fedward.flower.study_grid import GridSnapshot
+from fedward_strategies.registry import build_strategy
+from fedward_strategies.settings import StrategySettings
 
 
 class Leaving:
@@ -26,8 +26,8 @@ class Leaving:
 
 
 def test_a_strategy_asks_who_was_there() -> None:
-    flower.become_server()
-    grid: Any = Moment(Leaving(), [1, 2, 3], threading.Event())  # type: ignore[arg-type]
+    identity.become_server()
+    grid: Any = GridSnapshot(Leaving(), [1, 2, 3], threading.Event())  # type: ignore[arg-type]
     strategy = build_strategy("fedavg", StrategySettings(values={}))
     arrays = ArrayRecord({"w": Array(np.zeros(2, np.float32))})
     made: list[Any] = []

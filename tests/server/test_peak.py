@@ -17,11 +17,11 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
-from fedward.packing import PACKED, pack
+from fedward.flower.tensors import PACKED, pack
 from fedward.protocol import TrainOutcome
-from server.flower.packed import _unpacked
-from server.gather import Gathered
-from server.replies import Update, read_update
+from fedward.flower.grid import _unpacked
+from fedward_server.aggregation import Gathered
+from fedward_server.reply_validation import Update, read_update
 fold, sites = sys.argv[1] == "folded", int(sys.argv[2])
 TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 expected = {"w": np.zeros(1 << 21, np.float32)}

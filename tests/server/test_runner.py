@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedward.dp.accounting import calibrate
 from fedward.errors import WeightsError
 from fedward.models import build_model, to_arrays
 from fedward.plan.load import plan_hash
-from fedward.privacy import calibrate
 from fedward.protocol import SiteFacts
-from server import events
-from server.checkpoint import Checkpoints
-from server.config import ServerConfig
-from server.job import Job
-from server.registry import Registry
-from server.results import Arm
-from server.runner import Runner
+from fedward_server import events
+from fedward_server.config import ServerConfig
+from fedward_server.job import Job
+from fedward_server.registry import Registry
+from fedward_server.results import Arm
+from fedward_server.runner import Runner
+from fedward_server.study_persistence import Checkpoints
 
 Make = Callable[..., Any]
 
@@ -44,7 +44,9 @@ def runner(
         self.job.complete = True
 
     monkeypatch.setattr(Runner, "_session", session)
-    monkeypatch.setattr("server.keeper.Keeper.deliver", lambda self, job: None)
+    monkeypatch.setattr(
+        "fedward_server.study_persistence.StudyPersistence.deliver", lambda self, job: None
+    )
     return Runner(config, registry, study)
 
 

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from fedward.errors import ConfigError, OutputError, ServiceError
-from server.alone import alone
-from server.config import ServerConfig, load_config
-from server.listen import ApiThread
-from server.service import serve
-from server.setup import Made
+from fedward.files import alone
+from fedward_server.config import ServerConfig, load_config
+from fedward_server.listen import ApiThread
+from fedward_server.service import serve
+from fedward_server.setup import SetupResult
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -34,7 +34,7 @@ def free_ports() -> list[int]:
 
 
 @pytest.fixture
-def made(made: Made) -> Made:
+def made(made: SetupResult) -> SetupResult:
     """An aggregator on ports of its own."""
     text = made.config.read_text()
     for old, port in zip((9443, 9444, 9445), free_ports(), strict=True):
@@ -43,15 +43,15 @@ def made(made: Made) -> Made:
     return made
 
 
-def write(made: Made, old: str, new: str) -> None:
+def write(made: SetupResult, old: str, new: str) -> None:
     text = made.config.read_text()
     assert old in text
     made.config.write_text(text.replace(old, new))
 
 
 @contextlib.contextmanager
-def running(made: Made) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "server.service", "--config", str(made.config)]
+def running(made: SetupResult) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "fedward_server.service", "--config", str(made.config)]
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     try:
         yield process
@@ -70,7 +70,9 @@ def wait_for_port(port: int) -> None:
 
 
 def test_the_operators_api_loads_no_torch() -> None:
-    code = "import sys, server.service; print('torch' in sys.modules, 'monai' in sys.modules)"
+    code = (
+        "import sys, fedward_server.service; print('torch' in sys.modules, 'monai' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 
@@ -107,9 +109,9 @@ def test_who_ends_soon_is_waited_for(tmp_path: Path) -> None:
 
 
 def test_a_second_service_on_the_same_folder_serves_nothing(
-    made: Made, monkeypatch: pytest.MonkeyPatch
+    made: SetupResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.service._PATIENCE", 0.2)
+    monkeypatch.setattr("fedward_server.service._PATIENCE", 0.2)
     config = load_config(made.config)
     with running(made):
         wait_for_port(config.api.port)
@@ -120,7 +122,7 @@ def test_a_second_service_on_the_same_folder_serves_nothing(
             write(made, str(old), str(port))
         with pytest.raises(ServiceError, match="one aggregator at a time"):
             serve(made.config, threading.Event())
-        command = [sys.executable, "-m", "server.cli", "run", "--config", str(made.config)]
+        command = [sys.executable, "-m", "fedward_server.cli", "run", "--config", str(made.config)]
         with alone(config.server.state, "run"):
             done = subprocess.run(
                 command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False
@@ -131,9 +133,9 @@ def test_a_second_service_on_the_same_folder_serves_nothing(
 
 @pytest.mark.parametrize("which", ["port", "health_port"])
 def test_a_taken_port_ends_the_service_with_its_key(
-    made: Made, which: str, monkeypatch: pytest.MonkeyPatch
+    made: SetupResult, which: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.service.log_to_stderr", lambda level: None)
+    monkeypatch.setattr("fedward_server.service.log_to_stderr", lambda level: None)
     port = getattr(load_config(made.config).api, which)
     with socket.socket() as taken:
         # As gRPC opens its ports, so that others may share them.
@@ -146,7 +148,7 @@ def test_a_taken_port_ends_the_service_with_its_key(
 
 
 @pytest.mark.parametrize("name", ["tls/server.crt", "tls/ca.crt", "keys/control.secret"])
-def test_the_service_tells_what_it_lacks_in_one_line(made: Made, name: str) -> None:
+def test_the_service_tells_what_it_lacks_in_one_line(made: SetupResult, name: str) -> None:
     path = made.config.parent / name
     path.unlink()
     if path.suffix == ".crt":
@@ -175,7 +177,7 @@ def test_a_deaf_service_ends(config: ServerConfig) -> None:
 
 
 def test_the_log_says_as_much_as_the_configuration_wants(
-    made: Made, monkeypatch: pytest.MonkeyPatch
+    made: SetupResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(made, 'log_level = "info"', 'log_level = "error"')
     stop = threading.Event()

@@ -11,13 +11,15 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from fedward.errors import ConfigError, OutputError
 from fedward.signing import fingerprint
-from server import certificates
-from server.config import ServerConfig, config_from, load_config
-from server.registry import open_registry, read_signing_key
-from server.setup import Made, OwnCertificate, Wishes, initialise, renew
+from fedward_server import certificates
+from fedward_server.config import ServerConfig, config_from, load_config
+from fedward_server.registry import open_registry, read_signing_key
+from fedward_server.setup import OwnCertificate, SetupOptions, SetupResult, initialise, renew
 
 
-def test_the_folder_has_all_parts_with_private_modes(made: Made, config: ServerConfig) -> None:
+def test_the_folder_has_all_parts_with_private_modes(
+    made: SetupResult, config: ServerConfig
+) -> None:
     root = made.config.parent
     modes = {
         str(path.relative_to(root)): stat.S_IMODE(path.stat().st_mode)
@@ -34,7 +36,7 @@ def test_the_folder_has_all_parts_with_private_modes(made: Made, config: ServerC
 
 
 def test_the_token_opens_the_registry_and_stands_in_no_file(
-    made: Made, config: ServerConfig
+    made: SetupResult, config: ServerConfig
 ) -> None:
     registry = open_registry(config)
     token = registry.tokens.check(made.token)
@@ -47,29 +49,29 @@ def test_the_token_opens_the_registry_and_stands_in_no_file(
         assert not path.is_file() or secret not in path.read_bytes(), path.name
 
 
-def test_the_coordinator_is_named_by_its_key(made: Made, config: ServerConfig) -> None:
+def test_the_coordinator_is_named_by_its_key(made: SetupResult, config: ServerConfig) -> None:
     key = read_signing_key(config.coordinator_key).public_key()
     assert made.coordinator == fingerprint(key.public_bytes_raw())
     assert load_pem_public_key(config.coordinator_key.with_suffix(".pub").read_bytes()) == key
 
 
-def test_nothing_is_overwritten(made: Made) -> None:
+def test_nothing_is_overwritten(made: SetupResult) -> None:
     before = made.config.read_bytes()
     with pytest.raises(ConfigError, match="init overwrites nothing"):
-        initialise(made.config.parent, Wishes())
+        initialise(made.config.parent, SetupOptions())
     assert made.config.read_bytes() == before
 
 
 def test_a_wrong_host_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--host: a host must be"):
-        initialise(tmp_path / "hub", Wishes(hosts=("not a host",)))
+        initialise(tmp_path / "hub", SetupOptions(hosts=("not a host",)))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="must be writable"):
-        initialise(tmp_path / "file" / "hub", Wishes())
+        initialise(tmp_path / "file" / "hub", SetupOptions())
 
 
 def handshake(config: ServerConfig, name: str) -> dict[str, object]:
@@ -123,7 +125,7 @@ def test_a_renewed_certificate_is_trusted_through_the_same_authority(config: Ser
 
 def test_own_certificates_are_taken_but_not_renewed(config: ServerConfig, tmp_path: Path) -> None:
     own = OwnCertificate(config.tls.certificate, config.tls.key, config.tls.ca)
-    other = load_config(initialise(tmp_path / "other", Wishes(own=own)).config)
+    other = load_config(initialise(tmp_path / "other", SetupOptions(own=own)).config)
     assert other.tls.certificate.read_bytes() == config.tls.certificate.read_bytes()
     assert stat.S_IMODE(other.tls.key.stat().st_mode) == 0o600
     with pytest.raises(ConfigError, match="init's own authority"):
@@ -133,7 +135,7 @@ def test_own_certificates_are_taken_but_not_renewed(config: ServerConfig, tmp_pa
 def test_a_key_of_another_certificate_is_refused(config: ServerConfig, tmp_path: Path) -> None:
     own = OwnCertificate(config.tls.ca, config.tls.key, config.tls.ca)
     with pytest.raises(ConfigError, match="--key: key and certificate must belong together"):
-        initialise(tmp_path / "other", Wishes(own=own))
+        initialise(tmp_path / "other", SetupOptions(own=own))
 
 
 @pytest.mark.parametrize(

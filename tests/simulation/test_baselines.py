@@ -13,24 +13,24 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from client.data.types import PreparedSite
-from client.training.batches import shuffled
-from client.training.fit import Draws
-from client.training.runtime import Runtime
-from client.training.trainer import Trainer
+from fedward.flower import identity
 from fedward.metrics import counts_from_arrays
 from fedward.models import build_model, from_arrays, to_arrays
 from fedward.plan.load import plan_hash
 from fedward.plan.schema import Plan
-from server.job import Job
-from server.results import Arm
-from server.rounds import StudyRun
-from simulation import flower
-from simulation.baselines import lone_arm, lone_plan, shares
-from simulation.checkpoint import ArmFolder
-from simulation.local import LocalGrid, State
-from simulation.pool import Pool
-from simulation.sites import SimulatedSites, pool_sites
+from fedward_client.data.sample import PreparedSite
+from fedward_client.training.batches import shuffled
+from fedward_client.training.fit import Draws
+from fedward_client.training.runtime import Runtime
+from fedward_client.training.trainer import Trainer
+from fedward_server.job import Job
+from fedward_server.results import Arm
+from fedward_server.round_loop import StudyRun
+from fedward_simulation.baselines import lone_arm, lone_plan, shares
+from fedward_simulation.checkpoint import ArmFolder
+from fedward_simulation.local import LocalGrid, State
+from fedward_simulation.pool import Pool
+from fedward_simulation.sites import SimulatedSites, pool_sites
 
 SEEDED = Runtime(randomness="seeded")
 ADAM = {"name": "fedadam", "settings": {"eta": 0.01, "tau": 1e-3}}
@@ -159,7 +159,7 @@ def test_pooled_data_train_as_the_federation_where_the_division_makes_no_differe
     """Sites of one size, all images in each step: the mean of their gradients is that of all."""
     sites = [make_site(f"site-{i}", patients=40, seed=i) for i in (1, 2)]
     plan = make_plan(training={"rounds": 4, "batch_size": 24, **STEPS}, strategy=strategy)
-    flower.become_server()
+    identity.become_server()
     job = Job(plan, start_of(plan), Arm(name="federated", kind="federated"), seed=3)
     StudyRun(job, LocalGrid(Pool(State(SimulatedSites(sites, SEEDED)), 0), 2)).run()
     _, pooled = model_of(plan, sites, None, tmp_path)
@@ -275,7 +275,7 @@ def test_a_lone_arm_that_was_broken_off_before_its_test_is_tested(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("simulation.baselines.answers_on_test", stop)
+        patch.setattr("fedward_simulation.baselines.answers_on_test", stop)
         lone_arm(state, plan, start_of(plan), 3, "site-2", place)
     again, _ = lone_arm(state, plan, start_of(plan), 3, "site-2", place)
     assert again.test == arm.test

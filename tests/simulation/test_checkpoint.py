@@ -17,19 +17,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-import simulation.audit.study
-import simulation.cli
-import simulation.progress
+import fedward_simulation.audit.study
+import fedward_simulation.cli
+import fedward_simulation.progress
 from fedward.errors import OutputError
 from fedward.models import build_model, to_arrays
 from fedward.plan import load_plan, plan_hash
-from server.job import Job
-from server.report import read_metrics
-from server.results import Arm, Round, SitePrivacy, StudyResults
-from simulation.checkpoint import ArmFolder, RunCheckpoints
-from simulation.options import Options
-from simulation.output import write_outputs
-from simulation.study import Study
+from fedward_server.job import Job
+from fedward_server.report import read_metrics
+from fedward_server.results import Arm, Round, SitePrivacy, StudyResults
+from fedward_simulation.checkpoint import ArmFolder, RunCheckpoints
+from fedward_simulation.options import Options
+from fedward_simulation.output import write_outputs
+from fedward_simulation.study import Study
 
 PRIVATE = 'mechanism = "dp-sgd"\nepsilon = 8\ndelta = 1e-3\nclipping_norm = 1.0'
 ADAM = '[strategy]\nname = "fedadam"\nsettings = { eta = 0.01 }\naveraging = 0.5\n[participation]'
@@ -56,7 +56,7 @@ class Command:
                 sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
                 sys.argv = ["fedward-simulate", "run", *map(str, words)]
                 logging.disable(logging.NOTSET)
-                simulation.cli.main()
+                fedward_simulation.cli.main()
                 code = 0
             except SystemExit as ended:
                 code = int(ended.code or 0)
@@ -220,7 +220,7 @@ def test_a_signal_ends_a_run_with_all_complete_rounds_kept(
 def test_an_unfinished_run_of_something_else_is_refused_until_fresh(
     plan: Path, npz_data: Path, tmp_path: Path, commands: Any
 ) -> None:
-    run = ("simulation.cli", "run", plan, "--data", npz_data, *WORDS, "--out", "out")
+    run = ("fedward_simulation.cli", "run", plan, "--data", npz_data, *WORDS, "--out", "out")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "report.html").write_text("of the unfinished run", "utf-8")
     start = Study(

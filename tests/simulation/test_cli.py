@@ -18,10 +18,10 @@ import pytest
 from safetensors import safe_open
 
 from fedward.plan import load_plan, plan_hash
-from server.results import StudyResults
+from fedward_server.results import StudyResults
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = "simulation.cli"
+PROGRAM = "fedward_simulation.cli"
 COMMAND = [sys.executable, "-m", PROGRAM]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "FLWR_TELEMETRY_ENABLED": "0"}
 DIVIDED = ("--partition", "iid", "--sites", "2", "--device", "cpu")
@@ -212,7 +212,7 @@ def test_a_wrong_command_with_json_is_an_object_too(
     assert words[-1].lstrip("-") in told["message"] or "1,3,8" in told["message"]
 
 
-@pytest.mark.parametrize("program", ["client.cli", "server.cli", PROGRAM])
+@pytest.mark.parametrize("program", ["fedward_client.cli", "fedward_server.cli", PROGRAM])
 def test_each_program_tells_its_version(program: str, tmp_path: Path, commands: Any) -> None:
     done = commands(program, "--version", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"fedward {version('fedward')}\n")

@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from client.data.types import PreparedSite
-from client.training.runtime import Runtime
 from fedward.errors import DeviceError
 from fedward.models import build_model, to_arrays
 from fedward.plan import Plan
-from server.app import server_app
-from server.results import Arm
-from server.rounds import Job
-from simulation.local import State, run_local
-from simulation.pool import Pool
-from simulation.ray_engine import load_site, run_ray, start_ray, store_sites
-from simulation.sites import SimulatedSites
+from fedward_client.data.sample import PreparedSite
+from fedward_client.training.runtime import Runtime
+from fedward_server.app import server_app
+from fedward_server.results import Arm
+from fedward_server.round_loop import Job
+from fedward_simulation.local import State, run_local
+from fedward_simulation.pool import Pool
+from fedward_simulation.ray_engine import load_site, run_ray, start_ray, store_sites
+from fedward_simulation.sites import SimulatedSites
 
 pytestmark = pytest.mark.integration
 SEEDED = Runtime(randomness="seeded")

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from fedward.models import build_model
 from fedward.plan import load_plan
-from server.results import StudyResults
+from fedward_server.results import StudyResults
 
-PROGRAM = "simulation.cli"
+PROGRAM = "fedward_simulation.cli"
 STAGES = '[[stages]]\nname = "a"\nrounds = 1\nlearning_rate = 0.1\ntrain = ["nothing*"]\n'
 RATES = "rounds = 2\nlearning_rate = 0.01\n"
 NONE = 'mechanism = "none"'

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-PROGRAM = "simulation.cli"
+PROGRAM = "fedward_simulation.cli"
 pytestmark = pytest.mark.integration
 
 

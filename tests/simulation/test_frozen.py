@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from client.cohort.training import preparers
 from fedward.errors import ConfigError, DataError, FedwardError, PlanError
 from fedward.plan import load_plan
-from server.results import StudyResults
-from simulation.cli import app
-from simulation.cohort import write_cohort
-from simulation.options import Hospital, Options
-from simulation.prepare import frozen_sites
+from fedward_client.cohort.training import preparers
+from fedward_server.results import StudyResults
+from fedward_simulation.cli import app
+from fedward_simulation.cohort import write_cohort
+from fedward_simulation.options import Hospital, Options
+from fedward_simulation.prepare import frozen_sites
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "FLWR_TELEMETRY_ENABLED": "0"}
@@ -54,7 +54,7 @@ def once(tmp_path_factory: pytest.TempPathFactory, commands: Any) -> Path:
         text = SITE.format(name=f"north {k}", root=f"hospital-{k}")
         (folder / "site.toml").write_text(text, "utf-8")
         words = ("data", "freeze", "chest", "--config", folder / "site.toml")
-        frozen = commands("client.cli", *words, cwd=tmp_path)
+        frozen = commands("fedward_client.cli", *words, cwd=tmp_path)
         assert frozen.returncode == 0, frozen.stderr
     return tmp_path
 
@@ -75,7 +75,7 @@ def both(*more: object) -> tuple[object, ...]:
 def test_a_study_trains_on_frozen_cohorts_and_finds_a_changed_byte(
     hospitals: Path, commands: Any
 ) -> None:
-    done = commands("simulation.cli", *both("--json", "--baselines"), cwd=hospitals)
+    done = commands("fedward_simulation.cli", *both("--json", "--baselines"), cwd=hospitals)
     assert done.returncode == 0, done.stderr
     results = StudyResults.model_validate_json(json.dumps(json.loads(done.stdout)["studies"][0]))
     assert results.complete and results.synthetic and results.partition == "frozen cohorts"
@@ -88,7 +88,7 @@ def test_a_study_trains_on_frozen_cohorts_and_finds_a_changed_byte(
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
     victim.write_bytes(bytes(content))
-    refused = commands("simulation.cli", *both("--out", "again"), cwd=hospitals)
+    refused = commands("fedward_simulation.cli", *both("--out", "again"), cwd=hospitals)
     assert refused.returncode == 11
     assert "north 2" in refused.stderr and "1 changed, 0 gone" in refused.stderr
     assert victim.name not in refused.stderr and "Traceback" not in refused.stderr

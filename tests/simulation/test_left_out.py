@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from server.results import StudyResults
+from fedward_server.results import StudyResults
 
-PROGRAM = "simulation.cli"
+PROGRAM = "fedward_simulation.cli"
 pytestmark = pytest.mark.integration
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from simulation import study
-from simulation.options import Options
-from simulation.study import Study
+from fedward_simulation import study
+from fedward_simulation.options import Options
+from fedward_simulation.study import Study
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from client.training.evaluate import Answers
 from fedward.plan import Plan
-from server.results import Arm
-from simulation.paired import difference, difference_at_home, jackknife, paired
+from fedward_client.training.evaluate import Answers
+from fedward_server.results import Arm
+from fedward_simulation.paired import difference, difference_at_home, jackknife, paired
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.data.types import Image, Sample, SplitName
 from fedward.errors import DataError
-from simulation.partition import Partition, parse_partition, partition
+from fedward_client.data.sample import Image, Sample, SplitName
+from fedward_simulation.partition import Partition, parse_partition, partition
 
 FORMS = "folders, iid, dirichlet:ALPHA, shards:K, quantity:ALPHA or column:NAME"
 MADE = ("iid", "dirichlet:0.5", "dirichlet:5", "shards:2", "quantity:1")

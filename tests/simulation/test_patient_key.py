@@ -9,13 +9,13 @@ import pytest
 from PIL import Image as Pillow
 from typer.testing import CliRunner
 
-from client.policy.words import PATIENT_KEY
 from fedward.errors import DataError
 from fedward.plan import load_plan
-from server.report import read_metrics
-from simulation.cli import app
-from simulation.options import Options
-from simulation.study import Study
+from fedward.rule_codes import PATIENT_KEY
+from fedward_server.report import read_metrics
+from fedward_simulation.cli import app
+from fedward_simulation.options import Options
+from fedward_simulation.study import Study
 
 DP_SGD = 'mechanism = "dp-sgd"\nepsilon = 8\ndelta = 1e-3\nclipping_norm = 1.0'
 

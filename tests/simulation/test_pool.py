@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from simulation.pool import Pool, cores
+from fedward_simulation.pool import Pool, cores
 
 pytestmark = pytest.mark.integration
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from simulation.cli import app
+from fedward_simulation.cli import app
 
 
 @pytest.mark.integration

@@ -99,7 +99,7 @@ def test_a_study_learns_from_radiographs_and_a_table(tmp_path: Path, commands: A
         (folder / "labels.csv").write_text("\n".join(["AccessionNumber;label;age", *rows]), "utf-8")
     (tmp_path / "plan.toml").write_text(PLAN)
     done = commands(
-        "simulation.cli",
+        "fedward_simulation.cli",
         "run",
         "plan.toml",
         "--data",

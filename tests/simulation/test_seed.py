@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from client.cohort.training import Preparers, preparers
-from client.workers import Limits
-from simulation.divided import divided_sites
-from simulation.options import Options
+from fedward_client.cohort.training import Preparers, preparers
+from fedward_client.worker_pool import Limits
+from fedward_simulation.divided import divided_sites
+from fedward_simulation.options import Options
 
 Make = Callable[..., Any]
 

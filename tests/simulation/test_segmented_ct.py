@@ -131,7 +131,7 @@ def test_a_study_learns_from_segmentations(
     plan = tmp_path / "plan.toml"
     plan.write_text(PLAN.format(dimensions=dimensions, size=size))
     done = commands(
-        "simulation.cli",
+        "fedward_simulation.cli",
         "run",
         plan,
         "--data",

@@ -9,9 +9,9 @@ import pytest
 
 from fedward.plan import load_plan
 from fedward.plan.load import plan_from
-from simulation.cohort import write_cohort
-from simulation.feasible import check_privacy, start_model
-from simulation.study import Options, Study
+from fedward_simulation.cohort import write_cohort
+from fedward_simulation.feasible import check_privacy, start_model
+from fedward_simulation.study import Options, Study
 
 STUDIES = Path(__file__).resolve().parents[2] / "studies"
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from strategies.averaging import blend, decay_at
+from fedward_strategies.averaging import blend, decay_at
 
 VALUES = arrays(np.float32, (3, 2), elements=st.floats(-1e3, 1e3, width=32))
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strategies.fold import Fold
+from fedward_strategies.fold import Fold
 
 VALUES = st.floats(-1e6, 1e6, width=32)
 

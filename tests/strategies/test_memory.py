@@ -9,9 +9,9 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedward.plan.settings import NEED_ALL
-from strategies.memory import folds, memory_of, remember
-from strategies.registry import STRATEGIES, build_strategy
-from strategies.settings import StrategySettings
+from fedward_strategies.memory import folds, memory_of, remember
+from fedward_strategies.registry import STRATEGIES, build_strategy
+from fedward_strategies.settings import StrategySettings
 
 SETTINGS: dict[str, dict[str, float]] = {
     "fedavgm": {"server_learning_rate": 0.7, "server_momentum": 0.9},
@@ -50,9 +50,9 @@ def turn(strategy: Any, round_: int, arrays: dict[str, Any], update: dict[str, A
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_reminded_strategy_goes_on_bit_for_bit(name: str) -> None:
-    from simulation import flower
+    from fedward.flower import identity
 
-    flower.become_server()
+    identity.become_server()
     rng = np.random.default_rng(0)
 
     def draw() -> dict[str, Any]:

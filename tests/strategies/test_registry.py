@@ -12,13 +12,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from numpy.typing import NDArray
 
 from fedward.errors import PlanError
+from fedward.flower import identity
+from fedward.flower.study_grid import StudyGrid
 from fedward.plan.schema import StrategyName
-from server.exchange import StudyGrid
-from simulation import flower
-from simulation.local import LocalGrid
-from simulation.pool import Pool
-from strategies.registry import STRATEGIES, build_strategy
-from strategies.settings import StrategySettings
+from fedward_simulation.local import LocalGrid
+from fedward_simulation.pool import Pool
+from fedward_strategies.registry import STRATEGIES, build_strategy
+from fedward_strategies.settings import StrategySettings
 
 Model = dict[str, NDArray[np.float32]]
 Values = NDArray[np.float64]
@@ -28,7 +28,7 @@ WEIGHTS = np.array([10.0, 20.0, 5.0, 40.0, 15.0, 30.0, 25.0])
 
 @pytest.fixture(autouse=True)
 def _identity() -> None:
-    flower.become_server()
+    identity.become_server()
 
 
 def flat(model: Model) -> Values:
@@ -69,7 +69,7 @@ def run(name: str, settings: dict[str, float]) -> list[tuple[Model, list[Model],
         asked = list(strategy.configure_train(round_, record(model), ConfigRecord({}), grid))
         assert sorted(m.metadata.dst_node_id for m in asked) == grid.get_node_ids()
         for message in asked:
-            flower.stamp(message)
+            identity.stamp(message)
         updates = updates_of(model, round_)
         replies = [reply(u, w, a) for u, w, a in zip(updates, WEIGHTS, asked, strict=True)]
         arrays, _ = strategy.aggregate_train(round_, replies)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strategies.robust import NormBound, capped_weights, dominates, most_capped
+from fedward_strategies.robust import NormBound, capped_weights, dominates, most_capped
 
 WEIGHTS = st.dictionaries(
     st.text("abcdefgh", min_size=1, max_size=3), st.integers(1, 10**7), min_size=1, max_size=9

@@ -18,9 +18,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from client.audit.log import AuditLog
-from client.audit.verify import entries, verify
 from fedward.errors import AuditError
+from fedward_client.audit.log import AuditLog
+from fedward_client.audit.verify import entries, verify
 
 KEY = b"k" * 32
 
@@ -271,7 +271,7 @@ def test_a_full_disk_is_an_error_and_no_half_entry(tmp_path: Path) -> None:
 @pytest.mark.integration
 def test_a_kill_while_writing_leaves_a_log_that_goes_on(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from client.audit.log import AuditLog\n"
+        "import sys; from pathlib import Path; from fedward_client.audit.log import AuditLog\n"
         f"log = AuditLog(Path({str(tmp_path / 'log')!r}), {KEY!r}); n = 0\n"
         "while True:\n    n += 1; log.append('sent', round=n); print(n, flush=True)\n"
     )

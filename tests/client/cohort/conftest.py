@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from client.commands.work import Work, extractor, load_site, work_on
-from client.config import load_config
-from client.data.files import find
-from client.index.store import open_index
+from fedward_client.commands.work import Work, extractor, load_site, work_on
+from fedward_client.config import load_config
+from fedward_client.data.files import find
+from fedward_client.index.store import open_index
 
 
 @pytest.fixture

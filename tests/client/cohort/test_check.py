@@ -5,13 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from client.cohort.budget import cost_findings, privacy_finding
-from client.cohort.check import check_plan
-from client.cohort.cost import Cost, Room, prepared_bytes, training_bytes
-from client.config import DatasetSection
-from client.data.types import Image, LeftOut, Sample
+from fedward.dp.accounting import calibrate
 from fedward.models import describe
-from fedward.privacy import calibrate
+from fedward_client.cohort.check import (
+    Cost,
+    Room,
+    check_plan,
+    cost_findings,
+    prepared_bytes,
+    privacy_finding,
+    training_bytes,
+)
+from fedward_client.config import DatasetSection
+from fedward_client.data.sample import Image, LeftOut, Sample
 
 RNG = np.random.default_rng(0)
 PRIVATE = {"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-3, "clipping_norm": 1.0}

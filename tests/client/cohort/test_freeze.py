@@ -10,12 +10,11 @@ import shutil
 import numpy as np
 import pytest
 
-from client.cohort.build import usable
-from client.cohort.freeze import load, make_cohort, save
-from client.cohort.frozen import open_cohort
-from client.data.preprocess import _key, prepare
-from client.secret import Pseudonyms, site_secret
 from fedward.errors import DataError
+from fedward_client.cohort.freeze import load, make_cohort, save, usable
+from fedward_client.cohort.open import open_cohort
+from fedward_client.data.prepare import _key, prepare
+from fedward_client.secret import Pseudonyms, site_secret
 
 PLANTED = ("DOE^JANE", "MRN4711", "1.2.826.0.99.4711", "19550712", "ward-7-doe", "ACC99123")
 
@@ -90,7 +89,7 @@ def test_an_opened_cohort_gives_the_images_that_were_frozen(frozen, make_plan, e
 
 
 def usable_images(config, plan):
-    from client.data.read import DatasetSpec, read_dataset
+    from fedward_client.data.dataset import DatasetSpec, read_dataset
 
     dataset = config.dataset("chest")
     samples = read_dataset(DatasetSpec(dataset.root, "dicom"), dataset.as_task()).samples

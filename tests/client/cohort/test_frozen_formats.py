@@ -14,12 +14,11 @@ import pytest
 from PIL import Image as Pillow
 from pydicom.sr.codedict import codes
 
-from client.cohort.build import usable
-from client.cohort.freeze import make_cohort, save
-from client.cohort.frozen import open_cohort
-from client.cohort.report import make_report
-from client.secret import site_secret
 from fedward.errors import DataError
+from fedward_client.cohort.freeze import make_cohort, save, usable
+from fedward_client.cohort.open import open_cohort
+from fedward_client.cohort.report import make_report
+from fedward_client.secret import site_secret
 
 SITE = """
 version = 1
@@ -369,7 +368,15 @@ def test_contours_through_the_commands(tmp_path, make_structures, commands):
     answers = {}
     for name, *more in (("freeze",), ("report",), ("preview", "--out", str(tmp_path / "p.html"))):
         done = commands(
-            "client.cli", "data", name, "one", "--config", site, "--json", *more, cwd=tmp_path
+            "fedward_client.cli",
+            "data",
+            name,
+            "one",
+            "--config",
+            site,
+            "--json",
+            *more,
+            cwd=tmp_path,
         )
         assert done.returncode == 0, done.stderr
         answers[name] = json.loads(done.stdout)

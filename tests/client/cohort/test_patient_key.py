@@ -11,21 +11,27 @@ import pytest
 from PIL import Image as Pillow
 from rich.console import Console as Rich
 
-from client.cohort.build import usable
-from client.cohort.check import check_plan
-from client.cohort.cost import Room
-from client.cohort.freeze import CohortFile, content_hash, counts, load, make_cohort, save
-from client.cohort.patient_key import FIX, PER_IMAGE
-from client.cohort.report import make_report
-from client.cohort.training import cache_folder, prepare_cohort
-from client.commands.tables import cohort_table, report_tables
-from client.config import load_config
-from client.policy import words
-from client.policy.decide import facts_of
-from client.secret import site_secret
-from client.trainer.admin import _per_image
-from client.training.trainer import site_facts
+from fedward import rule_codes
 from fedward.errors import DataError
+from fedward_client.cohort.check import Room, check_plan
+from fedward_client.cohort.freeze import (
+    CohortFile,
+    content_hash,
+    counts,
+    load,
+    make_cohort,
+    save,
+    usable,
+)
+from fedward_client.cohort.patient_key import FIX, PER_IMAGE
+from fedward_client.cohort.report import make_report
+from fedward_client.cohort.training import cache_folder, prepare_cohort
+from fedward_client.commands.tables import cohort_table, report_tables
+from fedward_client.config import load_config
+from fedward_client.policy.decide import facts_of
+from fedward_client.secret import site_secret
+from fedward_client.trainer.admin import _per_image
+from fedward_client.training.trainer import site_facts
 
 RULE = "the data say whose each image is"
 PRIVATE = {"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-3, "clipping_norm": 1.0}
@@ -154,7 +160,7 @@ def test_a_frozen_cohort_is_held_to_it(site, reading, make_plan):
     assert facts_of(cohort).per_image
     with pytest.raises(DataError) as refused:
         prepared(site, private)
-    assert refused.value.rule == words.PATIENT_KEY and "40 of 40" in str(refused.value)
+    assert refused.value.rule == rule_codes.PATIENT_KEY and "40 of 40" in str(refused.value)
     assert site_facts(make_plan(), prepared(site, make_plan())).images_are_patients
     allow(site)
     assert site_facts(private, prepared(site, private)).images_are_patients

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from client.cohort.preview import check_place, write_preview
-from client.data import reasons
-from client.data.types import Image, Sample
+from fedward import rule_codes
 from fedward.errors import DataError, OutputError
 from fedward.plan.schema import Preprocessing, Task
+from fedward_client.cohort.preview import check_place, write_preview
+from fedward_client.data.sample import Image, Sample
 
 LUNGS = Task(kind="segmentation", classes=("lung", "heart"))
 
@@ -65,7 +65,7 @@ def test_a_volume_shows_the_middle_of_three_planes_upright(tmp_path):
 
 def test_bad_images_are_counted_and_class_names_cannot_be_code(tmp_path):
     def broken():
-        raise reasons.unusable(reasons.NOT_READABLE)
+        raise rule_codes.unusable(rule_codes.NOT_READABLE)
 
     good = volume((9, 9))
     task = Task.model_construct(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from client.cohort.build import usable
-from client.cohort.freeze import make_cohort, save
-from client.cohort.private import write_private
 from fedward.errors import OutputError
+from fedward.files import write_private
+from fedward_client.cohort.freeze import make_cohort, save, usable
 
 
 def test_a_file_is_replaced_whole_and_for_its_owner_only(tmp_path):

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from client.cohort.build import usable
-from client.cohort.freeze import make_cohort
-from client.cohort.report import DatasetReport, make_report
 from fedward.errors import DataError
+from fedward_client.cohort.freeze import make_cohort, usable
+from fedward_client.cohort.report import DatasetReport, make_report
 
 RNG = np.random.default_rng(5)
 SITE = """

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image as Pillow
 from pydicom.data import get_testdata_file
 
-from client.cohort.report import make_report
-from client.commands.tables import report_tables
-from client.commands.work import Work
-from client.data.quiet import quiet
+from fedward_client.cohort.report import make_report
+from fedward_client.commands.tables import report_tables
+from fedward_client.commands.work import Work
+from fedward_client.data.quiet import quiet
 
 SITE = """
 version = 1

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from client.cohort.restore import Restorer
-from client.cohort.sources import Piece, Source
-from client.data.readers.nifti import NiftiMask
-from client.secret import Pseudonyms
 from fedward.errors import DataError
+from fedward_client.cohort.open import Restorer
+from fedward_client.cohort.records import Piece, Source
+from fedward_client.data.readers.nifti import NiftiMask
+from fedward_client.secret import Pseudonyms
 
 
 def test_a_nifti_mask_without_its_images_place_is_not_opened(tmp_path: Path) -> None:

@@ -9,19 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.cohort.build import usable
-from client.cohort.freeze import make_cohort, save
-from client.cohort.training import cache_folder, prepare_cohort, preparers
-from client.config import load_config
-from client.data.preprocess import prepare
-from client.data.read import DatasetSpec, read_dataset
-from client.data.types import SPLITS
-from client.secret import site_secret
-from client.training.runtime import Runtime
-from client.training.trainer import Trainer
-from client.workers import Limits
 from fedward.errors import DataError
 from fedward.models import build_model, to_arrays
+from fedward_client.cohort.freeze import make_cohort, save, usable
+from fedward_client.cohort.training import cache_folder, prepare_cohort, preparers
+from fedward_client.config import load_config
+from fedward_client.data.dataset import DatasetSpec, read_dataset
+from fedward_client.data.prepare import prepare
+from fedward_client.data.sample import SPLITS
+from fedward_client.secret import site_secret
+from fedward_client.training.runtime import Runtime
+from fedward_client.training.trainer import Trainer
+from fedward_client.worker_pool import Limits
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.integration
@@ -163,7 +162,7 @@ def test_the_cache_is_bounded_by_the_sites_configuration(frozen, plan, site):
 
 
 def test_nothing_of_flower_is_loaded():
-    code = "import sys, client.cohort.training; print('flwr' in sys.modules)"
+    code = "import sys, fedward_client.cohort.training; print('flwr' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

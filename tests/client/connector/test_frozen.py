@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.connector.frozen import FrozenArrays, Lacking
 from fedward.errors import ProtocolError
-from fedward.packing import Arrays, digest, pack
+from fedward.flower.tensors import Arrays, digest, pack
+from fedward_client.connector.frozen import FrozenArrays, Lacking
 
 
 def arrays(fill: float) -> Arrays:

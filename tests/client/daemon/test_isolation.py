@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from client.daemon.isolation import find_readable
+from fedward_client.daemon.isolation import find_readable
 
 ROOT = Path(__file__).resolve().parents[3]
 PAIR = "ip link add v0 type veth peer name v1"
-FIND = f'{sys.executable} -c "from client.daemon.isolation import *; print(find_network().holds)"'
+FIND = (
+    f"{sys.executable} -c "
+    "'from fedward_client.daemon.isolation import *; print(find_network().holds)'"
+)
 
 
 def found(*before: str) -> str:
@@ -58,7 +61,7 @@ def test_what_is_not_there_cannot_be_read(tmp_path: Path) -> None:
 WALLED = """
 import json, os, subprocess, sys
 from pathlib import Path
-from client.daemon.isolation import *
+from fedward_client.daemon.isolation import *
 folder = Path(sys.argv[1])
 cover([folder / "images", folder / "labels.csv"])
 keep_from_writing([folder / "own"])
@@ -121,7 +124,7 @@ def test_a_connector_s_user_that_is_nobody_is_an_error_of_the_configuration(tmp_
         'classes = ["a", "b"]\n'
     )
     done = subprocess.run(
-        [sys.executable, "-m", "client.daemon.launch", "connector", tmp_path / "site.toml"],
+        [sys.executable, "-m", "fedward_client.daemon.launch", "connector", tmp_path / "site.toml"],
         text=True,
         capture_output=True,
         check=False,

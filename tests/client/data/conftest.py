@@ -15,10 +15,10 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
-from client.data.mask_options import MaskOptions
-from client.data.read import DatasetSpec, read_dataset
 from fedward.plan.load import plan_from
 from fedward.plan.schema import Plan
+from fedward_client.data.dataset import DatasetSpec, read_dataset
+from fedward_client.data.options import MaskOptions
 
 
 def build_plan(

@@ -10,8 +10,8 @@ import pytest
 import torch
 from scipy import ndimage
 
-from client.data.augment import augment
 from fedward.plan.schema import Augmentation
+from fedward_client.data.augment import augment
 
 
 def generator(seed=0):

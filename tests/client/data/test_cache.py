@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.cohort.training import preparers
-from client.data.preprocess import Means, prepare, prepared_bytes
-from client.data.types import Sample
-from client.workers import Limits
 from fedward.errors import OutputError
 from fedward.plan.load import canonical
+from fedward_client.cohort.training import preparers
+from fedward_client.data.prepare import Means, prepare, prepared_bytes
+from fedward_client.data.sample import Sample
+from fedward_client.worker_pool import Limits
 
 ROOT = str(Path(__file__).parents[3])
 MODULE = """
@@ -28,7 +28,7 @@ import os, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from client.data.types import Image
+from fedward_client.data.sample import Image
 
 @dataclass(frozen=True)
 class Known:
@@ -55,8 +55,8 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from cache_work import Known
-from client.data.preprocess import Means, prepare
-from client.data.types import Sample
+from fedward_client.data.prepare import Means, prepare
+from fedward_client.data.sample import Sample
 from fedward.errors import FedwardError
 from fedward.plan.load import from_canonical
 
@@ -281,7 +281,7 @@ def test_a_file_that_may_not_grow_is_an_output_error(tmp_path, start):
 
 
 def test_images_in_memory_need_no_process(tmp_path, make_plan):
-    from client.data.readers.npz import ArrayImage
+    from fedward_client.data.readers.npz import ArrayImage
 
     rows = np.arange(256, dtype=np.uint8).reshape(16, 16)
     samples = [Sample(f"p{k}", ArrayImage(rows, 2), (k % 2,)) for k in range(4)]

@@ -17,8 +17,8 @@ import pytest
 from PIL import Image as Pillow
 from pydicom.data import get_testdata_file
 
-from client.data.read import DatasetSpec, read_dataset
 from fedward.errors import DataError
+from fedward_client.data.dataset import DatasetSpec, read_dataset
 
 ROOT = str(Path(__file__).parents[3])
 STORED = np.arange(48, dtype=np.uint16).reshape(6, 8) * 50
@@ -323,7 +323,7 @@ def test_nothing_is_printed_about_odd_files(tmp_path, make_dicom):
     labels(tmp_path, "file,label\n" + "".join(f"{n},1\n" for n in ("odd", "MRN4711-pixels")))
     program = (
         "import sys; from pathlib import Path\n"
-        "from client.data.read import DatasetSpec, read_dataset\n"
+        "from fedward_client.data.dataset import DatasetSpec, read_dataset\n"
         "from fedward.plan.schema import Task\n"
         "task = Task(kind='classification', classes=('a', 'b'))\n"
         "for s in read_dataset(DatasetSpec(Path(sys.argv[1]), 'dicom'), task).samples:\n"

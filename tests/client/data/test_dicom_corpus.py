@@ -17,13 +17,13 @@ from pydicom.data import get_testdata_file
 from pydicom.pixels.utils import pixel_array
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from client.data.decode import read_frame
-from client.data.quiet import quiet
-from client.data.readers import dicom_files
-from client.data.readers.dicom_files import is_dicom
-from client.data.readers.dicom_headers import read_headers
-from client.data.reasons import REASONS
 from fedward.errors import DataError
+from fedward.rule_codes import REASONS
+from fedward_client.data.quiet import quiet
+from fedward_client.data.readers.dicom import sniff
+from fedward_client.data.readers.dicom.headers import read_headers
+from fedward_client.data.readers.dicom.pixels import read_frame
+from fedward_client.data.readers.dicom.sniff import is_dicom
 
 # Walked on disk: pydicom's own list of its files may ask the internet for more.
 ROOTS = {
@@ -115,7 +115,7 @@ def test_values_are_those_of_a_plain_reading():
 
 
 def test_a_deflate_bomb_is_refused_within_bounded_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(dicom_files, "_INFLATED", 64 << 20)  # the real limit takes half a minute
+    monkeypatch.setattr(sniff, "_INFLATED", 64 << 20)  # the real limit takes half a minute
     file = pydicom.dcmread(get_testdata_file("CT_small.dcm", download=False))
     file.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
     file.add_new((0x0009, 0x0010), "LO", "PRIVATE")

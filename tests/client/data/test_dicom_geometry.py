@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from client.data.decode import read_frame
-from client.data.read import DatasetSpec, read_dataset
-from client.data.readers.dicom_volumes import geometry, stack
-from client.data.transform import prepare_image
 from fedward.errors import DataError
+from fedward_client.data.dataset import DatasetSpec, read_dataset
+from fedward_client.data.readers.dicom.pixels import read_frame
+from fedward_client.data.readers.dicom.series import geometry, stack
+from fedward_client.data.transforms import prepare_image
 
 AXIAL = (np.array([1.0, 0, 0]), np.array([0, 1.0, 0]))
 _TURN = 0.3

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from client.data import corpus
-from client.data.reasons import REASONS
+from fedward.rule_codes import REASONS
+from tools.docs import dicom
 
 PAGE = Path(__file__).parents[3] / "docs" / "dicom.md"
 
@@ -25,9 +25,9 @@ def no_network(monkeypatch):
 @pytest.mark.integration
 def test_the_page_is_what_a_run_says():
     written = PAGE.read_text("utf-8")
-    if corpus.versions() not in written:
+    if dicom.versions() not in written:
         pytest.skip("written with other versions of the packages")
-    assert written == corpus.page(), "run make docs"
+    assert written == dicom.page(), "run make docs"
 
 
 def test_the_page_has_every_kind_of_storage_and_only_known_reasons():

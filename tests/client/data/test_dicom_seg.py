@@ -11,8 +11,8 @@ import pydicom
 import pytest
 from pydicom.sr.codedict import codes
 
-from client.data.read import DatasetSpec, read_dataset
 from fedward.errors import DataError
+from fedward_client.data.dataset import DatasetSpec, read_dataset
 
 ROWS, COLUMNS = 10, 12
 AXIAL = [1, 0, 0, 0, 1, 0]

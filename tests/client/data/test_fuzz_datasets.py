@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.pixels import apply_modality_lut
 
-from client.data.decode import read_frame
-from client.data.quiet import quiet
-from client.data.readers.dicom_headers import read_headers
-from client.data.reasons import REASONS
-from client.data.types import Image
-from client.index.extract import Extractor
 from fedward.errors import DataError
+from fedward.rule_codes import REASONS
+from fedward_client.data.quiet import quiet
+from fedward_client.data.readers.dicom.headers import read_headers
+from fedward_client.data.readers.dicom.pixels import read_frame
+from fedward_client.data.sample import Image
+from fedward_client.index.extract import Extractor
 
 TIMES = int(os.environ.get("FEDWARD_FUZZ", "1"))
 GREY = ("MONOCHROME1", "MONOCHROME2")

@@ -19,13 +19,13 @@ import pydicom
 import pytest
 from pydicom.data import get_testdata_file
 
-from client.data.decode import read_frame
-from client.data.quiet import quiet
-from client.data.read import DatasetSpec, read_dataset
-from client.data.readers.dicom_files import check_mask
-from client.data.readers.dicom_headers import read_headers
-from client.data.reasons import REASONS
 from fedward.errors import DataError
+from fedward.rule_codes import REASONS
+from fedward_client.data.dataset import DatasetSpec, read_dataset
+from fedward_client.data.quiet import quiet
+from fedward_client.data.readers.dicom.headers import read_headers
+from fedward_client.data.readers.dicom.pixels import read_frame
+from fedward_client.data.readers.dicom.sniff import check_mask
 
 TIMES = int(os.environ.get("FEDWARD_FUZZ", "1"))
 # One of each way to store pixels; small, so that thousands of cases take seconds.

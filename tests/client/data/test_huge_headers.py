@@ -10,12 +10,11 @@ import numpy as np
 import pydicom
 import pytest
 
-from client.data.decode import read_frame
-from client.data.read import DatasetSpec, read_dataset
-from client.data.readers import dicom_files
-from client.data.stored import open_dicom
-from client.index.extract import Extractor
 from fedward.errors import DataError
+from fedward_client.data.dataset import DatasetSpec, read_dataset
+from fedward_client.data.readers.dicom import sniff
+from fedward_client.data.readers.dicom.pixels import open_dicom, read_frame
+from fedward_client.index.extract import Extractor
 
 
 def with_items(path, count, length):
@@ -55,7 +54,7 @@ def test_many_items_are_no_too_many(tmp_path, make_dicom):
 
 
 def test_a_header_of_elements_without_end(tmp_path, make_dicom, make_plan, monkeypatch):
-    monkeypatch.setattr(dicom_files, "_READS", 10_000)  # the real limit takes 20 seconds
+    monkeypatch.setattr(sniff, "_READS", 10_000)  # the real limit takes 20 seconds
     path = make_dicom(tmp_path / "x.dcm", np.ones((8, 8), np.uint16))
     raw = path.read_bytes()
     place = raw.rindex(b"\xe0\x7f\x10\x00")
@@ -71,7 +70,7 @@ def test_a_header_of_elements_without_end(tmp_path, make_dicom, make_plan, monke
 def test_who_lists_a_dataset_reads_no_pixels(tmp_path, make_dicom, make_plan, monkeypatch):
     make_dicom(tmp_path / "x.dcm", np.ones((3000, 3000), np.uint16))
     (tmp_path / "labels.csv").write_text("PatientID,label\nP1,sick\n")
-    monkeypatch.setattr(dicom_files, "_plain", lambda *_: pytest.fail("the file was read"))
+    monkeypatch.setattr(sniff, "_plain", lambda *_: pytest.fail("the file was read"))
     assert len(read_dataset(DatasetSpec(tmp_path, "dicom"), make_plan().task).samples) == 1
 
 

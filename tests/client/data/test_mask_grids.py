@@ -9,11 +9,11 @@ import numpy as np
 import pydicom
 import pytest
 
-from client.data.decode import Place
-from client.data.mask_options import MaskOptions
-from client.data.readers import dicom_masks
-from client.data.readers.dicom_planes import Slices
 from fedward.errors import ConfigError, DataError
+from fedward_client.data.options import MaskOptions
+from fedward_client.data.readers.dicom import masks
+from fedward_client.data.readers.dicom.pixels import Place
+from fedward_client.data.readers.dicom.series import Slices
 
 ROWS, COLUMNS, COUNT = 10, 12, 5
 LABELMAP = hd.seg.SegmentationTypeValues.LABELMAP
@@ -291,8 +291,8 @@ def test_a_series_is_looked_at_once(tmp_path, images, make_seg, read_masked, mon
     make_seg(tmp_path / "s.dcm", images, parts(blocks()), ["front", "back"])
     samples = read_masked(tmp_path, ("front", "back"), 2).samples
     asked: list = []
-    real = dicom_masks.read_place
-    monkeypatch.setattr(dicom_masks, "read_place", lambda *one: asked.append(one) or real(*one))
+    real = masks.read_place
+    monkeypatch.setattr(masks, "read_place", lambda *one: asked.append(one) or real(*one))
     for sample in samples:
         sample.mask()
         sample.mask.identity()

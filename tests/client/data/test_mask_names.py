@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from client.data.read import DatasetSpec, read_dataset
+from fedward_client.data.dataset import DatasetSpec, read_dataset
 
 AMBIGUOUS, NO_MASK, NO_IMAGE = "ambiguous name of mask", "no mask", "no image"
 

@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from client.data.readers.raster import fill
 from fedward.errors import DataError
+from fedward_client.data.readers.dicom.rtstruct import fill
 
 
 def by_angles(polygons: list[np.ndarray], shape: tuple[int, int]) -> np.ndarray:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from client.data.files import table_keys
-from client.data.read import DatasetSpec, detect, read_dataset
-from client.data.readers.pictures import Picture, PictureMask
 from fedward.errors import DataError
+from fedward_client.data.dataset import DatasetSpec, detect, read_dataset
+from fedward_client.data.files import table_keys
+from fedward_client.data.readers.images import Picture, PictureMask
 
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
 

@@ -13,9 +13,9 @@ import pytest
 import SimpleITK as sitk
 from pydicom.data import get_testdata_file
 
-from client.data.quiet import quiet
-from client.data.read import DatasetSpec, read_dataset
-from client.data.types import Dataset, Image
+from fedward_client.data.dataset import DatasetSpec, read_dataset
+from fedward_client.data.quiet import quiet
+from fedward_client.data.sample import Dataset, Image
 
 SERIES = Path(get_testdata_file("DICOMDIR")).parent  # real ones, their pixels thinned out
 

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.data.split import split_by_patient
-from client.data.types import SPLITS
 from fedward.errors import DataError
 from fedward.plan.schema import Split
+from fedward_client.data.sample import SPLITS
+from fedward_client.data.split import split_by_patient
 
 ROOT = str(Path(__file__).parents[3])
 IDS = st.text(min_size=1, max_size=6)
@@ -112,7 +112,7 @@ def test_other_seeds_divide_otherwise():
 
 def test_the_same_in_a_process_with_another_hash_seed():
     program = (
-        "from client.data.split import split_by_patient as s\n"
+        "from fedward_client.data.split import split_by_patient as s\n"
         "from fedward.plan.schema import Split\n"
         "p=[f'p{i}' for i in range(40)]\n"
         "print(s(p,[None]*40,Split(),[i%2 for i in range(40)])['test'].tolist())"

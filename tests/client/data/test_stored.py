@@ -10,9 +10,8 @@ import pytest
 from pydicom.data import get_testdata_file
 from pydicom.uid import ImplicitVRLittleEndian
 
-from client.data.decode import read_frame
-from client.data.stored import open_dicom, stored_values
 from fedward.errors import DataError
+from fedward_client.data.readers.dicom.pixels import open_dicom, read_frame, stored_values
 
 
 def bits(path, make_dicom, frames, syntax=None):
@@ -70,7 +69,7 @@ def test_samples_and_colours_that_disagree_are_a_reason(tmp_path, make_dicom):
 
 
 def test_an_image_type_that_is_no_text_is_a_reason(tmp_path, make_dicom, make_plan):
-    from client.data.readers.dicom_headers import read_headers
+    from fedward_client.data.readers.dicom.headers import read_headers
 
     path = make_dicom(tmp_path / "x.dcm", np.zeros((4, 4), np.uint8))
     file = pydicom.dcmread(path)

@@ -8,11 +8,10 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
-from client.data.decode import read_frame
-from client.data.intensity import to_unit
-from client.data.quiet import quiet
-from client.data.transform import prepare_image
 from fedward.errors import DataError
+from fedward_client.data.quiet import quiet
+from fedward_client.data.readers.dicom.pixels import read_frame
+from fedward_client.data.transforms import prepare_image, to_unit
 
 RNG = np.random.default_rng(0)
 

@@ -13,23 +13,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from client.audit.log import AuditLog
-from client.audit.verify import entries
-from client.egress.counts import release
-from client.egress.gate import Gate, expected_arrays
-from client.egress.refusal import refusal_for
-from client.policy import words
-from client.policy.decide import DatasetFacts, StudyRequest, decide
-from client.policy.settings import METRICS, Limits, PolicySection
-from client.training.runtime import Runtime
-from client.training.trainer import Trainer
+from fedward import rule_codes
+from fedward.dp.accounting import calibrate, epsilon_spent
 from fedward.errors import DataError, EgressError, FedwardError, PolicyError
 from fedward.metrics import ClassificationCounts, SegmentationCounts
 from fedward.metrics.rates import FIGURES, rates
 from fedward.models import build_model, to_arrays
 from fedward.plan.schema import Plan
-from fedward.privacy import calibrate, epsilon_spent
 from fedward.protocol import Refusal, SiteFacts, TrainOutcome
+from fedward_client.audit.log import AuditLog
+from fedward_client.audit.verify import entries
+from fedward_client.egress.disclosure import release
+from fedward_client.egress.gate import Gate, expected_arrays, refusal_for
+from fedward_client.policy.decide import DatasetFacts, StudyRequest, decide
+from fedward_client.policy.settings import METRICS, Limits, PolicySection
+from fedward_client.training.runtime import Runtime
+from fedward_client.training.trainer import Trainer
 
 PLANTED = (
     "DOE^JANE",
@@ -417,10 +416,10 @@ def test_values_are_words_of_the_plan_and_short_numbers(
 ) -> None:
     gate = gate_of(plan, tmp_path)
     made = gate.check_refusal(
-        Refusal(site="north", round=1, kind="policy", rule=words.EPSILON, value=value)
+        Refusal(site="north", round=1, kind="policy", rule=rule_codes.EPSILON, value=value)
     )
     assert made.value == (value if kept else "")
-    assert made.rule == words.EPSILON
+    assert made.rule == rule_codes.EPSILON
 
 
 def test_every_violation_leaves_in_its_own_words(plan: Plan, tmp_path: Path) -> None:

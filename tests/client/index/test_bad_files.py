@@ -16,13 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from client.data.files import find
-from client.data.patient_options import PatientOptions
-from client.index.extract import AGAIN, Extractor
-from client.index.facts import FileFacts
-from client.index.scan import Limits, scan
-from client.index.store import Index, open_index
-from client.workers import Worker
+from fedward_client.data.files import find
+from fedward_client.data.options import PatientOptions
+from fedward_client.index.extract import AGAIN, Extractor, FileFacts
+from fedward_client.index.scan import Limits, scan
+from fedward_client.index.store import Index, open_index
+from fedward_client.worker_pool import Worker
 
 SECRET = b"k" * 32
 ONE = Limits(workers=1)

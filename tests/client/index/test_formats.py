@@ -12,8 +12,8 @@ from PIL import Image as Pillow
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
 
-from client.data.quiet import quiet
-from client.index.extract import Extractor
+from fedward_client.data.quiet import quiet
+from fedward_client.index.extract import Extractor
 
 SECRET = b"k" * 32
 

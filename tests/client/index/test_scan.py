@@ -17,12 +17,12 @@ import numpy as np
 import pydicom
 import pytest
 
-from client import forks
-from client.index.extract import Extractor
-from client.index.scan import Limits, scan
-from client.index.store import open_index
-from client.secret import site_secret
 from fedward.errors import OutputError
+from fedward_client import worker_pool
+from fedward_client.index.extract import Extractor
+from fedward_client.index.scan import Limits, scan
+from fedward_client.index.store import open_index
+from fedward_client.secret import site_secret
 
 PLANTED = ("DOE^JANE", "MRN4711", "1.2.826.0.99.4711", "19550712", "ward-7-doe", "ACC99123")
 ODD = {
@@ -114,9 +114,9 @@ def test_a_decoder_that_dies_costs_its_file_alone(tmp_path, export, dx):
     state, shot = tmp_path / "state", []
 
     def children() -> list[str]:
-        if forks._template is None:
+        if worker_pool._template is None:
             return []
-        template = forks._template.process.pid
+        template = worker_pool._template.process.pid
         return Path(f"/proc/{template}/task/{template}/children").read_text().split()
 
     def shoot() -> None:
@@ -147,10 +147,10 @@ def test_a_killed_scan_goes_on_where_it_was(tmp_path, export, dx):
     state = tmp_path / "state"
     code = (
         "import sys; from pathlib import Path\n"
-        "from client.index.extract import Extractor\n"
-        "from client.index.scan import scan\n"
-        "from client.index.store import open_index\n"
-        "from client.secret import site_secret\n"
+        "from fedward_client.index.extract import Extractor\n"
+        "from fedward_client.index.scan import scan\n"
+        "from fedward_client.index.store import open_index\n"
+        "from fedward_client.secret import site_secret\n"
         "if __name__ == '__main__':\n"
         "    state, root = Path(sys.argv[1]), Path(sys.argv[2])\n"
         "    with open_index(state, 'chest') as index:\n"

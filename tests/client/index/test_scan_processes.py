@@ -13,18 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.index.scan import scan
-from client.index.store import open_index
 from fedward.errors import OutputError
+from fedward_client.index.scan import scan
+from fedward_client.index.store import open_index
 
 HERE = Path(__file__).parents[3]
 PLANTED = ("DOE^JANE", "MRN4711", "1.2.826.0.99.4711", "19550712", "ward-7-doe", "ACC99123")
 PROGRAM = """
 import json, resource, sys
 from pathlib import Path
-from client.index.extract import Extractor
-from client.index.scan import Limits, scan
-from client.index.store import open_index
+from fedward_client.index.extract import Extractor
+from fedward_client.index.scan import Limits, scan
+from fedward_client.index.store import open_index
 if __name__ == "__main__":
     state, root = Path(sys.argv[1]), Path(sys.argv[2])
     with open_index(state, "chest") as index:
@@ -134,7 +134,10 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path, start):
 
 
 def test_a_worker_does_not_load_torch():
-    code = "import sys, client.workers, client.index.extract; print('torch' in sys.modules)"
+    code = (
+        "import sys, fedward_client.worker_pool, fedward_client.index.extract; "
+        "print('torch' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True
     )
@@ -143,7 +146,7 @@ def test_a_worker_does_not_load_torch():
 
 @pytest.mark.integration
 def test_an_open_index_holds_no_identifier(tmp_path, export):
-    from client.index.extract import Extractor
+    from fedward_client.index.extract import Extractor
 
     with open_index(tmp_path / "state", "chest") as index:
         heard = []

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from client.index.facts import FileFacts
-from client.index.store import open_index
 from fedward.errors import OutputError
+from fedward_client.index.extract import FileFacts
+from fedward_client.index.store import open_index
 
 FACTS = FileFacts("a" * 32, 7, 8, 9, reason="", spacing=(0.5, 1.25), low=-3.5, synthetic=True)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from client.ledger import Caps, Charge, Ledger, RoundRequest
-from client.ledger.store import Store
+from fedward.dp.accounting import Mechanism, epsilon_composed, epsilon_filtered
 from fedward.errors import BudgetError
-from fedward.privacy import Mechanism, epsilon_composed, epsilon_filtered
+from fedward_client.ledger import Caps, Charge, Ledger, RoundRequest
+from fedward_client.ledger.store import Store
 
 DELTA = 1e-4
 CAPS = Caps(8.0, 8.0, DELTA)

@@ -23,11 +23,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from client.ledger import Charge, Ledger, Release, RoundRequest
-from client.ledger.ledger import Caps, RoundBusy, Standing
-from client.ledger.releases import Releases
+from fedward.dp.accounting import Mechanism, _filter_order
 from fedward.errors import BudgetError, FedwardError
-from fedward.privacy import Mechanism, _filter_order
+from fedward_client.ledger import Charge, Ledger, Release, RoundRequest
+from fedward_client.ledger.ledger import BudgetStatus, Caps, RoundBusy
+from fedward_client.ledger.releases import Releases
 
 DELTA = 1e-4
 CAPS = Caps(study=3.0, cohort=4.0, delta=DELTA)
@@ -171,9 +171,9 @@ def test_rounds_without_privacy_are_written_down_and_cost_nothing(tmp_path: Path
     ledger = opened(tmp_path)
     for _ in range(2):
         ledger.commit(reserve(ledger, mechanism=None), "d" * 64)
-    assert ledger.standing("a" * 64, CAPS) == Standing(DELTA, 0.0, 4.0, 1, 1)
-    assert ledger.standing("b" * 64, CAPS) == Standing(DELTA, 0.0, 4.0, 1, 1)  # shares p2
-    assert ledger.standing("c" * 64, CAPS) == Standing(DELTA, 0.0, 4.0, 0, 0)
+    assert ledger.standing("a" * 64, CAPS) == BudgetStatus(DELTA, 0.0, 4.0, 1, 1)
+    assert ledger.standing("b" * 64, CAPS) == BudgetStatus(DELTA, 0.0, 4.0, 1, 1)  # shares p2
+    assert ledger.standing("c" * 64, CAPS) == BudgetStatus(DELTA, 0.0, 4.0, 0, 0)
     row = ledger.studies()[0]
     assert (row["charged"], row["unbounded_rounds"]) == (1, 1)
     assert row["epsilon"] is row["site_epsilon"] is None
@@ -359,9 +359,9 @@ def test_a_killed_trainer_has_spent_what_it_reserved(tmp_path: Path, committed: 
     code = f"""
 import os, signal
 from pathlib import Path
-from client.ledger import Ledger, RoundRequest
-from client.ledger.ledger import Caps
-from fedward.privacy import Mechanism, _filter_order
+from fedward_client.ledger import Ledger, RoundRequest
+from fedward_client.ledger.ledger import Caps
+from fedward.dp.accounting import Mechanism, _filter_order
 ledger = Ledger(Path({str(tmp_path)!r}))
 ledger.register("a" * 64, "chest", ["p1"])
 mechanism = Mechanism(2.0, 0.1, 10)

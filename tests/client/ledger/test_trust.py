@@ -18,13 +18,13 @@ from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 from typer.testing import CliRunner
 
-from client.cli import app
-from client.ledger import Charge, Ledger, Release, RoundRequest, accept_older, name_secret
-from client.ledger.ledger import Caps, RoundBusy
-from client.ledger.releases import Releases
-from client.secret import site_secret
+from fedward.dp.accounting import Mechanism, _filter_order
 from fedward.errors import BudgetError
-from fedward.privacy import Mechanism, _filter_order
+from fedward_client.cli import app
+from fedward_client.ledger import Charge, Ledger, Release, RoundRequest, accept_older, name_secret
+from fedward_client.ledger.ledger import Caps, RoundBusy
+from fedward_client.ledger.releases import Releases
+from fedward_client.secret import site_secret
 
 DELTA = 1e-4
 CAPS = Caps(study=50.0, cohort=50.0, delta=DELTA)

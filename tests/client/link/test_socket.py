@@ -13,13 +13,13 @@ import grpc
 import numpy as np
 import pytest
 
-from client.link import trainer_pb2 as pb
-from client.link import trainer_pb2_grpc as rpc
-from client.link.caller import Caller, TrainerGone, TrainerTaken
-from client.link.packets import CHUNK, Packet, from_parts, to_parts
-from client.link.service import serve
-from client.link.state import LinkState
 from fedward.errors import ConfigError, ProtocolError
+from fedward_client.link import trainer_pb2 as pb
+from fedward_client.link import trainer_pb2_grpc as rpc
+from fedward_client.link.client import TrainerClient, TrainerGone, TrainerTaken
+from fedward_client.link.messages import CHUNK, TrainerMessage, from_parts, to_parts
+from fedward_client.link.service import serve
+from fedward_client.link.state import LinkState
 
 
 class EchoDesk:
@@ -30,13 +30,13 @@ class EchoDesk:
         self.bad: list[str] = []
         self.left = threading.Event()
 
-    def answer(self, what: str, packet: Packet) -> Packet:
+    def answer(self, what: str, packet: TrainerMessage) -> TrainerMessage:
         arrays = {name: value + 1 for name, value in packet.arrays.items()}
-        return Packet("facts", {"what": what, **packet.record}, arrays)
+        return TrainerMessage("facts", {"what": what, **packet.record}, arrays)
 
-    def garbage(self, error: ProtocolError) -> Packet:
+    def garbage(self, error: ProtocolError) -> TrainerMessage:
         self.bad.append(error.rule)
-        return Packet("refusal", {"rule": error.rule})
+        return TrainerMessage("refusal", {"rule": error.rule})
 
     def attached(self, isolation: str) -> None:
         self.isolation.append(isolation)
@@ -68,7 +68,7 @@ def served(tmp_path: Path) -> Iterator[tuple[EchoDesk, Path]]:
 
 def test_large_tensors_cross_whole(served: tuple[EchoDesk, Path]) -> None:
     desk, path = served
-    caller = Caller(path, "1", "hidden")
+    caller = TrainerClient(path, "1", "hidden")
     rng = np.random.default_rng(1)
     arrays = {
         "w": rng.normal(size=(1500, 1700)).astype(np.float32),
@@ -76,7 +76,7 @@ def test_large_tensors_cross_whole(served: tuple[EchoDesk, Path]) -> None:
         "empty": np.zeros((0, 4), np.float64),
         "turned": np.arange(12).reshape(3, 4).T,
     }
-    got = caller.ask("train", Packet("order", {"round": 7}, arrays))
+    got = caller.ask("train", TrainerMessage("order", {"round": 7}, arrays))
     assert got.record == {"what": "train", "round": 7}
     assert list(got.arrays) == list(arrays)
     for name, value in arrays.items():
@@ -91,22 +91,22 @@ def test_large_tensors_cross_whole(served: tuple[EchoDesk, Path]) -> None:
 
 def test_one_connector_at_a_time(served: tuple[EchoDesk, Path]) -> None:
     desk, path = served
-    first = Caller(path, "1", "hidden")
+    first = TrainerClient(path, "1", "hidden")
     with pytest.raises(TrainerTaken):
-        Caller(path, "1", "hidden")
+        TrainerClient(path, "1", "hidden")
     channel = grpc.insecure_channel(f"unix:{path}")
     stub = rpc.TrainerStub(channel)
     for lease in ("", "0" * 32):
         with pytest.raises(grpc.RpcError) as caught:
-            list(stub.Train(to_parts(Packet("order", {}, lease=lease))))
+            list(stub.Train(to_parts(TrainerMessage("order", {}, lease=lease))))
         assert caught.value.code() == grpc.StatusCode.PERMISSION_DENIED
         with pytest.raises(grpc.RpcError):
             stub.Status(pb.StatusRequest(lease=lease))
     channel.close()
     first.close()
     assert desk.left.wait(10)
-    second = Caller(path, "1", "hidden")
-    assert second.ask("describe", Packet("order", {})).record["what"] == "describe"
+    second = TrainerClient(path, "1", "hidden")
+    assert second.ask("describe", TrainerMessage("order", {})).record["what"] == "describe"
     second.close()
 
 
@@ -139,21 +139,21 @@ def test_a_living_socket_is_left_alone_and_a_dead_one_taken(tmp_path: Path) -> N
 
 def test_nobody_there(tmp_path: Path) -> None:
     with pytest.raises(TrainerGone):
-        Caller(tmp_path / "nothing.sock", "1", "hidden")
+        TrainerClient(tmp_path / "nothing.sock", "1", "hidden")
 
 
 def test_a_trainer_that_ends_is_noticed(tmp_path: Path) -> None:
     end = serve(EchoDesk(), tmp_path / "t.sock", 1 << 20)
-    caller = Caller(tmp_path / "t.sock", "1", "hidden")
+    caller = TrainerClient(tmp_path / "t.sock", "1", "hidden")
     end(0.2)
     assert caller.gone.wait(10)
     with pytest.raises(TrainerGone):
-        caller.ask("train", Packet("order", {}))
+        caller.ask("train", TrainerMessage("order", {}))
     caller.close()
 
 
 def _parts(change: Callable[[list[pb.Part]], Any]) -> Iterator[pb.Part]:
-    made = list(to_parts(Packet("order", {"a": 1}, {"w": np.ones(CHUNK // 2)})))
+    made = list(to_parts(TrainerMessage("order", {"a": 1}, {"w": np.ones(CHUNK // 2)})))
     change(made)
     return iter(made)
 
@@ -190,13 +190,13 @@ def test_bytes_that_are_no_tensors_are_refused() -> None:
 
 def test_garbage_gets_a_refusal_and_the_service_goes_on(served: tuple[EchoDesk, Path]) -> None:
     desk, path = served
-    caller = Caller(path, "1", "hidden")
+    caller = TrainerClient(path, "1", "hidden")
     with grpc.insecure_channel(f"unix:{path}") as channel:
         stub = rpc.TrainerStub(channel)
         answer = from_parts(stub.Train(iter([pb.Part(chunk=b"abc")])))
     assert answer.kind == "refusal"
     assert desk.bad
-    assert caller.ask("describe", Packet("order", {})).kind == "facts"
+    assert caller.ask("describe", TrainerMessage("order", {})).kind == "facts"
     caller.close()
 
 
@@ -204,7 +204,7 @@ def test_the_connector_tells_how_its_link_is_and_nothing_else(
     served: tuple[EchoDesk, Path],
 ) -> None:
     desk, path = served
-    caller = Caller(path, "1", "hidden")
+    caller = TrainerClient(path, "1", "hidden")
     caller.tell(LinkState(state="online", messages=3))
     assert (desk.link.state, desk.link.messages) == ("online", 3)
     channel = grpc.insecure_channel(f"unix:{path}")

@@ -13,14 +13,14 @@ import pytest
 import typer
 from click import Group
 
-from client.audit import AuditLog, audit_folder, audit_key
-from client.cli import app
-from client.config import DatasetSection
-from client.egress.counts import CLASSIFICATION
-from client.policy import words
-from client.policy.settings import PolicySection
-from client.secret import site_secret
-from client.sections import LabelSection
+from fedward import rule_codes
+from fedward_client.audit import AuditLog, audit_folder, audit_key
+from fedward_client.cli import app
+from fedward_client.config import DatasetSection
+from fedward_client.data.options import LabelSection
+from fedward_client.egress.disclosure import CLASSIFICATION
+from fedward_client.policy.settings import PolicySection
+from fedward_client.secret import site_secret
 
 PAGE = (Path(__file__).parents[3] / "docs" / "policy.md").read_text("utf-8")
 PLAIN = " ".join(PAGE.split())
@@ -33,7 +33,7 @@ def test_the_example_is_a_policy() -> None:
     assert PolicySection.model_validate(content).studies[0].dataset == "chest"
 
 
-@pytest.mark.parametrize("rule", words.RULES)
+@pytest.mark.parametrize("rule", rule_codes.RULES)
 def test_each_rule_is_on_the_page_with_keys_that_exist(rule: str) -> None:
     row = re.search(rf"^\| {re.escape(rule)} \| (.+) \|$", PAGE, re.MULTILINE)
     assert row
@@ -68,7 +68,15 @@ def test_each_option_of_audit_is_on_the_page() -> None:
 
 
 def run(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "client.cli", "audit", *arguments, "--config", str(site)]
+    command = [
+        sys.executable,
+        "-m",
+        "fedward_client.cli",
+        "audit",
+        *arguments,
+        "--config",
+        str(site),
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 

@@ -11,28 +11,28 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from typer.testing import CliRunner
 
-from client.audit.log import AuditLog, audit_folder, audit_key
-from client.cli import app
-from client.cohort.training import preparers
-from client.config import SiteConfig, load_config
-from client.ledger import Ledger
-from client.ledger.releases import Releases
-from client.link.packets import Packet
-from client.policy.approvals import Approvals
-from client.secret import site_secret
-from client.trainer.cases import Cases
-from client.trainer.desk import TrainerDesk
-from client.trainer.state import Board
-from client.trainer.watchdog import OrdersInHand
-from client.trainer.work import Work
-from client.training.runtime import Runtime
+from fedward.flower.tensors import digest
 from fedward.models import build_model, to_arrays
-from fedward.packing import digest
 from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Plan
 from fedward.protocol import RoundOrder
 from fedward.signing import fingerprint, public_bytes, sign_order
-from simulation.cohort import write_cohort
+from fedward_client.audit.log import AuditLog, audit_folder, audit_key
+from fedward_client.cli import app
+from fedward_client.cohort.training import preparers
+from fedward_client.config import SiteConfig, load_config
+from fedward_client.ledger import Ledger
+from fedward_client.ledger.releases import Releases
+from fedward_client.link.messages import TrainerMessage
+from fedward_client.policy.approvals import Approvals
+from fedward_client.secret import site_secret
+from fedward_client.trainer.executor import Executor
+from fedward_client.trainer.service import TrainerService
+from fedward_client.trainer.status import StatusBoard
+from fedward_client.trainer.study_context import StudyContexts
+from fedward_client.trainer.watchdog import OrdersInHand
+from fedward_client.training.runtime import Runtime
+from fedward_simulation.cohort import write_cohort
 
 SITE = """
 version = 1
@@ -74,22 +74,22 @@ class Hospital:
     folder: Path
     key: Ed25519PrivateKey
     config: SiteConfig = field(init=False)
-    desk: TrainerDesk = field(init=False)
+    desk: TrainerService = field(init=False)
     crew: Any = None
 
-    def open(self) -> TrainerDesk:
+    def open(self) -> TrainerService:
         self.config = load_config(self.folder / "site.toml")
         state = self.config.site.state
         secret = site_secret(state)
         self.audit = AuditLog(audit_folder(state), audit_key(state))
         self.ledger = Ledger(state)
-        self.board = Board("north")
+        self.board = StatusBoard("north")
         self.board.set(walls=True)
-        cases = Cases(self.config, self.audit)
+        cases = StudyContexts(self.config, self.audit)
         for row in self.ledger.studies():
             cases.pin(row["study"], row["dataset"], row["cohort"])
         self.approvals = Approvals(state)
-        self.work = Work(
+        self.work = Executor(
             self.config,
             cases,
             self.ledger,
@@ -102,7 +102,9 @@ class Hospital:
         )
         in_hand = OrdersInHand(state)
         in_hand.note_last_end()
-        self.desk = TrainerDesk(cases, self.work, self.audit, self.approvals, self.board, in_hand)
+        self.desk = TrainerService(
+            cases, self.work, self.audit, self.approvals, self.board, in_hand
+        )
         return self.desk
 
     def close(self) -> None:
@@ -116,7 +118,7 @@ class Hospital:
         task: str = "train",
         model: int = 0,
         **more: Any,
-    ) -> Packet:
+    ) -> TrainerMessage:
         arrays = to_arrays(build_model(plan, model)) if task != "describe" else {}
         order = RoundOrder(
             plan=canonical(plan),
@@ -127,9 +129,9 @@ class Hospital:
             arrays=digest(arrays) if arrays else "",
             **more,
         )
-        return Packet("order", dict(sign_order(self.key, order).to_flat()), arrays)
+        return TrainerMessage("order", dict(sign_order(self.key, order).to_flat()), arrays)
 
-    def ask(self, what: str, plan: Plan, round_: int = 1, **more: Any) -> Packet:
+    def ask(self, what: str, plan: Plan, round_: int = 1, **more: Any) -> TrainerMessage:
         return self.desk.answer(what, self.order(plan, round_, task=what, **more))
 
 

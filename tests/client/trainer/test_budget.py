@@ -10,11 +10,11 @@ from typing import Any, cast
 
 from rich.console import Console
 
-from client.commands.daemon import _print_budget
-from client.ledger import Caps, Ledger, RoundRequest
-from client.policy.settings import PolicySection
-from client.trainer.admin import Admin
-from fedward.privacy import Mechanism, epsilon_composed
+from fedward.dp.accounting import Mechanism, epsilon_composed
+from fedward_client.commands.daemon import _print_budget
+from fedward_client.ledger import Caps, Ledger, RoundRequest
+from fedward_client.policy.settings import PolicySection
+from fedward_client.trainer.admin import Admin
 
 COHORT = "a" * 64
 ONE = Mechanism(3.42, 0.5, 30)

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from client.audit.log import audit_folder
-from client.audit.verify import entries
-from client.policy import words
-from client.trainer import warm
-from client.trainer.admin import Admin
+from fedward import rule_codes
 from fedward.errors import AuditError
 from fedward.plan.schema import Plan
 from fedward.protocol import Refusal
+from fedward_client.audit.log import audit_folder
+from fedward_client.audit.verify import entries
+from fedward_client.trainer import trainer_cache
+from fedward_client.trainer.admin import Admin
 
 Make = Callable[..., Any]
 pytestmark = pytest.mark.integration
@@ -45,13 +45,13 @@ def at_a_step(hospital: Any, act: Callable[[Any], object]) -> None:
 def while_preparing(
     hospital: Any, act: Callable[[Any], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare = warm.prepare_cohort
+    prepare = trainer_cache.prepare_cohort
 
     def prepared(*given: Any, **named: Any) -> Any:
         act(hospital)
         return prepare(*given, **named)
 
-    monkeypatch.setattr(warm, "prepare_cohort", prepared)
+    monkeypatch.setattr(trainer_cache, "prepare_cohort", prepared)
 
 
 def answer(hospital: Any, what: str, plan: Plan) -> tuple[str, str]:
@@ -76,7 +76,7 @@ def test_a_study_that_is_denied_while_it_works_gets_nothing(
 ) -> None:
     hospital = make_hospital()
     at_a_step(hospital, deny)
-    assert answer(hospital, what, plan) == ("policy", words.DENIED)
+    assert answer(hospital, what, plan) == ("policy", rule_codes.DENIED)
     assert "sent" not in events(hospital)
 
 
@@ -86,7 +86,7 @@ def test_a_study_that_is_denied_while_images_are_prepared_gets_nothing_and_pays_
 ) -> None:
     hospital = make_hospital("max_epsilon_per_cohort = 100.0\nmax_delta = 0.01")
     while_preparing(hospital, deny, monkeypatch)
-    assert answer(hospital, what, private_plan) == ("policy", words.DENIED)
+    assert answer(hospital, what, private_plan) == ("policy", rule_codes.DENIED)
     assert {"sent", "charge"}.isdisjoint(events(hospital))
     assert hospital.ledger.studies() == []
 
@@ -94,8 +94,8 @@ def test_a_study_that_is_denied_while_images_are_prepared_gets_nothing_and_pays_
 @pytest.mark.parametrize(
     ("act", "rule"),
     [
-        (lambda hospital: hospital.desk.close(), words.STOPPED),
-        (lambda hospital: hospital.desk.cancel("tiny-1"), words.GIVEN_UP),
+        (lambda hospital: hospital.desk.close(), rule_codes.STOPPED),
+        (lambda hospital: hospital.desk.cancel("tiny-1"), rule_codes.GIVEN_UP),
     ],
 )
 def test_an_order_that_is_given_up_says_so_and_may_come_again(
@@ -107,18 +107,18 @@ def test_an_order_that_is_given_up_says_so_and_may_come_again(
 
 
 def full(*_: Any, **__: Any) -> None:
-    raise AuditError(words.UNWRITTEN, value=errno.errorcode[errno.ENOSPC])
+    raise AuditError(rule_codes.UNWRITTEN, value=errno.errorcode[errno.ENOSPC])
 
 
 def test_before_a_full_log_what_stops_holds_and_what_allows_does_not(
     make_hospital: Make, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hospital = make_hospital(rule='approval = "manual"')
-    assert answer(hospital, "train", plan) == ("pending", words.PENDING)
+    assert answer(hospital, "train", plan) == ("pending", rule_codes.PENDING)
     admin = admin_of(hospital)
     with monkeypatch.context() as patch:
         patch.setattr(hospital.audit, "append", full)
-        assert answer(hospital, "train", plan) == ("error", words.UNWRITTEN)
+        assert answer(hospital, "train", plan) == ("error", rule_codes.UNWRITTEN)
         for command in ("approve", "pause", "deny"):
             with pytest.raises(AuditError):
                 admin.do(command, {"study": "tiny-1"}, "officer")
@@ -134,4 +134,4 @@ def test_before_a_full_log_what_stops_holds_and_what_allows_does_not(
     admin.do("resume", {}, "officer")
     assert not hospital.board.paused
     assert not hospital.approvals.paused
-    assert answer(hospital, "train", plan) == ("policy", words.DENIED)
+    assert answer(hospital, "train", plan) == ("policy", rule_codes.DENIED)

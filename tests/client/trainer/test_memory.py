@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from client.audit.log import audit_folder
-from client.audit.verify import entries
-from client.link.packets import Packet
-from client.training.runtime import Runtime
-from client.training.trainer import Trainer
 from fedward.models import build_model, to_arrays
 from fedward.plan.schema import Plan
 from fedward.protocol import Refusal
+from fedward_client.audit.log import audit_folder
+from fedward_client.audit.verify import entries
+from fedward_client.link.messages import TrainerMessage
+from fedward_client.training.runtime import Runtime
+from fedward_client.training.trainer import Trainer
 
 pytestmark = pytest.mark.integration
 Make = Callable[..., Any]
@@ -103,7 +103,7 @@ def test_without_memory_for_one_image_it_says_so(make_hospital: Make, private_pl
         )
         assert "GiB" not in json.dumps(answer.record)
     # The round is lost and stays charged; the next one works.
-    again: Packet = hospital.ask("train", private_plan)
+    again: TrainerMessage = hospital.ask("train", private_plan)
     assert Refusal.from_flat(again.record).kind == "budget"
     assert hospital.ask("train", private_plan, 2).kind == "update"
     told = [one.event for one in entries(audit_folder(hospital.config.site.state))]

@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 
-from client.config import config_from
-from client.policy import words
-from client.policy.approvals import Approvals
-from client.trainer.officer import TrainerSilent, answer_for_silent
-from client.trainer.watchdog import OrderKey, OrdersInHand
+from fedward import rule_codes
 from fedward.errors import ConfigError, PolicyError
+from fedward_client.config import config_from
+from fedward_client.policy.approvals import Approvals
+from fedward_client.trainer.admin import TrainerSilent, answer_for_silent
+from fedward_client.trainer.watchdog import OrderKey, OrdersInHand
 
 ONE = {"study": "one", "plan_hash": "1" * 64}
 TWO = {"study": "two", "plan_hash": "2" * 64}
 HANG = """
 import re, sys
 from pathlib import Path
-from client.trainer.watchdog import OrdersInHand, watch
+from fedward_client.trainer.watchdog import OrdersInHand, watch
 in_hand = OrdersInHand(Path(sys.argv[1]))
 in_hand.note_last_end()
 watch(in_hand.report, 2.0)
@@ -85,7 +85,7 @@ def test_an_order_that_stopped_the_trainer_is_refused_until_it_is_approved_anew(
         hospital.close()
         hospital.open()
     refused = hospital.ask("train", plan, 2)
-    assert (refused.record["kind"], refused.record["rule"]) == ("policy", words.STOPS_TRAINER)
+    assert (refused.record["kind"], refused.record["rule"]) == ("policy", rule_codes.STOPS_TRAINER)
     hospital.desk.forgive("tiny-1")
     assert hospital.ask("train", plan, 2).kind == "update"
 
@@ -109,7 +109,7 @@ def test_without_the_trainer_an_officer_forbids_and_does_not_allow(
     assert hospital.ask("train", plan, 2).record["kind"] == "paused"
     Approvals(hospital.config.site.state).pause(paused=False)
     assert do("deny", study="tiny-1", plan="")["approval"]["state"] == "denied"
-    assert hospital.ask("train", plan, 2).record["rule"] == words.DENIED
+    assert hospital.ask("train", plan, 2).record["rule"] == rule_codes.DENIED
 
 
 def test_the_limit_is_a_setting(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from client.training.device import autocast
-from client.training.runtime import Runtime
-from client.training.trainer import Trainer
 from fedward.models import build_model, to_arrays
+from fedward_client.training.device import autocast
+from fedward_client.training.runtime import Runtime
+from fedward_client.training.trainer import Trainer
 
 PRIVATE = {"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-3, "clipping_norm": 1.0}
 KINDS = pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from client.training.losses import build_loss
 from fedward.plan import Plan
+from fedward_client.training.losses import build_loss
 
 Make = Callable[..., Any]
 CPU = torch.device("cpu")

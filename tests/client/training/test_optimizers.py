@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from client.training.optimizers import build_optimizer, set_rate
 from fedward.plan import Plan
+from fedward_client.training.optimizers import build_optimizer, set_rate
 
 OWN: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,

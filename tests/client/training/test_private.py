@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch import nn
 
-from client.data.types import PreparedSite
-from client.training.batches import PatientDraw, PatientSampler, chunks, patients_at_once
-from client.training.private import Mode, PrivateStep
-from client.training.runtime import Runtime
-from client.training.trainer import Trainer
+from fedward.dp.accounting import Mechanism
 from fedward.dp.gaussian import SLACK, GaussianNoise
 from fedward.dp.keystream import Keystream, derive_key
 from fedward.models import build_model, sampled, to_arrays
 from fedward.plan import Plan
-from fedward.privacy import Mechanism
 from fedward.protocol import RoundOrder
+from fedward_client.data.sample import PreparedSite
+from fedward_client.training.batches import PatientDraw, PatientSampler, chunks, patients_at_once
+from fedward_client.training.private import Mode, PrivateStep
+from fedward_client.training.runtime import Runtime
+from fedward_client.training.trainer import Trainer
 
 MODES: tuple[Mode, ...] = ("hooks", "functorch", "bookkeeping")
 

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from client.data.types import PreparedSite
-from client.training.fit import Draws
-from client.training.optimizers import rate_at
-from client.training.runtime import Runtime
-from client.training.trainer import Trainer
+from fedward.dp.accounting import epsilon_spent
 from fedward.errors import DataError, ModelError, PrivacyError, ProtocolError
 from fedward.metrics import counts_from_arrays
 from fedward.models import build_model, to_arrays
 from fedward.plan import Plan
 from fedward.plan.schema import Strategy
-from fedward.privacy import epsilon_spent
+from fedward_client.data.sample import PreparedSite
+from fedward_client.training.fit import Draws
+from fedward_client.training.optimizers import rate_at
+from fedward_client.training.runtime import Runtime
+from fedward_client.training.trainer import Trainer
 
 SEEDED = Runtime(randomness="seeded")
 PRIVATE = {"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-3, "clipping_norm": 1.0}
@@ -162,7 +162,7 @@ def test_cached_features_give_the_same_update_as_the_whole_model(
     assert len(list(tmp_path.glob("*/features.npy"))) == 1
     reread, _ = Trainer(plan, site, runtime).train(start, make_order(plan))
     monkeypatch.setattr(
-        "client.training.trainer.split_at_trainable", lambda model, names: (None, model)
+        "fedward_client.training.trainer.split_at_trainable", lambda model, names: (None, model)
     )
     whole, _ = Trainer(plan, site, SEEDED).train(start, make_order(plan))
     assert equal(cached, reread)

@@ -66,7 +66,7 @@ def open_view(
     if holder.stdout.readline() != "ready\n":
         pytest.skip("this kernel makes no mount namespaces here")
     view = ["nsenter", f"--target={holder.pid}", "--mount"]
-    reads = [*view, *as_user(61003, 61003), sys.executable, "-c", "import client.cli"]
+    reads = [*view, *as_user(61003, 61003), sys.executable, "-c", "import fedward_client.cli"]
     subprocess.run(reads, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd="/")
     yield view
     holder.kill()

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from server.flower.control import Link
+from fedward.flower.control_client import ControlClient
 
 pytestmark = pytest.mark.integration
 Make = Callable[..., Any]
@@ -61,7 +61,7 @@ class Apart:
     def words(self, user: int, *words: str) -> list[str]:
         """A command line as a user who may do nothing more."""
         config = str(self.folder / "site.toml")
-        command = [sys.executable, "-m", "client.cli", *words, "--config", config]
+        command = [sys.executable, "-m", "fedward_client.cli", *words, "--config", config]
         return [*self.view, *self.as_user(user, self.group.gr_gid), *command]
 
     def call(self, user: int, *words: str) -> subprocess.CompletedProcess[str]:
@@ -123,7 +123,7 @@ def apart(
     enrolled = made.call(CONNECTOR, "enrol")
     assert enrolled.returncode == 0, enrolled.stderr
     public = json.loads(enrolled.stdout)["public_key"]
-    Link(superlink.address, superlink.ca, superlink.control_secret).register(
+    ControlClient(superlink.address, superlink.ca, superlink.control_secret).register(
         public.encode(), "apart"
     )
     frozen = made.call(TRAINER, "data", "freeze", "chest")

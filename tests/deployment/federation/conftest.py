@@ -18,22 +18,22 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from client.cli import app as client_cli
-from client.enrol import enrol
+from fedward.flower.control_client import ControlClient
+from fedward.flower.server_session import RunSession
 from fedward.models import build_model, to_arrays
 from fedward.plan.schema import Plan
 from fedward.plan.text import toml_text
-from server.config import load_config
-from server.flower.control import Link
-from server.flower.runtime import RunSession
-from server.job import Job
-from server.registry import open_registry
-from server.results import Arm
-from server.rounds import StudyRun
-from simulation.cohort import write_cohort
-from simulation.cohort.facts import Kind
-from simulation.options import Hospital, Options
-from simulation.study import Study
+from fedward_client.cli import app as client_cli
+from fedward_client.enrol import enrol
+from fedward_server.config import load_config
+from fedward_server.job import Job
+from fedward_server.registry import open_registry
+from fedward_server.results import Arm
+from fedward_server.round_loop import StudyRun
+from fedward_simulation.cohort import write_cohort
+from fedward_simulation.cohort.facts import Kind
+from fedward_simulation.options import Hospital, Options
+from fedward_simulation.study import Study
 
 HOSPITALS = 5
 HERE = Path(__file__).resolve().parent
@@ -365,7 +365,7 @@ class Federation:
             members = {site.node_id or 0: site.name for site in registry.sites.list()}
         finally:
             registry.close()
-        link = Link(
+        link = ControlClient(
             config.superlink_address, config.tls.ca.read_bytes(), config.control_secret.read_bytes()
         )
         session = RunSession(link, config.runtime_secret.read_bytes(), folder / "lock")

@@ -14,12 +14,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 from numpy.typing import NDArray
 
-from client.connector.fleet import Fleet, LinkDown, LinkRefused, RunOver
-from client.connector.translate import refusal, to_order, to_reply
-from client.enrol import public_pem
-from client.link.packets import Packet
 from fedward.errors import ProtocolError
+from fedward.flower.fleet_client import FleetClient, LinkDown, LinkRefused, RunOver
 from fedward.protocol import SiteFacts, TrainOutcome
+from fedward_client.enrol import public_pem
+from fedward_client.link.messages import TrainerMessage
+from fedward_client.messages import refusal, to_order, to_reply
 
 pytestmark = pytest.mark.integration
 Make = Callable[..., Any]
@@ -98,7 +98,7 @@ class Mallory:
 
     def __init__(self, address: str, ca: bytes) -> None:
         self.key = ec.generate_private_key(ec.SECP384R1())
-        self._fleet = Fleet(address, ca, self.key, 1 << 24)
+        self._fleet = FleetClient(address, ca, self.key, 1 << 24)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self.script: list[Answer | None] = []
@@ -147,9 +147,9 @@ class Mallory:
         if packet is not None:
             self._fleet.push(Message(to_reply(packet, order), reply_to=message))
 
-    def _answer(self, what: str, order: Packet, message: Message) -> Packet | None:
+    def _answer(self, what: str, order: TrainerMessage, message: Message) -> TrainerMessage | None:
         if what == "describe":
-            return Packet("facts", dict(FACTS.to_flat()))
+            return TrainerMessage("facts", dict(FACTS.to_flat()))
         if what == "evaluate":
             return refusal(NAME, order, ProtocolError("nothing to measure on"))
         answer = self.script.pop(0) if self.script else right
@@ -160,12 +160,12 @@ class Mallory:
         return self._update(order, answer)
 
     @staticmethod
-    def _update(order: Packet, answer: Answer) -> Packet:
+    def _update(order: TrainerMessage, answer: Answer) -> TrainerMessage:
         outcome = TrainOutcome(
             site=NAME, round=order.record["round"], patients=8, images=8, steps=1, seconds=0.1
         )
         arrays, outcome = answer(dict(order.arrays), outcome)
-        return Packet("update", dict(outcome.to_flat()), arrays)
+        return TrainerMessage("update", dict(outcome.to_flat()), arrays)
 
 
 @pytest.fixture

@@ -34,9 +34,9 @@ VICTIMS = [
     "restart",
 ]
 MODULES = {
-    "runner": "server.runner",
-    "superlink": "server.flower.superlink",
-    "service": "server.service",
+    "runner": "fedward_server.runner",
+    "superlink": "fedward.flower.superlink",
+    "service": "fedward_server.service",
 }
 
 
@@ -153,7 +153,7 @@ def sending(now: Round) -> int | None:
 
 def aggregating(now: Round) -> int | None:
     """The runner has all answers, and the round does not stand yet: model, checkpoint, registry."""
-    pid = now.process("server.runner")
+    pid = now.process("fedward_server.runner")
     wait(now.all_measured)
     freeze(pid)
     return pid if now.all_measured() else _let_go(pid)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from client.policy import words
+from fedward import rule_codes
 from fedward.plan.schema import Plan
 
 pytestmark = pytest.mark.integration
@@ -41,7 +41,14 @@ def run(environment: dict[str, str]) -> Iterator[Callable[..., subprocess.Popen[
 
     def start(site: Any, which: str, **how: Any) -> subprocess.Popen[bytes]:
         (site.daemon.folder / "connector" / "link.json").unlink(missing_ok=True)
-        words = [sys.executable, "-m", "client.cli", which, "--config", str(site.daemon.config)]
+        words = [
+            sys.executable,
+            "-m",
+            "fedward_client.cli",
+            which,
+            "--config",
+            str(site.daemon.config),
+        ]
         with (site.daemon.folder / "daemon.log").open("ab") as log:
             made.append(subprocess.Popen(words, env=environment, stdout=log, stderr=log, **how))
         return made[-1]
@@ -62,7 +69,7 @@ def test_without_walls_no_dataset_is_opened_unless_the_site_says_so_aloud(
     until(lambda: site.online and site.trainer.get("connector") == "can read images")
     answer = coordinator.ask(site.node, coordinator.order(plan, 1, "walls"))
     assert refusal_of(answer)[0] == "policy"
-    assert refusal_of(answer)[1] == words.CONNECTOR
+    assert refusal_of(answer)[1] == rule_codes.CONNECTOR
     shouted = " ".join(site.trainer["warnings"])
     assert "no dataset is opened" in shouted
     assert "can read images" in shouted

@@ -9,9 +9,9 @@ import torch
 from opacus.grad_sample.utils import wrap_model
 from torch import Tensor, nn
 
-from fedward.models.bookkeeping import backward, keep_books
+from fedward.dp.ghost_clipping import backward, keep_books
+from fedward.dp.layers import sampled
 from fedward.models.registry import GRAD_SAMPLE_MODES
-from fedward.models.sampled import sampled
 from fedward.plan.schema import ModelName
 
 MODELS: tuple[ModelName, ...] = get_args(ModelName)

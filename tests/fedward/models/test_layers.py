@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedward.models.dp_ready import group_norm
-from fedward.models.layers import FrozenBatchNorm2d, SamePad
+from fedward.dp.compat import group_norm
+from fedward.models.classifiers import FrozenBatchNorm2d, SamePad
 from fedward.models.registry import build_model
 
 

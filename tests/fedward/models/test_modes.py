@@ -7,8 +7,7 @@ from typing import get_args
 import pytest
 
 from fedward.errors import ModelError
-from fedward.models.modes import best_mode
-from fedward.models.registry import GRAD_SAMPLE_MODES
+from fedward.models.registry import GRAD_SAMPLE_MODES, best_mode
 from fedward.plan.schema import ModelName
 
 

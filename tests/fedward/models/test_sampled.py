@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
-from fedward.models.sampled import SampledConv2d, SampledGroupNorm, sampled
+from fedward.dp.layers import SampledConv2d, SampledGroupNorm, sampled
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
 

@@ -15,13 +15,13 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fastapi import FastAPI
 
 from fedward.errors import StudyError
-from server.api.app import build_api
-from server.api.health import Health
-from server.config import LimitsSection, ServerConfig, load_config
-from server.enrolment import Enrolment
-from server.flower.control import Link, Node, stored_key
-from server.registry import Registry, open_registry
-from server.setup import Wishes, initialise
+from fedward.flower.control_client import ControlClient, Node, stored_key
+from fedward_server.api.app import build_api
+from fedward_server.api.health import Health
+from fedward_server.config import LimitsSection, ServerConfig, load_config
+from fedward_server.enrolment import Enrolment
+from fedward_server.registry import Registry, open_registry
+from fedward_server.setup import SetupOptions, initialise
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Api:
         self.config = config
         self.registry: Registry = open_registry(config)
         self.link = Enrolled()
-        link = cast(Link, self.link)
+        link = cast(ControlClient, self.link)
         self.enrolment = Enrolment(self.registry, link)
         self.health = Health(config, self.registry, link)
         self.client = Client(build_api(config, self.enrolment, self.health))
@@ -113,7 +113,7 @@ def make_api(tmp_path: Path) -> Iterator[Callable[..., Api]]:
     made: list[Api] = []
 
     def build(**limits: int) -> Api:
-        config = load_config(initialise(tmp_path / f"agg{len(made)}", Wishes()).config)
+        config = load_config(initialise(tmp_path / f"agg{len(made)}", SetupOptions()).config)
         config = config.model_copy(update={"limits": LimitsSection(**{"free_bytes": 0, **limits})})
         made.append(Api(config))
         return made[-1]

@@ -10,8 +10,8 @@ import httpx
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from server.api.access import Rate
-from server.api.reference import description
+from fedward_server.api.access import Rate
+from tools.docs.api import description
 
 Make = Callable[..., Any]
 ROLES = ("viewer", "coordinator", "admin")
@@ -104,7 +104,7 @@ def guess(api: Any, text: str, address: str = "192.0.2.1") -> int:
 def test_guesses_are_held_up_by_prefix_and_network_and_a_valid_token_never(
     make_api: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.api.access._SLOW_SECONDS", 0.0)
+    monkeypatch.setattr("fedward_server.api.access._SLOW_SECONDS", 0.0)
     api = make_api(failures_per_minute=2)
     valid = api.tokens["viewer"]
     beside = valid[: valid.rindex(valid.split("_", 2)[2])] + "A" * 43
@@ -119,7 +119,7 @@ def test_guesses_are_held_up_by_prefix_and_network_and_a_valid_token_never(
 
 
 def test_a_rate_keeps_a_bounded_number_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.api.access._MOST_KEYS", 3)
+    monkeypatch.setattr("fedward_server.api.access._MOST_KEYS", 3)
     rate = Rate(1, lambda: 0.0)
     for key in "abcd":
         rate.add(key)

@@ -11,12 +11,12 @@ import pytest
 
 from fedward import errors
 from fedward.errors import FedwardError
+from fedward.flower.control_client import Node
 from fedward.models import save_model
 from fedward.plan.load import plan_hash
 from fedward.protocol import SiteFacts
-from server.api.problems import Missing, problem_of, status_of
-from server.flower.control import Node
-from server.results import Arm, Round, StudyResults
+from fedward_server.api.problems import Missing, problem_of, status_of
+from fedward_server.results import Arm, Round, StudyResults
 
 Key = Callable[[], str]
 MakePlan = Callable[..., Any]
@@ -187,7 +187,7 @@ def test_a_study_names_only_sites_that_are_enrolled(
 
 
 def test_ready_means_that_a_study_could_run(api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import server.api.health as module
+    import fedward_server.api.health as module
 
     monkeypatch.setattr(module, "_FRESH", -1.0)
     assert api.client.get("/healthz").json() == {"status": "ok"}

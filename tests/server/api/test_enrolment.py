@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from fedward.errors import StudyError
-from server.enrolment import Enrolment
-from server.flower.control import Node, stored_key
+from fedward.flower.control_client import Node, stored_key
+from fedward_server.enrolment import Enrolment
 
 Key = Callable[[], str]
 
@@ -117,7 +117,7 @@ def test_a_killed_rotation_is_done_again_after_a_restart(api: Any, site_key: Key
 def test_what_is_left_is_tidied_up_when_the_superlink_is_back(
     api: Any, site_key: Key, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.enrolment._AGAIN", 0.02)
+    monkeypatch.setattr("fedward_server.enrolment._AGAIN", 0.02)
     add(api, "north", site_key())
     api.link.broken = True
     stop = threading.Event()

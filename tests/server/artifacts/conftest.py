@@ -12,7 +12,7 @@ import torch
 from fedward.models import build_model, to_arrays
 from fedward.plan import Plan, plan_from
 from fedward.plan.schema import SEGMENTERS
-from server.artifacts.export import Delivered
+from fedward_server.artifacts.export import Delivered
 
 WEIGHTS = {"file": "package:x/y", "sha256": "0" * 64}
 CARD = "# Model card\n\nMade of two sites.\n\n"

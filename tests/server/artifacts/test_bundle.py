@@ -20,8 +20,8 @@ import torch
 from PIL import Image as Pillow
 
 from fedward.errors import ModelError, OutputError
-from server.artifacts import export as exporting
-from server.artifacts.export import export_bundle
+from fedward_server.artifacts import export as exporting
+from fedward_server.artifacts.export import export_bundle
 
 pytest.importorskip("onnxruntime")
 pytestmark = [
@@ -180,19 +180,19 @@ def test_the_bundle_runs_over_a_folder_of_images(made: tuple[Any, Any, Path]) ->
     (folder / "images").mkdir()
     rng = np.random.default_rng(0)
     if plan.task.kind == "classification":
-        from client.data.readers.pictures import Picture as Reader
+        from fedward_client.data.readers.images import Picture as Reader
 
         path = folder / "images" / "one.png"
         Pillow.fromarray(rng.integers(0, 255, (40, 50)).astype(np.uint8)).save(path)
         image = Reader(path)()
     else:
-        from client.data.readers.nifti import NiftiImage
+        from fedward_client.data.readers.nifti import NiftiImage
 
         path = folder / "images" / "one.nii.gz"
         values = rng.normal(size=(20, 22, 18)).astype(np.float32)
         nib.save(nib.Nifti1Image(values, np.diag([-1.8, 1.5, 2.0, 1.0])), path)
         image = NiftiImage(path, 3)()
-    from client.data.transform import prepare_image
+    from fedward_client.data.transforms import prepare_image
 
     given = prepare_image(image, None, plan.task, plan.preprocessing).pixels
     with torch.no_grad():

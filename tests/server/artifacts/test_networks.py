@@ -13,7 +13,7 @@ import torch
 
 from fedward.models import sampled
 from fedward.models.registry import GRAD_SAMPLE_MODES
-from server.artifacts.graph import load_torchscript, onnx_model, torchscript
+from fedward_server.artifacts.export import load_torchscript, onnx_model, torchscript
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parents[3]

@@ -15,10 +15,10 @@ from monai.bundle import ConfigParser
 from monai.transforms import Compose
 from PIL import Image as Pillow
 
-from client.data.readers.nifti import NiftiImage
-from client.data.readers.pictures import Picture
-from client.data.transform import prepare_image
-from server.artifacts.inference import inference_config
+from fedward_client.data.readers.images import Picture
+from fedward_client.data.readers.nifti import NiftiImage
+from fedward_client.data.transforms import prepare_image
+from fedward_server.artifacts.bundle_config import inference_config
 
 # MONAI tells that it has no NVIDIA decoder; it needs none.
 pytestmark = [
@@ -27,7 +27,7 @@ pytestmark = [
 ]
 Make = Callable[..., Any]
 TOLERANCE = 1e-4
-OWN = "server.artifacts."
+OWN = "fedward_server.artifacts."
 
 
 def transforms(plan: Any) -> Compose:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from server.flower.bells import Bells
+from fedward.flower.batch_middleware import Notifier
 
 
 def test_a_bell_rings_for_its_own_keys() -> None:
-    bells = Bells()
+    bells = Notifier()
     with bells.listen([1, 2]) as mine, bells.listen([2, 3]) as other:
         bells.ring([1])
         assert mine.is_set()
@@ -18,7 +18,7 @@ def test_a_bell_rings_for_its_own_keys() -> None:
 
 
 def test_who_has_left_is_not_kept() -> None:
-    bells = Bells()
+    bells = Notifier()
     with bells.listen([1, 1]) as outer:
         with bells.listen([1]) as inner:
             pass
@@ -29,7 +29,7 @@ def test_who_has_left_is_not_kept() -> None:
 
 
 def test_everybody_can_be_woken() -> None:
-    bells = Bells()
+    bells = Notifier()
     with bells.listen([1]) as one, bells.listen([2]) as two:
         bells.ring_all()
         assert one.is_set()

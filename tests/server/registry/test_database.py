@@ -10,8 +10,8 @@ from alembic.migration import MigrationContext
 from sqlalchemy import inspect, text
 
 from fedward.errors import ConfigError, ServiceError
-from server.registry.database import connect, open_database, revisions, upgrade
-from server.registry.schema import metadata
+from fedward_server.registry.database import connect, open_database, revisions, upgrade
+from fedward_server.registry.schema import metadata
 
 
 def test_a_database_of_the_first_schema_is_brought_forward_with_its_rows(tmp_path: Path) -> None:
@@ -55,7 +55,10 @@ def test_the_revisions_are_one_line() -> None:
 
 def test_many_that_open_at_once_migrate_once(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'new.db'}"
-    code = "import sys; from server.registry import database as d; d.open_database(sys.argv[1])"
+    code = (
+        "import sys; from fedward_server.registry import database as d; "
+        "d.open_database(sys.argv[1])"
+    )
     processes = [subprocess.Popen([sys.executable, "-c", code, url]) for _ in range(4)]
     assert [process.wait(60) for process in processes] == [0] * 4
 

@@ -17,10 +17,10 @@ from fedward.errors import AccessError, ConfigError, PlanError, StudyError
 from fedward.plan import Plan, plan_hash
 from fedward.protocol import RoundOrder, SiteFacts
 from fedward.signing import encoded_public_key, fingerprint, public_bytes, verify_order
-from server.registry import Registry
-from server.registry.database import connect, open_database
-from server.registry.records import NEXT, Study
-from server.results import Round
+from fedward_server.registry import Registry
+from fedward_server.registry.database import connect, open_database
+from fedward_server.registry.records import NEXT, Study
+from fedward_server.results import Round
 
 KEY = Ed25519PrivateKey.generate()
 MakePlan = Callable[..., Plan]
@@ -272,9 +272,9 @@ def test_the_audit_log_gives_the_newest_first(store: Registry) -> None:
 
 _WRITER = """
 import sys
-from server.registry.database import open_database
-from server.registry.studies import StudyStore
-from server.results import Round
+from fedward_server.registry.database import open_database
+from fedward_server.registry.studies import StudyStore
+from fedward_server.results import Round
 store = StudyStore(open_database(sys.argv[1]), "")
 print("ready", flush=True)
 n = 0

@@ -10,12 +10,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from sqlalchemy import text
 
-from server.backup import backup
-from server.config import ServerConfig, load_config
-from server.registry import open_registry
-from server.registry.database import connect
-from server.restore import restore
-from server.setup import Wishes, initialise
+from fedward_server.backup import backup
+from fedward_server.config import ServerConfig, load_config
+from fedward_server.registry import open_registry
+from fedward_server.registry.database import connect
+from fedward_server.restore import restore
+from fedward_server.setup import SetupOptions, initialise
 
 
 def new_key() -> str:
@@ -42,7 +42,7 @@ def test_a_registry_in_postgresql_is_backed_up_and_put_back(
     postgres: str, tmp_path: Path, make_plan: Callable[..., Any]
 ) -> None:
     empty(postgres)
-    config = load_config(initialise(tmp_path / "agg", Wishes(database=postgres)).config)
+    config = load_config(initialise(tmp_path / "agg", SetupOptions(database=postgres)).config)
     registry = open_registry(config)
     for name in ("north", "south"):
         registry.sites.add(name, new_key())

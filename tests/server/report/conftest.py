@@ -12,9 +12,9 @@ from fedward.metrics import ClassificationCounts
 from fedward.plan import plan_from, plan_hash
 from fedward.plan.schema import Task
 from fedward.protocol import SiteFacts
-from server.answers import answers_of
-from server.report.page import render
-from server.results import (
+from fedward_server.answers import answers_of
+from fedward_server.report.page import render
+from fedward_server.results import (
     Answers,
     Arm,
     Failure,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from server.artifacts.card import model_card
-from server.report.numbers import site_names
-from server.report.page import render
-from server.results import Failure, StudyResults
+from fedward_server.artifacts.card import model_card
+from fedward_server.report.page import render
+from fedward_server.report.stats import site_names
+from fedward_server.results import Failure, StudyResults
 
 Read = Callable[[str], Any]
 

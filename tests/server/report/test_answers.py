@@ -13,10 +13,10 @@ from sklearn import metrics as sk
 
 from fedward.metrics import ClassificationCounts
 from fedward.plan.schema import Task
-from server.answers import answers_of
-from server.report.answers import ece
-from server.report.page import render
-from server.results import Answers, StudyResults
+from fedward_server.answers import answers_of
+from fedward_server.report.answers import ece
+from fedward_server.report.page import render
+from fedward_server.results import Answers, StudyResults
 
 TASK = Task(kind="classification", classes=("normal", "pneumonia"))
 

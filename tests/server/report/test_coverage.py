@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from client.policy.settings import PolicySection
-from client.policy.words import EVALUATION_EPSILON, WITHHELD
-from server.artifacts.card import model_card
-from server.report import headline
-from server.report.page import render
-from server.report.site_tables import KEYS
-from server.results import Arm, Failure, StudyResults, TestFigures
+from fedward.rule_codes import EVALUATION_EPSILON, WITHHELD
+from fedward_client.policy.settings import PolicySection
+from fedward_server.artifacts.card import model_card
+from fedward_server.report import headline
+from fedward_server.report.page import render
+from fedward_server.report.tables import KEYS
+from fedward_server.results import Arm, Failure, StudyResults, TestFigures
 
 Read = Callable[[str], Any]
 POLICY = "what the site counts must be enough, and allowed, to leave it."

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from server.memorisation import Audit, Inverted, LowerBound, Membership
-from server.report.memorisation import audit_words
-from server.report.page import render
-from server.results import StudyResults
+from fedward_server.memorisation import Audit, Inverted, LowerBound, Membership
+from fedward_server.report.memorisation import audit_words
+from fedward_server.report.page import render
+from fedward_server.results import StudyResults
 
 
 def audit(epsilon: float, promised: float | None = 8.0) -> Audit:

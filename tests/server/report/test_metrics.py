@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from fedward.errors import OutputError
-from server.report import read_metrics, write_metrics
-from server.report.reference import metrics_reference
-from server.results import Paired, StudyResults
+from fedward_server.report import read_metrics, write_metrics
+from fedward_server.results import Paired, StudyResults
+from tools.docs.metrics import metrics_reference
 
 PAGE = Path(__file__).parents[3] / "docs" / "metrics.md"
 
@@ -116,7 +116,7 @@ def test_a_failed_write_leaves_the_old_file(
 
 def test_the_page_is_the_generated_one() -> None:
     assert PAGE.read_text("utf-8") == metrics_reference(), (
-        "regenerate: python -m server.report.reference > docs/metrics.md"
+        "regenerate: python -m tools.docs.metrics > docs/metrics.md"
     )
 
 

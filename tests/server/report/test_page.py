@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from fedward.errors import OutputError
-from server.report import write_report
-from server.report.page import render
-from server.report.words import NOTHING
-from server.results import Arm, StudyResults, TestFigures
+from fedward_server.report import write_report
+from fedward_server.report.formatting import NOTHING
+from fedward_server.report.page import render
+from fedward_server.results import Arm, StudyResults, TestFigures
 
 Read = Callable[[str], Any]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from server.artifacts.card import model_card
-from server.report import summary_table
-from server.report.page import render
-from server.report.sentences import headline, patient_risk, privacy_words
-from server.results import StudyResults
+from fedward_server.artifacts.card import model_card
+from fedward_server.report import summary_table
+from fedward_server.report.page import render
+from fedward_server.report.summary import headline, patient_risk, privacy_words
+from fedward_server.results import StudyResults
 
 
 def per_image(results: StudyResults, *places: int) -> list[str]:

@@ -7,12 +7,13 @@ from importlib import resources
 
 import pytest
 
-from server.report.looks import looks
-from server.report.page import render
-from server.report.svg import COLOURS
-from server.results import StudyResults
+from fedward_server.report.charts import COLOURS, looks
+from fedward_server.report.page import render
+from fedward_server.results import StudyResults
 
-CSS = resources.files("server.report").joinpath("templates", "report.css").read_text("utf-8")
+CSS = (
+    resources.files("fedward_server.report").joinpath("templates", "report.css").read_text("utf-8")
+)
 
 
 def _themes() -> dict[str, dict[str, str]]:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from fedward.privacy import epsilon_spent
-from simulation.audit.bounds import (
+from fedward.dp.accounting import epsilon_spent
+from fedward_simulation.audit.bounds import (
     best_guesses,
     clopper_pearson,
     noise_at_most,

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from client.data.types import PreparedSite
-from client.training.runtime import Runtime
 from fedward.models import build_model, to_arrays
 from fedward.plan import Plan
-from simulation.audit.canaries import included, with_canaries
-from simulation.audit.people import People
-from simulation.audit.view import SiteView
+from fedward_client.data.sample import PreparedSite
+from fedward_client.training.runtime import Runtime
+from fedward_simulation.audit.canaries import included, with_canaries
+from fedward_simulation.audit.people import People
+from fedward_simulation.audit.view import SiteView
 
 
 @pytest.fixture

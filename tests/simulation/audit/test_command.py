@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from server.memorisation import Audit
-from server.report import read_metrics
+from fedward_server.memorisation import Audit
+from fedward_server.report import read_metrics
 
 ROOT = Path(__file__).resolve().parents[3]
-PROGRAM = "simulation.cli"
+PROGRAM = "fedward_simulation.cli"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "FLWR_TELEMETRY_ENABLED": "0"}
 WORDS = ("--partition", "iid", "--device", "cpu", "--shadows", "3", "--canaries", "4")
 pytestmark = pytest.mark.integration

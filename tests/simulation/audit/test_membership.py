@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from simulation.audit.membership import (
+from fedward_simulation.audit.membership import (
     Shadows,
     by_patient,
     lira_offline,

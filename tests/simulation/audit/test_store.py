@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from simulation.audit.store import Store
+from fedward_simulation.audit.store import Store
 
 
 def test_parts_are_kept_for_the_same_audit_only(tmp_path: Path) -> None:

@@ -12,17 +12,17 @@ import pydicom
 import pytest
 from PIL import Image as Picture
 
-from client.data.decode import read_frame
-from client.data.read import DatasetSpec, read_dataset
-from client.data.types import Dataset
 from fedward.errors import DataError, OutputError
 from fedward.plan import load_plan
-from simulation.cohort import CohortFacts, write_cohort
-from simulation.cohort.phantom import View, density, draw_anatomy
-from simulation.cohort.scanner import SCANNERS
-from simulation.partition import partition
+from fedward_client.data.dataset import DatasetSpec, read_dataset
+from fedward_client.data.readers.dicom.pixels import read_frame
+from fedward_client.data.sample import Dataset
+from fedward_simulation.cohort import CohortFacts, write_cohort
+from fedward_simulation.cohort.phantom import View, density, draw_anatomy
+from fedward_simulation.cohort.scanner import SCANNERS
+from fedward_simulation.partition import partition
 
-STUDIES = Path(__file__).parents[3] / "simulation" / "plans"
+STUDIES = Path(__file__).parents[3] / "studies" / "demo"
 HOSPITALS = [f"hospital-{n}" for n in (1, 2, 3, 4)]
 Cohort = tuple[Path, CohortFacts]
 

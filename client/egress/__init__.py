@@ -1,6 +1,0 @@
-"""The gate: what leaves a hospital is what the plan names, and nothing else."""
-
-from client.egress.gate import Gate, expected_arrays
-from client.egress.refusal import refusal_for
-
-__all__ = ["Gate", "expected_arrays", "refusal_for"]

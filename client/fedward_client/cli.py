@@ -1,0 +1,34 @@
+"""``fedward-client``: a hospital's data, and its part in studies."""
+
+from __future__ import annotations
+
+import typer
+
+from fedward.console import Version, run_command
+from fedward_client.commands.audit import audit_app
+from fedward_client.commands.daemon import add_to
+from fedward_client.commands.data import data_app
+
+app = typer.Typer(
+    help="A hospital's images and its part in studies, at the hospital.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(data_app, name="data")
+app.add_typer(audit_app, name="audit")
+add_to(app)
+
+
+@app.callback()
+def _top(version: Version = False) -> None:
+    """A hospital's images and its part in studies, at the hospital."""
+
+
+def main() -> None:
+    """Entry point."""
+    run_command(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,577 @@
+"""Can a dataset, or a frozen cohort of it, serve a plan."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedward.dp.accounting import (
+    calibrate,
+    default_delta,
+    epsilon_spent,
+    sampling_rate,
+    steps_per_round,
+)
+from fedward.errors import DataError, ModelError, PlanError, PrivacyError
+from fedward.models import build_model, describe, to_arrays, trainable_names
+from fedward.models.registry import outline
+from fedward.plan.load import canonical, plan_hash
+from fedward.plan.schema import Plan, Privacy, Stage, Task
+from fedward.protocol import RoundOrder
+from fedward_client.cohort.finding import Finding, Status, finding
+from fedward_client.cohort.patient_key import patient_key_finding
+from fedward_client.cohort.probe import Probe, as_site, probe
+from fedward_client.config import DatasetSection
+from fedward_client.data.prepare import prepared_bytes
+from fedward_client.data.sample import LeftOut, Sample, unnamed
+from fedward_client.data.split import split_by_patient
+from fedward_client.training.batches import count_steps
+from fedward_client.training.device import choose_device
+from fedward_client.training.runtime import Runtime
+from fedward_client.training.trainer import Trainer
+
+# What a study would take of this machine: room, memory and time.
+
+_STEPS: Final = 2  # of each round that is timed
+_PATIENCE: Final = 20.0  # seconds after which the first, slower round has to do
+_STATE: Final = {"adam": 2, "adamw": 2, "sgd": 1}  # numbers an optimiser keeps for each trained one
+# What privacy is set to while a step is timed: its cost in time does not depend on these.
+_TIMED: Final = {"epsilon": 8.0, "delta": 1e-3, "sampling_rate": 1.0}
+
+
+class Cost(BaseModel):
+    """What a study would take; estimates, and none of activations, which depend on the device."""
+
+    model_config = ConfigDict(extra="forbid")
+    prepared_bytes: int = Field(description="prepared images and labels on disk")
+    free_disk_bytes: int = Field(description="free where the state folder lies")
+    parameters: int = Field(description="of the model")
+    training_bytes: int = Field(
+        description="model, gradients (with privacy: of each image), optimiser and one batch"
+    )
+    memory_bytes: int = Field(description="of the machine or its GPU")
+    device: str
+    steps: int = Field(description="over the whole study")
+    seconds_per_step: float | None = Field(description="measured; none when it was not")
+    seconds: float | None = Field(description="of training over the whole study")
+
+
+@dataclass(frozen=True)
+class Room:
+    """The machine.
+
+    Attributes
+    ----------
+    state : Path
+        The site's state folder, where prepared images go.
+    device : str
+        ``auto``, ``cpu``, ``cuda`` or ``cuda:INDEX``.
+    """
+
+    state: Path
+    device: str = "auto"
+
+    def memory(self) -> int:
+        """Bytes of the device."""
+        device = choose_device(self.device)
+        if device.type == "cuda":
+            return int(torch.cuda.mem_get_info(device)[1])
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def expect(
+    plan: Plan, images: int, training: int, patients: int, probe: Probe | None, room: Room
+) -> Cost:
+    """Estimate what a study takes.
+
+    Parameters
+    ----------
+    images, training : int
+        All images, and those to train on.
+    patients : int
+        To train on.
+    probe : Probe or None
+        Prepared images with which to time a step; None leaves the time out.
+    """
+    in_step = _images_in_step(plan, training, patients)
+    per_round = _steps(plan, training, patients)
+    seconds = _time(plan, probe, in_step, per_round, room) if probe and probe.prepared else None
+    steps = per_round * plan.rounds
+    return Cost(
+        prepared_bytes=prepared_bytes(plan, images),
+        parameters=describe(plan).parameters,
+        free_disk_bytes=shutil.disk_usage(room.state).free,
+        training_bytes=training_bytes(plan, round(in_step)),
+        memory_bytes=room.memory(),
+        device=str(choose_device(room.device)),
+        steps=steps,
+        seconds=seconds,
+        seconds_per_step=None if seconds is None else seconds / steps,
+    )
+
+
+def training_bytes(plan: Plan, in_step: int) -> int:
+    """Bytes of model, gradients, optimiser and one batch, in the stage that trains most."""
+    model = outline(plan)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    trained = max(
+        sum(sizes.get(name, 0) for name in trainable_names(model, stage.train))
+        for stage in plan.schedule
+    )
+    at_once = max(1, min(in_step, Runtime().physical_batch))
+    # Opacus holds the gradient of every image of a chunk, and their sum.
+    gradients = trained * (1 + at_once if plan.privacy.on else 1)
+    batch = at_once * plan.preprocessing.channels * int(np.prod(plan.preprocessing.size))
+    return 4 * (sum(sizes.values()) + gradients + trained * _STATE[plan.training.optimizer] + batch)
+
+
+def _images_in_step(plan: Plan, training: int, patients: int) -> float:
+    """Expected number."""
+    if not plan.privacy.on:
+        return min(plan.training.batch_size, training)
+    drawn = sampling_rate(plan, patients) * patients
+    return drawn * min(plan.privacy.images_per_patient, max(1.0, training / patients))
+
+
+def _steps(plan: Plan, training: int, patients: int) -> int:
+    if plan.privacy.on:
+        return steps_per_round(plan, sampling_rate(plan, patients))
+    return count_steps(
+        training,
+        plan.training.batch_size,
+        epochs=plan.training.local_epochs,
+        steps=plan.training.local_steps,
+    )
+
+
+def _time(plan: Plan, probe: Probe, in_step: float, per_round: int, room: Room) -> float | None:
+    """Seconds of all rounds, from a few real steps of each stage."""
+    try:
+        return sum(
+            stage.rounds * per_round * _time_step(plan, stage, probe, room.device) * in_step
+            for stage in plan.schedule
+        )
+    except (MemoryError, torch.cuda.OutOfMemoryError):
+        return None
+
+
+def _time_step(plan: Plan, stage: Stage, probe: Probe, device: str) -> float:
+    """Seconds of a training step for each image in it."""
+    short = _shortened(plan, stage)
+    runtime = Runtime(device=str(choose_device(device)), threads=os.cpu_count() or 1)
+    trainer = Trainer(short, as_site(probe, plan), runtime)
+    arrays = to_arrays(build_model(plan, seed=0))
+    text, digest = canonical(short), plan_hash(short)
+    taken = 0.0
+    for number in (1, 2):  # the first round also warms up
+        order = RoundOrder(plan=text, plan_hash=digest, round=number, account=False)
+        _, outcome = trainer.train(arrays, order)
+        taken = outcome.seconds
+        if taken > _PATIENCE:
+            break
+    return taken / (_STEPS * len(probe.prepared))
+
+
+def _shortened(plan: Plan, stage: Stage) -> Plan:
+    """The same training, of two short rounds over few images."""
+    training = {
+        "rounds": None,
+        "learning_rate": None,
+        "local_epochs": None,
+        "local_steps": _STEPS,
+        "batch_size": 4096,
+    }
+    privacy: Privacy = plan.privacy.model_copy(update=_TIMED if plan.privacy.on else {})
+    return plan.model_copy(
+        update={
+            "training": plan.training.model_copy(update=training),
+            "privacy": privacy,
+            "stages": (stage.model_copy(update={"rounds": 2}),),
+        }
+    )
+
+
+# What a plan costs this site: privacy, room, memory and time.
+
+
+class Budget(BaseModel):
+    """What the plan's privacy would cost this site."""
+
+    model_config = ConfigDict(extra="forbid")
+    epsilon: float = Field(description="ε that all planned steps would spend, at most")
+    delta: float
+    noise_multiplier: float
+    sampling_rate: float = Field(description="chance of a patient to be in a step")
+    steps: int = Field(description="over the whole study")
+    patients: int = Field(description="that would train")
+    per_image: bool = Field(
+        default=False,
+        description="the images name no patients, and each counts as one: ε bounds "
+        "what is learnt about an image",
+    )
+
+
+def privacy_finding(
+    plan: Plan, patients: int, everyone: int, per_image: bool = False
+) -> tuple[Finding, Budget | None]:
+    """What the plan's privacy costs with so many training patients, of so many in the cohort.
+
+    `per_image` says that the images name no patients, and each counts as one.
+    """
+    target = plan.privacy
+    if target.epsilon is None or target.delta is None:
+        fix = "Updates may tell about patients; agree to that only knowingly"
+        return finding("privacy", "warn", "the plan asks for none: unbounded", fix), None
+    try:
+        one = calibrate(plan, patients)
+        spent = epsilon_spent(one.noise_multiplier, one.sampling_rate, one.steps, target.delta)
+    except PrivacyError as error:
+        return finding("privacy", "fail", error.rule, error.fix), None
+    budget = Budget(
+        epsilon=spent,
+        delta=target.delta,
+        noise_multiplier=one.noise_multiplier,
+        sampling_rate=one.sampling_rate,
+        steps=one.steps,
+        patients=patients,
+        per_image=per_image,
+    )
+    fixes = []
+    if target.delta > (most := default_delta(everyone)):
+        fixes.append(f"Ask for a delta of at most {most:.2g}, or let the policy say max_delta")
+    if one.sampling_rate >= 1:
+        each = "image" if per_image else "patient"
+        fixes.append(f"Every {each} is in every step: a smaller sampling_rate needs less noise")
+    found = (
+        f"ε {spent:.3g} at δ {target.delta:g}: noise {one.noise_multiplier:.3g}, {one.steps} steps "
+        f"with each of {patients} {'images' if per_image else 'patients'} at "
+        f"{one.sampling_rate:.3g}{', per image' if per_image else ''}"
+    )
+    return finding("privacy", "warn" if fixes else "pass", found, "; ".join(fixes)), budget
+
+
+def cost_findings(cost: Cost) -> Iterator[Finding]:
+    """Whether the machine has the room that the plan needs."""
+    disk, memory = cost.prepared_bytes, cost.training_bytes
+    yield finding(
+        "disk",
+        "pass" if disk < cost.free_disk_bytes else "fail",
+        f"{_size(disk)} for prepared images, {_size(cost.free_disk_bytes)} free",
+        "Free some space, or put the state folder elsewhere",
+    )
+    yield finding(
+        "memory",
+        "pass" if memory < cost.memory_bytes else "fail",
+        f"at least {_size(memory)} for the model in training, {_size(cost.memory_bytes)} there",
+        "Train on a larger machine",
+    )
+    if cost.seconds is not None:
+        yield finding(
+            "time",
+            "pass",
+            f"about {_duration(cost.seconds)} on {cost.device} for {cost.steps} "
+            f"steps of {cost.seconds_per_step:.3g} s",
+            "",
+        )
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
+
+
+# The questions of a check: what holds, what is doubtful, what fails, and what to do.
+
+
+def task_findings(ours: Task, plan: Plan) -> Iterator[Finding]:
+    """Whether the dataset's labels are those that the plan is about."""
+    theirs = plan.task
+    same = (ours.kind, ours.dimensions, ours.multi_label) == (
+        theirs.kind,
+        theirs.dimensions,
+        theirs.multi_label,
+    )
+    yield finding(
+        "task",
+        "pass" if same else "fail",
+        f"the dataset is for {_words(ours)}, the plan for {_words(theirs)}",
+        "Check another dataset, or correct task and dimensions in site.toml",
+    )
+    names = [[name.lower() for name in task.classes] for task in (ours, theirs)]
+    fix = "Write the plan's names into site.toml, in the plan's order"
+    if sorted(names[0]) == sorted(names[1]) and names[0] != names[1]:
+        fix = "Put the classes in site.toml into the plan's order"
+    found = f"the dataset has {', '.join(ours.classes)}; the plan {', '.join(theirs.classes)}"
+    yield finding("classes", "pass" if names[0] == names[1] else "fail", found, fix)
+
+
+def model_finding(plan: Plan) -> Finding:
+    """Whether the plan's network can be built at all, and every stage trains some of it."""
+    try:
+        model = build_model(plan, seed=0)
+        for stage in plan.schedule:
+            trainable_names(model, stage.train)
+    except (PlanError, ModelError) as error:
+        return finding("model", "fail", error.rule, error.fix)
+    parameters = sum(p.numel() for p in model.parameters())
+    return finding("model", "pass", f"{plan.model.name}, {parameters:,} parameters", "")
+
+
+def sample_finding(count: int) -> Finding:
+    """Whether the dataset holds anything that a study could use."""
+    return finding(
+        "samples",
+        "pass" if count else "fail",
+        f"{count} that a study could use",
+        "See the dataset's report for what was left out and why",
+    )
+
+
+def left_out_finding(left_out: Sequence[LeftOut]) -> Finding:
+    """Files, rows and masks that the reader did not take, by reason."""
+    counts = Counter(item.reason for item in left_out)
+    listed = ", ".join(f"{reason}: {n}" for reason, n in sorted(counts.items()))
+    return finding("left out", "warn", listed, "See the reasons on the data page")
+
+
+def modality_finding(plan: Plan, before: int, samples: Sequence[Sample]) -> Finding:
+    """How many samples are of a modality that the plan accepts."""
+    wanted = ", ".join(plan.task.modality)
+    status: Status = "pass" if len(samples) == before else "warn" if samples else "fail"
+    return finding(
+        "modality",
+        status,
+        f"{len(samples)} of {before} samples are {wanted}",
+        "The others are left out; see the report for what there is",
+    )
+
+
+def patient_findings(
+    dataset: DatasetSection, plan: Plan, samples: Sequence[Sample]
+) -> tuple[list[Finding], dict[str, int], dict[str, int]]:
+    """Findings, patients of each part, and patients with each class."""
+    count = len({sample.patient for sample in samples})
+    least = max(plan.participation.minimum_patients, dataset.minimum_patients)
+    found = [
+        finding(
+            "patients",
+            "pass" if count >= least else "fail",
+            f"{count}{' (each image counts as one)' if unnamed(samples) else ''}; the plan wants "
+            f"{plan.participation.minimum_patients}, the site "
+            f"{dataset.minimum_patients}",
+            "Bring more patients",
+        )
+    ]
+    try:
+        parts = _parts(plan, samples)
+        none = [name for name in ("train", "validation", "test") if not parts[name]]
+        listed = ", ".join(f"{name} {n}" for name, n in parts.items())
+        found.append(
+            finding(
+                "division",
+                "warn" if none else "pass",
+                f"patients: {listed}",
+                f"Without {' and '.join(none)} patients the site measures less",
+            )
+        )
+    except DataError as error:
+        parts = {}
+        found.append(finding("division", "fail", error.rule, error.fix))
+    classes = _by_class(plan, samples)
+    if classes:
+        found.append(_class_finding(dataset, classes))
+    return found, parts, classes
+
+
+def _class_finding(dataset: DatasetSection, classes: dict[str, int]) -> Finding:
+    empty = [name for name, n in classes.items() if n == 0]
+    few = [name for name, n in classes.items() if n < dataset.minimum_patients]
+    listed = ", ".join(f"{name} {n}" for name, n in classes.items())
+    return finding(
+        "patients of each class",
+        "fail" if empty else "warn" if few else "pass",
+        listed,
+        f"Bring patients of {', '.join(empty or few)}, or check the labels",
+    )
+
+
+def _parts(plan: Plan, samples: Sequence[Sample]) -> dict[str, int]:
+    patients, given = [s.patient for s in samples], [s.split for s in samples]
+    strata = None
+    if plan.task.kind == "classification":
+        # As preprocessing divides them: multi-label by whether there is any finding.
+        labels = [s.label or (0,) for s in samples]
+        strata = [max(one) if plan.task.multi_label else one[0] for one in labels]
+    parts = split_by_patient(patients, given, plan.split, strata)
+    return {name: len({patients[k] for k in indices}) for name, indices in parts.items()}
+
+
+def _by_class(plan: Plan, samples: Sequence[Sample]) -> dict[str, int]:
+    if plan.task.kind == "segmentation":
+        return {}
+    pairs = set()
+    for sample in samples:
+        label = sample.label or ()
+        set_ = [k for k, flag in enumerate(label) if flag] if plan.task.multi_label else label
+        pairs |= {(k, sample.patient) for k in set_}
+    counts = Counter(k for k, _ in pairs)
+    return {name: counts[k] for k, name in enumerate(plan.task.classes)}
+
+
+def probe_findings(plan: Plan, probe: Probe) -> Iterator[Finding]:
+    """What a few real images say: whether they can be prepared, and how their size changes."""
+    tried = len(probe.prepared) + sum(probe.left_out.values())
+    listed = ", ".join(f"{reason}: {n}" for reason, n in sorted(probe.left_out.items()))
+    status: Status = "pass" if not probe.left_out else "warn" if probe.prepared else "fail"
+    yield finding(
+        "preprocessing",
+        status,
+        f"{len(probe.prepared)} of {tried} images that were tried could "
+        f"be prepared{'; ' + listed if listed else ''}",
+        "See the reasons on the data page",
+    )
+    if not probe.prepared:
+        return
+    size = " x ".join(map(str, plan.preprocessing.size))
+    yield finding(
+        "image size",
+        "warn" if probe.enlarged else "pass",
+        f"{probe.enlarged} of {len(probe.prepared)} are smaller than {size} on some side",
+        "They are enlarged or padded; a smaller preprocessing.size would serve them better",
+    )
+    if probe.outside:
+        yield finding(
+            "window",
+            "warn",
+            f"{probe.outside} of {len(probe.prepared)} images lie wholly outside the plan's window",
+            "See that pixels and window have the same unit",
+        )
+    if plan.task.kind == "segmentation":
+        names = [name for k, name in enumerate(plan.task.classes, start=1) if k in probe.labels]
+        missing = [name for name in plan.task.classes if name not in names]
+        yield finding(
+            "masks",
+            "warn" if missing else "pass",
+            f"classes seen in {len(probe.prepared)} masks: {', '.join(names) or 'none'}",
+            f"Look at the preview for {', '.join(missing)}",
+        )
+
+
+def _words(task: Task) -> str:
+    return f"{'multi-label ' if task.multi_label else ''}{task.dimensions}D {task.kind}"
+
+
+class PlanCheck(BaseModel):
+    """The answer of ``fedward-client data check``."""
+
+    model_config = ConfigDict(extra="forbid")
+    dataset: str
+    cohort: str = Field(description="a frozen cohort's name; empty for the dataset as it is now")
+    study: str
+    plan_sha256: str
+    can_serve: bool = Field(description="no finding fails")
+    patients: dict[str, int] = Field(description="patients of each part, by the plan's division")
+    patients_by_class: dict[str, int] = Field(description="classification only")
+    findings: list[Finding]
+    cost: Cost | None = Field(description="none when the plan does not fit at all")
+    privacy: Budget | None = Field(description="none without privacy, or when it cannot be had")
+
+
+def check_plan(
+    name: str,
+    cohort: str,
+    dataset: DatasetSection,
+    samples: Sequence[Sample],
+    modalities: Sequence[str],
+    plan: Plan,
+    room: Room,
+    *,
+    measure: bool = True,
+    left_out: Sequence[LeftOut] = (),
+) -> PlanCheck:
+    """Hold samples against a plan.
+
+    Parameters
+    ----------
+    name, cohort : str
+        The dataset, and the frozen cohort if the samples are one's.
+    samples : sequence of Sample
+        What the site could bring.
+    modalities : sequence of str
+        The modality of each, "" where none is stated.
+    room : Room
+        The machine.
+    measure : bool
+        Whether to train a step or two to see how long it takes.
+    left_out : sequence of LeftOut
+        What the reader did not take; counted by reason.
+    """
+    findings = [*task_findings(dataset.as_task(), plan), model_finding(plan)]
+    fits = all(one.status != "fail" for one in findings)
+    taken = _of_modality(samples, modalities, plan)
+    findings.append(sample_finding(len(samples)))
+    if left_out:
+        findings.append(left_out_finding(left_out))
+    if samples:
+        findings.append(modality_finding(plan, len(samples), taken))
+    parts: dict[str, int] = {}
+    classes: dict[str, int] = {}
+    cost: Cost | None = None
+    budget: Budget | None = None
+    if taken:
+        findings.append(patient_key_finding(taken, plan, dataset.images_are_patients))
+    if fits and taken:
+        people, parts, classes = patient_findings(dataset, plan, taken)
+        findings += people
+        training = parts.get("train", 0)
+        tried = probe(taken, plan)
+        findings += probe_findings(plan, tried)
+        if training:
+            per_image = unnamed(taken) > 0
+            one, budget = privacy_finding(plan, training, sum(parts.values()), per_image)
+            findings.append(one)
+            if budget or not plan.privacy.on:
+                images = round(len(taken) * training / sum(parts.values()))
+                timed = tried if measure else None
+                cost = expect(plan, len(taken), images, training, timed, room)
+                findings += cost_findings(cost)
+    return PlanCheck(
+        dataset=name,
+        cohort=cohort,
+        study=plan.study.name,
+        plan_sha256=plan_hash(plan),
+        can_serve=all(one.status != "fail" for one in findings),
+        patients=parts,
+        patients_by_class=classes,
+        findings=findings,
+        cost=cost,
+        privacy=budget,
+    )
+
+
+def _of_modality(samples: Sequence[Sample], modalities: Sequence[str], plan: Plan) -> list[Sample]:
+    """Those that the plan accepts; what states no modality (NIfTI, pictures) is accepted."""
+    wanted: set[str] = set(plan.task.modality)
+    return [
+        sample
+        for sample, modality in zip(samples, modalities, strict=True)
+        if "any" in wanted or not modality or modality in wanted
+    ]

@@ -1,0 +1,142 @@
+"""A few images of a cohort, prepared for a plan: what they tell of the rest."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedward import rule_codes
+from fedward.plan.schema import Plan
+from fedward_client.data.quiet import quiet
+from fedward_client.data.sample import Image, PreparedSite, Sample
+from fedward_client.data.transforms import Prepared, grid_for, prepare_image
+
+# A few samples that stand for all.
+
+
+def spread(samples: Sequence[Sample], most: int) -> list[Sample]:
+    """At most so many samples, in turn from each label, and evenly from the samples of a label.
+
+    The choice depends on the order of the samples alone, so that a page can be made again.
+    """
+    groups: dict[tuple[int, ...] | None, list[int]] = defaultdict(list)
+    for number, sample in enumerate(samples):
+        groups[sample.label].append(number)
+    chosen: list[int] = []
+    for share, group in zip(
+        _shares([len(g) for g in groups.values()], most), groups.values(), strict=True
+    ):
+        chosen += [group[k * len(group) // share] for k in range(share)]
+    return [samples[number] for number in sorted(chosen)]
+
+
+def _shares(sizes: Sequence[int], most: int) -> list[int]:
+    """How many to take of each: in turn, until there are enough or nothing is left."""
+    shares, left = [0] * len(sizes), min(most, sum(sizes))
+    while left:
+        for place, size in enumerate(sizes):
+            if left and shares[place] < size:
+                shares[place], left = shares[place] + 1, left - 1
+    return shares
+
+
+_MOST: Final = 16  # images
+_PIXELS: Final = 1 << 22  # of all of them, once prepared
+
+
+@dataclass
+class Probe:
+    """What was seen.
+
+    Attributes
+    ----------
+    prepared : list of Prepared
+        Images as the model takes them.
+    samples : list of Sample
+        Where they come from.
+    left_out : Counter
+        Images that cannot be prepared, by reason.
+    enlarged : int
+        Images that have a side shorter than the plan's size.
+    outside : int
+        Images without a pixel inside the plan's window.
+    labels : set of int
+        Values of the masks.
+    """
+
+    prepared: list[Prepared] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    enlarged: int = 0
+    outside: int = 0
+    labels: set[int] = field(default_factory=set)
+
+
+def probe(samples: Sequence[Sample], plan: Plan) -> Probe:
+    """Prepare some of the samples, evenly over the classes."""
+    found = Probe()
+    size = plan.preprocessing.channels * int(np.prod(plan.preprocessing.size))
+    most = max(2, min(_MOST, _PIXELS // size))
+    with quiet():
+        for sample in spread(samples, most):
+            try:
+                _look(sample, plan, found)
+            except Exception as error:
+                # One bad file must not stop a check, whatever its decoder raises.
+                found.left_out[rule_codes.reason_of(error)] += 1
+    return found
+
+
+def _look(sample: Sample, plan: Plan, found: Probe) -> None:
+    image = sample.load()
+    mask = sample.mask() if sample.mask is not None else None
+    ready = prepare_image(image, mask, plan.task, plan.preprocessing)
+    found.prepared.append(ready)
+    found.samples.append(sample)
+    found.enlarged += _is_small(image, plan)
+    found.outside += _is_outside(image, plan)
+    if ready.mask is not None:
+        found.labels |= set(np.unique(ready.mask).tolist())
+
+
+def _is_small(image: Image, plan: Plan) -> bool:
+    """Whether a side has fewer pixels than the model takes, after resampling to a spacing."""
+    prep = plan.preprocessing
+    sides: Sequence[int] = image.pixels.shape[1:]
+    if prep.spacing is not None:
+        sides = grid_for(tuple(sides), image.spacing, prep).shape
+    return any(have < want for have, want in zip(sides, prep.size, strict=True))
+
+
+def _is_outside(image: Image, plan: Plan) -> bool:
+    window = plan.preprocessing.window
+    if window is None:
+        return False
+    return bool(image.pixels.max() <= window[0] or image.pixels.min() >= window[1])
+
+
+def as_site(found: Probe, plan: Plan) -> PreparedSite:
+    """The prepared images as a site to train on, each of a patient of its own."""
+    count = len(found.prepared)
+    labels = [sample.label for sample in found.samples]
+    targets: NDArray[Any]
+    if plan.task.kind == "segmentation":
+        targets = np.stack([one.mask for one in found.prepared if one.mask is not None])
+    elif plan.task.multi_label:
+        targets = np.array(labels, np.float32)
+    else:
+        targets = np.array(labels, np.int64)[:, 0]
+    none = np.empty(0, np.int64)
+    return PreparedSite(
+        name="check",
+        images=np.stack([one.pixels for one in found.prepared]),
+        targets=targets,
+        patients=np.arange(count),
+        spacing=np.array([one.spacing for one in found.prepared]),
+        split={"train": np.arange(count), "validation": none, "test": none},
+    )

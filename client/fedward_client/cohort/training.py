@@ -1,0 +1,165 @@
+"""From a frozen cohort to what a trainer takes: verified, held against the plan, prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import pydicom
+
+from fedward.errors import DataError
+from fedward.plan.schema import Plan
+from fedward_client.cohort.check import task_findings
+from fedward_client.cohort.open import FrozenCohort, open_cohort
+from fedward_client.cohort.patient_key import check_patient_key
+from fedward_client.cohort.records import files_of
+from fedward_client.config import SiteConfig
+from fedward_client.data.prepare import Means, prepare
+from fedward_client.data.quiet import quiet
+from fedward_client.data.readers.dicom.sniff import is_dicom
+from fedward_client.data.sample import PreparedSite, Sample
+from fedward_client.data.transforms import Job, Outcome, prepare_in_worker
+from fedward_client.worker_pool import Limits, WorkerPool
+
+_GIB: Final = 1 << 30
+Preparers = WorkerPool[Job, Outcome]
+
+
+def preparers(limits: Limits | None = None) -> Preparers:
+    """Processes that prepare images; none is started before there is an image to prepare."""
+    return WorkerPool(prepare_in_worker, limits)
+
+
+def cache_folder(config: SiteConfig) -> Path:
+    """Where a site keeps prepared images."""
+    return config.site.state / "cache"
+
+
+def prepare_cohort(
+    config: SiteConfig,
+    name: str,
+    which: str,
+    plan: Plan,
+    *,
+    secret: bytes,
+    cache: Path,
+    crew: Preparers | None = None,
+    note: Callable[[str], None] = lambda _: None,
+) -> PreparedSite:
+    """Open a frozen cohort, make sure that it is unchanged and fits a plan, and prepare it.
+
+    Parameters
+    ----------
+    config : SiteConfig
+        The site.
+    name : str
+        The dataset.
+    which : str
+        The start of the cohort's hash, or "latest".
+    plan : Plan
+        The study. Patients are divided as it says; the division that the data brings is kept
+        where it says ``split.given``.
+    secret : bytes
+        The site's.
+    cache : Path
+        Folder for prepared images (see :func:`cache_folder`), bounded by the site's `cache_gib`.
+    crew : Crew, optional
+        Of :func:`preparers`, to be used for several cohorts; without it there is one of its own.
+    note : callable, optional
+        Hears of the progress, in words that name nobody.
+
+    Returns
+    -------
+    PreparedSite
+        Of the site's name, with the cohort's hash.
+
+    Raises
+    ------
+    DataError
+        There is no such cohort, a byte of it has changed, it cannot serve the plan, or the plan is
+        private and the images name no patients (see ``images_are_patients`` in ``site.toml``).
+    OutputError
+        The cache cannot be written, or has no room.
+    """
+    note(f"{config.site.name}: verifying the frozen cohort of {name}")
+    cohort = open_cohort(config, name, which, secret=secret)
+    samples = fitting(cohort, plan)
+    allowed = config.dataset(name).images_are_patients
+    check_patient_key(samples, plan, allowed, where=cohort.name)
+    note(f"{config.site.name}: preparing {len(samples)} images of {cohort.name}")
+    if crew is None:
+        with preparers() as own:
+            return _prepare(config, cohort, samples, plan, cache, own)
+    return _prepare(config, cohort, samples, plan, cache, crew)
+
+
+def _prepare(
+    config: SiteConfig,
+    cohort: FrozenCohort,
+    samples: tuple[Sample, ...],
+    plan: Plan,
+    cache: Path,
+    crew: Preparers,
+) -> PreparedSite:
+    room = round(config.site.cache_gib * _GIB)
+    # Without the last look, a file that changes now would stay in the cache as the frozen one.
+    means = Means(crew=crew, cache_bytes=room, verify=cohort.verify)
+    site = prepare(config.site.name, samples, plan, cache, means)
+    return replace(site, cohort=cohort.sha256)
+
+
+def fitting(cohort: FrozenCohort, plan: Plan) -> tuple[Sample, ...]:
+    """The samples of a cohort that a plan accepts.
+
+    Raises
+    ------
+    DataError
+        Task or classes are not the plan's, none is of its modalities, or there are fewer patients
+        than it wants.
+    """
+    for one in task_findings(cohort.task, plan):
+        if one.status == "fail":
+            raise DataError(
+                f"a cohort must have the plan's {one.name}",
+                value=one.found,
+                fix=one.fix,
+                where=cohort.name,
+            )
+    samples = _of_modality(cohort, plan)
+    patients, least = len({s.patient for s in samples}), plan.participation.minimum_patients
+    if not samples:
+        raise DataError(
+            "a cohort must have images of the plan's modalities",
+            value=f"none of {', '.join(plan.task.modality)}",
+            where=cohort.name,
+            fix="Freeze another dataset, or change task.modality",
+        )
+    if patients < least:
+        raise DataError(
+            f"the plan wants at least {least} patients of a site",
+            value=patients,
+            fix="Bring more patients",
+            where=cohort.name,
+        )
+    return samples
+
+
+def _of_modality(cohort: FrozenCohort, plan: Plan) -> tuple[Sample, ...]:
+    """Those that the plan accepts; what states no modality (NIfTI, pictures) is accepted."""
+    wanted: set[str] = set(plan.task.modality)
+    samples = cohort.dataset.samples
+    if "any" in wanted or set(cohort.task.modality) <= wanted:
+        return samples
+    return tuple(s for s in samples if _modality(files_of(s, cohort.root)[0]) in {*wanted, ""})
+
+
+def _modality(path: Path) -> str:
+    if not is_dicom(path):
+        return ""
+    with quiet():
+        tags = pydicom.dcmread(
+            path, stop_before_pixels=True, specific_tags=["Modality"], force=True
+        )
+    return str(tags.get("Modality") or "").strip()

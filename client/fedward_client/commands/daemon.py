@@ -1,0 +1,379 @@
+"""``fedward-client run`` and what the site's officer asks of it."""
+
+from __future__ import annotations
+
+import getpass
+import logging
+import threading
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from fedward.console import (
+    Console,
+    leave,
+    log_to_stderr,
+    print_json,
+    private_files,
+    say,
+    stop_on_signals,
+)
+from fedward_client.commands.tables import people
+from fedward_client.enrol import enrol as make_enrolment
+from fedward_client.enrol import enrol_configured, read_authority
+
+Config = Annotated[
+    Path, typer.Option("--config", envvar="FEDWARD_SITE", help="the site's site.toml")
+]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
+Study = Annotated[str, typer.Argument(help="the study's id")]
+PlanHash = Annotated[
+    str, typer.Option("--plan", help="start of the plan's hash, where there are several")
+]
+_SITE = Path("site.toml")
+_LOG = logging.getLogger("fedward.daemon")
+
+
+class Process(StrEnum):
+    """The two processes of a hospital."""
+
+    trainer = "trainer"
+    connector = "connector"
+
+
+def run(config: Config = _SITE) -> None:
+    """Run trainer and connector, and keep them running."""
+    from fedward_client.config import load_config
+    from fedward_client.daemon.supervise import Supervisor
+
+    log_to_stderr()
+    private_files()
+    for name, one in load_config(config, datasets_here=False).datasets.items():
+        if not one.root.exists():
+            _LOG.warning("dataset %s is not there; studies that need it are refused", name)
+    stop = threading.Event()
+    stop_on_signals(stop)
+    raise typer.Exit(Supervisor(config.absolute(), stop).run())
+
+
+def trainer(config: Config = _SITE) -> None:
+    """Run the process that has the images and no network."""
+    from fedward_client.config import load_config
+    from fedward_client.trainer.process import run_trainer
+
+    log_to_stderr()
+    private_files()
+    # A dataset that is away just now is told to who asks for it; the others are served.
+    run_trainer(load_config(config, datasets_here=False))
+    # An order that is still being prepared has charged nothing, and cannot be told to end.
+    leave()
+
+
+def connector(config: Config = _SITE) -> None:
+    """Run the process that has the network and no images."""
+    from fedward_client.config import load_config
+    from fedward_client.connector.process import run_connector
+
+    log_to_stderr()
+    private_files()
+    run_connector(load_config(config, datasets_here=False))
+
+
+def enrol(
+    name: Annotated[str, typer.Option(help="the site's name, as studies will know it")] = "",
+    server: Annotated[str, typer.Option(help="the aggregator, host:port")] = "",
+    ca: Annotated[Path | None, typer.Option(help="the aggregator's authority, PEM")] = None,
+    out: Annotated[Path, typer.Option(help="folder of the site")] = Path(),
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", envvar="FEDWARD_SITE", help="a site.toml that is there already"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make the site's key pair, here: with a draft of site.toml, or for one that is there."""
+    from fedward_client.config import load_config
+
+    if name and server and ca:
+        made = make_enrolment(out, name, server, read_authority(ca))
+    elif config and not (name or server or ca):
+        made = enrol_configured(load_config(config, datasets_here=False), config)
+    else:
+        raise typer.BadParameter("give --name, --server and --ca, or --config alone")
+    if as_json:
+        print_json({"public_key": made.public_key, "fingerprint": made.fingerprint})
+        return
+    console = Console()
+    console.print("Send this public key to the coordinator:\n", highlight=False)
+    say(made.public_key)
+    console.print(f"Its fingerprint, to compare by telephone: {made.fingerprint}", highlight=False)
+    console.print(f"Next: edit {made.config.name}, freeze a dataset, then run the daemon.")
+
+
+def health(
+    process: Annotated[Process, typer.Argument(help="which of the two")],
+    config: Config = _SITE,
+    as_json: Json = False,
+) -> None:
+    """Whether a process that runs here is well; for containers and monitoring."""
+    from fedward_client.config import load_config
+    from fedward_client.health import examine
+
+    which: Any = process.value
+    found = examine(load_config(config, datasets_here=False), which)
+    _plain(vars(found), found.found, as_json=as_json)
+    raise typer.Exit(0 if found.healthy else 1)
+
+
+def status(config: Config = _SITE, as_json: Json = False) -> None:
+    """What the daemon does: link, study, round, progress, budget left, last error."""
+    answer = _ask(config, "status")
+    if as_json:
+        print_json(answer)
+        return
+    now, link = answer["trainer"], answer["link"]
+    table = Table(show_header=False, box=None)
+    for name, value in (
+        ("site", now["site"]),
+        ("link", link.get("state", "no connector")),
+        ("doing", _doing(now)),
+        ("waiting orders", now["waiting"]),
+        ("pending studies", answer["pending"]),
+        ("paused", "yes" if now["paused"] else "no"),
+        ("trainer's network", now["network"]),
+        ("connector and images", now["connector"]),
+        ("last error", now["last_error"] or link.get("last_error") or "none"),
+    ):
+        table.add_row(name, str(value))
+    console = Console()
+    console.print(table)
+    for warning in now["warnings"]:
+        console.print(warning, style="bold red")
+    if now["doing"] == "not answering":
+        console.print("The budget is the trainer's: it is not known while it is silent.")
+        return
+    _print_budget(console, answer)
+
+
+def pending(config: Config = _SITE, as_json: Json = False) -> None:
+    """Studies that wait for an approval."""
+    answer = _ask(config, "pending")
+    if as_json:
+        print_json(answer)
+        return
+    if not answer["pending"]:
+        say("No study waits.")
+    for one in answer["pending"]:
+        say(
+            f"{one['study']}: {one['name']}, plan {one['plan_hash'][:12]}, "
+            f"coordinator {one['coordinator'][:16]}"
+        )
+
+
+def approve(
+    study: Study, config: Config = _SITE, plan: PlanHash = "", as_json: Json = False
+) -> None:
+    """Let a study go ahead."""
+    _settle("approve", study, config, plan, as_json=as_json)
+
+
+def deny(study: Study, config: Config = _SITE, plan: PlanHash = "", as_json: Json = False) -> None:
+    """Refuse a study; what it has running ends."""
+    _settle("deny", study, config, plan, as_json=as_json)
+
+
+def pause(config: Config = _SITE, as_json: Json = False) -> None:
+    """Answer no order until `resume`."""
+    _plain(_ask(config, "pause"), "Paused.", as_json=as_json)
+
+
+def resume(config: Config = _SITE, as_json: Json = False) -> None:
+    """Answer orders again."""
+    _plain(_ask(config, "resume"), "Resumed.", as_json=as_json)
+
+
+def budget(
+    config: Config = _SITE,
+    as_json: Json = False,
+    accept_older: Annotated[
+        bool,
+        typer.Option(
+            "--accept-older-ledger",
+            help="with the daemon stopped: go on with an older copy of the ledger, forgetting "
+            "later charges; the newest copy is lost for good",
+        ),
+    ] = False,
+) -> None:
+    """What the patients' privacy budget was spent on, and what is left."""
+    if accept_older:
+        _accept_older(config, as_json=as_json)
+        return
+    answer = _ask(config, "budget")
+    if as_json:
+        print_json(answer)
+        return
+    _print_budget(Console(), answer)
+
+
+def doctor(
+    config: Config = _SITE,
+    process: Annotated[
+        Process | None,
+        typer.Option("--process", help="only what this process sees, within walls that are there"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Look at network, key, disk, device, walls, datasets and policy; say the next step."""
+    from fedward_client.config import load_config
+    from fedward_client.doctor import examine, worst
+
+    colour = {"pass": "green", "warn": "yellow", "fail": "red"}
+    lines, console = [], Console(stderr=as_json)
+    which: Any = process and process.value
+    for line in examine(load_config(config, datasets_here=False), which):
+        lines.append(line)
+        fix = f"  → {line.fix}" if line.fix else ""
+        mark = (line.status, colour[line.status])
+        console.print(Text.assemble(mark, f"  {line.name}: {line.found}{fix}"))
+    if as_json:
+        print_json({"worst": worst(lines), "lines": [vars(line) for line in lines]})
+    raise typer.Exit(1 if worst(lines) == "fail" else 0)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands to the client's command line."""
+    for command in (
+        run,
+        trainer,
+        connector,
+        enrol,
+        doctor,
+        health,
+        status,
+        pending,
+        approve,
+        deny,
+        pause,
+        resume,
+        budget,
+    ):
+        app.command()(command)
+
+
+def _accept_older(config: Path, *, as_json: bool) -> None:
+    from fedward_client.config import load_config
+    from fedward_client.ledger import accept_older, name_secret
+    from fedward_client.secret import existing_secret
+
+    state = load_config(config, datasets_here=False).site.state
+    accept_older(state, name_secret(existing_secret(state)))
+    _plain({"accepted": True}, "The ledger is used as it is, and says so.", as_json=as_json)
+
+
+def _settle(command: str, study: str, config: Path, plan: str, *, as_json: bool) -> None:
+    answer = _ask(config, command, study=study, plan=plan)
+    made = answer["approval"]
+    _plain(answer, f"{made['study']} is {made['state']}.", as_json=as_json)
+
+
+def _ask(config: Path, command: str, **arguments: Any) -> dict[str, Any]:
+    from fedward_client.config import load_config
+    from fedward_client.trainer.admin import TrainerSilent, admin_socket, answer_for_silent, ask
+
+    site = load_config(config, datasets_here=False)
+    try:
+        return ask(admin_socket(site), command, **arguments)
+    except TrainerSilent:
+        return answer_for_silent(site, command, arguments, getpass.getuser())
+
+
+def _plain(answer: dict[str, Any], text: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json(answer)
+    else:
+        say(text)
+
+
+def _doing(now: dict[str, Any]) -> str:
+    if now["doing"] in ("idle", "not answering"):
+        return str(now["doing"])
+    steps = f", step {now['step']} of {now['steps']}" if now["steps"] else ""
+    return f"{now['doing']} for {now['study']}, round {now['round']}{steps}"
+
+
+def _print_budget(console: Console, answer: dict[str, Any]) -> None:
+    if times := answer["older_ledgers_accepted"]:
+        console.print(f"An older copy of the ledger was accepted ({times} x): more was spent.")
+    if not answer["budget"]:
+        console.print("No patient was charged yet.")
+        return
+    table = Table(
+        "dataset",
+        "cohort",
+        "patients",
+        "ε spent",
+        "ε allowed",
+        "ε left",
+        "at δ",
+        "without privacy",
+        "evaluations: ε spent",
+        "ε allowed",
+        title="All studies together, per patient",
+    )
+    for row in answer["budget"]:
+        table.add_row(
+            row["dataset"],
+            row["cohort"],
+            people(row["patients"], row["images_are_patients"]),
+            f"{row['spent']:.3g}",
+            f"{row['cap']:.3g}",
+            f"{row['left']:.3g}",
+            f"{row['delta']:.2g}",
+            _unbounded(row["unbounded"]),
+            _evaluations(row["evaluations"]),
+            f"{row['evaluations']['cap']:.3g}",
+        )
+    console.print(table)
+    table = Table(
+        "study",
+        "dataset",
+        "rounds charged",
+        "released",
+        "lost",
+        "ε at the site's δ",
+        "ε at its own δ",
+        title="Each study",
+    )
+    for row in answer["studies"]:
+        here = own = "unbounded"
+        if row["epsilon"] is not None and not row["unbounded_rounds"]:
+            here = f"{row['site_epsilon']:.3g} at {row['site_delta']:.2g}"
+            own = f"{row['epsilon']:.3g} at {row['delta']:.2g}"
+        table.add_row(
+            row["study"],
+            row["dataset"],
+            str(row["charged"]),
+            str(row["released"]),
+            str(row["lost"]),
+            here,
+            own,
+        )
+    console.print(table)
+
+
+def _evaluations(found: dict[str, Any]) -> str:
+    """ε of what evaluations told about validation and test patients."""
+    spent = f"{found['spent']:.3g}"
+    if not found["unbounded_studies"]:
+        return spent
+    return f"{spent}, and unbounded: exact counts of {found['unbounded_studies']} studies"
+
+
+def _unbounded(found: dict[str, int]) -> str:
+    """Training without privacy, which no ε bounds."""
+    if not found["rounds"]:
+        return "none"
+    return f"unbounded: {found['rounds']} rounds of {found['studies']} studies"

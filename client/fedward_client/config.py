@@ -1,0 +1,397 @@
+"""``site.toml``: what a hospital says about itself and its datasets."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+
+from fedward.config_section import DatasetName, Place, Section, validate_config
+from fedward.errors import ConfigError
+from fedward.plan.messages import schema_error
+from fedward.plan.schema import Task
+from fedward.protocol import SITE_NAME
+from fedward_client.data.options import LabelSection, MaskSection, PatientSection
+from fedward_client.data.sample import Format
+from fedward_client.policy.settings import PolicySection
+
+# The parts of ``site.toml`` that the daemon needs: the aggregator, and the two processes.
+
+_MOST_PORT: Final = 65535
+
+
+def _real_port(address: str) -> str:
+    if not 1 <= int(address.rpartition(":")[2]) <= _MOST_PORT:
+        raise ValueError(f"a port lies in 1 to {_MOST_PORT}; ask the coordinator for it")
+    return address
+
+
+def _real_proxy(proxy: str) -> str:
+    """A proxy, whose password is never shown."""
+    with suppress(ValueError):
+        found = urlsplit(proxy)
+        known = found.scheme in ("http", "https") and bool(found.hostname)
+        if not proxy or (known and found.port != 0 and not re.search(r"\s", proxy)):
+            return proxy
+    raise ValueError("a proxy is written http://host:port; ask who runs the network here")
+
+
+Address = Annotated[
+    str, Field(pattern=r"^[^\s/\"\\]+:[0-9]{1,5}$", max_length=260), AfterValidator(_real_port)
+]
+Mebibytes = Annotated[int, Field(ge=1, le=4096)]
+
+
+class ServerSection(Section):
+    """The aggregator, and the process that talks to it."""
+
+    address: Address = Field(description="host and port of the aggregator, `host:port`")
+    ca: Place = Field(description="certificate authority of the aggregator, PEM")
+    state: Place = Field(
+        default=Path("connector"),
+        description="the connector's own folder: the site's key, and messages in hand; it must lie "
+        "outside datasets and the site's state",
+    )
+    proxy: Annotated[str, AfterValidator(_real_proxy)] = Field(
+        default="",
+        description="HTTP proxy, `http://host:port`; without it that of the environment "
+        "(`HTTPS_PROXY`, `NO_PROXY`)",
+    )
+    user: str = Field(
+        default="",
+        description="user that the connector runs as when the daemon is started by root",
+    )
+    max_download_mib: Mebibytes = Field(default=1024, description="largest message taken, MiB")
+    retry_seconds: float = Field(
+        default=60.0, gt=0.0, le=3600.0, description="longest pause before the link is tried again"
+    )
+    idle_seconds: float = Field(
+        default=20.0,
+        gt=0.0,
+        le=60.0,
+        description="longest time that a question to the aggregator is held open while there is "
+        "nothing to do, at most 25; for proxies that end quiet connections sooner",
+    )
+
+
+class TrainerSection(Section):
+    """The process that reads the images."""
+
+    socket: Place = Field(
+        default=Path("run/trainer.sock"),
+        description="Unix socket between the two processes; its folder must lie outside datasets "
+        "and the site's state",
+    )
+    group: str = Field(
+        default="", description="group that may connect to the socket; without it, the owner alone"
+    )
+    device: str = Field(
+        default="auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="where to train"
+    )
+    threads: int = Field(
+        default=0,
+        ge=0,
+        le=1024,
+        description="CPU threads, and processes that read images; 0: all cores",
+    )
+    physical_batch: int = Field(default=64, ge=1, description="images on the device at once")
+    allow_networked_trainer: bool = Field(
+        default=False,
+        description="train although the trainer has a network; status and audit then shout it",
+    )
+    allow_unconfined_connector: bool = Field(
+        default=False,
+        description="carry out orders although the connector can read images; status and audit "
+        "then shout it",
+    )
+    watchdog_seconds: float = Field(
+        default=20.0,
+        ge=2.0,
+        le=3600.0,
+        description="longest time in which no thread of the trainer gets to run; then it is ended "
+        "and started again, and the order that it had in hand is refused from then on",
+    )
+
+
+class SiteSection(Section):
+    """The hospital."""
+
+    name: str = Field(pattern=SITE_NAME, description="the site's name, as studies know it")
+    state: Place = Field(
+        default=Path("state"),
+        description="folder for the index and the site's secret; only its owner can read what is "
+        "in it",
+    )
+    cache_gib: float = Field(
+        default=50.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="GiB that prepared images, and what frozen layers make of them, may take in "
+        "the state folder; those that were used longest ago make room",
+    )
+
+
+class DatasetSection(Section):
+    """One dataset."""
+
+    root: Place = Field(description="folder (or npz file) of the images; never written to")
+    format: Format | None = Field(
+        default=None, description="how the data lie; without it the folder is looked at"
+    )
+    task: Literal["classification", "segmentation"] = Field(description="what the labels are for")
+    dimensions: Annotated[Literal[2, 3], BeforeValidator(validate_config)] = Field(
+        default=2, description="2 for images, 3 for volumes"
+    )
+    classes: tuple[str, ...] = Field(
+        min_length=1, description="class names in label order, as in a study plan"
+    )
+    multi_label: bool = Field(
+        default=False, description="an image may carry several classes at once"
+    )
+    modality: tuple[str, ...] = Field(
+        default=("any",), description="DICOM modalities that belong to the dataset"
+    )
+    minimum_patients: int = Field(
+        default=10, ge=1, description="fewer patients, in all or of a class, are a risk"
+    )
+    images_are_patients: bool = Field(
+        default=False,
+        description="each image is of another person, where the data name no "
+        "patients. Without it a private study is refused on such data; with it every promise is "
+        "about an image",
+    )
+    patients: PatientSection = Field(default=PatientSection(), description="patient ids")
+    labels: LabelSection = Field(default=LabelSection(), description="the table of labels")
+    masks: MaskSection = Field(default=MaskSection(), description="segments and regions")
+
+    def as_task(self) -> Task:
+        """The dataset's labels, in the words of a plan."""
+        return Task.model_validate(
+            {
+                "kind": self.task,
+                "dimensions": self.dimensions,
+                "classes": self.classes,
+                "multi_label": self.multi_label,
+                "modality": self.modality,
+            }
+        )
+
+
+class SiteConfig(Section):
+    """The whole file."""
+
+    version: Annotated[Literal[1], BeforeValidator(validate_config)] = Field(
+        description="of this file's format"
+    )
+    site: SiteSection = Field(description="the hospital")
+    datasets: dict[DatasetName, DatasetSection] = Field(
+        min_length=1, description="one table per dataset, `[datasets.NAME]`"
+    )
+    server: ServerSection | None = Field(
+        default=None, description="the aggregator; only the daemon needs it"
+    )
+    trainer: TrainerSection = Field(
+        default=TrainerSection(), description="the process that reads the images"
+    )
+    policy: PolicySection = Field(
+        default=PolicySection(), description="what studies may do here; without it: nothing"
+    )
+
+    def dataset(self, name: str) -> DatasetSection:
+        """A dataset by its name.
+
+        Raises
+        ------
+        ConfigError
+            There is none of that name.
+        """
+        if name not in self.datasets:
+            raise ConfigError(
+                f"the dataset must be one of {', '.join(sorted(self.datasets))}",
+                value=name,
+                fix="Name one of these, or add it to site.toml",
+                where="datasets",
+            )
+        return self.datasets[name]
+
+    def present(self, name: str) -> DatasetSection:
+        """A dataset that is to be read now.
+
+        Raises
+        ------
+        ConfigError
+            There is none of that name, or its folder or its table of labels is not there.
+        """
+        dataset = self.dataset(name)
+        for key, rule, there in (
+            ("root", "the dataset must exist", dataset.root.exists()),
+            (
+                "labels.file",
+                "the table of labels must exist",
+                dataset.labels.file is None or dataset.labels.file.is_file(),
+            ),
+        ):
+            if not there:
+                raise ConfigError(
+                    rule, fix="Check the path and the mount", where=f"datasets.{name}.{key}"
+                )
+        return dataset
+
+
+def hidden_places(config: SiteConfig) -> list[Path]:
+    """What the connector must not see: the site's state, the datasets, their tables of labels."""
+    tables = (one.labels.file for one in config.datasets.values())
+    return [
+        config.site.state,
+        *(one.root for one in config.datasets.values()),
+        *(table for table in tables if table is not None),
+    ]
+
+
+def trusted_places(config: SiteConfig) -> list[Path]:
+    """What the connector must not be able to change: this release, and whom the site trusts."""
+    return [Path(__file__).parent, *([config.server.ca] if config.server else [])]
+
+
+def load_config(path: Path, *, datasets_here: bool = True) -> SiteConfig:
+    """Read and validate ``site.toml``; relative paths in it are relative to its folder.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    datasets_here : bool
+        Whether all datasets must exist; see :meth:`SiteConfig.present` for the one that is used.
+
+    Raises
+    ------
+    ConfigError
+        The file is missing, is not TOML, or breaks a rule; the message names the key.
+    """
+    try:
+        content = tomllib.loads(path.read_text("utf-8-sig"))
+    except (OSError, UnicodeDecodeError):
+        raise ConfigError(
+            "the site's configuration must be a readable UTF-8 file",
+            value=path.name,
+            fix="Give its place with --config",
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(
+            "the site's configuration must be valid TOML", value=str(error), fix="Mend that line"
+        ) from None
+    except RecursionError:
+        raise ConfigError(
+            "the site's configuration is at most a few tables deep",
+            fix="Flatten its nested lists and tables",
+        ) from None
+    return config_from(content, path.absolute().parent, datasets_here=datasets_here)
+
+
+def config_from(content: dict[str, Any], folder: Path, *, datasets_here: bool = True) -> SiteConfig:
+    """Validate a configuration given as nested dictionaries (see :func:`load_config`)."""
+    try:
+        raw = SiteConfig.model_validate(content)
+        placed = {name: _placed(one, folder) for name, one in raw.datasets.items()}
+        for name, one in placed.items():
+            _check_task(name, one)
+    except ValidationError as error:
+        raise schema_error(error, ConfigError) from None
+    state = folder / raw.site.state
+    for one in placed.values():
+        _check_place(one.root, state)
+    made = raw.model_copy(
+        update={
+            "site": raw.site.model_copy(update={"state": state}),
+            "datasets": placed,
+            "server": raw.server and _placed_server(raw.server, folder),
+            "trainer": raw.trainer.model_copy(update={"socket": folder / raw.trainer.socket}),
+        }
+    )
+    for name in made.datasets if datasets_here else ():
+        made.present(name)
+    _check_apart(made)
+    _check_served(made)
+    return made
+
+
+def _check_served(config: SiteConfig) -> None:
+    for place, one in enumerate(config.policy.studies):
+        if one.dataset not in config.datasets:
+            raise ConfigError(
+                f"the dataset must be one of {', '.join(sorted(config.datasets))}",
+                value=one.dataset,
+                fix="Name one of these, or add it to site.toml",
+                where=f"policy.studies.{place}.dataset",
+            )
+
+
+def _placed_server(server: ServerSection, folder: Path) -> ServerSection:
+    return server.model_copy(update={"ca": folder / server.ca, "state": folder / server.state})
+
+
+def _check_apart(config: SiteConfig) -> None:
+    """What the connector may see must not lie where the images or the secrets are."""
+    hidden = hidden_places(config)
+    seen = {"trainer.socket": config.trainer.socket.parent}
+    if config.server is not None:
+        seen |= {"server.state": config.server.state, "server.ca": config.server.ca}
+    for where, place in seen.items():
+        if any(place.resolve().is_relative_to(one.resolve()) for one in hidden):
+            raise ConfigError(
+                "what the connector needs must lie outside datasets and the site's state",
+                fix="Put it elsewhere",
+                where=where,
+            )
+
+
+def _placed(dataset: DatasetSection, folder: Path) -> DatasetSection:
+    labels = dataset.labels.placed(folder)
+    return dataset.model_copy(update={"root": folder / dataset.root, "labels": labels})
+
+
+def _check_task(name: str, dataset: DatasetSection) -> None:
+    try:
+        dataset.as_task()
+    except ValidationError as error:
+        wrong = schema_error(error, ConfigError)
+        raise ConfigError(
+            wrong.rule, value=wrong.value, fix=wrong.fix, where=f"datasets.{name}.{wrong.where}"
+        ) from None
+    for key, rule, fix in _broken(dataset):
+        raise ConfigError(rule, fix=fix, where=f"datasets.{name}.{key}")
+
+
+def _broken(dataset: DatasetSection) -> Iterator[tuple[str, str, str]]:
+    """Rules between keys, which a plan has too: no plan could be served otherwise."""
+    segmentation = dataset.task == "segmentation"
+    if len(set(dataset.classes)) != len(dataset.classes):
+        yield "classes", "class names must differ", "Rename one"
+    if not segmentation and not dataset.multi_label and len(dataset.classes) < 2:
+        yield "classes", "classification needs at least two classes", "Name the other one too"
+    if segmentation and dataset.multi_label:
+        yield "multi_label", "multi_label belongs to classification", "Remove it"
+    if not segmentation and dataset.masks != MaskSection():
+        yield "masks", "masks belong to segmentation", "Remove the section"
+    named = LabelSection(patient_column=dataset.labels.patient_column)  # serves `patients.csv`
+    if segmentation and dataset.labels != named:
+        yield "labels", "labels belong to classification", "Remove the section"
+    yield from dataset.labels.broken(dataset.classes, dataset.multi_label)
+    yield from dataset.masks.broken(dataset.classes)
+    if "any" in dataset.modality and len(dataset.modality) > 1:
+        yield "modality", "`any` stands alone", "List modalities, or only `any`"
+
+
+def _check_place(root: Path, state: Path) -> None:
+    if state.resolve().is_relative_to(root.resolve()):
+        raise ConfigError(
+            "the state folder must not lie inside a dataset",
+            fix="Put it elsewhere",
+            where="site.state",
+        )

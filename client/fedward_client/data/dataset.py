@@ -1,0 +1,178 @@
+"""Find out what a dataset is and read it: tables and headers now, pixels later."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Final, Literal
+
+from fedward.errors import DataError
+from fedward.plan.schema import Task
+from fedward_client.data.files import folders, walk
+from fedward_client.data.options import LabelOptions, MaskOptions, PatientOptions
+from fedward_client.data.readers import images, nifti, npz
+from fedward_client.data.readers.dicom import reader
+from fedward_client.data.readers.dicom.headers import Listen, unheard
+from fedward_client.data.readers.dicom.sniff import is_dicom
+from fedward_client.data.readers.images import is_picture
+from fedward_client.data.sample import Dataset, Format, LeftOut, Sample
+
+_READERS: Final[dict[Format, Callable[[Path, Task, DatasetSpec], Dataset]]] = {
+    "npz": lambda root, task, _: npz.read(root, task),
+    "folders": lambda root, task, spec: images.read(root, task, spec.labels, spec.patients),
+    "nifti": lambda root, task, spec: nifti.read(root, task, spec.labels, spec.patients),
+    "dicom": lambda root, task, spec: reader.read(
+        root, task, spec.masks, spec.patients, spec.labels, spec.listen
+    ),
+}
+_LOOK_AT = 200  # files that decide what a folder holds
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """Where a dataset lies.
+
+    Attributes
+    ----------
+    root : Path
+        A folder, or an ``.npz`` file.
+    format : str or None
+        "npz", "folders", "nifti" or "dicom"; None looks for itself.
+    sites : str
+        "folders" reads each sub-folder as the dataset of a site of that name.
+    masks : MaskOptions
+        DICOM: what segments mean.
+    patients : PatientOptions
+        What missing and shared patient ids mean.
+    labels : LabelOptions
+        Where the table of labels lies, and what its words mean.
+    listen : callable
+        DICOM: hears how many headers are read, and of how many.
+    """
+
+    root: Path
+    format: Format | None = None
+    sites: Literal["none", "folders"] = "none"
+    masks: MaskOptions = field(default_factory=MaskOptions)
+    patients: PatientOptions = field(default_factory=PatientOptions)
+    labels: LabelOptions = field(default_factory=LabelOptions)
+    listen: Listen = field(default=unheard, compare=False, repr=False)
+
+
+def read_dataset(spec: DatasetSpec, task: Task, *, empty: bool = False) -> Dataset:
+    """Read a dataset for a task.
+
+    Parameters
+    ----------
+    spec : DatasetSpec
+        Where it lies.
+    task : Task
+        What it is for.
+    empty : bool
+        Whether it may hold nothing that can be used.
+
+    Returns
+    -------
+    Dataset
+        Samples, not decoded yet, and what was left out; sorted by name, whatever the disk's order.
+
+    Raises
+    ------
+    DataError
+        The folder is missing, is of no known kind, or holds nothing that the task can use.
+    """
+    if not spec.root.exists():
+        raise DataError("the dataset must exist", fix="Check the path and the mount", where="root")
+    by_site = spec.sites == "folders"
+    dataset = _by_site(spec, task) if by_site else _read(spec.root, task, spec)
+    if not (dataset.samples or empty):
+        raise _nothing(dataset.left_out, task)
+    return dataset
+
+
+def _read(root: Path, task: Task, spec: DatasetSpec) -> Dataset:
+    kind = spec.format or detect(root)
+    if kind in ("npz", "dicom") and spec.labels.patient_column:
+        raise DataError(
+            "a column of patients belongs to a table beside pictures or NIfTI images",
+            value=spec.labels.patient_column,
+            where="labels.patient_column",
+            fix="Remove labels.patient_column: DICOM files name their patients themselves, "
+            "an npz archive has an array of them",
+        )
+    return _READERS[kind](root, task, spec)
+
+
+def _by_site(spec: DatasetSpec, task: Task) -> Dataset:
+    subs = folders(spec.root) if spec.root.is_dir() else []
+    if not subs:
+        raise DataError(
+            'with sites = "folders" the dataset must be a folder with a sub-folder per site',
+            fix='Make sub-folders, or set sites = "none"',
+        )
+    samples: list[Sample] = []
+    left_out: list[LeftOut] = []
+    for place, sub in enumerate(subs, start=1):
+        try:
+            part = _read(sub, task, spec)
+        except DataError as error:
+            # By number: with a wrong setting the sub-folders may be named after patients.
+            where = f"sub-folder {place} of {len(subs)} (by name)"
+            raise DataError(error.rule, value=error.value, fix=error.fix, where=where) from None
+        samples += [_of_site(sample, sub.name) for sample in part.samples]
+        left_out += [replace(item, name=f"{sub.name}/{item.name}") for item in part.left_out]
+    return Dataset(tuple(samples), tuple(left_out))
+
+
+def _of_site(sample: Sample, site: str) -> Sample:
+    return replace(sample, site=site, patient=f"{site}/{sample.patient}")
+
+
+def detect(root: Path) -> Format:
+    """The format of a dataset.
+
+    Raises
+    ------
+    DataError
+        None or several are possible.
+    """
+    if root.is_file():
+        kinds = {"npz"} if root.suffix.lower() == ".npz" else set[str]()
+    else:
+        base = next((root / n for n in ("images", "imagesTr") if (root / n).is_dir()), root)
+        files = walk(base, without=("masks", "labels", "labelsTr"))
+        kinds = set(_kinds(islice(files, _LOOK_AT)))
+    known: list[Format] = [name for name in _READERS if name in kinds]
+    if len(known) == 1:
+        return known[0]
+    raise DataError(
+        "the format of the dataset must be one of npz, folders, nifti, dicom",
+        value=f"signs of {', '.join(known)}" if known else "no file of a known kind",
+        fix="Set format, or take the other files out",
+        where="format",
+    )
+
+
+def _kinds(files: Iterable[Path]) -> Iterable[Format]:
+    for file in files:
+        if file.suffix.lower() == ".npz":
+            yield "npz"
+        elif is_picture(file):
+            yield "folders"
+        elif nifti.is_nifti(file):
+            yield "nifti"
+        elif is_dicom(file):
+            yield "dicom"
+
+
+def _nothing(left_out: tuple[LeftOut, ...], task: Task) -> DataError:
+    counts = Counter(item.reason for item in left_out)
+    text = ", ".join(f"{reason}: {n}" for reason, n in sorted(counts.items()))
+    return DataError(
+        f"the dataset must hold images that the {task.kind} task can use",
+        value=text or "no images",
+        fix="See the reasons; class names, labels or masks may not match the plan",
+    )

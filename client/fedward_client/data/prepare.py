@@ -1,0 +1,266 @@
+"""From samples to a :class:`PreparedSite`: decode, preprocess, divide by patient, keep on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedward import rule_codes
+from fedward.errors import DataError
+from fedward.plan.schema import Plan
+from fedward_client.data import cache as store
+from fedward_client.data.readers.npz import ArrayImage
+from fedward_client.data.sample import SPLITS, PreparedSite, Sample, unnamed
+from fedward_client.data.split import split_by_patient
+from fedward_client.data.transforms import Job, Outcome, one_torch_thread, prepare_sample
+from fedward_client.worker_pool import WorkerPool
+
+_VERSION: Final = 4  # raise it when the arithmetic changes, so that old entries are not used
+_FOR_SLICE: Final = 0.5  # seconds that a volume may take for each of its slices
+_ARRAYS: Final = ("images", "targets", "patients", "spacing", "part")
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a preparation may use beside this process.
+
+    Attributes
+    ----------
+    threads : int
+        That decode in this process (the codecs release Python's lock for most of their work);
+        without `crew` only.
+    crew : Crew, optional
+        Processes that decode instead: what hangs or dies costs its sample and nothing else.
+    cache_bytes : int, optional
+        That the cache may take; entries used longest ago make room.
+    verify : callable, optional
+        Called when all is decoded and before it is kept; raises when a file was changed meanwhile.
+    """
+
+    threads: int = 1
+    crew: WorkerPool[Job, Outcome] | None = None
+    cache_bytes: int | None = None
+    verify: Callable[[], None] | None = None
+
+
+_ALONE: Final = Means()
+
+
+def prepare(
+    name: str,
+    samples: Sequence[Sample],
+    plan: Plan,
+    cache: Path | None = None,
+    means: Means = _ALONE,
+) -> PreparedSite:
+    """Decode and preprocess a site's samples and divide them by patient.
+
+    Parameters
+    ----------
+    name : str
+        The site.
+    samples : sequence of Sample
+        Its images.
+    plan : Plan
+        ``task``, ``preprocessing`` and ``split`` are used; augmentation is not done here.
+    cache : Path, optional
+        Folder for prepared arrays; what is there already for the same samples and settings is
+        memory-mapped instead of being made again.
+    means : Means, optional
+        Threads, processes, and bounds.
+
+    Raises
+    ------
+    DataError
+        No image could be used, or too few patients are left to divide.
+    OutputError
+        The cache cannot be written, or has no room.
+
+    Notes
+    -----
+    An image that cannot be used is counted in ``left_out``. Arrays from the cache are read-only.
+    """
+    _known(samples)
+    key = _key(samples, plan) if cache is not None else None
+    if cache is None or key is None:
+        arrays, meta = _build(samples, plan, means, store.MemoryRows(), store.MemoryRows())
+        return _site(name, arrays, meta, samples)
+    found = store.load(cache / key, _ARRAYS) or _fill(cache / key, samples, plan, means)
+    if found is None:
+        raise DataError("a prepared dataset must stay in its cache", fix="Start again")
+    return _site(name, found.arrays, found.meta, samples)
+
+
+def _known(samples: Sequence[Sample]) -> None:
+    if not samples:
+        raise DataError("a site must have images", value="none", fix="Check its dataset")
+
+
+def _build(
+    samples: Sequence[Sample], plan: Plan, means: Means, images: store.Rows, masks: store.Rows
+) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    kept: list[Sample] = []
+    spacing: list[tuple[float, ...]] = []
+    left_out: Counter[str] = Counter()
+    for sample, item in zip(samples, _prepared(samples, plan, means), strict=True):
+        if isinstance(item, str):
+            left_out[item] += 1
+            continue
+        kept.append(sample)
+        spacing.append(item.spacing)
+        images.append(item.pixels)
+        if item.mask is not None:
+            masks.append(item.mask)
+    if not kept:
+        raise _none_left(left_out)
+    arrays = {
+        "images": images.finish(),
+        "targets": masks.finish() if plan.task.kind == "segmentation" else _targets(kept, plan),
+        "patients": _numbers([sample.patient for sample in kept]),
+        "spacing": np.array(spacing, np.float32),
+        "part": _parts(kept, plan),
+    }
+    synthetic = any(s.columns.get("synthetic", "").lower() in ("yes", "true", "1") for s in kept)
+    return arrays, {"left_out": dict(left_out), "synthetic": synthetic}
+
+
+def _prepared(samples: Sequence[Sample], plan: Plan, means: Means) -> Iterator[Outcome]:
+    jobs = (Job(sample, plan.task, plan.preprocessing) for sample in samples)
+    if means.crew is not None and not _in_memory(samples[0]):
+        for outcome in means.crew.in_order(jobs, _patience):
+            yield rule_codes.DECODER_FAILED if outcome is None else outcome
+        return
+    with one_torch_thread():
+        if means.threads <= 1:
+            yield from map(prepare_sample, jobs)
+            return
+        # In portions: all at once would decode faster than they are taken, and fill the memory.
+        with ThreadPoolExecutor(means.threads) as pool:
+            while portion := list(islice(jobs, 8 * means.threads)):
+                yield from pool.map(prepare_sample, portion)
+
+
+def _in_memory(sample: Sample) -> bool:
+    """Whether there is nothing to decode, and a process would only be sent a copy."""
+    return isinstance(getattr(sample.load, "load", sample.load), ArrayImage)
+
+
+def _patience(job: Job) -> float:
+    """Seconds beside those for one file: a volume is read from many."""
+    load = getattr(job.sample.load, "load", job.sample.load)
+    return _FOR_SLICE * len(getattr(load, "frames", ()))
+
+
+def _targets(kept: Sequence[Sample], plan: Plan) -> NDArray[Any]:
+    labels = np.array([sample.label for sample in kept])
+    return labels.astype(np.float32) if plan.task.multi_label else labels[:, 0].astype(np.int64)
+
+
+def _numbers(patients: Sequence[str]) -> NDArray[np.int64]:
+    number = {patient: k for k, patient in enumerate(dict.fromkeys(patients))}
+    return np.array([number[patient] for patient in patients], np.int64)
+
+
+def _parts(kept: Sequence[Sample], plan: Plan) -> NDArray[np.int8]:
+    # Multi-label: whether there is any finding; each combination by itself would be too rare.
+    strata = (
+        [max(s.label) if plan.task.multi_label else s.label[0] for s in kept if s.label]
+        if plan.task.kind == "classification"
+        else None
+    )
+    patients, given = [s.patient for s in kept], [s.split for s in kept]
+    part = np.zeros(len(kept), np.int8)
+    for name, indices in split_by_patient(patients, given, plan.split, strata).items():
+        part[indices] = SPLITS.index(name)
+    return part
+
+
+def _none_left(left_out: Counter[str]) -> DataError:
+    return DataError(
+        "a site must have images that can be used",
+        value=", ".join(f"{reason}: {n}" for reason, n in sorted(left_out.items())),
+        fix="See the reasons on the data page",
+    )
+
+
+def _site(name: str, arrays: Any, meta: Any, samples: Sequence[Sample]) -> PreparedSite:
+    part = np.asarray(arrays["part"])
+    return PreparedSite(
+        name=name,
+        images=arrays["images"],
+        targets=arrays["targets"],
+        patients=np.asarray(arrays["patients"]),
+        split={s: np.flatnonzero(part == k).astype(np.int64) for k, s in enumerate(SPLITS)},
+        spacing=np.asarray(arrays["spacing"]),
+        left_out=meta["left_out"],
+        synthetic=meta["synthetic"],
+        images_are_patients=unnamed(samples) > 0,
+    )
+
+
+def _fill(place: Path, samples: Sequence[Sample], plan: Plan, means: Means) -> store.Stored | None:
+    segmentation = plan.task.kind == "segmentation"
+    size = prepared_bytes(plan, len(samples))
+    with store.building(place, size, means.cache_bytes) as temporary, ExitStack() as stack:
+        if found := store.load(place, _ARRAYS):  # another process made it meanwhile
+            return found
+
+        def rows(name: str) -> store.FileRows:
+            return stack.enter_context(
+                closing(store.FileRows(temporary / f"{name}.npy", len(samples)))
+            )
+
+        masks: store.Rows = rows("targets") if segmentation else store.MemoryRows()
+        arrays, meta = _build(samples, plan, means, rows("images"), masks)
+        if means.verify is not None:
+            means.verify()
+        small = {k: a for k, a in arrays.items() if not isinstance(a, np.memmap)}
+        return store.publish(temporary, place, small, meta, _ARRAYS)
+
+
+def prepared_bytes(plan: Plan, images: int) -> int:
+    """Bytes of prepared images (float32) and their labels or masks."""
+    pixels = int(np.prod(plan.preprocessing.size))
+    target = 4 * len(plan.task.classes) if plan.task.multi_label else 8
+    target = pixels if plan.task.kind == "segmentation" else target
+    return images * (4 * plan.preprocessing.channels * pixels + target)
+
+
+def _key(samples: Sequence[Sample], plan: Plan) -> str | None:
+    """SHA-256 of all that the result depends on; None when a sample cannot tell what it is."""
+    settings = {
+        "version": _VERSION,
+        "preprocessing": plan.preprocessing.model_dump(mode="json", exclude={"augmentation"}),
+        "task": plan.task.model_dump(mode="json"),
+        "split": plan.split.model_dump(mode="json"),
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for sample in samples:
+        identities = [_identity(part) for part in (sample.load, sample.mask) if part is not None]
+        if None in identities:
+            return None
+        synthetic = sample.columns.get("synthetic", "")
+        facts = (sample.patient, sample.label, sample.site, sample.split, synthetic, *identities)
+        digest.update(repr(facts).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _identity(part: object) -> str | None:
+    identity = getattr(part, "identity", None)
+    if identity is None:
+        return None
+    try:
+        return str(identity())
+    except OSError:
+        return "missing"

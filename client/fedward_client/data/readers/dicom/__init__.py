@@ -1,0 +1,1 @@
+"""Reading DICOM: series, pixel data, SEG, RTSTRUCT and masks that other files hold."""

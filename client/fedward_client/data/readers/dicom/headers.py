@@ -1,0 +1,254 @@
+"""What is known of DICOM files before any pixel is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final, cast
+
+import pydicom
+
+from fedward import rule_codes
+from fedward.errors import DataError
+from fedward.plan.schema import Task
+from fedward_client.data.options import PatientOptions
+from fedward_client.data.quiet import quiet
+from fedward_client.data.readers.dicom.pixels import Place, place_of
+from fedward_client.data.readers.dicom.sniff import (
+    MASKS,
+    NO_PICTURES,
+    Watched,
+    check_inflated,
+    is_dicom,
+)
+from fedward_client.data.sample import LeftOut
+
+KEYS: Final[tuple[str, ...]] = (
+    "sopinstanceuid",
+    "seriesinstanceuid",
+    "studyinstanceuid",
+    "accessionnumber",
+    "patientid",
+    "file",
+)
+_TAGS: Final = [
+    "SOPInstanceUID",
+    "SeriesInstanceUID",
+    "StudyInstanceUID",
+    "AccessionNumber",
+    "PatientID",
+    "IssuerOfPatientID",
+    "Modality",
+    "Rows",
+    "Columns",
+    "NumberOfFrames",
+    "SyntheticData",
+    "SOPClassUID",
+    "ImageType",
+    "ImageOrientationPatient",
+    "ImagePositionPatient",
+    "PixelSpacing",
+    "ImagerPixelSpacing",
+    "NominalScannedPixelSpacing",
+    "AcquisitionNumber",
+    "EchoNumbers",
+    "TemporalPositionIdentifier",
+    "FrameOfReferenceUID",
+]
+_SCOUTS: Final = frozenset({"LOCALIZER", "SCOUT"})
+_MOSAIC: Final = "MOSAIC"  # Siemens: the slices of a volume as tiles of one picture
+_OFTEN: Final = 50  # files after which the progress is told
+_FRAME: Final = 8  # bytes of the smallest frame that there is
+_LONGEST: Final = 1 << 16  # bytes of a value; each is made into objects of a hundred bytes
+_INFLATED: Final = 1 << 20  # frames of a deflated file
+_PIXELS: Final = frozenset(  # tags (7FE0,0008), (7FE0,0009), (7FE0,0010) in either byte order
+    bytes.fromhex(tag)
+    for tag in ("e07f0800", "e07f0900", "e07f1000", "7fe00008", "7fe00009", "7fe00010")
+)
+
+Listen = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is known of a file before its pixels are decoded.
+
+    Attributes
+    ----------
+    path : Path
+        The file.
+    patient : str
+        Issuer and id of the patient.
+    keys : dict
+        Values by which a label table may mean the file, by the column's lower-case name.
+    modality : str
+        As in DICOM.
+    frames : int
+        At least 1.
+    synthetic : bool
+        Whether the file says so (0008,001C).
+    plane : str
+        Size, spacing and orientation: what the slices of one volume share.
+    position : str
+        Where the first pixel lies; "" where that is unknown or differs between frames.
+    take : str
+        Acquisition, echo and time: what tells slices in one place apart.
+    space : str
+        UID of the frame of reference, in which positions are comparable.
+    place : Place or None
+        3D tasks: where the slice lies; None in a multi-frame file, whose frames tell.
+    """
+
+    path: Path
+    patient: str
+    keys: dict[str, str]
+    modality: str
+    frames: int
+    synthetic: bool
+    plane: str = ""
+    position: str = ""
+    take: str = ""
+    space: str = ""
+    place: Place | None = None
+
+
+@dataclass(frozen=True)
+class MaskObject:
+    """A DICOM segmentation or structure set found among the files."""
+
+    path: Path
+
+
+def unheard(done: int, of: int) -> None:
+    """Who listens to nothing."""
+
+
+def read_headers(
+    files: Sequence[Path],
+    root: Path,
+    task: Task,
+    patients: PatientOptions | None = None,
+    listen: Listen = unheard,
+) -> tuple[list[Header], list[Path], list[LeftOut]]:
+    """The images among files, the masks if the task is segmentation, and what was left out."""
+    patients = patients or PatientOptions()
+    headers: list[Header] = []
+    masks: list[Path] = []
+    left_out: list[LeftOut] = []
+    seen: set[str] = set()
+    with quiet():
+        for place, file in enumerate(files):
+            if place % _OFTEN == 0:
+                listen(place, len(files))
+            try:
+                header = _header(file, task, patients)
+                if isinstance(header, MaskObject):
+                    masks.append(file)
+                    continue
+                uid = header.keys["sopinstanceuid"]
+                if uid in seen:
+                    raise rule_codes.unusable(rule_codes.DUPLICATE)
+                seen |= {uid} - {""}
+                headers.append(header)
+            except DataError as error:
+                name = file.relative_to(root).as_posix()
+                left_out.append(LeftOut(rule_codes.reason_of(error), name))
+    return headers, masks, left_out
+
+
+def _header(path: Path, task: Task, patients: PatientOptions) -> Header | MaskObject:
+    if not is_dicom(path):
+        raise rule_codes.unusable(rule_codes.NOT_DICOM)
+    try:
+        tags, pixels_next = _read(path)
+        words = {name.lower(): str(tags.get(name) or "").strip() for name in _TAGS}
+        frames = int(tags.get("NumberOfFrames") or 1)
+        kinds = _kinds(tags)
+    except Exception as error:
+        # pydicom raises nearly anything on a broken file, and its texts quote values.
+        raise rule_codes.unusable(rule_codes.reason_of(error)) from None
+    if words["sopclassuid"] in MASKS and task.kind == "segmentation":
+        return MaskObject(path)
+    if not (words["rows"] and words["columns"] and pixels_next):
+        raise rule_codes.unusable(rule_codes.NO_PIXELS)
+    if words["sopclassuid"] in NO_PICTURES:
+        raise rule_codes.unusable(rule_codes.OTHER_MODALITY)
+    if "any" not in task.modality and words["modality"] not in task.modality:
+        raise rule_codes.unusable(rule_codes.OTHER_MODALITY)
+    if kinds & _SCOUTS:
+        raise rule_codes.unusable(rule_codes.SCOUT)
+    if _MOSAIC in kinds:
+        raise rule_codes.unusable(rule_codes.MOSAIC)
+    patient = "\\".join(patients.patient(words))
+    if frames > _most_frames(path, tags):
+        raise rule_codes.unusable(rule_codes.NOT_READABLE)
+    keys = {name: words[name] for name in KEYS if name in words}
+    if patients.nobody(words["patientid"]) and patients.shared != "keep":
+        keys["patientid"] = ""  # a row of such an id would be of many patients
+    synthetic = words["syntheticdata"].upper() == "YES"
+    plane = (words["rows"], words["columns"], *_rounded(tags, "PixelSpacing", 3))
+    return Header(
+        path,
+        patient,
+        keys,
+        words["modality"],
+        max(frames, 1),
+        synthetic,
+        plane=repr((*plane, *_rounded(tags, "ImageOrientationPatient", 2))),
+        position=repr(corner) if (corner := _rounded(tags, "ImagePositionPatient", 2)) else "",
+        take=repr(
+            [words[n] for n in ("acquisitionnumber", "echonumbers", "temporalpositionidentifier")]
+        ),
+        space=words["frameofreferenceuid"],
+        place=_place(tags) if frames <= 1 and task.dimensions == 3 else None,
+    )
+
+
+def _read(path: Path) -> tuple[pydicom.FileDataset, bool]:
+    """The tags that are asked for, and whether pixels come after the header."""
+    check_inflated(path)
+    with path.open("rb") as file:
+        tags = pydicom.dcmread(
+            cast(BinaryIO, Watched(file, path)),
+            defer_size=_LONGEST,
+            stop_before_pixels=True,
+            specific_tags=_TAGS,
+            force=True,
+        )
+        pixels_next = file.read(4) in _PIXELS or _deflated(tags)
+    if any(getattr(element, "length", 0) > _LONGEST for element in tags.values()):
+        raise rule_codes.unusable(rule_codes.TOO_LARGE)
+    return tags, pixels_next
+
+
+def _place(tags: pydicom.FileDataset) -> Place | None:
+    try:
+        return place_of(tags, 0)
+    except Exception:  # numbers that are none; whoever reads the frame meets them again, and tells
+        return None
+
+
+def _most_frames(path: Path, tags: pydicom.FileDataset) -> int:
+    """No fewer than the file can hold: of every coding, the smallest frame takes some bytes."""
+    return _INFLATED if _deflated(tags) else max(1, path.stat().st_size // _FRAME)
+
+
+def _kinds(tags: pydicom.FileDataset) -> frozenset[str]:
+    """The values of ImageType, of which the third or a later one tells a scout (C.8.2.1.1.1)."""
+    values = tags.get("ImageType") or ()
+    return frozenset(str(v).upper() for v in ([values] if isinstance(values, str) else values))
+
+
+def _rounded(tags: pydicom.FileDataset, name: str, digits: int) -> tuple[float, ...]:
+    try:
+        # 0.0 is added so that -0.0 and 0.0 are one plane.
+        return tuple(round(float(v), digits) + 0.0 for v in tags.get(name) or ())
+    except (TypeError, ValueError):
+        return ()
+
+
+def _deflated(header: pydicom.FileDataset) -> bool:
+    # There the next bytes are compressed and tell nothing.
+    syntax = header.file_meta.get("TransferSyntaxUID")
+    return bool(syntax == pydicom.uid.DeflatedExplicitVRLittleEndian)

@@ -1,0 +1,425 @@
+"""Picture folders.
+
+* classification: ``CLASS/*.png`` (also ``train/CLASS/*.png`` and so on), or a table of labels with
+  a column ``image`` or ``file``, a column ``label`` or one 0/1 column per class, optionally
+  ``patient`` and ``split``;
+* segmentation: ``images/`` and ``masks/`` with the same stems.
+
+``patients.csv`` (``image``, ``patient``) names the patients; without any such column each image
+counts as one (:mod:`fedward_client.data.patient_columns` has the usual names of the column).
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as Pillow
+from PIL import ImageOps
+
+from fedward import rule_codes
+from fedward.errors import DataError
+from fedward.plan.schema import Task
+from fedward_client.data import labels
+from fedward_client.data.files import file_identity, folders, stem, table_keys, walk
+from fedward_client.data.label_tables import SPLIT_NAMES, Entry, Table, read_table
+from fedward_client.data.masks import label_map
+from fedward_client.data.options import TABLES, LabelOptions, PatientOptions, low
+from fedward_client.data.quiet import quiet
+from fedward_client.data.sample import Dataset, Image, LeftOut, Sample, SplitName
+
+# Whose the images of a folder are: a table's word, under the site's rules for odd ones.
+
+KEYS: Final = ("image", "file")
+_IMAGE: Final = "\\image\\"  # before an image that stands for its patient
+
+
+@dataclass(frozen=True)
+class People:
+    """What is known of the patients of a folder.
+
+    Attributes
+    ----------
+    table : Table or None
+        ``patients.csv``; without it, and without a column of patients beside the labels, each
+        image counts as a patient.
+    options : PatientOptions
+        What missing and shared ids mean; a rule for studies or series is one for images here.
+    named : bool
+        Whether the table of labels names patients too.
+    column : str
+        The column of patients that the site names; "" where it names none.
+    """
+
+    table: Table | None = None
+    options: PatientOptions = field(default_factory=PatientOptions)
+    named: bool = False
+    column: str = ""
+
+    def beside(self, labels: Table) -> People:
+        """The same beside a table of labels, in whose column of patients no cell may be empty.
+
+        Raises
+        ------
+        DataError
+            No table has the column that the site names.
+        """
+        self.check(labels)
+        return replace(self, named=any(entry.patient for entry in labels.entries.values()))
+
+    def check(self, *labels: Table) -> None:
+        """Hold the tables against the column that the site names.
+
+        Raises
+        ------
+        DataError
+            None of them has it.
+        """
+        tables = [*labels, *([self.table] if self.table else [])]
+        if self.column and low(self.column) not in [table.patients for table in tables]:
+            raise DataError(
+                "a table must have the column of patients that the site names",
+                value=self.column,
+                fix="Correct labels.patient_column",
+                where="labels.patient_column",
+            )
+
+    def knows(self, patient: str) -> bool:
+        """Whether :meth:`of` gave a patient's id, and not the image in place of a patient."""
+        return bool(self.table or self.named) and not patient.startswith(_IMAGE)
+
+    def find(self, keys: tuple[str, ...]) -> Entry | None:
+        """What ``patients.csv`` says of an image."""
+        return self.table.find(keys) if self.table else None
+
+    def of(self, keys: tuple[str, ...], own: str = "") -> str:
+        """The patient of an image: the label table's word, then ``patients.csv``, then the file.
+
+        Parameters
+        ----------
+        keys : tuple of str
+            What tables may call the image; its own name first.
+        own : str
+            The label table's word.
+
+        Raises
+        ------
+        DataError
+            "no patient id" or "shared patient id": by the rule the image is left out.
+        """
+        if not (own or self.table or self.named):
+            return keys[0]
+        word = unicodedata.normalize("NFC", own or self._listed(keys)).strip()
+        nobody = self.options.nobody(word)
+        rule = {"": "keep", "missing": self.options.missing, "shared": self.options.shared}[nobody]
+        if rule == "keep":
+            return word
+        if rule in ("study", "series"):
+            return _IMAGE + keys[0]
+        raise rule_codes.unusable(
+            rule_codes.NO_PATIENT if nobody == "missing" else rule_codes.SHARED_PATIENT
+        )
+
+    def _listed(self, keys: tuple[str, ...]) -> str:
+        entry = self.find(keys)
+        return "" if entry is None or entry.reason else entry.patient
+
+
+def people_of(
+    root: Path, options: PatientOptions | None = None, labels: LabelOptions | None = None
+) -> People:
+    """The patients of a folder, with its ``patients.csv`` where there is one.
+
+    Raises
+    ------
+    DataError
+        The table cannot be read.
+    """
+    path = root / "patients.csv"
+    named = LabelOptions(patient_column=labels.patient_column if labels else "")
+    table = read_table(path, KEYS, None, named) if path.is_file() else None
+    return People(table, options or PatientOptions(), column=named.patient_column)
+
+
+# PNG, JPEG, TIFF and BMP files: images and masks.
+
+SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"})
+_DEEP: Final = ("I", "F")  # 16 bits and more: I;16, I;16B, I, F
+
+
+def is_picture(path: Path) -> bool:
+    """Whether the suffix is that of a picture."""
+    return path.suffix.lower() in SUFFIXES
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Reads a picture; 8-bit ones propose the window 0 to 255."""
+
+    path: Path
+
+    def __call__(self) -> Image:
+        values = _open(self.path, _colours)
+        window = (0.0, 255.0) if values.dtype == np.uint8 else None
+        planes = values[None] if values.ndim == 2 else np.moveaxis(values, -1, 0)
+        return Image(np.ascontiguousarray(planes, np.float32), (1.0, 1.0), window)
+
+    def identity(self) -> str:
+        """A digest of place, size and time of change."""
+        return file_identity(self.path)
+
+
+@dataclass(frozen=True)
+class PictureMask:
+    """Reads a label map: grey levels, or the indices of a palette."""
+
+    path: Path
+
+    def __call__(self) -> NDArray[np.uint8]:
+        return label_map(_open(self.path, _levels))
+
+    def identity(self) -> str:
+        """A digest of place, size and time of change."""
+        return file_identity(self.path)
+
+
+def _open(path: Path, read: Callable[[Pillow.Image, bool], NDArray[Any]]) -> NDArray[Any]:
+    with quiet():
+        try:
+            with Pillow.open(path) as file:
+                if getattr(file, "n_frames", 1) != 1:
+                    raise rule_codes.unusable(rule_codes.WRONG_SHAPE)
+                lossy = file.format == "JPEG"
+                return read(ImageOps.exif_transpose(file), lossy)
+        except Exception as error:
+            # Pillow raises nearly anything on a broken file, and its texts quote the path.
+            raise rule_codes.unusable(rule_codes.reason_of(error)) from None
+
+
+def _colours(image: Pillow.Image, lossy: bool) -> NDArray[Any]:
+    if image.mode.startswith(_DEEP):
+        return np.asarray(image).astype(np.float32)
+    if image.mode in ("1", "L", "LA", "La"):
+        return np.asarray(image.convert("LA" if "A" in image.mode.upper() else "L").getchannel(0))
+    if image.mode == "P" and image.palette is not None and image.palette.mode == "RGBA":
+        image = image.convert("RGBA")
+    return np.asarray(_without_alpha(image).convert("RGB"))
+
+
+def _without_alpha(image: Pillow.Image) -> Pillow.Image:
+    # Dropped, not blended: what lies under a transparent pixel is still the image.
+    if image.mode in ("RGBA", "RGBX"):
+        return Pillow.merge("RGB", image.split()[:3])
+    return image
+
+
+def _levels(image: Pillow.Image, lossy: bool) -> NDArray[Any]:
+    if lossy or image.mode == "1":
+        # Lossy files blur the edge of a mask: only black and white can be told apart.
+        return (np.asarray(image.convert("L")) >= 128).astype(np.uint8) * np.uint8(255)
+    if image.mode in ("P", "L") or image.mode.startswith(_DEEP):
+        return np.asarray(image)
+    bands = np.asarray(image.convert("RGB") if image.mode != "LA" else image.getchannel("L"))
+    if bands.ndim == 3 and not (bands == bands[..., :1]).all():
+        raise rule_codes.unusable(rule_codes.MASK_CLASS)
+    return bands if bands.ndim == 2 else bands[..., 0]
+
+
+Item = tuple[Path, Sample | str]
+
+
+def read(
+    root: Path,
+    task: Task,
+    options: LabelOptions | None = None,
+    patients: PatientOptions | None = None,
+) -> Dataset:
+    """Read a picture folder.
+
+    Parameters
+    ----------
+    root : Path
+        The folder.
+    task : Task
+        What its labels or masks are for.
+    options : LabelOptions, optional
+        Where the table of labels lies, and what its words mean.
+    patients : PatientOptions, optional
+        What missing and shared patient ids of a table mean.
+
+    Raises
+    ------
+    DataError
+        The folder has none of the known layouts, or a table cannot be read.
+    """
+    options = options or LabelOptions()
+    people = people_of(root, patients, options)
+    if task.kind == "segmentation":
+        people.check()
+        return collect(root, _pairs(root, people))
+    if options.table(root) is not None:
+        return labelled(root, root, is_picture, Picture, people, task, options)
+    people.check()
+    return collect(root, _classes(root, people, task, options))
+
+
+def collect(root: Path, items: Iterator[Item]) -> Dataset:
+    """Samples apart from what was left out."""
+    samples: list[Sample] = []
+    left_out: list[LeftOut] = []
+    for path, item in items:
+        if isinstance(item, Sample):
+            samples.append(item)
+        else:
+            left_out.append(LeftOut(item, path.relative_to(root).as_posix()))
+    return Dataset(tuple(samples), tuple(left_out))
+
+
+def labelled(
+    root: Path,
+    base: Path,
+    wanted: Callable[[Path], bool],
+    loader: Callable[[Path], Callable[[], Image]],
+    people: People,
+    task: Task,
+    options: LabelOptions,
+) -> Dataset:
+    """Images under `base` with the labels of a table (of `root`, unless the site names one)."""
+    table = read_table(options.table(root) or root / TABLES[0], KEYS, task, options)
+    people = people.beside(table)
+    files = [f for f in walk(base, without=("masks",)) if wanted(f)]
+    keys = table_keys(files, (root, base))
+    used: set[str] = set()
+
+    def items() -> Iterator[Item]:
+        for file in files:
+            entry = table.find(keys[file])
+            used.add(entry.key if entry else "")
+            yield file, _labelled(file, keys[file], entry, loader, people)
+
+    taken = collect(root, items())
+    idle = tuple(LeftOut(rule_codes.NO_IMAGE, key) for key in table.entries if key not in used)
+    return Dataset(taken.samples, taken.left_out + idle)
+
+
+def _labelled(
+    file: Path,
+    keys: tuple[str, ...],
+    entry: Entry | None,
+    loader: Callable[[Path], Callable[[], Image]],
+    people: People,
+) -> Sample | str:
+    if entry is None or entry.label is None:
+        return entry.reason if entry and entry.reason else rule_codes.NO_LABEL
+    try:
+        patient = people.of(keys, entry.patient)
+    except DataError as error:
+        return rule_codes.reason_of(error)
+    return Sample(
+        patient,
+        loader(file),
+        entry.label,
+        split=entry.split,
+        columns=entry.columns,
+        patient_known=people.knows(patient),
+    )
+
+
+def pairs(
+    images: Path,
+    masks: Path,
+    wanted: Callable[[Path], bool],
+    build: Callable[[Path, Path], tuple[Callable[[], Image], Callable[[], NDArray[np.uint8]]]],
+    people: People,
+) -> Iterator[Item]:
+    """Images with the mask of the same place and stem."""
+    files = [f for f in walk(images) if wanted(f)]
+    keys = table_keys(files, (images.parent, images))
+    names = Counter(_place(f, images) for f in files)
+    by_name: dict[Path, list[Path]] = {}
+    for mask in (f for f in walk(masks) if wanted(f)):
+        by_name.setdefault(_place(mask, masks), []).append(mask)
+    for file in files:
+        found = by_name.get(_place(file, images), [])
+        if not found:
+            yield file, rule_codes.NO_MASK
+        elif len(found) > 1 or names[_place(file, images)] > 1:
+            yield file, rule_codes.DUPLICATE
+        else:
+            yield file, _pair(file, keys[file], build(file, found[0]), people)
+    for name in sorted(set(by_name) - set(names)):
+        yield by_name[name][0], rule_codes.NO_IMAGE
+
+
+def _place(file: Path, root: Path) -> Path:
+    return file.relative_to(root).with_name(stem(file))
+
+
+def _pair(
+    file: Path,
+    keys: tuple[str, ...],
+    parts: tuple[Callable[[], Image], Callable[[], NDArray[np.uint8]]],
+    people: People,
+) -> Sample | str:
+    try:
+        patient = people.of(keys)
+    except DataError as error:
+        return rule_codes.reason_of(error)
+    entry = people.find(keys)
+    split, columns = (entry.split, entry.columns) if entry else (None, {})
+    known = people.knows(patient)
+    return Sample(
+        patient, parts[0], mask=parts[1], split=split, columns=columns, patient_known=known
+    )
+
+
+def _pairs(root: Path, people: People) -> Iterator[Item]:
+    if not ((root / "images").is_dir() and (root / "masks").is_dir()):
+        raise DataError(
+            "a segmentation folder must hold images/ and masks/",
+            fix="Put masks of the same stem into masks/",
+            where=rule_codes.NO_MASKS,
+        )
+    return pairs(
+        root / "images",
+        root / "masks",
+        is_picture,
+        lambda image, mask: (Picture(image), PictureMask(mask)),
+        people,
+    )
+
+
+def _classes(root: Path, people: People, task: Task, options: LabelOptions) -> Iterator[Item]:
+    files = [f for f in walk(root) if is_picture(f)]
+    keys = table_keys(files, (root,))
+    names = {folder.name.lower() for folder in folders(root)}
+    divided = bool(names) and names <= set(SPLIT_NAMES)
+    for file in files:
+        parts = file.relative_to(root).parts[:-1]
+        split: SplitName | None = SPLIT_NAMES[parts[0].lower()] if divided and parts else None
+        yield file, _of_class(file, keys[file], parts[divided:], split, people, task, options)
+
+
+def _of_class(
+    file: Path,
+    keys: tuple[str, ...],
+    parts: tuple[str, ...],
+    split: SplitName | None,
+    people: People,
+    task: Task,
+    options: LabelOptions,
+) -> Sample | str:
+    try:
+        index = options.class_of_folder(parts[0] if parts else "", task)
+        patient = people.of(keys)
+    except DataError as error:
+        return rule_codes.reason_of(error)
+    label = labels.flags({index}, task) if task.multi_label else (index,)
+    known = people.knows(patient)
+    return Sample(patient, Picture(file), label, split=split, patient_known=known)

@@ -1,0 +1,325 @@
+"""One decoded image and its mask, as the model takes them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedward import rule_codes
+from fedward.plan.schema import Preprocessing, Task
+from fedward_client.data.quiet import quiet
+from fedward_client.data.sample import Image, Sample
+
+# Resampling, cropping and padding to the plan's size; smoothed where it shrinks.
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How the spatial axes change.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Sides after resampling, before cropping and padding.
+    scale : tuple of float or None
+        Exact factor per axis, when the new spacing matters more than the ends of the image.
+    spacing : tuple of float
+        mm per axis after resampling.
+    """
+
+    shape: tuple[int, ...]
+    scale: tuple[float, ...] | None
+    spacing: tuple[float, ...]
+
+
+def grid_for(shape: tuple[int, ...], spacing: tuple[float, ...], prep: Preprocessing) -> Grid:
+    """The resampling that the plan asks for an image of `shape` and `spacing` (mm)."""
+    if prep.spacing is not None:
+        scale = tuple(s / t for s, t in zip(spacing, prep.spacing, strict=True))
+        # The tiny surplus keeps 10 * 0.3 / 0.1 from becoming 29.
+        scale = tuple(f * (1 + 1e-9) for f in scale)
+        new = tuple(math.floor(n * f) for n, f in zip(shape, scale, strict=True))
+        if min(new) >= 1:
+            return Grid(new, scale, prep.spacing)
+        new = tuple(max(n, 1) for n in new)
+    elif prep.resize == "fit":
+        factor = min(t / n for t, n in zip(prep.size, shape, strict=True))
+        new = tuple(
+            min(max(round(n * factor), 1), t) for n, t in zip(shape, prep.size, strict=True)
+        )
+    else:
+        new = prep.size
+    after = tuple(s * n / m for s, n, m in zip(spacing, shape, new, strict=True))
+    return Grid(new, None, after)
+
+
+def resample(array: NDArray[Any], grid: Grid, nearest: bool = False) -> NDArray[Any]:
+    """Resample ``(C, *S)`` to ``(C, *grid.shape)``.
+
+    Linear, and widened to the new pixel where an axis shrinks, so that nothing aliases; nearest
+    (the pixel whose centre is closest) for label maps.
+    """
+    if grid.shape == array.shape[1:] and (grid.scale is None or np.allclose(grid.scale, 1)):
+        return array
+    layers = torch.from_numpy(np.ascontiguousarray(array))
+    if nearest:
+        mode = "nearest-exact"
+        return _interpolate(layers[None], grid.shape, grid.scale, mode)[0].numpy()
+    if len(grid.shape) == 2:
+        return _smooth(layers[None], grid.shape, grid.scale)[0].numpy()
+    # torch smooths in two axes only; the filter is separable, so the third can go by itself.
+    c, *_, depth = layers.shape
+    plane = grid.scale and grid.scale[:2]
+    layers = _smooth(layers.movedim(-1, 1), grid.shape[:2], plane).movedim(1, -1)
+    lines = layers.reshape(1, c, -1, depth)
+    line = grid.scale and (1.0, grid.scale[2])
+    lines = _smooth(lines, (lines.shape[2], grid.shape[2]), line)
+    return lines.reshape(c, *grid.shape).numpy()
+
+
+def _smooth(layers: Tensor, shape: tuple[int, ...], scale: tuple[float, ...] | None) -> Tensor:
+    return _interpolate(layers, shape, scale, "bilinear", antialias=True)
+
+
+def _interpolate(
+    layers: Tensor,
+    shape: tuple[int, ...],
+    scale: tuple[float, ...] | None,
+    mode: str,
+    antialias: bool = False,
+) -> Tensor:
+    if scale is None:
+        return F.interpolate(layers, size=list(shape), mode=mode, antialias=antialias)
+    return F.interpolate(
+        layers,
+        scale_factor=list(scale),
+        mode=mode,
+        recompute_scale_factor=False,
+        antialias=antialias,
+    )
+
+
+def crop(array: NDArray[Any], size: tuple[int, ...]) -> NDArray[Any]:
+    """The middle of ``(C, *S)``, each axis at most as long as in `size`."""
+    middle = [
+        slice((n - t) // 2, (n - t) // 2 + t) if n > t else slice(None)
+        for n, t in zip(array.shape[1:], size, strict=True)
+    ]
+    return array[(slice(None), *middle)]
+
+
+def pad(array: NDArray[Any], size: tuple[int, ...], values: NDArray[Any]) -> NDArray[Any]:
+    """``(C, *S)`` in the middle of ``(C, *size)``, filled with one of `values` per channel."""
+    if array.shape[1:] == size:
+        return array
+    out = np.empty((len(array), *size), array.dtype)
+    out[...] = values.reshape((-1,) + (1,) * len(size))
+    starts = [(t - n) // 2 for n, t in zip(array.shape[1:], size, strict=True)]
+    inner = [slice(a, a + n) for a, n in zip(starts, array.shape[1:], strict=True)]
+    out[(slice(None), *inner)] = array
+    return out
+
+
+# From the modality's values to the numbers that a model takes.
+
+Array = NDArray[np.float32]
+
+# ITU-R BT.601 luma; ImageNet's mean and deviation per channel, as public weights expect them.
+_LUMA: Final = np.array([0.299, 0.587, 0.114], np.float32)
+_MEAN: Final = np.array([0.485, 0.456, 0.406], np.float32)
+_DEVIATION: Final = np.array([0.229, 0.224, 0.225], np.float32)
+
+
+def finite(pixels: Array) -> Array:
+    """The pixels with NaN and infinity replaced by the lowest finite value.
+
+    Raises
+    ------
+    DataError
+        "not readable": no pixel is finite.
+    """
+    good = np.isfinite(pixels)
+    if good.all():
+        return pixels
+    if not good.any():
+        raise rule_codes.unusable(rule_codes.NOT_READABLE)
+    return np.where(good, pixels, pixels[good].min()).astype(np.float32)
+
+
+def to_channels(pixels: Array, channels: int) -> Array:
+    """Colour to grey by luma, or grey repeated to colour; ``(C, *S)`` to ``(channels, *S)``."""
+    if len(pixels) == channels:
+        return pixels
+    if channels == 1:
+        return np.tensordot(_LUMA, pixels, axes=1)[None].astype(np.float32)
+    return np.repeat(pixels, channels, axis=0)
+
+
+def to_unit(image: Image, prep: Preprocessing) -> tuple[Array, bool]:
+    """Map a window to 0 and 1 and clip; whether that was done.
+
+    The plan's window leads, then its percentiles, then the table of the file, then its window. With
+    none of them `zscore` leaves the values alone and the others map the image's own range.
+    """
+    pixels, window = image.pixels, prep.window or image.window
+    if prep.window is None and prep.percentiles is None and image.lookup is not None:
+        return image.lookup(pixels), True
+    if prep.window is None and prep.percentiles is not None:
+        low, high = np.percentile(pixels, prep.percentiles)
+    elif window is not None:
+        low, high = window
+    elif prep.intensity == "zscore":
+        return pixels, False
+    else:
+        low, high = float(pixels.min()), float(pixels.max())
+    if not high > low:
+        return np.zeros_like(pixels), True
+    scaled = (pixels - np.float32(low)) / np.float32(high - low)
+    return np.clip(scaled, 0, 1, out=scaled), True
+
+
+def finish(pixels: Array, mapped: bool, prep: Preprocessing) -> tuple[Array, Array]:
+    """The last step, and per channel the value that stands for black in a padded border.
+
+    Parameters
+    ----------
+    pixels : NDArray
+        ``(C, *S)``: the content, without any border, so that a border does not shift the mean.
+    mapped : bool
+        Whether 0 is black already (see :func:`to_unit`).
+    """
+    black = np.zeros(len(pixels), np.float32) if mapped else _lowest(pixels)
+    if prep.intensity == "unit":
+        return pixels, black
+    if prep.intensity == "imagenet":
+        mean, deviation = _MEAN, _DEVIATION
+    else:
+        mean = np.full(len(pixels), pixels.mean(dtype=np.float64), np.float32)
+        spread = pixels.std(dtype=np.float64)
+        deviation = np.full(len(pixels), spread if spread > 1e-6 else 1.0, np.float32)
+    each = (len(pixels),) + (1,) * (pixels.ndim - 1)
+    return (pixels - mean.reshape(each)) / deviation.reshape(each), (black - mean) / deviation
+
+
+def _lowest(pixels: Array) -> Array:
+    return np.full(len(pixels), pixels.min(), np.float32)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One image as the model takes it.
+
+    Attributes
+    ----------
+    pixels : NDArray
+        ``(C, *size)`` float32.
+    mask : NDArray or None
+        ``(*size)`` uint8.
+    spacing : tuple of float
+        mm per axis.
+    """
+
+    pixels: NDArray[np.float32]
+    mask: NDArray[np.uint8] | None
+    spacing: tuple[float, ...]
+
+
+def prepare_image(
+    image: Image, mask: NDArray[np.uint8] | None, task: Task, prep: Preprocessing
+) -> Prepared:
+    """Preprocess one decoded image and its mask.
+
+    Raises
+    ------
+    DataError
+        The image is left out; the rule is one of :data:`fedward.rule_codes.REASONS`.
+    """
+    shape = image.pixels.shape[1:]
+    if len(shape) != task.dimensions or len(image.pixels) not in (1, 3) or 0 in shape:
+        raise rule_codes.unusable(rule_codes.WRONG_SHAPE)
+    if mask is not None and mask.shape != shape:
+        raise rule_codes.unusable(rule_codes.MASK_SHAPE)
+    if image.tilt and prep.gantry_tilt == "refuse":
+        raise rule_codes.unusable(rule_codes.TILTED)
+    labels = None if mask is None else _labels(mask, task)[None]
+    image = replace(image, pixels=finite(image.pixels))
+    pixels, mapped = to_unit(image, prep)
+    pixels = to_channels(pixels, prep.channels)
+    grid = grid_for(shape, image.spacing, prep)
+    content = crop(resample(pixels, grid), prep.size)
+    content, black = finish(content, mapped, prep)
+    out = pad(content, prep.size, black).astype(np.float32)
+    if labels is not None:
+        labels = crop(resample(labels, grid, nearest=True), prep.size)
+        labels = pad(labels, prep.size, np.zeros(1, np.uint8))[0]
+    return Prepared(out, labels, grid.spacing)
+
+
+def _labels(mask: NDArray[np.uint8], task: Task) -> NDArray[np.uint8]:
+    # With one class, 255 is as good a foreground as 1: that is how editors store masks.
+    if len(task.classes) == 1:
+        return np.asarray(mask != 0, np.uint8)
+    if mask.max() > len(task.classes):
+        raise rule_codes.unusable(rule_codes.MASK_CLASS)
+    return mask
+
+
+# One sample from its files to what a model takes, in this process or in another.
+
+Outcome = Prepared | str
+
+
+@dataclass(frozen=True)
+class Job:
+    """A sample to prepare."""
+
+    sample: Sample
+    task: Task
+    prep: Preprocessing
+
+
+def prepare_sample(job: Job) -> Outcome:
+    """The prepared image, or the reason for which it is left out; never raises for a file."""
+    sample = job.sample
+    try:
+        if job.task.kind == "segmentation" and sample.mask is None:
+            return rule_codes.NO_MASK
+        if job.task.kind == "classification" and sample.label is None:
+            return rule_codes.NO_LABEL
+        with quiet():
+            image = sample.load()
+            mask = sample.mask() if sample.mask is not None else None
+            return prepare_image(image, mask, job.task, job.prep)
+    except Exception as error:
+        # One bad file must not stop a site, whatever its decoder raises.
+        return rule_codes.reason_of(error)
+
+
+def prepare_in_worker(job: Job) -> Outcome:
+    """The same in a process of its own."""
+    with one_torch_thread():
+        return prepare_sample(job)
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """One thread for each image.
+
+    Images are small: handing a part of each to other threads cost 25 times the work itself on
+    two busy cores. Workers are the way to use more of them.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,6 @@
+"""The privacy ledger: what the patients of a hospital have been charged, for good."""
+
+from fedward_client.ledger.ledger import Caps, Charge, Ledger, Release, RoundRequest
+from fedward_client.ledger.store import accept_older, name_secret
+
+__all__ = ["Caps", "Charge", "Ledger", "Release", "RoundRequest", "accept_older", "name_secret"]

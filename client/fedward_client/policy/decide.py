@@ -1,0 +1,252 @@
+"""Hold a study against the site's policy, before any image is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from fedward import rule_codes
+from fedward.dp.accounting import default_delta
+from fedward.errors import PolicyError
+from fedward.plan.schema import Plan
+from fedward_client.policy.settings import Approval, Limits, PolicySection
+
+if TYPE_CHECKING:
+    from fedward_client.cohort.freeze import CohortFile
+
+_BYTES: Final = 4  # of a float32
+_MIB: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What is known of a frozen cohort from its record alone.
+
+    Attributes
+    ----------
+    patients, images : int
+        How many it has.
+    per_class : mapping
+        Patients of each class, by its name; empty where samples have masks instead of labels.
+    per_image : bool
+        Whether the images name no patients, and each counts as one.
+    images_are_patients : bool
+        Whether the site takes that for right.
+    """
+
+    patients: int
+    images: int
+    per_class: Mapping[str, int]
+    per_image: bool = False
+    images_are_patients: bool = False
+
+
+@dataclass(frozen=True)
+class StudyRequest:
+    """What a coordinator asks for.
+
+    Attributes
+    ----------
+    study : str
+        The study's id.
+    plan, plan_hash : Plan, str
+        The plan and its SHA-256.
+    coordinator : str
+        SHA-256 of the coordinator's key, as 64 hexadecimal digits.
+    parameters : int
+        Of the plan's network (:func:`fedward.models.describe`).
+    facts : DatasetFacts or None
+        Of the frozen cohort that would serve it; None while there is none.
+    sites : int or None
+        How many sites the signed order says are asked; None where no round depends on it.
+    """
+
+    study: str
+    plan: Plan
+    plan_hash: str
+    coordinator: str
+    parameters: int
+    facts: DatasetFacts | None
+    sites: int | None = None
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One broken limit.
+
+    Attributes
+    ----------
+    key : str
+        What it is about, in the words of the plan.
+    rule : str
+        What must hold; one of :data:`fedward.rule_codes.RULES`.
+    value, limit : str
+        What was found and what the site allows; "" where it says nothing.
+    shared : bool
+        Whether the coordinator may know the value; it may not know how few patients there are.
+    """
+
+    key: str
+    rule: str
+    value: str = ""
+    limit: str = ""
+    shared: bool = True
+
+    def words(self) -> str:
+        """Key, value and limit for the coordinator."""
+        value = f" {self.value}" if self.value and self.shared else ""
+        return f"{self.key}{value}{f' (limit {self.limit})' if self.limit else ''}"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the policy says of a study.
+
+    Attributes
+    ----------
+    violations : tuple of Violation
+        All of them, the gravest first.
+    dataset : str
+        The dataset that serves the study; "" when none does.
+    limits : Limits
+        What the study is held to.
+    """
+
+    violations: tuple[Violation, ...]
+    dataset: str
+    limits: Limits
+
+    @property
+    def allowed(self) -> bool:
+        """Whether nothing is broken; a person may still have to approve."""
+        return not self.violations
+
+    @property
+    def approval(self) -> Approval:
+        """Whether a person has to approve."""
+        return self.limits.approval
+
+    def enforce(self) -> None:
+        """Raise PolicyError for the first violation."""
+        if self.violations:
+            first = self.violations[0]
+            raise PolicyError(first.rule, value=first.words(), fix=rule_codes.FIX)
+
+
+def dataset_for(policy: PolicySection, study: str, plan: Plan) -> str:
+    """The dataset that would serve a study, "" when none would."""
+    rule = policy.rule_for(study, plan.study.name)
+    return rule.dataset if rule else ""
+
+
+def facts_of(cohort: CohortFile, images_are_patients: bool = False) -> DatasetFacts:
+    """What a frozen cohort's record says of it, beside what its dataset's section says."""
+    classes, people = cohort.task.classes, dict[str, set[str]]()
+    for item in cohort.items:
+        for index in _labels(item.label, cohort.task.multi_label):
+            people.setdefault(classes[index], set()).add(item.patient)
+    labelled = any(item.label is not None for item in cohort.items)
+    per_class = {name: len(people.get(name, ())) for name in classes} if labelled else {}
+    return DatasetFacts(
+        cohort.patients, len(cohort.items), per_class, cohort.per_image, images_are_patients
+    )
+
+
+def _labels(label: tuple[int, ...] | None, multi_label: bool) -> Iterator[int]:
+    if label is not None:
+        yield from (i for i, flag in enumerate(label) if flag) if multi_label else label
+
+
+def decide(policy: PolicySection, request: StudyRequest) -> Decision:
+    """Everything in which a study goes beyond the site's policy."""
+    rule = policy.rule_for(request.study, request.plan.study.name)
+    limits = policy.limits(rule) if rule else policy
+    found = [
+        *_whose(policy, request, known=rule is not None),
+        *_model(policy, limits, request),
+        *_privacy(policy, limits, request),
+        *_evaluation(limits, request.plan),
+        *_others(limits, request.sites),
+        *_people(limits, request),
+    ]
+    return Decision(tuple(found), rule.dataset if rule else "", limits)
+
+
+def _whose(policy: PolicySection, request: StudyRequest, *, known: bool) -> Iterator[Violation]:
+    if not policy.any_coordinator and request.coordinator not in policy.coordinators:
+        yield Violation(
+            "coordinator", rule_codes.COORDINATOR, request.coordinator[:16], shared=False
+        )
+    if not known:
+        yield Violation("study.name", rule_codes.STUDY, request.plan.study.name)
+
+
+def _model(policy: PolicySection, limits: Limits, request: StudyRequest) -> Iterator[Violation]:
+    name, count = request.plan.model.name, request.parameters
+    if name not in limits.models:
+        yield Violation("model.name", rule_codes.MODEL, name)
+    if count > limits.max_parameters:
+        yield Violation("model", rule_codes.PARAMETERS, _size(count), _size(limits.max_parameters))
+    if (upload := count * _BYTES / _MIB) > policy.max_upload_mib:
+        yield Violation(
+            "model", rule_codes.UPLOAD, f"{upload:.4g} MiB", f"{policy.max_upload_mib:.4g} MiB"
+        )
+
+
+def _privacy(policy: PolicySection, limits: Limits, request: StudyRequest) -> Iterator[Violation]:
+    plan = request.plan
+    if not plan.privacy.on:
+        if limits.require_privacy:
+            yield Violation("privacy.mechanism", rule_codes.PRIVATE, "none")
+        return
+    epsilon, delta = plan.privacy.epsilon or 0.0, plan.privacy.delta or 0.0
+    most_delta = limits.max_delta
+    if most_delta is None:
+        most_delta = default_delta(request.facts.patients if request.facts else 0)
+    for key, rule, value, limit in (
+        ("privacy.epsilon", rule_codes.EPSILON, epsilon, limits.max_epsilon_per_study),
+        ("privacy.epsilon", rule_codes.COHORT_EPSILON, epsilon, policy.max_epsilon_per_cohort),
+        ("privacy.delta", rule_codes.DELTA, delta, most_delta),
+    ):
+        if value > limit:
+            yield Violation(key, rule, f"{value:.4g}", f"{limit:.4g}")
+
+
+def _evaluation(limits: Limits, plan: Plan) -> Iterator[Violation]:
+    asked, most = plan.metrics.epsilon, limits.max_evaluation_epsilon
+    if limits.counts == "private" and asked > most:
+        rule = rule_codes.EVALUATION_EPSILON
+        yield Violation("metrics.epsilon", rule, f"{asked:.4g}", f"{most:.4g}")
+
+
+def _others(limits: Limits, sites: int | None) -> Iterator[Violation]:
+    # Who tells no number asks this site alone, as far as it can know.
+    if sites is not None and max(1, sites) < (least := limits.minimum_sites):
+        yield Violation("participation.sites", rule_codes.SITES, str(max(1, sites)), str(least))
+
+
+def _people(limits: Limits, request: StudyRequest) -> Iterator[Violation]:
+    facts = request.facts
+    if facts is None:
+        yield Violation("cohort", rule_codes.COHORT)
+        return
+    if request.plan.privacy.on and facts.per_image and not facts.images_are_patients:
+        yield Violation("patients", rule_codes.PATIENT_KEY)
+    if facts.patients < (least := limits.minimum_patients):
+        yield Violation(
+            "patients", rule_codes.PATIENTS, str(facts.patients), f"{least:.4g}", shared=False
+        )
+    for name, count in facts.per_class.items():
+        if count < (least := limits.minimum_per_class):
+            yield Violation(
+                "task.classes",
+                rule_codes.PER_CLASS,
+                f"{name}: {count}",
+                f"{least:.4g}",
+                shared=False,
+            )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.4g} million" if count >= 10_000 else str(count)

@@ -1,0 +1,302 @@
+"""What an allowed order sets going: prepare, charge, train, keep, let out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from fedward.dp.accounting import Mechanism, calibrate, steps_per_round
+from fedward.errors import ProtocolError
+from fedward.flower.tensors import Arrays, pack, unpack
+from fedward.protocol import EvaluateOutcome, RoundOrder, TrainOutcome
+from fedward_client.audit.log import AuditLog
+from fedward_client.cohort.training import Preparers
+from fedward_client.config import SiteConfig
+from fedward_client.egress.disclosure import noise_for
+from fedward_client.egress.gate import expected_arrays
+from fedward_client.ledger import Charge, Ledger, Release, RoundRequest
+from fedward_client.ledger.evaluations import EvaluationRequest
+from fedward_client.ledger.ledger import Caps
+from fedward_client.ledger.releases import Releases
+from fedward_client.link.messages import TrainerMessage
+from fedward_client.trainer.status import StatusBoard
+from fedward_client.trainer.study_context import StudyContext, StudyContexts
+from fedward_client.trainer.trainer_cache import TrainerCache
+from fedward_client.training.runtime import Runtime
+from fedward_client.training.trainer import Trainer
+
+
+class RunningRequest(Protocol):
+    """Raises what ends an order."""
+
+    def __call__(self, *, done: bool = False) -> None:
+        """Return where it goes on."""
+
+
+class Executor:
+    """Does what the desk allowed, one order at a time.
+
+    Parameters
+    ----------
+    config : SiteConfig
+        The site.
+    cases : Cases
+        For the gate.
+    ledger : Ledger
+        Charged before a round is trained; preparing images releases nothing.
+    releases : Releases
+        Where updates are kept.
+    audit : AuditLog
+        Hears of charges and of what is sent, before it is.
+    board : Board
+        Shows progress.
+    secret : bytes
+        The site's.
+    runtime : Runtime
+        The machine.
+    crew : Preparers
+        Prepare the images.
+    """
+
+    def __init__(
+        self,
+        config: SiteConfig,
+        cases: StudyContexts,
+        ledger: Ledger,
+        releases: Releases,
+        audit: AuditLog,
+        board: StatusBoard,
+        secret: bytes,
+        runtime: Runtime,
+        crew: Preparers,
+    ) -> None:
+        self._cases, self._ledger, self._releases = cases, ledger, releases
+        self._audit, self._board = audit, board
+        watched = replace(runtime, watch=lambda step, steps: self._watch(step, steps))
+        self._warm = TrainerCache(config, ledger, board, secret, watched, crew)
+        self._going: RunningRequest = lambda *, done=False: None
+
+    def do(
+        self,
+        what: str,
+        order: RoundOrder,
+        case: StudyContext,
+        packet: TrainerMessage,
+        going: RunningRequest,
+    ) -> TrainerMessage:
+        """Carry out an order.
+
+        Parameters
+        ----------
+        going : callable
+            Raises what ends the order, whenever it is asked; with ``done``, only what ends one
+            that is done.
+        """
+        self._going = going
+        act: dict[str, Callable[[RoundOrder, StudyContext, TrainerMessage], TrainerMessage]] = {
+            "describe": self._describe,
+            "train": self._train,
+            "evaluate": self._evaluate,
+        }
+        answer = act[what](order, case, packet)
+        going(done=True)
+        self._tell_sent(what, order, answer)
+        return answer
+
+    def charged(self, packet: TrainerMessage) -> bool:
+        """Whether the ledger may hold a charge for the round that an order, valid or not, names."""
+        try:
+            return self._ledger.charged(packet.record["study"], packet.record["round"])
+        except Exception:  # no such words, no number, or a ledger that is closed: nobody knows
+            return True
+
+    def _describe(
+        self, order: RoundOrder, case: StudyContext, packet: TrainerMessage
+    ) -> TrainerMessage:
+        trainer = self._warm.get(case)
+        if case.limits.counts == "private":
+            test = order.model_copy(update={"part": "test"})
+            self._ledger.evaluations.check_study(
+                self._evaluation(test, case, trainer),
+                self._cases.policy.max_evaluation_epsilon_per_cohort,
+            )
+        if case.plan.privacy.on:
+            request, total = self._request(order, case, trainer, rounds=case.plan.rounds)
+            self._ledger.check_study(request, total, self._caps(case))
+        facts = self._cases.gate(case).check_facts(trainer.describe())
+        return TrainerMessage("facts", dict(facts.to_flat()))
+
+    def _train(
+        self, order: RoundOrder, case: StudyContext, packet: TrainerMessage
+    ) -> TrainerMessage:
+        if not 1 <= order.round <= case.plan.rounds:
+            raise ProtocolError(
+                f"the plan has rounds 1 to {case.plan.rounds}",
+                value=order.round,
+                fix="Order one of these",
+            )
+        trainer = self._warm.get(case)
+        request, _ = self._request(order, case, trainer, rounds=1)
+        self._going()
+        charge = self._ledger.reserve(request, self._caps(case))
+        if isinstance(charge, Release):
+            return self._again(order, charge)
+        try:
+            self._tell_charge(order, case, request)
+            arrays, outcome = self._warm.use(case, lambda one: one.train(packet.arrays, order))
+            outcome = self._cases.gate(case).check_update(
+                arrays, expected_arrays(case.plan, order.round), outcome, order.round
+            )
+            return self._release(order, case, charge, arrays, outcome)
+        except BaseException:
+            self._ledger.lose(charge)
+            # What trained until it broke must not be where the next round goes on.
+            self._warm.drop(case)
+            raise
+
+    def _release(
+        self,
+        order: RoundOrder,
+        case: StudyContext,
+        charge: Charge,
+        arrays: Arrays,
+        outcome: TrainOutcome,
+    ) -> TrainerMessage:
+        digest = ""
+        if case.plan.privacy.on:
+            digest = self._releases.keep(order.study, order.round, _kept(outcome, arrays))
+        self._ledger.commit(charge, digest)
+        return TrainerMessage("update", dict(outcome.to_flat()), arrays)
+
+    def _again(self, order: RoundOrder, release: Release) -> TrainerMessage:
+        """The update that was released for this round, byte for byte."""
+        content = self._releases.again(order.study, order.round, release.digest)
+        return _restored(content, "update", TrainOutcome)
+
+    def _evaluate(
+        self, order: RoundOrder, case: StudyContext, packet: TrainerMessage
+    ) -> TrainerMessage:
+        """Answer one of the plan's evaluations, once; a repeated order gets the kept answer."""
+        if not case.plan.is_evaluated(order.round, order.part):
+            raise ProtocolError(
+                "a study is evaluated in the rounds that its plan names",
+                value=order.round,
+                fix="Order one of these",
+            )
+        noise = noise_for(case.plan, case.limits, order.part)
+        request = self._evaluation(order, case, self._warm.get(case))
+        self._going()
+        kept = self._ledger.evaluations.reserve(
+            request, self._cases.policy.max_evaluation_epsilon_per_cohort
+        )
+        if kept is not None:
+            return _restored(kept, "counts", EvaluateOutcome)
+        self._tell_evaluation(request)
+        counts, outcome = self._warm.use(
+            case, lambda one: one.evaluate(packet.arrays, order, noise)
+        )
+        made, outcome = self._cases.gate(case).check_counts(counts, outcome, order.round)
+        self._ledger.evaluations.commit(request, _kept(outcome, made))
+        return TrainerMessage("counts", dict(outcome.to_flat()), made)
+
+    def _evaluation(
+        self, order: RoundOrder, case: StudyContext, trainer: Trainer
+    ) -> EvaluationRequest:
+        private = case.limits.counts == "private"
+        return EvaluationRequest(
+            order.study,
+            order.plan_hash,
+            trainer.site.cohort,
+            order.round,
+            order.part,
+            order.arrays,
+            case.plan.evaluation_epsilon(order.part) if private else None,
+        )
+
+    def _watch(self, step: int, steps: int) -> None:
+        self._board.set(step=step, steps=steps)
+        self._going()
+
+    def _request(
+        self, order: RoundOrder, case: StudyContext, trainer: Trainer, rounds: int
+    ) -> tuple[RoundRequest, Mechanism]:
+        """What so many rounds are charged."""
+        mechanism, planned = None, 0
+        if case.plan.privacy.on:
+            whole = calibrate(case.plan, trainer.site.patients_in("train"))
+            steps = steps_per_round(case.plan, whole.sampling_rate) * rounds
+            mechanism, planned = replace(whole, steps=steps), whole.steps
+        request = RoundRequest(
+            order.study,
+            order.plan_hash,
+            order.round,
+            trainer.site.cohort,
+            mechanism,
+            case.plan.privacy.delta,
+            planned,
+        )
+        return request, mechanism or Mechanism(1.0, 0.0, 0)
+
+    def _caps(self, case: StudyContext) -> Caps:
+        limits = case.limits
+        return Caps(
+            limits.max_epsilon_per_study,
+            self._cases.policy.max_epsilon_per_cohort,
+            self._cases.policy.max_delta,
+        )
+
+    def _tell_evaluation(self, request: EvaluationRequest) -> None:
+        self._audit.append(
+            "evaluation",
+            study=request.study,
+            round=request.round,
+            part=request.part,
+            epsilon=request.epsilon or 0.0,
+            private=request.epsilon is not None,
+        )
+
+    def _tell_charge(self, order: RoundOrder, case: StudyContext, request: RoundRequest) -> None:
+        fields: dict[str, Any] = {"study": order.study, "round": order.round, "private": False}
+        if request.mechanism is not None and case.plan.privacy.delta is not None:
+            delta = case.plan.privacy.delta
+            fields |= {
+                "private": True,
+                "delta": delta,
+                "epsilon_of_study": round(self._ledger.epsilon_of_study(order.study, delta), 4),
+            }
+        self._audit.append("charge", **fields)
+
+    def _tell_sent(self, what: str, order: RoundOrder, answer: TrainerMessage) -> None:
+        """Written before the socket sees a byte; what cannot be written is not sent."""
+        digest = hashlib.sha256()
+        size = 0
+        for name, value in answer.arrays.items():
+            digest.update(name.encode() + value.tobytes())
+            size += value.nbytes
+        self._audit.append(
+            "sent",
+            study=order.study,
+            round=order.round,
+            what=what,
+            tensors=len(answer.arrays),
+            bytes=size,
+            sha256=digest.hexdigest(),
+        )
+
+
+def _kept(outcome: TrainOutcome | EvaluateOutcome, arrays: Arrays) -> bytes:
+    """What is kept of an answer, to be given again."""
+    # A byte of text that JSON never holds divides the record from the tensors.
+    return outcome.model_dump_json().encode() + b"\0" + pack(arrays).tobytes()
+
+
+def _restored(
+    content: bytes, kind: str, outcome: type[TrainOutcome] | type[EvaluateOutcome]
+) -> TrainerMessage:
+    record, _, tensors = content.partition(b"\0")
+    arrays = unpack(np.frombuffer(tensors, np.uint8))
+    return TrainerMessage(kind, dict(outcome.model_validate_json(record).to_flat()), arrays)

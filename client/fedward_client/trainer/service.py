@@ -1,0 +1,319 @@
+"""The trainer's desk: every order is held against signature, policy, approval and ledger."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, Final
+
+from fedward import rule_codes
+from fedward.errors import AuditError, FedwardError, PolicyError, ProtocolError
+from fedward.models import describe
+from fedward.protocol import Refusal, RefusalKind, RoundOrder
+from fedward.signing import signed_bytes, verify_order
+from fedward_client.audit.log import AuditLog
+from fedward_client.egress.gate import refusal_for
+from fedward_client.fair_queue import Cancelled, FairScheduler
+from fedward_client.link.messages import TrainerMessage
+from fedward_client.link.state import LinkState
+from fedward_client.policy.approvals import Approvals
+from fedward_client.policy.decide import Decision, StudyRequest, decide
+from fedward_client.policy.hours import quiet_until
+from fedward_client.trainer.executor import Executor
+from fedward_client.trainer.status import StatusBoard
+from fedward_client.trainer.study_context import StudyContext, StudyContexts
+from fedward_client.trainer.watchdog import OrderMark, OrdersInHand
+
+_LOG = logging.getLogger("fedward.trainer")
+_DOING: Final = {"describe": "describing", "train": "training", "evaluate": "evaluating"}
+
+# What status shouts, by whether site.toml allows it.
+UNCONFINED: Final = {
+    False: "the connector can read images: no order is carried out; see fedward-client doctor",
+    True: "THE CONNECTOR CAN READ IMAGES and site.toml allows it",
+}
+
+
+class Refused(FedwardError):
+    """An error on its way to the coordinator, with whose turn it is."""
+
+    def __init__(self, error: FedwardError, kind: RefusalKind) -> None:
+        self.kind: RefusalKind = kind
+        super().__init__(error.rule, value=error.value, fix=error.fix, where=error.where)
+
+
+class TrainerService:
+    """Answers the connector's orders.
+
+    Parameters
+    ----------
+    cases : Cases
+        The site's datasets and policy.
+    work : Work
+        Does what was allowed.
+    audit : AuditLog
+        Hears of everything.
+    approvals : Approvals
+        What the officer said.
+    board : Board
+        What is going on.
+    in_hand : OrdersInHand
+        Remembers an order that stops the trainer.
+    now : callable
+        Local time.
+    """
+
+    def __init__(
+        self,
+        cases: StudyContexts,
+        work: Executor,
+        audit: AuditLog,
+        approvals: Approvals,
+        board: StatusBoard,
+        in_hand: OrdersInHand,
+        now: Callable[[], datetime] = datetime.now,
+    ) -> None:
+        self._cases, self._work, self._audit = cases, work, audit
+        self._approvals, self._board, self._now = approvals, board, now
+        self._in_hand, self._exposed = in_hand, False
+        self._turns, self._told = FairScheduler(), set[tuple[str, ...]]()
+        self.link: dict[str, Any] = {}
+        board.set(paused=approvals.paused)
+
+    def answer(self, what: str, packet: TrainerMessage) -> TrainerMessage:
+        """Answer an order; a refusal is an answer too, and an exception never is."""
+        made = self._in_hand_answer(what, packet)
+        if what == "train" and made.kind == "refusal" and not self._work.charged(packet):
+            return TrainerMessage("refusal", {**made.record, "charged": False})
+        return made
+
+    def _in_hand_answer(self, what: str, packet: TrainerMessage) -> TrainerMessage:
+        try:
+            with self._in_hand.order(what, packet.record) as mark:
+                return self._answer(what, packet, mark)
+        except PolicyError as error:
+            return self._refusal(error, 0, None)
+
+    def _answer(self, what: str, packet: TrainerMessage, mark: OrderMark) -> TrainerMessage:
+        round_ = 0
+        case: StudyContext | None = None
+        try:
+            order = self._order(packet)
+            round_ = order.round
+            coordinator = verify_order(order, what, packet.arrays)
+            case = self._case(order, coordinator)
+            return self._in_turn(what, order, case, packet, coordinator, mark)
+        except Cancelled:
+            return self._refusal(self._ended(), round_, case)
+        except FedwardError as error:
+            return self._refusal(error, round_, case)
+        except Exception as error:
+            # What went wrong may quote a path or an identifier: the log stays here.
+            _LOG.exception("an unexpected error stopped an order")
+            return self._refusal(error, round_, case)
+
+    def garbage(self, error: ProtocolError) -> TrainerMessage:
+        """Refuse what was no order at all."""
+        return self._refusal(error, 0, None)
+
+    def attached(self, isolation: str) -> None:
+        """A connector came; what it found of the images is written down, and shouted if bad."""
+        hidden = isolation == "hidden"
+        allowed = self._cases.allow_unconfined_connector
+        self._audit.append("isolation", process="connector", holds=hidden, allowed_anyway=allowed)
+        self._exposed = not hidden
+        others = [one for one in self._board.get()["warnings"] if one not in UNCONFINED.values()]
+        self._board.set(
+            connector="hidden" if hidden else "can read images",
+            warnings=others if hidden else [*others, UNCONFINED[allowed]],
+        )
+
+    def detached(self) -> None:
+        """It left."""
+        self._board.set(connector="none attached")
+        self.link = {}
+
+    def told(self, link: LinkState) -> None:
+        """The connector told how its link is."""
+        self.link = link.model_dump()
+
+    def forgive(self, study: str) -> None:
+        """Carry out a study's orders again, also one that stopped the trainer."""
+        self._in_hand.forgive(study)
+
+    def cancel(self, study: str) -> int:
+        """Give up a study's orders."""
+        return self._turns.give_up(study)
+
+    def status(self) -> dict[str, Any]:
+        """What the connector may know."""
+        self._board.set(waiting=self._turns.waiting())
+        return self._board.get()
+
+    def wait_for_news(self, seconds: float) -> bool:
+        """Whether something changed."""
+        return self._board.wait(seconds)
+
+    def pause(self, *, paused: bool) -> None:
+        """The officer pauses the site or lets it go on.
+
+        What stops it holds at once; what lets it go on is written down first.
+        """
+        self._board.set(paused=self._board.paused or paused)
+        if paused:
+            self._approvals.pause(paused=True)
+        self._audit.append("paused" if paused else "resumed")
+        if not paused:
+            self._approvals.pause(paused=False)
+        self._board.set(paused=paused)
+
+    def close(self) -> None:
+        """Give up everything, promptly."""
+        self._turns.close()
+
+    def _order(self, packet: TrainerMessage) -> RoundOrder:
+        if packet.kind != "order":
+            raise ProtocolError("a message must carry an order", fix="Send a RoundOrder record")
+        return RoundOrder.from_flat(packet.record)
+
+    def _case(self, order: RoundOrder, coordinator: str) -> StudyContext:
+        """Everything that must hold before an image is opened."""
+        plan = order.read_plan()
+        case = self._cases.of(order.study, plan)
+        request = StudyRequest(
+            study=order.study,
+            plan=plan,
+            plan_hash=order.plan_hash,
+            coordinator=coordinator,
+            parameters=describe(plan).parameters,
+            facts=case.facts,
+            sites=None if order.task == "evaluate" else order.sites,
+        )
+        self._once("plan", order.study, order.plan_hash, coordinator, name=plan.study.name)
+        self._keep_signed(order)
+        decision = decide(self._cases.policy, request)
+        self._tell_decision(order, decision)
+        decision.enforce()
+        self._approved(request, decision)
+        return case
+
+    def _approved(self, request: StudyRequest, decision: Decision) -> None:
+        state = self._approvals.see(request, manual=decision.approval == "manual").state
+        if state == "pending":
+            raise Refused(PolicyError(rule_codes.PENDING), "pending")
+        if state == "denied":
+            raise PolicyError(rule_codes.DENIED)
+
+    def _in_turn(
+        self,
+        what: str,
+        order: RoundOrder,
+        case: StudyContext,
+        packet: TrainerMessage,
+        coordinator: str,
+        mark: OrderMark,
+    ) -> TrainerMessage:
+        self._ready(what)
+        mark.write("")
+        with self._turns.turn(order.study) as given_up:
+            mark.write("work")
+            self._ready(what)
+            self._board.set(
+                doing=_DOING[what],
+                study=order.study,
+                round=order.round,
+                step=0,
+                steps=0,
+                waiting=self._turns.waiting(),
+            )
+
+            def going(*, done: bool = False) -> None:
+                if given_up.is_set() or done:
+                    self._check_denied(order, coordinator)
+                if given_up.is_set() and not done:
+                    raise Cancelled
+
+            try:
+                going(done=True)
+                answer = self._work.do(what, order, case, packet, going)
+                self._board.add(done=1)
+                return answer
+            finally:
+                self._board.set(doing="idle", waiting=self._turns.waiting())
+
+    def _check_denied(self, order: RoundOrder, coordinator: str) -> None:
+        if self._approvals.denied(order.study, order.plan_hash, coordinator):
+            raise PolicyError(rule_codes.DENIED)
+
+    def _ended(self) -> Refused:
+        """Who stops is asked again; who gave an order up knows why."""
+        if self._turns.closed:
+            return Refused(PolicyError(rule_codes.STOPPED), "busy")
+        return Refused(PolicyError(rule_codes.GIVEN_UP), "busy")
+
+    def _ready(self, what: str) -> None:
+        if self._exposed and not self._cases.allow_unconfined_connector:
+            raise PolicyError(rule_codes.CONNECTOR, fix="See fedward-client doctor, at the site")
+        # The officer's command wrote it down itself where the trainer did not answer.
+        if self._board.paused or self._approvals.paused:
+            raise Refused(PolicyError(rule_codes.PAUSED), "paused")
+        if what == "train" and quiet_until(self._cases.policy.quiet_hours, self._now()):
+            raise Refused(PolicyError(rule_codes.QUIET), "paused")
+
+    def _refusal(
+        self, error: BaseException, round_: int, case: StudyContext | None
+    ) -> TrainerMessage:
+        kind = error.kind if isinstance(error, Refused) else None
+        said = refusal_for(error, self._cases.site, round_, kind)
+        try:
+            made = self._cases.gate(case).check_refusal(said)
+            self._audit.append(
+                "refused",
+                kind=made.kind,
+                rule=made.rule,
+                round=round_,
+                study=case.study if case else "",
+            )
+        except AuditError:
+            made = Refusal(
+                site=self._cases.site, round=round_, kind="error", rule=rule_codes.UNWRITTEN
+            )
+        if made.kind in ("error", "data", "protocol"):
+            self._board.set(last_error=made.rule)
+        return TrainerMessage("refusal", dict(made.to_flat()))
+
+    def _keep_signed(self, order: RoundOrder) -> None:
+        """Write down what the coordinator signed, the number of sites included: it can be held to
+        that later, with its public key alone."""
+        if ("order", order.signature) not in self._told:
+            self._audit.append(
+                "order",
+                study=order.study,
+                round=order.round,
+                task=order.task,
+                sites=order.sites,
+                signed=signed_bytes(order).decode(),
+                signature=order.signature,
+            )
+            self._told.add(("order", order.signature))
+
+    def _once(self, event: Any, *key: str, **fields: Any) -> None:
+        if (event, *key) not in self._told:
+            study, plan, coordinator = key
+            self._audit.append(event, study=study, plan=plan, coordinator=coordinator, **fields)
+            self._told.add((event, *key))
+
+    def _tell_decision(self, order: RoundOrder, decision: Decision) -> None:
+        found = "; ".join(f"{one.key}: {one.rule}" for one in decision.violations)
+        key = ("decision", order.study, order.plan_hash, hashlib.sha256(found.encode()).hexdigest())
+        if key not in self._told:
+            self._audit.append(
+                "decision",
+                study=order.study,
+                plan=order.plan_hash,
+                allowed=decision.allowed,
+                violations=[f"{one.key}: {one.rule}" for one in decision.violations],
+            )
+            self._told.add(key)

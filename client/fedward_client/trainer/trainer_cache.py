@@ -1,0 +1,138 @@
+"""Trainers that are kept warm from one order to the next: images prepared, model built."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final, TypeVar
+
+import torch
+
+from fedward import rule_codes
+from fedward.errors import DeviceError, PolicyError
+from fedward_client.cohort.training import Preparers, cache_folder, prepare_cohort
+from fedward_client.config import SiteConfig
+from fedward_client.ledger import Ledger
+from fedward_client.trainer.status import StatusBoard
+from fedward_client.trainer.study_context import StudyContext
+from fedward_client.training.runtime import Runtime
+from fedward_client.training.trainer import Trainer
+
+_LOG = logging.getLogger("fedward.trainer")
+_MOST: Final = 2
+_T = TypeVar("_T")
+
+
+class TrainerCache:
+    """The trainers of the studies that were served last.
+
+    Parameters
+    ----------
+    config : SiteConfig
+        The site.
+    ledger : Ledger
+        Learns who is in a cohort before an image of it is opened.
+    board : Board
+        Knows whether the walls hold.
+    secret : bytes
+        The site's.
+    runtime : Runtime
+        The machine, and who watches the steps.
+    crew : Preparers
+        Prepare the images.
+    """
+
+    def __init__(
+        self,
+        config: SiteConfig,
+        ledger: Ledger,
+        board: StatusBoard,
+        secret: bytes,
+        runtime: Runtime,
+        crew: Preparers,
+    ) -> None:
+        self._config, self._ledger, self._board = config, ledger, board
+        self._secret, self._runtime, self._crew = secret, runtime, crew
+        self._kept: OrderedDict[tuple[str, str], Trainer] = OrderedDict()
+
+    def drop(self, case: StudyContext) -> None:
+        """Forget what a round that broke off left in a trainer."""
+        self._kept.pop(_key(case), None)
+
+    def use(self, case: StudyContext, act: Callable[[Trainer], _T]) -> _T:
+        """Do something with it; where the device's memory ends, with fewer images on it at once.
+
+        A step's patients and images stay the same: they only go through the network in more parts.
+
+        Raises
+        ------
+        DeviceError
+            There is no memory for one image.
+        """
+        trainer = self.get(case)
+        while True:
+            try:
+                return act(trainer)
+            except torch.OutOfMemoryError:
+                trainer = self._smaller(trainer, case)
+
+    def _smaller(self, trainer: Trainer, case: StudyContext) -> Trainer:
+        smaller = trainer.runtime.physical_batch // 2
+        self._kept.pop(_key(case), None)
+        gc.collect()
+        torch.cuda.empty_cache()
+        if not smaller:
+            raise DeviceError(rule_codes.MEMORY, fix="Plan a smaller model") from None
+        _LOG.warning("out of memory: %d images at once from now on", smaller)
+        runtime = replace(trainer.runtime, physical_batch=smaller)
+        made = self._kept[_key(case)] = Trainer(case.plan, trainer.site, runtime)
+        return made
+
+    def get(self, case: StudyContext) -> Trainer:
+        """The study's trainer, as its last order left it.
+
+        Raises
+        ------
+        PolicyError
+            This process has a network, or the study has no cohort.
+        FedwardError
+            The cohort's images cannot be prepared.
+        """
+        if not (self._board.get()["walls"] or self._config.trainer.allow_networked_trainer):
+            raise PolicyError(rule_codes.NETWORKED, fix="See fedward-client doctor")
+        key = _key(case)
+        if key not in self._kept:
+            self._kept[key] = self._open(case)
+            while len(self._kept) > _MOST:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def _open(self, case: StudyContext) -> Trainer:
+        cohort = case.cohort
+        if cohort is None:
+            raise PolicyError(rule_codes.COHORT)
+        people = {item.patient for item in cohort.items}
+        self._ledger.register(cohort.sha256, case.dataset, people)
+        site = prepare_cohort(
+            self._config,
+            case.dataset,
+            cohort.sha256,
+            case.plan,
+            secret=self._secret,
+            cache=cache_folder(self._config),
+            crew=self._crew,
+        )
+        # A hospital's noise and sampling come from the system; what needs no secrecy follows the
+        # study's seed, so that a study can be told apart from a simulation of it by nothing else.
+        private = case.plan.privacy.on
+        runtime = replace(self._runtime, randomness="system" if private else "seeded")
+        return Trainer(case.plan, site, runtime)
+
+
+def _key(case: StudyContext) -> tuple[str, str]:
+    """Studies may share a plan, but never what a round left in the trainer."""
+    return case.study, case.plan_hash

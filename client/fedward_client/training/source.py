@@ -1,0 +1,138 @@
+"""Where a step's inputs come from: the images, or what frozen layers made of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedward.errors import OutputError
+from fedward.plan.schema import Augmentation
+from fedward_client.data.augment import augment
+from fedward_client.data.cache import Stored, building, load, publish
+from fedward_client.data.sample import PreparedSite
+from fedward_client.training.batches import FILLER
+from fedward_client.training.device import place_batch
+from fedward_client.training.runtime import Runtime
+
+_FEATURES: Final = "features"
+_HEADER: Final = 4096  # of a .npy file and of the entry's description, at most
+
+
+class Source:
+    """Batches of one site's inputs on the device.
+
+    Parameters
+    ----------
+    site : PreparedSite
+        The images.
+    runtime : Runtime
+        Device and cache.
+    prefix : nn.Module or None
+        Leading layers that do not train; their output is computed once per image and kept, unless
+        images are augmented.
+    prefix_digest : str
+        Tells one state of the prefix from another.
+    """
+
+    def __init__(
+        self, site: PreparedSite, runtime: Runtime, prefix: nn.Module | None, prefix_digest: str
+    ) -> None:
+        self.site, self.runtime, self.prefix = site, runtime, prefix
+        self.device = runtime.torch_device
+        self._digest = prefix_digest
+        self._features: NDArray[Any] | None = None
+
+    def plain(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Inputs ``(n, ...)`` and targets ``(n, ...)``, without augmentation.
+
+        An index of :data:`~fedward_client.training.batches.FILLER` stands for zeros.
+        """
+        if self.prefix is None:
+            return self._images(indices), self._targets(indices)
+        features = torch.from_numpy(_take(self._all_features(), indices))
+        return place_batch(features, self.device), self._targets(indices)
+
+    def augmented(
+        self, indices: NDArray[np.int64], how: Augmentation, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of a training step."""
+        if not how.active:
+            return self.plain(indices)
+        images, targets = self._images(indices), self._targets(indices)
+        masks = targets if targets.ndim == images.ndim - 1 and images.ndim > 3 else None
+        masks = masks if self.site.targets.dtype == np.uint8 else None
+        images, changed = augment(images, masks, how, generator)
+        return self._through(images), targets if changed is None else changed
+
+    def _images(self, indices: NDArray[np.int64]) -> Tensor:
+        return place_batch(torch.from_numpy(_take(self.site.images, indices)), self.device)
+
+    def _targets(self, indices: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(_take(self.site.targets, indices)).to(self.device)
+
+    @torch.no_grad()
+    def _through(self, images: Tensor) -> Tensor:
+        return images if self.prefix is None else self.prefix(images)
+
+    def _all_features(self) -> NDArray[Any]:
+        if self._features is None:
+            place = self._place()
+            kept = None if place is None else load(place, (_FEATURES,))
+            self._features = self._keep(place, self._compute()) if kept is None else _of(kept)
+        return self._features
+
+    def _keep(self, place: Path | None, features: NDArray[Any]) -> NDArray[Any]:
+        """Put them into the cache, whose bound they count towards; without room they stay here."""
+        if place is None:
+            return features
+        try:
+            size = features.nbytes + _HEADER
+            with building(place, size, self.runtime.cache_bytes) as folder:
+                made = publish(folder, place, {_FEATURES: features}, {}, (_FEATURES,))
+        except OutputError:
+            return features
+        return features if made is None else _of(made)
+
+    def _compute(self) -> NDArray[Any]:
+        # All batches have one size: an image's features must not depend on how many others follow.
+        batch, count = self.runtime.physical_batch, len(self.site.images)
+        indices = np.full(-(-count // batch) * batch, FILLER)
+        indices[:count] = np.arange(count)
+        parts = [
+            self._through(self._images(part)).float().cpu().numpy()
+            for part in np.split(indices, len(indices) // batch)
+        ]
+        return np.concatenate(parts)[:count]
+
+    def _place(self) -> Path | None:
+        if self.runtime.cache is None:
+            return None
+        images = hashlib.sha256(np.ascontiguousarray(self.site.images).tobytes()).hexdigest()
+        key = hashlib.sha256(f"features:{self._digest}:{images}".encode()).hexdigest()
+        return self.runtime.cache / key
+
+
+def _of(kept: Stored) -> NDArray[Any]:
+    return kept.arrays[_FEATURES]
+
+
+def _take(array: NDArray[Any], indices: NDArray[np.int64]) -> NDArray[Any]:
+    taken = np.ascontiguousarray(array[indices])
+    taken[indices == FILLER] = 0
+    return taken
+
+
+def digest_of(arrays: Mapping[str, NDArray[Any]], names: list[str]) -> str:
+    """SHA-256 over the named arrays."""
+    total = hashlib.sha256()
+    for name in sorted(names):
+        total.update(name.encode())
+        total.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return total.hexdigest()

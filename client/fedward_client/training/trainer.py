@@ -1,0 +1,337 @@
+"""A site's trainer: keeps data, model and frozen features warm and answers orders.
+
+It knows nothing of the network or of Flower; what calls it may be a simulation in the same process
+or a socket.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+from torch.optim import Optimizer
+
+from fedward.dp.accounting import Mechanism, calibrate, epsilon_spent, steps_per_round
+from fedward.errors import DataError, PrivacyError, ProtocolError
+from fedward.metrics.private_counts import NoisyTables
+from fedward.models import (
+    best_mode,
+    build_model,
+    freeze,
+    from_arrays,
+    sampled,
+    split_at_trainable,
+    to_arrays,
+    trainable_names,
+)
+from fedward.plan.schema import Plan
+from fedward.protocol import EvaluateOutcome, RoundOrder, SiteFacts, TrainOutcome
+from fedward_client.data.sample import PreparedSite
+from fedward_client.training.batches import seed_for
+from fedward_client.training.device import place
+from fedward_client.training.evaluate import Answers, evaluate
+from fedward_client.training.fit import Draws, Fit
+from fedward_client.training.losses import build_loss
+from fedward_client.training.private import Mode
+from fedward_client.training.runtime import Runtime
+from fedward_client.training.source import Source, digest_of
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass
+class _Prepared:
+    """The model as one stage trains it."""
+
+    names: tuple[str, ...]
+    module: nn.Module
+    source: Source
+    frozen: str
+
+
+class Trainer:
+    """Trains and evaluates one plan on one site.
+
+    Parameters
+    ----------
+    plan : Plan
+        The study.
+    site : PreparedSite
+        The site's images, prepared for this plan.
+    runtime : Runtime
+        The machine.
+    """
+
+    def __init__(self, plan: Plan, site: PreparedSite, runtime: Runtime) -> None:
+        self.plan, self.site, self.runtime = plan, site, runtime
+        runtime.enter()
+        self._model = place(self._build(), runtime.torch_device)
+        self._loss = build_loss(plan, runtime.torch_device)
+        self._prepared: _Prepared | None = None
+        self._mechanism: Mechanism | None = None
+        self._released: tuple[int, tuple[Arrays, TrainOutcome]] | None = None
+
+    def _build(self) -> nn.Module:
+        model = build_model(self.plan, seed=0)
+        ours = self.plan.privacy.on and self._mode() in ("hooks", "bookkeeping")
+        return sampled(model) if ours else model
+
+    def describe(self) -> SiteFacts:
+        """What the site says of itself."""
+        return site_facts(self.plan, self.site)
+
+    def train(
+        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder
+    ) -> tuple[Arrays, TrainOutcome]:
+        """Train one round from the given global model.
+
+        Parameters
+        ----------
+        arrays : mapping
+            The whole model.
+        order : RoundOrder
+            Plan and round.
+
+        Returns
+        -------
+        tuple
+            The arrays that train in this round's stage, and what they were made of.
+
+        Raises
+        ------
+        DataError
+            The site has too few training patients for the plan.
+        ProtocolError
+            The plan has no such round.
+        PrivacyError
+            A private round before the last one; the last one again gives the same update again.
+        """
+        if not 1 <= order.round <= self.plan.rounds:
+            raise ProtocolError(
+                f"the plan has rounds 1 to {self.plan.rounds}",
+                value=order.round,
+                fix="Order one of these",
+            )
+        if not self.plan.privacy.on:
+            return self._train(arrays, order)
+        # A second update for the same round would be a second release that ε does not count.
+        released = self._released
+        if released is not None and order.round < released[0]:
+            raise PrivacyError("a private round is trained once", value=order.round, fix="Go on")
+        if released is None or order.round > released[0]:
+            released = self._released = (order.round, self._train(arrays, order))
+        return released[1]
+
+    def _train(
+        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder
+    ) -> tuple[Arrays, TrainOutcome]:
+        started, cpu = time.perf_counter(), time.process_time()
+        self.runtime.enter()
+        fit = self._fit(arrays, order, self.plan.strategy.proximal_mu)
+        with fit.draws.in_layers(self.runtime.torch_device):
+            loss, steps = fit.run(self.optimizer(fit))
+        values = to_arrays(self._model)
+        names = set(self.trained or values)
+        outcome = TrainOutcome(
+            site=self.site.name,
+            round=order.round,
+            patients=self.site.patients_in("train"),
+            images=len(self.site.split["train"]),
+            steps=steps,
+            # An exact loss on training patients is a release that ε would not cover.
+            loss=None if self.plan.privacy.on else _finite(loss),
+            seconds=time.perf_counter() - started,
+            cpu_seconds=time.process_time() - cpu,
+            **self._cost(order),
+        )
+        return {name: value for name, value in values.items() if name in names}, outcome
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the arrays that train in the round that was prepared last."""
+        return self._prepared.names if self._prepared else ()
+
+    def optimizer(self, fit: Fit) -> Optimizer | None:
+        """The optimiser that a round goes on with; none: a fresh one."""
+        return None
+
+    def evaluate(
+        self,
+        arrays: Mapping[str, NDArray[Any]],
+        order: RoundOrder,
+        noise: NoisyTables | None = None,
+    ) -> tuple[Arrays, EvaluateOutcome]:
+        """Evaluate a model on one part of the site's patients, as counts that can be added up.
+
+        Parameters
+        ----------
+        arrays : mapping
+            The whole model.
+        order : RoundOrder
+            Plan, round and part.
+        noise : NoisyTables, optional
+            How to count where no exact figure may leave; none: exact counts.
+
+        Raises
+        ------
+        DataError
+            The part holds no image.
+        """
+        started = time.perf_counter()
+        part, answers = order.part, self.answers(arrays, order)
+        outcome = EvaluateOutcome(
+            site=self.site.name,
+            round=order.round,
+            part=part,
+            images=len(answers.patients),
+            seconds=time.perf_counter() - started,
+            unit=noise.unit if noise else None,
+            noise=float(noise.scale) if noise else None,
+            epsilon=self.plan.evaluation_epsilon(part) if noise and noise.by_patient else None,
+        )
+        if noise is None:
+            return answers.exact().to_arrays(), outcome
+        return answers.noisy(noise, self._randbelow(order)), outcome
+
+    def answers(
+        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder, *, surface: bool = True
+    ) -> Answers:
+        """A model's answers on one part of the site's patients, image by image; none of it leaves.
+
+        Without ``surface`` no HD95 is measured, which takes most of the time. Else parameters and
+        errors as for :meth:`evaluate`.
+        """
+        self.runtime.enter()
+        part = order.part
+        indices = self.site.split[part]
+        if not len(indices):
+            raise DataError(f"a site needs {part} patients to be measured", fix="Change [split]")
+        prepared = self._prepare(arrays, max(1, order.round) if order.round else self.plan.rounds)
+        return evaluate(
+            self.plan,
+            prepared.module,
+            prepared.source,
+            self.site,
+            indices,
+            self.runtime,
+            surface=surface and part == "test" and "hd95" in self.plan.metrics.report,
+        )
+
+    def _randbelow(self, order: RoundOrder) -> Callable[[int], int]:
+        """Source of the counts' noise: the system's, or a seeded one for a simulation."""
+        if self.runtime.randomness == "system" or not self.runtime.private_counts:
+            return secrets.randbelow
+        seed = seed_for(order.seed, self.site.name, order.round, order.part, "counts")
+        return random.Random(seed).randrange
+
+    def _fit(self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder, mu: float) -> Fit:
+        indices = self.site.split["train"]
+        least = self.plan.participation.minimum_patients
+        if (patients := self.site.patients_in("train")) < min(least, 1):
+            raise DataError("a site needs training patients", value=patients, fix="Bring more data")
+        prepared = self._prepare(arrays, order.round)
+        return Fit(
+            plan=self.plan,
+            round=order.round,
+            module=prepared.module,
+            source=prepared.source,
+            loss=self._loss,
+            indices=indices,
+            patients=self.site.patients[indices],
+            runtime=self.runtime,
+            draws=Draws.make(self.runtime, order.seed, self.site.name, order.round),
+            mechanism=self._private_mechanism(),
+            mode=self._mode(),
+            mu=mu,
+        )
+
+    def _prepare(self, arrays: Mapping[str, NDArray[Any]], round_: int) -> _Prepared:
+        """Load the arrays; rebuild what depends on frozen layers only when these changed."""
+        from_arrays(self._model, arrays)
+        stage, _ = self.plan.stage_of(round_)
+        names = trainable_names(self._model, stage.train)
+        frozen_names = [name for name in arrays if name not in set(names)]
+        frozen = digest_of(arrays, frozen_names)
+        if self._prepared and (self._prepared.names, self._prepared.frozen) == (names, frozen):
+            return self._prepared
+        freeze(self._model, names)
+        prefix, module = split_at_trainable(self._model, set(names))
+        if prefix is not None:
+            prefix.eval()
+        source = Source(self.site, self.runtime, prefix, frozen)
+        self._prepared = _Prepared(names, module, source, frozen)
+        return self._prepared
+
+    def _private_mechanism(self) -> Mechanism | None:
+        if not self.plan.privacy.on:
+            return None
+        if self._mechanism is None:
+            self._mechanism = calibrate(self.plan, self.site.patients_in("train"))
+        return self._mechanism
+
+    def _mode(self) -> Mode:
+        if self.runtime.grad_sample_mode is not None:
+            return self.runtime.grad_sample_mode
+        return best_mode(self.plan.model.name, self.runtime.torch_device.type, self.runtime.threads)
+
+    def _cost(self, order: RoundOrder) -> dict[str, Any]:
+        mechanism, delta = self._private_mechanism(), self.plan.privacy.delta
+        if mechanism is None:
+            return {}
+        if delta is None:
+            raise PrivacyError("a private plan needs delta", fix="Set privacy.delta")
+        done = steps_per_round(self.plan, mechanism.sampling_rate) * order.round
+        cost: dict[str, Any] = {
+            "delta": delta,
+            "noise_multiplier": mechanism.noise_multiplier,
+            "sampling_rate": mechanism.sampling_rate,
+        }
+        if order.account:
+            cost["epsilon"] = epsilon_spent(
+                mechanism.noise_multiplier, mechanism.sampling_rate, done, delta
+            )
+        return cost
+
+
+def site_facts(plan: Plan, site: PreparedSite) -> SiteFacts:
+    """What a site says of itself: counts, and nothing about a person."""
+    train = site.split["train"]
+    left = sorted(site.left_out.items())
+    sizes: dict[str, Any] = {
+        f"{part}_images": len(site.split[part]) for part in ("train", "validation", "test")
+    }
+    people: dict[str, Any] = {
+        f"{part}_patients": site.patients_in(part) for part in ("train", "validation", "test")
+    }
+    return SiteFacts(
+        site=site.name,
+        patients=len(np.unique(site.patients)),
+        images=len(site.images),
+        class_counts=_class_counts(plan, site, train),
+        synthetic=site.synthetic,
+        images_are_patients=site.images_are_patients,
+        left_out_reasons=tuple(reason for reason, _ in left),
+        left_out_counts=tuple(count for _, count in left),
+        **sizes,
+        **people,
+    )
+
+
+def _class_counts(plan: Plan, site: PreparedSite, indices: NDArray[np.int64]) -> tuple[int, ...]:
+    if plan.task.kind == "segmentation":
+        return ()
+    targets = np.asarray(site.targets[indices])
+    if plan.task.multi_label:
+        return tuple(int(count) for count in targets.sum(axis=0))
+    return tuple(int(n) for n in np.bincount(targets, minlength=len(plan.task.classes)))
+
+
+def _finite(value: float) -> float:
+    return float(np.nan_to_num(value, nan=1e9, posinf=1e9, neginf=-1e9))

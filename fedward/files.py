@@ -1,0 +1,182 @@
+"""Files for the site's own eyes: readable by their owner only, and never half written."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, Literal
+
+from fedward.errors import OutputError, ServiceError
+
+
+def write_private(
+    path: Path, content: bytes, *, modified: int | None = None, mode: int = 0o600
+) -> None:
+    """Write a file aside and give it its name when it is safe on the disk.
+
+    Parameters
+    ----------
+    path : Path
+        Replaced if it is there; its folder must exist.
+    content : bytes
+        All of it.
+    modified : int, optional
+        Time of change to give it, ns.
+    mode : int
+        Who may read it, whatever the umask.
+
+    Raises
+    ------
+    OutputError
+        It cannot be written.
+    """
+    try:
+        handle, name = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
+        aside = Path(name)
+        try:
+            os.fchmod(handle, mode)
+            _fill(handle, content)
+            if modified is not None:
+                os.utime(aside, ns=(modified, modified))
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise OutputError(
+            "the folder of the result must be writable",
+            value=os.strerror(error.errno or 0),
+            fix="Choose another, or free some space",
+        ) from None
+
+
+def _fill(handle: int, content: bytes) -> None:
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    # A rename survives a power cut only when the folder itself is on the disk.
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# One process at a time, among those of a site.
+
+
+@contextmanager
+def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold a lock beside a file; a process that dies lets go of it.
+
+    Parameters
+    ----------
+    path : Path
+        What is guarded; the lock is ``PATH.lock``.
+    shared : bool
+        For readers: several may hold it at once.
+    """
+    handle = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+# One aggregator at a time on one state folder: two would run every study twice.
+
+_LOOK: Final = 0.2
+Holder = Literal["run", "service"]
+
+
+@contextmanager
+def alone(state: Path, holder: Holder, patience: float = 0.0) -> Iterator[None]:
+    """Hold a state folder as long as this process lives; the lock ends with it, however it ends.
+
+    Parameters
+    ----------
+    state : Path
+        The folder.
+    holder : str
+        ``run`` keeps the SuperLink and the service, ``service`` the studies.
+    patience : float
+        Seconds to wait for a process that is about to end.
+
+    Raises
+    ------
+    ServiceError
+        Another process holds it.
+    OutputError
+        The folder cannot be written.
+    """
+    try:
+        file = (state / f"{holder}.lock").open("ab")
+    except OSError as error:
+        raise OutputError(
+            "the state folder must be writable",
+            value=error.strerror,
+            where="server.state",
+            fix="See its owner, and free some space",
+        ) from None
+    with file:
+        _take(file.fileno(), state.name, time.monotonic() + patience)
+        yield
+
+
+def _take(handle: int, name: str, end: float) -> None:
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise _taken(name) from None
+        time.sleep(_LOOK)
+
+
+def _taken(name: str) -> ServiceError:
+    return ServiceError(
+        "one aggregator at a time may use a state folder",
+        value=name,
+        where="server.state",
+        fix="Stop the `fedward-server run` that uses it",
+    )
+
+
+# Write a file whole or not at all.
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text so that a reader sees the old file or the new one, never a part.
+
+    Raises
+    ------
+    OutputError
+        The folder is missing or cannot be written.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise OutputError(
+            "results must be writable",
+            value=f"{path.name}: {error.strerror}",
+            fix="Choose another --out, or free some space",
+        ) from error

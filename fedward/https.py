@@ -1,0 +1,138 @@
+"""What every HTTPS connection of a hospital keeps to: TLS, the proxy, and bounds on answers."""
+
+from __future__ import annotations
+
+import os
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, Protocol
+from urllib.request import getproxies, proxy_bypass
+
+import httpx
+
+from fedward.errors import ConfigError, ProtocolError
+
+_VARIABLES: Final = ("https_proxy", "all_proxy", "no_proxy")
+
+
+class Endpoint(Protocol):
+    """Where the aggregator is, and how it is reached."""
+
+    @property
+    def address(self) -> str:
+        """``host:port``."""
+
+    @property
+    def proxy(self) -> str:
+        """The proxy's URL; empty for that of the environment."""
+
+    @property
+    def ca(self) -> Path:
+        """The file of the authority's certificates."""
+
+
+def tls_context(ca: bytes) -> ssl.SSLContext:
+    """Trust one authority, for the name that was asked for, by TLS 1.2 or newer.
+
+    Raises
+    ------
+    ConfigError
+        The bytes are no certificates in PEM.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_verify_locations(cadata=ca.decode("ascii", "ignore"))
+    except (ssl.SSLError, ValueError):
+        raise ConfigError(
+            "the aggregator's authority must be certificates in PEM",
+            fix="Ask the coordinator for them",
+            where="server.ca",
+        ) from None
+    return context
+
+
+def read_ca(server: Endpoint) -> bytes:
+    """The authority's certificates.
+
+    Raises
+    ------
+    ConfigError
+        The file cannot be read, or holds none.
+    """
+    try:
+        content = server.ca.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            "the aggregator's authority must be a readable file",
+            value=os.strerror(error.errno or 0),
+            fix="Ask the coordinator for it",
+            where="server.ca",
+        ) from None
+    tls_context(content)
+    return content
+
+
+def use_proxy(server: Endpoint) -> None:
+    """Have this process use the site's own proxy, whatever the environment says of proxies."""
+    if not server.proxy:
+        return
+    for name in _VARIABLES:
+        os.environ.pop(name, None)
+        os.environ.pop(name.upper(), None)
+    os.environ["HTTPS_PROXY"] = server.proxy
+
+
+def proxy_of(server: Endpoint) -> str:
+    """The proxy that the aggregator is reached through, "" for none; it may hold a password."""
+    if server.proxy:
+        return server.proxy
+    if proxy_bypass(server.address.rpartition(":")[0].strip("[]")):
+        return ""
+    known = getproxies()
+    return known.get("https") or known.get("all") or ""
+
+
+def restrict_responses(client: httpx.Client, most_bytes: int) -> None:
+    """Take no answer that is larger, is compressed, or sends the call elsewhere.
+
+    Parameters
+    ----------
+    client : httpx.Client
+        Changed.
+    most_bytes : int
+        Of one answer; more is not read.
+    """
+    client.follow_redirects = False
+    # What is small on the way may be any size once it is unpacked.
+    client.headers["accept-encoding"] = "identity"
+
+    def look(response: httpx.Response) -> None:
+        if response.headers.get("content-encoding", "identity") != "identity":
+            raise ProtocolError("an answer must not be compressed")
+        stream = response.stream
+        if isinstance(stream, httpx.SyncByteStream):
+            response.stream = _Bounded(stream, most_bytes)
+
+    client.event_hooks = {"response": [look]}
+
+
+class _Bounded(httpx.SyncByteStream):
+    """A stream that ends in an error where it is too long."""
+
+    def __init__(self, stream: httpx.SyncByteStream, most: int) -> None:
+        self._stream, self._most = stream, most
+
+    def __iter__(self) -> Iterator[bytes]:
+        total = 0
+        for part in self._stream:
+            total += len(part)
+            if total > self._most:
+                raise ProtocolError(
+                    f"an answer has at most {self._most} bytes", fix="Raise server.max_download_mib"
+                )
+            yield part
+
+    def close(self) -> None:
+        self._stream.close()

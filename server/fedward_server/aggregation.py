@@ -1,0 +1,150 @@
+"""The updates of one round: asked for, checked, folded in as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from numpy.typing import NDArray
+
+from fedward_server.reply_validation import InvalidReply, Update
+from fedward_strategies.fold import Fold
+from fedward_strategies.robust import NormBound, capped_weights, most_capped
+
+
+class Aggregation:
+    """What a round has of updates.
+
+    Parameters
+    ----------
+    fold : bool
+        Whether the strategy needs their mean alone; an update is then let go of as soon as neither
+        its weight can be capped nor its norm be the largest.
+    max_share : float
+        Largest share of the round's weight that a site may have.
+    bound : NormBound, optional
+        Of the norms; none: it is not known before all updates are there.
+    """
+
+    def __init__(
+        self, *, fold: bool, max_share: float = 1.0, bound: NormBound | None = None
+    ) -> None:
+        self.updates: dict[str, Update] = {}
+        self.refused: dict[str, InvalidReply] = {}
+        self.bound = bound
+        self._max_share = max_share
+        self._fold = Fold() if fold else None
+
+    def add(self, site: str, update: Update) -> None:
+        """Take a valid update; a second one of a site is ignored."""
+        if site in self.updates or update.message is None:
+            return
+        self.updates[site] = update
+        if self._fold is not None:
+            held = [name for name, one in self.updates.items() if one.message is not None]
+            for name in set(held) - self._kept(held):
+                self._take_in(name, self.updates[name].weight)
+
+    def _kept(self, held: list[str]) -> set[str]:
+        """Whose arrays a fold must not have yet: the heaviest sites' and the largest update."""
+        heaviest = sorted(held, key=lambda name: self.updates[name].weight, reverse=True)
+        largest = max(held, key=lambda name: self.updates[name].norm)
+        return {*heaviest[: most_capped(self._max_share)], largest}
+
+    def _take_in(self, site: str, weight: float) -> None:
+        update = self.updates[site]
+        if self._fold is not None and update.message is not None:
+            record = update.message.content.array_records["arrays"]
+            self._fold.add({n: a.numpy() for n, a in record.items()}, weight)
+            free_arrays(update.message)
+            self.updates[site] = replace(update, message=None)
+
+    def outliers(self, sizes: Mapping[str, float], ratio: float) -> dict[str, InvalidReply]:
+        """Take out the updates whose norm lies beyond the round's bound, and say so of each.
+
+        Where the mean has one of them already, nothing is left of the round but the bound and who
+        was refused: :attr:`updates` is empty, and the other sites must send theirs again.
+        """
+        if self.bound is not None or len(self.updates) < 2:
+            return {}
+        norms = [one.norm for one in self.updates.values()]
+        self.bound = NormBound.of(norms, [sizes[site] for site in self.updates], ratio)
+        found = {
+            site: bad
+            for site, one in self.updates.items()
+            if (bad := self.too_far(one, sizes[site]))
+        }
+        whole = all(self.updates[site].message is not None for site in found)
+        for site in found if whole else list(self.updates):
+            if (message := self.updates.pop(site).message) is not None:
+                free_arrays(message)
+        if not whole:
+            self._fold = Fold()
+        self.refused |= found
+        return found
+
+    def too_far(self, update: Update, size: float) -> InvalidReply | None:
+        """Why an update's norm is too large for this round; none where it is not, or not yet."""
+        if self.bound is None or update.norm <= self.bound.limit(size):
+            return None
+        times = update.norm / self.bound.median
+        return InvalidReply(
+            "an update's norm must stay near the median of its round (got "
+            f"{update.norm:.3g}, {times:.3g} times the median; strategy.max_norm_ratio is "
+            f"{self.bound.ratio:g}).",
+            outcome=update.outcome,
+        )
+
+    def weights(self) -> dict[str, float]:
+        """Each site's weight in this round, none with more than its largest share."""
+        return capped_weights(
+            {site: one.weight for site, one in sorted(self.updates.items())}, self._max_share
+        )
+
+    def ordered(self) -> list[Update]:
+        """The updates in the order of their sites' names, however they came."""
+        return [self.updates[site] for site in sorted(self.updates)]
+
+    def messages(self, node: int) -> list[Message]:
+        """What the strategy aggregates: the updates, or one message that is their mean.
+
+        A strategy over means cannot tell them apart: the weighted mean of one is itself.
+        """
+        weights = self.weights()
+        if self._fold is None:
+            for site, weight in weights.items():
+                if (message := self.updates[site].message) is not None:
+                    message.content["metrics"] = MetricRecord({"num-examples": weight})
+            return [update.message for update in self.ordered() if update.message]
+        for site, weight in weights.items():
+            self._take_in(site, weight)
+        content = RecordDict(
+            {
+                "arrays": record_of(self._fold.mean()),
+                "metrics": MetricRecord({"num-examples": self._fold.weight}),
+            }
+        )
+        return [Message(content, dst_node_id=node, message_type="train")]
+
+
+def free_arrays(message: Message) -> None:
+    """Free a reply's arrays now.
+
+    Flower's records refer to themselves once they were read, and would stay until Python's
+    collector comes by; a few replies of a large model fill a machine before that.
+    """
+    if message.has_content():
+        for record in message.content.array_records.values():
+            record.clear()
+
+
+def record_of(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
+    """Arrays as Flower sends them."""
+    return ArrayRecord({name: Array(value) for name, value in arrays.items()})
+
+
+def size_of(content: RecordDict) -> int:
+    """Bytes of all tensors of a message."""
+    return sum(len(a.data) for record in content.array_records.values() for a in record.values())

@@ -1,0 +1,342 @@
+"""Read what sites answered; what is not a valid record costs its site the round, not the study."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message
+from flwr.common.constant import ErrorCode
+from numpy.typing import NDArray
+
+from fedward.errors import FedwardError, ProtocolError
+from fedward.metrics import AnyCounts, PrivateCounts, counts_from_arrays
+from fedward.metrics.checks import agree
+from fedward.metrics.private_counts import (
+    MOST_COUNT_NOISE,
+    TABLES,
+    noise_scale,
+    sensitivity,
+    unit_of,
+)
+from fedward.plan.schema import Plan
+from fedward.protocol import EvaluateOutcome, Refusal, SiteFacts, TrainOutcome
+
+Shapes = Mapping[str, NDArray[Any]]
+_PARTS: Final = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Update:
+    """A valid update of one site; ``message`` is None once its arrays are folded in.
+
+    ``size`` is in bytes, ``norm`` the L2 norm of the difference to the model that was sent.
+    """
+
+    message: Message | None
+    outcome: TrainOutcome
+    size: int
+    weight: float
+    norm: float = 0.0
+
+
+@dataclass(frozen=True)
+class SiteEvaluation:
+    """Valid counts of one site."""
+
+    outcome: EvaluateOutcome
+    counts: AnyCounts
+
+
+@dataclass(frozen=True)
+class InvalidReply:
+    """A reply that does not count, and why, in words that name no file and no person.
+
+    ``kind`` is the refusal's, or ``invalid`` for an answer that breaks a rule; ``outcome`` says
+    what an update was made of that arrived and does not count; ``uncharged``, that the site's
+    ledger holds no charge for the round. ``diverged`` tells of what training that diverges gives,
+    at an honest site too: values that are not finite, or an update that is out of all proportion.
+    """
+
+    reason: str
+    kind: str = "invalid"
+    outcome: TrainOutcome | None = None
+    uncharged: bool = False
+    diverged: bool = False
+
+
+# What a site refuses, or what is refused of it, where training diverged.
+_DIVERGED: Final = frozenset(
+    {
+        "an update must be finite",
+        "an update must lie within a distance of the model",
+        "arrays must be finite",
+        "losses must be one finite number, 0 or more, for each image",
+        "probabilities must lie in 0 to 1",
+    }
+)
+
+
+def lacks_arrays(message: Message) -> bool:
+    """Whether a site asks for the frozen arrays that an order only named."""
+    if not message.has_content():
+        return False
+    refusal = message.content.config_records.get("refusal")
+    return refusal is not None and refusal.get("kind") == "arrays"
+
+
+def read_facts(message: Message) -> SiteFacts | InvalidReply:
+    """What a site said of itself."""
+    try:
+        facts = SiteFacts.from_flat(_config(message, "facts"))
+        for what in ("patients", "images"):
+            parts = sum(getattr(facts, f"{part}_{what}") for part in _PARTS)
+            if parts > getattr(facts, what):
+                raise ProtocolError(
+                    f"a site's parts must hold no more {what} than the site",
+                    value=f"{parts} of {getattr(facts, what)}",
+                )
+        for part in _PARTS:
+            images, patients = getattr(facts, f"{part}_images"), getattr(facts, f"{part}_patients")
+            if images < patients:
+                raise ProtocolError(
+                    "a site's part must hold an image for each of its patients",
+                    value=f"{images} of {patients} in {part}",
+                )
+        return facts
+    except FedwardError as error:
+        return _bad(error)
+
+
+def read_update(
+    message: Message,
+    site: str,
+    round_: int,
+    expected: Shapes,
+    facts: SiteFacts | None = None,
+    most_change: float = math.inf,
+    weighting: Literal["patients", "images"] | None = None,
+) -> Update | InvalidReply:
+    """Check an update.
+
+    Its site and round, its weight, its names, shapes, dtypes and values; that it claims no more
+    patients and images than the site described; that it lies within a distance of the model.
+
+    Parameters
+    ----------
+    message : Message
+        The reply.
+    site : str
+        Who was asked.
+    round_ : int
+        For which round.
+    expected : mapping
+        The arrays that were sent.
+    facts : SiteFacts or None
+        What the site said of itself.
+    most_change : float
+        Largest L2 norm of the change, in units of the model's own (at least 1).
+    weighting : str or None
+        What the plan has a site's weight count; None: either.
+    """
+    outcome = None
+    try:
+        told = TrainOutcome.from_flat(_config(message, "outcome"))
+        _same(told.site, site, told.round, round_)
+        outcome = told
+        norm = _check_arrays(_record(message, "arrays"), expected, most_change)
+        weight = _check_weight(message, outcome, weighting)
+        _check_claims(outcome, facts)
+        size = sum(reference.nbytes for reference in expected.values())
+        return Update(message, outcome, size, weight, norm)
+    except FedwardError as error:
+        return replace(_bad(error), outcome=outcome)
+
+
+def read_counts(
+    message: Message,
+    site: str,
+    round_: int,
+    part: str,
+    plan: Plan,
+    facts: SiteFacts | None = None,
+) -> SiteEvaluation | InvalidReply:
+    """Check the counts of an evaluation; of no more images than the site described.
+
+    Parameters
+    ----------
+    message : Message
+        The reply.
+    site, round_, part : str, int, str
+        Who was asked, for which round, to measure on which part.
+    plan : Plan
+        What kind of counts there must be, and with which noise.
+    facts : SiteFacts or None
+        What the site said of itself.
+    """
+    try:
+        outcome = EvaluateOutcome.from_flat(_config(message, "outcome"))
+        _same(outcome.site, site, outcome.round, round_)
+        if outcome.part != part:
+            raise ProtocolError("a reply must be for the part that was asked", value=outcome.part)
+        record = _record(message, "counts")
+        arrays = {name: _decoded(array) for name, array in record.items()}
+        counts: AnyCounts
+        if outcome.unit is not None and outcome.noise is not None:
+            _check_noise(outcome, plan, arrays)
+            counts = PrivateCounts.from_arrays(
+                plan.task, arrays, outcome.unit, outcome.noise, outcome.epsilon
+            )
+        else:
+            counts = counts_from_arrays(plan.task, arrays)
+        _check_counted(counts, part, facts)
+        return SiteEvaluation(outcome, counts)
+    except FedwardError as error:
+        return _bad(error)
+
+
+# What the link puts in place of an answer.
+_NO_ANSWER: Final = {
+    ErrorCode.MESSAGE_UNAVAILABLE: "no answer in time",
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "an answer must arrive whole",
+}
+
+
+class _Refused(ProtocolError):
+    """A site's refusal on its way to whoever asked."""
+
+    kind = "error"
+    uncharged = False
+
+
+def _bad(error: FedwardError) -> InvalidReply:
+    diverged = error.rule in _DIVERGED
+    if not isinstance(error, _Refused):
+        return InvalidReply(str(error), "invalid", diverged=diverged)
+    silent = error.rule in _NO_ANSWER.values()
+    reason = error.rule if silent else str(error)
+    return InvalidReply(reason, error.kind, uncharged=error.uncharged, diverged=diverged)
+
+
+def _config(message: Message, key: str) -> dict[str, Any]:
+    if message.has_error():
+        known = _NO_ANSWER.get(message.error.code)
+        failed = _Refused(
+            known or "the site's application failed",
+            value=None if known else f"code {message.error.code}",
+        )
+        failed.kind = "silent"
+        raise failed
+    content = message.content
+    if "refusal" in content.config_records:
+        refusal = Refusal.from_flat(dict(content.config_records["refusal"]))
+        refused = _Refused(refusal.rule, value=refusal.value or None)
+        refused.kind, refused.uncharged = refusal.kind, refusal.charged is False
+        raise refused
+    if key not in content.config_records:
+        raise ProtocolError("a reply must carry its record", value=key)
+    return dict(content.config_records[key])
+
+
+def _record(message: Message, key: str) -> ArrayRecord:
+    # Flower's strategies refuse the whole round when one reply carries a record too many.
+    if list(message.content.array_records) != [key]:
+        raise ProtocolError("a reply must carry its arrays, and only these", value=key)
+    return message.content.array_records[key]
+
+
+def _same(site: str, asked: str, round_: int, asked_round: int) -> None:
+    if site != asked:
+        raise ProtocolError("a reply must come from the site that was asked", value=site)
+    if round_ != asked_round:
+        raise ProtocolError("a reply must be for the round that was asked", value=round_)
+
+
+def _check_weight(message: Message, outcome: TrainOutcome, weighting: str | None) -> float:
+    records = {name: dict(record) for name, record in message.content.metric_records.items()}
+    weight = records.get("metrics", {}).get("num-examples")
+    if list(records) != ["metrics"] or list(records["metrics"]) != ["num-examples"]:
+        raise ProtocolError("an update must carry its weight, and nothing else to average")
+    if not isinstance(weight, int | float) or not math.isfinite(weight) or weight <= 0:
+        raise ProtocolError("an update's weight must be a number above 0")
+    counted = [getattr(outcome, one) for one in ("patients", "images") if weighting in (None, one)]
+    if weight not in counted:
+        raise ProtocolError("an update's weight must be what it was made of")
+    return float(weight)
+
+
+def _check_claims(outcome: TrainOutcome, facts: SiteFacts | None) -> None:
+    if facts is None:
+        return
+    for what in ("patients", "images"):
+        claimed, described = getattr(outcome, what), getattr(facts, f"train_{what}")
+        if claimed > described:
+            raise ProtocolError(
+                f"an update must not claim more {what} than its site described",
+                value=f"{claimed} of {described}",
+            )
+
+
+def _check_noise(outcome: EvaluateOutcome, plan: Plan, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Hold what a site says of its noise against the plan: what is believed of it is believed of
+    how many images there may be, and how far off the figures are."""
+    images = plan.metrics.images_per_patient if outcome.epsilon is not None else 1
+    unit, known = unit_of(plan.task, images), set(arrays) <= set(TABLES[plan.task.kind])
+    agree(known and outcome.unit == unit, "counts must have the unit that the plan asks for")
+    if outcome.epsilon is None:
+        most = MOST_COUNT_NOISE * unit * sensitivity(plan.task, arrays)
+        agree((outcome.noise or 0.0) <= most, "counts must have a noise that a policy can ask for")
+        return
+    asked = plan.evaluation_epsilon(outcome.part)
+    scale = float(noise_scale(plan.task, arrays, unit, asked)) if arrays else 0.0
+    same = (outcome.epsilon, outcome.noise) == (asked, scale)
+    agree(same, "counts must have the noise that the plan asks for")
+
+
+def _check_counted(counts: AnyCounts, part: str, facts: SiteFacts | None) -> None:
+    described = getattr(facts, f"{part}_images", counts.images)
+    slack = counts.images_deviation * 8 if isinstance(counts, PrivateCounts) else 0.0
+    if counts.images > described + slack:
+        raise ProtocolError(
+            "counts must be of no more images than the site described",
+            value=f"{counts.images} of {described}",
+        )
+
+
+def _check_arrays(record: ArrayRecord, expected: Shapes, most_change: float) -> float:
+    if list(record.keys()) != list(expected.keys()):
+        raise ProtocolError("an update must hold exactly the arrays that train, in their order")
+    change = size = 0.0
+    for name, reference in expected.items():
+        value = _decoded(record[name])
+        if value.shape != reference.shape or value.dtype != reference.dtype:
+            raise ProtocolError(
+                "an update's arrays must have the model's shapes and dtypes", value=name
+            )
+        if not np.isfinite(value).all():
+            raise ProtocolError("an update must be finite", value=name)
+        change += _square(np.subtract(value, reference, dtype=np.float64))
+        size += _square(reference.astype(np.float64))
+    if math.sqrt(change) > most_change * max(1.0, math.sqrt(size)):
+        raise ProtocolError(
+            "an update must lie within a distance of the model",
+            value=f"{math.sqrt(change) / max(1.0, math.sqrt(size)):.3g} times the model's norm",
+        )
+    return math.sqrt(change)
+
+
+def _square(values: NDArray[np.float64]) -> float:
+    return float(np.vdot(values, values))
+
+
+def _decoded(array: Array) -> NDArray[Any]:
+    try:
+        value: object = array.numpy()
+    except Exception as error:  # bytes from outside break this parser in undocumented ways
+        raise ProtocolError("an array must be readable", value=type(error).__name__) from error
+    if not isinstance(value, np.ndarray):
+        raise ProtocolError("an array must be readable", value="an archive")
+    return value

@@ -1,0 +1,578 @@
+"""Run a study's rounds over a grid: who takes part, what counts, what stands after each round."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app.exception import AppExitException
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
+
+from fedward.errors import DivergenceError, ModelError, PlanError, StudyError
+from fedward.flower.study_grid import GridSnapshot
+from fedward.flower.tensors import FROZEN, digest
+from fedward.metrics import AnyCounts
+from fedward.models import build_model, trainable_names
+from fedward.plan.load import canonical, plan_hash
+from fedward.plan.schema import Stage
+from fedward.protocol import RoundOrder
+from fedward_server.aggregation import Aggregation, free_arrays, record_of, size_of
+from fedward_server.events import (
+    RoundEnded,
+    SiteAnswered,
+    SiteRefused,
+    SiteWarned,
+    StudyPaused,
+    StudyResumed,
+)
+from fedward_server.job import Job
+from fedward_server.metrics_summary import figures, tested
+from fedward_server.participants import NO_ANSWER, NOT_HERE, PASSING, Participants, named
+from fedward_server.privacy_spent import charge, charge_ordered, settle
+from fedward_server.reply_validation import (
+    InvalidReply,
+    SiteEvaluation,
+    Update,
+    lacks_arrays,
+    read_counts,
+    read_update,
+)
+from fedward_server.results import Failure, Round, SiteRound
+from fedward_strategies.averaging import blend, decay_at
+from fedward_strategies.memory import folds, memory_of, remember
+from fedward_strategies.registry import build_strategy
+from fedward_strategies.robust import dominates
+from fedward_strategies.settings import StrategySettings
+
+__all__ = ["Job", "StudyRun"]
+_LOG = logging.getLogger("fedward.server")
+_LOOK_AGAIN: Final = 0.5
+_LONGEST: Final = 300.0
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Arrays that do not train in a stage, and their digest; "" where they always travel."""
+
+    record: ArrayRecord
+    mark: str
+
+    def on(self, message: Message) -> Message:
+        """The message with them."""
+        about = message.metadata
+        content = RecordDict({**message.content, FROZEN: self.record})
+        return Message(
+            content, about.dst_node_id, about.message_type, ttl=about.ttl, group_id=about.group_id
+        )
+
+
+class StudyRun:
+    """Drives one job over one grid.
+
+    Parameters
+    ----------
+    job : Job
+        Read and updated.
+    grid : Grid
+        Flower's grid, or one like it.
+    """
+
+    def __init__(self, job: Job, grid: Grid) -> None:
+        self.job, self.plan = job, job.plan
+        self._canonical, self._hash = canonical(job.plan), plan_hash(job.plan)
+        self._everyone = grid
+        self._members = Participants(job, grid, self._describe)
+        self._model = build_model(job.plan, seed=0)
+        self._strategy: tuple[str, Strategy] | None = None
+        self._open: tuple[int, Aggregation] | None = None
+        self._told_heavy: set[str] = set()
+        self._bytes_down = 0
+        self._started = time.perf_counter()
+
+    def _describe(self) -> ConfigRecord:
+        # What a site is told before the study is how many may take part at most.
+        return self._order(0, "describe", {}, sites=len(self.job.members or ()))
+
+    def run(self) -> None:
+        """Enrol, train the rounds that are missing, test.
+
+        Raises
+        ------
+        StudyError
+            Too few sites, or a round without quorum after its retries; not where the job is
+            patient, which waits instead.
+        DivergenceError
+            Training diverged at most sites.
+        """
+        self._started = time.perf_counter() - self.job.arm.seconds
+        try:
+            self._patiently(self._members.enrol, start=True)
+            while self.job.round <= self.plan.rounds:
+                self._patiently(self._round)
+                if self.job.stop.is_set():
+                    return
+            self._patiently(self._finish)
+        finally:
+            settle(self.job.arm)
+            self._note_time()
+
+    def _note_time(self) -> None:
+        self.job.arm.seconds = time.perf_counter() - self._started
+
+    def _patiently(self, step: Callable[[], None], start: bool = False) -> None:
+        """Do a step; a patient job that lacks sites waits for them and does it again."""
+        pause = _LOOK_AGAIN
+        while not self.job.stop.is_set():
+            try:
+                step()
+                return
+            except DivergenceError:
+                raise  # waiting does not mend it
+            except StudyError as error:
+                if not self.job.patient:
+                    raise
+                reason = error.__str__
+            if start:
+                self._wait(self._why_not, _LOOK_AGAIN, self._members.least)
+            else:
+                self._wait(reason, pause, self.job.needed)
+            # Sites that are there and fail each time are asked less and less often.
+            pause = min(2 * pause, _LONGEST)
+
+    def _why_not(self) -> str:
+        """Why the study cannot start as it is now: sites come, go and change their minds."""
+        return str(self._members.too_few())
+
+    def _wait(
+        self, reason: Callable[[], str], pause: float, sites: int, end: float = math.inf
+    ) -> None:
+        """Until so many sites are connected, an operator resumes the study, or the time is up."""
+        name, round_ = self.job.arm.name, self.job.round
+        told = ""
+        while (left := end - time.monotonic()) > 0:
+            if told != (told := reason()):
+                self.job.listen(StudyPaused(name, round_, told))
+            if self._rest(min(pause, left)):
+                return
+            self._members.refresh()
+            if self._members.connected() >= sites:
+                self.job.listen(StudyResumed(name, round_))
+                return
+            pause = min(2 * pause, 10.0)
+
+    def _rest(self, seconds: float) -> bool:
+        """Let time pass; whether somebody ended that: the study stops, or is to try again."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0 and not self.job.again.is_set():
+            if self.job.stop.wait(min(left, _LOOK_AGAIN)):
+                return True
+        if resumed := self.job.again.is_set():
+            self.job.again.clear()
+            self._members.ask_again()
+        return resumed
+
+    def _round(self) -> None:
+        started, round_ = time.perf_counter(), self.job.round
+        stage, place = self.plan.stage_of(round_)
+        result = Round(round=round_, stage=stage.name, seconds=0.0)
+        if self.job.members is not None:
+            self._members.refresh()
+        names = trainable_names(self._model, stage.train)
+        gathered = self._updates(round_, stage, place, names, result)
+        if self.job.stop.is_set():
+            return
+        self._open = None
+        self._aggregate(stage, place, gathered, names)
+        if self.plan.is_evaluated(round_, "validation"):
+            self._validate(round_, result)
+        result.seconds = time.perf_counter() - started
+        self.job.arm.rounds.append(result)
+        self._note_time()
+        self.job.save(self.job)
+        self.job.listen(RoundEnded(self.job.arm.name, result, self.plan.rounds))
+
+    def _updates(
+        self, round_: int, stage: Stage, place: int, names: Iterable[str], result: Round
+    ) -> Aggregation:
+        expected = {name: self.job.arrays[name] for name in names}
+        gathered, needed = self._gathered_so_far(round_, stage), self.job.needed
+        for _ in range(self.plan.participation.retries + 1):
+            self._ask(round_, stage, place, expected, gathered, result)
+            if len(gathered.updates) >= needed and self._outliers(gathered, result):
+                # Whose update the mean had already sends it again, as it was.
+                self._ask(round_, stage, place, expected, gathered, result)
+            if len(gathered.updates) >= needed or self.job.stop.is_set():
+                for site in gathered.updates:  # only now is it known that none is an outlier
+                    self._members.note(site, None)
+                self._note(gathered, result)
+                return gathered
+        raise StudyError(
+            "a round needs its quorum of updates",
+            value=f"{len(gathered.updates)} of {needed} in round {round_}; "
+            + "; ".join(f"{failure.site}: {failure.reason}" for failure in result.failures[-5:]),
+            fix="Bring the sites back, or lower participation.quorum",
+            where="participation.quorum",
+        )
+
+    def _ask(
+        self,
+        round_: int,
+        stage: Stage,
+        place: int,
+        expected: Mapping[str, NDArray[Any]],
+        gathered: Aggregation,
+        result: Round,
+    ) -> None:
+        frozen = self._frozen(self.job.arrays, expected)
+        messages = self._train_messages(round_, stage, place, expected, gathered, frozen)
+        before = self._bytes_down
+        result.failures = self._collect(messages, round_, expected, gathered, frozen)
+        result.bytes_down += self._bytes_down - before
+
+    def _outliers(self, gathered: Aggregation, result: Round) -> bool:
+        """Refuse updates of a norm far beyond the median; whether others must be sent again."""
+        sizes = {site: self._size_of(site) for site in gathered.updates}
+        found = gathered.outliers(sizes, self.plan.strategy.max_norm_ratio)
+        for site, bad in found.items():
+            result.failures.append(Failure(site=site, reason=bad.reason, kind=bad.kind))
+            self._members.note(site, bad)
+        result.failures.sort(key=lambda failure: failure.site)
+        return bool(found) and not gathered.updates
+
+    def _size_of(self, site: str) -> float:
+        """What the norm of a site's update may grow with (see :class:`NormBound`)."""
+        facts = self.job.facts.get(site)
+        # What its weight counts: who claims little to widen the bound has little weight.
+        weighting = self.plan.strategy.weighting
+        return 1.0 if facts is None else float(getattr(facts, f"train_{weighting}"))
+
+    def _gathered_so_far(self, round_: int, stage: Stage) -> Aggregation:
+        # What came before a pause counts after it.
+        if self._open is None or self._open[0] != round_:
+            fold, share = folds(self._strategy_of(stage)), self.plan.strategy.max_share
+            self._open = (round_, Aggregation(fold=fold, max_share=share))
+        return self._open[1]
+
+    def _train_messages(
+        self,
+        round_: int,
+        stage: Stage,
+        place: int,
+        expected: Mapping[str, NDArray[Any]],
+        there: Aggregation,
+        frozen: Frozen,
+    ) -> list[Message]:
+        # A repeated round asks only whose update is missing: training twice would cost privacy.
+        nodes = self._members.nodes
+        had = there.updates.keys() | there.refused.keys()
+        missing = [node for node, site in nodes.items() if site not in had]
+        grid = GridSnapshot(self._everyone, missing, self.job.stop)
+        if not grid.get_node_ids():  # Flower would wait for one without end
+            return []
+        account = self.plan.is_evaluated(round_, "validation")
+        asked = len(there.updates.keys() | {nodes[node] for node in grid.get_node_ids()})
+        order = self._order(
+            round_, "train", self.job.arrays, account=account, sites=asked, frozen=frozen.mark
+        )
+        messages = list(
+            self._strategy_of(stage).configure_train(place + 1, record_of(expected), order, grid)
+        )
+        for message in messages:
+            # Nobody shall train for a round that is over.
+            message.metadata.ttl = self.job.patience
+        return messages
+
+    def _collect(
+        self,
+        messages: list[Message],
+        round_: int,
+        expected: Mapping[str, Any],
+        gathered: Aggregation,
+        frozen: Frozen,
+    ) -> list[Failure]:
+        """Add the valid updates; give why each site that has none has none."""
+        nodes = dict(self._members.nodes)
+        asked = {nodes[message.metadata.dst_node_id] for message in messages}
+        silent = {site: NO_ANSWER if site in asked else NOT_HERE for site in nodes.values()}
+        failures = self._members.absent() | silent | gathered.refused
+        diverged: dict[str, InvalidReply] = {}
+        for site in gathered.updates:
+            failures.pop(site, None)
+        try:
+            for node, reply in self._replies(messages, frozen):
+                site = nodes[node]
+                update = read_update(
+                    reply,
+                    site,
+                    round_,
+                    expected,
+                    self.job.facts.get(site),
+                    self.job.most_change,
+                    self.plan.strategy.weighting,
+                )
+                if isinstance(update, Update):
+                    update = gathered.too_far(update, self._size_of(site)) or update
+                self._tell(round_, site, "train")
+                if update.outcome is not None:
+                    charge(self.job.arm, update.outcome, self.plan.privacy.delta)
+                if isinstance(update, InvalidReply):
+                    free_arrays(reply)
+                    failures[site] = update
+                    if update.diverged:
+                        diverged[site] = update
+                    else:
+                        self._members.note(site, update)
+                    if update.uncharged:
+                        asked.discard(site)
+                else:
+                    gathered.add(site, update)
+                    failures.pop(site, None)
+        finally:
+            for site in asked & self.job.facts.keys():
+                charge_ordered(self.job.arm, self.plan, self.job.facts[site], round_)
+        self._blame(diverged, round_, len(nodes))
+        return [
+            Failure(site=site, reason=bad.reason, kind=bad.kind)
+            for site, bad in sorted(failures.items())
+        ]
+
+    def _replies(self, messages: list[Message], frozen: Frozen) -> Iterator[tuple[int, Message]]:
+        """Send, and give each node's reply as it comes, up to the deadline.
+
+        Frozen arrays go along where a node does not hold them; one that says so is asked again.
+        """
+        end = time.monotonic() + self.job.patience
+        bare = {message.metadata.dst_node_id: message for message in messages}
+        held = {node for node in bare if frozen.mark and self.job.held.get(node) == frozen.mark}
+        sent = [one if node in held else frozen.on(one) for node, one in bare.items()]
+        while sent:
+            self._bytes_down += sum(size_of(message.content) for message in sent)
+            again = []
+            left = max(0.0, end - time.monotonic())
+            for node, reply in self._members.grid.replies(sent, left, self._members.cut_off):
+                lacking = lacks_arrays(reply)
+                if lacking and node in held:
+                    held.discard(node)
+                    self.job.held.pop(node, None)
+                    again.append(frozen.on(bare[node]))
+                    continue
+                if frozen.mark and reply.has_content() and not lacking:
+                    self.job.held[node] = frozen.mark
+                yield node, reply
+            sent = again
+
+    def _frozen(self, arrays: Mapping[str, NDArray[Any]], train: Iterable[str]) -> Frozen:
+        """The arrays that do not train now; named by their digest between hospitals alone."""
+        still = {name: arrays[name] for name in arrays if name not in set(train)}
+        return Frozen(record_of(still), digest(still) if still and self.job.study else "")
+
+    def _blame(self, diverged: Mapping[str, InvalidReply], round_: int, sites: int) -> None:
+        """Updates out of all proportion: of one site its fault, of half of them or more the plan's.
+
+        Counted over all sites of the study: one that answers alone does not end it.
+        """
+        if diverged and len(diverged) >= min(sites, max(2, sites / 2)):
+            told = "; ".join(f"{site}: {bad.reason}" for site, bad in sorted(diverged.items())[:3])
+            raise self._divergence(f"{len(diverged)} of {sites} sites in round {round_}; {told}")
+        for site, bad in diverged.items():
+            self._members.note(site, bad)
+
+    def _divergence(self, value: str) -> DivergenceError:
+        return DivergenceError(
+            "updates must stay finite and near the model at more than half of the sites: training "
+            "diverges",
+            value=value,
+            where="training.learning_rate",
+            fix="Lower the learning rate (or that of the stage, or of the strategy) and submit the "
+            "plan again; no site is quarantined for this",
+        )
+
+    def _note(self, gathered: Aggregation, result: Round) -> None:
+        looked = self.plan.is_evaluated(result.round, "validation")
+        if looked:
+            settle(self.job.arm)
+        weights = gathered.weights()
+        total = sum(weights.values())
+        for update in gathered.ordered():
+            out = update.outcome
+            share = weights[out.site] / total
+            result.bytes_up += update.size
+            spent = self.job.arm.privacy.get(out.site)
+            result.sites[out.site] = SiteRound(
+                patients=out.patients,
+                images=out.images,
+                steps=out.steps,
+                loss=out.loss,
+                seconds=out.seconds,
+                cpu_seconds=out.cpu_seconds,
+                epsilon=spent.epsilon if spent and looked else None,
+                share=share,
+            )
+            if dominates(share, len(weights)):
+                self._warn_heavy(out.site, share)
+        told = [(site.loss, site.images) for site in result.sites.values() if site.loss is not None]
+        if total := sum(images for _, images in told):
+            result.train_loss = sum(loss * images for loss, images in told) / total
+
+    def _warn_heavy(self, site: str, share: float) -> None:
+        if site not in self._told_heavy:
+            self._told_heavy.add(site)
+            reason = (
+                f"{site} has {share:.1%} of the weight of a round: the model is mostly its. See "
+                "strategy.max_share."
+            )
+            self.job.listen(SiteWarned(self.job.arm.name, self.job.round, site, reason))
+
+    def _aggregate(
+        self, stage: Stage, place: int, gathered: Aggregation, names: Iterable[str]
+    ) -> None:
+        strategy = self._strategy_of(stage)
+        node = next(iter(self._members.nodes), 0)
+        try:
+            arrays, _ = strategy.aggregate_train(place + 1, gathered.messages(node))
+        except AppExitException as error:
+            # No StudyError: waiting for sites does not mend it.
+            raise ModelError(
+                "the updates must be combinable",
+                value=type(error).__name__,
+                fix="Submit the plan again with another strategy",
+            ) from error
+        if arrays is None:
+            raise PlanError(
+                "the strategy must find enough updates",
+                value=len(gathered.updates),
+                fix="Submit the plan again with a higher quorum",
+                where="participation.quorum",
+            )
+        new = dict(self.job.arrays)
+        for name, array in arrays.items():
+            new[name] = array.numpy().astype(self.job.arrays[name].dtype)
+            if not np.isfinite(new[name]).all():
+                raise self._divergence(f"the model after round {self.job.round}, {name}")
+        self.job.arrays = new
+        self.job.memory, self.job.memory_stage = memory_of(strategy, tuple(names)), stage.name
+        decay = decay_at(self.job.round, self.plan.strategy.averaging)
+        self.job.average = blend(self.job.average, new, decay)
+
+    def _strategy_of(self, stage: Stage) -> Strategy:
+        # Momentum over arrays of another stage would move layers that no longer train.
+        if self._strategy is None or self._strategy[0] != stage.name:
+            settings = StrategySettings(values=self.plan.strategy.settings)
+            strategy = build_strategy(self.plan.strategy.name, settings)
+            if self.job.memory_stage == stage.name:
+                remember(strategy, self.job.memory, trainable_names(self._model, stage.train))
+            self._strategy = (stage.name, strategy)
+        return self._strategy[1]
+
+    def _validate(self, round_: int, result: Round) -> None:
+        sites = {s for s, facts in self.job.facts.items() if facts.validation_images}
+        if not sites:
+            return
+        counts, _ = self._measure(round_, "validation", sites)
+        if self.job.stop.is_set():  # of some of the sites they would pass for those of all
+            return
+        per_site, result.validation = figures(self.plan, counts)
+        for site, values in per_site.items():
+            if site in result.sites:
+                result.sites[site].validation = values
+
+    def _finish(self) -> None:
+        """Measure the model on the test patients; then the study is complete, measured or not.
+
+        A patient job waits for sites that may come back as long as a round waits, and no longer.
+        """
+        end, pause = time.monotonic() + self.job.patience, _LOOK_AGAIN
+        facts = self.job.facts
+        sizes = {site: (one.test_images, one.test_patients) for site, one in facts.items()}
+        sites = {site for site, (images, _) in sizes.items() if images}
+        while True:
+            counts, missing = self._measure(0, "test", sites) if sites else ({}, {})
+            if self.job.stop.is_set():
+                return
+            passing = any(bad.kind in PASSING for bad in missing.values())
+            if counts or not passing or not self.job.patient or time.monotonic() >= end:
+                break
+            reason = f"a study needs a site to be tested on; {named(missing)}"
+            self._wait(reason.__str__, pause, 1, end)
+            pause = min(2 * pause, _LONGEST)
+        failures = [
+            Failure(site=site, reason=bad.reason, kind=bad.kind)
+            for site, bad in sorted(missing.items())
+        ]
+        arm = self.job.arm
+        arm.test, arm.unmeasured = tested(self.plan, counts, sizes, failures, named(missing))
+        self.job.complete = True
+        self._note_time()
+        self.job.save(self.job)
+
+    def _measure(
+        self, round_: int, part: str, sites: set[str]
+    ) -> tuple[dict[str, AnyCounts], dict[str, InvalidReply]]:
+        """The counts of these sites, and why each of them that sent none has none."""
+        nodes = dict(self._members.nodes)
+        members = [node for node in self._members.grid.get_node_ids() if nodes[node] in sites]
+        # Of the test: what trained last is what a site lacks.
+        stage, _ = self.plan.stage_of(round_ or self.plan.rounds)
+        train = trainable_names(self._model, stage.train)
+        frozen = self._frozen(self.job.average, train)
+        order = self._order(
+            round_, "evaluate", self.job.average, part=part, sites=len(members), frozen=frozen.mark
+        )
+        fresh = record_of({name: self.job.average[name] for name in train})
+        content = RecordDict({"arrays": fresh, "config": order})
+        messages = [Message(content, node, MessageType.EVALUATE) for node in members]
+        deadline = self.job.patience
+        for message in messages:
+            message.metadata.ttl = deadline
+        asked = {nodes[node] for node in members}
+        counts: dict[str, AnyCounts] = {}
+        missing = {site: NO_ANSWER if site in asked else NOT_HERE for site in sorted(sites)}
+        missing |= {site: bad for site, bad in self._members.absent().items() if site in sites}
+        for node, reply in self._replies(messages, frozen):
+            site = nodes[node]
+            facts = self.job.facts.get(site)
+            measured = read_counts(reply, site, round_, part, self.plan, facts)
+            self._tell(round_, site, part)
+            if isinstance(measured, SiteEvaluation):
+                counts[site] = measured.counts
+                missing.pop(site, None)
+                self._members.note(site, None, "counts")
+            else:
+                missing[site] = measured
+                self._unmeasured(site, measured)
+        return counts, missing
+
+    def _unmeasured(self, site: str, bad: InvalidReply) -> None:
+        _LOG.warning("%s could not be measured: %s", site, bad.reason)
+        if bad.kind == "invalid":
+            told = SiteRefused(self.job.arm.name, self.job.round, site, bad.kind, bad.reason)
+            self.job.listen(told)
+        self._members.note(site, bad, "counts")
+
+    def _order(
+        self, round_: int, task: str, arrays: Mapping[str, NDArray[Any]], **more: Any
+    ) -> ConfigRecord:
+        order = RoundOrder(
+            plan=self._canonical,
+            plan_hash=self._hash,
+            round=round_,
+            task=task,  # type: ignore[arg-type]
+            seed=self.job.seed,
+            study=self.job.study,
+            **more,
+        )
+        if self.job.sign is not None:
+            named = order.model_copy(update={"arrays": digest(arrays) if arrays else ""})
+            order = self.job.sign(named)
+        return ConfigRecord(order.to_flat())  # type: ignore[arg-type]
+
+    def _tell(self, round_: int, site: str, what: str) -> None:
+        self.job.listen(SiteAnswered(self.job.arm.name, round_, site, what))

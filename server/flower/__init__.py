@@ -1,1 +1,0 @@
-"""Everything on the server that touches Flower's internals; pinned to one Flower release."""

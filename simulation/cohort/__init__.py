@@ -1,6 +1,0 @@
-"""Synthetic hospitals as DICOM files, to try a study without any patient."""
-
-from simulation.cohort.facts import CohortFacts, HospitalFacts
-from simulation.cohort.write import write_cohort
-
-__all__ = ["CohortFacts", "HospitalFacts", "write_cohort"]

@@ -1,0 +1,82 @@
+"""Whether each class of the plan is there: nowhere is a mistake, at one hospital a fact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedward.errors import DataError
+from fedward.plan.schema import Plan
+from fedward_client.data.sample import PreparedSite, Sample
+
+
+def check_labels(plan: Plan, samples: Iterable[Sample]) -> None:
+    """Find an empty class among the labels, before any image is read.
+
+    Raises
+    ------
+    DataError
+        No image is of a class.
+    """
+    if plan.task.kind == "segmentation":
+        return
+    seen: set[int] = set()
+    for sample in samples:
+        seen.update(_labels(plan, sample.label or ()))
+    _check(plan, seen)
+
+
+def missing_classes(plan: Plan, sites: Sequence[PreparedSite]) -> dict[str, list[str]]:
+    """The classes that a site has no image of, by site.
+
+    Raises
+    ------
+    DataError
+        No site has an image of a class.
+    """
+    there = {site.name: _seen(plan, site) for site in sites}
+    _check(plan, set().union(*there.values()))
+    lacking = {
+        name: [one for place, one in enumerate(plan.task.classes) if place not in seen]
+        for name, seen in there.items()
+    }
+    return {name: classes for name, classes in lacking.items() if classes}
+
+
+def told(missing: Mapping[str, Sequence[str]]) -> list[str]:
+    """A line for each site."""
+    return [f"{site} has no image of: {', '.join(names)}" for site, names in missing.items()]
+
+
+def _check(plan: Plan, seen: set[int]) -> None:
+    empty = [name for place, name in enumerate(plan.task.classes) if place not in seen]
+    if empty:
+        raise DataError(
+            "each class of the plan needs an image",
+            value=f"none of {', '.join(empty)}",
+            fix="Check its name in the labels or its number in the masks, or take it out of the "
+            "plan",
+            where="task.classes",
+        )
+
+
+def _labels(plan: Plan, label: tuple[int, ...]) -> set[int]:
+    return set(np.flatnonzero(label).tolist()) if plan.task.multi_label else set(label)
+
+
+def _seen(plan: Plan, site: PreparedSite) -> set[int]:
+    if plan.task.kind == "segmentation":
+        return {value - 1 for value in _values(site.targets) if value}
+    if plan.task.multi_label:
+        return set(np.flatnonzero(np.asarray(site.targets).any(axis=0)).tolist())
+    return set(np.unique(site.targets).tolist())
+
+
+def _values(masks: NDArray[np.uint8]) -> set[int]:
+    # One after another: all of them may be larger than the memory.
+    found: set[int] = set()
+    for mask in masks:
+        found.update(np.flatnonzero(np.bincount(mask.ravel(), minlength=256)).tolist())
+    return found

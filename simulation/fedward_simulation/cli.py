@@ -1,0 +1,469 @@
+"""``fedward-simulate``: try a study without any hospital."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+
+import typer
+
+from fedward.console import Console, Version, interruptible, print_json, run_command, say
+from fedward_client.data.sample import Format
+from fedward_simulation.studies import plan_file
+
+app = typer.Typer(
+    help="Run a federated study on this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+plan_app = typer.Typer(help="Work on study plans without data.", no_args_is_help=True)
+app.add_typer(plan_app, name="plan")
+
+
+class EngineName(StrEnum):
+    """Choices of --engine."""
+
+    local = "local"
+    ray = "ray"
+
+
+class FormatName(StrEnum):
+    """Choices of --format."""
+
+    auto = "auto"
+    npz = "npz"
+    folders = "folders"
+    nifti = "nifti"
+    dicom = "dicom"
+
+
+class Kind(StrEnum):
+    """Choices of --kind."""
+
+    classification = "classification"
+    segmentation = "segmentation"
+
+
+_FORMATS: dict[FormatName, Format] = {
+    FormatName.npz: "npz",
+    FormatName.folders: "folders",
+    FormatName.nifti: "nifti",
+    FormatName.dicom: "dicom",
+}
+PatientColumn = Annotated[
+    str,
+    typer.Option(
+        "--patient-column",
+        metavar="NAME",
+        help="Column of the tables that names the patients; none: patient, patient_id, subject, …",
+    ),
+]
+ImagesArePatients = Annotated[
+    bool,
+    typer.Option(
+        "--images-are-patients",
+        help="Let a private study run on data that name no patients: privacy holds per image.",
+    ),
+]
+PlanFile = Annotated[
+    Path,
+    typer.Argument(
+        help="The study plan (TOML), or the name of a ready study.",
+        metavar="PLAN",
+        parser=plan_file,
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
+Seed = Annotated[
+    int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of everything random.")
+]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Forget an unfinished run in the output folder.")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:INDEX.")]
+
+
+@app.callback()
+def _top(version: Version = False) -> None:
+    """Run a federated study on this machine."""
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    plan: PlanFile,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Folder or file of images.", show_default=False)
+    ] = None,
+    site: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--site",
+            metavar="SITE.TOML[:DATASET]",
+            help="Or, repeated: a hospital's configuration, for its latest frozen cohort.",
+            show_default=False,
+        ),
+    ] = None,
+    format: Annotated[
+        FormatName, typer.Option("--format", help="How the data lie.")
+    ] = FormatName.auto,
+    sites: Annotated[
+        int | None,
+        typer.Option("--sites", min=1, help="Hospitals to make; none: as many as the plan needs."),
+    ] = None,
+    partition: Annotated[
+        str,
+        typer.Option(
+            "--partition",
+            help="folders | iid | dirichlet:ALPHA | shards:K | quantity:ALPHA | column:NAME.",
+        ),
+    ] = "folders",
+    patient_column: PatientColumn = "",
+    images_are_patients: ImagesArePatients = False,
+    engine: Annotated[
+        EngineName, typer.Option("--engine", help="local, or Flower's ray.")
+    ] = EngineName.local,
+    device: Device = "auto",
+    baselines: Annotated[
+        bool,
+        typer.Option("--baselines", help="Also train each hospital alone and all data pooled."),
+    ] = False,
+    epsilons: Annotated[
+        str,
+        typer.Option(
+            "--epsilons", help="Also run with these ε, such as 1,3,8 (plans with privacy)."
+        ),
+    ] = "",
+    private_counts: Annotated[
+        bool,
+        typer.Option(
+            "--private-counts",
+            help="Evaluate with noise, as hospitals do by default; baselines stay exact.",
+        ),
+    ] = False,
+    cache_gib: Annotated[
+        float | None,
+        typer.Option("--cache-gib", min=0.001, help="GiB that prepared images may take."),
+    ] = None,
+    seed: Seed = 0,
+    out: Out = Path("runs/latest"),
+    fresh: Fresh = False,
+    checkpoint_seconds: Annotated[
+        float,
+        typer.Option(
+            "--checkpoint-seconds", min=0, help="Least time between writes; 0: after each round."
+        ),
+    ] = 10.0,
+    as_json: AsJson = False,
+) -> None:
+    """Run a study: hospitals side by side on this machine, then the report."""
+    # What is wrong with the command or the plan shows before the slow imports.
+    _one_source(context)
+    from fedward.plan import load_plan
+
+    others, loaded = _numbers(epsilons), load_plan(plan)
+    from fedward_simulation.options import Hospital, Options
+    from fedward_simulation.output import check_out
+    from fedward_simulation.study import Study
+
+    options = Options(
+        data=data,
+        out=out,
+        format=None if format is FormatName.auto else _FORMATS[format],
+        partition=partition,
+        sites=sites,
+        engine=engine.value,
+        device=device,
+        baselines=baselines,
+        epsilons=others,
+        seed=seed,
+        plan_folder=plan.parent,
+        cache_gib=cache_gib,
+        private_counts=private_counts,
+        patient_column=patient_column,
+        images_are_patients=images_are_patients,
+        fresh=fresh,
+        checkpoint_seconds=checkpoint_seconds,
+        hospitals=tuple(map(Hospital.parse, site or ())),
+    )
+    check_out(out, data)
+    _run_studies([Study(loaded, options)], out, as_json)
+
+
+@app.command()
+def audit(
+    plan: PlanFile,
+    data: Annotated[
+        Path, typer.Option("--data", help="Folder or file of images.", show_default=False)
+    ],
+    format: Annotated[
+        FormatName, typer.Option("--format", help="How the data lie.")
+    ] = FormatName.auto,
+    sites: Annotated[
+        int | None, typer.Option("--sites", min=1, help="Hospitals to make, as in `run`.")
+    ] = None,
+    partition: Annotated[
+        str, typer.Option("--partition", help="Who has which patient, as in `run`.")
+    ] = "folders",
+    patient_column: PatientColumn = "",
+    images_are_patients: ImagesArePatients = False,
+    shadows: Annotated[
+        int, typer.Option("--shadows", min=0, max=256, help="Federations on random halves.")
+    ] = 8,
+    canaries: Annotated[
+        int, typer.Option("--canaries", min=0, max=2000, help="Planted patients at each site.")
+    ] = 40,
+    device: Device = "auto",
+    seed: Seed = 0,
+    out: Out = Path("runs/latest"),
+    as_json: AsJson = False,
+) -> None:
+    """Attack a study's model and updates, and bound ε from below."""
+    from fedward.plan import load_plan
+
+    loaded = load_plan(plan)
+    from fedward.flower import identity
+    from fedward_simulation.audit.audit import Sizes
+    from fedward_simulation.audit.progress import AuditProgress
+    from fedward_simulation.audit.study import add_to_report, audit_study, check_release
+    from fedward_simulation.options import Options
+    from fedward_simulation.output import check_out
+    from fedward_simulation.study import Study
+
+    options = Options(
+        data=data,
+        out=out,
+        format=None if format is FormatName.auto else _FORMATS[format],
+        partition=partition,
+        sites=sites,
+        device=device,
+        seed=seed,
+        plan_folder=plan.parent,
+        patient_column=patient_column,
+        images_are_patients=images_are_patients,
+    )
+    check_out(out, data)
+    identity.quiet()
+    _log_to(out / "run.log")
+    console = _console(as_json)
+    with interruptible(), AuditProgress(console) as progress:
+        found = audit_study(Study(loaded, options), Sizes(shadows, canaries), progress, fresh=False)
+    told = add_to_report(found, out)
+    if not as_json:
+        _show_audit(console, found)
+        where = out / ("report.html" if told else "audit.json")
+        console.print(f"Audit: {where}", highlight=False, soft_wrap=True)
+    check_release(found)
+    if as_json:
+        print_json({"out": str(out), "audit": found.model_dump(mode="json")})
+
+
+@app.command()
+def demo(
+    out: Out = Path("demo"),
+    seed: Seed = 0,
+    device: Device = "auto",
+    patients: Annotated[
+        int, typer.Option("--patients", min=20, help="Patients per hospital.")
+    ] = 80,
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+) -> None:
+    """Four synthetic hospitals as DICOM files, two studies, one report."""
+    from fedward_simulation.demo import demo_studies
+    from fedward_simulation.output import check_out
+
+    check_out(out)
+    studies = demo_studies(out, seed, device, patients, _console(as_json), fresh=fresh)
+    _run_studies(studies, out, as_json)
+
+
+@app.command()
+def cohort(
+    folder: Annotated[Path, typer.Argument(help="A new or empty folder.")],
+    kind: Annotated[
+        Kind, typer.Option("--kind", help="What the images are for.")
+    ] = Kind.classification,
+    hospitals: Annotated[int, typer.Option("--hospitals", min=1, help="How many to make.")] = 2,
+    patients: Annotated[int, typer.Option("--patients", min=2, help="Patients per hospital.")] = 40,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Write synthetic hospitals as DICOM files, and train nothing."""
+    from fedward_simulation.cohort import write_cohort
+
+    facts = write_cohort(folder, seed, kind.value, patients, hospitals)
+    if as_json:
+        print_json(json.loads(facts.to_json()))
+        return
+    for one in facts.hospitals:
+        say(f"{one.name}: {one.patients} SYNTHETIC patients, {one.images} images")
+
+
+@plan_app.command("check")
+def check(plan: PlanFile, as_json: AsJson = False) -> None:
+    """Validate and explain a plan without data."""
+    from fedward.plan import load_plan, plan_hash
+    from fedward.plan.explain import explain
+
+    loaded = load_plan(plan)
+    from fedward.models import describe
+    from fedward_simulation.feasible import check_privacy, start_model
+
+    start_model(loaded, 0, plan.parent)
+    check_privacy(loaded)
+    parameters = describe(loaded).parameters
+    if as_json:
+        print_json(
+            {
+                "valid": True,
+                "study": loaded.study.name,
+                "plan_sha256": plan_hash(loaded),
+                "parameters": parameters,
+                "rounds": loaded.rounds,
+                "plan": loaded.model_dump(mode="json"),
+            }
+        )
+    else:
+        say(explain(loaded, parameters))
+
+
+@app.command()
+def export(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="A new folder; none: RUN-bundle.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's model as a MONAI bundle with an ONNX file in it."""
+    from fedward_simulation.output import export_run
+
+    target = out or run.with_name(f"{run.resolve().name}-bundle")
+    made = export_run(run, target)
+    if as_json:
+        print_json(
+            {"export": target.name, "files": list(made.files), "difference": made.difference}
+        )
+        return
+    say(f"MONAI bundle: {target}, ONNX file: {target / 'models' / 'model.onnx'}")
+    say(f"Outputs differ from the network's by at most {made.difference:.1e}.")
+
+
+def _run_studies(studies: list[Any], out: Path, as_json: bool) -> None:
+    from fedward.flower import identity
+    from fedward_server.report import headline, summary_table
+    from fedward_simulation.audit.study import gate
+    from fedward_simulation.output import set_aside, write_outputs
+    from fedward_simulation.progress import StudyProgress
+
+    def write() -> None:
+        if begun := [study for study in studies if study.results.arms]:
+            write_outputs(begun, out)
+
+    identity.quiet()
+    # Of an unfinished run the results so far stay where they are until there are newer ones.
+    unfinished = [study.unfinished() for study in studies]
+    if not any(unfinished):
+        set_aside(studies, out)
+    _log_to(out / "run.log")
+    console = _console(as_json)
+    with interruptible():
+        try:
+            for study in studies:
+                study.wrote = write
+                with StudyProgress(console, study.plan.metrics.primary) as progress:
+                    study.listen, study.note = progress.listen, progress.note
+                    study.run()
+                if study.plan.privacy.audit:
+                    gate(study, console)
+        finally:
+            write()
+    for study in studies:
+        study.checkpoints.clear()
+    if as_json:
+        print_json(
+            {"out": str(out), "studies": [s.results.model_dump(mode="json") for s in studies]}
+        )
+        return
+    for study in studies:
+        console.print(summary_table(study.results))
+        console.print(headline(study.results))
+    console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _show_audit(console: Console, found: Any) -> None:
+    from fedward_server.report.memorisation import audit_tables, audit_words
+    from fedward_server.report.table import printed
+
+    for table in audit_tables(found):
+        console.print(printed(table))
+    for sentence in audit_words(found):
+        console.print(sentence)
+
+
+def _log_to(path: Path) -> None:
+    """Details of what went wrong at a site, for the machine's owner; made when there are any."""
+    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("fedward")
+    logger.handlers, logger.propagate = [handler], False
+
+
+def _one_source(context: typer.Context) -> None:
+    """Either one dataset to divide or hospitals that bring their own."""
+    given = {name for name, value in context.params.items() if _is_given(context, name, value)}
+    if ("data" in given) == ("site" in given):
+        raise typer.BadParameter("give either --data, or --site for each hospital")
+    of_data = {
+        "format",
+        "sites",
+        "partition",
+        "cache_gib",
+        "patient_column",
+        "images_are_patients",
+    }
+    others = sorted(given & of_data)
+    if "site" in given and others:
+        option = others[0].replace("_", "-")
+        raise typer.BadParameter(f"--{option} is about --data; a frozen cohort is taken as it is")
+
+
+def _is_given(context: typer.Context, name: str, value: object) -> bool:
+    source = context.get_parameter_source(name)
+    return bool(value) and source is not None and source.name != "DEFAULT"
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        values = (-1.0,)
+    if any(not 0 < value < float("inf") for value in values):
+        raise typer.BadParameter("give positive numbers with commas between, such as 1,3,8")
+    return values
+
+
+def _console(as_json: bool) -> Console:
+    # With --json, standard output holds the JSON object alone.
+    return Console(stderr=as_json)
+
+
+def main() -> None:
+    """Entry point."""
+    run_command(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""What the command line says beside the plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fedward_client.data.sample import Format
+
+Engine = Literal["local", "ray"]
+
+
+@dataclass(frozen=True)
+class Hospital:
+    """A hospital that brings a frozen cohort.
+
+    Attributes
+    ----------
+    config : Path
+        Its ``site.toml``.
+    dataset : str
+        Whose latest cohort is taken; "" for its only dataset.
+    """
+
+    config: Path
+    dataset: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Hospital:
+        """From ``PATH`` or ``PATH:DATASET``."""
+        path, colon, dataset = text.rpartition(":")
+        # A path may hold a colon itself.
+        if not colon or Path(text).exists():
+            return cls(Path(text))
+        return cls(Path(path), dataset)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is to be run, and how.
+
+    Attributes
+    ----------
+    data : Path or None
+        A dataset to divide; None when there are `hospitals`.
+    hospitals : tuple of Hospital
+        Or: those that bring frozen cohorts.
+    private_counts : bool
+        Whether the federated arms are evaluated with noisy counts, as hospitals send them.
+    cache_gib : float or None
+        GiB that prepared images of `data` may take; None for no bound.
+    patient_column : str
+        The column of the tables of `data` that names the patients; "": found by name.
+    images_are_patients : bool
+        Whether each image of `data` is of another person, where the data name no patients.
+    fresh : bool
+        Whether to leave aside the state of an unfinished run in `out`.
+    checkpoint_seconds : float
+        Least time between two writes of a run's state; 0 writes after each round.
+    """
+
+    data: Path | None
+    out: Path
+    format: Format | None = None
+    partition: str = "folders"
+    sites: int | None = None
+    engine: Engine = "local"
+    device: str = "auto"
+    baselines: bool = False
+    epsilons: tuple[float, ...] = ()
+    seed: int = 0
+    plan_folder: Path | None = None
+    hospitals: tuple[Hospital, ...] = ()
+    cache_gib: float | None = None
+    private_counts: bool = False
+    patient_column: str = ""
+    images_are_patients: bool = False
+    fresh: bool = False
+    checkpoint_seconds: float = 10.0
+
+    @property
+    def division(self) -> str:
+        """How the data come to be divided, for the report."""
+        return "frozen cohorts" if self.hospitals else self.partition
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """Bytes that the cache may take; None for no bound."""
+        return None if self.cache_gib is None else round(self.cache_gib * 2**30)

@@ -1,0 +1,180 @@
+"""Flower's own simulation engine, for a Ray cluster, with the same apps."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Context
+from flwr.serverapp import ServerApp
+from numpy.lib.npyio import NpzFile
+
+from fedward.errors import DeviceError
+from fedward.plan.schema import Plan
+from fedward_client.app import client_app
+from fedward_client.data.sample import SPLITS, PreparedSite
+from fedward_client.training.runtime import Runtime
+from fedward_client.training.trainer import Trainer
+from fedward_simulation.pool import cores
+from fedward_simulation.sites import SimulatedSites
+
+_QUIET = {
+    "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+}
+
+
+class StoredSites:
+    """Simulated hospitals that an actor opens from disk, so that no image travels to it.
+
+    Parameters
+    ----------
+    folder : Path
+        Where :func:`store_sites` put them; every machine of the cluster must see it.
+    names : sequence of str
+        Hospitals in the order of partition ids.
+    runtime : Runtime
+        How each trainer may use the machine.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str], runtime: Runtime) -> None:
+        self.folder, self.names, self.runtime = folder, list(names), runtime
+
+    def name(self, context: Context) -> str:
+        """The hospital behind a node."""
+        return self.names[int(context.node_config["partition-id"])]
+
+    def trainer(self, context: Context, plan: Plan) -> Trainer:
+        """Its trainer, warm within one actor."""
+        return _opened(self.folder, tuple(self.names), self.runtime).trainer(context, plan)
+
+
+_OPEN: dict[tuple[Path, tuple[str, ...]], SimulatedSites] = {}
+
+
+def _opened(folder: Path, names: tuple[str, ...], runtime: Runtime) -> SimulatedSites:
+    if (folder, names) not in _OPEN:
+        sites = [load_site(folder / f"site-{place}", name) for place, name in enumerate(names)]
+        _OPEN[folder, names] = SimulatedSites(sites, runtime)
+    return _OPEN[folder, names]
+
+
+def store_sites(sites: Sequence[PreparedSite], folder: Path) -> None:
+    """Write prepared sites where actors can map them."""
+    for place, site in enumerate(sites):
+        target = folder / f"site-{place}"
+        target.mkdir(parents=True, exist_ok=True)
+        np.save(target / "images.npy", site.images)
+        facts: dict[str, Any] = {f"split_{part}": site.split[part] for part in SPLITS}
+        np.savez(
+            target / "rest.npz",
+            targets=site.targets,
+            patients=site.patients,
+            spacing=site.spacing,
+            synthetic=np.array(site.synthetic),
+            reasons=np.array(sorted(site.left_out), dtype=str),
+            counts=np.array([site.left_out[key] for key in sorted(site.left_out)], dtype=np.int64),
+            **facts,
+        )
+
+
+def load_site(folder: Path, name: str) -> PreparedSite:
+    """Open a stored site; its images stay on disk until they are used."""
+    rest: NpzFile
+    with np.load(folder / "rest.npz", allow_pickle=False) as rest:
+        return PreparedSite(
+            name=name,
+            images=np.load(folder / "images.npy", mmap_mode="r"),
+            targets=rest["targets"],
+            patients=rest["patients"],
+            split={part: rest[f"split_{part}"] for part in SPLITS},
+            spacing=rest["spacing"],
+            left_out=dict(zip(rest["reasons"].tolist(), rest["counts"].tolist(), strict=True)),
+            synthetic=bool(rest["synthetic"]),
+        )
+
+
+def start_ray() -> None:
+    """Start Ray on this machine's cores; once more where its node was too slow.
+
+    Ray gives its node thirty seconds, which a busy machine may need for its imports alone.
+
+    Raises
+    ------
+    DeviceError
+        It does not start.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    # Ray would end this process at SIGTERM with nothing written.
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    # What the actors import lies where this process found it.
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
+    for last in (False, True):
+        try:
+            ray.init(
+                num_cpus=cores(),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="error",
+                runtime_env=environment,
+            )
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)
+            return
+        except Exception as error:  # Ray has no error of its own for this
+            ray.shutdown()
+            if last:
+                raise DeviceError(
+                    "Ray must start on this machine",
+                    value=type(error).__name__,
+                    fix="End other programs, or use --engine local",
+                    where="--engine",
+                ) from None
+
+
+def run_ray(
+    app: ServerApp,
+    sites: Sequence[PreparedSite],
+    runtime: Runtime,
+    cache: Path,
+    stop: threading.Event,
+) -> None:
+    """Run a server application on Ray: as many actors side by side as cores or GPUs allow."""
+    os.environ.update({key: os.environ.get(key, value) for key, value in _QUIET.items()})
+    from flwr.simulation import run_simulation
+
+    folder = (cache / "ray").resolve()
+    store_sites(sites, folder)
+    on_gpu = runtime.torch_device.type == "cuda"
+    stored = StoredSites(
+        folder, [site.name for site in sites], replace(runtime, cache=cache.resolve())
+    )
+    resources: dict[str, Any] = {
+        "num_cpus": float(runtime.threads),
+        "num_gpus": 1.0 if on_gpu else 0.0,
+    }
+    start_ray()
+    try:
+        run_simulation(
+            server_app=app,
+            client_app=client_app(stored),
+            num_supernodes=len(sites),
+            backend_config={"client_resources": resources},
+        )
+    except KeyboardInterrupt:
+        stop.set()
+        raise

@@ -1,0 +1,135 @@
+"""The plan reference, from the schema: ``python -m tools.docs.plan > docs/plan.md``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from pydantic import BaseModel
+
+from fedward.plan import schema
+from fedward.plan.settings import SETTINGS, SUMMARIES, Setting
+from tools.docs.schema_tables import anchor, fields_table, summary
+
+_SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
+    ("[study]", schema.Study),
+    ("[task]", schema.Task),
+    ("[preprocessing]", schema.Preprocessing),
+    ("[preprocessing.augmentation]", schema.Augmentation),
+    ("[split]", schema.Split),
+    ("[model]", schema.Model),
+    ("[model.initial_weights]", schema.InitialWeights),
+    ("[training]", schema.Training),
+    ("[[stages]]", schema.Stage),
+    ("[strategy]", schema.Strategy),
+    ("[privacy]", schema.Privacy),
+    ("[participation]", schema.Participation),
+    ("[metrics]", schema.Metrics),
+)
+
+_HEAD = """\
+# The study plan
+
+A plan is a TOML file. It is data, never code: it says what is learnt, from which images, with which
+network, for how long, with how much privacy and with which sites. A coordinator writes it once;
+every site reads the same text and can refuse it. `fedward-simulate plan check PLAN.toml` validates
+a plan and explains it in words.
+
+- An unknown key, a wrong type or an impossible combination is refused; the message names the key,
+  the rule, the value and what to do (exit code 10, see [errors](errors.md)).
+- Values are not converted: `rounds = "20"` and `rounds = true` are refused. A whole number may
+  stand where a number is meant (`rotate = 10`). `nan` and `inf` are refused everywhere.
+- The plan's SHA-256 is taken over its canonical form: sorted keys, without those
+  that have their default value. Order, comments and writing a default out do not change it; every
+  value does.
+
+This page is generated from the schema (`python -m tools.docs.plan > docs/plan.md`) and a
+test holds it.
+"""
+
+_RULES = """\
+## Rules between keys
+
+Task and preprocessing
+
+- `task.classes`: names differ; classification that is not multi-label has at least two.
+- `task.multi_label` belongs to classification.
+- `task.modality`: `any` stands alone.
+- `preprocessing.size` has as many entries as `task.dimensions`; `preprocessing.spacing` as many as
+  `size`.
+- `preprocessing.window` and `preprocessing.percentiles` exclude each other; each rises from low to
+  high; percentiles lie within 0 and 100.
+- `preprocessing.intensity = "imagenet"` needs `channels = 3`.
+- `preprocessing.augmentation.flip` has `"depth"` only with `task.dimensions = 3`.
+- `split.validation` and `split.test` together are below 1.
+
+Model
+
+- `unet`, `basicunet`, `segresnet` and `attention-unet` segment; the others classify.
+- The segmentation networks halve the image once per level after the first (three times unless
+  `model.channels` says otherwise): each side of `preprocessing.size` is a multiple of that power
+  of two.
+- `efficientnet-lite0` is 2D, takes 3 channels and needs `model.initial_weights`.
+
+Training
+
+- Exactly one of `training.local_epochs` and `training.local_steps` is given.
+- `training.rounds` and `training.learning_rate` go together; a plan with `[[stages]]` has neither,
+  a plan without has both. Stage names differ.
+- `training.loss`: `cross_entropy` or `focal` for classification, `bce` for multi-label, `dice_ce`
+  or `dice_focal` for segmentation.
+- `training.class_weights` has one entry per model output (segmentation: the background first).
+- `training.momentum` belongs to `sgd`, `training.label_smoothing` to `cross_entropy`.
+
+Privacy
+
+- `mechanism = "dp-sgd"` needs `epsilon`, `delta` and `clipping_norm`; `mechanism = "none"` takes
+  none of them and no `sampling_rate`.
+- With `training.local_steps`, `dp-sgd` needs `sampling_rate`: what a step costs depends on it.
+
+Participation and metrics
+
+- `participation.quorum` is at most `participation.sites`.
+- `krum` and `multikrum` need a quorum of 2 × `malicious` + 3 updates, `bulyan` of
+  4 × `malicious` + 3; `keep` is at most the quorum.
+- `metrics.primary` is one of `metrics.report`; `dice`, `iou` and `hd95` belong to segmentation,
+  `loss` to both, the others to classification.
+"""
+
+
+def plan_reference() -> str:
+    """The text of ``docs/plan.md``."""
+    return "\n".join(_lines())
+
+
+def _lines() -> Iterator[str]:
+    yield _HEAD
+    yield from ("## Top level", "", summary(schema.Plan), "", *fields_table(schema.Plan), "")
+    for title, model in _SECTIONS:
+        yield from (f"## `{title}`", "", f'<a id="{anchor(model.__name__)}"></a>', "")
+        yield from (summary(model), "", *fields_table(model), "")
+    yield from _strategies()
+    yield _RULES.rstrip() + "\n"
+
+
+def _strategies() -> Iterator[str]:
+    yield from ("## Strategies", "", "Settings stand in `[strategy.settings]`.", "")
+    yield from ("| strategy | what it does | setting | default | limits | meaning |",)
+    yield "|---|---|---|---|---|---|"
+    for strategy, settings in SETTINGS.items():
+        head = f"| `{strategy}` | {SUMMARIES[strategy]} "
+        if not settings:
+            yield f"{head}| none | | | |"
+        for name, setting in settings.items():
+            yield f"{head}| {_setting(name, setting)} |"
+            head = "| | "
+    yield ""
+
+
+def _setting(name: str, setting: Setting) -> str:
+    default = "required" if setting.default is None else f"`{setting.default:g}`"
+    return f"`{name}` | {default} | {setting.limits} | {setting.meaning}"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(plan_reference())
