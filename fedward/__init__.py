@@ -1,4 +1,4 @@
-"""What both sides of a study must agree on."""
+"""Code that aggregator and hospital share: plan, records, models, metrics, privacy."""
 
 from fedward.startup import prepare
 

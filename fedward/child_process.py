@@ -1,4 +1,4 @@
-"""No process outlives the one that started it."""
+"""Child processes that end with their parent."""
 
 from __future__ import annotations
 

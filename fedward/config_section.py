@@ -1,4 +1,4 @@
-"""What the tables of ``site.toml`` have in common."""
+"""Base class of the tables of ``site.toml``."""
 
 from __future__ import annotations
 

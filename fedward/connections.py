@@ -1,4 +1,4 @@
-"""An HTTP server that holds little for callers whose identity is not known.
+"""HTTP server that limits the resources of callers with unknown identity.
 
 Before a caller has shown a valid signature or token, it can make a server hold connections, TLS
 states, headers and queued requests. Here each of these is bounded: connections by number, network

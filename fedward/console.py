@@ -1,4 +1,4 @@
-"""How every Fedward command ends: its own exit code and a message, never a traceback."""
+"""Entry points of the commands: exit codes and messages instead of tracebacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every error that Fedward raises on purpose, and the exit code a command ends with.
+"""The exception tree of Fedward, and the exit code of each error.
 
 ::
 

@@ -1,4 +1,4 @@
-"""Files for the site's own eyes: readable by their owner only, and never half written."""
+"""Atomic writes of files that only their owner can read."""
 
 from __future__ import annotations
 

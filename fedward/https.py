@@ -1,4 +1,4 @@
-"""What every HTTPS connection of a hospital keeps to: TLS, the proxy, and bounds on answers."""
+"""HTTPS connections of a hospital: TLS, proxy, and limits on answers."""
 
 from __future__ import annotations
 

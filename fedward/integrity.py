@@ -1,4 +1,4 @@
-"""Whether a delivered model is the one that was written; imports no torch."""
+"""Check the digest of a delivered model; imports no torch."""
 
 from __future__ import annotations
 

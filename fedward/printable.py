@@ -1,4 +1,4 @@
-"""Text from elsewhere, made safe to show.
+"""Escape text from other sources for display.
 
 A site's name, a refusal, a label in an image's header: whoever wrote it may have put in sequences
 that move a terminal's cursor, rename its window, hide or reorder text (ECMA-48 control functions;

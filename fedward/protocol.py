@@ -1,4 +1,4 @@
-"""The records that cross the wire between aggregator and hospital, besides the tensors.
+"""Records exchanged between aggregator and hospital, besides the tensors.
 
 Each is versioned, typed and strict: an unknown key, a wrong type or a value out of range is a
 :class:`fedward.errors.ProtocolError`, on either end. Nothing in them can hold a path, an

@@ -1,4 +1,4 @@
-"""The fixed set of reasons for leaving an image out; each is safe to send."""
+"""Fixed reasons for leaving an image out; each is safe to send."""
 
 from __future__ import annotations
 

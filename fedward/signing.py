@@ -1,4 +1,4 @@
-"""Who asks: the coordinator's Ed25519 signature (RFC 8032) over each order.
+"""The coordinator's Ed25519 signature (RFC 8032) over each order.
 
 The connector between aggregator and hospital is not trusted with the data, and not with the
 questions either. A signature covers every field of an order, the digest of the model that comes

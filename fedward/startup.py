@@ -1,4 +1,4 @@
-"""What stands before Python's own search for modules."""
+"""Import finders that skip unused parts of torch, Opacus and MONAI for a quick start."""
 
 from __future__ import annotations
 

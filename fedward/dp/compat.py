@@ -1,4 +1,4 @@
-"""What makes a MONAI network trainable with per-sample gradients.
+"""Make MONAI networks compatible with per-sample gradients.
 
 Differentially private training needs every sample's gradient on its own. Four habits of image
 networks stand against that, and each has its replacement here:

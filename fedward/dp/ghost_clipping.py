@@ -1,4 +1,4 @@
-"""Clipped sums in one backward pass, without every image's gradient in memory.
+"""Ghost clipping: clipped gradient sums in one backward pass, without per-image gradients.
 
 The book-keeping of Bu et al. (2023, "Differentially private optimization on large model at small
 cost", arXiv:2210.00038) mixed with per-sample gradients, layer by layer. While a backward pass goes

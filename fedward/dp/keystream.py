@@ -1,4 +1,4 @@
-"""ChaCha20 keystreams (RFC 8439) as random numbers, on the CPU and on a GPU.
+"""ChaCha20 keystreams (RFC 8439) as a source of random numbers, on CPU and GPU.
 
 Generators for simulation do not withstand an attacker: torch's on the CPU keeps 32 bits of a seed,
 so that all its streams can be tried. A keystream under a secret 256-bit key cannot be told from

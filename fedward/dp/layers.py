@@ -1,4 +1,4 @@
-"""Layers that cost less when Opacus wants every sample's gradient (``hooks``, ``bookkeeping``).
+"""Layers with cheaper per-sample gradients for Opacus (``hooks``, ``bookkeeping``).
 
 Four things make a private step dear, and each is avoided by a layer of its own, registered through
 Opacus's public :func:`opacus.grad_sample.register_grad_sampler`:

@@ -1,1 +1,1 @@
-"""Everything that touches Flower's private parts; no other package may import them."""
+"""Code that uses private modules of Flower: SuperLink, clients of its APIs, grids."""

@@ -1,4 +1,4 @@
-"""A message with all its parts in one request; a question that waits for its answer.
+"""ASGI middleware: a message with all its parts in one request, and long polling.
 
 Flower's APIs take a request for each part of a message, and are asked again and again whether
 there is something new. Each request costs the SuperLink tens of milliseconds of one core, on top of

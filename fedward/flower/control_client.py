@@ -1,4 +1,4 @@
-"""Enrol hospitals at the SuperLink and start runs on it, over its Control API."""
+"""Client of the SuperLink's Control API: enrol hospitals and start runs."""
 
 from __future__ import annotations
 

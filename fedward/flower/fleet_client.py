@@ -1,4 +1,4 @@
-"""A hospital's node on a Flower SuperLink: every Flower-internal import of the connector.
+"""Client of the SuperLink's Fleet API: a hospital's node, as the connector uses it.
 
 Stock Flower ends its process when the link breaks and starts another per message; here the link is
 an object that fails with an error, and is made again.

@@ -1,4 +1,4 @@
-"""Several byte strings in one body: each after its length.
+"""Length-prefixed frames: several byte strings in one HTTP body.
 
 Between aggregator and hospital a message and all its parts travel in one request, where Flower
 makes one for each part. Whoever sends such a body, or wants one as the answer, says so in a header.

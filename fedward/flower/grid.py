@@ -1,4 +1,4 @@
-"""A grid on which models travel as one array, and messages whole."""
+"""A Flower grid that packs models into one array and sends messages whole."""
 
 from __future__ import annotations
 

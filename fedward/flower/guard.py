@@ -1,4 +1,4 @@
-"""Who reaches which API of the SuperLink, decided by the headers alone.
+"""Authorisation of calls to the SuperLink's APIs from the request headers alone.
 
 Without accounts anybody who reaches Flower's Control API may start a run, and Flower reads the
 whole body of a call before it looks at the caller. Here the caller comes first: a call of the Fleet

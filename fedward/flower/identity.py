@@ -1,4 +1,4 @@
-"""What the in-process engine needs of Flower's inside; every such import stands here.
+"""Task identity and message ids for the in-process engine.
 
 Flower builds a message from the identity of the running task, and gives it an id when it is
 stored. In Flower's own runtimes a task process sets both; without one, this module does.

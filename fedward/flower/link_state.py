@@ -1,4 +1,4 @@
-"""The SuperLink's state, in which a message is over only when it is whole at its other end.
+"""SuperLink state that delivers messages completely and repeats what was not confirmed.
 
 Flower hands a message out once, and counts a reply as arrived before its parts are there. A
 hospital whose link broke in between would lose its order, and a half-sent answer would hold up the

@@ -1,4 +1,4 @@
-"""Deliver messages to the SuperLink whole, and fetch replies whole, as the study's own process."""
+"""Client of the SuperLink's Runtime API that sends messages and fetches replies whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Take part in a run as its server application, over the SuperLink's Runtime API."""
+"""Session of a run as its server application, over the SuperLink's Runtime API."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Send messages to a study's sites and take their replies as they come, up to a deadline."""
+"""A Flower grid for one study's sites that returns replies as they arrive, up to a deadline."""
 
 from __future__ import annotations
 

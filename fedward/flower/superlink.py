@@ -1,4 +1,4 @@
-"""Flower's own SuperLink as a process, of which the network reaches only what hospitals need.
+"""Flower's SuperLink as a process, with only the APIs that hospitals need on the network.
 
 Fleet, Control and Runtime API of a SuperLink share one port (:mod:`fedward.flower.guard` says who
 reaches which of them), and callers that are not known hold little of it

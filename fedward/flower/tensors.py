@@ -1,4 +1,4 @@
-"""Many arrays as one, for the way between aggregator and hospital.
+"""Pack many arrays into one for transport between aggregator and hospital.
 
 Flower sends and stores every array of a message on its own; a model has hundreds, and each costs a
 signed request at both ends. One array that holds them all, in the safetensors format, costs one.

@@ -1,4 +1,4 @@
-"""Figures over all sites from small counts that can be added up and name nobody.
+"""Metrics from counts that can be added over sites and contain no identity.
 
 A mean of the sites' AUCs is not the AUC of all patients. Sites therefore send counts; their sum
 gives the figures of the pooled images. A site may withhold a part, which then holds nothing; a

@@ -1,4 +1,4 @@
-"""From a classifier's probabilities to counts of its answers."""
+"""Counts of a classifier's answers from its probabilities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of count arrays that come from outside, and small helpers for figures."""
+"""Validation of count arrays from outside, and small helpers for metrics."""
 
 from __future__ import annotations
 

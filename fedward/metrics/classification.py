@@ -1,4 +1,4 @@
-"""Counts of a classifier's answers, single-label or multi-label, and the figures from them."""
+"""Counts of a classifier's answers, single-label or multi-label, and metrics from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Score histograms: enough of the scores to give the area under the ROC curve.
+"""Score histograms, from which the area under the ROC curve is computed.
 
 Bins uniform in probability would put all scores of a confident model into two of them, and bins
 uniform in the logit all scores of a hardly trained one. The scale here is asinh(logit p): about

@@ -1,4 +1,4 @@
-"""Confidence intervals of 95 % from counts, and how they combine.
+"""Confidence intervals of 95 % from counts, and their combination.
 
 Proportions have the score interval of Wilson (1927); the area under the ROC curve has DeLong's
 variance (DeLong et al., 1988) on the logit scale, of few patients Newcombe's interval (2006). Means

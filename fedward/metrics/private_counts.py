@@ -1,4 +1,4 @@
-"""Counts of an evaluation that are differentially private for each patient, and their figures.
+"""Differentially private counts of an evaluation, and metrics from them.
 
 Every image adds its weight to one cell of each table, and a patient's images together weigh at most
 one unit. So a patient changes a table by at most a unit in L1 norm, and integer Laplace noise on

@@ -1,4 +1,4 @@
-"""The interval of each figure of a classifier, from the counts that give the figure."""
+"""Confidence intervals of a classifier's metrics, from its counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A classifier's figures from its counts; None where the counts do not define one."""
+"""A classifier's metrics from its counts; None where the counts do not define one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sums of a segmenter's figures over images, and their means."""
+"""Sums of a segmenter's metrics over images, and their means."""
 
 from __future__ import annotations
 

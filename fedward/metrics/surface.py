@@ -1,4 +1,4 @@
-"""Distances between the surfaces of two masks."""
+"""Surface distances between two masks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which counts a task has."""
+"""The type of counts for each task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The study's networks: built from a plan, private by construction, exchanged as named arrays."""
+"""Networks built from a plan, with per-sample gradients, exchanged as named arrays."""
 
 from fedward.dp.layers import sampled
 from fedward.models.arrays import (

@@ -1,4 +1,4 @@
-"""A model as named arrays: what travels, what is saved, what a plan's stage trains."""
+"""Models as named arrays: conversion, saving, and the parameters that a stage trains."""
 
 from __future__ import annotations
 

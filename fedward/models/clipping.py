@@ -1,4 +1,4 @@
-"""How much of each patient's gradient goes into a sum, certified against rounding.
+"""Clipping factors for each patient's gradient, certified against rounding errors.
 
 What is promised: one patient adds at most C to the clipped sum, for any finite or non-finite
 float32 weights and images. The norms come from floating-point arithmetic, and hostile weights

@@ -1,4 +1,4 @@
-"""The frozen leading part of a model, whose output is worked out once per image and kept."""
+"""The frozen first part of a model, whose output is computed once per image and cached."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the name in a plan to a network with weights; the one place that knows all of them."""
+"""Registry of networks: builds the model that a plan names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Public start weights: found, verified by hash, read as tensors only, fitted to the model."""
+"""Public initial weights: find, verify by hash, load as tensors only, fit to the model."""
 
 from __future__ import annotations
 

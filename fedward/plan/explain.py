@@ -1,4 +1,4 @@
-"""What a plan means, in words that a clinician or an IT engineer follows."""
+"""Explain a plan in words for clinicians and IT engineers."""
 
 from __future__ import annotations
 

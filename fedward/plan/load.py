@@ -1,4 +1,4 @@
-"""Read a plan, give it a stable hash, write it back."""
+"""Read and write plans, with a canonical form and a stable hash."""
 
 from __future__ import annotations
 

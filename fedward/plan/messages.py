@@ -1,4 +1,4 @@
-"""From what pydantic says to what its reader understands: rule and next step."""
+"""Turn pydantic's validation errors into messages with rule and next step."""
 
 from __future__ import annotations
 

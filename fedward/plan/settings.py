@@ -1,4 +1,4 @@
-"""The settings that each strategy knows, with their limits and defaults."""
+"""Settings of each strategy, with limits and defaults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write a plan as TOML that reads back as the same plan."""
+"""Write a plan as TOML that parses to the same plan."""
 
 from __future__ import annotations
 

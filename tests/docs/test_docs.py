@@ -18,7 +18,10 @@ from fedward_strategies.registry import STRATEGIES
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
+    *sorted(DOCS.glob("*.md")),
+]
 # Written by `make bench`, which takes hours: a fresh copy may lack them.
 BENCHMARKS = {"accuracy.md", "dicom.md", "dp.md", "privacy.md", "simulation.md"}
 LINK = re.compile(r"\]\(([^)\s]+)\)")

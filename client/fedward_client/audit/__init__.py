@@ -1,4 +1,4 @@
-"""The site's audit log: what was asked, what was decided, what left, provably unchanged."""
+"""The site's audit log: an append-only, hash-chained record of orders, decisions and answers."""
 
 from fedward_client.audit.log import AuditLog, audit_folder, audit_key
 from fedward_client.audit.verify import Fault, Verification, verify

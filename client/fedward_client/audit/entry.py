@@ -1,4 +1,4 @@
-"""One line of the audit log, and the head that says which one is the last."""
+"""Entries of the audit log, and the head file that names the last one."""
 
 from __future__ import annotations
 

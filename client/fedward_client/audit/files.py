@@ -1,4 +1,4 @@
-"""Where the audit log lies: full segments, the one that grows, and the head."""
+"""Files of the audit log: full segments, the current segment, and the head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Append to the audit log: one entry, one fsync, or an error before anything is sent."""
+"""Append to the audit log: one entry and one fsync, or an error before anything is sent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Find out whether an audit log is as it was written."""
+"""Verify the audit log: hash chain, HMACs and head."""
 
 from __future__ import annotations
 

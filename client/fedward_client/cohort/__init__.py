@@ -1,1 +1,1 @@
-"""What an index says about a dataset as a whole."""
+"""Frozen cohorts of a dataset, and its report, risks, preview and check against a plan."""

@@ -1,4 +1,4 @@
-"""Can a dataset, or a frozen cohort of it, serve a plan."""
+"""Check whether a dataset, or a frozen cohort of it, can be used for a plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One question about a dataset and a plan, and its answer."""
+"""One finding of a check: pass, warn or fail, with what to do."""
 
 from __future__ import annotations
 

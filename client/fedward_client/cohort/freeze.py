@@ -1,4 +1,4 @@
-"""A cohort with a content hash, kept as a file that names no person and no path."""
+"""Freeze a cohort: a file with a content hash that names no person and no path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A frozen cohort opened again, after every byte of it was found unchanged."""
+"""Open a frozen cohort after verifying that its files are unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a dataset names its patients, and what follows where it does not."""
+"""Whether a dataset names its patients, and the consequences if it does not."""
 
 from __future__ import annotations
 

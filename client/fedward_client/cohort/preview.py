@@ -1,4 +1,4 @@
-"""A contact sheet of a dataset after preprocessing, for the hospital's own eyes."""
+"""HTML contact sheet of a dataset after preprocessing, for use inside the hospital."""
 
 from __future__ import annotations
 

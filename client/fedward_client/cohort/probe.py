@@ -1,4 +1,4 @@
-"""A few images of a cohort, prepared for a plan: what they tell of the rest."""
+"""Prepare a few images of a cohort for a plan, to estimate the rest."""
 
 from __future__ import annotations
 

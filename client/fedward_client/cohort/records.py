@@ -1,4 +1,4 @@
-"""How a sample is read, in words that name nobody."""
+"""Records of a cohort file: how each sample is read, with keyed hashes instead of names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a dataset holds, what was left out of it and why, and what is risky about it.
+"""Report on a dataset: its contents, the left-out files by reason, and its risks.
 
 All of it is counts and words of the standard; a report names no person and no file.
 """

@@ -1,4 +1,4 @@
-"""What could spoil a study that uses a dataset, found before it does."""
+"""Risks of a dataset: leakage between parts, duplicates, ambiguous ids, burnt-in text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a frozen cohort to what a trainer takes: verified, held against the plan, prepared."""
+"""Prepare a frozen cohort for training: verify it, check it against the plan, preprocess it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random changes of a batch of training images, a few tensor operations for the whole batch."""
+"""Augmentation of a batch of training images, with a few tensor operations per batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prepared arrays on disk: written aside, renamed when whole, memory-mapped when read again.
+"""On-disk cache of prepared arrays: written aside, renamed when complete, memory-mapped to read.
 
 Who writes an entry holds a lock on the folder that it writes into, so that others wait for it
 instead of doing the same, and a folder without its writer is known to be abandoned.

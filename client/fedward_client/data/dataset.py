@@ -1,4 +1,4 @@
-"""Find out what a dataset is and read it: tables and headers now, pixels later."""
+"""Detect a dataset's format and read its samples: tables and headers now, pixels later."""
 
 from __future__ import annotations
 

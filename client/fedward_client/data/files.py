@@ -1,4 +1,4 @@
-"""Finding files, naming them in tables, and telling whether one has changed."""
+"""Walk a dataset's files, match them to table rows, and detect changes."""
 
 from __future__ import annotations
 

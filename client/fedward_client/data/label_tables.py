@@ -1,4 +1,4 @@
-"""Label and patient tables (CSV or XLSX) that lie beside the images."""
+"""Label and patient tables (CSV or XLSX) beside the images."""
 
 from __future__ import annotations
 

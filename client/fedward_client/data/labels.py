@@ -1,4 +1,4 @@
-"""From what a folder, a table or an array says to the label of the plan."""
+"""Map labels of a folder, a table or an array to the plan's classes."""
 
 from __future__ import annotations
 

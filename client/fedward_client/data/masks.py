@@ -1,4 +1,4 @@
-"""Label maps as every reader gives them."""
+"""Label maps: the form in which every reader returns masks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a table of labels lies and what its words mean, as a site says it."""
+"""Options of ``site.toml`` for labels, masks and patients: files, columns and word mappings."""
 
 from __future__ import annotations
 

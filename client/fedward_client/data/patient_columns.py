@@ -1,4 +1,4 @@
-"""Which column of a table names the patients."""
+"""Find the column of a table that names the patients."""
 
 from __future__ import annotations
 

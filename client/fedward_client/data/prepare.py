@@ -1,4 +1,4 @@
-"""From samples to a :class:`PreparedSite`: decode, preprocess, divide by patient, keep on disk."""
+"""Prepare samples for training: decode, preprocess, divide by patient, cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Silence for decoding libraries.
+"""Silence warnings of decoding libraries.
 
 pydicom, nibabel and Pillow print odd values that they meet, and in a hospital such a value may be
 a name or an id. The warning filters of Python belong to the whole process, so nested and

@@ -1,4 +1,4 @@
-"""What a dataset is: where it lies, what a sample of it is, and what a prepared site holds."""
+"""Types of a dataset: samples, left-out files, and a prepared site."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Division of a site's images by patient: the same at every start, in any order of the files."""
+"""Division of a site's images by patient: repeatable, and independent of file order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One decoded image and its mask, as the model takes them."""
+"""Preprocessing of one decoded image and its mask into a model's input."""
 
 from __future__ import annotations
 

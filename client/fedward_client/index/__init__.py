@@ -1,1 +1,1 @@
-"""What is known of every file of a dataset, found once and kept in SQLite; no identifier in it."""
+"""Index of a dataset's files in SQLite, without identifiers."""

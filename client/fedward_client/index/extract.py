@@ -1,4 +1,4 @@
-"""Read one file once: bytes, header and pixels, and keep of it what names nobody."""
+"""Extract the index facts of one file: bytes, header and pixels, without identifying values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scan a dataset into its index: what is new, in several processes, never stopped by a file."""
+"""Scan a dataset into its index with several processes that a bad file cannot stop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The privacy ledger: what the patients of a hospital have been charged, for good."""
+"""The privacy ledger: a permanent record of the ε charged to a hospital's patients."""
 
 from fedward_client.ledger.ledger import Caps, Charge, Ledger, Release, RoundRequest
 from fedward_client.ledger.store import accept_older, name_secret

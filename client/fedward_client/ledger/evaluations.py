@@ -1,4 +1,4 @@
-"""Evaluations in the ledger: one per study, round and part, of one model, with one answer.
+"""Evaluations in the ledger: one answer per study, round, part and model.
 
 An answer tells about validation or test patients, who are not in the training budget. So it has a
 budget of its own. It is charged before the model sees an image, and the answer is kept before it

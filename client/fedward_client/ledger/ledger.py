@@ -1,4 +1,4 @@
-"""Charge the patients' privacy budget before a round is trained, once per round, for good.
+"""Charge the patients' privacy budget before a round is trained, permanently, once per round.
 
 A round is charged in full before it is trained, and its update leaves only after the charge was
 committed with the update's digest. So whatever is released stands in the ledger; what was charged

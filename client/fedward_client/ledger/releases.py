@@ -1,4 +1,4 @@
-"""The updates that were released, kept so that a repeated message gets the same one again."""
+"""Released updates, kept so that a repeated order gets the same update."""
 
 from __future__ import annotations
 

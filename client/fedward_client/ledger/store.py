@@ -1,4 +1,4 @@
-"""The ledger's tables in SQLite: durable before a call returns, readable by the owner alone."""
+"""The ledger's tables in SQLite: durable before a call returns, readable only by the owner."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What studies may do at a hospital: limits, decisions, approvals, quiet hours."""
+"""The site's policy on studies: limits, decisions, approvals, quiet hours."""

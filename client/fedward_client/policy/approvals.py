@@ -1,4 +1,4 @@
-"""Which plans a person at the site has approved; survives every crash."""
+"""Approvals and denials of plans by a person at the site, durable across crashes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hold a study against the site's policy, before any image is opened."""
+"""Decide whether a study meets the site's policy, before any image is opened."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quiet hours: local times in which nothing is trained."""
+"""Quiet hours: local times at which no training runs."""
 
 from __future__ import annotations
 

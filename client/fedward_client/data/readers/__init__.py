@@ -1,1 +1,1 @@
-"""One module per kind of source; each has ``read(root, task) -> Dataset``."""
+"""Readers, one module per format; each has ``read(root, task) -> Dataset``."""

@@ -1,4 +1,4 @@
-"""Picture folders.
+"""Reader for folders of pictures (PNG, JPEG, TIFF, BMP).
 
 * classification: ``CLASS/*.png`` (also ``train/CLASS/*.png`` and so on), or a table of labels with
   a column ``image`` or ``file``, a column ``label`` or one 0/1 column per class, optionally

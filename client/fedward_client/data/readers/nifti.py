@@ -1,4 +1,4 @@
-"""NIfTI images (``images/``) with label maps (``labels/``) or ``labels.csv``.
+"""Reader for NIfTI images (``images/``) with label maps (``labels/``) or ``labels.csv``.
 
 Volumes are turned to the closest canonical orientation: axes to the right, to the front, upwards
 (RAS). A slice of a 2D task is shown as radiologists see it: rows downwards or to the back,

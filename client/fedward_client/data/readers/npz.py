@@ -1,4 +1,4 @@
-"""MedMNIST-style ``.npz`` archives.
+"""Reader for MedMNIST-style ``.npz`` archives.
 
 Keys: ``{part}_images`` and ``{part}_labels`` or ``{part}_masks``, part being train, val or test;
 or ``images``, ``labels``, ``masks`` alone. ``{part}_patients`` names the patients; without it each

@@ -1,4 +1,4 @@
-"""What is known of DICOM files before any pixel is decoded."""
+"""DICOM headers: the facts about files before any pixel is decoded."""
 
 from __future__ import annotations
 

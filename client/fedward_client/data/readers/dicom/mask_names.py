@@ -1,4 +1,4 @@
-"""Which mask of a DICOM tree is of which image, by UID, place in the tree, or name.
+"""Match mask files to DICOM images by UID, folder path or name.
 
 A name counts only where it means one mask and one image: archives call the files of every patient
 IM0001, and a mask must never mark another patient.

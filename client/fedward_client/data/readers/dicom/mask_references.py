@@ -1,4 +1,4 @@
-"""What a DICOM segmentation or structure set is of, without its pixels and points."""
+"""References of DICOM SEG and RTSTRUCT to images, without pixels and points."""
 
 from __future__ import annotations
 

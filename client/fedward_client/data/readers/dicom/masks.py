@@ -1,4 +1,4 @@
-"""DICOM segmentations and contours as label maps of the images that they are of."""
+"""DICOM segmentations and contours as label maps of the images that they reference."""
 
 from __future__ import annotations
 

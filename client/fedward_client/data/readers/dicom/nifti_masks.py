@@ -1,4 +1,4 @@
-"""NIfTI masks of DICOM images, held against the place where the image lies."""
+"""NIfTI masks of DICOM images, checked against the images' positions."""
 
 from __future__ import annotations
 

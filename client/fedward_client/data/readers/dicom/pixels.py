@@ -1,4 +1,4 @@
-"""DICOM pixels as the modality means them: HU for CT; grey with bright high; colour as RGB.
+"""DICOM pixels in modality units: HU for CT; greyscale with bright high; colour as RGB.
 
 PS3.3 sections: pixel module C.7.6.3, modality LUT C.11.1, VOI LUT C.11.2, functional groups
 C.7.6.16. Only one frame is decoded at a time.

@@ -1,4 +1,4 @@
-"""Trees of DICOM files, as an archive exports them.
+"""Reader for folders of DICOM files, as exported by an archive.
 
 Files are found by what they are, not by suffix. Labels come from ``labels.csv``, keyed by one of
 SOPInstanceUID, SeriesInstanceUID, StudyInstanceUID, AccessionNumber, PatientID or file (or from

@@ -1,4 +1,4 @@
-"""Contours of a structure set as masks (PS3.3, A.19 and C.8.8.6)."""
+"""RTSTRUCT contours as masks (PS3.3, A.19 and C.8.8.6)."""
 
 from __future__ import annotations
 

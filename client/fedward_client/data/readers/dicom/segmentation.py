@@ -1,4 +1,4 @@
-"""Frames of DICOM segmentations: binary, fractional, and label maps (PS3.3, A.51 and C.8.20)."""
+"""DICOM SEG frames: binary, fractional, and label map (PS3.3, A.51 and C.8.20)."""
 
 from __future__ import annotations
 

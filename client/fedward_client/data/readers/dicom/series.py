@@ -1,4 +1,4 @@
-"""Frames of a series as one volume: in order, upright, turned to RAS."""
+"""Frames of a DICOM series as one volume: sorted, tilt-corrected, turned to RAS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What kind of file this is, by its first bytes or its class."""
+"""Detect the kind of a file from its first bytes or its SOP class."""
 
 from __future__ import annotations
 
