@@ -29,26 +29,58 @@ line's own (unknown option, missing argument).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedward.rule_codes import RuleCode, Values
+
 
 class FedwardError(Exception):
     """Base of all errors raised on purpose.
 
     Parameters
     ----------
-    rule : str
-        What must hold, as a sentence without its full stop.
+    rule : str or RuleCode
+        What must hold, as a sentence without its full stop; or its code, whose text that is.
     value : object, optional
-        What was found instead; left out of the message when None.
+        What was found instead; left out of the message when None. By default what the code's text
+        says was found.
     fix : str
         What to do next, as a sentence without its full stop.
     where : str
         The key, argument or site that the rule is about.
+    code : RuleCode, optional
+        Of a rule that may leave a hospital, where ``rule`` says more than the code's text: rule,
+        value, fix and where stay at the hospital, code and values may leave it.
+    values : mapping, optional
+        The values that the code declares.
+
+    Raises
+    ------
+    ValueError
+        The values are not those that the code declares.
     """
 
     exit_code = 1
 
-    def __init__(self, rule: str, *, value: object = None, fix: str = "", where: str = "") -> None:
-        self.rule, self.value, self.fix, self.where = rule, value, fix, where
+    def __init__(
+        self,
+        rule: str | RuleCode,
+        *,
+        value: object = None,
+        fix: str = "",
+        where: str = "",
+        code: RuleCode | None = None,
+        values: Values | None = None,
+    ) -> None:
+        if not isinstance(rule, str):
+            code = rule
+        self.code = code
+        self.values: Values = code.coarse(values or {}) if code else {}
+        if code and not isinstance(rule, str):
+            rule, found = code.rule(self.values), code.found(self.values)
+            value = found or None if value is None else value
+        self.rule, self.value, self.fix, self.where = str(rule), value, fix, where
         super().__init__(self._message())
 
     def _message(self) -> str:
@@ -63,13 +95,17 @@ class FedwardError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Worker processes send errors back; keyword-only arguments need this help.
-        return _rebuild, (type(self), self.rule, self.value, self.fix, self.where)
+        return _rebuild, (type(self), self.rule, _parts(self))
 
 
-def _rebuild(
-    kind: type[FedwardError], rule: str, value: object, fix: str, where: str
-) -> FedwardError:
-    return kind(rule, value=value, fix=fix, where=where)
+def _parts(error: FedwardError) -> dict[str, Any]:
+    """The keyword arguments that make the same error again."""
+    names = ("value", "fix", "where", "code", "values")
+    return {name: getattr(error, name) for name in names}
+
+
+def _rebuild(kind: type[FedwardError], rule: str, parts: dict[str, Any]) -> FedwardError:
+    return kind(rule, **parts)
 
 
 class PlanError(FedwardError):

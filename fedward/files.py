@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from fedward.errors import OutputError, ServiceError
+from fedward.rule_codes import RuleCode
 
 
 def write_private(
@@ -51,6 +52,7 @@ def write_private(
     except OSError as error:
         raise OutputError(
             "the folder of the result must be writable",
+            code=RuleCode.STATE_WRITABLE,
             value=os.strerror(error.errno or 0),
             fix="Choose another, or free some space",
         ) from None

@@ -8,15 +8,25 @@ identifier or a date: texts are plan vocabulary, site names and fixed rules.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
-from fedward.errors import ProtocolError
+from fedward.errors import FedwardError, ProtocolError
 from fedward.plan.load import from_canonical
 from fedward.plan.schema import Plan
 from fedward.printable import Printable
+from fedward.rule_codes import GENERAL, RECORDS, RuleCode, Value
 
 SITE_NAME = r"^\w[\w. -]{0,63}$"
 SiteName = Annotated[str, Field(pattern=SITE_NAME)]
@@ -68,10 +78,14 @@ class Record(BaseModel):
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
             key = ".".join(str(part) for part in first["loc"])
+            key = key if key in cls.model_fields else ""
+            values = {"record": cls.__name__, "field": key or "record"}
             raise ProtocolError(
                 f"a {cls.__name__} record must be valid: {first['msg']}",
                 fix="Run the same Fedward release on both ends",
-                where=key if key in cls.model_fields else "",
+                where=key,
+                code=RuleCode.RECORD if cls.__name__ in RECORDS else None,
+                values=values,
             ) from None
 
 
@@ -201,14 +215,98 @@ class EvaluateOutcome(Record):
     epsilon: Figure | None = None
 
 
+def _code(name: object) -> object:
+    return RuleCode.from_wire(name) if isinstance(name, str) else name
+
+
 class Refusal(Record):
     """Up, in place of an outcome: a site could not or would not; never a traceback.
 
-    ``kind`` says whose turn it is: a hospital's officer (policy, pending, paused), the privacy
-    budget, the data, or whoever runs the software; ``arrays`` asks for the frozen arrays that an
-    order names and that the site does not hold. ``charged`` is False where the site's ledger
-    holds no charge for the round; where it is absent, the round may have cost privacy.
+    It holds no text: a code of this release's list, and the numbers and words of closed lists that
+    the code declares. On the wire each value has a key of its own, ``value.NAME``.
+
+    Attributes
+    ----------
+    site, round : str, int
+        Whose refusal it is, and in which round (0 outside rounds).
+    kind : str
+        Whose turn it is: a hospital's officer (policy, pending, paused), the privacy budget, the
+        data, or whoever runs the software; ``arrays`` asks for the frozen arrays that an order
+        names and that the site does not hold.
+    code, values : RuleCode, dict
+        Which rule did not hold, and what was found.
+    charged : bool or None
+        False where the site's ledger holds no charge for the round; where it is absent, the round
+        may have cost privacy.
     """
+
+    site: SiteName
+    kind: RefusalKind = "error"
+    round: Count
+    code: Annotated[RuleCode, BeforeValidator(_code), PlainSerializer(lambda code: code.wire)]
+    values: Mapping[str, Value] = Field(default_factory=dict)
+    charged: Literal[False] | None = None
+
+    @model_validator(mode="after")
+    def _as_declared(self) -> Refusal:
+        self.code.checked(self.values)
+        return self
+
+    @property
+    def rule(self) -> str:
+        """What must hold, in words."""
+        return self.code.rule(self.values)
+
+    @property
+    def value(self) -> str:
+        """What was found, in words; "" where that is not told."""
+        return self.code.found(self.values)
+
+    @classmethod
+    def of(cls, error: FedwardError, *, site: str, round_: int, kind: RefusalKind) -> Refusal:
+        """The refusal for an error: its code and values, or what its kind says in general."""
+        code = error.code or GENERAL[kind]
+        return cls(site=site, round=round_, kind=kind, code=code, values=dict(error.values))
+
+    def to_flat(self) -> Flat:
+        """The record as scalars and lists."""
+        flat = {key: value for key, value in super().to_flat().items() if key != "values"}
+        values = {f"{_VALUE}{name}": value for name, value in self.values.items()}
+        return flat | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Any]) -> Self:
+        """Validate what arrived.
+
+        A code that this release does not know, and the sentence of a release before codes, become
+        what the refusal's kind says in general: a site may run another release.
+
+        Raises
+        ------
+        ProtocolError
+            The mapping is not a valid refusal.
+        """
+        if "rule" in flat and "code" not in flat:
+            old = _Sentence.from_flat(flat).model_dump(include={"site", "kind", "round", "charged"})
+            return cls(**old, code=GENERAL[old["kind"]])
+        record = {key: value for key, value in flat.items() if not key.startswith(_VALUE)}
+        values = {key.removeprefix(_VALUE): flat[key] for key in flat.keys() - record.keys()}
+        name, general = record.get("code"), GENERAL.get(str(record.get("kind", "error")))
+        named = isinstance(name, str) and _NAME.fullmatch(name) is not None
+        if general and named and RuleCode.from_wire(str(name)) is None:
+            record, values = {**record, "code": general.wire}, {}
+        if "values" in record:  # not in one piece: as unknown as any other key
+            record = {f"{key}." if key == "values" else key: one for key, one in record.items()}
+        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return super().from_flat({**record, "values": tuples})
+
+
+_VALUE: Final = "value."
+_NAME: Final = re.compile(r"[a-z0-9-]{1,64}")
+
+
+class _Sentence(Record):
+    """A refusal of a release before codes; its text is not shown."""
 
     site: SiteName
     kind: RefusalKind = "error"

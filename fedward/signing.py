@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from fedward.errors import ProtocolError
 from fedward.flower.tensors import Arrays, digest
 from fedward.protocol import RoundOrder
+from fedward.rule_codes import RuleCode
 
 _ORDER: Final = b"fedward order 1\n"
 
@@ -78,12 +79,12 @@ def verify_order(order: RoundOrder, task: str, arrays: Arrays) -> str:
         key.verify(signature, signed_bytes(order))
     except (ValueError, binascii.Error, InvalidSignature):
         raise ProtocolError(
-            "an order must be signed by its coordinator",
+            RuleCode.SIGNED,
             fix="Ask the coordinator to submit the study again",
         ) from None
     if order.task != task or order.arrays != (digest(arrays) if arrays else ""):
         raise ProtocolError(
-            "an order must come with the task and the model that its coordinator signed",
+            RuleCode.SIGNED_MODEL,
             fix="Ask the coordinator to send it again",
         )
     return fingerprint(public)

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from fedward.errors import FedwardError, ProtocolError
 from fedward.plan.schema import Plan
-from fedward.printable import printable
 from fedward.protocol import Record, Refusal, RoundOrder, TrainOutcome
+from fedward.rule_codes import EXCEPTIONS, RuleCode
 from fedward_client.egress.disclosure import noise_for
 from fedward_client.policy.settings import Limits
 from fedward_client.training.trainer import Trainer
@@ -64,20 +64,15 @@ def _answer(sites: Sites, message: Message, context: Context, handle: Handler) -
         round_ = order.round
         content = handle(sites.trainer(context, order.read_plan()), order, message)
     except FedwardError as error:
-        content = _refusal(site, round_, error.rule, _got(error))
+        content = _refusal(Refusal.of(error, site=site, round_=round_, kind="error"))
     except Exception as error:
         # What went wrong may quote a path or an identifier: the log stays here, the class goes.
         _LOG.exception("an unexpected error stopped the site in round %d", round_)
-        content = _refusal(
-            site, round_, "an unexpected error stopped the site", type(error).__name__
-        )
+        name = type(error).__name__
+        values = {"error": name if name in EXCEPTIONS else "Exception"}
+        code = RuleCode.UNEXPECTED
+        content = _refusal(Refusal(site=site, round=round_, code=code, values=values))
     return Message(content, reply_to=message)
-
-
-def _got(error: FedwardError) -> str:
-    """Which key, and what stood there."""
-    found = "" if error.value is None else str(error.value)
-    return ": ".join(part for part in (error.where, found) if part)
 
 
 def _describe(trainer: Trainer, order: RoundOrder, message: Message) -> RecordDict:
@@ -111,7 +106,7 @@ def _weight(plan: Plan, outcome: TrainOutcome) -> float:
 def _order(message: Message) -> RoundOrder:
     record = message.content.config_records.get("config")
     if record is None:
-        raise ProtocolError("a message must carry an order", fix="Send a RoundOrder record")
+        raise ProtocolError(RuleCode.ORDER, fix="Send a RoundOrder record")
     flat = {key: value for key, value in record.items() if key not in _ADDED_BY_STRATEGIES}
     return RoundOrder.from_flat(flat)
 
@@ -133,7 +128,5 @@ def _config(record: Record) -> ConfigRecord:
     return ConfigRecord(record.to_flat())  # type: ignore[arg-type]
 
 
-def _refusal(site: str, round_: int, rule: str, value: str) -> RecordDict:
-    rule, value = printable(rule)[:500], printable(value)[:200]
-    refusal = Refusal(site=site, round=round_, rule=rule, value=value)
+def _refusal(refusal: Refusal) -> RecordDict:
     return RecordDict({"refusal": _config(refusal)})

@@ -8,8 +8,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from fedward.errors import FedwardError, ProtocolError
 from fedward.flower.tensors import FROZEN, PACKED, Arrays, pack, unpack
-from fedward.printable import printable
 from fedward.protocol import Refusal, RefusalKind, RoundOrder, TrainOutcome
+from fedward.rule_codes import RuleCode
 from fedward_client.connector.frozen import FrozenArrays, Lacking
 from fedward_client.link.messages import TrainerMessage
 
@@ -65,18 +65,14 @@ def to_reply(packet: TrainerMessage, order: TrainerMessage) -> RecordDict:
             )
         case "refusal":
             return RecordDict({"refusal": config})
-    raise ProtocolError("an answer must be of a known kind", value=packet.kind)
+    raise ProtocolError(RuleCode.ANSWER_KIND, value=packet.kind)
 
 
 def refusal(site: str, order: TrainerMessage | None, error: FedwardError) -> TrainerMessage:
     """A refusal by the connector itself."""
-    round_ = order.record.get("round", 0) if order else 0
-    made = Refusal(
-        site=site,
-        kind=_kind(error),
-        round=round_ if isinstance(round_, int) and round_ >= 0 else 0,
-        rule=printable(error.rule)[:500],
-    )
+    asked = order.record.get("round", 0) if order else 0
+    round_ = asked if isinstance(asked, int) and asked >= 0 else 0
+    made = Refusal.of(error, site=site, round_=round_, kind=_kind(error))
     return TrainerMessage("refusal", dict(made.to_flat()))
 
 

@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar
 
 from fedward.errors import DeviceError, Interrupted
+from fedward.rule_codes import RuleCode
 from fedward_client.daemon.isolation import undumpable
 
 # What a process does with memory that it has freed.
@@ -184,7 +185,7 @@ def fork(
                 if not isinstance(error, OSError | EOFError):
                     raise
     raise DeviceError(
-        "this machine must let a process be started that reads images",
+        RuleCode.PROCESSES,
         fix="Free some memory, or raise the limit of processes; it needs Linux 5.3 or later",
     )
 

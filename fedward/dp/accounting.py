@@ -29,6 +29,7 @@ from opacus.accountants.utils import get_noise_multiplier
 
 from fedward.errors import PrivacyError
 from fedward.plan.schema import Plan
+from fedward.rule_codes import RuleCode
 
 _MOST_NOISE = 1e6
 _ERROR = 0.01  # that the accountant may make in ε, always upwards
@@ -68,7 +69,9 @@ def sampling_rate(plan: Plan, patients: int) -> float:
         The site has no training patient.
     """
     if patients < 1:
-        raise PrivacyError("private training needs patients", value=patients, fix="Bring more data")
+        raise PrivacyError(
+            RuleCode.NEEDS_PATIENTS, values={"patients": patients}, fix="Bring more data"
+        )
     if plan.privacy.sampling_rate is not None:
         return plan.privacy.sampling_rate
     return min(1.0, plan.training.batch_size / patients)
@@ -91,9 +94,7 @@ def calibrate(plan: Plan, patients: int) -> Mechanism:
     """
     target = plan.privacy
     if target.epsilon is None or target.delta is None:
-        raise PrivacyError(
-            "a plan without privacy has no noise to calibrate", fix="Set privacy.epsilon"
-        )
+        raise PrivacyError(RuleCode.NEEDS_PRIVACY, fix="Set privacy.epsilon")
     rate = sampling_rate(plan, patients)
     steps = steps_per_round(plan, rate) * plan.rounds
     return Mechanism(noise_for(target.epsilon, target.delta, rate, steps), rate, steps)
@@ -112,7 +113,8 @@ def noise_for(epsilon: float, delta: float, rate: float, steps: int) -> float:
     noise = _tighten(_safe_start(epsilon, delta, rate, steps), cost, epsilon)
     if noise > _MOST_NOISE:
         raise PrivacyError(
-            "the target must be reachable with finite noise",
+            RuleCode.TARGET,
+            values={"epsilon": epsilon, "delta": delta, "steps": steps, "rate": rate},
             value=f"epsilon {epsilon}, delta {delta}, {steps} steps at rate {rate:.4g}",
             fix="Raise epsilon or delta, or plan fewer steps",
             where="privacy",
@@ -190,7 +192,8 @@ def epsilon_spent(noise_multiplier: float, rate: float, steps: int, delta: float
     if spent is not None:
         return spent
     raise PrivacyError(
-        "the cost of a study must be within what can be accounted",
+        RuleCode.COST,
+        values={"noise": noise_multiplier, "steps": steps, "rate": rate, "delta": delta},
         value=f"noise {noise_multiplier:.4g}, {steps} steps at rate {rate:.4g}, delta {delta}",
         fix="Plan fewer steps, or a larger delta",
         where="privacy",
@@ -302,7 +305,7 @@ def _composed(history: tuple[tuple[float, float, int], ...], delta: float) -> fl
     if spent is not None:
         return spent
     raise PrivacyError(
-        "the cost of studies must be within what can be accounted",
+        RuleCode.COSTS,
         value=f"{sum(steps for *_, steps in history)} steps of {len(history)} kinds",
         fix="Plan more noise, or a larger delta",
         where="privacy",

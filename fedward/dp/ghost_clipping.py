@@ -41,6 +41,7 @@ from fedward.dp.layers import (
 )
 from fedward.errors import ModelError
 from fedward.models.clipping import block_norms, factors, product_norms
+from fedward.rule_codes import RuleCode
 
 # A ghost norm costs T²(d + p) products and spares d·p floats that are written once and read twice:
 # one such float takes about as long as so many products (benchmarks/dp.py).
@@ -135,7 +136,7 @@ def keep_books(module: nn.Module) -> GradSampleModuleFastGradientClipping:
         own = [p for p in layer.parameters(recurse=False) if p.requires_grad]
         if own and not isinstance(layer, (*SAMPLED_WEIGHTED, SampledGroupNorm)):
             raise ModelError(
-                "book-keeping takes convolutions, linear layers and group norms",
+                RuleCode.BOOKKEEPING,
                 value=f"{type(layer).__name__} {name}",
                 fix="Choose hooks",
             )

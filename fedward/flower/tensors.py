@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fedward.errors import ProtocolError
+from fedward.rule_codes import RuleCode
 
 PACKED: Final = "packed"
 # The record of a message with the arrays that do not train.
@@ -75,6 +76,6 @@ def digest(arrays: Mapping[str, NDArray[Any]]) -> str:
 
 def _broken() -> ProtocolError:
     return ProtocolError(
-        "packed arrays must be in the safetensors format with their names",
+        RuleCode.TENSORS,
         fix="Run the same Fedward release on both ends",
     )

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedward.errors import ModelError, PlanError, ProtocolError
+from fedward.rule_codes import RuleCode
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -20,7 +21,7 @@ _RESEND = "Send counts that this release has made"
 
 def refuse(rule: str, value: object = None) -> ProtocolError:
     """The error for counts that are not what they should be."""
-    return ProtocolError(rule, value=value, fix=_RESEND, where="counts")
+    return ProtocolError(rule, value=value, fix=_RESEND, where="counts", code=RuleCode.COUNTS)
 
 
 def same_names(arrays: Mapping[str, NDArray[Any]], names: Iterable[str]) -> None:
@@ -67,7 +68,10 @@ def known(kind: str, names: Sequence[str], have: Iterable[str]) -> None:
     """Raise PlanError for a figure that these counts cannot give."""
     if unknown := sorted(set(names) - set(have)):
         raise PlanError(
-            f"{kind} has no such metric", value=unknown[0], fix="Remove it from the plan"
+            f"{kind} has no such metric",
+            value=unknown[0],
+            fix="Remove it from the plan",
+            code=RuleCode.METRIC,
         )
 
 
@@ -81,7 +85,7 @@ def loss_sum(losses: NDArray[Any], n: int) -> Floats:
     """
     each = np.asarray(losses, dtype=np.float64)
     if each.shape != (n,) or not np.isfinite(each).all() or (each < 0).any():
-        raise ModelError("losses must be one finite number, 0 or more, for each image")
+        raise ModelError(RuleCode.LOSSES)
     return np.array([each.sum(), n], dtype=np.float64)
 
 

@@ -22,6 +22,7 @@ from fedward.integrity import check_model, unreadable
 from fedward.models.patterns import matches
 from fedward.models.registry import outline
 from fedward.plan.schema import Plan
+from fedward.rule_codes import RuleCode
 
 Arrays = dict[str, NDArray[np.float32]]
 
@@ -75,7 +76,7 @@ def to_arrays(model: nn.Module) -> Arrays:
 def _array(name: str, tensor: torch.Tensor) -> NDArray[np.float32]:
     if not tensor.is_floating_point():
         raise ModelError(
-            "every exchanged tensor must be of floating point",
+            RuleCode.ARRAYS_FLOATING,
             value=str(tensor.dtype),
             fix="Use the models of the registry",
             where=name,
@@ -106,8 +107,8 @@ def from_arrays(
     state = model.state_dict()
     if not partial and (missing := [name for name in state if name not in arrays]):
         raise ModelError(
-            "the arrays must cover the whole model",
-            value=f"{len(missing)} missing",
+            RuleCode.ARRAYS_COVER,
+            values={"missing": len(missing)},
             fix="Send every array",
             where=missing[0],
         )
@@ -121,23 +122,22 @@ def from_arrays(
 
 def _check(name: str, array: NDArray[np.float32], state: Mapping[str, torch.Tensor]) -> None:
     if name not in state:
-        raise ModelError(
-            "the model has no such array", fix="Build both ends from one plan", where=name
-        )
+        raise ModelError(RuleCode.ARRAYS_KNOWN, fix="Build both ends from one plan", where=name)
     if array.shape != (shape := tuple(state[name].shape)):
         raise ModelError(
             f"the array must have shape {shape}",
+            code=RuleCode.ARRAYS_SHAPE,
             value=array.shape,
             fix="Build both ends from one plan",
             where=name,
         )
     if array.dtype != np.float32:
         raise ModelError(
-            "arrays must be float32", value=str(array.dtype), fix="Convert it", where=name
+            RuleCode.ARRAYS_FLOAT32, value=str(array.dtype), fix="Convert it", where=name
         )
     if not np.isfinite(array).all():
         raise ModelError(
-            "arrays must be finite",
+            RuleCode.ARRAYS_FINITE,
             fix="Lower the learning rate, or leave it out",
             where=name,
         )
@@ -152,10 +152,11 @@ def trainable_names(model: nn.Module, patterns: Sequence[str]) -> tuple[str, ...
         A pattern matches no parameter.
     """
     names = [name for name, _ in model.named_parameters()]
-    for pattern in patterns:
+    for number, pattern in enumerate(patterns, start=1):
         if not any(matches(name, pattern) for name in names):
             raise ModelError(
-                "every pattern must match a parameter of the model",
+                RuleCode.PATTERN,
+                values={"pattern": number},
                 value=pattern,
                 fix=f"The names look like {names[0]} and {names[-1]}",
                 where="stages.train",
@@ -174,7 +175,7 @@ def freeze(model: nn.Module, names: Iterable[str]) -> None:
     wanted, parameters = set(names), dict(model.named_parameters())
     if unknown := sorted(wanted - set(parameters)):
         raise ModelError(
-            "the model has no such parameter", fix="Take names from the model", where=unknown[0]
+            RuleCode.PARAMETER_KNOWN, fix="Take names from the model", where=unknown[0]
         )
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in wanted)

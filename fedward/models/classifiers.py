@@ -21,6 +21,7 @@ from fedward.dp.compat import (
 )
 from fedward.errors import PlanError
 from fedward.plan.schema import Plan
+from fedward.rule_codes import RuleCode
 
 # Layers that the public networks need and PyTorch has not: frozen statistics and TF padding.
 
@@ -271,7 +272,8 @@ def build_resnet(plan: Plan) -> nn.Module:
     planes = plan.model.channels or _RESNET_CHANNELS
     if len(planes) != len(_RESNET_CHANNELS):
         raise PlanError(
-            f"{plan.model.name} has four levels",
+            RuleCode.MODEL_LEVELS,
+            values={"model": plan.model.name},
             value=planes,
             fix="Give four widths, or leave channels out",
             where="model.channels",
@@ -322,7 +324,8 @@ def build_lite0(plan: Plan) -> nn.Module:
     _refuse_dropout(plan)
     if plan.task.dimensions != 2 or plan.preprocessing.channels != 3:
         raise PlanError(
-            "efficientnet-lite0 takes 2D images of 3 channels",
+            RuleCode.MODEL_INPUT,
+            values={"model": plan.model.name},
             fix="Set dimensions = 2 and channels = 3, or choose another model",
             where="model.name",
         )
@@ -377,7 +380,8 @@ def _same_pad(conv: nn.Module) -> nn.Module:
 def _refuse_channels(plan: Plan) -> None:
     if plan.model.channels is not None:
         raise PlanError(
-            f"{plan.model.name} has fixed widths",
+            RuleCode.MODEL_WIDTHS,
+            values={"model": plan.model.name},
             value=plan.model.channels,
             fix="Remove channels, or choose cnn or a ResNet",
             where="model.channels",
@@ -387,7 +391,8 @@ def _refuse_channels(plan: Plan) -> None:
 def _refuse_dropout(plan: Plan) -> None:
     if plan.model.dropout:
         raise PlanError(
-            f"{plan.model.name} has no dropout",
+            RuleCode.MODEL_DROPOUT,
+            values={"model": plan.model.name},
             value=plan.model.dropout,
             fix="Remove dropout, or choose another model",
             where="model.dropout",

@@ -13,6 +13,7 @@ from torch import nn
 from fedward.errors import ModelError, PlanError
 from fedward.models import classifiers, segmenters
 from fedward.plan.schema import ModelName, Plan
+from fedward.rule_codes import RuleCode
 from fedward.startup import plain_shapes
 
 GradSampleMode = Literal["hooks", "functorch", "bookkeeping"]
@@ -78,7 +79,8 @@ def _check_size(plan: Plan) -> None:
     if _output_shape(plan.model_dump_json()) == expected:
         return
     raise PlanError(
-        f"{plan.model.name} cannot take images of this size",
+        RuleCode.MODEL_SIZE,
+        values={"model": plan.model.name},
         value="x".join(map(str, plan.preprocessing.size)),
         fix="Make the sides larger, or multiples of 16",
         where="preprocessing.size",

@@ -10,6 +10,7 @@ from torch import nn
 from fedward.dp.compat import make_private
 from fedward.errors import PlanError
 from fedward.plan.schema import Plan
+from fedward.rule_codes import RuleCode
 
 _UNET_CHANNELS = (16, 32, 64, 128)
 _BASIC_CHANNELS = (32, 32, 64, 128, 256, 32)
@@ -86,6 +87,8 @@ def build_attention_unet(plan: Plan) -> nn.Module:
 def _wrong_channels(plan: Plan, rule: str) -> PlanError:
     return PlanError(
         f"{plan.model.name} {rule}",
+        code=RuleCode.MODEL_CHANNELS,
+        values={"model": plan.model.name},
         value=plan.model.channels,
         fix="Change the widths, or leave channels out",
         where="model.channels",

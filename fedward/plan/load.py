@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from fedward.errors import PlanError
 from fedward.plan.messages import plan_error
 from fedward.plan.schema import Plan
+from fedward.rule_codes import RuleCode
 
-_HUGE = ("a number in a plan must fit into 64 bits", "Write fewer digits")
-_DEEP = ("a plan is at most a few tables deep", "Flatten its nested lists and tables")
+_HUGE = (RuleCode.PLAN_NUMBER, "Write fewer digits")
+_DEEP = (RuleCode.PLAN_DEPTH, "Flatten its nested lists and tables")
 
 
 def load_plan(path: Path) -> Plan:
@@ -91,17 +92,15 @@ def from_canonical(text: str) -> Plan:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise PlanError("a plan on the wire must be canonical JSON", fix="Send it again") from error
+        raise PlanError(RuleCode.PLAN_JSON, fix="Send it again") from error
     except ValueError:  # more digits than Python reads
         raise PlanError(_HUGE[0], fix=_HUGE[1]) from None
     except RecursionError:
         raise PlanError(_DEEP[0], fix=_DEEP[1]) from None
     if not isinstance(value, dict):
-        raise PlanError(
-            "a plan on the wire must be an object", value=type(value).__name__, fix="Send it again"
-        )
+        raise PlanError(RuleCode.PLAN_OBJECT, value=type(value).__name__, fix="Send it again")
     plan = plan_from(value)
     if canonical(plan) != text:
         # One plan has one text and one hash; else a denied one would come back under another.
-        raise PlanError("a plan on the wire must be canonical JSON", fix="Send it again")
+        raise PlanError(RuleCode.PLAN_JSON, fix="Send it again")
     return plan

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from fedward.errors import FedwardError, PlanError
+from fedward.rule_codes import RuleCode, plan_key
 
 _TYPES = {
     "string_type": ("must be text", "Write it in quotes"),
@@ -52,7 +53,11 @@ def schema_error(error: ValidationError, kind: type[FedwardError]) -> FedwardErr
     rule, fix = _rule(first)
     if more:
         fix = f"{fix}. {more} more to mend after this one"
-    return kind(rule, value=_value(first), fix=fix, where=_where(first))
+    where = _where(first)
+    about: dict[str, Any] = {}
+    if kind is PlanError:
+        about = {"code": RuleCode.PLAN_KEY, "values": {"key": plan_key(where)}}
+    return kind(rule, value=_value(first), fix=fix, where=where, **about)
 
 
 def _value(first: ErrorDetails) -> str | None:

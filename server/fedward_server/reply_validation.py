@@ -24,6 +24,7 @@ from fedward.metrics.private_counts import (
 )
 from fedward.plan.schema import Plan
 from fedward.protocol import EvaluateOutcome, Refusal, SiteFacts, TrainOutcome
+from fedward.rule_codes import RuleCode
 
 Shapes = Mapping[str, NDArray[Any]]
 _PARTS: Final = ("train", "validation", "test")
@@ -69,13 +70,13 @@ class InvalidReply:
 
 
 # What a site refuses, or what is refused of it, where training diverged.
+_TOO_FAR: Final = "an update must lie within a distance of the model"
 _DIVERGED: Final = frozenset(
     {
-        "an update must be finite",
-        "an update must lie within a distance of the model",
-        "arrays must be finite",
-        "losses must be one finite number, 0 or more, for each image",
-        "probabilities must lie in 0 to 1",
+        RuleCode.UPDATE_FINITE,
+        RuleCode.ARRAYS_FINITE,
+        RuleCode.LOSSES,
+        RuleCode.PROBABILITIES,
     }
 )
 
@@ -213,7 +214,7 @@ class _Refused(ProtocolError):
 
 
 def _bad(error: FedwardError) -> InvalidReply:
-    diverged = error.rule in _DIVERGED
+    diverged = error.code in _DIVERGED or error.rule == _TOO_FAR
     if not isinstance(error, _Refused):
         return InvalidReply(str(error), "invalid", diverged=diverged)
     silent = error.rule in _NO_ANSWER.values()
@@ -233,7 +234,7 @@ def _config(message: Message, key: str) -> dict[str, Any]:
     content = message.content
     if "refusal" in content.config_records:
         refusal = Refusal.from_flat(dict(content.config_records["refusal"]))
-        refused = _Refused(refusal.rule, value=refusal.value or None)
+        refused = _Refused(refusal.code, values=refusal.values)
         refused.kind, refused.uncharged = refusal.kind, refusal.charged is False
         raise refused
     if key not in content.config_records:
@@ -317,12 +318,12 @@ def _check_arrays(record: ArrayRecord, expected: Shapes, most_change: float) -> 
                 "an update's arrays must have the model's shapes and dtypes", value=name
             )
         if not np.isfinite(value).all():
-            raise ProtocolError("an update must be finite", value=name)
+            raise ProtocolError(RuleCode.UPDATE_FINITE, value=name)
         change += _square(np.subtract(value, reference, dtype=np.float64))
         size += _square(reference.astype(np.float64))
     if math.sqrt(change) > most_change * max(1.0, math.sqrt(size)):
         raise ProtocolError(
-            "an update must lie within a distance of the model",
+            _TOO_FAR,
             value=f"{math.sqrt(change) / max(1.0, math.sqrt(size)):.3g} times the model's norm",
         )
     return math.sqrt(change)

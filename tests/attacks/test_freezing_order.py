@@ -17,13 +17,15 @@ from typing import Any
 
 import pytest
 
-from fedward import rule_codes
 from fedward.errors import PlanError
 from fedward.models import build_model, to_arrays
 from fedward.models.arrays import trainable_names
 from fedward.plan.load import canonical, from_canonical, plan_hash
 from fedward.plan.schema import Plan
-from fedward_client.egress.gate import AllowList
+from fedward.protocol import Refusal
+from fedward.rule_codes import RuleCode
+from fedward_client.egress.gate import Gate
+from fedward_client.policy.settings import Limits
 
 Make = Callable[..., Any]
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,10 +94,12 @@ def unchecked(plan: Plan, patterns: tuple[str, ...]) -> Plan:
 def test_words_of_a_plan_cost_no_more_than_other_text(make_plan: Make, text: str) -> None:
     """Was exponential: 33 characters took a second, each 4 more twice as long."""
     plan = make_plan(task={"classes": [*WORDS, *(f"a{n}" for n in range(200))]})
-    vocabulary = AllowList(plan)
+    gate = Gate(plan, Limits(), site="north", facts=None, max_upload_mib=1.0)
+    values = {"reasons": (text, *plan.task.classes)}
     began = time.process_time()
-    vocabulary.value(text)
-    vocabulary.rule(text)
+    for code, words in ((text, {}), (RuleCode.MODEL, {"model": text}), (RuleCode.IMAGES, values)):
+        said = Refusal.model_construct(site="x", round=1, kind="data", code=code, values=words)
+        assert gate.check_refusal(said).code is RuleCode.DATA
     assert time.process_time() - began < 1.0
 
 
@@ -185,7 +189,7 @@ def test_an_order_that_hangs_within_native_code_stops_no_command(
     restarted = site.daemon.children()["trainer"]
     for round_ in (1, 2):  # the same again, and the next round of the same plan
         again = coordinator.ask(site.node, coordinator.order(hang, round_, "hang-1"))
-        assert refusal_of(again) == ("policy", rule_codes.STOPS_TRAINER)
+        assert refusal_of(again) == ("policy", RuleCode.STOPS_TRAINER.text)
     assert site.told("watchdog") == [{"what": "train", "study": "hang-1", "plan": plan_hash(hang)}]
     assert "outcome" in coordinator.ask(site.node, coordinator.order(plan, 1, "other"))
     assert site.daemon.call("pause") == {"paused": True}
@@ -214,10 +218,10 @@ def test_the_officer_is_answered_while_the_trainer_answers_nothing(
     until(lambda: hospital.trainer.get("connector") == "hidden")
     assert hospital.daemon.call("status")["trainer"]["doing"] == "idle"
     ask = lambda: coordinator.ask(hospital.node, coordinator.order(plan, 2, "denied"))  # noqa: E731
-    assert refusal_of(ask()) == ("policy", rule_codes.DENIED)
+    assert refusal_of(ask()) == ("policy", RuleCode.DENIED.text)
     assert refusal_of(coordinator.ask(hospital.node, coordinator.order(plan, 1, "another"))) == (
         "paused",
-        rule_codes.PAUSED,
+        RuleCode.PAUSED.text,
     )
     assert hospital.daemon.call("resume") == {"paused": False}
     assert hospital.whole

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from fedward import rule_codes
 from fedward.plan.schema import Plan
+from fedward.rule_codes import RuleCode
 
 pytestmark = pytest.mark.integration
 Make = Callable[..., Any]
@@ -54,7 +54,7 @@ def test_no_order_comes_through_a_connector_that_can_read_images(
         for what, task in (("query", "describe"), ("train", "train"), ("evaluate", "evaluate")):
             order = coordinator.order(plan, 1, "open", task=task)
             answer = coordinator.ask(site.node, order, what)
-            assert refusal_of(answer) == ("policy", rule_codes.CONNECTOR)
+            assert refusal_of(answer) == ("policy", RuleCode.CONNECTOR.text)
         assert "no order is carried out" in " ".join(
             site.daemon.call("status")["trainer"]["warnings"]
         )

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rule_values import sample
 
 from fedward.errors import PlanError, ProtocolError
 from fedward.plan import canonical, plan_hash
 from fedward.printable import printable
-from fedward.protocol import EvaluateOutcome, Record, Refusal, RoundOrder, SiteFacts, TrainOutcome
+from fedward.protocol import (
+    EvaluateOutcome,
+    Record,
+    Refusal,
+    RefusalKind,
+    RoundOrder,
+    SiteFacts,
+    TrainOutcome,
+)
+from fedward.rule_codes import GENERAL, RuleCode
 
 NAMES = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._ -]{0,63}\Z")
 COUNTS = st.integers(0, 2**60)
@@ -61,7 +72,12 @@ RECORDS: dict[type[Record], st.SearchStrategy[Record]] = {
     EvaluateOutcome: st.builds(
         EvaluateOutcome, site=NAMES, round=COUNTS, part=PARTS, images=COUNTS, seconds=FIGURES
     ),
-    Refusal: st.builds(Refusal, site=NAMES, round=COUNTS, rule=TEXTS, value=TEXTS),
+    Refusal: st.builds(
+        lambda site, round_, code: Refusal(site=site, round=round_, code=code, values=sample(code)),
+        NAMES,
+        COUNTS,
+        st.sampled_from(RuleCode),
+    ),
 }
 EXAMPLES: list[Record] = [
     SiteFacts(
@@ -78,7 +94,7 @@ EXAMPLES: list[Record] = [
     ),
     TrainOutcome(site="a", round=1, patients=1, images=1, steps=1, seconds=0.5),
     EvaluateOutcome(site="a", round=1, part="test", images=1, seconds=0.5),
-    Refusal(site="a", round=1, rule="no"),
+    Refusal(site="a", round=1, code=RuleCode.EPSILON, values=sample(RuleCode.EPSILON)),
 ]
 one_of_each = pytest.mark.parametrize("record", EXAMPLES, ids=lambda r: type(r).__name__)
 
@@ -160,8 +176,62 @@ def test_a_site_name_is_short_and_plain(name: str) -> None:
 
 
 def test_texts_have_a_limit() -> None:
-    refuse(Refusal, {**EXAMPLES[3].to_flat(), "rule": "x" * 501})
-    refuse(Refusal, {**EXAMPLES[3].to_flat(), "value": "x" * 201})
+    sentence = {"site": "a", "round": 1, "rule": "no"}  # of a release before codes
+    assert Refusal.from_flat({**sentence, "rule": "x" * 500}).code is RuleCode.ERROR
+    refuse(Refusal, {**sentence, "rule": "x" * 501})
+    refuse(Refusal, {**sentence, "value": "x" * 201})
+
+
+@pytest.mark.parametrize(
+    ("code", "values"),
+    [
+        ("epsilon", {"asked": 8.0}),
+        ("epsilon", {"asked": 8.0, "limit": SECRET}),
+        ("epsilon", {"asked": 8.0, "limit": 4.0, SECRET: 1.0}),
+        ("epsilon", {"asked": 19610403.0, "limit": 4.0}),
+        ("epsilon", {"asked": 8, "limit": 4.0}),
+        ("epsilon", {"asked": math.inf, "limit": 4.0}),
+        ("epsilon", {"asked": math.nan, "limit": 4.0}),
+        ("trained-once", {"round": 10**400}),
+        ("trained-once", {"round": -(10**13)}),
+        ("trained-once", {"round": True}),
+        ("trained-once", {"round": 19610403}),
+        ("model", {"model": SECRET}),
+        ("model", {"model": ["cnn"]}),
+        ("model", {"model": b"cnn"}),
+        ("images-usable", {"reasons": "no label"}),
+        ("images-usable", {"reasons": ["no label", SECRET]}),
+        ("images-usable", {"reasons": ["no label"] * 9}),
+        ("images-usable", {"reasons": [["no label"]]}),
+        ("pending", {"": 1}),
+        (SECRET, {}),
+        ("", {}),
+        ("EPSILON", {"asked": 8.0, "limit": 4.0}),
+        ("a" * 64 + "\x1b", {}),
+        (None, {}),
+        (7, {}),
+    ],
+)
+def test_a_refusal_has_no_place_for_a_text(code: Any, values: dict[str, Any]) -> None:
+    flat = {"site": "a", "round": 1, "code": code}
+    flat |= {f"value.{name}": value for name, value in values.items()}
+    assert SECRET not in refuse(Refusal, flat)
+    refuse(Refusal, {"site": "a", "round": 1, "code": "epsilon", "values": values})
+    refuse(Refusal, {"site": "a", "round": 1, "code": "pending", "rule": SECRET})
+    refuse(Refusal, {"site": "a", "round": 1, "code": "pending", "value": SECRET})
+
+
+@pytest.mark.parametrize("kind", get_args(RefusalKind))
+def test_what_another_release_says_is_told_in_general(kind: RefusalKind) -> None:
+    newer = {"code": "a-rule-of-next-year", "value.patient": SECRET}
+    older = {"rule": f"a rule of {SECRET}", "value": SECRET, "charged": False}
+    for told in (newer, older):
+        made = Refusal.from_flat({"site": "a", "round": 1, "kind": kind, **told})
+        assert (made.kind, made.code, made.values) == (kind, GENERAL[kind], {})
+        assert SECRET not in repr(made) + json.dumps(made.to_flat())
+    assert made.charged is False
+    refuse(Refusal, {"site": "a", "round": 1, "kind": SECRET, **newer})
+    refuse(Refusal, {"site": "a", "round": 1, "kind": SECRET, **older})
 
 
 def test_a_plan_with_another_hash_is_refused(make_plan: Any) -> None:

@@ -16,6 +16,7 @@ from fedward.errors import StudyError
 from fedward.flower import identity
 from fedward.plan.load import plan_hash
 from fedward.protocol import Refusal, SiteFacts
+from fedward.rule_codes import GENERAL, RuleCode
 from fedward_server.config import ServerConfig
 from fedward_server.events import Event, SiteQuarantined, SiteRefused, SiteWarned, StudyStarted
 from fedward_server.job import Job, SizeLimit
@@ -153,7 +154,7 @@ def test_who_refused_to_enrol_is_absent_with_its_own_reason(job: Job) -> None:
     identity.become_server()
     grid = Replies(
         *(
-            Refusal(site=s, kind=k, round=0, rule=f"it is {k}")
+            Refusal(site=s, kind=k, round=0, code=GENERAL[k])
             for s, k in zip(("north", "south"), kinds, strict=True)
         )
     )
@@ -162,11 +163,14 @@ def test_who_refused_to_enrol_is_absent_with_its_own_reason(job: Job) -> None:
     ours.refresh()
     ours.refresh()
     told = {site: (bad.kind, bad.reason) for site, bad in ours.absent().items()}
-    assert told == {"north": ("pending", "it is pending."), "south": ("busy", "it is busy.")}
+    assert told == {
+        "north": ("pending", f"{RuleCode.PENDING.text}."),
+        "south": ("busy", f"{RuleCode.BUSY.text}."),
+    }
     assert ours._refused_for_good() == 0  # both may come in yet
 
 
-SPENT = Refusal(site="south", kind="budget", round=0, rule="the budget is spent")
+SPENT = Refusal(site="south", kind="budget", round=0, code=RuleCode.BUDGET)
 FIRST = Round(round=1, stage="all", seconds=1.0)
 
 
@@ -181,7 +185,7 @@ def enrolling(job: Job, grid: Replies, monkeypatch: pytest.MonkeyPatch) -> Parti
 @pytest.mark.parametrize(
     ("members", "left_out", "online", "told"),
     [
-        ({1: "north", 2: "south"}, {}, (1, 2), "south (budget): the budget is spent."),
+        ({1: "north", 2: "south"}, {}, (1, 2), f"south (budget): {RuleCode.BUDGET.text}."),
         ({1: "north", 2: "south"}, {}, (1,), "south (silent): not connected"),
         (
             {1: "north"},

@@ -18,6 +18,7 @@ from fedward.models import build_model, to_arrays
 from fedward.plan.load import plan_hash
 from fedward.plan.schema import Plan
 from fedward.protocol import Refusal, SiteFacts, TrainOutcome
+from fedward.rule_codes import RuleCode
 from fedward_client.data.sample import PreparedSite
 from fedward_client.training.runtime import Runtime
 from fedward_client.training.trainer import Trainer
@@ -193,7 +194,7 @@ def test_a_round_that_was_ordered_costs_what_its_update_would(make_plan: Make) -
 
 @pytest.mark.parametrize("charged", [None, False])
 def test_a_refusal_costs_nothing_only_where_the_site_says_so(charged: bool | None) -> None:
-    refusal = Refusal(site="north", round=1, kind="paused", rule="no", charged=charged)
+    refusal = Refusal(site="north", round=1, kind="paused", code=RuleCode.PAUSED, charged=charged)
     content = RecordDict({"refusal": ConfigRecord(refusal.to_flat())})
     read = read_update(Message(content, 1, "train"), "north", 1, {})
     assert isinstance(read, InvalidReply)

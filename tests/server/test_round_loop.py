@@ -28,7 +28,7 @@ from fedward.metrics import counts_from_arrays
 from fedward.models import build_model, to_arrays
 from fedward.plan import Plan
 from fedward.protocol import EvaluateOutcome, Refusal, RefusalKind, RoundOrder, TrainOutcome
-from fedward.rule_codes import WITHHELD
+from fedward.rule_codes import RuleCode
 from fedward_client.data.sample import PreparedSite, SplitName
 from fedward_client.training.runtime import Runtime
 from fedward_client.training.trainer import Trainer
@@ -495,7 +495,7 @@ class UnwillingSites(SimulatedSites):
     def trainer(self, context: Context, plan: Plan) -> Trainer:
         """The real trainer, or an error."""
         if self.name(context) == "site-2" and not self.willing.is_set():
-            raise BudgetError("the budget is spent")
+            raise BudgetError(RuleCode.STUDY_BUDGET)
         return super().trainer(context, plan)
 
 
@@ -521,7 +521,8 @@ def test_a_study_between_hospitals_waits_until_it_may_start(
     with grid_of(unwilling) as grid:
         StudyRun(job, grid).run()
     (paused,) = [event for event in heard if isinstance(event, StudyPaused)]
-    assert "(got 1 of 2; site-2 (error): the budget is spent.)" in paused.reason
+    told = "a study must stay within its privacy budget (got policy.max_epsilon_per_study)"
+    assert f"(got 1 of 2; site-2 (error): {told}.)" in paused.reason
     (started,) = [event for event in heard if isinstance(event, StudyStarted)]
     assert started.sites == ("site-1", "site-2")
     assert [list(one.sites) for one in job.arm.rounds] == [["site-1", "site-2"]]
@@ -617,7 +618,9 @@ class RefusingGrid(LocalGrid):
     def _refused(self, reply: Message) -> Message:
         if "counts" in reply.content.array_records:
             told = EvaluateOutcome.from_flat(dict(reply.content.config_records["outcome"]))
-            refusal = Refusal(site=told.site, round=told.round, kind=self.kind, rule=WITHHELD)
+            refusal = Refusal(
+                site=told.site, round=told.round, kind=self.kind, code=RuleCode.WITHHELD
+            )
             reply.content = RecordDict({"refusal": ConfigRecord(refusal.to_flat())})  # type: ignore[arg-type]
         return reply
 
@@ -637,7 +640,7 @@ def test_a_study_whose_sites_let_no_counts_go_ends_and_says_so(
     assert job.complete
     assert job.arm.test is not None and job.arm.test.per_site == {}
     told = [(one.site, one.kind, one.reason) for one in job.arm.test.not_measured]
-    assert told == [(site.name, kind, f"{WITHHELD}.") for site in sites]
+    assert told == [(site.name, kind, f"{RuleCode.WITHHELD.text}.") for site in sites]
 
 
 def test_a_stage_moves_only_what_it_trains(make_plan: Make, sites: list[PreparedSite]) -> None:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from fedward.errors import DataError
 from fedward.plan import load_plan
-from fedward.rule_codes import PATIENT_KEY
+from fedward.rule_codes import RuleCode
 from fedward_server.report import read_metrics
 from fedward_simulation.cli import app
 from fedward_simulation.options import Options
@@ -49,14 +49,14 @@ def words(plan_file: Path, tmp_path: Path) -> list[str]:
 def test_it_is_refused_with_the_options_that_help(words):
     failed = CliRunner().invoke(app, words)
     assert isinstance(failed.exception, DataError)
-    assert failed.exception.rule == PATIENT_KEY and "48 of 48" in str(failed.exception)
+    assert failed.exception.code is RuleCode.PATIENT_KEY and "48 of 48" in str(failed.exception)
     assert "--patient-column" in failed.exception.fix
     assert "--images-are-patients" in failed.exception.fix
     failed = CliRunner().invoke(app, [*words, "--patient-column", "lession"])
     assert isinstance(failed.exception, DataError)
     assert failed.exception.where == "--patient-column" and "lession" in str(failed.exception)
     assert "site.toml" not in str(failed.exception)
-    assert CliRunner().invoke(app, ["audit", *words[1:]]).exception.rule == PATIENT_KEY
+    assert CliRunner().invoke(app, ["audit", *words[1:]]).exception.code is RuleCode.PATIENT_KEY
 
 
 def test_it_runs_per_image_where_that_is_allowed(words, tmp_path):

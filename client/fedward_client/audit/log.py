@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 
 from fedward.errors import AuditError, OutputError
 from fedward.files import locked, write_private
+from fedward.rule_codes import RuleCode
 from fedward_client.audit.entry import EVENTS, GENESIS, Entry, Event, head, seal
 from fedward_client.audit.files import ACTIVE, HEAD, full_segments, last_entry, lines, read_head
 from fedward_client.secret import existing_secret
@@ -112,7 +113,7 @@ class AuditLog:
             self._tail = None
             why = os.strerror(error.errno or 0) if isinstance(error, OSError) else error.value
             raise AuditError(
-                "the audit log must be writable",
+                RuleCode.UNWRITTEN,
                 value=why,
                 fix="Free some space, or mend its rights; nothing is sent until then",
             ) from None
@@ -162,7 +163,7 @@ class AuditLog:
         source = content if begun or not full else full[-1].read_bytes()
         entry = last_entry(source)
         if entry is None and b"\n" in source:
-            raise AuditError("the audit log must be whole", fix=_EVIDENCE)
+            raise AuditError(RuleCode.AUDIT_WHOLE, fix=_EVIDENCE)
         self._check(entry)
         tail = _Tail(*((entry.seq, entry.hash) if entry else (0, GENESIS)), *_status(self._active))
         torn = lines(content)[1]
@@ -173,11 +174,11 @@ class AuditLog:
         anchor = read_head(self._folder)
         seq, hash_ = (entry.seq, entry.hash) if entry else (0, GENESIS)
         if anchor is None or anchor.fault(self._key) or (entry and entry.fault(self._key)):
-            raise AuditError("the audit log must be whole", fix=_EVIDENCE)
+            raise AuditError(RuleCode.AUDIT_WHOLE, fix=_EVIDENCE)
         if (seq, hash_) == (anchor.seq, anchor.hash):
             return
         if entry is None or (seq, entry.prev) != (anchor.seq + 1, anchor.hash):
-            raise AuditError("the audit log must be whole", fix=_EVIDENCE)
+            raise AuditError(RuleCode.AUDIT_WHOLE, fix=_EVIDENCE)
         write_private(self._folder / HEAD, head(seq, hash_, self._key).line())
 
     def _repaired(self, tail: _Tail, size: int, torn: bytes) -> _Tail:

@@ -16,6 +16,7 @@ from fedward import rule_codes
 from fedward.errors import DataError, OutputError
 from fedward.files import write_private
 from fedward.plan.schema import Task
+from fedward.rule_codes import RuleCode
 from fedward_client.cohort.records import Record, Recorder, Series, Source, files_of
 from fedward_client.config import DatasetSection
 from fedward_client.data.dataset import DatasetSpec, read_dataset
@@ -375,9 +376,7 @@ def load(path: Path) -> CohortFile:
     except (OSError, ValidationError):
         cohort = None
     if cohort is None or content_hash(cohort) != cohort.sha256:
-        raise DataError(
-            "a cohort file must be whole and unchanged", fix="Freeze the dataset again"
-        ) from None
+        raise DataError(RuleCode.COHORT_FILE, fix="Freeze the dataset again") from None
     return cohort
 
 

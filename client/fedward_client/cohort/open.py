@@ -13,6 +13,7 @@ from typing import Final
 
 from fedward.errors import DataError, OutputError
 from fedward.plan.schema import Task
+from fedward.rule_codes import RuleCode
 from fedward_client.cohort.freeze import CohortFile, FileRecord, Item, cohorts_folder, load, save
 from fedward_client.cohort.records import INSTANCE, FrozenLoad, Load, Piece, Series, Source
 from fedward_client.config import SiteConfig
@@ -104,7 +105,7 @@ class Restorer:
         if source.kind == "nifti":
             if not source.beside:  # of a DICOM image, by a release that did not look at its place
                 raise DataError(
-                    "a frozen mask must be held against its image's place",
+                    RuleCode.MASK_PLACE,
                     fix="Freeze the dataset again",
                 )
             return NiftiMask(frames[0][0], self.dimensions, self.paths[source.beside])
@@ -187,7 +188,7 @@ class FrozenCohort:
         changed = sum(not _is_as(path, stamp) for path, stamp in self.stamps.items())
         if changed:
             raise DataError(
-                "a frozen cohort must hold still while it is read",
+                RuleCode.COHORT_STILL,
                 value=f"of {len(self.stamps)} files {changed} changed",
                 fix="Start again",
                 where=self.name,
@@ -267,7 +268,7 @@ def cohort_path(state: Path, name: str, which: str = "latest") -> Path:
     if len(which) > 12:
         found = [path for path in found if load(path).sha256.startswith(which)]
     if not found:
-        raise DataError("a cohort must be frozen before it is used", fix="Freeze it", where=name)
+        raise DataError(RuleCode.COHORT_FROZEN, fix="Freeze it", where=name)
     if which != "latest" and len(found) > 1:
         raise DataError("a hash must mean one cohort", fix="Give more digits", where=name)
     return max(found, key=lambda path: path.stat().st_mtime_ns)
@@ -286,7 +287,7 @@ def _verify(
     changed = len(paths) - len(now)
     if gone or changed:
         raise DataError(
-            "a frozen cohort must not have changed",
+            RuleCode.COHORT_CHANGED,
             value=f"of {len(cohort.files)} files {changed} changed, {gone} gone",
             fix="Freeze it again, or restore the files",
             where=cohort.name,

@@ -7,7 +7,7 @@ from typing import Final
 
 from fedward.errors import DataError
 from fedward.plan.schema import Plan
-from fedward.rule_codes import PATIENT_KEY
+from fedward.rule_codes import RuleCode
 from fedward_client.cohort.finding import Finding, finding
 from fedward_client.data.sample import Sample, unnamed
 
@@ -45,7 +45,7 @@ def check_patient_key(
     count = unnamed(samples)
     if plan.privacy.on and count and not allowed:
         raise DataError(
-            PATIENT_KEY,
+            RuleCode.PATIENT_KEY,
             value=f"{count} of {len(samples)} images name no patient",
             fix=fix,
             where=where,

@@ -11,6 +11,7 @@ import pydicom
 
 from fedward.errors import DataError
 from fedward.plan.schema import Plan
+from fedward.rule_codes import RuleCode
 from fedward_client.cohort.check import task_findings
 from fedward_client.cohort.open import FrozenCohort, open_cohort
 from fedward_client.cohort.patient_key import check_patient_key
@@ -110,6 +111,9 @@ def _prepare(
     return replace(site, cohort=cohort.sha256)
 
 
+_FITS: Final = {"task": RuleCode.COHORT_TASK, "classes": RuleCode.COHORT_CLASSES}
+
+
 def fitting(cohort: FrozenCohort, plan: Plan) -> tuple[Sample, ...]:
     """The samples of a cohort that a plan accepts.
 
@@ -122,7 +126,7 @@ def fitting(cohort: FrozenCohort, plan: Plan) -> tuple[Sample, ...]:
     for one in task_findings(cohort.task, plan):
         if one.status == "fail":
             raise DataError(
-                f"a cohort must have the plan's {one.name}",
+                _FITS[one.name],
                 value=one.found,
                 fix=one.fix,
                 where=cohort.name,
@@ -131,14 +135,15 @@ def fitting(cohort: FrozenCohort, plan: Plan) -> tuple[Sample, ...]:
     patients, least = len({s.patient for s in samples}), plan.participation.minimum_patients
     if not samples:
         raise DataError(
-            "a cohort must have images of the plan's modalities",
+            RuleCode.COHORT_MODALITY,
             value=f"none of {', '.join(plan.task.modality)}",
             where=cohort.name,
             fix="Freeze another dataset, or change task.modality",
         )
     if patients < least:
         raise DataError(
-            f"the plan wants at least {least} patients of a site",
+            RuleCode.PLAN_PATIENTS,
+            values={"least": least},
             value=patients,
             fix="Bring more patients",
             where=cohort.name,

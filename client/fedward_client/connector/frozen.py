@@ -10,6 +10,7 @@ from typing import Final
 
 from fedward.errors import FedwardError, ProtocolError
 from fedward.flower.tensors import Arrays, digest, pack, unpack_bytes
+from fedward.rule_codes import RuleCode
 
 MOST_BYTES: Final = 1 << 30
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
@@ -72,9 +73,7 @@ class FrozenArrays:
                     os.utime(path)
                     return arrays
                 path.unlink()
-        raise Lacking(
-            "a site must hold the frozen arrays that an order names", fix="Send them with the order"
-        )
+        raise Lacking(RuleCode.FROZEN_ARRAYS, fix="Send them with the order")
 
     def _make_room(self, size: int, name: str) -> None:
         found = [path for path in self._folder.iterdir() if path.name != name]

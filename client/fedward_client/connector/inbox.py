@@ -23,6 +23,7 @@ from fedward.errors import FedwardError, ProtocolError
 from fedward.flower import fleet_client
 from fedward.flower.fleet_client import FleetClient, Unreadable
 from fedward.flower.tensors import Arrays, pack, unpack
+from fedward.rule_codes import RuleCode
 from fedward_client.connector.frozen import FrozenArrays, Lacking
 from fedward_client.connector.trainer_session import TrainerSession
 from fedward_client.fair_queue import FairQueue
@@ -240,12 +241,12 @@ class Inbox:
         except FedwardError as error:
             _LOG.warning("the trainer gave no answer: %s", error.rule)
             return refusal(self._site, order.order, error)
-        except Exception as error:
+        except Exception:
             _LOG.exception("an order could not be handed on")
             return refusal(
                 self._site,
                 order.order,
-                FedwardError("an unexpected error stopped the connector", value=type(error)),
+                FedwardError(RuleCode.CONNECTOR_ERROR),
             )
 
     def _asked(self, order: PendingRequest) -> TrainerMessage:

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedward.errors import OutputError
+from fedward.rule_codes import RuleCode
 
 # Room in the cache of prepared images: locks, leftovers, and what makes room for new entries.
 #
@@ -137,7 +138,7 @@ def make_room(cache: Path, size: int, most: int | None) -> None:
     writing = sum(_writing(path) for path in cache.glob(f"{PARTIAL}*"))
     if size + writing > most:
         raise OutputError(
-            "prepared images must have room in the cache",
+            RuleCode.CACHE_ROOM,
             value=f"{(size + writing) / _GIB:.3g} GiB of {most / _GIB:.3g} GiB",
             fix="Raise cache_gib, or wait until other studies are prepared",
             where="cache_gib",
@@ -311,7 +312,7 @@ def building(place: Path, size: int = 0, most: int | None = None) -> Iterator[Pa
             yield temporary
     except OSError as error:
         raise OutputError(
-            "the cache of prepared images must be writable",
+            RuleCode.CACHE_WRITABLE,
             value=os.strerror(error.errno) if error.errno else None,
             fix="Free some space, or set the cache to another folder",
         ) from None

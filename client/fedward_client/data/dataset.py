@@ -11,6 +11,7 @@ from typing import Final, Literal
 
 from fedward.errors import DataError
 from fedward.plan.schema import Task
+from fedward.rule_codes import RuleCode
 from fedward_client.data.files import folders, walk
 from fedward_client.data.options import LabelOptions, MaskOptions, PatientOptions
 from fedward_client.data.readers import images, nifti, npz
@@ -85,7 +86,7 @@ def read_dataset(spec: DatasetSpec, task: Task, *, empty: bool = False) -> Datas
         The folder is missing, is of no known kind, or holds nothing that the task can use.
     """
     if not spec.root.exists():
-        raise DataError("the dataset must exist", fix="Check the path and the mount", where="root")
+        raise DataError(RuleCode.DATASET, fix="Check the path and the mount", where="root")
     by_site = spec.sites == "folders"
     dataset = _by_site(spec, task) if by_site else _read(spec.root, task, spec)
     if not (dataset.samples or empty):
@@ -149,7 +150,7 @@ def detect(root: Path) -> Format:
     if len(known) == 1:
         return known[0]
     raise DataError(
-        "the format of the dataset must be one of npz, folders, nifti, dicom",
+        RuleCode.DATASET_FORMAT,
         value=f"signs of {', '.join(known)}" if known else "no file of a known kind",
         fix="Set format, or take the other files out",
         where="format",
@@ -172,7 +173,8 @@ def _nothing(left_out: tuple[LeftOut, ...], task: Task) -> DataError:
     counts = Counter(item.reason for item in left_out)
     text = ", ".join(f"{reason}: {n}" for reason, n in sorted(counts.items()))
     return DataError(
-        f"the dataset must hold images that the {task.kind} task can use",
+        RuleCode.DATASET_IMAGES,
+        values={"task": task.kind, "reasons": tuple(sorted(counts))},
         value=text or "no images",
         fix="See the reasons; class names, labels or masks may not match the plan",
     )

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from fedward import rule_codes
 from fedward.errors import DataError
 from fedward.plan.schema import Plan
+from fedward.rule_codes import RuleCode
 from fedward_client.data import cache as store
 from fedward_client.data.readers.npz import ArrayImage
 from fedward_client.data.sample import SPLITS, PreparedSite, Sample, unnamed
@@ -98,13 +99,13 @@ def prepare(
         return _site(name, arrays, meta, samples)
     found = store.load(cache / key, _ARRAYS) or _fill(cache / key, samples, plan, means)
     if found is None:
-        raise DataError("a prepared dataset must stay in its cache", fix="Start again")
+        raise DataError(RuleCode.CACHE_KEPT, fix="Start again")
     return _site(name, found.arrays, found.meta, samples)
 
 
 def _known(samples: Sequence[Sample]) -> None:
     if not samples:
-        raise DataError("a site must have images", value="none", fix="Check its dataset")
+        raise DataError(RuleCode.IMAGES, value="none", fix="Check its dataset")
 
 
 def _build(
@@ -188,7 +189,8 @@ def _parts(kept: Sequence[Sample], plan: Plan) -> NDArray[np.int8]:
 
 def _none_left(left_out: Counter[str]) -> DataError:
     return DataError(
-        "a site must have images that can be used",
+        RuleCode.IMAGES_USABLE,
+        values={"reasons": tuple(sorted(left_out))},
         value=", ".join(f"{reason}: {n}" for reason, n in sorted(left_out.items())),
         fix="See the reasons on the data page",
     )

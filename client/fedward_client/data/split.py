@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fedward.errors import DataError
 from fedward.plan.schema import Split
+from fedward.rule_codes import RuleCode
 from fedward_client.data.sample import SPLITS, SplitName
 
 
@@ -101,14 +102,13 @@ def _strata(patients: Sequence[str], strata: Sequence[int] | None) -> dict[str, 
 def _check(patients: int, pool: int, shares: float) -> None:
     if pool == 0:
         raise DataError(
-            "a site must have patients to train on",
-            value=f"{patients} patients, none for training",
+            RuleCode.TRAINING_PATIENTS,
+            values={"patients": patients},
             fix="Add patients, or set split.given to false",
         )
     if patients == 1 and shares > 0:
         raise DataError(
-            "a site must have at least two patients to divide",
-            value="1 patient",
+            RuleCode.TWO_PATIENTS,
             fix="Add patients, or set split.validation and split.test to 0",
         )
 

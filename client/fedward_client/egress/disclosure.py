@@ -9,7 +9,6 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedward import rule_codes
 from fedward.errors import PolicyError
 from fedward.metrics import ClassificationCounts, Counts, SegmentationCounts
 from fedward.metrics.private_counts import (
@@ -21,6 +20,7 @@ from fedward.metrics.private_counts import (
 )
 from fedward.metrics.rates import rates
 from fedward.plan.schema import Plan
+from fedward.rule_codes import FIX, RuleCode
 from fedward_client.policy.settings import Limits
 
 # Merge neighbouring bins until each that is not empty holds enough.
@@ -103,7 +103,7 @@ def noise_for(plan: Plan, limits: Limits, part: str) -> NoisyTables | None:
         return None
     parts = parts_for(task, metrics.report, limits.metrics, surface=part == "test")
     if not parts:
-        raise PolicyError(rule_codes.WITHHELD, fix=rule_codes.FIX)
+        raise PolicyError(RuleCode.WITHHELD, fix=FIX)
     if private:
         unit = unit_of(task, metrics.images_per_patient)
         scale = noise_scale(task, parts, unit, plan.evaluation_epsilon(part))

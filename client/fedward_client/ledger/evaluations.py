@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from fedward.errors import BudgetError
+from fedward.rule_codes import RuleCode
 from fedward_client.ledger.store import Store
 
 # Nothing leaves before an answer is kept, so an evaluation that a stop or a crash ended may be
@@ -102,16 +103,16 @@ class Evaluations:
             number, arrays, attempts, digest = row
             if arrays != request.arrays:
                 raise BudgetError(
-                    "a round of a study is evaluated once, with one model",
-                    value=request.round,
+                    RuleCode.EVALUATED_ONCE,
+                    values={"round": request.round},
                     fix="Evaluate in the next round",
                 )
             if digest:
                 return self._answer(number, digest)
             if attempts >= ATTEMPTS:
                 raise BudgetError(
-                    "an evaluation is tried a few times only",
-                    value=attempts,
+                    RuleCode.EVALUATION_TRIES,
+                    values={"attempts": attempts},
                     fix="Evaluate in the next round",
                 )
             with self._store.writing() as sql:
@@ -132,7 +133,7 @@ class Evaluations:
         with self._turn, self._store.writing() as sql:
             row = self._find(request)
             if row is None or row[3]:
-                raise BudgetError("an evaluation is answered once", fix="Evaluate the next round")
+                raise BudgetError(RuleCode.EVALUATION_ANSWERED, fix="Evaluate the next round")
             sql.execute("UPDATE evaluations SET digest = ? WHERE id = ?", (digest, row[0]))
             sql.execute("INSERT INTO answers VALUES (?, ?)", (row[0], zlib.compress(answer)))
 
@@ -141,7 +142,7 @@ class Evaluations:
         total = self.epsilon_of_cohort(request.cohort, request)
         if total > cap + _ROUNDING:
             raise BudgetError(
-                "evaluations must stay within the site's budget for them",
+                RuleCode.EVALUATION_BUDGET,
                 value=f"{total:.4g} of {cap:.4g}",
                 fix="Lower metrics.epsilon, or ask the site to raise its cap",
                 where="policy.max_evaluation_epsilon_per_cohort",
@@ -233,7 +234,7 @@ class Evaluations:
         )
         if any(one != (request.plan_hash, request.cohort) for one in known):
             raise BudgetError(
-                "a study keeps the plan and the cohort that it began with",
+                RuleCode.STUDY_PLAN_AND_COHORT,
                 fix="Submit it as a new study; its budget is its own",
             )
 
@@ -252,7 +253,7 @@ class Evaluations:
         content = zlib.decompress(rows[0][0]) if rows else b""
         if hashlib.sha256(content).hexdigest() != digest:
             raise BudgetError(
-                "an answer that was given can be given again while it is kept",
+                RuleCode.ANSWER_KEPT,
                 fix="Evaluate in the next round",
             )
         return content

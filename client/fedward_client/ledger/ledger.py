@@ -29,6 +29,7 @@ from typing import Any
 
 from fedward.dp.accounting import Mechanism, default_delta, epsilon_composed, epsilon_filtered
 from fedward.errors import BudgetError
+from fedward.rule_codes import RuleCode
 from fedward_client.ledger.evaluations import Evaluations
 from fedward_client.ledger.store import Store, digest_of_patients
 
@@ -167,14 +168,14 @@ class Ledger:
             It has no patients, was registered with others, or cannot be written.
         """
         if not patients:
-            raise BudgetError("a cohort that is charged has patients", fix="Freeze it again")
+            raise BudgetError(RuleCode.COHORT_PATIENTS, fix="Freeze it again")
         people = sorted(set(patients))
         digest = digest_of_patients(people)
         with self._turn:
             known = self._rows("SELECT patients FROM cohorts WHERE sha256 = ?", cohort)
             if known and known[0][0] != digest:
                 raise BudgetError(
-                    "a cohort keeps the patients that it was registered with",
+                    RuleCode.COHORT_KEEPS_PATIENTS,
                     value=len(people),
                     fix="Freeze the dataset again",
                 )
@@ -235,7 +236,7 @@ class Ledger:
                 (digest, charge.id),
             ).rowcount
             if done != 1:
-                raise BudgetError("a charge is committed once", fix="Order the next round")
+                raise BudgetError(RuleCode.CHARGE_COMMITTED, fix="Order the next round")
             self._live.discard(charge.id)
 
     def lose(self, charge: Charge) -> None:
@@ -366,9 +367,8 @@ class Ledger:
     def _same_study(self, request: RoundRequest) -> None:
         known = self._rows("SELECT plan_hash, cohort FROM studies WHERE study = ?", request.study)
         if known and known[0] != (request.plan_hash, request.cohort):
-            what = "plan" if known[0][0] != request.plan_hash else "cohort"
             raise BudgetError(
-                f"a study keeps the {what} that it began with",
+                RuleCode.STUDY_COHORT if known[0][0] == request.plan_hash else RuleCode.STUDY_PLAN,
                 fix="Submit it as a new study; its budget is its own",
             )
 
@@ -377,17 +377,15 @@ class Ledger:
             return Release(str(digest))
         # Reserved and held by nobody: whoever asked for it was told that it could not be written.
         if state == "lost" or number not in self._live:
-            raise BudgetError(
-                "a round's charge was spent when the trainer stopped", fix="Order the next round"
-            )
-        raise RoundBusy("a round is trained once", fix="Wait for its update")
+            raise BudgetError(RuleCode.CHARGE_SPENT, fix="Order the next round")
+        raise RoundBusy(RuleCode.ROUND_BUSY, fix="Wait for its update")
 
     def _in_order(self, request: RoundRequest) -> None:
         last = self._rows("SELECT max(round) FROM charges WHERE study = ?", request.study)[0][0]
         if last is not None and request.round < last:
             raise BudgetError(
-                "a private round is trained in its turn",
-                value=f"{request.round} after {last}",
+                RuleCode.ROUND_IN_TURN,
+                values={"round": request.round, "last": last},
                 fix="Order the next round",
             )
 
@@ -434,7 +432,9 @@ class Ledger:
             return self._insert(request)
         if self._rows("SELECT 1 FROM charges WHERE id = ? AND noise IS NOT NULL", known[0][0]):
             raise BudgetError(
-                "a private round stays private", value=request.round, fix="Order the next round"
+                RuleCode.ROUND_STAYS_PRIVATE,
+                values={"round": request.round},
+                fix="Order the next round",
             )
         with self._store.writing() as sql:
             sql.execute("UPDATE charges SET state = 'reserved' WHERE id = ?", (known[0][0],))
@@ -540,7 +540,7 @@ def _cost_if_joined(found: list[_Charged], delta: float, cap: float) -> float:
 
 def _exceeded(what: str, value: float, cap: float, delta: float) -> BudgetError:
     return BudgetError(
-        f"a {what} must stay within its privacy budget",
+        RuleCode.STUDY_BUDGET if what == "study" else RuleCode.COHORT_BUDGET,
         value=f"{value:.4g} of {cap:.4g} at δ {delta:.2g}",
         fix="Plan fewer rounds or more noise, or ask the site to raise its cap",
         where=f"policy.max_epsilon_per_{what}",

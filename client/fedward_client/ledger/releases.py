@@ -8,6 +8,7 @@ from typing import Final
 
 from fedward.errors import BudgetError
 from fedward.files import write_private
+from fedward.rule_codes import RuleCode
 
 _KEEP: Final = 2
 
@@ -54,8 +55,8 @@ class Releases:
             content = b""
         if hashlib.sha256(content).hexdigest() != digest:
             raise BudgetError(
-                "an update that was released can be given again while it is kept",
-                value=round_,
+                RuleCode.UPDATE_KEPT,
+                values={"round": round_},
                 fix="Order the next round",
             )
         return content

@@ -16,6 +16,7 @@ from typing import Final
 
 from fedward.errors import BudgetError, OutputError
 from fedward.files import write_private
+from fedward.rule_codes import RuleCode
 from fedward_client.secret import Pseudonyms
 
 
@@ -352,7 +353,7 @@ def _lock(path: Path) -> int:
 
 def _unwritable(error: Exception) -> BudgetError:
     return BudgetError(
-        "the privacy ledger must be writable",
+        RuleCode.LEDGER_WRITABLE,
         value=type(error).__name__,
         fix="Make room on the disk of the state folder, or give it to the user that runs this; "
         "nothing was released",
@@ -361,7 +362,7 @@ def _unwritable(error: Exception) -> BudgetError:
 
 def _damaged(what: str) -> BudgetError:
     return BudgetError(
-        "the privacy ledger must be whole",
+        RuleCode.LEDGER_WHOLE,
         value=what,
         fix="Restore the newest copy of ledger.sqlite and ledger.anchor; a new one would forget "
         "what was spent",

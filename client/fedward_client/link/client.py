@@ -12,6 +12,7 @@ from typing import Any, Final
 import grpc
 
 from fedward.errors import FedwardError
+from fedward.rule_codes import RuleCode
 from fedward_client.link import trainer_pb2, trainer_pb2_grpc
 from fedward_client.link.messages import TrainerMessage, from_parts, to_parts
 from fedward_client.link.state import LinkState
@@ -134,7 +135,9 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except StopIteration:
-        raise TrainerGone("the trainer must run", fix="Start it; see its log") from None
+        raise TrainerGone(
+            "the trainer must run", fix="Start it; see its log", code=RuleCode.TRAINER_GONE
+        ) from None
     except grpc.RpcError as error:
         code = error.code() if isinstance(error, grpc.Call) else None
         if code == grpc.StatusCode.ALREADY_EXISTS:
@@ -145,4 +148,5 @@ def _translated() -> Iterator[None]:
             "the trainer must answer on its socket",
             value=code.name if code else None,
             fix="Start it; see its log",
+            code=RuleCode.TRAINER_GONE,
         ) from None

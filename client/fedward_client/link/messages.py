@@ -12,6 +12,7 @@ import numpy as np
 
 from fedward.errors import ProtocolError
 from fedward.flower.tensors import Arrays, pack, unpack
+from fedward.rule_codes import RuleCode
 from fedward_client.link.trainer_pb2 import Head, Part
 
 CHUNK: Final = 1 << 20
@@ -117,4 +118,5 @@ def _unpacked(tensors: bytes) -> Arrays:
 
 
 def _broken(rule: str, value: object = None) -> ProtocolError:
-    return ProtocolError(rule, value=value, fix="Run the same Fedward release in both processes")
+    fix = "Run the same Fedward release in both processes"
+    return ProtocolError(rule, value=value, fix=fix, code=RuleCode.PACKET)

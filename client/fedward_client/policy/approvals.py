@@ -9,9 +9,9 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedward import rule_codes
 from fedward.errors import ConfigError, FedwardError, PolicyError
 from fedward.files import locked, write_private
+from fedward.rule_codes import RuleCode
 from fedward_client.policy.decide import StudyRequest
 
 State = Literal["pending", "allowed", "approved", "denied"]
@@ -56,7 +56,7 @@ class Approval(BaseModel):
     def enforce(self) -> None:
         """Raise PolicyError unless it may go ahead."""
         if self.state not in ("approved", "allowed"):
-            rule = rule_codes.DENIED if self.state == "denied" else rule_codes.PENDING
+            rule = RuleCode.DENIED if self.state == "denied" else RuleCode.PENDING
             raise PolicyError(rule, fix="fedward-client approve, at the site")
 
 
@@ -213,7 +213,7 @@ def _with_room(others: list[Approval], state: State) -> list[Approval]:
     """Room for one more: pending ones are never forgotten, the oldest allowed ones are."""
     same = [one for one in others if one.state == state]
     if state == "pending" and len(same) >= MOST_PENDING:
-        raise PolicyError(rule_codes.PENDING, fix="Approve or deny what is pending")
+        raise PolicyError(RuleCode.PENDING, fix="Approve or deny what is pending")
     if state == "allowed" and len(same) >= _MOST_ALLOWED:
         return [one for one in others if one is not same[0]]
     return others

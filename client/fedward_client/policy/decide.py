@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from fedward import rule_codes
 from fedward.dp.accounting import default_delta
 from fedward.errors import PolicyError
 from fedward.plan.schema import Plan
+from fedward.rule_codes import FIX, RuleCode, Values
 from fedward_client.policy.settings import Approval, Limits, PolicySection
 
 if TYPE_CHECKING:
@@ -79,24 +79,25 @@ class Violation:
     ----------
     key : str
         What it is about, in the words of the plan.
-    rule : str
+    code : RuleCode
         What must hold; one of :data:`fedward.rule_codes.RULES`.
-    value, limit : str
-        What was found and what the site allows; "" where it says nothing.
-    shared : bool
-        Whether the coordinator may know the value; it may not know how few patients there are.
+    values : mapping
+        What was asked for and what the site allows. The code declares what the coordinator may
+        know: it may not know how few patients there are.
     """
 
     key: str
-    rule: str
-    value: str = ""
-    limit: str = ""
-    shared: bool = True
+    code: RuleCode
+    values: Values = field(default_factory=dict)
+
+    @property
+    def rule(self) -> str:
+        """What must hold, in words."""
+        return self.code.rule(self.code.coarse(self.values))
 
     def words(self) -> str:
         """Key, value and limit for the coordinator."""
-        value = f" {self.value}" if self.value and self.shared else ""
-        return f"{self.key}{value}{f' (limit {self.limit})' if self.limit else ''}"
+        return self.code.found(self.code.coarse(self.values))
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Decision:
         """Raise PolicyError for the first violation."""
         if self.violations:
             first = self.violations[0]
-            raise PolicyError(first.rule, value=first.words(), fix=rule_codes.FIX)
+            raise PolicyError(first.code, values=first.values, fix=FIX)
 
 
 def dataset_for(policy: PolicySection, study: str, plan: Plan) -> str:
@@ -175,78 +176,63 @@ def decide(policy: PolicySection, request: StudyRequest) -> Decision:
 
 def _whose(policy: PolicySection, request: StudyRequest, *, known: bool) -> Iterator[Violation]:
     if not policy.any_coordinator and request.coordinator not in policy.coordinators:
-        yield Violation(
-            "coordinator", rule_codes.COORDINATOR, request.coordinator[:16], shared=False
-        )
+        yield Violation("coordinator", RuleCode.COORDINATOR)
     if not known:
-        yield Violation("study.name", rule_codes.STUDY, request.plan.study.name)
+        yield Violation("study.name", RuleCode.STUDY)
 
 
 def _model(policy: PolicySection, limits: Limits, request: StudyRequest) -> Iterator[Violation]:
     name, count = request.plan.model.name, request.parameters
     if name not in limits.models:
-        yield Violation("model.name", rule_codes.MODEL, name)
-    if count > limits.max_parameters:
-        yield Violation("model", rule_codes.PARAMETERS, _size(count), _size(limits.max_parameters))
-    if (upload := count * _BYTES / _MIB) > policy.max_upload_mib:
-        yield Violation(
-            "model", rule_codes.UPLOAD, f"{upload:.4g} MiB", f"{policy.max_upload_mib:.4g} MiB"
-        )
+        yield Violation("model.name", RuleCode.MODEL, {"model": name})
+    if count > (most := limits.max_parameters):
+        yield Violation("model", RuleCode.PARAMETERS, {"asked": count, "limit": most})
+    if (upload := count * _BYTES / _MIB) > (largest := policy.max_upload_mib):
+        yield Violation("model", RuleCode.UPLOAD, {"asked": upload, "limit": largest})
 
 
 def _privacy(policy: PolicySection, limits: Limits, request: StudyRequest) -> Iterator[Violation]:
     plan = request.plan
     if not plan.privacy.on:
         if limits.require_privacy:
-            yield Violation("privacy.mechanism", rule_codes.PRIVATE, "none")
+            yield Violation("privacy.mechanism", RuleCode.PRIVATE)
         return
     epsilon, delta = plan.privacy.epsilon or 0.0, plan.privacy.delta or 0.0
     most_delta = limits.max_delta
     if most_delta is None:
         most_delta = default_delta(request.facts.patients if request.facts else 0)
-    for key, rule, value, limit in (
-        ("privacy.epsilon", rule_codes.EPSILON, epsilon, limits.max_epsilon_per_study),
-        ("privacy.epsilon", rule_codes.COHORT_EPSILON, epsilon, policy.max_epsilon_per_cohort),
-        ("privacy.delta", rule_codes.DELTA, delta, most_delta),
+    for key, code, value, limit in (
+        ("privacy.epsilon", RuleCode.EPSILON, epsilon, limits.max_epsilon_per_study),
+        ("privacy.epsilon", RuleCode.COHORT_EPSILON, epsilon, policy.max_epsilon_per_cohort),
+        ("privacy.delta", RuleCode.DELTA, delta, most_delta),
     ):
         if value > limit:
-            yield Violation(key, rule, f"{value:.4g}", f"{limit:.4g}")
+            yield Violation(key, code, {"asked": value, "limit": limit})
 
 
 def _evaluation(limits: Limits, plan: Plan) -> Iterator[Violation]:
     asked, most = plan.metrics.epsilon, limits.max_evaluation_epsilon
     if limits.counts == "private" and asked > most:
-        rule = rule_codes.EVALUATION_EPSILON
-        yield Violation("metrics.epsilon", rule, f"{asked:.4g}", f"{most:.4g}")
+        values = {"asked": asked, "limit": most}
+        yield Violation("metrics.epsilon", RuleCode.EVALUATION_EPSILON, values)
 
 
 def _others(limits: Limits, sites: int | None) -> Iterator[Violation]:
     # Who tells no number asks this site alone, as far as it can know.
     if sites is not None and max(1, sites) < (least := limits.minimum_sites):
-        yield Violation("participation.sites", rule_codes.SITES, str(max(1, sites)), str(least))
+        values = {"asked": max(1, sites), "limit": least}
+        yield Violation("participation.sites", RuleCode.SITES, values)
 
 
 def _people(limits: Limits, request: StudyRequest) -> Iterator[Violation]:
     facts = request.facts
     if facts is None:
-        yield Violation("cohort", rule_codes.COHORT)
+        yield Violation("cohort", RuleCode.COHORT)
         return
     if request.plan.privacy.on and facts.per_image and not facts.images_are_patients:
-        yield Violation("patients", rule_codes.PATIENT_KEY)
+        yield Violation("patients", RuleCode.PATIENT_KEY)
     if facts.patients < (least := limits.minimum_patients):
-        yield Violation(
-            "patients", rule_codes.PATIENTS, str(facts.patients), f"{least:.4g}", shared=False
-        )
-    for name, count in facts.per_class.items():
+        yield Violation("patients", RuleCode.PATIENTS, {"limit": least})
+    for count in facts.per_class.values():
         if count < (least := limits.minimum_per_class):
-            yield Violation(
-                "task.classes",
-                rule_codes.PER_CLASS,
-                f"{name}: {count}",
-                f"{least:.4g}",
-                shared=False,
-            )
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.4g} million" if count >= 10_000 else str(count)
+            yield Violation("task.classes", RuleCode.PER_CLASS, {"limit": least})

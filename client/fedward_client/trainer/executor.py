@@ -13,6 +13,7 @@ from fedward.dp.accounting import Mechanism, calibrate, steps_per_round
 from fedward.errors import ProtocolError
 from fedward.flower.tensors import Arrays, pack, unpack
 from fedward.protocol import EvaluateOutcome, RoundOrder, TrainOutcome
+from fedward.rule_codes import RuleCode
 from fedward_client.audit.log import AuditLog
 from fedward_client.cohort.training import Preparers
 from fedward_client.config import SiteConfig
@@ -135,8 +136,8 @@ class Executor:
     ) -> TrainerMessage:
         if not 1 <= order.round <= case.plan.rounds:
             raise ProtocolError(
-                f"the plan has rounds 1 to {case.plan.rounds}",
-                value=order.round,
+                RuleCode.ROUNDS,
+                values={"rounds": case.plan.rounds, "round": order.round},
                 fix="Order one of these",
             )
         trainer = self._warm.get(case)
@@ -183,8 +184,8 @@ class Executor:
         """Answer one of the plan's evaluations, once; a repeated order gets the kept answer."""
         if not case.plan.is_evaluated(order.round, order.part):
             raise ProtocolError(
-                "a study is evaluated in the rounds that its plan names",
-                value=order.round,
+                RuleCode.EVALUATED_ROUNDS,
+                values={"round": order.round},
                 fix="Order one of these",
             )
         noise = noise_for(case.plan, case.limits, order.part)

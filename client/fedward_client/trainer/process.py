@@ -14,10 +14,10 @@ from typing import Any, Final
 
 import torch
 
-from fedward import rule_codes
 from fedward.console import stop_on_signals, wait_until
 from fedward.errors import ConfigError, DataError
 from fedward.files import write_private
+from fedward.rule_codes import RuleCode
 from fedward_client.audit.log import AuditLog, audit_folder, audit_key
 from fedward_client.cohort.training import preparers
 from fedward_client.config import SiteConfig
@@ -121,7 +121,7 @@ def _tell_last_stop(in_hand: OrdersInHand, audit: AuditLog, board: StatusBoard) 
     for order in in_hand.note_last_end():
         audit.append("watchdog", what=order.what, study=order.study, plan=order.plan)
         _LOG.warning("an order stopped the trainer, and is not carried out again")
-        board.set(last_error=rule_codes.STOPS_TRAINER)
+        board.set(last_error=RuleCode.STOPS_TRAINER.text)
 
 
 def _tell_changes(state: Path, audit: AuditLog, config: SiteConfig) -> None:

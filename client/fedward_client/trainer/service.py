@@ -8,10 +8,10 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any, Final
 
-from fedward import rule_codes
 from fedward.errors import AuditError, FedwardError, PolicyError, ProtocolError
 from fedward.models import describe
 from fedward.protocol import Refusal, RefusalKind, RoundOrder
+from fedward.rule_codes import RuleCode
 from fedward.signing import signed_bytes, verify_order
 from fedward_client.audit.log import AuditLog
 from fedward_client.egress.gate import refusal_for
@@ -41,7 +41,14 @@ class Refused(FedwardError):
 
     def __init__(self, error: FedwardError, kind: RefusalKind) -> None:
         self.kind: RefusalKind = kind
-        super().__init__(error.rule, value=error.value, fix=error.fix, where=error.where)
+        super().__init__(
+            error.rule,
+            value=error.value,
+            fix=error.fix,
+            where=error.where,
+            code=error.code,
+            values=error.values,
+        )
 
 
 class TrainerService:
@@ -175,7 +182,7 @@ class TrainerService:
 
     def _order(self, packet: TrainerMessage) -> RoundOrder:
         if packet.kind != "order":
-            raise ProtocolError("a message must carry an order", fix="Send a RoundOrder record")
+            raise ProtocolError(RuleCode.ORDER, fix="Send a RoundOrder record")
         return RoundOrder.from_flat(packet.record)
 
     def _case(self, order: RoundOrder, coordinator: str) -> StudyContext:
@@ -202,9 +209,9 @@ class TrainerService:
     def _approved(self, request: StudyRequest, decision: Decision) -> None:
         state = self._approvals.see(request, manual=decision.approval == "manual").state
         if state == "pending":
-            raise Refused(PolicyError(rule_codes.PENDING), "pending")
+            raise Refused(PolicyError(RuleCode.PENDING), "pending")
         if state == "denied":
-            raise PolicyError(rule_codes.DENIED)
+            raise PolicyError(RuleCode.DENIED)
 
     def _in_turn(
         self,
@@ -245,22 +252,22 @@ class TrainerService:
 
     def _check_denied(self, order: RoundOrder, coordinator: str) -> None:
         if self._approvals.denied(order.study, order.plan_hash, coordinator):
-            raise PolicyError(rule_codes.DENIED)
+            raise PolicyError(RuleCode.DENIED)
 
     def _ended(self) -> Refused:
         """Who stops is asked again; who gave an order up knows why."""
         if self._turns.closed:
-            return Refused(PolicyError(rule_codes.STOPPED), "busy")
-        return Refused(PolicyError(rule_codes.GIVEN_UP), "busy")
+            return Refused(PolicyError(RuleCode.STOPPED), "busy")
+        return Refused(PolicyError(RuleCode.GIVEN_UP), "busy")
 
     def _ready(self, what: str) -> None:
         if self._exposed and not self._cases.allow_unconfined_connector:
-            raise PolicyError(rule_codes.CONNECTOR, fix="See fedward-client doctor, at the site")
+            raise PolicyError(RuleCode.CONNECTOR, fix="See fedward-client doctor, at the site")
         # The officer's command wrote it down itself where the trainer did not answer.
         if self._board.paused or self._approvals.paused:
-            raise Refused(PolicyError(rule_codes.PAUSED), "paused")
+            raise Refused(PolicyError(RuleCode.PAUSED), "paused")
         if what == "train" and quiet_until(self._cases.policy.quiet_hours, self._now()):
-            raise Refused(PolicyError(rule_codes.QUIET), "paused")
+            raise Refused(PolicyError(RuleCode.QUIET), "paused")
 
     def _refusal(
         self, error: BaseException, round_: int, case: StudyContext | None
@@ -278,7 +285,7 @@ class TrainerService:
             )
         except AuditError:
             made = Refusal(
-                site=self._cases.site, round=round_, kind="error", rule=rule_codes.UNWRITTEN
+                site=self._cases.site, round=round_, kind="error", code=RuleCode.UNWRITTEN
             )
         if made.kind in ("error", "data", "protocol"):
             self._board.set(last_error=made.rule)

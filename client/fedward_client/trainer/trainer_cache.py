@@ -11,8 +11,8 @@ from typing import Final, TypeVar
 
 import torch
 
-from fedward import rule_codes
 from fedward.errors import DeviceError, PolicyError
+from fedward.rule_codes import RuleCode
 from fedward_client.cohort.training import Preparers, cache_folder, prepare_cohort
 from fedward_client.config import SiteConfig
 from fedward_client.ledger import Ledger
@@ -85,7 +85,7 @@ class TrainerCache:
         gc.collect()
         torch.cuda.empty_cache()
         if not smaller:
-            raise DeviceError(rule_codes.MEMORY, fix="Plan a smaller model") from None
+            raise DeviceError(RuleCode.MEMORY, fix="Plan a smaller model") from None
         _LOG.warning("out of memory: %d images at once from now on", smaller)
         runtime = replace(trainer.runtime, physical_batch=smaller)
         made = self._kept[_key(case)] = Trainer(case.plan, trainer.site, runtime)
@@ -102,7 +102,7 @@ class TrainerCache:
             The cohort's images cannot be prepared.
         """
         if not (self._board.get()["walls"] or self._config.trainer.allow_networked_trainer):
-            raise PolicyError(rule_codes.NETWORKED, fix="See fedward-client doctor")
+            raise PolicyError(RuleCode.NETWORKED, fix="See fedward-client doctor")
         key = _key(case)
         if key not in self._kept:
             self._kept[key] = self._open(case)
@@ -114,7 +114,7 @@ class TrainerCache:
     def _open(self, case: StudyContext) -> Trainer:
         cohort = case.cohort
         if cohort is None:
-            raise PolicyError(rule_codes.COHORT)
+            raise PolicyError(RuleCode.COHORT)
         people = {item.patient for item in cohort.items}
         self._ledger.register(cohort.sha256, case.dataset, people)
         site = prepare_cohort(

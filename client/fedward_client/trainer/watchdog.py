@@ -22,9 +22,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from fedward import rule_codes
 from fedward.errors import PolicyError
 from fedward.files import write_private
+from fedward.rule_codes import FIX, RuleCode
 
 _LOG = logging.getLogger("fedward.trainer")
 _BEAT_SECONDS: Final = 1.0
@@ -93,7 +93,7 @@ class OrdersInHand:
         """
         key = OrderKey(what, *(str(record.get(k, ""))[:_MOST_TEXT] for k in ("study", "plan_hash")))
         if key in self._stopped:
-            raise PolicyError(rule_codes.STOPS_TRAINER, fix=rule_codes.FIX)
+            raise PolicyError(RuleCode.STOPS_TRAINER, fix=FIX)
         mark = OrderMark(self._folder, next(self._numbers), key)
         mark.write("read")
         try:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedward.errors import DeviceError
+from fedward.rule_codes import RuleCode
 
 
 def choose_device(text: str) -> torch.device:
@@ -29,7 +30,7 @@ def choose_device(text: str) -> torch.device:
         )
     if name == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise DeviceError(
-            "the device must exist on this machine",
+            RuleCode.DEVICE,
             value=f"{text}, with {torch.cuda.device_count()} CUDA devices present",
             fix="Use --device auto, or install a CUDA build of torch",
         )

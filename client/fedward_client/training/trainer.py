@@ -33,6 +33,7 @@ from fedward.models import (
 )
 from fedward.plan.schema import Plan
 from fedward.protocol import EvaluateOutcome, RoundOrder, SiteFacts, TrainOutcome
+from fedward.rule_codes import RuleCode
 from fedward_client.data.sample import PreparedSite
 from fedward_client.training.batches import seed_for
 from fedward_client.training.device import place
@@ -115,8 +116,8 @@ class Trainer:
         """
         if not 1 <= order.round <= self.plan.rounds:
             raise ProtocolError(
-                f"the plan has rounds 1 to {self.plan.rounds}",
-                value=order.round,
+                RuleCode.ROUNDS,
+                values={"rounds": self.plan.rounds, "round": order.round},
                 fix="Order one of these",
             )
         if not self.plan.privacy.on:
@@ -124,7 +125,7 @@ class Trainer:
         # A second update for the same round would be a second release that ε does not count.
         released = self._released
         if released is not None and order.round < released[0]:
-            raise PrivacyError("a private round is trained once", value=order.round, fix="Go on")
+            raise PrivacyError(RuleCode.TRAINED_ONCE, values={"round": order.round}, fix="Go on")
         if released is None or order.round > released[0]:
             released = self._released = (order.round, self._train(arrays, order))
         return released[1]
@@ -212,7 +213,7 @@ class Trainer:
         part = order.part
         indices = self.site.split[part]
         if not len(indices):
-            raise DataError(f"a site needs {part} patients to be measured", fix="Change [split]")
+            raise DataError(RuleCode.PART_PATIENTS, values={"part": part}, fix="Change [split]")
         prepared = self._prepare(arrays, max(1, order.round) if order.round else self.plan.rounds)
         return evaluate(
             self.plan,
@@ -235,7 +236,9 @@ class Trainer:
         indices = self.site.split["train"]
         least = self.plan.participation.minimum_patients
         if (patients := self.site.patients_in("train")) < min(least, 1):
-            raise DataError("a site needs training patients", value=patients, fix="Bring more data")
+            raise DataError(
+                RuleCode.NO_TRAINING_PATIENTS, values={"patients": patients}, fix="Bring more data"
+            )
         prepared = self._prepare(arrays, order.round)
         return Fit(
             plan=self.plan,
@@ -286,7 +289,7 @@ class Trainer:
         if mechanism is None:
             return {}
         if delta is None:
-            raise PrivacyError("a private plan needs delta", fix="Set privacy.delta")
+            raise PrivacyError(RuleCode.NEEDS_DELTA, fix="Set privacy.delta")
         done = steps_per_round(self.plan, mechanism.sampling_rate) * order.round
         cost: dict[str, Any] = {
             "delta": delta,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from fedward.protocol import SiteFacts
+from fedward.rule_codes import RuleCode
 from fedward_server.report.coverage import contributing, is_whole, share_of, why_not_measured
 from fedward_server.report.formatting import (
     NOTHING,
@@ -286,12 +287,10 @@ def privacy_table(results: StudyResults) -> Table | None:
 # Tables about the sites and the rounds: who took part, with what, at what cost.
 
 _ROWS: Final = 200  # more rows than anybody reads
-# The sentences with which a site's policy refuses an evaluation, and what decides there.
-KEYS: Final[Mapping[str, str]] = {
-    "what the site counts must be enough, and allowed, to leave it": (
-        "`metrics` and `minimum_count` in [policy] of its site.toml decide"
-    ),
-    "ε of evaluations must not be above what the site allows": (
+# The rules with which a site's policy refuses an evaluation, and what decides there.
+KEYS: Final[Mapping[RuleCode, str]] = {
+    RuleCode.WITHHELD: "`metrics` and `minimum_count` in [policy] of its site.toml decide",
+    RuleCode.EVALUATION_EPSILON: (
         "`max_evaluation_epsilon` and `max_evaluation_epsilon_per_cohort` in [policy] of its "
         "site.toml decide"
     ),
@@ -525,7 +524,7 @@ def _why(
 ) -> str:
     failed = why_not_measured(arm, site)
     if failed is not None:
-        keys = [key for rule, key in KEYS.items() if failed.reason.startswith(rule)]
+        keys = [key for code, key in KEYS.items() if failed.reason.startswith(code.text)]
         return f"{'; '.join([failed.reason.rstrip('.'), *keys])}."
     if patients == 0:
         return "It has no test patients."

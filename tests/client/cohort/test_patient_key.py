@@ -11,8 +11,8 @@ import pytest
 from PIL import Image as Pillow
 from rich.console import Console as Rich
 
-from fedward import rule_codes
 from fedward.errors import DataError
+from fedward.rule_codes import RuleCode
 from fedward_client.cohort.check import Room, check_plan
 from fedward_client.cohort.freeze import (
     CohortFile,
@@ -160,7 +160,7 @@ def test_a_frozen_cohort_is_held_to_it(site, reading, make_plan):
     assert facts_of(cohort).per_image
     with pytest.raises(DataError) as refused:
         prepared(site, private)
-    assert refused.value.rule == rule_codes.PATIENT_KEY and "40 of 40" in str(refused.value)
+    assert refused.value.rule == RuleCode.PATIENT_KEY.text and "40 of 40" in str(refused.value)
     assert site_facts(make_plan(), prepared(site, make_plan())).images_are_patients
     allow(site)
     assert site_facts(private, prepared(site, private)).images_are_patients

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rule_values import sample
 from sklearn.metrics import roc_auc_score
 
-from fedward import rule_codes
 from fedward.dp.accounting import calibrate, epsilon_spent
 from fedward.errors import DataError, EgressError, FedwardError, PolicyError
 from fedward.metrics import ClassificationCounts, SegmentationCounts
@@ -21,6 +21,7 @@ from fedward.metrics.rates import FIGURES, rates
 from fedward.models import build_model, to_arrays
 from fedward.plan.schema import Plan
 from fedward.protocol import Refusal, SiteFacts, TrainOutcome
+from fedward.rule_codes import RuleCode
 from fedward_client.audit.log import AuditLog
 from fedward_client.audit.verify import entries
 from fedward_client.egress.disclosure import release
@@ -109,7 +110,9 @@ def test_no_planted_text_leaves_in_any_record(plan: Plan, tmp_path: Path, text: 
         told += json.dumps(gate.check_refusal(refusal_for(kind, "north", 1)).to_flat())
     told += json.dumps(
         gate.check_refusal(
-            Refusal.model_construct(site=text, round=1, kind="error", rule=text, value=text)
+            Refusal.model_construct(
+                site=text, round=1, kind="error", code=RuleCode.MODEL, values={"model": text}
+            )
         ).to_flat()
     )
     facts = SiteFacts(
@@ -191,19 +194,29 @@ def test_before_a_plan_is_known_only_a_refusal_leaves(plan: Plan, tmp_path: Path
     gate = gate_of(None, tmp_path)
     with pytest.raises(EgressError):
         gate.check_update({}, {}, outcome(), 1)
-    refusal = Refusal(site="north", round=0, rule="a message must be a known, valid record")
+    refusal = Refusal(site="north", round=0, code=RuleCode.PROTOCOL)
     assert gate.check_refusal(refusal) == refusal
 
 
-@given(text=st.text(max_size=80))
-def test_a_refusal_says_fixed_sentences_only(text: str) -> None:
+@given(text=st.text(max_size=80), code=st.sampled_from(RuleCode))
+def test_a_refusal_says_codes_only(text: str, code: RuleCode) -> None:
     gate = Gate(None, LOOSE, site="north", facts=None, max_upload_mib=1.0)
-    said = refusal_for(FedwardError(text, value=text), "north", 1)
+    said = refusal_for(FedwardError(text, value=text, where=text), "north", 1)
     made = gate.check_refusal(said)
-    fixed = gate.check_refusal(made)
-    assert fixed == made
-    if made.rule != text:
-        assert made.rule == "an unexpected error stopped the site"
+    assert gate.check_refusal(made) == made
+    assert (made.code, made.values) == (RuleCode.ERROR, {})
+    told = gate.check_refusal(
+        refusal_for(FedwardError(text, code=code, values=sample(code)), "north", 1)
+    )
+    assert (told.code, told.values) == (code, sample(code))
+    for values in (
+        {**sample(code), "more": text},
+        {**sample(code), text: text},
+        {**dict.fromkeys(code.kinds, text), "more": 1},
+        {**sample(code), **dict.fromkeys([*code.kinds][:1] or ["more"], (text, "x"))},
+    ):
+        odd = Refusal.model_construct(site=text, round=1, kind="data", code=code, values=values)
+        assert gate.check_refusal(odd).code is RuleCode.DATA
 
 
 def private_outcome(plan: Plan, **changes: Any) -> TrainOutcome:
@@ -396,30 +409,46 @@ def test_what_is_left_of_segmentation_sums_is_still_a_record(
 
 
 @pytest.mark.parametrize(
-    ("value", "kept"),
+    ("code", "values", "kept"),
     [
-        ("privacy.epsilon 8 (limit 4)", True),
-        ("1961 04 03", False),
-        ("patients 1961, 0403", False),
-        ("task.classes (limit 5)", True),
-        ("no label: 3, no image: 12", True),
-        ("patients 19610403", False),
-        ("yes DOE", False),
-        ("/data/yes", False),
-        ("1961-04-03", False),
-        ("1.2.840.113619", False),
-        ("4 8 15 16 23 42 4815162342", False),
+        (RuleCode.EPSILON, {"asked": 8.0, "limit": 4.0}, True),
+        (RuleCode.EPSILON, {"asked": 8.0}, False),
+        (RuleCode.EPSILON, {"asked": 8.0, "limit": 4.0, "more": 1.0}, False),
+        (RuleCode.EPSILON, {"asked": 19610403.0, "limit": 4.0}, False),
+        (RuleCode.EPSILON, {"asked": 0.19610403, "limit": 4.0}, False),
+        (RuleCode.EPSILON, {"asked": float("nan"), "limit": 4.0}, False),
+        (RuleCode.EPSILON, {"asked": float("inf"), "limit": 4.0}, False),
+        (RuleCode.EPSILON, {"asked": 1e300, "limit": 4.0}, False),
+        (RuleCode.EPSILON, {"asked": "8", "limit": 4.0}, False),
+        (RuleCode.EPSILON, {"asked": True, "limit": 4.0}, False),
+        (RuleCode.TRAINED_ONCE, {"round": 3}, True),
+        (RuleCode.TRAINED_ONCE, {"round": 3.0}, False),
+        (RuleCode.TRAINED_ONCE, {"round": True}, False),
+        (RuleCode.TRAINED_ONCE, {"round": 19610403}, False),
+        (RuleCode.TRAINED_ONCE, {"round": 4815162342}, False),
+        (RuleCode.PENDING, {}, True),
+        (RuleCode.PENDING, {"value": "DOE"}, False),
+        (RuleCode.MODEL, {"model": "cnn"}, True),
+        (RuleCode.MODEL, {"model": "yes"}, False),  # a class of the plan
+        (RuleCode.MODEL, {"model": "/data/cnn"}, False),
+        (RuleCode.IMAGES_USABLE, {"reasons": ("no label", "no image")}, True),
+        (RuleCode.IMAGES_USABLE, {"reasons": ["no label", "no image"]}, False),
+        (RuleCode.IMAGES_USABLE, {"reasons": ("no label", "no label")}, False),
+        (RuleCode.IMAGES_USABLE, {"reasons": ("no label", "DOE^JANE")}, False),
+        (RuleCode.IMAGES_USABLE, {"reasons": ("no label", 1961)}, False),
+        ("the planted sentence", {}, False),
+        ("epsilon", {"asked": 8.0, "limit": 4.0}, False),
+        (None, {}, False),
     ],
 )
-def test_values_are_words_of_the_plan_and_short_numbers(
-    plan: Plan, tmp_path: Path, value: str, kept: bool
+def test_values_are_those_that_a_code_declares(
+    plan: Plan, tmp_path: Path, code: Any, values: dict[str, Any], kept: bool
 ) -> None:
-    gate = gate_of(plan, tmp_path)
-    made = gate.check_refusal(
-        Refusal(site="north", round=1, kind="policy", rule=rule_codes.EPSILON, value=value)
-    )
-    assert made.value == (value if kept else "")
-    assert made.rule == rule_codes.EPSILON
+    said = Refusal.model_construct(site="north", round=1, kind="policy", code=code, values=values)
+    made = gate_of(plan, tmp_path).check_refusal(said)
+    assert (made.code, made.values) == ((code, values) if kept else (RuleCode.POLICY, {}))
+    told = [one.fields["parts"] for one in entries(tmp_path / "audit")]
+    assert told == ([] if kept else [["code"]])
 
 
 def test_every_violation_leaves_in_its_own_words(plan: Plan, tmp_path: Path) -> None:
@@ -432,7 +461,7 @@ def test_every_violation_leaves_in_its_own_words(plan: Plan, tmp_path: Path) -> 
     decision, gate = decide(policy, asked), gate_of(plan, tmp_path)
     assert len(decision.violations) == 9
     for one in decision.violations:
-        error = PolicyError(one.rule, value=one.words())
+        error = PolicyError(one.code, values=one.values)
         made = gate.check_refusal(refusal_for(error, "north", 0))
         assert (made.kind, made.rule, made.value) == ("policy", one.rule, one.words())
         assert "3" not in made.value.replace("12.35 million", "")  # how few patients there are

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fedward import rule_codes
 from fedward.errors import ConfigError, PolicyError
 from fedward.plan import Plan, plan_from
+from fedward.rule_codes import RuleCode
 from fedward_client.cohort.freeze import CohortFile, Item
 from fedward_client.policy.approvals import MOST_PENDING, Approvals
 from fedward_client.policy.decide import DatasetFacts, StudyRequest, decide, facts_of
@@ -56,22 +56,22 @@ def request_of(make_plan: Callable[..., Plan]) -> Callable[..., StudyRequest]:
 @pytest.mark.parametrize(
     ("changes", "request_changes", "rule"),
     [
-        ({"coordinators": ["b" * 64]}, {}, rule_codes.COORDINATOR),
-        ({"studies": []}, {}, rule_codes.STUDY),
-        ({"models": ["unet"]}, {}, rule_codes.MODEL),
-        ({"max_parameters": 999}, {}, rule_codes.PARAMETERS),
-        ({"max_upload_mib": 0.001}, {}, rule_codes.UPLOAD),
-        ({}, {"private": False}, rule_codes.PRIVATE),
-        ({"max_epsilon_per_study": 3.0}, {}, rule_codes.EPSILON),
-        ({"max_epsilon_per_cohort": 3.0}, {}, rule_codes.COHORT_EPSILON),
-        ({"max_delta": 1e-5}, {}, rule_codes.DELTA),
-        ({}, {"facts": None}, rule_codes.COHORT),
-        ({"minimum_patients": 101}, {}, rule_codes.PATIENTS),
-        ({"minimum_per_class": 41}, {}, rule_codes.PER_CLASS),
-        ({"minimum_sites": 3}, {"sites": 2}, rule_codes.SITES),
-        ({"minimum_sites": 2}, {"sites": 0}, rule_codes.SITES),
-        ({"studies": [{**RULE, "minimum_sites": 3}]}, {"sites": 2}, rule_codes.SITES),
-        ({}, {"facts": replace(FACTS, per_image=True)}, rule_codes.PATIENT_KEY),
+        ({"coordinators": ["b" * 64]}, {}, RuleCode.COORDINATOR.text),
+        ({"studies": []}, {}, RuleCode.STUDY.text),
+        ({"models": ["unet"]}, {}, RuleCode.MODEL.text),
+        ({"max_parameters": 999}, {}, RuleCode.PARAMETERS.text),
+        ({"max_upload_mib": 0.001}, {}, RuleCode.UPLOAD.text),
+        ({}, {"private": False}, RuleCode.PRIVATE.text),
+        ({"max_epsilon_per_study": 3.0}, {}, RuleCode.EPSILON.text),
+        ({"max_epsilon_per_cohort": 3.0}, {}, RuleCode.COHORT_EPSILON.text),
+        ({"max_delta": 1e-5}, {}, RuleCode.DELTA.text),
+        ({}, {"facts": None}, RuleCode.COHORT.text),
+        ({"minimum_patients": 101}, {}, RuleCode.PATIENTS.text),
+        ({"minimum_per_class": 41}, {}, RuleCode.PER_CLASS.text),
+        ({"minimum_sites": 3}, {"sites": 2}, RuleCode.SITES.text),
+        ({"minimum_sites": 2}, {"sites": 0}, RuleCode.SITES.text),
+        ({"studies": [{**RULE, "minimum_sites": 3}]}, {"sites": 2}, RuleCode.SITES.text),
+        ({}, {"facts": replace(FACTS, per_image=True)}, RuleCode.PATIENT_KEY.text),
     ],
 )
 def test_each_limit_refuses_with_its_own_rule(
@@ -109,7 +109,7 @@ def test_without_a_word_the_largest_delta_follows_the_cohort(
 ) -> None:
     request = request_of(facts=DatasetFacts(patients, patients, {}))
     found = decide(policy_of(), request).violations
-    assert [one.rule for one in found] == ([rule_codes.DELTA] if limit < 1e-4 else [])
+    assert [one.rule for one in found] == ([RuleCode.DELTA.text] if limit < 1e-4 else [])
     assert [one.words() for one in found] == ["privacy.delta 0.0001 (limit 1e-05)"] * len(found)
     assert decide(policy_of(max_delta=1e-4), request).allowed
     assert decide(policy_of(studies=[{**RULE, "max_delta": 1e-4}]), request).allowed
@@ -121,7 +121,7 @@ def test_a_rule_overrides_the_policy_for_its_studies(
 ) -> None:
     own = [{**RULE, "max_epsilon_per_study": 2.0, "approval": "within-policy"}]
     decision = decide(policy_of(studies=own), request_of())
-    assert [one.rule for one in decision.violations] == [rule_codes.EPSILON]
+    assert [one.rule for one in decision.violations] == [RuleCode.EPSILON.text]
     assert decision.approval == "within-policy"
     assert decision.dataset == "chest"
 
@@ -255,7 +255,7 @@ def test_a_policy_allows_nothing_until_it_says_so(
     request_of: Callable[..., StudyRequest],
 ) -> None:
     found = {one.rule for one in decide(PolicySection(), request_of()).violations}
-    assert found == {rule_codes.COORDINATOR, rule_codes.STUDY}
+    assert found == {RuleCode.COORDINATOR.text, RuleCode.STUDY.text}
     assert PolicySection().approval == "manual" and PolicySection().require_privacy
 
 

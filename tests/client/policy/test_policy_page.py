@@ -13,7 +13,7 @@ import pytest
 import typer
 from click import Group
 
-from fedward import rule_codes
+from fedward.rule_codes import RULES, RuleCode
 from fedward_client.audit import AuditLog, audit_folder, audit_key
 from fedward_client.cli import app
 from fedward_client.config import DatasetSection
@@ -33,9 +33,9 @@ def test_the_example_is_a_policy() -> None:
     assert PolicySection.model_validate(content).studies[0].dataset == "chest"
 
 
-@pytest.mark.parametrize("rule", rule_codes.RULES)
-def test_each_rule_is_on_the_page_with_keys_that_exist(rule: str) -> None:
-    row = re.search(rf"^\| {re.escape(rule)} \| (.+) \|$", PAGE, re.MULTILINE)
+@pytest.mark.parametrize("code", RULES, ids=lambda code: code.wire)
+def test_each_rule_is_on_the_page_with_keys_that_exist(code: RuleCode) -> None:
+    row = re.search(rf"^\| {re.escape(code.text)} \| (.+) \|$", PAGE, re.MULTILINE)
     assert row
     known = {
         *PolicySection.model_fields,

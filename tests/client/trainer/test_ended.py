@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from fedward import rule_codes
 from fedward.errors import AuditError
 from fedward.plan.schema import Plan
 from fedward.protocol import Refusal
+from fedward.rule_codes import RuleCode
 from fedward_client.audit.log import audit_folder
 from fedward_client.audit.verify import entries
 from fedward_client.trainer import trainer_cache
@@ -76,7 +76,7 @@ def test_a_study_that_is_denied_while_it_works_gets_nothing(
 ) -> None:
     hospital = make_hospital()
     at_a_step(hospital, deny)
-    assert answer(hospital, what, plan) == ("policy", rule_codes.DENIED)
+    assert answer(hospital, what, plan) == ("policy", RuleCode.DENIED.text)
     assert "sent" not in events(hospital)
 
 
@@ -86,7 +86,7 @@ def test_a_study_that_is_denied_while_images_are_prepared_gets_nothing_and_pays_
 ) -> None:
     hospital = make_hospital("max_epsilon_per_cohort = 100.0\nmax_delta = 0.01")
     while_preparing(hospital, deny, monkeypatch)
-    assert answer(hospital, what, private_plan) == ("policy", rule_codes.DENIED)
+    assert answer(hospital, what, private_plan) == ("policy", RuleCode.DENIED.text)
     assert {"sent", "charge"}.isdisjoint(events(hospital))
     assert hospital.ledger.studies() == []
 
@@ -94,8 +94,8 @@ def test_a_study_that_is_denied_while_images_are_prepared_gets_nothing_and_pays_
 @pytest.mark.parametrize(
     ("act", "rule"),
     [
-        (lambda hospital: hospital.desk.close(), rule_codes.STOPPED),
-        (lambda hospital: hospital.desk.cancel("tiny-1"), rule_codes.GIVEN_UP),
+        (lambda hospital: hospital.desk.close(), RuleCode.STOPPED.text),
+        (lambda hospital: hospital.desk.cancel("tiny-1"), RuleCode.GIVEN_UP.text),
     ],
 )
 def test_an_order_that_is_given_up_says_so_and_may_come_again(
@@ -107,18 +107,18 @@ def test_an_order_that_is_given_up_says_so_and_may_come_again(
 
 
 def full(*_: Any, **__: Any) -> None:
-    raise AuditError(rule_codes.UNWRITTEN, value=errno.errorcode[errno.ENOSPC])
+    raise AuditError(RuleCode.UNWRITTEN.text, value=errno.errorcode[errno.ENOSPC])
 
 
 def test_before_a_full_log_what_stops_holds_and_what_allows_does_not(
     make_hospital: Make, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hospital = make_hospital(rule='approval = "manual"')
-    assert answer(hospital, "train", plan) == ("pending", rule_codes.PENDING)
+    assert answer(hospital, "train", plan) == ("pending", RuleCode.PENDING.text)
     admin = admin_of(hospital)
     with monkeypatch.context() as patch:
         patch.setattr(hospital.audit, "append", full)
-        assert answer(hospital, "train", plan) == ("error", rule_codes.UNWRITTEN)
+        assert answer(hospital, "train", plan) == ("error", RuleCode.UNWRITTEN.text)
         for command in ("approve", "pause", "deny"):
             with pytest.raises(AuditError):
                 admin.do(command, {"study": "tiny-1"}, "officer")
@@ -134,4 +134,4 @@ def test_before_a_full_log_what_stops_holds_and_what_allows_does_not(
     admin.do("resume", {}, "officer")
     assert not hospital.board.paused
     assert not hospital.approvals.paused
-    assert answer(hospital, "train", plan) == ("policy", rule_codes.DENIED)
+    assert answer(hospital, "train", plan) == ("policy", RuleCode.DENIED.text)

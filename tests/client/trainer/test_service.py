@@ -14,10 +14,10 @@ import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedward import rule_codes
 from fedward.errors import ProtocolError
 from fedward.plan.schema import Plan
 from fedward.protocol import EvaluateOutcome, Refusal, SiteFacts, TrainOutcome
+from fedward.rule_codes import RuleCode
 from fedward.signing import encoded_public_key
 from fedward_client.audit.log import audit_folder, audit_key
 from fedward_client.audit.verify import entries, verify
@@ -202,10 +202,10 @@ def test_a_round_that_asks_too_few_sites_is_refused_whoever_brings_it(
 ) -> None:
     hospital = make_hospital("minimum_sites = 3")
     answer = hospital.ask("train", plan, sites=2)
-    refused(answer, "policy", rule_codes.SITES)
-    assert answer.record["value"] == "participation.sites 2 (limit 3)"
+    refused(answer, "policy", RuleCode.SITES.text)
+    assert Refusal.from_flat(answer.record).value == "participation.sites 2 (limit 3)"
     assert answer.record["charged"] is False
-    refused(hospital.ask("describe", plan, 0, sites=2), "policy", rule_codes.SITES)
+    refused(hospital.ask("describe", plan, 0, sites=2), "policy", RuleCode.SITES.text)
     # A connector that was taken over says that there are more.
     order = hospital.order(plan, 1, sites=2)
     more = TrainerMessage("order", {**order.record, "sites": 3}, order.arrays)
@@ -370,7 +370,7 @@ def test_a_connector_that_can_read_images_brings_no_order(
     hospital.desk.attached(found)
     for what in ("describe", "train", "evaluate"):
         answer = hospital.ask(what, plan)
-        assert (answer.kind, answer.record["rule"]) == ("refusal", rule_codes.CONNECTOR)
+        assert (answer.kind, answer.record["code"]) == ("refusal", RuleCode.CONNECTOR.wire)
     assert "no order is carried out" in " ".join(hospital.board.get()["warnings"])
     hospital.desk.detached()
     hospital.desk.attached("hidden")

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from fedward import rule_codes
 from fedward.errors import ConfigError, PolicyError
+from fedward.protocol import Refusal
+from fedward.rule_codes import RuleCode
 from fedward_client.config import config_from
 from fedward_client.policy.approvals import Approvals
 from fedward_client.trainer.admin import TrainerSilent, answer_for_silent
@@ -85,7 +86,8 @@ def test_an_order_that_stopped_the_trainer_is_refused_until_it_is_approved_anew(
         hospital.close()
         hospital.open()
     refused = hospital.ask("train", plan, 2)
-    assert (refused.record["kind"], refused.record["rule"]) == ("policy", rule_codes.STOPS_TRAINER)
+    made = Refusal.from_flat(refused.record)
+    assert (made.kind, made.code) == ("policy", RuleCode.STOPS_TRAINER)
     hospital.desk.forgive("tiny-1")
     assert hospital.ask("train", plan, 2).kind == "update"
 
@@ -109,7 +111,7 @@ def test_without_the_trainer_an_officer_forbids_and_does_not_allow(
     assert hospital.ask("train", plan, 2).record["kind"] == "paused"
     Approvals(hospital.config.site.state).pause(paused=False)
     assert do("deny", study="tiny-1", plan="")["approval"]["state"] == "denied"
-    assert hospital.ask("train", plan, 2).record["rule"] == rule_codes.DENIED
+    assert hospital.ask("train", plan, 2).record["code"] == RuleCode.DENIED.wire
 
 
 def test_the_limit_is_a_setting(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, RecordDict
 
-from fedward import rule_codes
 from fedward.flower.tensors import pack
 from fedward.models import build_model, to_arrays
 from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Plan
+from fedward.rule_codes import RuleCode
 
 pytestmark = pytest.mark.integration
 Make = Callable[..., Any]
@@ -149,7 +149,7 @@ def test_the_officer_rules_over_the_running_daemon(
     assert hospital.daemon.call("pending") == {"pending": []}
     # Within the policy it needed no approval; a denial ends it all the same, at its next step.
     assert hospital.daemon.call("deny", "officer-2")["approval"]["state"] == "denied"
-    assert refusal_of(coordinator.reply(running)) == ("policy", rule_codes.DENIED)
+    assert refusal_of(coordinator.reply(running)) == ("policy", RuleCode.DENIED.text)
     again = coordinator.ask(hospital.node, coordinator.order(make_private(5_000), 2, "officer-2"))
     assert refusal_of(again) == (
         "policy",

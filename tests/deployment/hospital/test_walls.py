@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from fedward import rule_codes
 from fedward.plan.schema import Plan
+from fedward.rule_codes import RuleCode
 
 pytestmark = pytest.mark.integration
 Make = Callable[..., Any]
@@ -69,7 +69,7 @@ def test_without_walls_no_dataset_is_opened_unless_the_site_says_so_aloud(
     until(lambda: site.online and site.trainer.get("connector") == "can read images")
     answer = coordinator.ask(site.node, coordinator.order(plan, 1, "walls"))
     assert refusal_of(answer)[0] == "policy"
-    assert refusal_of(answer)[1] == rule_codes.CONNECTOR
+    assert refusal_of(answer)[1] == RuleCode.CONNECTOR.text
     shouted = " ".join(site.trainer["warnings"])
     assert "no dataset is opened" in shouted
     assert "can read images" in shouted

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedward.rule_codes import EVALUATION_EPSILON, WITHHELD
+from fedward.rule_codes import RuleCode
 from fedward_client.policy.settings import PolicySection
 from fedward_server.artifacts.card import model_card
 from fedward_server.report import headline
@@ -133,7 +133,7 @@ def test_a_hospital_that_never_took_part_is_missing_with_its_reason(
 
 
 def test_the_keys_are_those_of_the_policys_own_sentences() -> None:
-    assert list(KEYS) == [WITHHELD, EVALUATION_EPSILON]
+    assert list(KEYS) == [RuleCode.WITHHELD, RuleCode.EVALUATION_EPSILON]
     named = {key for told in KEYS.values() for key in re.findall(r"`(\w+)`", told)}
     assert named <= set(PolicySection.model_fields)
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from fedward import rule_codes
 from fedward.errors import DataError
 from fedward.plan.schema import Task
+from fedward.rule_codes import RuleCode
 from fedward_client.data import labels
 from fedward_client.data.label_tables import SPLIT_NAMES
 from fedward_client.data.masks import label_map
@@ -107,7 +108,7 @@ def _arrays(file: Path) -> Mapping[str, NDArray[Any]]:
     except Exception:
         # zipfile, zlib and numpy each have errors of their own, with the path in the text.
         raise DataError(
-            "an npz dataset must be a readable archive of plain arrays",
+            RuleCode.ARCHIVE,
             fix="Write it again with numpy.savez",
         ) from None
     if not any(key.endswith("images") for key in arrays):
