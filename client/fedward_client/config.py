@@ -15,10 +15,11 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from fedward.config_section import DatasetName, Place, Section, validate_config
 from fedward.errors import ConfigError
 from fedward.plan.messages import schema_error
-from fedward.plan.schema import Task
+from fedward.plan.schema import Task, TaskKind
 from fedward.protocol import SITE_NAME
+from fedward.tasks.registry import TASKS, kinds_of
 from fedward_client.data.options import LabelSection, MaskSection, PatientSection
-from fedward_client.data.sample import Format
+from fedward_client.data.readers.registry import Format, formats
 from fedward_client.policy.settings import PolicySection
 
 # The parts of ``site.toml`` that the daemon needs: the aggregator, and the two processes.
@@ -142,9 +143,10 @@ class DatasetSection(Section):
 
     root: Place = Field(description="folder (or npz file) of the images; never written to")
     format: Format | None = Field(
-        default=None, description="how the data lie; without it the folder is looked at"
+        default=None,
+        description=f"how the data lie ({formats()}); without it the folder is looked at",
     )
-    task: Literal["classification", "segmentation"] = Field(description="what the labels are for")
+    task: TaskKind = Field(description="what the labels are for")
     dimensions: Annotated[Literal[2, 3], BeforeValidator(validate_config)] = Field(
         default=2, description="2 for images, 3 for volumes"
     )
@@ -370,18 +372,15 @@ def _check_task(name: str, dataset: DatasetSection) -> None:
 
 def _broken(dataset: DatasetSection) -> Iterator[tuple[str, str, str]]:
     """Rules between keys, which a plan has too: no plan could be served otherwise."""
-    segmentation = dataset.task == "segmentation"
+    spec = TASKS[dataset.task]
     if len(set(dataset.classes)) != len(dataset.classes):
         yield "classes", "class names must differ", "Rename one"
-    if not segmentation and not dataset.multi_label and len(dataset.classes) < 2:
-        yield "classes", "classification needs at least two classes", "Name the other one too"
-    if segmentation and dataset.multi_label:
-        yield "multi_label", "multi_label belongs to classification", "Remove it"
-    if not segmentation and dataset.masks != MaskSection():
-        yield "masks", "masks belong to segmentation", "Remove the section"
+    yield from spec.rules(dataset.classes, dataset.multi_label)
+    if spec.target != "masks" and dataset.masks != MaskSection():
+        yield "masks", f"masks belong to {kinds_of('masks')}", "Remove the section"
     named = LabelSection(patient_column=dataset.labels.patient_column)  # serves `patients.csv`
-    if segmentation and dataset.labels != named:
-        yield "labels", "labels belong to classification", "Remove the section"
+    if spec.target != "labels" and dataset.labels != named:
+        yield "labels", f"labels belong to {kinds_of('labels')}", "Remove the section"
     yield from dataset.labels.broken(dataset.classes, dataset.multi_label)
     yield from dataset.masks.broken(dataset.classes)
     if "any" in dataset.modality and len(dataset.modality) > 1:

@@ -74,8 +74,7 @@ def outline(plan: Plan) -> nn.Module:
 
 
 def _check_size(plan: Plan) -> None:
-    size, segmentation = plan.preprocessing.size, plan.task.kind == "segmentation"
-    expected = (2, plan.task.outputs, *(size if segmentation else ()))
+    expected = (2, *plan.task.spec.output_shape(plan.task, plan.preprocessing.size))
     if _output_shape(plan.model_dump_json()) == expected:
         return
     raise PlanError(

@@ -87,14 +87,7 @@ def _listed(names: tuple[str, ...]) -> str:
 def _task(plan: Plan) -> str:
     task, what = plan.task, "2D images" if plan.task.dimensions == 2 else "3D volumes"
     number = count(len(task.classes), "class")
-    if task.kind == "segmentation":
-        return f"to outline {number} in {what}: {_listed(task.classes)}"
-    if task.multi_label:
-        return (
-            f"which of {number} an image shows, several at once, on {what}: {_listed(task.classes)}"
-        )
-    text = f"to tell {number} apart on {what}: {_listed(task.classes)}"
-    return f"{text}; {task.classes[-1]} is the positive one" if len(task.classes) == 2 else text
+    return task.spec.goal(task, number, what, _listed(task.classes))
 
 
 def _data(plan: Plan) -> str:

@@ -11,17 +11,10 @@ from pydantic_core import PydanticCustomError
 
 from fedward.plan import settings
 from fedward.plan.settings import normal
-
-if TYPE_CHECKING:
-    pass
+from fedward.tasks.base import TaskSpec
+from fedward.tasks.registry import LOSSES, METRICS, TASKS
 
 # Rules that hold between sections of a plan; each says which keys, which rule and what to do.
-
-_LOSSES = {
-    "classification": {"cross_entropy", "focal"},
-    "multi-label": {"bce"},
-    "segmentation": {"dice_ce", "dice_focal"},
-}
 
 
 def check(plan: Plan) -> None:
@@ -39,14 +32,11 @@ def _broken(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _task_rules(plan: Plan) -> Iterator[tuple[str, str]]:
-
-    task, segmentation = plan.task, plan.task.kind == "segmentation"
+    task, spec = plan.task, plan.task.spec
     if len(set(task.classes)) != len(task.classes):
         yield "task.classes", "class names must differ; rename one"
-    if not segmentation and not task.multi_label and len(task.classes) < 2:
-        yield "task.classes", "classification needs at least two classes; name the other one too"
-    if segmentation and task.multi_label:
-        yield "task.multi_label", "multi_label belongs to classification; remove it"
+    for key, rule, fix in spec.rules(task.classes, task.multi_label):
+        yield f"task.{key}", f"{rule}; {fix[0].lower()}{fix[1:]}"
     if len(plan.preprocessing.size) != task.dimensions:
         yield (
             "preprocessing.size",
@@ -60,18 +50,16 @@ def _task_rules(plan: Plan) -> Iterator[tuple[str, str]]:
     ):
         if len(set(names)) != len(names):
             yield key, "its entries must differ; name each once"
-    wrong = set(plan.metrics.report) - (
-        SEGMENTATION_METRICS if segmentation else CLASSIFICATION_METRICS
-    )
+    wrong = set(plan.metrics.report) - set(spec.metric_names)
     if wrong:
         yield "metrics.report", f"{task.kind} has no metric {', '.join(sorted(wrong))}; remove it"
     if "depth" in plan.preprocessing.augmentation.flip and task.dimensions == 2:
         yield "preprocessing.augmentation.flip", "a 2D task has no depth axis; remove `depth`"
-    kind = "multi-label" if task.multi_label else task.kind
-    if plan.training.loss not in _LOSSES[kind]:
+    kind = spec.name(task)
+    if plan.training.loss not in spec.losses[kind]:
         yield (
             "training.loss",
-            f"{kind} takes {' or '.join(sorted(_LOSSES[kind]))}, not {plan.training.loss}; "
+            f"{kind} takes {' or '.join(sorted(spec.losses[kind]))}, not {plan.training.loss}; "
             "change it",
         )
     if plan.training.label_smoothing and plan.training.loss != "cross_entropy":
@@ -87,7 +75,7 @@ def _task_rules(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def _model_rules(plan: Plan) -> Iterator[tuple[str, str]]:
 
-    model, segmentation = plan.model, plan.task.kind == "segmentation"
+    model, segmentation = plan.model, plan.task.spec.dense
     if (model.name in SEGMENTERS) != segmentation:
         yield "model.name", f"{model.name} does not do {plan.task.kind}; choose another model"
     if model.name == "efficientnet-lite0":
@@ -197,26 +185,15 @@ StrategyName = Literal[
     "multikrum",
     "bulyan",
 ]
-MetricName = Literal[
-    "auc",
-    "accuracy",
-    "balanced_accuracy",
-    "sensitivity",
-    "specificity",
-    "f1",
-    "ece",
-    "dice",
-    "iou",
-    "hd95",
-    "loss",
-]
+if TYPE_CHECKING:
+    TaskKind = str
+    MetricName = str
+    LossName = str
+else:  # the registry is the one place that lists them; pydantic checks values against it
+    TaskKind, MetricName, LossName = (Literal[*names] for names in (TASKS, METRICS, LOSSES))
 Modality = Literal["CR", "DX", "CT", "MR", "MG", "US", "PT", "OP", "OPT", "XC", "SM", "OT", "any"]
 
 SEGMENTERS = frozenset({"unet", "basicunet", "segresnet", "attention-unet"})
-CLASSIFICATION_METRICS = frozenset(
-    {"auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity", "f1", "ece", "loss"}
-)
-SEGMENTATION_METRICS = frozenset({"dice", "iou", "hd95", "loss"})
 
 
 def _whole(value: Any) -> Any:
@@ -250,7 +227,7 @@ class Study(Section):
 class Task(Section):
     """What is to be learnt."""
 
-    kind: Literal["classification", "segmentation"] = Field(description="the task")
+    kind: TaskKind = Field(description="the task")
     dimensions: Annotated[Literal[2, 3], BeforeValidator(_whole)] = Field(
         default=2, description="2 for images, 3 for volumes"
     )
@@ -270,9 +247,19 @@ class Task(Section):
     )
 
     @property
+    def spec(self) -> TaskSpec:
+        """What a task of this kind is."""
+        return TASKS[self.kind]
+
+    @property
     def outputs(self) -> int:
         """Channels that the model gives: one a class, and the background in segmentation."""
-        return len(self.classes) + (1 if self.kind == "segmentation" else 0)
+        return len(self.classes) + self.spec.background
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the target of an image is a mask, not a label."""
+        return self.spec.target == "masks"
 
 
 class Augmentation(Section):
@@ -449,9 +436,12 @@ class Training(Section):
     schedule: Literal["constant", "cosine"] = Field(
         default="cosine", description="learning rate over a stage's rounds"
     )
-    loss: Literal["cross_entropy", "bce", "focal", "dice_ce", "dice_focal"] = Field(
-        description="`cross_entropy`, `focal` (classification); `bce` (multi-label); `dice_ce`, "
-        "`dice_focal` (segmentation)"
+    loss: LossName = Field(
+        description="; ".join(
+            f"{', '.join(f'`{name}`' for name in names)} ({task})"
+            for spec in TASKS.values()
+            for task, names in spec.losses.items()
+        )
     )
     class_weights: tuple[Positive, ...] | None = Field(
         default=None,

@@ -7,10 +7,15 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedward.metrics import AnyCounts, ClassificationCounts, PrivateCounts, SegmentationCounts
-from fedward.metrics.histogram import lower_edges
-from fedward.metrics.rate_intervals import sensitivities, specificities
 from fedward.plan.schema import Task
+from fedward.tasks.base import Measured
+from fedward.tasks.classification import (
+    ClassificationCounts,
+    lower_edges,
+    sensitivities,
+    specificities,
+)
+from fedward.tasks.private_counts import AnyCounts, PrivateCounts
 from fedward_server.results import Answers, OperatingPoint
 
 _POINTS: Final = 64
@@ -29,16 +34,13 @@ def answers_of(task: Task, counts: AnyCounts, per_image: float) -> Answers | Non
     per_image : float
         Patients that one image stands for (:func:`patients_per_image`).
     """
-    unit = 1.0
+    unit, measured = 1.0, counts if isinstance(counts, Measured) else counts.view()
     if isinstance(counts, PrivateCounts):
-        if task.kind == "segmentation":
-            return None
         unit = float(counts.unit)
         per_image = per_image if counts.epsilon is None else 1.0
-        counts = counts.as_classification()
-    if isinstance(counts, SegmentationCounts):
+    if not isinstance(measured, ClassificationCounts):
         return None
-    return _answers(task, counts, unit, per_image / unit)
+    return _answers(task, measured, unit, per_image / unit)
 
 
 def _answers(

@@ -8,8 +8,8 @@ from functools import reduce
 from typing import Any
 
 from fedward.errors import FedwardError
-from fedward.metrics import AnyCounts, PrivateCounts
 from fedward.plan.schema import MetricName, Plan, Task
+from fedward.tasks.private_counts import AnyCounts, PrivateCounts
 from fedward_server.answers import answers_of
 from fedward_server.results import Answers, Failure, Figures, Intervals, TestFigures
 
@@ -161,8 +161,7 @@ def test_figures(
         errors, intervals = _uncertainty(total, own, scale)
         found.standard_errors |= errors
         found.intervals |= intervals
-        if plan.task.kind == "segmentation":
-            _by_class(found, plan.task, total, own, scale)
+        _by_class(found, plan.task, total, own, scale)
     found.answers = _answers_together(plan.task, counts, sizes)
     return found
 
@@ -184,10 +183,10 @@ def _uncertainty(
 
 
 def _by_class(
-    found: TestFigures, task: Task, counts: Any, names: Sequence[MetricName], scale: float
+    found: TestFigures, task: Task, counts: AnyCounts, names: Sequence[MetricName], scale: float
 ) -> None:
-    for name in ("dice", "iou", "hd95"):
-        if name in names:
+    for name in names:
+        if task.spec.metric(name).by_class:
             values = dict(zip(task.classes, counts.per_class(name), strict=True))
             limits = zip(task.classes, counts.class_intervals(name, scale), strict=True)
             found.per_class[name] = values
@@ -199,7 +198,7 @@ def _answers_together(task: Task, counts: Mapping[str, AnyCounts], sizes: Sizes)
     noisy = any(isinstance(one, PrivateCounts) for one in counts.values())
     ranked = [site for site, one in counts.items() if one.gives("auc")] if noisy else []
     sites = ranked or list(counts)
-    if not sites or task.kind == "segmentation":
+    if not sites:
         return None
     total = add_up(task, {site: counts[site] for site in sites})
     return answers_of(task, total, patients_per_image([sizes[site] for site in sites]))

@@ -13,18 +13,17 @@ from flwr.common.constant import ErrorCode
 from numpy.typing import NDArray
 
 from fedward.errors import FedwardError, ProtocolError
-from fedward.metrics import AnyCounts, PrivateCounts, counts_from_arrays
-from fedward.metrics.checks import agree
-from fedward.metrics.private_counts import (
-    MOST_COUNT_NOISE,
-    TABLES,
-    noise_scale,
-    sensitivity,
-    unit_of,
-)
 from fedward.plan.schema import Plan
 from fedward.protocol import EvaluateOutcome, Refusal, SiteFacts, TrainOutcome
 from fedward.rule_codes import RuleCode
+from fedward.tasks.base import agree
+from fedward.tasks.private_counts import (
+    MOST_COUNT_NOISE,
+    AnyCounts,
+    PrivateCounts,
+    noise_scale,
+)
+from fedward.tasks.registry import counts_from_arrays
 
 Shapes = Mapping[str, NDArray[Any]]
 _PARTS: Final = ("train", "validation", "test")
@@ -285,10 +284,11 @@ def _check_noise(outcome: EvaluateOutcome, plan: Plan, arrays: Mapping[str, NDAr
     """Hold what a site says of its noise against the plan: what is believed of it is believed of
     how many images there may be, and how far off the figures are."""
     images = plan.metrics.images_per_patient if outcome.epsilon is not None else 1
-    unit, known = unit_of(plan.task, images), set(arrays) <= set(TABLES[plan.task.kind])
+    spec = plan.task.spec
+    unit, known = spec.unit * images, set(arrays) <= set(spec.table_shapes(plan.task))
     agree(known and outcome.unit == unit, "counts must have the unit that the plan asks for")
     if outcome.epsilon is None:
-        most = MOST_COUNT_NOISE * unit * sensitivity(plan.task, arrays)
+        most = MOST_COUNT_NOISE * unit * spec.sensitivity(plan.task, arrays)
         agree((outcome.noise or 0.0) <= most, "counts must have a noise that a policy can ask for")
         return
     asked = plan.evaluation_epsilon(outcome.part)

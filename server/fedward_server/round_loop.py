@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from fedward.errors import DivergenceError, ModelError, PlanError, StudyError
 from fedward.flower.study_grid import GridSnapshot
 from fedward.flower.tensors import FROZEN, digest
-from fedward.metrics import AnyCounts
 from fedward.models import build_model, trainable_names
 from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Stage
 from fedward.protocol import RoundOrder
+from fedward.tasks.private_counts import AnyCounts
 from fedward_server.aggregation import Aggregation, free_arrays, record_of, size_of
 from fedward_server.events import (
     RoundEnded,

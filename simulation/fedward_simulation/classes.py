@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedward.errors import DataError
 from fedward.plan.schema import Plan
@@ -20,7 +19,7 @@ def check_labels(plan: Plan, samples: Iterable[Sample]) -> None:
     DataError
         No image is of a class.
     """
-    if plan.task.kind == "segmentation":
+    if plan.task.has_masks:
         return
     seen: set[int] = set()
     for sample in samples:
@@ -36,7 +35,7 @@ def missing_classes(plan: Plan, sites: Sequence[PreparedSite]) -> dict[str, list
     DataError
         No site has an image of a class.
     """
-    there = {site.name: _seen(plan, site) for site in sites}
+    there = {site.name: plan.task.spec.classes_seen(plan.task, site.targets) for site in sites}
     _check(plan, set().union(*there.values()))
     lacking = {
         name: [one for place, one in enumerate(plan.task.classes) if place not in seen]
@@ -64,19 +63,3 @@ def _check(plan: Plan, seen: set[int]) -> None:
 
 def _labels(plan: Plan, label: tuple[int, ...]) -> set[int]:
     return set(np.flatnonzero(label).tolist()) if plan.task.multi_label else set(label)
-
-
-def _seen(plan: Plan, site: PreparedSite) -> set[int]:
-    if plan.task.kind == "segmentation":
-        return {value - 1 for value in _values(site.targets) if value}
-    if plan.task.multi_label:
-        return set(np.flatnonzero(np.asarray(site.targets).any(axis=0)).tolist())
-    return set(np.unique(site.targets).tolist())
-
-
-def _values(masks: NDArray[np.uint8]) -> set[int]:
-    # One after another: all of them may be larger than the memory.
-    found: set[int] = set()
-    for mask in masks:
-        found.update(np.flatnonzero(np.bincount(mask.ravel(), minlength=256)).tolist())
-    return found

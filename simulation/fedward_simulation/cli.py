@@ -7,14 +7,16 @@ import logging
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
+import click
 import typer
 
 from fedward.console import Console, Version, interruptible, print_json, run_command, say
-from fedward_client.data.sample import Format
+from fedward.tasks.registry import TASKS
+from fedward_client.data.readers.registry import READERS
 from fedward_simulation.studies import plan_file
 
 app = typer.Typer(
@@ -34,29 +36,11 @@ class EngineName(StrEnum):
     ray = "ray"
 
 
-class FormatName(StrEnum):
-    """Choices of --format."""
-
-    auto = "auto"
-    npz = "npz"
-    folders = "folders"
-    nifti = "nifti"
-    dicom = "dicom"
-
-
-class Kind(StrEnum):
-    """Choices of --kind."""
-
-    classification = "classification"
-    segmentation = "segmentation"
-
-
-_FORMATS: dict[FormatName, Format] = {
-    FormatName.npz: "npz",
-    FormatName.folders: "folders",
-    FormatName.nifti: "nifti",
-    FormatName.dicom: "dicom",
-}
+_AUTO: Final = "auto"
+FormatName = Annotated[
+    str,
+    typer.Option("--format", click_type=click.Choice([_AUTO, *READERS]), help="How the data lie."),
+]
 PatientColumn = Annotated[
     str,
     typer.Option(
@@ -113,9 +97,7 @@ def run(
             show_default=False,
         ),
     ] = None,
-    format: Annotated[
-        FormatName, typer.Option("--format", help="How the data lie.")
-    ] = FormatName.auto,
+    format: FormatName = _AUTO,
     sites: Annotated[
         int | None,
         typer.Option("--sites", min=1, help="Hospitals to make; none: as many as the plan needs."),
@@ -178,7 +160,7 @@ def run(
     options = Options(
         data=data,
         out=out,
-        format=None if format is FormatName.auto else _FORMATS[format],
+        format=None if format == _AUTO else format,
         partition=partition,
         sites=sites,
         engine=engine.value,
@@ -205,9 +187,7 @@ def audit(
     data: Annotated[
         Path, typer.Option("--data", help="Folder or file of images.", show_default=False)
     ],
-    format: Annotated[
-        FormatName, typer.Option("--format", help="How the data lie.")
-    ] = FormatName.auto,
+    format: FormatName = _AUTO,
     sites: Annotated[
         int | None, typer.Option("--sites", min=1, help="Hospitals to make, as in `run`.")
     ] = None,
@@ -242,7 +222,7 @@ def audit(
     options = Options(
         data=data,
         out=out,
-        format=None if format is FormatName.auto else _FORMATS[format],
+        format=None if format == _AUTO else format,
         partition=partition,
         sites=sites,
         device=device,
@@ -291,8 +271,9 @@ def demo(
 def cohort(
     folder: Annotated[Path, typer.Argument(help="A new or empty folder.")],
     kind: Annotated[
-        Kind, typer.Option("--kind", help="What the images are for.")
-    ] = Kind.classification,
+        str,
+        typer.Option("--kind", click_type=click.Choice([*TASKS]), help="What the images are for."),
+    ] = next(iter(TASKS)),
     hospitals: Annotated[int, typer.Option("--hospitals", min=1, help="How many to make.")] = 2,
     patients: Annotated[int, typer.Option("--patients", min=2, help="Patients per hospital.")] = 40,
     seed: Seed = 0,
@@ -301,7 +282,7 @@ def cohort(
     """Write synthetic hospitals as DICOM files, and train nothing."""
     from fedward_simulation.cohort import write_cohort
 
-    facts = write_cohort(folder, seed, kind.value, patients, hospitals)
+    facts = write_cohort(folder, seed, kind, patients, hospitals)
     if as_json:
         print_json(json.loads(facts.to_json()))
         return

@@ -9,14 +9,15 @@ from pathlib import Path
 from fedward.console import Console
 from fedward.errors import OutputError
 from fedward.plan.load import parse_plan
+from fedward.plan.schema import TaskKind
+from fedward.tasks.registry import TASKS
 from fedward_simulation.cohort import write_cohort
-from fedward_simulation.cohort.facts import Kind
 from fedward_simulation.cohort.write import MARKER
 from fedward_simulation.studies import shipped_study
 from fedward_simulation.study import Options, Study
 
 _HOSPITALS = 4
-KINDS: tuple[Kind, ...] = ("classification", "segmentation")
+KINDS: tuple[TaskKind, ...] = tuple(TASKS)
 
 
 def demo_studies(
@@ -46,12 +47,12 @@ def demo_studies(
     return studies
 
 
-def plan_text(kind: Kind) -> str:
+def plan_text(kind: TaskKind) -> str:
     """The demonstration's plan."""
     return shipped_study(f"demo/{kind}").read_text("utf-8")
 
 
-def _cohort(data: Path, seed: int, kind: Kind, patients: int, console: Console) -> None:
+def _cohort(data: Path, seed: int, kind: TaskKind, patients: int, console: Console) -> None:
     """Write a cohort, unless the same one is there from an earlier run."""
     if _facts(data) == (seed, patients * _HOSPITALS):
         return

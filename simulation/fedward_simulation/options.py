@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fedward_client.data.sample import Format
+from fedward_client.data.readers.registry import Format
 
 Engine = Literal["local", "ray"]
 

@@ -15,11 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-from fedward.metrics import ClassificationCounts, SegmentationCounts
-from fedward.metrics.intervals import LEVEL
 from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import MetricName, Plan
 from fedward.protocol import RoundOrder
+from fedward.tasks.intervals import LEVEL
 from fedward_client.training.evaluate import Answers
 from fedward_server.report.stats import ordered
 from fedward_server.results import Arm, Paired
@@ -172,21 +171,21 @@ def _part(metric: MetricName, models: Sequence[Answers]) -> Part:
 
 
 def _figure(metric: MetricName, answers: Answers, keep: NDArray[np.bool_]) -> float | None:
-    if answers.plan.task.kind == "segmentation":
-        return SegmentationCounts.from_values(answers.values[:, keep]).figures([metric])[metric]
-    counts = ClassificationCounts.from_scores(answers.values[keep], answers.targets[keep])
-    return counts.figures([metric])[metric]
+    spec = answers.plan.task.spec
+    values = answers.values[(slice(None),) * spec.answer_axis + (keep,)]
+    targets = answers.targets if spec.target == "masks" else answers.targets[keep]
+    return spec.count(values, targets).figures([metric])[metric]
 
 
 def _joined(sites: Sequence[Answers]) -> Answers:
     """The answers at all sites; a patient is one site's."""
-    axis = 1 if sites[0].plan.task.kind == "segmentation" else 0
+    spec = sites[0].plan.task.spec
     starts = np.cumsum([0, *(int(one.patients.max(initial=-1)) + 1 for one in sites[:-1])])
     return Answers(
         sites[0].plan,
-        np.concatenate([one.values for one in sites], axis=axis),
-        np.concatenate([one.targets for one in sites])
-        if not axis
-        else np.zeros(0, np.uint8),  # masks are not needed any more
+        np.concatenate([one.values for one in sites], axis=spec.answer_axis),
+        np.zeros(0, np.uint8)  # masks are not needed any more
+        if spec.target == "masks"
+        else np.concatenate([one.targets for one in sites]),
         np.concatenate([one.patients + start for one, start in zip(sites, starts, strict=True)]),
     )

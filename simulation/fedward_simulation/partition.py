@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from fedward.errors import DataError
-from fedward.metrics.checks import Floats, Ints
+from fedward.tasks.base import Floats, Ints
 from fedward_client.data.sample import SPLITS, Sample
 
 # Made partitions: which patient goes to which site, alike or with a skew.

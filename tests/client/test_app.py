@@ -11,11 +11,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from numpy.typing import NDArray
 
 from fedward.flower import identity
-from fedward.metrics import counts_from_arrays
 from fedward.models import build_model, to_arrays
 from fedward.plan import Plan, plan_from, plan_hash
 from fedward.plan.schema import Strategy
 from fedward.protocol import EvaluateOutcome, Refusal, RoundOrder, SiteFacts, TrainOutcome
+from fedward.tasks.registry import counts_from_arrays
 from fedward_client.app import client_app
 from fedward_client.training.runtime import Runtime
 from fedward_client.training.trainer import Trainer

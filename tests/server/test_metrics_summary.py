@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, roc_auc_score
 
-from fedward.metrics import AnyCounts, ClassificationCounts, PrivateCounts, counts_from_arrays
-from fedward.metrics.private_counts import parts_for, score_tables
 from fedward.plan import Plan
+from fedward.tasks.classification import ClassificationCounts
+from fedward.tasks.private_counts import AnyCounts, PrivateCounts
+from fedward.tasks.registry import counts_from_arrays
 from fedward_client.egress.disclosure import release
 from fedward_client.policy.settings import Limits
 from fedward_server import metrics_summary
@@ -42,10 +43,14 @@ def released(plan: Plan, n: int, seed: int, **limits: Any) -> AnyCounts:
 def noisy(plan: Plan, n: int, seed: int, allowed: Any) -> PrivateCounts:
     """What leaves a hospital that counts with noise (here: none), of the tables it allows."""
     p, truth = scored(n, seed)
-    parts = parts_for(plan.task, plan.metrics.report, allowed, surface=False)
+    parts = plan.task.spec.parts_for(plan.task, plan.metrics.report, allowed, surface=False)
     flags = truth[:, None] == np.arange(2)
     return PrivateCounts(
-        plan.task, score_tables(plan.task, p, flags, np.ones(n, np.int64), parts), 1, 0.0, 1.0
+        plan.task,
+        plan.task.spec.tables(plan.task, p, flags, np.ones(n, np.int64), parts),
+        1,
+        0.0,
+        1.0,
     )
 
 

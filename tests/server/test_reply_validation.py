@@ -12,9 +12,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.common.constant import ErrorCode
 
 from fedward.flower import identity
-from fedward.metrics import ClassificationCounts
 from fedward.plan.schema import Plan, Task
 from fedward.protocol import EvaluateOutcome, SiteFacts, TrainOutcome
+from fedward.tasks.classification import ClassificationCounts
 from fedward_server.reply_validation import (
     InvalidReply,
     SiteEvaluation,

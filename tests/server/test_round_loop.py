@@ -24,11 +24,11 @@ from sklearn.metrics import accuracy_score, roc_auc_score
 import fedward_client.app
 from fedward.errors import BudgetError, ModelError, PolicyError, StudyError
 from fedward.flower import identity
-from fedward.metrics import counts_from_arrays
 from fedward.models import build_model, to_arrays
 from fedward.plan import Plan
 from fedward.protocol import EvaluateOutcome, Refusal, RefusalKind, RoundOrder, TrainOutcome
 from fedward.rule_codes import RuleCode
+from fedward.tasks.registry import counts_from_arrays
 from fedward_client.data.sample import PreparedSite, SplitName
 from fedward_client.training.runtime import Runtime
 from fedward_client.training.trainer import Trainer

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from fedward.flower import identity
-from fedward.metrics import counts_from_arrays
 from fedward.models import build_model, from_arrays, to_arrays
 from fedward.plan.load import plan_hash
 from fedward.plan.schema import Plan
+from fedward.tasks.registry import counts_from_arrays
 from fedward_client.data.sample import PreparedSite
 from fedward_client.training.batches import shuffled
 from fedward_client.training.fit import Draws

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 
 from pydantic import BaseModel
 
 from fedward.protocol import SiteFacts
+from fedward.tasks.registry import METRICS, TASKS
 from fedward_server import memorisation, results
 from tools.docs.schema_tables import anchor, fields_table, summary
 
@@ -93,13 +95,21 @@ part of it.
 A run of one study writes a [StudyResults](#study-results) object. A run of several writes
 `{"studies": [...]}` with one such object for each.
 
-A table of figures maps the name of a metric (`auc`, `accuracy`, `balanced_accuracy`, `sensitivity`,
-`specificity`, `f1`, `ece`; `dice`, `iou`, `hd95` in mm; `loss`) to its value. Less is better for
-`ece`, `hd95` and `loss`.
+A table of figures maps the name of a [metric](#metrics) to its value.
 
 This page is generated from the schema (`python -m tools.docs.metrics > docs/metrics.md`) and a
 test holds it.
 """
+
+
+def _metrics() -> Iterator[str]:
+    yield "| name | in reports | tasks | better | values |"
+    yield "|---|---|---|---|---|"
+    for name, metric in METRICS.items():
+        tasks = " and ".join(kind for kind, spec in TASKS.items() if name in spec.metric_names)
+        low, high = metric.bounds
+        values = f"{low:g} to {high:g}" if math.isfinite(high) else f"from {low:g}"
+        yield f"| `{name}` | {metric.label} | {tasks} | {metric.better} | {values} |"
 
 
 def metrics_reference() -> str:
@@ -109,6 +119,7 @@ def metrics_reference() -> str:
 
 def _lines() -> Iterator[str]:
     yield _HEAD
+    yield from ("## Metrics", "", '<a id="metrics"></a>', "", *_metrics(), "")
     for model in _PARTS:
         yield from (f"## {model.__name__}", "", f'<a id="{anchor(model.__name__)}"></a>', "")
         yield from (summary(model), "", *fields_table(model, _MEANINGS.get(model, {})), "")

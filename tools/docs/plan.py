@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 
 from pydantic import BaseModel
 
 from fedward.plan import schema
 from fedward.plan.settings import SETTINGS, SUMMARIES, Setting
+from fedward.tasks.registry import TASKS
 from tools.docs.schema_tables import anchor, fields_table, summary
 
 _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
@@ -76,8 +78,7 @@ Training
 - Exactly one of `training.local_epochs` and `training.local_steps` is given.
 - `training.rounds` and `training.learning_rate` go together; a plan with `[[stages]]` has neither,
   a plan without has both. Stage names differ.
-- `training.loss`: `cross_entropy` or `focal` for classification, `bce` for multi-label, `dice_ce`
-  or `dice_focal` for segmentation.
+- `training.loss`: LOSSES.
 - `training.class_weights` has one entry per model output (segmentation: the background first).
 - `training.momentum` belongs to `sgd`, `training.label_smoothing` to `cross_entropy`.
 
@@ -92,9 +93,32 @@ Participation and metrics
 - `participation.quorum` is at most `participation.sites`.
 - `krum` and `multikrum` need a quorum of 2 × `malicious` + 3 updates, `bulyan` of
   4 × `malicious` + 3; `keep` is at most the quorum.
-- `metrics.primary` is one of `metrics.report`; `dice`, `iou` and `hd95` belong to segmentation,
-  `loss` to both, the others to classification.
+- `metrics.primary` is one of `metrics.report`. METRICS.
 """
+
+
+def _rules() -> str:
+    """The rules, with what the registry of tasks lists filled in."""
+    losses = ", ".join(
+        f"{_code(names, 'or')} for {name}"
+        for spec in TASKS.values()
+        for name, names in spec.losses.items()
+    )
+    metrics = "; ".join(
+        f"{kind} has {_code(spec.metric_names, 'and')}" for kind, spec in TASKS.items()
+    )
+    lines = (_wrapped(line, losses, metrics) for line in _RULES.splitlines())
+    return "\n".join(lines) + "\n"
+
+
+def _code(names: Sequence[str], joint: str) -> str:
+    *first, last = (f"`{name}`" for name in names)
+    return f"{', '.join(first)} {joint} {last}" if first else last
+
+
+def _wrapped(line: str, losses: str, metrics: str) -> str:
+    filled = line.replace("LOSSES", losses).replace("METRICS", metrics[0].upper() + metrics[1:])
+    return line if filled == line else textwrap.fill(filled, 100, subsequent_indent="  ")
 
 
 def plan_reference() -> str:
@@ -109,7 +133,7 @@ def _lines() -> Iterator[str]:
         yield from (f"## `{title}`", "", f'<a id="{anchor(model.__name__)}"></a>', "")
         yield from (summary(model), "", *fields_table(model), "")
     yield from _strategies()
-    yield _RULES.rstrip() + "\n"
+    yield _rules()
 
 
 def _strategies() -> Iterator[str]:

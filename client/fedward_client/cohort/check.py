@@ -415,17 +415,13 @@ def _class_finding(dataset: DatasetSection, classes: dict[str, int]) -> Finding:
 
 def _parts(plan: Plan, samples: Sequence[Sample]) -> dict[str, int]:
     patients, given = [s.patient for s in samples], [s.split for s in samples]
-    strata = None
-    if plan.task.kind == "classification":
-        # As preprocessing divides them: multi-label by whether there is any finding.
-        labels = [s.label or (0,) for s in samples]
-        strata = [max(one) if plan.task.multi_label else one[0] for one in labels]
+    strata = plan.task.spec.strata(plan.task, [s.label or (0,) for s in samples])
     parts = split_by_patient(patients, given, plan.split, strata)
     return {name: len({patients[k] for k in indices}) for name, indices in parts.items()}
 
 
 def _by_class(plan: Plan, samples: Sequence[Sample]) -> dict[str, int]:
-    if plan.task.kind == "segmentation":
+    if plan.task.has_masks:
         return {}
     pairs = set()
     for sample in samples:
@@ -464,7 +460,7 @@ def probe_findings(plan: Plan, probe: Probe) -> Iterator[Finding]:
             f"{probe.outside} of {len(probe.prepared)} images lie wholly outside the plan's window",
             "See that pixels and window have the same unit",
         )
-    if plan.task.kind == "segmentation":
+    if plan.task.has_masks:
         names = [name for k, name in enumerate(plan.task.classes, start=1) if k in probe.labels]
         missing = [name for name in plan.task.classes if name not in names]
         yield finding(

@@ -23,7 +23,8 @@ from fedward_client.data.dataset import DatasetSpec, read_dataset
 from fedward_client.data.readers.dicom.headers import Listen, unheard
 from fedward_client.data.readers.dicom.masks import SegmentedFrame, SegmentedSeries
 from fedward_client.data.readers.dicom.reader import label_table
-from fedward_client.data.sample import Dataset, Format, LeftOut, Sample, SplitName, unnamed
+from fedward_client.data.readers.registry import READERS, Format
+from fedward_client.data.sample import Dataset, LeftOut, Sample, SplitName, unnamed
 from fedward_client.index.extract import Extractor
 from fedward_client.index.store import Index
 from fedward_client.secret import Pseudonyms
@@ -153,7 +154,7 @@ def why_left_out(
 
 def _rows_without_image(dataset: DatasetSection, index: Index, extract: Extractor) -> int:
     """Rows of a DICOM label table whose key no indexed image has; other readers tell themselves."""
-    if extract.format != "dicom" or dataset.task == "segmentation":
+    if extract.format != "dicom" or dataset.as_task().has_masks:
         return 0
     rows = label_table(dataset.root, dataset.as_task(), dataset.labels.options())
     if rows is None:
@@ -314,7 +315,7 @@ def make_cohort(
 
 def _item(sample: Sample, place: int, recorder: Recorder, format: Format) -> Item:
     # As the index hashes them: issuer and id apart.
-    parts = sample.patient.split("\\", 1) if format == "dicom" else [sample.patient]
+    parts = sample.patient.split("\\", 1) if READERS[format].issuers else [sample.patient]
     return Item(
         patient=recorder.hashed("patient", *parts),
         label=sample.label,
@@ -383,7 +384,7 @@ def load(path: Path) -> CohortFile:
 def counts(cohort: CohortFile, dataset: DatasetSection) -> dict[str, Any]:
     """What a cohort is made of, in numbers: safe to show."""
     by_class = Counter(k for item in cohort.items for k in classes_of(dataset, item.label))
-    names = cohort.task.classes if cohort.task.kind == "classification" else ()
+    names = () if cohort.task.has_masks else cohort.task.classes
     return {
         "dataset": cohort.dataset,
         "cohort": cohort.name,

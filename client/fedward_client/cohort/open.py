@@ -25,6 +25,7 @@ from fedward_client.data.readers.dicom.nifti_masks import PlacedNiftiMask
 from fedward_client.data.readers.dicom.reader import DicomFrame, DicomVolume
 from fedward_client.data.readers.images import Picture, PictureMask
 from fedward_client.data.readers.nifti import NiftiImage, NiftiMask
+from fedward_client.data.readers.registry import READERS
 from fedward_client.data.sample import Dataset, Sample
 from fedward_client.index.extract import Extractor
 from fedward_client.secret import Pseudonyms
@@ -343,9 +344,9 @@ def _remember(cohort: CohortFile, now: dict[str, FileRecord], state: Path) -> No
 
 
 def _archive(cohort: CohortFile, root: Path) -> tuple[Sample, ...]:
-    if cohort.format != "npz":
+    if not READERS[cohort.format].archive:
         return ()
-    return read_dataset(DatasetSpec(root, "npz"), cohort.task).samples
+    return read_dataset(DatasetSpec(root, cohort.format), cohort.task).samples
 
 
 def _sample(item: Item, restorer: Restorer, patient_known: bool) -> Sample:

@@ -144,7 +144,7 @@ def _tiles(
 
 
 def _caption(sample: Sample, shown: Prepared, task: Task) -> str:
-    if task.kind == "segmentation":
+    if task.has_masks:
         labels = [] if shown.mask is None else np.unique(shown.mask).tolist()
         names = [task.classes[k - 1] for k in labels if k > 0]
     elif task.multi_label:
@@ -202,7 +202,7 @@ def _page(
         loader=PackageLoader("fedward_client.cohort"), autoescape=True, undefined=StrictUndefined
     )
     legend = []
-    if task.kind == "segmentation":
+    if task.has_masks:
         legend = [
             (name, "#{:02x}{:02x}{:02x}".format(*_COLOURS[k % len(_COLOURS)]))
             for k, name in enumerate(task.classes)

@@ -125,7 +125,7 @@ def as_site(found: Probe, plan: Plan) -> PreparedSite:
     count = len(found.prepared)
     labels = [sample.label for sample in found.samples]
     targets: NDArray[Any]
-    if plan.task.kind == "segmentation":
+    if plan.task.has_masks:
         targets = np.stack([one.mask for one in found.prepared if one.mask is not None])
     elif plan.task.multi_label:
         targets = np.array(labels, np.float32)

@@ -60,12 +60,12 @@ def balance(
     dataset: DatasetSection, samples: Sequence[Sample], index: Index, extract: Extractor
 ) -> Balance:
     """Count the classes of samples."""
-    marks = _Marks(dataset, index, extract)
+    marks, masks = _Marks(dataset, index, extract), dataset.as_task().has_masks
     images: Counter[int] = Counter()
     patients: dict[int, set[str]] = defaultdict(set)
     for sample in samples:
         of = classes_of(dataset, sample.label)
-        for k in set(marks.classes(sample) if dataset.task == "segmentation" else of):
+        for k in set(marks.classes(sample) if masks else of):
             images[k] += 1
             patients[k].add(sample.patient)
     names = list(enumerate(dataset.classes))
@@ -106,7 +106,7 @@ class _Marks:
         labels = dict(file.labels)
         for number, count in self._marked(file.path).items():
             if number in labels and count:
-                self._add(file.path, labels[number] - 1, count * (file.kind == "segmentation"))
+                self._add(file.path, labels[number] - 1, count * (file.kind != "contours"))
                 yield labels[number] - 1
         self.seen.add(file.path)
 

@@ -168,7 +168,7 @@ def _of_patients(dataset: DatasetSection, found: Dataset) -> list[Risk]:
 
 
 def _of_classes(dataset: DatasetSection, found: Dataset) -> Iterator[Risk]:
-    if dataset.task == "segmentation":
+    if dataset.as_task().has_masks:
         return
     patients: dict[int, set[str]] = defaultdict(set)
     for sample in found.samples:

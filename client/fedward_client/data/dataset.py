@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 from fedward.errors import DataError
 from fedward.plan.schema import Task
 from fedward.rule_codes import RuleCode
 from fedward_client.data.files import folders, walk
 from fedward_client.data.options import LabelOptions, MaskOptions, PatientOptions
-from fedward_client.data.readers import images, nifti, npz
-from fedward_client.data.readers.dicom import reader
 from fedward_client.data.readers.dicom.headers import Listen, unheard
-from fedward_client.data.readers.dicom.sniff import is_dicom
-from fedward_client.data.readers.images import is_picture
-from fedward_client.data.sample import Dataset, Format, LeftOut, Sample
+from fedward_client.data.readers.registry import READERS, Format
+from fedward_client.data.sample import Dataset, LeftOut, Sample
 
-_READERS: Final[dict[Format, Callable[[Path, Task, DatasetSpec], Dataset]]] = {
-    "npz": lambda root, task, _: npz.read(root, task),
-    "folders": lambda root, task, spec: images.read(root, task, spec.labels, spec.patients),
-    "nifti": lambda root, task, spec: nifti.read(root, task, spec.labels, spec.patients),
-    "dicom": lambda root, task, spec: reader.read(
-        root, task, spec.masks, spec.patients, spec.labels, spec.listen
-    ),
-}
 _LOOK_AT = 200  # files that decide what a folder holds
 
 
@@ -41,7 +29,7 @@ class DatasetSpec:
     root : Path
         A folder, or an ``.npz`` file.
     format : str or None
-        "npz", "folders", "nifti" or "dicom"; None looks for itself.
+        One of :data:`fedward_client.data.readers.registry.READERS`; None looks for itself.
     sites : str
         "folders" reads each sub-folder as the dataset of a site of that name.
     masks : MaskOptions
@@ -96,7 +84,7 @@ def read_dataset(spec: DatasetSpec, task: Task, *, empty: bool = False) -> Datas
 
 def _read(root: Path, task: Task, spec: DatasetSpec) -> Dataset:
     kind = spec.format or detect(root)
-    if kind in ("npz", "dicom") and spec.labels.patient_column:
+    if READERS[kind].names_patients and spec.labels.patient_column:
         raise DataError(
             "a column of patients belongs to a table beside pictures or NIfTI images",
             value=spec.labels.patient_column,
@@ -104,7 +92,7 @@ def _read(root: Path, task: Task, spec: DatasetSpec) -> Dataset:
             fix="Remove labels.patient_column: DICOM files name their patients themselves, "
             "an npz archive has an array of them",
         )
-    return _READERS[kind](root, task, spec)
+    return READERS[kind].load().read(root, task, spec)
 
 
 def _by_site(spec: DatasetSpec, task: Task) -> Dataset:
@@ -140,13 +128,19 @@ def detect(root: Path) -> Format:
     DataError
         None or several are possible.
     """
+    readers = {name: spec.load() for name, spec in READERS.items()}
     if root.is_file():
-        kinds = {"npz"} if root.suffix.lower() == ".npz" else set[str]()
+        archives = [name for name, spec in READERS.items() if spec.archive]
+        kinds = {name for name in archives if readers[name].recognises(root)}
     else:
         base = next((root / n for n in ("images", "imagesTr") if (root / n).is_dir()), root)
         files = walk(base, without=("masks", "labels", "labelsTr"))
-        kinds = set(_kinds(islice(files, _LOOK_AT)))
-    known: list[Format] = [name for name in _READERS if name in kinds]
+        looked = (
+            next((name for name, one in readers.items() if one.recognises(file)), "")
+            for file in islice(files, _LOOK_AT)
+        )
+        kinds = {name for name in looked if name}
+    known = [name for name in READERS if name in kinds]
     if len(known) == 1:
         return known[0]
     raise DataError(
@@ -155,18 +149,6 @@ def detect(root: Path) -> Format:
         fix="Set format, or take the other files out",
         where="format",
     )
-
-
-def _kinds(files: Iterable[Path]) -> Iterable[Format]:
-    for file in files:
-        if file.suffix.lower() == ".npz":
-            yield "npz"
-        elif is_picture(file):
-            yield "folders"
-        elif nifti.is_nifti(file):
-            yield "nifti"
-        elif is_dicom(file):
-            yield "dicom"
 
 
 def _nothing(left_out: tuple[LeftOut, ...], task: Task) -> DataError:

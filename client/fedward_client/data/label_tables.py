@@ -252,7 +252,7 @@ def _labels(task: Task | None, options: LabelOptions) -> set[str]:
 def _label(
     row: dict[str, str], task: Task | None, options: LabelOptions
 ) -> tuple[tuple[int, ...] | None, str]:
-    if task is None or task.kind != "classification":
+    if task is None or task.has_masks:
         return None, ""
     try:
         return options.label_of_row(row, task), ""

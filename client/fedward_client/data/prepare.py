@@ -127,7 +127,7 @@ def _build(
         raise _none_left(left_out)
     arrays = {
         "images": images.finish(),
-        "targets": masks.finish() if plan.task.kind == "segmentation" else _targets(kept, plan),
+        "targets": masks.finish() if plan.task.has_masks else _targets(kept, plan),
         "patients": _numbers([sample.patient for sample in kept]),
         "spacing": np.array(spacing, np.float32),
         "part": _parts(kept, plan),
@@ -174,12 +174,7 @@ def _numbers(patients: Sequence[str]) -> NDArray[np.int64]:
 
 
 def _parts(kept: Sequence[Sample], plan: Plan) -> NDArray[np.int8]:
-    # Multi-label: whether there is any finding; each combination by itself would be too rare.
-    strata = (
-        [max(s.label) if plan.task.multi_label else s.label[0] for s in kept if s.label]
-        if plan.task.kind == "classification"
-        else None
-    )
+    strata = plan.task.spec.strata(plan.task, [s.label for s in kept if s.label])
     patients, given = [s.patient for s in kept], [s.split for s in kept]
     part = np.zeros(len(kept), np.int8)
     for name, indices in split_by_patient(patients, given, plan.split, strata).items():
@@ -212,7 +207,6 @@ def _site(name: str, arrays: Any, meta: Any, samples: Sequence[Sample]) -> Prepa
 
 
 def _fill(place: Path, samples: Sequence[Sample], plan: Plan, means: Means) -> store.Stored | None:
-    segmentation = plan.task.kind == "segmentation"
     size = prepared_bytes(plan, len(samples))
     with store.building(place, size, means.cache_bytes) as temporary, ExitStack() as stack:
         if found := store.load(place, _ARRAYS):  # another process made it meanwhile
@@ -223,7 +217,7 @@ def _fill(place: Path, samples: Sequence[Sample], plan: Plan, means: Means) -> s
                 closing(store.FileRows(temporary / f"{name}.npy", len(samples)))
             )
 
-        masks: store.Rows = rows("targets") if segmentation else store.MemoryRows()
+        masks: store.Rows = rows("targets") if plan.task.has_masks else store.MemoryRows()
         arrays, meta = _build(samples, plan, means, rows("images"), masks)
         if means.verify is not None:
             means.verify()
@@ -234,8 +228,7 @@ def _fill(place: Path, samples: Sequence[Sample], plan: Plan, means: Means) -> s
 def prepared_bytes(plan: Plan, images: int) -> int:
     """Bytes of prepared images (float32) and their labels or masks."""
     pixels = int(np.prod(plan.preprocessing.size))
-    target = 4 * len(plan.task.classes) if plan.task.multi_label else 8
-    target = pixels if plan.task.kind == "segmentation" else target
+    target = plan.task.spec.target_bytes(plan.task, pixels)
     return images * (4 * plan.preprocessing.channels * pixels + target)
 
 

@@ -291,9 +291,9 @@ def prepare_sample(job: Job) -> Outcome:
     """The prepared image, or the reason for which it is left out; never raises for a file."""
     sample = job.sample
     try:
-        if job.task.kind == "segmentation" and sample.mask is None:
+        if job.task.has_masks and sample.mask is None:
             return rule_codes.NO_MASK
-        if job.task.kind == "classification" and sample.label is None:
+        if not job.task.has_masks and sample.label is None:
             return rule_codes.NO_LABEL
         with quiet():
             image = sample.load()

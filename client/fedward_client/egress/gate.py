@@ -22,13 +22,14 @@ from fedward.errors import (
     PrivacyError,
     ProtocolError,
 )
-from fedward.metrics import Counts, SegmentationCounts, counts_from_arrays
-from fedward.metrics.private_counts import NoisyTables, PrivateCounts
 from fedward.models.arrays import trainable_names
 from fedward.models.registry import outline
 from fedward.plan.schema import Plan
 from fedward.protocol import EvaluateOutcome, Record, Refusal, RefusalKind, SiteFacts, TrainOutcome
 from fedward.rule_codes import FIX, GENERAL, REASONS, RuleCode, Values
+from fedward.tasks.base import Counts
+from fedward.tasks.private_counts import NoisyTables, PrivateCounts
+from fedward.tasks.registry import counts_from_arrays
 from fedward_client.audit.entry import Event
 from fedward_client.audit.log import AuditLog
 from fedward_client.egress.disclosure import noise_for, release
@@ -320,9 +321,7 @@ class Gate:
 
     def _counted(self, counts: Counts, images: int) -> None:
         _most(images, self._cohort().images, "images")
-        if isinstance(counts, SegmentationCounts):
-            _most(max(int(counts.counts.max()), int(counts.loss[1])), images, "counts")
-        elif counts.images != images:
+        if not counts.are_of(images):
             raise _not_so(RuleCode.COUNTS_IMAGES)
 
     def _classes(self, facts: SiteFacts) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from fedward_client.data.readers.dicom.pixels import (
 from fedward_client.data.readers.dicom.sniff import STRUCTURES, check_mask, is_dicom, is_mask
 from fedward_client.data.readers.images import PictureMask
 from fedward_client.data.readers.nifti import NiftiMask
-from fedward_client.data.sample import Format
+from fedward_client.data.readers.registry import Format
 from fedward_client.secret import Pseudonyms
 
 # Words of DICOM that name nobody, and what is left of a file's own words beside them.

@@ -12,17 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedward.metrics import ClassificationCounts, Counts, SegmentationCounts
-from fedward.metrics.answers import truth
-from fedward.metrics.private_counts import (
-    NoisyTables,
-    add_noise,
-    overlap_tables,
-    patient_weights,
-    score_tables,
-)
-from fedward.metrics.segmentation import overlaps
 from fedward.plan.schema import Plan
+from fedward.tasks.base import Counts
+from fedward.tasks.private_counts import NoisyTables, add_noise, patient_weights
 from fedward_client.data.sample import PreparedSite
 from fedward_client.training.batches import FILLER
 from fedward_client.training.device import autocast
@@ -41,7 +33,7 @@ class Answers:
     plan : Plan
         The study.
     values : NDArray
-        Classification: ``(N, K)`` probabilities. Segmentation: ``(3, N, K)`` Dice, IoU and HD95.
+        See the task's :meth:`fedward.tasks.base.TaskSpec.answers`.
     targets : NDArray
         Classification: ``(N,)`` class indices or ``(N, K)`` flags.
     patients : NDArray
@@ -55,9 +47,7 @@ class Answers:
 
     def exact(self) -> Counts:
         """Counts over all images."""
-        if self.plan.task.kind == "segmentation":
-            return SegmentationCounts.from_values(self.values)
-        return ClassificationCounts.from_scores(self.values, self.targets)
+        return self.plan.task.spec.count(self.values, self.targets)
 
     def noisy(
         self, how: NoisyTables, randbelow: Callable[[int], int] = secrets.randbelow
@@ -67,11 +57,7 @@ class Answers:
         if how.by_patient:
             weights = patient_weights(self.patients, how.images_per_patient, how.unit, randbelow)
         task = self.plan.task
-        if task.kind == "segmentation":
-            tables = overlap_tables(self.values, weights, how.parts)
-        else:
-            flags = truth(np.asarray(self.targets), self.values)
-            tables = score_tables(task, self.values, flags, weights, how.parts)
+        tables = task.spec.tables(task, self.values, self.targets, weights, how.parts)
         noisy = add_noise(tables, how.scale, randbelow)
         return {
             name: np.where(table < how.least, 0, table) if how.least else table
@@ -105,7 +91,7 @@ def evaluate(
         Segmentation: whether to measure HD95 too, which takes most of the time.
     """
     module.eval()
-    found = []
+    spec, found = plan.task.spec, []
     # All batches have one size: kernels round by it, and an answer must not depend on how many
     # other images there are. Fewer where memory ran out.
     most = min(_BATCH[runtime.torch_device.type], runtime.physical_batch)
@@ -117,27 +103,11 @@ def evaluate(
         inputs, _ = source.plain(filled)
         with autocast(runtime.torch_device, private=False):
             logits = module(inputs).float()[: len(batch)]
-        found.append(_values(plan, logits, site, batch, surface=surface))
+        targets, spacing = np.asarray(site.targets[batch]), site.spacing[batch]
+        found.append(spec.answers(plan.task, logits, targets, spacing, surface=surface))
         if runtime.watch is not None:
             runtime.watch(part, len(starts))
     if not found:
         raise ValueError("nothing to evaluate on")
-    axis = 1 if plan.task.kind == "segmentation" else 0
-    values = np.concatenate(found, axis=axis)
+    values = np.concatenate(found, axis=spec.answer_axis)
     return Answers(plan, values, np.asarray(site.targets[indices]), site.patients[indices])
-
-
-def _values(
-    plan: Plan, logits: torch.Tensor, site: PreparedSite, batch: NDArray[np.int64], *, surface: bool
-) -> NDArray[np.float64]:
-    if plan.task.kind == "segmentation":
-        targets = np.asarray(site.targets[batch])
-        guess = logits.nan_to_num(nan=0.0).argmax(dim=1).to(torch.uint8).cpu().numpy()
-        classes = len(plan.task.classes)
-        return overlaps(guess, targets, classes, site.spacing[batch], hd95=surface)
-    logits = logits.double()
-    finite = torch.isfinite(logits).all(dim=1, keepdim=True)
-    logits = torch.where(finite, logits, 0.0)  # all classes alike
-    scores = torch.sigmoid(logits) if plan.task.multi_label else torch.softmax(logits, dim=1)
-    values: NDArray[np.float64] = scores.cpu().numpy()
-    return values

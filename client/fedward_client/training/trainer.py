@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 
 from fedward.dp.accounting import Mechanism, calibrate, epsilon_spent, steps_per_round
 from fedward.errors import DataError, PrivacyError, ProtocolError
-from fedward.metrics.private_counts import NoisyTables
 from fedward.models import (
     best_mode,
     build_model,
@@ -34,6 +33,7 @@ from fedward.models import (
 from fedward.plan.schema import Plan
 from fedward.protocol import EvaluateOutcome, RoundOrder, SiteFacts, TrainOutcome
 from fedward.rule_codes import RuleCode
+from fedward.tasks.private_counts import NoisyTables
 from fedward_client.data.sample import PreparedSite
 from fedward_client.training.batches import seed_for
 from fedward_client.training.device import place
@@ -317,7 +317,7 @@ def site_facts(plan: Plan, site: PreparedSite) -> SiteFacts:
         site=site.name,
         patients=len(np.unique(site.patients)),
         images=len(site.images),
-        class_counts=_class_counts(plan, site, train),
+        class_counts=plan.task.spec.class_counts(plan.task, site.targets, train),
         synthetic=site.synthetic,
         images_are_patients=site.images_are_patients,
         left_out_reasons=tuple(reason for reason, _ in left),
@@ -325,15 +325,6 @@ def site_facts(plan: Plan, site: PreparedSite) -> SiteFacts:
         **sizes,
         **people,
     )
-
-
-def _class_counts(plan: Plan, site: PreparedSite, indices: NDArray[np.int64]) -> tuple[int, ...]:
-    if plan.task.kind == "segmentation":
-        return ()
-    targets = np.asarray(site.targets[indices])
-    if plan.task.multi_label:
-        return tuple(int(count) for count in targets.sum(axis=0))
-    return tuple(int(n) for n in np.bincount(targets, minlength=len(plan.task.classes)))
 
 
 def _finite(value: float) -> float:

@@ -44,7 +44,7 @@ def inference_config(plan: Plan) -> Config:
         },
         "inferer": {"_target_": "SimpleInferer"},
         "postprocessing": {"_target_": "Compose", "transforms": _postprocessing(plan)},
-        "handlers": _handlers(plan),
+        "handlers": list(plan.task.spec.bundle.handlers),
         "evaluator": {
             "_target_": "SupervisedEvaluator",
             "device": "@device",
@@ -120,44 +120,7 @@ def _own(name: str, **values: Any) -> Config:
 def _postprocessing(plan: Plan) -> list[Config]:
     kind = "sigmoid" if plan.task.multi_label else "softmax"
     likely = {"_target_": "Activationsd", "keys": "pred", kind: True}
-    if plan.task.kind == "classification":
-        return [likely]
-    return [
-        likely,
-        {
-            "_target_": "Invertd",
-            "keys": "pred",
-            "transform": "@preprocessing",
-            "orig_keys": _IMAGE,
-            "nearest_interp": False,
-            "to_tensor": True,
-        },
-        {"_target_": "AsDiscreted", "keys": "pred", "argmax": True},
-        {
-            "_target_": "SaveImaged",
-            "keys": "pred",
-            "output_dir": "@output_dir",
-            "output_postfix": "mask",
-            "output_dtype": "$__import__('numpy').uint8",
-            "separate_folder": False,
-            "resample": False,
-            "print_log": False,
-        },
-    ]
-
-
-def _handlers(plan: Plan) -> list[Config]:
-    if plan.task.kind == "segmentation":
-        return []
-    return [
-        {
-            "_target_": "ClassificationSaver",
-            "output_dir": "@output_dir",
-            "filename": "predictions.csv",
-            "batch_transform": "$lambda batch: [item['image'].meta for item in batch]",
-            "output_transform": "$lambda output: [item['pred'] for item in output]",
-        }
-    ]
+    return [likely, *plan.task.spec.bundle.postprocessing]
 
 
 # ``configs/metadata.json`` of a bundle, by MONAI's bundle specification.
@@ -225,18 +188,21 @@ def _input(plan: Plan) -> Metadata:
 
 
 def _output(plan: Plan) -> Metadata:
-    segmentation = plan.task.kind == "segmentation"
-    names = (["background"] if segmentation else []) + list(plan.task.classes)
+    spec = plan.task.spec
     return {
-        "type": "image" if segmentation else "probabilities",
-        "format": "labels" if segmentation else "classes",
+        "type": spec.bundle.type,
+        "format": spec.bundle.format,
         "num_channels": plan.task.outputs,
-        "spatial_shape": list(plan.preprocessing.size) if segmentation else [1],
+        "spatial_shape": list(plan.preprocessing.size) if spec.dense else [1],
         "dtype": "float32",
         "value_range": [],
         "is_patch_data": False,
-        "channel_def": {str(place): name for place, name in enumerate(names)},
+        "channel_def": {str(place): name for place, name in enumerate(_channels(plan))},
     }
+
+
+def _channels(plan: Plan) -> list[str]:
+    return [*(["background"] if plan.task.spec.background else []), *plan.task.classes]
 
 
 def _public(number: str) -> str:
@@ -307,11 +273,9 @@ def _intensity(plan: Plan) -> str:
 
 
 def _readme_output(plan: Plan) -> tuple[str, ...]:
-    segmentation = plan.task.kind == "segmentation"
-    names = ["background", *plan.task.classes] if segmentation else list(plan.task.classes)
-    shape = f"(N, {plan.task.outputs}{', *size' if segmentation else ''})"
+    shape = f"(N, {plan.task.outputs}{', *size' if plan.task.spec.dense else ''})"
     meaning = "sigmoid of each" if plan.task.multi_label else "softmax over channels"
-    listed = ", ".join(f"{place} = {name}" for place, name in enumerate(names))
+    listed = ", ".join(f"{place} = {name}" for place, name in enumerate(_channels(plan)))
     return (
         "## Output",
         "",
@@ -322,11 +286,6 @@ def _readme_output(plan: Plan) -> tuple[str, ...]:
 
 
 def _files(plan: Plan) -> tuple[str, ...]:
-    made = (
-        "a mask for each image in `output/`, on the image's own grid"
-        if plan.task.kind == "segmentation"
-        else "`output/predictions.csv`, a row for each image"
-    )
     return (
         "## Files",
         "",
@@ -338,5 +297,6 @@ def _files(plan: Plan) -> tuple[str, ...]:
         "python -m monai.bundle run --config_file configs/inference.json",
         "```",
         "",
-        f"writes {made}. It needs monai, pytorch-ignite and fire, and no Fedward.",
+        f"writes {plan.task.spec.bundle.files}. It needs monai, pytorch-ignite and fire, "
+        "and no Fedward.",
     )

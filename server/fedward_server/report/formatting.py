@@ -4,21 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from fedward.tasks.registry import METRICS
+
 NOTHING = "–"
-_NAMES = {
-    "auc": "AUC",
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "sensitivity": "sensitivity",
-    "specificity": "specificity",
-    "f1": "F1",
-    "ece": "calibration error (ECE)",
-    "dice": "Dice",
-    "iou": "IoU",
-    "hd95": "HD95 in mm",
-    "loss": "loss",
-}
-_DIGITS = {"hd95": 2}
+_DIGITS = 3
 SYNTHETIC = "A program made these images. Nothing here speaks of real patients."
 INTERVALS = (
     "Intervals are of 95 % and by patient: images of one patient are taken as alike, and the noise "
@@ -33,12 +22,13 @@ INTERRUPTED = "The study did not run to its end. Only what was finished is shown
 
 def metric_name(metric: str) -> str:
     """A metric as people call it."""
-    return _NAMES.get(metric, metric.replace("_", " "))
+    return METRICS[metric].label if metric in METRICS else metric.replace("_", " ")
 
 
 def figure(value: float | None, metric: str = "") -> str:
-    """A figure with three decimals (HD95: two), or a dash."""
-    return NOTHING if value is None else f"{value:.{_DIGITS.get(metric, 3)}f}"
+    """A figure with the metric's decimals, without one with three; or a dash."""
+    digits = METRICS[metric].digits if metric in METRICS else _DIGITS
+    return NOTHING if value is None else f"{value:.{digits}f}"
 
 
 def signed(value: float, metric: str = "") -> str:

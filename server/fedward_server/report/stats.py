@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fedward.metrics.intervals import Interval, difference, mean_of
+from fedward.tasks.intervals import Interval, difference, mean_of
+from fedward.tasks.registry import METRICS
 from fedward_server.results import Arm, Figures, StudyResults
 
-LOWER_IS_BETTER = frozenset({"ece", "hd95", "loss"})
+LOWER_IS_BETTER = frozenset(name for name, spec in METRICS.items() if spec.better == "lower")
 _ORDER = {"alone": 0, "federated": 1, "pooled": 2}
 
 

@@ -101,7 +101,7 @@ def _labels(
     plan: Plan, site: PreparedSite, textures: NDArray[np.float64], rng: np.random.Generator
 ) -> NDArray[np.generic]:
     classes = len(plan.task.classes)
-    if plan.task.kind == "segmentation":
+    if plan.task.has_masks:
         # Blobs that have nothing to do with the image, background included.
         smooth = [_texture(one.shape[1:], rng) for one in textures[:, :1]]
         cuts = np.linspace(-1.0, 1.0, classes)

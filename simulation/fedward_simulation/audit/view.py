@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fedward.models import build_model, freeze, from_arrays, split_at_trainable, trainable_names
 from fedward.plan.schema import Plan
@@ -59,27 +58,17 @@ class SiteView:
     def signals(self, indices: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
         """``(n,)`` loss and ``(n,)`` confidence of each image.
 
-        The confidence is the log-odds of the true class (Carlini et al., 2022, arXiv:2112.03570,
-        section IV-C), for several labels their mean; for segmentation the loss with its sign
-        changed.
+        The confidence is that of :meth:`fedward.tasks.base.TaskSpec.confidence`.
         """
-        losses, confidences = [], []
+        task, losses, confidences = self.plan.task, [], []
         for start in range(0, len(indices), _BATCH):
             inputs, targets = self._source.plain(indices[start : start + _BATCH])
             logits = self.module(inputs).float()
             loss = self._loss(logits, targets)
             losses.append(loss.double().cpu().numpy())
-            confidences.append(self._confidence(logits.double(), targets, loss).cpu().numpy())
+            sure = task.spec.confidence(task, logits.double(), targets, loss)
+            confidences.append(sure.cpu().numpy())
         return np.concatenate(losses), np.concatenate(confidences)
-
-    def _confidence(self, logits: Tensor, targets: Tensor, loss: Tensor) -> Tensor:
-        if self.plan.task.kind == "segmentation":
-            return -loss.double()
-        if self.plan.task.multi_label:
-            return ((2.0 * targets - 1.0) * logits).mean(dim=1)
-        place = targets.long()[:, None]
-        others = logits.scatter(1, place, -torch.inf).logsumexp(dim=1)
-        return logits.gather(1, place)[:, 0] - others
 
     def gradients(self, groups: list[NDArray[np.int64]]) -> NDArray[np.float32]:
         """``(len(groups), d)`` gradient of the mean loss of each group of images.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
+from fedward.plan.schema import TaskKind
+from fedward.tasks.registry import TASKS
 from fedward_simulation.cohort.scanner import Scanner
 
-Kind = Literal["classification", "segmentation"]
 CLASSES = ("clear", "opacity")
 NOTE = (
     "SYNTHETIC: every image here was computed from a phantom. No patient, hospital or scanner "
@@ -46,7 +47,7 @@ class HospitalFacts:
 class CohortFacts:
     """A written cohort."""
 
-    kind: Kind
+    kind: TaskKind
     seed: int
     hospitals: tuple[HospitalFacts, ...]
 
@@ -69,7 +70,7 @@ class CohortFacts:
             "seed": self.seed,
             "patients": self.patients,
             "images": self.images,
-            "classes": list(CLASSES) if self.kind == "classification" else ["lung"],
+            "classes": ["lung"] if has_masks(self.kind) else list(CLASSES),
             "hospitals": [
                 {**asdict(h), "prevalence": round(h.prevalence, 4)} for h in self.hospitals
             ],
@@ -77,14 +78,19 @@ class CohortFacts:
         return json.dumps(value, indent=2) + "\n"
 
 
-def readme(facts: HospitalFacts, kind: Kind) -> str:
+def has_masks(kind: TaskKind) -> bool:
+    """Whether a cohort for such a task has masks, and no table of labels."""
+    return TASKS[kind].target == "masks"
+
+
+def readme(facts: HospitalFacts, kind: TaskKind) -> str:
     """The text of a hospital's ``README.txt``."""
     scanner = facts.scanner
     packed = "RLE-compressed" if scanner.compressed else "uncompressed"
     labels = (
-        "labels.csv says for each PatientID whether the lungs are clear or show an opacity."
-        if kind == "classification"
-        else "masks/ holds, for each image, a PNG of the same stem: 1 in the lungs, 0 elsewhere."
+        "masks/ holds, for each image, a PNG of the same stem: 1 in the lungs, 0 elsewhere."
+        if has_masks(kind)
+        else "labels.csv says for each PatientID whether the lungs are clear or show an opacity."
     )
     return (
         f"{NOTE}\n\n{facts.name}: {facts.patients} patients, {facts.diseased} with opacities, "

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedward.metrics.checks import Floats
+from fedward.tasks.base import Floats
 
 LUNG, TISSUE, BONE = 0.28, 1.0, 0.18
 _RIBS_APART = 0.21

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from fedward.metrics.checks import Floats
+from fedward.tasks.base import Floats
 from fedward_simulation.cohort.phantom import Anatomy, View, density
 
 UNIT = 160.0  # mm of the phantom's unit of length

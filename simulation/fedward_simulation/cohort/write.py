@@ -11,8 +11,16 @@ from numpy.typing import NDArray
 from PIL import Image as Picture
 
 from fedward.errors import DataError, OutputError
+from fedward.plan.schema import TaskKind
 from fedward_simulation.cohort.dicom import Place, dataset
-from fedward_simulation.cohort.facts import CLASSES, NOTE, CohortFacts, HospitalFacts, Kind, readme
+from fedward_simulation.cohort.facts import (
+    CLASSES,
+    NOTE,
+    CohortFacts,
+    HospitalFacts,
+    has_masks,
+    readme,
+)
 from fedward_simulation.cohort.phantom import draw_anatomy
 from fedward_simulation.cohort.scanner import SCANNERS, Scanner, take
 
@@ -20,7 +28,7 @@ MARKER = "synthetic.json"
 
 
 def write_cohort(
-    out: Path, seed: int, kind: Kind, patients: int = 60, hospitals: int = 4
+    out: Path, seed: int, kind: TaskKind, patients: int = 60, hospitals: int = 4
 ) -> CohortFacts:
     """Write synthetic hospitals as DICOM files; the same arguments give the same bytes.
 
@@ -32,7 +40,7 @@ def write_cohort(
     seed : int
         What everything random follows from.
     kind : str
-        "classification" (clear or opacity) or "segmentation" (lungs).
+        A kind of task: with labels (clear or opacity) or with masks (lungs).
     patients : int
         Patients of each hospital; at least 2.
     hospitals : int
@@ -75,10 +83,10 @@ def _make_empty(out: Path) -> None:
         raise OutputError("the cohort's folder must be empty", value=out.name, fix=fix)
 
 
-def _hospital(out: Path, seed: int, kind: Kind, patients: int, number: int) -> HospitalFacts:
+def _hospital(out: Path, seed: int, kind: TaskKind, patients: int, number: int) -> HospitalFacts:
     name, scanner = f"hospital-{number + 1}", SCANNERS[number % len(SCANNERS)]
     folder = out / name
-    for sub in ("images", "masks") if kind == "segmentation" else ("images",):
+    for sub in ("images", "masks") if has_masks(kind) else ("images",):
         (folder / sub).mkdir(parents=True)
     diseased = _diseased(np.random.default_rng([seed, number]), scanner, patients)
     images = 0
@@ -87,7 +95,7 @@ def _hospital(out: Path, seed: int, kind: Kind, patients: int, number: int) -> H
         place = Place(f"{kind} {seed}", name, patient + 1, 0)
         images += _patient(folder, kind, scanner, place, bool(diseased[patient]), random)
     facts = HospitalFacts(name, scanner, patients, int(diseased.sum()), images)
-    if kind == "classification":
+    if not has_masks(kind):
         (folder / "labels.csv").write_text(_labels(name, diseased.tolist()), "utf-8")
     (folder / "README.txt").write_text(readme(facts, kind), "utf-8")
     return facts
@@ -100,7 +108,7 @@ def _diseased(random: np.random.Generator, scanner: Scanner, patients: int) -> N
 
 def _patient(
     folder: Path,
-    kind: Kind,
+    kind: TaskKind,
     scanner: Scanner,
     place: Place,
     diseased: bool,
@@ -113,7 +121,7 @@ def _patient(
         pixels, mask = take(anatomy, scanner, random)
         file = folder / "images" / f"{at.stem}.dcm"
         dataset(pixels, scanner, at).save_as(file, enforce_file_format=True)
-        if kind == "segmentation":
+        if has_masks(kind):
             Picture.fromarray(mask).save(folder / "masks" / f"{at.stem}.png")
     return count
 

@@ -16,12 +16,12 @@ from sklearn.metrics import roc_auc_score
 
 from fedward.dp.accounting import calibrate, epsilon_spent
 from fedward.errors import DataError, EgressError, FedwardError, PolicyError
-from fedward.metrics import ClassificationCounts, SegmentationCounts
-from fedward.metrics.rates import FIGURES, rates
 from fedward.models import build_model, to_arrays
 from fedward.plan.schema import Plan
 from fedward.protocol import Refusal, SiteFacts, TrainOutcome
 from fedward.rule_codes import RuleCode
+from fedward.tasks.classification import CLASSIFICATION, ClassificationCounts, rates
+from fedward.tasks.segmentation import SegmentationCounts
 from fedward_client.audit.log import AuditLog
 from fedward_client.audit.verify import entries
 from fedward_client.egress.disclosure import release
@@ -366,10 +366,12 @@ def test_what_is_left_of_counts_is_still_a_record_and_holds_no_small_class(
     tp, fn, fp, tn = rates(made)
     for size in (tp + fn, fp + tn):
         assert ((size == 0) | (size >= least)).all()
-    figures = made.figures(tuple(FIGURES))
+    figures = made.figures(CLASSIFICATION.metric_names)
     assert all(value is None for name, value in figures.items() if name not in metrics)
     if not withheld and least == 1:
-        assert figures == pytest.approx(counts.figures(tuple(FIGURES)), abs=0.02, nan_ok=True)
+        assert figures == pytest.approx(
+            counts.figures(CLASSIFICATION.metric_names), abs=0.02, nan_ok=True
+        )
 
 
 def test_coarse_scores_keep_the_auc() -> None:

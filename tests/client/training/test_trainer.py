@@ -13,10 +13,10 @@ import torch
 
 from fedward.dp.accounting import epsilon_spent
 from fedward.errors import DataError, ModelError, PrivacyError, ProtocolError
-from fedward.metrics import counts_from_arrays
 from fedward.models import build_model, to_arrays
 from fedward.plan import Plan
 from fedward.plan.schema import Strategy
+from fedward.tasks.registry import counts_from_arrays
 from fedward_client.data.sample import PreparedSite
 from fedward_client.training.fit import Draws
 from fedward_client.training.optimizers import rate_at

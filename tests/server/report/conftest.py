@@ -8,10 +8,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from fedward.metrics import ClassificationCounts
 from fedward.plan import plan_from, plan_hash
 from fedward.plan.schema import Task
 from fedward.protocol import SiteFacts
+from fedward.tasks.classification import ClassificationCounts
 from fedward_server.answers import answers_of
 from fedward_server.report.page import render
 from fedward_server.results import (

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from scipy import stats
 from sklearn import metrics as sk
 
-from fedward.metrics import ClassificationCounts
 from fedward.plan.schema import Task
+from fedward.tasks.classification import ClassificationCounts
 from fedward_server.answers import answers_of
 from fedward_server.report.answers import ece
 from fedward_server.report.page import render

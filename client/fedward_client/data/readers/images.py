@@ -260,7 +260,7 @@ def read(
     """
     options = options or LabelOptions()
     people = people_of(root, patients, options)
-    if task.kind == "segmentation":
+    if task.has_masks:
         people.check()
         return collect(root, _pairs(root, people))
     if options.table(root) is not None:

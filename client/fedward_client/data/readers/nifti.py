@@ -175,16 +175,16 @@ def read(
     people = people_of(root, patients, options)
     images, masks = _folder(root, _IMAGES), _folder(root, _MASKS)
     d = task.dimensions
-    if task.kind == "classification" and options.table(root) is not None:
+    if not task.has_masks and options.table(root) is not None:
         return folders.labelled(
             root, images or root, is_nifti, lambda f: NiftiImage(f, d), people, task, options
         )
-    if task.kind == "classification" or images is None or masks is None:
-        needs = "labels.csv" if task.kind == "classification" else "images/ and labels/"
+    if not task.has_masks or images is None or masks is None:
+        needs = "images/ and labels/" if task.has_masks else "labels.csv"
         raise DataError(
             f"a NIfTI folder for {task.kind} must hold {needs}",
             fix="See the data page for the layouts",
-            where=rule_codes.NO_TABLE if task.kind == "classification" else rule_codes.NO_MASKS,
+            where=rule_codes.NO_MASKS if task.has_masks else rule_codes.NO_TABLE,
         )
     people.check()
     items = folders.pairs(

@@ -87,6 +87,11 @@ def read(root: Path, task: Task) -> Dataset:
     return Dataset(tuple(samples), tuple(left_out))
 
 
+def is_npz(path: Path) -> bool:
+    """Whether the suffix is that of an archive of arrays."""
+    return path.suffix.lower() == ".npz"
+
+
 def _file(root: Path) -> Path:
     if root.is_file():
         return root
@@ -123,7 +128,7 @@ def _part(
     arrays: Mapping[str, NDArray[Any]], prefix: str, task: Task, synthetic: bool
 ) -> Iterator[tuple[str, Sample | str]]:
     images = arrays[f"{prefix}images"]
-    kind = "masks" if task.kind == "segmentation" else "labels"
+    kind = task.spec.target
     targets, patients = arrays.get(f"{prefix}{kind}"), arrays.get(f"{prefix}patients")
     _check(images, {kind: targets, "patients": patients}, prefix, task)
     split = SPLIT_NAMES.get(prefix.rstrip("_"))

@@ -168,7 +168,7 @@ def _header(path: Path, task: Task, patients: PatientOptions) -> Header | MaskOb
     except Exception as error:
         # pydicom raises nearly anything on a broken file, and its texts quote values.
         raise rule_codes.unusable(rule_codes.reason_of(error)) from None
-    if words["sopclassuid"] in MASKS and task.kind == "segmentation":
+    if words["sopclassuid"] in MASKS and task.has_masks:
         return MaskObject(path)
     if not (words["rows"] and words["columns"] and pixels_next):
         raise rule_codes.unusable(rule_codes.NO_PIXELS)

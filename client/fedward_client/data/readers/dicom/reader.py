@@ -170,7 +170,7 @@ def label_table(root: Path, task: Task, options: LabelOptions) -> Table | None:
     DataError
         There is none, or it cannot be read.
     """
-    if task.kind == "segmentation":
+    if task.has_masks:
         return None
     table = options.table(root)
     if table is None:
@@ -200,7 +200,7 @@ def _masks(
     options: Options,
     left_out: list[LeftOut],
 ) -> _Masks:
-    if task.kind == "classification":
+    if not task.has_masks:
         return _Masks({}, {})
     inside = walk(root / "masks") if (root / "masks").is_dir() else []
     named = [f for f in inside if is_picture(f) or is_nifti(f)]

@@ -14,7 +14,6 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit, logit, stdtrit
 
 Interval = tuple[float, float]
 LEVEL: Final = 0.95
@@ -55,6 +54,8 @@ def mean_interval(mean: float, variance: float, n: float) -> Interval | None:
     """
     if n <= 1:
         return None
+    from scipy.special import stdtrit
+
     half = float(stdtrit(n - 1, (1 + LEVEL) / 2)) * math.sqrt(variance / (n - 1))
     return mean - half, mean + half
 
@@ -113,13 +114,15 @@ def auc_interval(
     Parameters
     ----------
     area : float
-        The area itself (see :func:`fedward.metrics.histogram.auc`).
+        The area itself (see :func:`fedward.tasks.classification.auc`).
     negative, positive, per_count
         As for :func:`delong_variance`.
     """
     fewest = min(negative.sum(), positive.sum()) * per_count
     variance = delong_variance(negative, positive, per_count)
     if variance and 0 < area < 1 and fewest >= _FEW:
+        from scipy.special import expit, logit
+
         half = Z * math.sqrt(variance) / (area * (1 - area))
         low, high = expit(logit(area) - half), expit(logit(area) + half)
         return float(low), float(high)

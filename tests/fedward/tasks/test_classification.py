@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from sklearn import metrics as sk
 
 from fedward.errors import DataError, ModelError, PlanError, ProtocolError
-from fedward.metrics import ClassificationCounts, counts_for, counts_from_arrays
-from fedward.metrics.histogram import BINS, bin_of
-from fedward.metrics.rates import FIGURES
 from fedward.plan.schema import MetricName, Task
+from fedward.tasks.classification import BINS, CLASSIFICATION, ClassificationCounts, bin_of
+from fedward.tasks.registry import counts_from_arrays
 
 NAMES: tuple[MetricName, ...] = (
     "auc",
@@ -27,6 +26,7 @@ NAMES: tuple[MetricName, ...] = (
     "sensitivity",
     "specificity",
     "f1",
+    "precision",
     "ece",
     "loss",
 )
@@ -106,6 +106,7 @@ def test_figures_agree_with_scikit_learn(scores: Scores) -> None:
     assert found["balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(targets, answer))
     assert found["sensitivity"] == pytest.approx(sk.recall_score(targets, answer, **average))
     assert found["f1"] == pytest.approx(sk.f1_score(targets, answer, **average))
+    assert found["precision"] == pytest.approx(sk.precision_score(targets, answer, **average))
     assert found["loss"] == pytest.approx(-np.log(p[np.arange(700), targets]).mean())
     assert found["ece"] == pytest.approx(ece(p, answer == targets, p.max(axis=1)), abs=1e-6)
     by_class = sk.multilabel_confusion_matrix(targets, answer)
@@ -122,6 +123,7 @@ def test_multi_label_figures_agree_with_scikit_learn() -> None:
     assert found["accuracy"] == pytest.approx((answer == flags).mean())
     assert found["sensitivity"] == pytest.approx(sk.recall_score(flags, answer, average="macro"))
     assert found["f1"] == pytest.approx(sk.f1_score(flags, answer, average="macro"))
+    assert found["precision"] == pytest.approx(sk.precision_score(flags, answer, average="macro"))
     each = [sk.balanced_accuracy_score(flags[:, c], answer[:, c]) for c in range(4)]
     assert found["balanced_accuracy"] == pytest.approx(np.mean(each))
     losses = [sk.log_loss(flags[:, c], p[:, c]) for c in range(4)]
@@ -243,7 +245,7 @@ def test_wrong_arrays_never_pass(name: str, data: st.DataObject) -> None:
     ("name", "gone"),
     [
         ("scores", {"auc"}),
-        ("confusion", {"balanced_accuracy", "sensitivity", "specificity", "f1"}),
+        ("confusion", {"balanced_accuracy", "sensitivity", "specificity", "f1", "precision"}),
         ("calibration", {"accuracy", "ece"}),
         ("loss", {"loss"}),
     ],
@@ -253,8 +255,8 @@ def test_a_part_that_is_withheld_costs_its_figures_alone(name: str, gone: set[st
     arrays = whole.to_arrays()
     made = ClassificationCounts.from_arrays({**arrays, name: np.zeros_like(arrays[name])})
     assert made.images == 40
-    known = whole.figures(tuple(FIGURES))
-    for figure, value in made.figures(tuple(FIGURES)).items():
+    known = whole.figures(CLASSIFICATION.metric_names)
+    for figure, value in made.figures(CLASSIFICATION.metric_names).items():
         assert value == (None if figure in gone else known[figure])
     both = made + whole
     assert both.figures(tuple(gone)) == whole.figures(tuple(gone))
@@ -287,7 +289,7 @@ def test_counts_of_other_tasks_do_not_mix() -> None:
         with pytest.raises(ProtocolError, match="of one task"):
             three.merge(other)
     task = Task(kind="classification", classes=("a", "b", "c"))
-    assert counts_for(task) is ClassificationCounts
+    assert task.spec.counts is ClassificationCounts
     assert counts_from_arrays(task, three.to_arrays()).figures(NAMES) == three.figures(NAMES)
     for other in (two, several):
         with pytest.raises(ProtocolError):

@@ -18,27 +18,22 @@ from sklearn.metrics import roc_auc_score
 
 from fedward.dp.discrete_laplace import discrete_laplace, variance
 from fedward.errors import ProtocolError
-from fedward.metrics import ClassificationCounts, PrivateCounts, SegmentationCounts
-from fedward.metrics.private_counts import (
-    DICE_STEPS,
-    _project,
+from fedward.plan.schema import Task
+from fedward.tasks.base import project
+from fedward.tasks.classification import CLASSIFICATION, ClassificationCounts
+from fedward.tasks.private_counts import (
+    PrivateCounts,
     add_noise,
     noise_scale,
-    overlap_tables,
-    parts_for,
     patient_weights,
-    score_tables,
-    sensitivity,
-    unit_of,
 )
-from fedward.plan.schema import CLASSIFICATION_METRICS, SEGMENTATION_METRICS, Task
+from fedward.tasks.segmentation import DICE_STEPS, SEGMENTATION, SegmentationCounts
 
 BINARY = Task(kind="classification", classes=("no", "yes"))
 THREE = Task(kind="classification", classes=("a", "b", "c"))
 SEVERAL = Task(kind="classification", classes=("a", "b", "c"), multi_label=True)
 LUNGS = Task(kind="segmentation", classes=("left", "right"))
 TASKS = {"binary": BINARY, "three": THREE, "several": SEVERAL, "lungs": LUNGS}
-EVERYTHING = {"classification": CLASSIFICATION_METRICS, "segmentation": SEGMENTATION_METRICS}
 
 
 def seeded(seed: int) -> Callable[[int], int]:
@@ -62,12 +57,11 @@ def answers(task: Task, rng: np.random.Generator, n: int) -> tuple[Any, Any]:
 
 
 def tables(task: Task, values: Any, truth: Any, patients: Any, images: int, seed: int) -> Any:
-    parts = parts_for(task, EVERYTHING[task.kind], EVERYTHING[task.kind], surface=True)
-    unit = unit_of(task, images)
+    names = task.spec.metric_names
+    parts = task.spec.parts_for(task, names, names, surface=True)
+    unit = task.spec.unit * images
     weights = patient_weights(patients, images, unit, seeded(seed))
-    if task.kind == "segmentation":
-        return parts, unit, overlap_tables(values, weights, parts)
-    return parts, unit, score_tables(task, values, truth, weights, parts)
+    return parts, unit, task.spec.tables(task, values, truth, weights, parts)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -83,14 +77,14 @@ def test_a_patient_moves_all_tables_by_the_stated_sensitivity(
     other = values.copy()
     if task.kind == "segmentation":
         other[:, gone] = np.nan
-    weights = patient_weights(patients, images, unit_of(task, images), seeded(seed))
+    weights = patient_weights(patients, images, task.spec.unit * images, seeded(seed))
     parts, unit, whole = tables(task, values, truth, patients, images, seed)
     if task.kind == "segmentation":
-        without = overlap_tables(other, weights, parts)
+        without = task.spec.tables(task, other, truth, weights, parts)
     else:
-        without = score_tables(task, values, truth, np.where(gone, 0, weights), parts)
+        without = task.spec.tables(task, values, truth, np.where(gone, 0, weights), parts)
     moved = sum(int(np.abs(whole[part] - without[part]).sum()) for part in parts)
-    assert moved <= unit * sensitivity(task, parts)
+    assert moved <= unit * task.spec.sensitivity(task, parts)
 
 
 def test_a_single_image_reaches_the_stated_sensitivity() -> None:
@@ -98,7 +92,9 @@ def test_a_single_image_reaches_the_stated_sensitivity() -> None:
     for task in (BINARY, THREE, SEVERAL):
         values, truth = answers(task, np.random.default_rng(0), 1)
         parts, unit, whole = tables(task, values, truth, np.zeros(1, np.int64), 1, 0)
-        assert sum(int(table.sum()) for table in whole.values()) == unit * sensitivity(task, parts)
+        assert sum(int(table.sum()) for table in whole.values()) == unit * task.spec.sensitivity(
+            task, parts
+        )
 
 
 @pytest.mark.parametrize("scale", [Fraction(1, 4), Fraction(1), Fraction(7, 3), Fraction(250)])
@@ -232,7 +228,7 @@ def test_weights_of_a_patients_images_add_up_to_at_most_one_patient() -> None:
 @given(row=st.lists(st.integers(-20, 40), min_size=2, max_size=8))
 def test_cells_below_zero_go_by_the_nearest_possible_table(row: list[int]) -> None:
     table, total = np.array([row], np.int64), max(sum(row), 0)
-    made = _project(table)[0]
+    made = project(table)[0]
     assert (made >= 0).all() and made.sum() == pytest.approx(total, abs=1e-9)
     if total:
         best = minimize(
@@ -267,10 +263,18 @@ def test_tables_from_outside_are_checked(change: dict[str, Any]) -> None:
 
 
 def test_a_figure_that_a_policy_withholds_cannot_be_computed() -> None:
-    no_auc = set(CLASSIFICATION_METRICS) - {"auc"}
-    assert parts_for(BINARY, ("auc", "accuracy"), no_auc, surface=False) == ("decisions",)
-    assert parts_for(BINARY, ("auc",), no_auc, surface=False) == ()
-    assert parts_for(BINARY, ("auc",), CLASSIFICATION_METRICS, surface=False) == ("scores",)
-    every = parts_for(THREE, CLASSIFICATION_METRICS, CLASSIFICATION_METRICS, surface=False)
+    no_auc = set(CLASSIFICATION.metric_names) - {"auc"}
+    assert CLASSIFICATION.parts_for(BINARY, ("auc", "accuracy"), no_auc, surface=False) == (
+        "decisions",
+    )
+    assert CLASSIFICATION.parts_for(BINARY, ("auc",), no_auc, surface=False) == ()
+    assert CLASSIFICATION.parts_for(
+        BINARY, ("auc",), CLASSIFICATION.metric_names, surface=False
+    ) == ("scores",)
+    every = CLASSIFICATION.parts_for(
+        THREE, CLASSIFICATION.metric_names, CLASSIFICATION.metric_names, surface=False
+    )
     assert every == ("scores", "decisions")
-    assert parts_for(LUNGS, ("dice", "hd95"), SEGMENTATION_METRICS, surface=False) == ("dice",)
+    assert SEGMENTATION.parts_for(
+        LUNGS, ("dice", "hd95"), SEGMENTATION.metric_names, surface=False
+    ) == ("dice",)

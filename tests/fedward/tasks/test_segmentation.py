@@ -16,9 +16,9 @@ from monai.metrics.hausdorff_distance import compute_hausdorff_distance
 from numpy.typing import NDArray
 
 from fedward.errors import DataError, ModelError, PlanError, ProtocolError
-from fedward.metrics import SegmentationCounts, counts_for, counts_from_arrays
-from fedward.metrics.surface import hd95
 from fedward.plan.schema import MetricName, Task
+from fedward.tasks.registry import counts_from_arrays
+from fedward.tasks.segmentation import SegmentationCounts, surface_distance
 
 NAMES: tuple[MetricName, ...] = ("dice", "iou", "hd95", "loss")
 Masks = NDArray[np.uint8]
@@ -85,16 +85,16 @@ def test_dice_and_iou_are_those_of_sets(seed: int, classes: int) -> None:
 def test_hd95_agrees_with_brute_force(seed: int, spacing: tuple[float, float]) -> None:
     a, b = (discs(1, 14, 1, seed + i)[0] == 1 for i in range(2))
     if a.any() and b.any():
-        assert hd95(a, b, spacing) == pytest.approx(brute_hd95(a, b, spacing))
+        assert surface_distance(a, b, spacing) == pytest.approx(brute_hd95(a, b, spacing))
     else:
-        assert hd95(a, b, spacing) is None
+        assert surface_distance(a, b, spacing) is None
 
 
 def test_hd95_agrees_with_brute_force_in_volumes() -> None:
     random = np.random.default_rng(0)
     a, b = (random.random((7, 6, 5)) < share for share in (0.1, 0.2))
     spacing = (0.7, 1.0, 3.0)
-    assert hd95(a, b, spacing) == pytest.approx(brute_hd95(a, b, spacing))
+    assert surface_distance(a, b, spacing) == pytest.approx(brute_hd95(a, b, spacing))
 
 
 @pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")
@@ -152,7 +152,7 @@ def test_volumes_count_too() -> None:
 def test_arrays_come_back_as_the_same_counts() -> None:
     made = counts(discs(5, 20, 2, 1), discs(5, 20, 2, 2), 2, losses=np.ones(5))
     task = Task(kind="segmentation", classes=("left", "right"))
-    assert counts_for(task) is SegmentationCounts
+    assert task.spec.counts is SegmentationCounts
     back = counts_from_arrays(task, made.to_arrays())
     assert back.figures(NAMES) == made.figures(NAMES)
     with pytest.raises(ProtocolError, match="the plan's classes"):

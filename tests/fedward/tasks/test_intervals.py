@@ -10,8 +10,9 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from fedward.metrics import ClassificationCounts, PrivateCounts, SegmentationCounts
-from fedward.metrics.intervals import (
+from fedward.plan.schema import Task
+from fedward.tasks.classification import CLASSIFICATION, ClassificationCounts
+from fedward.tasks.intervals import (
     auc_interval,
     bounded_mean_interval,
     delong_variance,
@@ -19,11 +20,10 @@ from fedward.metrics.intervals import (
     mean_of,
     wilson,
 )
-from fedward.metrics.private_counts import add_noise, noise_scale, parts_for, score_tables
-from fedward.metrics.rate_intervals import INTERVALS
-from fedward.plan.schema import MetricName, Task
+from fedward.tasks.private_counts import PrivateCounts, add_noise, noise_scale
+from fedward.tasks.segmentation import SegmentationCounts
 
-NAMES: tuple[MetricName, ...] = tuple(INTERVALS)  # type: ignore[arg-type]
+NAMES = CLASSIFICATION.metric_names
 
 
 def softmax(logits: NDArray[Any]) -> NDArray[Any]:
@@ -172,9 +172,9 @@ def test_a_mean_of_dependent_figures_is_wider() -> None:
 def test_noise_widens_the_interval_as_it_widens_the_figure() -> None:
     task = Task(kind="classification", classes=("a", "b"))
     p, targets = scores(300, 2, seed=6)
-    parts = parts_for(task, ["auc", "accuracy"], NAMES, surface=False)
+    parts = task.spec.parts_for(task, ["auc", "accuracy"], NAMES, surface=False)
     weights = np.ones(300, np.int64)
-    tables = score_tables(task, p, targets[:, None] == np.arange(2), weights, parts)
+    tables = task.spec.tables(task, p, targets[:, None] == np.arange(2), weights, parts)
     scale = noise_scale(task, parts, 1, 0.5)
     random = np.random.default_rng(7)
     made = [
