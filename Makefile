@@ -57,6 +57,7 @@ bench: $(DONE)
 
 docs: $(DONE)
 	$(BIN)/python -m tools.docs.plan > docs/plan.md
+	$(BIN)/python -m tools.docs.strategies > docs/strategies.md
 	$(BIN)/python -m tools.docs.metrics > docs/metrics.md
 	$(BIN)/python -m tools.docs.site > docs/site.md
 	$(BIN)/python -m tools.docs.dicom > docs/dicom.md

@@ -19,9 +19,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
+from control_variates import SPEC
 
 from fedward.plan import Plan, canonical, plan_from, plan_hash
 from fedward.protocol import RoundOrder
+from fedward.strategies import STRATEGIES, StrategySpec
 from fedward_client.data.sample import PreparedSite
 
 # Real processes (a SuperLink, hospitals, an aggregator) that several folders of tests start.
@@ -126,6 +128,13 @@ def make_order() -> Callable[..., RoundOrder]:
         return RoundOrder(plan=canonical(plan), plan_hash=plan_hash(plan), round=round, **more)
 
     return build
+
+
+@pytest.fixture
+def control_variates(monkeypatch: pytest.MonkeyPatch) -> StrategySpec:
+    """A strategy that plans may name within the test: a site keeps and sends arrays of its own."""
+    monkeypatch.setitem(STRATEGIES, SPEC.name, SPEC)
+    return SPEC
 
 
 @pytest.fixture

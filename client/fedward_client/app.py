@@ -20,6 +20,7 @@ from fedward_client.training.trainer import Trainer
 
 _LOG = logging.getLogger("fedward.client")
 _ADDED_BY_STRATEGIES = ("server-round", "proximal-mu")
+SITE_STATE = "site-state"
 
 
 class Sites(Protocol):
@@ -62,7 +63,14 @@ def _answer(sites: Sites, message: Message, context: Context, handle: Handler) -
     try:
         order = _order(message)
         round_ = order.round
-        content = handle(sites.trainer(context, order.read_plan()), order, message)
+        trainer = sites.trainer(context, order.read_plan())
+        keeps = handle is _train and bool(trainer.plan.strategy.spec.kept)
+        if keeps:
+            # A simulation's worker may end: what a site keeps stands in Flower's context.
+            trainer.state.from_arrays(_named(context.state.array_records.get(SITE_STATE, {})))
+        content = handle(trainer, order, message)
+        if keeps:
+            context.state[SITE_STATE] = _arrays(trainer.state.to_arrays())
     except FedwardError as error:
         content = _refusal(Refusal.of(error, site=site, round_=round_, kind="error"))
     except Exception as error:
@@ -113,11 +121,12 @@ def _order(message: Message) -> RoundOrder:
 
 def _model(message: Message) -> dict[str, NDArray[Any]]:
     """All arrays of the message; the model checks their names and shapes."""
-    return {
-        name: array.numpy()
-        for record in message.content.array_records.values()
-        for name, array in record.items()
-    }
+    records = message.content.array_records.values()
+    return {name: value for record in records for name, value in _named(record).items()}
+
+
+def _named(record: Mapping[str, Array]) -> dict[str, NDArray[Any]]:
+    return {name: array.numpy() for name, array in record.items()}
 
 
 def _arrays(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:

@@ -7,11 +7,9 @@ from collections.abc import Iterator
 
 from fedward.plan.load import plan_hash
 from fedward.plan.schema import Plan, Stage
-from fedward.plan.settings import NEED_ALL, SUMMARIES
 
 _LABEL, _WIDTH = 15, 100
 _FLOAT32 = 4
-_UNWEIGHTED = {"fedmedian", "fedtrimmedavg", "krum", "bulyan"}
 _INTENSITY = {
     "unit": "scaled to 0 to 1",
     "zscore": "each image shifted and scaled to mean 0 and deviation 1",
@@ -189,11 +187,11 @@ def _private_steps(plan: Plan) -> str:
 
 
 def _server(plan: Plan) -> str:
-    strategy = plan.strategy
-    text = f"{strategy.name}: {SUMMARIES[strategy.name]}"
-    if strategy.name not in _UNWEIGHTED:
+    strategy, spec = plan.strategy, plan.strategy.spec
+    text = f"{strategy.name}: {spec.summary}"
+    if spec.weighted:
         text += f", weighted by {strategy.weighting}"
-    if strategy.name in NEED_ALL:
+    if spec.needs_all:
         text += "; the server holds all updates of a round in memory"
     if strategy.settings:
         text += f" ({', '.join(f'{key} = {value:g}' for key, value in strategy.settings.items())})"
@@ -203,10 +201,17 @@ def _server(plan: Plan) -> str:
 
 
 def _exchange(plan: Plan, parameters: int | None) -> str:
-    text = "model parameters and the counts of this plan's metrics; never an image, name or path"
+    spec = plan.strategy.spec
+    besides = "".join(f", {meaning}" for meaning in spec.sent.values())
+    text = (
+        f"model parameters{besides} and the counts of this plan's metrics; never an image, name or "
+        "path"
+    )
+    if spec.kept:
+        text += f"; a site keeps {', '.join(spec.kept.values())}"
     if parameters is None:
         return text
-    size = parameters * _FLOAT32 / 1e6
+    size = parameters * _FLOAT32 / 1e6 * (1 + max(len(spec.received), len(spec.sent)))
     return f"{text}; at most about {size:.2g} MB each way per site and round"
 
 

@@ -6,11 +6,19 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
-from fedward.plan import settings
-from fedward.plan.settings import normal
+from fedward.strategies import STRATEGIES, StrategySpec
 from fedward.tasks.base import TaskSpec
 from fedward.tasks.registry import LOSSES, METRICS, TASKS
 
@@ -121,7 +129,19 @@ def _stage_rules(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _strategy_rules(plan: Plan) -> Iterator[tuple[str, str]]:
-    yield from settings.broken(plan.strategy.name, plan.strategy.settings)
+    spec = plan.strategy.spec
+    yield from spec.broken(plan.strategy.settings)
+    if plan.privacy.on and not spec.private:
+        yield (
+            "strategy.name",
+            f"the noise of an update does not cover what {spec.name} sends besides it; choose "
+            "another strategy, or mechanism `none`",
+        )
+    if plan.participation.sites < spec.minimum_sites:
+        yield (
+            "participation.sites",
+            f"{spec.name} needs {spec.minimum_sites} sites; raise sites",
+        )
 
 
 def _participation_rules(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -129,7 +149,7 @@ def _participation_rules(plan: Plan) -> Iterator[tuple[str, str]]:
     malicious = int(given.get("malicious", 0))
     if part.quorum is not None and part.quorum > part.sites:
         yield "participation.quorum", "quorum must not exceed sites; lower it"
-    need = settings.updates_needed(name, malicious)
+    need = plan.strategy.spec.updates_needed(malicious)
     if part.needed < need:
         yield (
             "participation.quorum",
@@ -172,18 +192,17 @@ ModelName = Literal[
     "segresnet",
     "attention-unet",
 ]
-StrategyName = Literal[
-    "fedavg",
-    "fedprox",
-    "fedavgm",
-    "fedadam",
-    "fedyogi",
-    "fedadagrad",
-    "fedmedian",
-    "fedtrimmedavg",
-    "krum",
-    "multikrum",
-    "bulyan",
+
+
+def _known_strategy(value: Any) -> Any:
+    if not isinstance(value, str) or value not in STRATEGIES:
+        *most, last = [repr(name) for name in STRATEGIES]
+        raise PydanticKnownError("literal_error", {"expected": f"{', '.join(most)} or {last}"})
+    return value
+
+
+StrategyName = Annotated[
+    str, BeforeValidator(_known_strategy), WithJsonSchema({"enum": list(STRATEGIES)})
 ]
 if TYPE_CHECKING:
     TaskKind = str
@@ -513,14 +532,17 @@ class Strategy(Section):
     )
 
     @property
-    def proximal_mu(self) -> float:
-        """FedProx' weight of the proximal term, 0 for every other algorithm."""
-        return float(self.settings.get("mu", 0.0)) if self.name == "fedprox" else 0.0
+    def spec(self) -> StrategySpec:
+        """What is known of the algorithm."""
+        return STRATEGIES[self.name]
 
     @field_validator("settings")
     @classmethod
-    def _one_way_to_write(cls, value: dict[str, float | int]) -> dict[str, float | int]:
-        return {name: normal(name, number) for name, number in value.items()}
+    def _one_way_to_write(
+        cls, value: dict[str, float | int], info: ValidationInfo
+    ) -> dict[str, float | int]:
+        spec = STRATEGIES.get(info.data.get("name", ""))
+        return value if spec is None else spec.normal(value)
 
 
 class Privacy(Section):

@@ -26,6 +26,11 @@ class Aggregation:
         Largest share of the round's weight that a site may have.
     bound : NormBound, optional
         Of the norms; none: it is not known before all updates are there.
+
+    Attributes
+    ----------
+    besides : NormBound or None
+        The same of what the strategy has a site send besides its update.
     """
 
     def __init__(
@@ -34,6 +39,7 @@ class Aggregation:
         self.updates: dict[str, Update] = {}
         self.refused: dict[str, InvalidReply] = {}
         self.bound = bound
+        self.besides: NormBound | None = None
         self._max_share = max_share
         self._fold = Fold() if fold else None
 
@@ -51,7 +57,9 @@ class Aggregation:
         """Whose arrays a fold must not have yet: the heaviest sites' and the largest update."""
         heaviest = sorted(held, key=lambda name: self.updates[name].weight, reverse=True)
         largest = max(held, key=lambda name: self.updates[name].norm)
-        return {*heaviest[: most_capped(self._max_share)], largest}
+        besides = max(held, key=lambda name: self.updates[name].besides)
+        both = {largest, besides} if self.updates[besides].besides else {largest}
+        return {*heaviest[: most_capped(self._max_share)], *both}
 
     def _take_in(self, site: str, weight: float) -> None:
         update = self.updates[site]
@@ -69,8 +77,9 @@ class Aggregation:
         """
         if self.bound is not None or len(self.updates) < 2:
             return {}
-        norms = [one.norm for one in self.updates.values()]
-        self.bound = NormBound.of(norms, [sizes[site] for site in self.updates], ratio)
+        updates, of_sites = self.updates.values(), [sizes[site] for site in self.updates]
+        self.bound = NormBound.of([one.norm for one in updates], of_sites, ratio)
+        self.besides = NormBound.of([one.besides for one in updates], of_sites, ratio)
         found = {
             site: bad
             for site, one in self.updates.items()
@@ -87,15 +96,18 @@ class Aggregation:
 
     def too_far(self, update: Update, size: float) -> InvalidReply | None:
         """Why an update's norm is too large for this round; none where it is not, or not yet."""
-        if self.bound is None or update.norm <= self.bound.limit(size):
-            return None
-        times = update.norm / self.bound.median
-        return InvalidReply(
-            "an update's norm must stay near the median of its round (got "
-            f"{update.norm:.3g}, {times:.3g} times the median; strategy.max_norm_ratio is "
-            f"{self.bound.ratio:g}).",
-            outcome=update.outcome,
-        )
+        for what, norm, bound in (
+            ("an update's norm", update.norm, self.bound),
+            ("the norm of what is sent besides an update", update.besides, self.besides),
+        ):
+            if bound is not None and norm > bound.limit(size):
+                return InvalidReply(
+                    f"{what} must stay near the median of its round (got {norm:.3g}, "
+                    f"{norm / bound.median:.3g} times the median; strategy.max_norm_ratio is "
+                    f"{bound.ratio:g}).",
+                    outcome=update.outcome,
+                )
+        return None
 
     def weights(self) -> dict[str, float]:
         """Each site's weight in this round, none with more than its largest share."""

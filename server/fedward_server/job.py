@@ -72,6 +72,9 @@ class Job:
         How many invalid answers in a row each site has given, by kind of answer.
     memory, memory_stage : dict, str
         What the strategy remembers, and in which stage.
+    site_states : dict
+        Simulations: what each site keeps from round to round, by its number; a hospital keeps it
+        itself.
     save : callable
         Called after each round, before anybody hears that it ended.
     patient : bool
@@ -103,6 +106,7 @@ class Job:
     sign: Callable[[RoundOrder], RoundOrder] | None = None
     memory: Arrays = field(default_factory=dict)
     memory_stage: str = ""
+    site_states: dict[int, Arrays] = field(default_factory=dict)
     save: Callable[[Job], None] = _nothing
     patient: bool = False
     again: threading.Event = field(default_factory=threading.Event)

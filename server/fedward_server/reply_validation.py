@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
@@ -16,6 +16,7 @@ from fedward.errors import FedwardError, ProtocolError
 from fedward.plan.schema import Plan
 from fedward.protocol import EvaluateOutcome, Refusal, SiteFacts, TrainOutcome
 from fedward.rule_codes import RuleCode
+from fedward.strategies import array_names
 from fedward.tasks.base import agree
 from fedward.tasks.private_counts import (
     MOST_COUNT_NOISE,
@@ -33,7 +34,8 @@ _PARTS: Final = ("train", "validation", "test")
 class Update:
     """A valid update of one site; ``message`` is None once its arrays are folded in.
 
-    ``size`` is in bytes, ``norm`` the L2 norm of the difference to the model that was sent.
+    ``size`` is in bytes, ``norm`` the L2 norm of the difference to the model that was sent, and
+    ``besides`` that of what the strategy has a site send besides the update.
     """
 
     message: Message | None
@@ -41,6 +43,7 @@ class Update:
     size: int
     weight: float
     norm: float = 0.0
+    besides: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class InvalidReply:
     diverged: bool = False
 
 
+_BESIDES: Final = "what is sent besides an update must be in proportion to the model"
 # What a site refuses, or what is refused of it, where training diverged.
 _TOO_FAR: Final = "an update must lie within a distance of the model"
 _DIVERGED: Final = frozenset(
@@ -76,6 +80,7 @@ _DIVERGED: Final = frozenset(
         RuleCode.ARRAYS_FINITE,
         RuleCode.LOSSES,
         RuleCode.PROBABILITIES,
+        _BESIDES,
     }
 )
 
@@ -119,6 +124,7 @@ def read_update(
     facts: SiteFacts | None = None,
     most_change: float = math.inf,
     weighting: Literal["patients", "images"] | None = None,
+    besides: Collection[str] = (),
 ) -> Update | InvalidReply:
     """Check an update.
 
@@ -141,17 +147,21 @@ def read_update(
         Largest L2 norm of the change, in units of the model's own (at least 1).
     weighting : str or None
         What the plan has a site's weight count; None: either.
+    besides : collection of str
+        Kinds of arrays that the plan's strategy has a site send besides the update.
     """
     outcome = None
     try:
         told = TrainOutcome.from_flat(_config(message, "outcome"))
         _same(told.site, site, told.round, round_)
         outcome = told
-        norm = _check_arrays(_record(message, "arrays"), expected, most_change)
+        names = array_names(besides, expected)
+        record = _record(message, "arrays")
+        norm, other = _check_arrays(record, expected, names, most_change)
         weight = _check_weight(message, outcome, weighting)
         _check_claims(outcome, facts)
-        size = sum(reference.nbytes for reference in expected.values())
-        return Update(message, outcome, size, weight, norm)
+        size = sum(reference.nbytes for reference in expected.values()) * (1 + len(besides))
+        return Update(message, outcome, size, weight, norm, other)
     except FedwardError as error:
         return replace(_bad(error), outcome=outcome)
 
@@ -307,11 +317,17 @@ def _check_counted(counts: AnyCounts, part: str, facts: SiteFacts | None) -> Non
         )
 
 
-def _check_arrays(record: ArrayRecord, expected: Shapes, most_change: float) -> float:
-    if list(record.keys()) != list(expected.keys()):
+def _check_arrays(
+    record: ArrayRecord,
+    expected: Shapes,
+    besides: Mapping[str, tuple[str, str]],
+    most_change: float,
+) -> tuple[float, float]:
+    if list(record.keys()) != [*expected, *besides]:
         raise ProtocolError("an update must hold exactly the arrays that train, in their order")
-    change = size = 0.0
-    for name, reference in expected.items():
+    change = size = other = 0.0
+    shapes = dict(expected) | {name: expected[of] for name, (_, of) in besides.items()}
+    for name, reference in shapes.items():
         value = _decoded(record[name])
         if value.shape != reference.shape or value.dtype != reference.dtype:
             raise ProtocolError(
@@ -319,6 +335,9 @@ def _check_arrays(record: ArrayRecord, expected: Shapes, most_change: float) -> 
             )
         if not np.isfinite(value).all():
             raise ProtocolError(RuleCode.UPDATE_FINITE, value=name)
+        if name in besides:
+            other += _square(value.astype(np.float64))
+            continue
         change += _square(np.subtract(value, reference, dtype=np.float64))
         size += _square(reference.astype(np.float64))
     if math.sqrt(change) > most_change * max(1.0, math.sqrt(size)):
@@ -326,7 +345,9 @@ def _check_arrays(record: ArrayRecord, expected: Shapes, most_change: float) -> 
             _TOO_FAR,
             value=f"{math.sqrt(change) / max(1.0, math.sqrt(size)):.3g} times the model's norm",
         )
-    return math.sqrt(change)
+    if math.sqrt(other) > most_change * max(1.0, math.sqrt(size)):
+        raise ProtocolError(_BESIDES)
+    return math.sqrt(change), math.sqrt(other)
 
 
 def _square(values: NDArray[np.float64]) -> float:

@@ -23,6 +23,7 @@ from fedward.models import build_model, trainable_names
 from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Stage
 from fedward.protocol import RoundOrder
+from fedward.strategies import array_names
 from fedward.tasks.private_counts import AnyCounts
 from fedward_server.aggregation import Aggregation, free_arrays, record_of, size_of
 from fedward_server.events import (
@@ -33,7 +34,7 @@ from fedward_server.events import (
     StudyPaused,
     StudyResumed,
 )
-from fedward_server.job import Job
+from fedward_server.job import Arrays, Job
 from fedward_server.metrics_summary import figures, tested
 from fedward_server.participants import NO_ANSWER, NOT_HERE, PASSING, Participants, named
 from fedward_server.privacy_spent import charge, charge_ordered, settle
@@ -47,7 +48,7 @@ from fedward_server.reply_validation import (
 )
 from fedward_server.results import Failure, Round, SiteRound
 from fedward_strategies.averaging import blend, decay_at
-from fedward_strategies.memory import folds, memory_of, remember
+from fedward_strategies.memory import memory_of, remember
 from fedward_strategies.registry import build_strategy
 from fedward_strategies.robust import dominates
 from fedward_strategies.settings import StrategySettings
@@ -257,7 +258,7 @@ class StudyRun:
     def _gathered_so_far(self, round_: int, stage: Stage) -> Aggregation:
         # What came before a pause counts after it.
         if self._open is None or self._open[0] != round_:
-            fold, share = folds(self._strategy_of(stage)), self.plan.strategy.max_share
+            fold, share = not self.plan.strategy.spec.needs_all, self.plan.strategy.max_share
             self._open = (round_, Aggregation(fold=fold, max_share=share))
         return self._open[1]
 
@@ -279,16 +280,24 @@ class StudyRun:
             return []
         account = self.plan.is_evaluated(round_, "validation")
         asked = len(there.updates.keys() | {nodes[node] for node in grid.get_node_ids()})
-        order = self._order(
-            round_, "train", self.job.arrays, account=account, sites=asked, frozen=frozen.mark
-        )
-        messages = list(
-            self._strategy_of(stage).configure_train(place + 1, record_of(expected), order, grid)
-        )
+        besides = self._besides(stage, expected)
+        sent = {**self.job.arrays, **besides}
+        order = self._order(round_, "train", sent, account=account, sites=asked, frozen=frozen.mark)
+        record = record_of({**expected, **besides})
+        messages = list(self._strategy_of(stage).configure_train(place + 1, record, order, grid))
         for message in messages:
             # Nobody shall train for a round that is over.
             message.metadata.ttl = self.job.patience
         return messages
+
+    def _besides(self, stage: Stage, expected: Mapping[str, NDArray[Any]]) -> Arrays:
+        """What the strategy has the sites receive beside the model; zeros before there is any."""
+        spec = self.plan.strategy.spec
+        memory = memory_of(self._strategy_of(stage), spec, tuple(expected))
+        return {
+            name: memory[name].astype(np.float32) if name in memory else np.zeros_like(expected[of])
+            for name, (_, of) in array_names(spec.received, expected).items()
+        }
 
     def _collect(
         self,
@@ -317,6 +326,7 @@ class StudyRun:
                     self.job.facts.get(site),
                     self.job.most_change,
                     self.plan.strategy.weighting,
+                    self.plan.strategy.spec.sent,
                 )
                 if isinstance(update, Update):
                     update = gathered.too_far(update, self._size_of(site)) or update
@@ -458,7 +468,8 @@ class StudyRun:
             if not np.isfinite(new[name]).all():
                 raise self._divergence(f"the model after round {self.job.round}, {name}")
         self.job.arrays = new
-        self.job.memory, self.job.memory_stage = memory_of(strategy, tuple(names)), stage.name
+        memory = memory_of(strategy, self.plan.strategy.spec, tuple(names))
+        self.job.memory, self.job.memory_stage = memory, stage.name
         decay = decay_at(self.job.round, self.plan.strategy.averaging)
         self.job.average = blend(self.job.average, new, decay)
 
@@ -468,7 +479,8 @@ class StudyRun:
             settings = StrategySettings(values=self.plan.strategy.settings)
             strategy = build_strategy(self.plan.strategy.name, settings)
             if self.job.memory_stage == stage.name:
-                remember(strategy, self.job.memory, trainable_names(self._model, stage.train))
+                names = trainable_names(self._model, stage.train)
+                remember(strategy, self.plan.strategy.spec, self.job.memory, names)
             self._strategy = (stage.name, strategy)
         return self._strategy[1]
 

@@ -163,12 +163,18 @@ class Checkpoints:
             raise ValueError("damaged")
         if state.plan_hash != self._hash:
             raise ValueError("another plan")
-        kinds: dict[str, dict[str, NDArray[Any]]] = {"model": {}, "average": {}, "memory": {}}
+        kinds: dict[str, dict[str, NDArray[Any]]] = {
+            kind: {} for kind in ("model", "average", "memory", "site")
+        }
         for name, value in load(tensors).items():
             kind, _, rest = name.partition("/")
             kinds[kind][rest] = value
         job.arrays, job.memory = kinds["model"], kinds["memory"]
         job.average = kinds["average"] or dict(job.arrays)
+        job.site_states = {}
+        for name, value in kinds["site"].items():
+            site, _, inner = name.partition("/")
+            job.site_states.setdefault(int(site), {})[inner] = value
         job.arm, job.seed, job.complete = state.arm, state.seed, state.complete
         job.memory_stage, job.facts = state.memory_stage, dict(state.facts)
         job.bad_answers = dict(state.bad_answers)
@@ -177,6 +183,9 @@ class Checkpoints:
 def _arrays(job: Job) -> dict[str, NDArray[Any]]:
     same = all(job.average[name] is value for name, value in job.arrays.items())
     parts = {"model": job.arrays, "average": {} if same else job.average, "memory": job.memory}
+    parts["site"] = {
+        f"{n}/{name}": v for n, kept in job.site_states.items() for name, v in kept.items()
+    }
     return {f"{kind}/{name}": v for kind, arrays in parts.items() for name, v in arrays.items()}
 
 

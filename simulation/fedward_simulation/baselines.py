@@ -19,7 +19,6 @@ from fedward.flower import identity
 from fedward.models import build_model, trainable_names
 from fedward.plan.load import plan_from
 from fedward.plan.schema import Plan
-from fedward.plan.settings import SERVER_OPTIMIZERS
 from fedward_client.data.sample import PreparedSite
 from fedward_client.training.fit import Fit
 from fedward_client.training.optimizers import build_optimizer
@@ -126,7 +125,7 @@ def lone_plan(plan: Plan, sites: int) -> Plan:
     """
     content, training = plan.model_dump(mode="python"), plan.training
     given, steps = content["training"], training.local_steps
-    if plan.strategy.name in SERVER_OPTIMIZERS:
+    if plan.strategy.spec.server_optimizer:
         given["batch_size"] = min(_MOST_IMAGES, training.batch_size * sites)
         if steps is not None:
             ratio = training.batch_size * sites / given["batch_size"]
@@ -207,7 +206,7 @@ class _OneSite(SimulatedSites):
         untested = {**site.split, "test": np.empty(0, np.int64)}
         super().__init__([replace(site, split=untested)], runtime)
         ours = self.sites[0]
-        server = plan.strategy.name in SERVER_OPTIMIZERS
+        server = plan.strategy.spec.server_optimizer
         self._trainer = (
             Trainer(plan, ours, runtime) if server else _OneTrainer(plan, ours, runtime, job)
         )

@@ -283,6 +283,7 @@ def _copy(job: Job) -> Job:
         arrays=dict(job.arrays),
         average=dict(job.average),
         memory=dict(job.memory),
+        site_states=dict(job.site_states),
         facts=dict(job.facts),
         bad_answers=dict(job.bad_answers),
     )

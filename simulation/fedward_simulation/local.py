@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from concurrent.futures import Future
 from typing import Any
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
+from numpy.typing import NDArray
 
 from fedward.flower import identity
-from fedward_client.app import client_app
+from fedward_client.app import SITE_STATE, client_app
 from fedward_simulation.pool import Pool
 from fedward_simulation.sites import SimulatedSites
 
+Arrays = dict[str, NDArray[Any]]
 _CLIENT_DIED = 1
 _FIRST_NODE = 1001
 
@@ -44,12 +46,16 @@ class LocalGrid(Grid):
         Workers over a :class:`State`.
     nodes : int
         Sites; node ``i`` stands for partition ``i``.
+    states : mapping, optional
+        What each partition's site keeps from round to round; brought up to date by its answers.
     """
 
-    def __init__(self, pool: Pool, nodes: int) -> None:
-        self._pool = pool
+    def __init__(
+        self, pool: Pool, nodes: int, states: MutableMapping[int, Arrays] | None = None
+    ) -> None:
+        self._pool, self._states = pool, {} if states is None else states
         self._places = {_FIRST_NODE + place: place for place in range(nodes)}
-        self._waiting: dict[str, tuple[Message, Future[Message]]] = {}
+        self._waiting: dict[str, tuple[Message, Future[tuple[Message, Arrays]]]] = {}
 
     def set_run(self, run: Any) -> None:
         """One run only; nothing to set."""
@@ -84,7 +90,7 @@ class LocalGrid(Grid):
     def _push(self, message: Message) -> str:
         identifier = identity.stamp(message)
         place = self._places[message.metadata.dst_node_id]
-        future = self._pool.submit(place, _handle, message, place)
+        future = self._pool.submit(place, _handle, message, place, self._states.get(place, {}))
         self._waiting[identifier] = (message, future)
         return identifier
 
@@ -97,7 +103,10 @@ class LocalGrid(Grid):
         message, future = self._waiting.pop(identifier)
         if error := future.exception():
             return Message(Error(_CLIENT_DIED, type(error).__name__), reply_to=message)
-        return future.result()
+        reply, kept = future.result()
+        if kept:
+            self._states[self._places[message.metadata.dst_node_id]] = kept
+        return reply
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -108,19 +117,27 @@ class LocalGrid(Grid):
         return StudyGrid.over(self).send_and_receive(messages, timeout=timeout)
 
 
-def _handle(state: State, message: Message, place: int) -> Message:
+def _handle(state: State, message: Message, place: int, kept: Arrays) -> tuple[Message, Arrays]:
+    before = {SITE_STATE: ArrayRecord({n: Array(value) for n, value in kept.items()})}
     context = Context(
         run_id=identity.RUN_ID,
         node_id=message.metadata.dst_node_id,
         node_config={"partition-id": place, "num-partitions": len(state.sites.sites)},
-        state=RecordDict(),
+        state=RecordDict(before if kept else {}),  # type: ignore[arg-type]
         run_config={},
     )
-    return state.app(message, context)
+    reply = state.app(message, context)
+    after = context.state.array_records.get(SITE_STATE) or ArrayRecord()
+    return reply, {name: array.numpy() for name, array in after.items()}
 
 
-def run_local(app: ServerApp, pool: Pool, nodes: int) -> None:
-    """Run a server application in this thread over the workers."""
+def run_local(
+    app: ServerApp,
+    pool: Pool,
+    nodes: int,
+    states: MutableMapping[int, Arrays] | None = None,
+) -> None:
+    """Run a server application in this thread over the workers (see :class:`LocalGrid`)."""
     identity.become_server()
     context = Context(identity.RUN_ID, identity.SERVER_NODE, {}, RecordDict(), {})
-    app(LocalGrid(pool, nodes), context)
+    app(LocalGrid(pool, nodes, states), context)

@@ -13,7 +13,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from fedward.errors import FedwardError, Interrupted, PlanError, StudyError
+from fedward.errors import FedwardError, Interrupted, OutputError, PlanError, StudyError
 from fedward.models import describe, to_arrays
 from fedward.plan.load import plan_from, plan_hash
 from fedward.plan.schema import Plan
@@ -245,6 +245,13 @@ class Study:
         self.results.start_up_seconds = time.perf_counter() - self._began
         for job in jobs:
             kept = self._arms[job.arm.name].open(job)
+            if self.options.engine == "ray" and job.plan.strategy.spec.kept and kept.standing:
+                raise OutputError(
+                    "a run whose strategy keeps state at the sites goes on with the local engine",
+                    value=job.plan.strategy.name,
+                    fix="Start afresh with --fresh, or use --engine local",
+                    where="--engine",
+                )
             self.results.arms.append(job.arm)
             kept.wrote = partial(self._stands, kept, tell=True)
             try:
@@ -270,7 +277,7 @@ class Study:
 
             run_ray(server_app(job), sites, runtime, self.options.out / "cache", self.stop)
         else:
-            run_local(server_app(job), pool, len(sites))
+            run_local(server_app(job), pool, len(sites), job.site_states)
         if job.error is not None:
             raise job.error
         if not job.complete:

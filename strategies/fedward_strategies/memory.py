@@ -3,53 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
-from flwr.serverapp.strategy import FedAvg, FedAvgM, FedMedian, FedProx, Strategy
-from flwr.serverapp.strategy.fedopt import FedOpt
+from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
+from fedward.strategies import StrategySpec
+
 Arrays = dict[str, NDArray[Any]]
-_MOMENTS: Final = {"first": "m_t", "second": "v_t"}
 
 
-def folds(strategy: Strategy) -> bool:
-    """Whether a strategy needs only the weighted mean of the updates, not each of them."""
-    return isinstance(strategy, FedAvgM | FedProx | FedOpt) or (
-        type(strategy) is FedAvg and not isinstance(strategy, FedMedian)
-    )
-
-
-def memory_of(strategy: Strategy, names: Sequence[str]) -> Arrays:
-    """Momentum and moments as ``KIND/NAME``; empty before the first round, and for most.
+def memory_of(strategy: Strategy, spec: StrategySpec, names: Sequence[str]) -> Arrays:
+    """Momentum, moments and the like as ``KIND/NAME``; empty before the first round.
 
     Parameters
     ----------
     strategy : Strategy
         One that :func:`fedward_strategies.registry.build_strategy` made.
+    spec : StrategySpec
+        Its entry.
     names : sequence of str
         Names of the arrays that train, in their order.
     """
     found: Arrays = {}
-    if isinstance(strategy, FedAvgM) and strategy.momentum_vector is not None:
-        vectors = zip(names, strategy.momentum_vector, strict=True)
-        found |= {f"momentum/{name}": value for name, value in vectors}
-    if isinstance(strategy, FedOpt):
-        for kind, attribute in _MOMENTS.items():
-            moments = getattr(strategy, attribute) or {}
-            found |= {f"{kind}/{name}": value for name, value in moments.items()}
+    for kind, (attribute, as_list) in spec.memory.items():
+        held = getattr(strategy, attribute)
+        if held is not None:
+            by_name = dict(zip(names, held, strict=True)) if as_list else held
+            found |= {f"{kind}/{name}": value for name, value in by_name.items()}
     return found
 
 
-def remember(strategy: Strategy, memory: Mapping[str, NDArray[Any]], names: Sequence[str]) -> None:
+def remember(
+    strategy: Strategy,
+    spec: StrategySpec,
+    memory: Mapping[str, NDArray[Any]],
+    names: Sequence[str],
+) -> None:
     """Give a fresh strategy the memory of an earlier one."""
-
-    def of(kind: str) -> Arrays:
-        return {name: memory[f"{kind}/{name}"] for name in names if f"{kind}/{name}" in memory}
-
-    if isinstance(strategy, FedAvgM) and (vectors := of("momentum")):
-        strategy.momentum_vector = list(vectors.values())
-    if isinstance(strategy, FedOpt):
-        for kind, attribute in _MOMENTS.items():
-            if moments := of(kind):
-                setattr(strategy, attribute, moments)
+    for kind, (attribute, as_list) in spec.memory.items():
+        held = {name: memory[f"{kind}/{name}"] for name in names if f"{kind}/{name}" in memory}
+        if held:
+            setattr(strategy, attribute, list(held.values()) if as_list else held)

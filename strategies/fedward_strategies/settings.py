@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from fedward.strategies import StrategySpec
+
 
 @dataclass(frozen=True)
 class StrategySettings:
@@ -36,6 +38,7 @@ class StrategySettings:
             "weighted_by_key": self.weight_key,
         }
 
-    def of(self, **names: str) -> dict[str, float]:
-        """Flower's argument names for the plan's names, for those settings that are given."""
-        return {flower: self.values[ours] for ours, flower in names.items() if ours in self.values}
+    def of(self, spec: StrategySpec) -> dict[str, float | int]:
+        """The settings that are given, under the argument names of the strategy's class."""
+        given = {key: value for key, value in self.values.items() if key in spec.settings}
+        return {spec.arguments.get(key, key): v for key, v in spec.normal(given).items()}

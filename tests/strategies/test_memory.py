@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedward.plan.settings import NEED_ALL
-from fedward_strategies.memory import folds, memory_of, remember
+from fedward_strategies.memory import memory_of, remember
 from fedward_strategies.registry import STRATEGIES, build_strategy
 from fedward_strategies.settings import StrategySettings
 
@@ -20,13 +19,6 @@ SETTINGS: dict[str, dict[str, float]] = {
     "fedadagrad": {"eta": 0.1, "tau": 1e-3},
 }
 NAMES = ("w", "b")
-
-
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_who_needs_all_updates_says_so(name: str) -> None:
-    settings = {"num_malicious": 0.0, **SETTINGS.get(name, {})}
-    strategy = build_strategy(name, StrategySettings(values=settings))
-    assert folds(strategy) == (name not in NEED_ALL)
 
 
 class OneNode:
@@ -65,18 +57,41 @@ def test_a_reminded_strategy_goes_on_bit_for_bit(name: str) -> None:
     straight, resumed = arrays, arrays
     for round_, update in enumerate(updates, 1):
         straight = turn(whole, round_, straight, update)
-        memory = memory_of(broken, NAMES)
+        memory = memory_of(broken, STRATEGIES[name], NAMES)
         assert bool(memory) == (round_ > 1)
         broken = build_strategy(name, settings)
-        remember(broken, memory, NAMES)
+        remember(broken, STRATEGIES[name], memory, NAMES)
         resumed = turn(broken, round_, resumed, update)
         for n in NAMES:
             np.testing.assert_array_equal(resumed[n], straight[n])
 
 
 def test_which_need_every_update() -> None:
-    apart = {name for name in STRATEGIES if not folds(_of(name))}
+    apart = {name for name, spec in STRATEGIES.items() if spec.needs_all}
     assert apart == {"fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan"}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_who_needs_all_updates_says_so(name: str) -> None:
+    """Of the others the weighted mean of the updates is enough: it gives the same model."""
+    from fedward.flower import identity
+
+    identity.become_server()
+    rng = np.random.default_rng(1)
+    values = [rng.normal(size=(3, 2)).astype(np.float32) ** 3 for _ in range(7)]
+    mean = np.mean(values, axis=0, dtype=np.float64).astype(np.float32)
+    made = []
+    for updates in (values, [mean]):
+        strategy = _of(name)
+        start = record({"w": np.zeros((3, 2), np.float32)})
+        list(strategy.configure_train(1, start, ConfigRecord(), OneNode()))
+        metrics = MetricRecord({"num-examples": 3.0})
+        contents = [RecordDict({"arrays": record({"w": u}), "metrics": metrics}) for u in updates]
+        replies = [Message(one, dst_node_id=7, message_type="train") for one in contents]
+        arrays, _ = strategy.aggregate_train(1, replies)
+        # Bulyan takes no round of one update.
+        made.append(np.full((3, 2), np.nan) if arrays is None else arrays["w"].numpy())
+    assert np.allclose(*made, rtol=1e-5, atol=1e-6) == (not STRATEGIES[name].needs_all)
 
 
 def _of(name: str) -> Any:

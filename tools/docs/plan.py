@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pydantic import BaseModel
 
 from fedward.plan import schema
-from fedward.plan.settings import SETTINGS, SUMMARIES, Setting
+from fedward.strategies import STRATEGIES, Setting
 from fedward.tasks.registry import TASKS
 from tools.docs.schema_tables import anchor, fields_table, summary
 
@@ -91,8 +91,8 @@ Privacy
 Participation and metrics
 
 - `participation.quorum` is at most `participation.sites`.
-- `krum` and `multikrum` need a quorum of 2 × `malicious` + 3 updates, `bulyan` of
-  4 × `malicious` + 3; `keep` is at most the quorum.
+STRATEGIES
+- `keep` is at most the quorum.
 - `metrics.primary` is one of `metrics.report`. METRICS.
 """
 
@@ -107,7 +107,8 @@ def _rules() -> str:
     metrics = "; ".join(
         f"{kind} has {_code(spec.metric_names, 'and')}" for kind, spec in TASKS.items()
     )
-    lines = (_wrapped(line, losses, metrics) for line in _RULES.splitlines())
+    rules = _RULES.replace("STRATEGIES", "\n".join(_strategy_rules()))
+    lines = (_wrapped(line, losses, metrics) for line in rules.splitlines())
     return "\n".join(lines) + "\n"
 
 
@@ -140,14 +141,28 @@ def _strategies() -> Iterator[str]:
     yield from ("## Strategies", "", "Settings stand in `[strategy.settings]`.", "")
     yield from ("| strategy | what it does | setting | default | limits | meaning |",)
     yield "|---|---|---|---|---|---|"
-    for strategy, settings in SETTINGS.items():
-        head = f"| `{strategy}` | {SUMMARIES[strategy]} "
-        if not settings:
+    for spec in STRATEGIES.values():
+        head = f"| `{spec.name}` | {spec.summary} "
+        if not spec.settings:
             yield f"{head}| none | | | |"
-        for name, setting in settings.items():
+        for name, setting in spec.settings.items():
             yield f"{head}| {_setting(name, setting)} |"
             head = "| | "
     yield ""
+
+
+def _strategy_rules() -> Iterator[str]:
+    for spec in STRATEGIES.values():
+        if spec.updates_per_malicious:
+            needed = f"{spec.updates_per_malicious} × `malicious` + {spec.updates_least}"
+            yield f"- `{spec.name}` needs a quorum of {needed} updates."
+        if spec.minimum_sites > 1:
+            yield f"- `{spec.name}` needs {spec.minimum_sites} `participation.sites`."
+        if not spec.private:
+            yield (
+                f"- `{spec.name}` goes without privacy only: noise does not cover what it sends "
+                "besides the update."
+            )
 
 
 def _setting(name: str, setting: Setting) -> str:

@@ -27,6 +27,7 @@ from fedward.models.registry import outline
 from fedward.plan.schema import Plan
 from fedward.protocol import EvaluateOutcome, Record, Refusal, RefusalKind, SiteFacts, TrainOutcome
 from fedward.rule_codes import FIX, GENERAL, REASONS, RuleCode, Values
+from fedward.strategies import array_names
 from fedward.tasks.base import Counts
 from fedward.tasks.private_counts import NoisyTables, PrivateCounts
 from fedward.tasks.registry import counts_from_arrays
@@ -98,14 +99,17 @@ OTHER: Final = "other"
 
 
 def expected_arrays(plan: Plan, round_: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Names, shapes and dtypes of the update of a round: what its stage trains, in order."""
+    """Names, shapes and dtypes of the update of a round: what its stage trains, in order, and
+    then what the plan's strategy declares to send besides."""
     model = outline(plan)
     names = set(trainable_names(model, plan.stage_of(round_)[0].train))
-    return {
+    trained = {
         name: (tuple(tensor.shape), "float32")
         for name, tensor in model.state_dict().items()
         if name in names
     }
+    besides = array_names(plan.strategy.spec.sent, trained)
+    return trained | {name: trained[of] for name, (_, of) in besides.items()}
 
 
 class Gate:

@@ -187,7 +187,9 @@ def _model(policy: PolicySection, limits: Limits, request: StudyRequest) -> Iter
         yield Violation("model.name", RuleCode.MODEL, {"model": name})
     if count > (most := limits.max_parameters):
         yield Violation("model", RuleCode.PARAMETERS, {"asked": count, "limit": most})
-    if (upload := count * _BYTES / _MIB) > (largest := policy.max_upload_mib):
+    # A site counts what a strategy sends besides the update as well.
+    sent = count * (1 + len(request.plan.strategy.spec.sent))
+    if (upload := sent * _BYTES / _MIB) > (largest := policy.max_upload_mib):
         yield Violation("model", RuleCode.UPLOAD, {"asked": upload, "limit": largest})
 
 

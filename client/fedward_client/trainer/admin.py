@@ -92,6 +92,7 @@ class Admin:
         if state == "denied":
             self._desk.cancel(made.study)
             tell()
+            self._desk.end(made.study)
         return {"approval": made.model_dump()}
 
     def _pause(self, *, paused: bool) -> dict[str, Any]:

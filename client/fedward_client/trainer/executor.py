@@ -108,6 +108,10 @@ class Executor:
         self._tell_sent(what, order, answer)
         return answer
 
+    def end(self, study: str) -> None:
+        """Remove what the strategy of a study that is denied kept here."""
+        self._warm.end(study)
+
     def charged(self, packet: TrainerMessage) -> bool:
         """Whether the ledger may hold a charge for the round that an order, valid or not, names."""
         try:
@@ -202,6 +206,8 @@ class Executor:
         )
         made, outcome = self._cases.gate(case).check_counts(counts, outcome, order.round)
         self._ledger.evaluations.commit(request, _kept(outcome, made))
+        if order.part == "test":  # the last that a study asks for
+            self._warm.end(order.study)
         return TrainerMessage("counts", dict(outcome.to_flat()), made)
 
     def _evaluation(

@@ -154,6 +154,10 @@ class TrainerService:
         """Give up a study's orders."""
         return self._turns.give_up(study)
 
+    def end(self, study: str) -> None:
+        """Remove what the strategy of a study that is denied kept here."""
+        self._work.end(study)
+
     def status(self) -> dict[str, Any]:
         """What the connector may know."""
         self._board.set(waiting=self._turns.waiting())

@@ -16,6 +16,7 @@ from fedward.rule_codes import RuleCode
 from fedward_client.cohort.training import Preparers, cache_folder, prepare_cohort
 from fedward_client.config import SiteConfig
 from fedward_client.ledger import Ledger
+from fedward_client.site_state import SiteStates
 from fedward_client.trainer.status import StatusBoard
 from fedward_client.trainer.study_context import StudyContext
 from fedward_client.training.runtime import Runtime
@@ -57,10 +58,15 @@ class TrainerCache:
         self._config, self._ledger, self._board = config, ledger, board
         self._secret, self._runtime, self._crew = secret, runtime, crew
         self._kept: OrderedDict[tuple[str, str], Trainer] = OrderedDict()
+        self._states = SiteStates(config.site.state)
 
     def drop(self, case: StudyContext) -> None:
         """Forget what a round that broke off left in a trainer."""
         self._kept.pop(_key(case), None)
+
+    def end(self, study: str) -> None:
+        """Remove what the strategy of a study that has ended kept here."""
+        self._states.forget(study)
 
     def use(self, case: StudyContext, act: Callable[[Trainer], _T]) -> _T:
         """Do something with it; where the device's memory ends, with fewer images on it at once.
@@ -88,7 +94,7 @@ class TrainerCache:
             raise DeviceError(RuleCode.MEMORY, fix="Plan a smaller model") from None
         _LOG.warning("out of memory: %d images at once from now on", smaller)
         runtime = replace(trainer.runtime, physical_batch=smaller)
-        made = self._kept[_key(case)] = Trainer(case.plan, trainer.site, runtime)
+        made = self._kept[_key(case)] = Trainer(case.plan, trainer.site, runtime, trainer.state)
         return made
 
     def get(self, case: StudyContext) -> Trainer:
@@ -130,7 +136,8 @@ class TrainerCache:
         # study's seed, so that a study can be told apart from a simulation of it by nothing else.
         private = case.plan.privacy.on
         runtime = replace(self._runtime, randomness="system" if private else "seeded")
-        return Trainer(case.plan, site, runtime)
+        state = self._states.of(case.study, case.plan_hash, cohort.sha256)
+        return Trainer(case.plan, site, runtime, state)
 
 
 def _key(case: StudyContext) -> tuple[str, str]:

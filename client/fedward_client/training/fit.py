@@ -17,6 +17,7 @@ from fedward.dp.accounting import Mechanism, steps_per_round
 from fedward.dp.gaussian import GaussianNoise
 from fedward.dp.keystream import KEY_BYTES, Keystream, derive_key
 from fedward.plan.schema import Plan
+from fedward.strategies import SiteHook
 from fedward_client.training.batches import (
     FILLER,
     PatientSampler,
@@ -28,7 +29,7 @@ from fedward_client.training.batches import (
 )
 from fedward_client.training.device import autocast
 from fedward_client.training.losses import Loss
-from fedward_client.training.optimizers import add_proximal, build_optimizer, rate_at, set_rate
+from fedward_client.training.optimizers import build_optimizer, rate_at, set_rate
 from fedward_client.training.private import Mode, PrivateStep
 from fedward_client.training.runtime import Runtime
 from fedward_client.training.source import Source
@@ -107,8 +108,8 @@ class Fit:
         ``(n,)`` training images and the patient number of each.
     mechanism : Mechanism or None
         How to make the update private; None for plain training.
-    mu : float
-        FedProx' weight; 0 without.
+    hook : SiteHook or None
+        What the plan's strategy adds to each step.
     """
 
     plan: Plan
@@ -122,7 +123,7 @@ class Fit:
     draws: Draws
     mechanism: Mechanism | None
     mode: Mode
-    mu: float = 0.0
+    hook: SiteHook | None = None
 
     def run(self, optimizer: torch.optim.Optimizer | None = None) -> tuple[float, int]:
         """Train; returns the mean loss and the steps taken.
@@ -134,12 +135,14 @@ class Fit:
         """
         self.module.train()
         parameters = [p for p in self.module.parameters() if p.requires_grad]
-        start = [p.detach().clone() for p in parameters] if self.mu else []
         optimizer = optimizer or build_optimizer(self.plan, parameters)
 
         def finish(step: int, steps: int, apply: Callable[[], object]) -> None:
-            set_rate(optimizer, rate_at(self.plan, self.round, step / steps))
-            add_proximal(parameters, start, self.mu) if self.mu else None
+            rate = rate_at(self.plan, self.round, step / steps)
+            set_rate(optimizer, rate)
+            if self.hook is not None:
+                with torch.no_grad():
+                    self.hook.add_to_gradient(rate)
             apply()
             if self.runtime.watch is not None:
                 self.runtime.watch(step + 1, steps)

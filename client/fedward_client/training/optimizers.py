@@ -64,19 +64,3 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set the learning rate of every group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-
-
-@torch.no_grad()
-def add_proximal(
-    parameters: Iterable[nn.Parameter], start: Iterable[torch.Tensor], mu: float
-) -> None:
-    """Add the gradient of FedProx' term, (μ/2)·‖w − wᵗ‖², to what stands in ``grad``.
-
-    Li et al., 2020, arXiv:1812.06127, equation 2. It depends on no image, so that adding it after
-    the noise costs no privacy.
-    """
-    if mu == 0.0:
-        return
-    for parameter, origin in zip(parameters, start, strict=True):
-        if parameter.grad is not None:
-            parameter.grad.add_(parameter - origin, alpha=mu)

@@ -9,17 +9,18 @@ from __future__ import annotations
 import random
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedward.dp.accounting import Mechanism, calibrate, epsilon_spent, steps_per_round
-from fedward.errors import DataError, PrivacyError, ProtocolError
+from fedward.errors import DataError, ModelError, PlanError, PrivacyError, ProtocolError
 from fedward.models import (
     best_mode,
     build_model,
@@ -30,11 +31,14 @@ from fedward.models import (
     to_arrays,
     trainable_names,
 )
+from fedward.plan.load import plan_hash
 from fedward.plan.schema import Plan
 from fedward.protocol import EvaluateOutcome, RoundOrder, SiteFacts, TrainOutcome
 from fedward.rule_codes import RuleCode
+from fedward.strategies import SiteHook, SiteRound, array_names
 from fedward.tasks.private_counts import NoisyTables
 from fedward_client.data.sample import PreparedSite
+from fedward_client.site_state import SiteStates, StudyState
 from fedward_client.training.batches import seed_for
 from fedward_client.training.device import place
 from fedward_client.training.evaluate import Answers, evaluate
@@ -68,10 +72,15 @@ class Trainer:
         The site's images, prepared for this plan.
     runtime : Runtime
         The machine.
+    state : StudyState, optional
+        Where the plan's strategy keeps what it needs from round to round; without it in memory.
     """
 
-    def __init__(self, plan: Plan, site: PreparedSite, runtime: Runtime) -> None:
+    def __init__(
+        self, plan: Plan, site: PreparedSite, runtime: Runtime, state: StudyState | None = None
+    ) -> None:
         self.plan, self.site, self.runtime = plan, site, runtime
+        self.state = state or SiteStates().of("", plan_hash(plan), site.cohort)
         runtime.enter()
         self._model = place(self._build(), runtime.torch_device)
         self._loss = build_loss(plan, runtime.torch_device)
@@ -96,14 +105,15 @@ class Trainer:
         Parameters
         ----------
         arrays : mapping
-            The whole model.
+            The whole model, and what the plan's strategy declares to send with it.
         order : RoundOrder
             Plan and round.
 
         Returns
         -------
         tuple
-            The arrays that train in this round's stage, and what they were made of.
+            The arrays that train in this round's stage, then those that the strategy declares to
+            be sent besides; and what they were made of.
 
         Raises
         ------
@@ -135,11 +145,12 @@ class Trainer:
     ) -> tuple[Arrays, TrainOutcome]:
         started, cpu = time.perf_counter(), time.process_time()
         self.runtime.enter()
-        fit = self._fit(arrays, order, self.plan.strategy.proximal_mu)
+        fit = self._fit(arrays, order)
         with fit.draws.in_layers(self.runtime.torch_device):
             loss, steps = fit.run(self.optimizer(fit))
         values = to_arrays(self._model)
         names = set(self.trained or values)
+        besides = {} if fit.hook is None else self._finish(fit.hook, order.round)
         outcome = TrainOutcome(
             site=self.site.name,
             round=order.round,
@@ -152,7 +163,8 @@ class Trainer:
             cpu_seconds=time.process_time() - cpu,
             **self._cost(order),
         )
-        return {name: value for name, value in values.items() if name in names}, outcome
+        update = {name: value for name, value in values.items() if name in names}
+        return update | besides, outcome
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -232,14 +244,16 @@ class Trainer:
         seed = seed_for(order.seed, self.site.name, order.round, order.part, "counts")
         return random.Random(seed).randrange
 
-    def _fit(self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder, mu: float) -> Fit:
+    def _fit(self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder) -> Fit:
         indices = self.site.split["train"]
         least = self.plan.participation.minimum_patients
         if (patients := self.site.patients_in("train")) < min(least, 1):
             raise DataError(
                 RuleCode.NO_TRAINING_PATIENTS, values={"patients": patients}, fix="Bring more data"
             )
-        prepared = self._prepare(arrays, order.round)
+        received = self._received(arrays, order.round)
+        model = {name: value for name, value in arrays.items() if name not in received}
+        prepared = self._prepare(model, order.round)
         return Fit(
             plan=self.plan,
             round=order.round,
@@ -252,8 +266,75 @@ class Trainer:
             draws=Draws.make(self.runtime, order.seed, self.site.name, order.round),
             mechanism=self._private_mechanism(),
             mode=self._mode(),
-            mu=mu,
+            hook=self._hook(received, order.round),
         )
+
+    def _received(self, arrays: Mapping[str, NDArray[Any]], round_: int) -> Arrays:
+        """What came beside the model: of each kind that the plan's strategy declares."""
+        names = trainable_names(self._model, self.plan.stage_of(round_)[0].train)
+        declared = array_names(self.plan.strategy.spec.received, names)
+        shapes = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
+        found = {name: np.asarray(arrays[name]) for name in declared if name in arrays}
+        right = [
+            value.shape == shapes[declared[name][1]]
+            and value.dtype == np.float32
+            and bool(np.isfinite(value).all())
+            for name, value in found.items()
+        ]
+        if len(found) != len(declared) or not all(right):
+            raise ProtocolError(
+                RuleCode.STRATEGY_RECEIVED,
+                fix="Run the same Fedward release on both ends",
+            )
+        return found
+
+    def _hook(self, received: Arrays, round_: int) -> SiteHook | None:
+        """The strategy's part in a round, by the signed plan alone."""
+        spec = self.plan.strategy.spec
+        if spec.site is None:
+            return None
+        parameters = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
+        kept = self.state.before(round_) if spec.kept else {}
+        names = array_names(spec.kept, parameters)
+        if kept.keys() != names.keys():  # at first, and in a stage that trains other arrays
+            kept = {
+                name: np.zeros(tuple(parameters[of].shape), np.float32)
+                for name, (_, of) in names.items()
+            }
+        given = {**{k: s.default for k, s in spec.settings.items()}, **self.plan.strategy.settings}
+        device = self.runtime.torch_device
+        return spec.site(
+            SiteRound(
+                settings={key: value for key, value in given.items() if value is not None},
+                parameters=parameters,
+                kept=_by_kind(kept, spec.kept, device),
+                received=_by_kind(received, spec.received, device),
+            )
+        )
+
+    def _finish(self, hook: SiteHook, round_: int) -> Arrays:
+        """Keep what a round leaves; gives what is sent besides its update, and nothing else."""
+        spec, result = self.plan.strategy.spec, hook.finish()
+        kept = self._declared(result.kept, spec.kept)
+        besides = self._declared(result.sent, spec.sent)
+        if not all(np.isfinite(value).all() for value in kept.values()):
+            raise ModelError(
+                "arrays must be finite", fix="Lower the learning rate, or leave it out"
+            )
+        if kept:
+            self.state.keep(round_, kept)
+        return besides
+
+    def _declared(self, made: Mapping[str, Mapping[str, Tensor]], kinds: Iterable[str]) -> Arrays:
+        names = array_names(kinds, self.trained)
+        if made.keys() != set(kinds) or any(
+            one.keys() != set(self.trained) for one in made.values()
+        ):
+            raise PlanError(RuleCode.STRATEGY_ARRAYS, where="strategy.name")
+        return {
+            name: made[kind][of].detach().to("cpu", torch.float32, copy=True).contiguous().numpy()
+            for name, (kind, of) in names.items()
+        }
 
     def _prepare(self, arrays: Mapping[str, NDArray[Any]], round_: int) -> _Prepared:
         """Load the arrays; rebuild what depends on frozen layers only when these changed."""
@@ -329,3 +410,13 @@ def site_facts(plan: Plan, site: PreparedSite) -> SiteFacts:
 
 def _finite(value: float) -> float:
     return float(np.nan_to_num(value, nan=1e9, posinf=1e9, neginf=-1e9))
+
+
+def _by_kind(
+    arrays: Arrays, kinds: Iterable[str], device: torch.device
+) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
+    for name, value in arrays.items():
+        kind, _, of = name.partition("/")
+        found[kind][of] = torch.from_numpy(np.array(value)).to(device)
+    return found

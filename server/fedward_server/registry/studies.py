@@ -13,7 +13,6 @@ from sqlalchemy import Connection, Engine, Row, delete, func, insert, select, up
 from fedward.errors import PlanError, StudyError
 from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Plan
-from fedward.plan.settings import updates_needed
 from fedward_server.registry.database import reading
 from fedward_server.registry.records import FINAL, NEXT, Event, State, Study, Wanted
 from fedward_server.registry.schema import events, now, quarantines, rounds, studies
@@ -300,7 +299,7 @@ def _check(plan: Plan, sites: list[str], quorum: int, deadline: float) -> None:
             fix="Change --quorum or participation.quorum",
             where="participation.quorum",
         )
-    need = updates_needed(plan.strategy.name, int(plan.strategy.settings.get("malicious", 0)))
+    need = plan.strategy.spec.updates_needed(int(plan.strategy.settings.get("malicious", 0)))
     if quorum < need:
         raise PlanError(
             f"{plan.strategy.name} needs {need} updates",

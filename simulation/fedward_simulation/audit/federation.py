@@ -111,7 +111,7 @@ class Federation:
         try:
             arm = Arm(name=name, kind="federated", epsilon=plan.privacy.epsilon)
             job = Job(plan, dict(self.arrays), arm, seed, self.listen, self.stop)
-            run_local(server_app(job), pool, len(sites))
+            run_local(server_app(job), pool, len(sites), job.site_states)
             if job.error is not None:
                 raise job.error
             if len(arm.rounds) < plan.rounds:

@@ -7,7 +7,7 @@ import pytest
 from pydantic import BaseModel
 
 from fedward.plan import schema
-from fedward.plan.settings import SETTINGS
+from fedward.strategies import STRATEGIES
 from tools.docs.plan import plan_reference
 
 PAGE = Path(__file__).parents[3] / "docs" / "plan.md"
@@ -34,10 +34,11 @@ def test_every_key_has_a_row_with_a_meaning(section: type[BaseModel]) -> None:
 def test_every_strategy_and_setting_has_a_row() -> None:
     text = plan_reference()
     table = text[text.index("## Strategies") : text.index("## Rules")]
-    for strategy, settings in SETTINGS.items():
+    for strategy, spec in STRATEGIES.items():
         assert f"| `{strategy}` |" in table
-        assert all(f"`{name}`" in table for name in settings)
-    assert set(SETTINGS) == set(schema.StrategyName.__args__)  # type: ignore[attr-defined]
+        assert all(f"`{name}`" in table for name in spec.settings)
+    key = schema.Strategy.model_json_schema()["properties"]["name"]
+    assert set(key["enum"]) == set(STRATEGIES)
 
 
 def test_tables_have_as_many_cells_as_columns() -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from fedward.errors import PlanError
-from fedward.plan import plan_from, schema, settings
+from fedward.plan import plan_from, schema
+from fedward.strategies import spec
 
 Change = Callable[[str, dict[str, Any]], dict[str, Any]]
 STAGE = {"name": "head", "rounds": 2, "learning_rate": 0.01}
@@ -259,7 +260,26 @@ BROKEN: list[tuple[str, dict[str, Any], str, str, str]] = [
     ),
     ("c", {"privacy.sampling_rate": 0.1}, "privacy.sampling_rate", "takes no", "remove"),
     ("c", {"metrics.primary": "f1"}, "metrics.primary", "one of the metrics in report", "add it"),
+    (
+        "c",
+        {"strategy.name": "control-variates", "privacy": DP},
+        "strategy.name",
+        "noise of an update does not cover what control-variates sends besides it",
+        "another strategy",
+    ),
+    (
+        "c",
+        {"strategy.name": "control-variates", "participation.sites": 1},
+        "participation.sites",
+        "control-variates needs 2 sites",
+        "raise sites",
+    ),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _strategy_that_sends_more(control_variates: object) -> None:
+    """For the rules that no shipped strategy can break."""
 
 
 @pytest.mark.parametrize(("base", "changes", "key", "rule", "fix"), BROKEN)
@@ -304,7 +324,7 @@ def test_every_rule_in_the_source_has_a_broken_plan(
 ) -> None:
     stated = {
         (module.__file__, line)
-        for module in (schema, settings)
+        for module in (schema, spec)
         for line in _statements_of_rules(Path(str(module.__file__)).read_text("utf-8"))
     }
     reached: set[tuple[str | None, int]] = set()

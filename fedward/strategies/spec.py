@@ -1,0 +1,247 @@
+"""What the rest of the program knows of a strategy, and the hook for what it does at a site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a strategy.
+
+    Attributes
+    ----------
+    meaning : str
+        What it does, for the plan reference.
+    default : float or int or None
+        The default of the server's class, which holds when a plan leaves it out; None: a plan must
+        give it.
+    least, below : float
+        The value must be at least ``least`` and less than ``below``.
+    above_least : bool
+        Whether ``least`` itself is out.
+    whole : bool
+        Whether it counts something.
+    """
+
+    meaning: str
+    default: float | int | None = None
+    least: float = 0.0
+    below: float = float("inf")
+    above_least: bool = False
+    whole: bool = False
+
+    @property
+    def limits(self) -> str:
+        """The limits in words."""
+        text = f"{'above' if self.above_least else 'at least'} {self.least:g}"
+        if self.below != float("inf"):
+            text += f", below {self.below:g}"
+        return f"a whole number, {text}" if self.whole else text
+
+    def allows(self, value: float) -> bool:
+        """Whether a value is within the limits."""
+        if self.whole and value != int(value):
+            return False
+        return (self.least < value or (self.least == value and not self.above_least)) and (
+            value < self.below
+        )
+
+    def normal(self, value: float | int) -> float | int:
+        """The one way to write a value: counts as integers, all else as floats."""
+        if self.whole:
+            return int(value) if value == int(value) else value
+        return float(value)
+
+
+class Memory(NamedTuple):
+    """An attribute of the server's class that goes into checkpoints.
+
+    Attributes
+    ----------
+    attribute : str
+        Its name; it holds one array per trained array, or None before the first round.
+    as_list : bool
+        Whether it is a list in the order of the trained arrays, and no mapping by name.
+    """
+
+    attribute: str
+    as_list: bool = False
+
+
+Kinds = Mapping[str, str]
+Tensors = Mapping[str, Mapping[str, "Tensor"]]
+"""By kind and by name of the trained array."""
+
+
+@dataclass(frozen=True)
+class SiteRound:
+    """What a hook is given at the beginning of a round.
+
+    Attributes
+    ----------
+    settings : mapping
+        The strategy's settings in the signed plan.
+    parameters : mapping
+        The parameters that train in this round, by name, with the global model's values.
+    kept : mapping
+        What :meth:`SiteHook.finish` kept in the last round, by kind and name; zeros at first and
+        at the beginning of a stage.
+    received : mapping
+        What the aggregator sent beside the model, by kind and name.
+    """
+
+    settings: Mapping[str, float]
+    parameters: Mapping[str, nn.Parameter]
+    kept: Tensors
+    received: Tensors
+
+
+@dataclass(frozen=True)
+class SiteResult:
+    """What a round leaves at a site, and sends besides the update: exactly the declared kinds.
+
+    Attributes
+    ----------
+    kept, sent : mapping
+        Tensors by kind and name, each with the shape of its trained array.
+    """
+
+    kept: Tensors = field(default_factory=dict)
+    sent: Tensors = field(default_factory=dict)
+
+
+class SiteHook:
+    """What a strategy does at a site in one round; made anew for each.
+
+    It sees parameters and gradients, never an image. With differential privacy the gradients that
+    it sees have their noise already, so that whatever it does with them is post-processing.
+
+    Parameters
+    ----------
+    about : SiteRound
+        What it is given.
+    """
+
+    def __init__(self, about: SiteRound) -> None:
+        self.about = about
+
+    def add_to_gradient(self, rate: float) -> None:
+        """Change the parameters' ``grad`` in place, before the optimiser steps.
+
+        A term of the loss is added as its gradient. It is called without autograd.
+
+        Parameters
+        ----------
+        rate : float
+            Learning rate of the step.
+        """
+
+    def finish(self) -> SiteResult:
+        """After the last step: what to keep, and what to send besides the update."""
+        return SiteResult()
+
+
+@dataclass(frozen=True)
+class StrategySpec:
+    """A strategy.
+
+    Attributes
+    ----------
+    name : str
+        As plans name it.
+    summary, description : str
+        A line for people who read a plan; Markdown for the strategies' page, with its source.
+    server : str
+        The class that combines the updates, ``module:name``: one of Flower's, or one of
+        :mod:`fedward_strategies` with the arguments of Flower's ``FedAvg``.
+    settings : mapping
+        What a plan may set.
+    arguments : mapping
+        The server class's name of a setting, where it has another one.
+    weighted : bool
+        Whether a site's weight counts.
+    needs_all : bool
+        Whether it compares the updates of a round; else their weighted mean is enough.
+    server_optimizer : bool
+        Whether it takes a step of its own with the mean update.
+    updates_least, updates_per_malicious : int
+        Updates without which it cannot work, and how many more each malicious site takes.
+    minimum_sites : int
+        Sites that a study needs.
+    memory : mapping
+        What the server's class remembers from round to round, by kind.
+    site : type or None
+        What it does at a site.
+    kept : mapping
+        Kinds of arrays that a site keeps from round to round, and what each is.
+    received : tuple of str
+        Kinds of ``memory`` that travel to the sites with the model.
+    sent : mapping
+        Kinds of arrays that a site sends besides its update, and what each is.
+    sent_from_update : bool
+        Whether all that is sent is worked out from the update and from what the aggregator knows:
+        post-processing of the noised update, which costs no privacy. Else a private plan is
+        refused.
+    """
+
+    name: str
+    summary: str
+    server: str
+    description: str = ""
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    arguments: Mapping[str, str] = field(default_factory=dict)
+    weighted: bool = True
+    needs_all: bool = False
+    server_optimizer: bool = False
+    updates_least: int = 1
+    updates_per_malicious: int = 0
+    minimum_sites: int = 1
+    memory: Mapping[str, Memory] = field(default_factory=dict)
+    site: type[SiteHook] | None = None
+    kept: Kinds = field(default_factory=dict)
+    received: tuple[str, ...] = ()
+    sent: Kinds = field(default_factory=dict)
+    sent_from_update: bool = False
+
+    def normal(self, given: Mapping[str, float | int]) -> dict[str, float | int]:
+        """Settings in the one way to write them."""
+        plain = Setting("")
+        return {key: self.settings.get(key, plain).normal(value) for key, value in given.items()}
+
+    def updates_needed(self, malicious: int) -> int:
+        """Updates without which it cannot withstand so many malicious sites."""
+        return self.updates_least + self.updates_per_malicious * malicious
+
+    @property
+    def private(self) -> bool:
+        """Whether a plan with differential privacy may name it."""
+        return not self.sent or self.sent_from_update
+
+    def broken(self, given: Mapping[str, float | int]) -> Iterator[tuple[str, str]]:
+        """The key and rule of each setting that is unknown, missing or out of its limits."""
+        for name, value in sorted(given.items()):
+            where = f"strategy.settings.{name}"
+            if name not in self.settings:
+                known = ", ".join(sorted(self.settings)) or "no settings"
+                yield where, f"{self.name} knows {known}; remove it"
+            elif not self.settings[name].allows(value):
+                limits = self.settings[name].limits
+                yield where, f"{name} must be {limits}, not {value:g}; change it"
+        for name, setting in self.settings.items():
+            if setting.default is None and name not in given:
+                yield (
+                    f"strategy.settings.{name}",
+                    f"{self.name} needs {name} ({setting.meaning}); add it",
+                )
+
+
+def array_names(kinds: Iterable[str], names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Names of arrays beside the model, ``KIND/NAME``, with kind and trained array, in order."""
+    every = tuple(names)
+    return {f"{kind}/{name}": (kind, name) for kind in kinds for name in every}
