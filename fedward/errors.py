@@ -4,6 +4,7 @@
 
     FedwardError                1   anything below
     ├── PlanError              10   the study plan breaks a rule
+    │   └── SchemaError        28   a received plan is not one that this release knows
     ├── DataError              11   the data cannot serve the plan
     ├── ModelError             12   a model or its arrays do not fit
     │   └── WeightsError       13   an initial-weights file cannot be used
@@ -112,6 +113,12 @@ class PlanError(FedwardError):
     """The study plan breaks a rule."""
 
     exit_code = 10
+
+
+class SchemaError(PlanError):
+    """A plan from another machine needs a newer schema, or is none that this release knows."""
+
+    exit_code = 28
 
 
 class DataError(FedwardError):

@@ -1,8 +1,14 @@
 """Records exchanged between aggregator and hospital, besides the tensors.
 
-Each is versioned, typed and strict: an unknown key, a wrong type or a value out of range is a
+Each is versioned, typed and strict: a wrong type or a value out of range is a
 :class:`fedward.errors.ProtocolError`, on either end. Nothing in them can hold a path, an
 identifier or a date: texts are plan vocabulary, site names and fixed rules.
+
+A later release may add a field that an earlier one may ignore: ``Annotated[int | None, OPTIONAL] =
+None``. A record on the wire names such fields in ``optional``; a reader refuses every unknown field
+that it does not name. The default None is left out, so that records without the field, and the
+bytes of an order that are signed, stay as they were. A field that must not be ignored has no mark:
+an earlier release refuses records that hold it. What leaves a site is made of known fields only.
 """
 
 from __future__ import annotations
@@ -10,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -46,8 +52,15 @@ RefusalKind = Literal[
     "busy",
     "error",
     "arrays",
+    "schema",
 ]
+Release = Annotated[str, Field(pattern=r"^[0-9A-Za-z.+!-]{0,32}$")]
+SchemaVersion = Annotated[int, Field(ge=1, le=9999)]
+OPTIONAL: Final = "optional"
+"""The mark of a field that readers of an earlier release may ignore, and the key that names it."""
 Flat = dict[str, bool | int | float | str | list[int] | list[float] | list[str]]
+
+_Unknown = bool | int | float | Annotated[str, Field(max_length=1000)]
 
 
 class Record(BaseModel):
@@ -58,21 +71,30 @@ class Record(BaseModel):
 
     def to_flat(self) -> Flat:
         """The record as scalars and lists; what is None is left out."""
-        return {
+        flat: Flat = {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in self.model_dump(exclude_none=True).items()
         }
+        marked = [k for k, f in type(self).model_fields.items() if OPTIONAL in f.metadata]
+        if held := [key for key in marked if key in flat]:
+            flat.setdefault(OPTIONAL, held)
+        return flat
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> Self:
-        """Validate what arrived.
+        """Validate what arrived, without the unknown fields that it names as optional.
 
         Raises
         ------
         ProtocolError
             The mapping is not a valid record of this kind.
         """
-        value = {k: tuple(v) if isinstance(v, list) else v for k, v in flat.items()}
+        ignored = cls._ignored(flat)
+        value = {
+            key: tuple(item) if isinstance(item, list) else item
+            for key, item in flat.items()
+            if key not in ignored
+        }
         try:
             return cls.model_validate(value)
         except ValidationError as error:
@@ -87,6 +109,13 @@ class Record(BaseModel):
                 code=RuleCode.RECORD if cls.__name__ in RECORDS else None,
                 values=values,
             ) from None
+
+    @classmethod
+    def _ignored(cls, flat: Mapping[str, Any]) -> set[str]:
+        named = flat.get(OPTIONAL)
+        if not isinstance(named, list) or not all(isinstance(key, str) for key in named):
+            return set()
+        return {OPTIONAL, *named} - cls.model_fields.keys()
 
 
 class RoundOrder(Record):
@@ -122,7 +151,12 @@ class RoundOrder(Record):
         Base64 of the coordinator's Ed25519 public key.
     signature : str
         Base64 of its signature over all other fields (see :mod:`fedward.signing`).
+    optional : tuple of str or None
+        Fields that a site may ignore; kept with them, because the signature covers them.
     """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, _Unknown | Annotated[tuple[_Unknown, ...], Field(max_length=64)]]
 
     plan: str = Field(max_length=1_000_000)
     plan_hash: Digest
@@ -137,11 +171,24 @@ class RoundOrder(Record):
     study: str = Field(default="", pattern=rf"^$|{STUDY_ID}")
     coordinator: str = Field(default="", max_length=64)
     signature: str = Field(default="", max_length=128)
+    optional: tuple[Annotated[str, Field(max_length=64)], ...] | None = Field(
+        default=None, max_length=16
+    )
+
+    @classmethod
+    def _ignored(cls, flat: Mapping[str, Any]) -> set[str]:
+        return set()
 
     @model_validator(mode="after")
     def _hash_fits(self) -> RoundOrder:
         if hashlib.sha256(self.plan.encode()).hexdigest() != self.plan_hash:
             raise ValueError("the plan does not have the hash that came with it")
+        return self
+
+    @model_validator(mode="after")
+    def _unknown_fields_are_optional(self) -> RoundOrder:
+        if not set(self.model_extra or ()) <= set(self.optional or ()):
+            raise ValueError("a field that is not known must be one that the order calls optional")
         return self
 
     def read_plan(self) -> Plan:
@@ -166,7 +213,8 @@ class SiteFacts(Record):
     left_out_counts: tuple[Count, ...] = Field(default=(), max_length=64)
     synthetic: bool = False
     images_are_patients: bool = False
-    release: str = Field(default="", pattern=r"^[0-9A-Za-z.+!-]{0,32}$")
+    release: Release = ""
+    plan_schema: SchemaVersion = 1
     dataset: str = Field(default="", pattern=rf"^$|{SITE_NAME}")
 
 
@@ -232,12 +280,15 @@ class Refusal(Record):
     kind : str
         Whose turn it is: a hospital's officer (policy, pending, paused), the privacy budget, the
         data, or whoever runs the software; ``arrays`` asks for the frozen arrays that an order
-        names and that the site does not hold.
+        names and that the site does not hold; ``schema`` says that the site's release cannot read
+        the plan.
     code, values : RuleCode, dict
         Which rule did not hold, and what was found.
     charged : bool or None
         False where the site's ledger holds no charge for the round; where it is absent, the round
         may have cost privacy.
+    release, plan_schema : str, int or None
+        With ``schema``: the site's release, and the schema version that it knows.
     """
 
     site: SiteName
@@ -246,6 +297,8 @@ class Refusal(Record):
     code: Annotated[RuleCode, BeforeValidator(_code), PlainSerializer(lambda code: code.wire)]
     values: Mapping[str, Value] = Field(default_factory=dict)
     charged: Literal[False] | None = None
+    release: Release | None = None
+    plan_schema: SchemaVersion | None = None
 
     @model_validator(mode="after")
     def _as_declared(self) -> Refusal:
@@ -279,13 +332,18 @@ class Refusal(Record):
         """Validate what arrived.
 
         A code that this release does not know, and the sentence of a release before codes, become
-        what the refusal's kind says in general: a site may run another release.
+        what the refusal's kind says in general, and an unknown kind reads as ``error``: a site may
+        run another release.
 
         Raises
         ------
         ProtocolError
             The mapping is not a valid refusal.
         """
+        kind = flat.get("kind")
+        later = isinstance(kind, str) and _KIND.fullmatch(kind) is not None
+        if later and kind not in get_args(RefusalKind):
+            flat = {**flat, "kind": "error"}
         if "rule" in flat and "code" not in flat:
             old = _Sentence.from_flat(flat).model_dump(include={"site", "kind", "round", "charged"})
             return cls(**old, code=GENERAL[old["kind"]])
@@ -303,6 +361,7 @@ class Refusal(Record):
 
 _VALUE: Final = "value."
 _NAME: Final = re.compile(r"[a-z0-9-]{1,64}")
+_KIND: Final = re.compile(r"[a-z_-]{1,32}")
 
 
 class _Sentence(Record):

@@ -316,6 +316,11 @@ class RuleCode(Enum):
     PLAN_OBJECT = ("a plan on the wire must be an object",)
     PLAN_NUMBER = ("a number in a plan must fit into 64 bits",)
     PLAN_DEPTH = ("a plan is at most a few tables deep",)
+    SCHEMA = ("the plan must be one that the site's release can read",)
+    SCHEMA_NEEDED = (
+        "the plan must not need a newer schema than this release knows",
+        "{needed:count}, known: {known:count}",
+    )
     PLAN_KEY = ("a plan must keep the rules of its keys", "{key:key}")
     ROUNDS = ("the plan has rounds 1 to {rounds:count}", "{round:count}")
     EVALUATED_ROUNDS = ("a study is evaluated in the rounds that its plan names", "{round:count}")
@@ -543,6 +548,7 @@ GENERAL: Final = {
     "busy": RuleCode.BUSY,
     "error": RuleCode.ERROR,
     "arrays": RuleCode.FROZEN_ARRAYS,
+    "schema": RuleCode.SCHEMA,
 }
 
 # Those of the policy; each is on the policy's page.

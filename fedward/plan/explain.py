@@ -5,8 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
-from fedward.plan.load import plan_hash
+from fedward.plan.load import plan_hash, schema_needed
 from fedward.plan.schema import Plan, Stage
+from fedward.plan.versions import used
 
 _LABEL, _WIDTH = 15, 100
 _FLOAT32 = 4
@@ -54,6 +55,8 @@ def _parts(plan: Plan, parameters: int | None) -> Iterator[tuple[str, str]]:
     yield "Study", f"{plan.study.name}{title}"
     if plan.study.intended_use:
         yield "Intended use", plan.study.intended_use
+    if (version := schema_needed(plan)) > 1:
+        yield "Needs", f"plan schema {version} at every site: {', '.join(sorted(used(plan)))}"
     yield "Learns", _task(plan)
     yield "From", _data(plan)
     yield "Prepares", _preprocessing(plan)

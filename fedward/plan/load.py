@@ -6,14 +6,21 @@ import hashlib
 import json
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pydantic import ValidationError
 
-from fedward.errors import PlanError
+from fedward.errors import PlanError, SchemaError
 from fedward.plan.messages import plan_error
 from fedward.plan.schema import Plan
+from fedward.plan.versions import used, vocabulary
 from fedward.rule_codes import RuleCode
+
+SCHEMA_VERSION: Final = max(vocabulary(Plan).values())
+"""The newest schema version that this release knows."""
+
+# In the canonical form only: the schema version that the plan needs; left out where that is 1.
+_NEEDS: Final = "schema"
 
 _HUGE = (RuleCode.PLAN_NUMBER, "Write fewer digits")
 _DEEP = (RuleCode.PLAN_DEPTH, "Flatten its nested lists and tables")
@@ -68,18 +75,29 @@ def plan_from(value: dict[str, Any]) -> Plan:
 def canonical(plan: Plan) -> str:
     """The plan as canonical JSON: keys sorted, no spaces, no key that has its default value.
 
+    Where a plan uses a key, word or setting that is newer than schema version 1, ``schema`` says
+    which version it needs.
+
     Two files that mean the same study (order, comments, defaults left out or written) give the
     same text. A release that adds a key with a default gives the same text for an older plan, so
     its hash stays and a site with the previous release can read it. The reverse side: a default
     must never change its meaning, or equal hashes would stand for different studies.
     """
+    content = plan.model_dump(mode="json", exclude_defaults=True)
+    if (needed := schema_needed(plan)) > 1:
+        content[_NEEDS] = needed
     return json.dumps(
-        plan.model_dump(mode="json", exclude_defaults=True),
+        content,
         sort_keys=True,
         separators=(",", ":"),
         ensure_ascii=False,
         allow_nan=False,
     )
+
+
+def schema_needed(plan: Plan) -> int:
+    """The smallest schema version that knows every key, word and setting that the plan uses."""
+    return max(used(plan).values(), default=1)
 
 
 def plan_hash(plan: Plan) -> str:
@@ -88,7 +106,15 @@ def plan_hash(plan: Plan) -> str:
 
 
 def from_canonical(text: str) -> Plan:
-    """Read a plan back from its canonical form, as a site receives it."""
+    """Read a plan back from its canonical form, as a site receives it.
+
+    Raises
+    ------
+    SchemaError
+        The plan needs a newer schema version, or holds what this release does not know.
+    PlanError
+        The text is not the canonical form of a plan.
+    """
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -99,7 +125,25 @@ def from_canonical(text: str) -> Plan:
         raise PlanError(_DEEP[0], fix=_DEEP[1]) from None
     if not isinstance(value, dict):
         raise PlanError(RuleCode.PLAN_OBJECT, value=type(value).__name__, fix="Send it again")
-    plan = plan_from(value)
+    needed = value.pop(_NEEDS, 1)
+    if type(needed) is int and needed > SCHEMA_VERSION:
+        raise SchemaError(
+            RuleCode.SCHEMA_NEEDED,
+            values={"needed": needed, "known": SCHEMA_VERSION},
+            fix="Upgrade Fedward here",
+        )
+    try:
+        plan = plan_from(value)
+    except PlanError as error:
+        # The aggregator's release validated it, whatever version the text states.
+        raise SchemaError(
+            error.rule,
+            value=error.value,
+            fix=error.fix,
+            where=error.where,
+            code=error.code,
+            values=error.values,
+        ) from None
     if canonical(plan) != text:
         # One plan has one text and one hash; else a denied one would come back under another.
         raise PlanError(RuleCode.PLAN_JSON, fix="Send it again")

@@ -27,6 +27,8 @@ class Setting:
         Whether ``least`` itself is out.
     whole : bool
         Whether it counts something.
+    since : int
+        The schema version that added it (see :mod:`fedward.plan.versions`).
     """
 
     meaning: str
@@ -35,6 +37,7 @@ class Setting:
     below: float = float("inf")
     above_least: bool = False
     whole: bool = False
+    since: int = 1
 
     @property
     def limits(self) -> str:
@@ -188,6 +191,8 @@ class StrategySpec:
         Whether all that is sent is worked out from the update and from what the aggregator knows:
         post-processing of the noised update, which costs no privacy. Else a private plan is
         refused.
+    since : int
+        The schema version that added it (see :mod:`fedward.plan.versions`).
     """
 
     name: str
@@ -208,6 +213,7 @@ class StrategySpec:
     received: tuple[str, ...] = ()
     sent: Kinds = field(default_factory=dict)
     sent_from_update: bool = False
+    since: int = 1
 
     def normal(self, given: Mapping[str, float | int]) -> dict[str, float | int]:
         """Settings in the one way to write them."""

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 
 from fedward.errors import StudyError
 from fedward.flower.study_grid import StudyGrid
+from fedward.plan.versions import used
 from fedward.protocol import SiteFacts
 from fedward_server.events import SiteJoined, SiteQuarantined, SiteRefused, SiteWarned, StudyStarted
 from fedward_server.job import Job, SizeLimit
@@ -26,8 +27,8 @@ _SOON: Final = 3.0
 NOT_HERE: Final = InvalidReply("not connected", "silent")
 NO_ANSWER: Final = InvalidReply("no answer in time", "silent")
 _ASKED: Final = InvalidReply("has not described itself yet", "silent")
-PASSING: Final = frozenset({"pending", "paused", "busy", "error", "silent"})
-"""Kinds of refusals that a person, a restart or time may end."""
+PASSING: Final = frozenset({"pending", "paused", "busy", "error", "silent", "schema"})
+"""Kinds of refusals that a person, a restart, an upgrade or time may end."""
 
 
 class Participants:
@@ -228,9 +229,13 @@ class Participants:
 
     def _take(self, node: int, facts: SiteFacts | InvalidReply) -> None:
         known = self._named.get(node, "")
-        reason = facts.reason if isinstance(facts, InvalidReply) else self._objection(facts, known)
+        if too_old := self._too_old(facts):
+            kind, reason = "schema", too_old
+        elif isinstance(facts, InvalidReply):
+            kind, reason = facts.kind, facts.reason
+        else:
+            kind, reason = "invalid", self._objection(facts, known)
         if isinstance(facts, InvalidReply) or reason:
-            kind = facts.kind if isinstance(facts, InvalidReply) else "invalid"
             self._refuse(known or f"a site ({len(self._refused) + 1})", kind, reason)
             return
         self._refused.pop(facts.site, None)
@@ -265,6 +270,19 @@ class Participants:
                     f"`fedward-server site limit`."
                 )
         return ""
+
+    def _too_old(self, said: SiteFacts | InvalidReply) -> str:
+        """Why a site's release cannot serve the plan; "" where it can, or says nothing of it."""
+        known, newer = said.plan_schema, used(self._job.plan)
+        needed = max(newer.values(), default=1)
+        if known is None or known >= needed:
+            return ""
+        keys = ", ".join(sorted(key for key, version in newer.items() if version > known))
+        release = f" (release {said.release})" if said.release else ""
+        return (
+            f"it supports plan schema {known}{release}, this plan needs {needed} because of "
+            f"{keys}. Upgrade the site, or leave out {keys}."
+        )
 
     def _refuse(self, site: str, kind: str, reason: str) -> None:
         again = self._job.ask_again_seconds

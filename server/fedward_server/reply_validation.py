@@ -62,6 +62,7 @@ class InvalidReply:
     what an update was made of that arrived and does not count; ``uncharged``, that the site's
     ledger holds no charge for the round. ``diverged`` tells of what training that diverges gives,
     at an honest site too: values that are not finite, or an update that is out of all proportion.
+    ``release`` and ``plan_schema`` are those of a site whose release cannot read the plan.
     """
 
     reason: str
@@ -69,6 +70,8 @@ class InvalidReply:
     outcome: TrainOutcome | None = None
     uncharged: bool = False
     diverged: bool = False
+    release: str = ""
+    plan_schema: int | None = None
 
 
 _BESIDES: Final = "what is sent besides an update must be in proportion to the model"
@@ -220,6 +223,8 @@ class _Refused(ProtocolError):
 
     kind = "error"
     uncharged = False
+    release = ""
+    plan_schema: int | None = None
 
 
 def _bad(error: FedwardError) -> InvalidReply:
@@ -228,7 +233,14 @@ def _bad(error: FedwardError) -> InvalidReply:
         return InvalidReply(str(error), "invalid", diverged=diverged)
     silent = error.rule in _NO_ANSWER.values()
     reason = error.rule if silent else str(error)
-    return InvalidReply(reason, error.kind, uncharged=error.uncharged, diverged=diverged)
+    return InvalidReply(
+        reason,
+        error.kind,
+        uncharged=error.uncharged,
+        diverged=diverged,
+        release=error.release,
+        plan_schema=error.plan_schema,
+    )
 
 
 def _config(message: Message, key: str) -> dict[str, Any]:
@@ -245,6 +257,7 @@ def _config(message: Message, key: str) -> dict[str, Any]:
         refusal = Refusal.from_flat(dict(content.config_records["refusal"]))
         refused = _Refused(refusal.code, values=refusal.values)
         refused.kind, refused.uncharged = refusal.kind, refusal.charged is False
+        refused.release, refused.plan_schema = refusal.release or "", refusal.plan_schema
         raise refused
     if key not in content.config_records:
         raise ProtocolError("a reply must carry its record", value=key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +15,7 @@ from fedward.errors import PlanError, ProtocolError
 from fedward.plan import canonical, plan_hash
 from fedward.printable import printable
 from fedward.protocol import (
+    OPTIONAL,
     EvaluateOutcome,
     Record,
     Refusal,
@@ -253,3 +254,45 @@ def test_what_is_hashed_must_be_a_plan() -> None:
         order = RoundOrder.from_flat({"plan": text, "plan_hash": digest, "round": 1})
         with pytest.raises(PlanError):
             order.read_plan()
+
+
+class NextFacts(SiteFacts):
+    """Facts of a later release: a field that readers may ignore, and one that they may not."""
+
+    cores: Annotated[int | None, OPTIONAL] = None
+    unit: str | None = None
+
+
+def test_facts_of_the_next_release_are_read_without_what_is_optional() -> None:
+    facts = NextFacts(**EXAMPLES[0].model_dump(), cores=4)
+    flat = facts.to_flat()
+    assert flat["optional"] == ["cores"]
+    assert SiteFacts.from_flat(flat) == EXAMPLES[0]
+    assert NextFacts.from_flat(flat) == facts
+    assert NextFacts.from_flat(EXAMPLES[0].to_flat()).cores is None
+    told = refuse(SiteFacts, NextFacts(**EXAMPLES[0].model_dump(), cores=4, unit="mm").to_flat())
+    assert "unit" not in told
+
+
+@one_of_each
+@pytest.mark.parametrize(
+    "optional", [SECRET, [], ["other"], [1], [[SECRET]], {SECRET: 1}, None, True, [SECRET, 1]]
+)
+def test_an_unknown_key_is_ignored_only_where_the_record_names_it(
+    record: Record, optional: Any
+) -> None:
+    told = refuse(type(record), {**record.to_flat(), SECRET: SECRET, "optional": optional})
+    assert SECRET not in told
+
+
+@one_of_each
+def test_a_known_field_is_read_also_where_it_is_called_optional(record: Record) -> None:
+    names = list(type(record).model_fields)
+    assert type(record).from_flat({**record.to_flat(), "optional": names}) == record
+    refuse(type(record), {**record.to_flat(), "site": 1, "optional": names})
+
+
+def test_a_kind_of_refusal_that_a_later_release_added_is_an_error() -> None:
+    flat = {**EXAMPLES[3].to_flat(), "kind": "a-later-kind"}
+    assert Refusal.from_flat(flat).kind == "error"
+    refuse(Refusal, {**flat, "kind": ["policy"]})

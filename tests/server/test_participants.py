@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from fedward.flower import identity
 from fedward.plan.load import plan_hash
 from fedward.protocol import Refusal, SiteFacts
 from fedward.rule_codes import GENERAL, RuleCode
+from fedward.strategies import STRATEGIES
 from fedward_server.config import ServerConfig
 from fedward_server.events import Event, SiteQuarantined, SiteRefused, SiteWarned, StudyStarted
 from fedward_server.job import Job, SizeLimit
@@ -41,7 +43,7 @@ def site_key() -> str:
     return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
 
 
-def facts(site: str, **more: int) -> SiteFacts:
+def facts(site: str, **more: Any) -> SiteFacts:
     return SiteFacts.model_validate(
         {
             "site": site,
@@ -291,3 +293,61 @@ def test_a_size_that_nobody_enrolled_is_taken_with_a_warning(job: Job, heard: li
     told = [one.reason for one in heard if isinstance(one, SiteWarned)]
     assert told[0].startswith("no enrolled size for north: its claim of 40 images is not checked")
     assert "its claim of 20 patients and 40 images is not checked" in told[1]
+
+
+def newer_job(job: Job, make_plan: Make, monkeypatch: pytest.MonkeyPatch) -> Job:
+    """A study whose plan uses a setting of schema version 2."""
+    known = STRATEGIES["fedavgm"].settings
+    later = replace(known["server_momentum"], since=2)
+    monkeypatch.setitem(known, "server_momentum", later)
+    job.plan = make_plan(strategy={"name": "fedavgm", "settings": {"server_momentum": 0.9}})
+    return job
+
+
+OLD = {"release": "0.1.0", "plan_schema": 1}
+UNREADABLE = Refusal(site="south", kind="schema", round=0, code=RuleCode.SCHEMA, **OLD)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "south", [UNREADABLE, facts("south", **OLD)], ids=["refuses", "describes itself"]
+)
+def test_a_plan_that_is_newer_than_a_site_does_not_start_and_names_site_and_key(
+    job: Job,
+    heard: list[Event],
+    make_plan: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    south: Refusal | SiteFacts,
+) -> None:
+    job = newer_job(job, make_plan, monkeypatch)
+    ours = enrolling(job, Replies(facts("north", plan_schema=2), south), monkeypatch)
+    with pytest.raises(StudyError) as error:
+        ours.enrol()
+    assert error.value.value == (
+        "1 of 2; south (schema): it supports plan schema 1 (release 0.1.0), this plan needs 2 "
+        "because of strategy.settings.server_momentum. Upgrade the site, or leave out "
+        "strategy.settings.server_momentum."
+    )
+    assert "south" not in job.facts
+    (told,) = [event for event in heard if isinstance(event, SiteRefused)]
+    assert (told.site, told.kind) == ("south", "schema")
+    # It is asked again, and joins after its upgrade.
+    assert ours._refused_for_good() == 0
+    ours.ask_again()
+    cast(Any, ours)._everyone.answers = (facts("north"), facts("south", plan_schema=2))
+    ours.refresh()
+    ours.refresh()
+    assert ours.nodes == {1: "north", 2: "south"}
+
+
+@pytest.mark.parametrize("release", ["", "0.1.0"])
+def test_a_refusal_that_is_not_about_the_version_keeps_its_own_words(
+    job: Job, monkeypatch: pytest.MonkeyPatch, release: str
+) -> None:
+    """A site may say so of any plan; this one needs nothing that schema version 1 has not."""
+    odd = Refusal(site="south", kind="schema", round=0, code=RuleCode.SCHEMA, release=release)
+    ours = enrolling(job, Replies(facts("north"), odd), monkeypatch)
+    with pytest.raises(
+        StudyError,
+        match=r"south \(schema\): the plan must be one that the site.s release can read\.",
+    ):
+        ours.enrol()

@@ -198,3 +198,10 @@ def test_what_the_link_puts_in_place_of_an_answer_is_said_in_words(code: int, re
     update = read_update(Message(Error(code, "x"), reply_to=asked), "north", 1, {})
     assert isinstance(update, InvalidReply)
     assert (update.reason, update.kind) == (reason, "silent")
+
+
+def test_an_outcome_of_a_later_release_counts_without_what_it_calls_optional() -> None:
+    later = {**OUTCOME.to_flat(), "later": "/data", "optional": ["later"]}
+    update = read_update(reply(outcome=ConfigRecord(later)), "x", 1, EXPECTED)
+    assert isinstance(update, Update)
+    assert update.outcome == OUTCOME

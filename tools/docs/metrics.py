@@ -80,6 +80,7 @@ _MEANINGS: dict[type[BaseModel], dict[str, str]] = {
         "synthetic": "whether the images say of themselves that they are synthetic",
         "images_are_patients": "whether the images name no patients, so that each counts as one",
         "release": "version of Fedward that the site runs",
+        "plan_schema": "newest version of the plan schema that this release knows",
         "dataset": "name of the site's dataset; empty unless the site's policy tells it",
     },
 }

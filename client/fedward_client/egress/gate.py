@@ -21,9 +21,11 @@ from fedward.errors import (
     PolicyError,
     PrivacyError,
     ProtocolError,
+    SchemaError,
 )
 from fedward.models.arrays import trainable_names
 from fedward.models.registry import outline
+from fedward.plan.load import SCHEMA_VERSION
 from fedward.plan.schema import Plan
 from fedward.protocol import EvaluateOutcome, Record, Refusal, RefusalKind, SiteFacts, TrainOutcome
 from fedward.rule_codes import FIX, GENERAL, REASONS, RuleCode, Values
@@ -96,6 +98,8 @@ _DIGITS: Final = 3
 _PARTS: Final = ("train", "validation", "test")
 _RECORDS: Final = (TrainOutcome, EvaluateOutcome, SiteFacts)
 OTHER: Final = "other"
+# What a site tells of its software.
+_RUNS: Final = {"release": version("fedward"), "plan_schema": SCHEMA_VERSION}
 
 
 def expected_arrays(plan: Plan, round_: int) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -245,7 +249,7 @@ class Gate:
         -------
         SiteFacts
             Without small counts of classes and of reasons; a reason that is not one of the fixed
-            ones becomes "other". With the release that runs here.
+            ones becomes "other". With the release that runs here and its schema version.
 
         Raises
         ------
@@ -261,7 +265,7 @@ class Gate:
         if len(facts.class_counts) not in (0, len(self._known_plan().task.classes)):
             raise _not_so(RuleCode.COUNTS_CLASSES)
         _most(max(facts.class_counts, default=0), facts.train_images, "images of a class")
-        told = {"release": version("fedward"), "dataset": self._dataset}
+        told = {**_RUNS, "dataset": self._dataset}
         return facts.model_copy(update={**told, **self._classes(facts), **self._left_out(facts)})
 
     def check_refusal(self, refusal: Refusal) -> Refusal:
@@ -280,7 +284,8 @@ class Gate:
         except (AttributeError, LookupError, TypeError, ValueError):
             code, values = GENERAL[kind], {}
             self._tell("replaced", parts=["code"], round=round_)
-        return Refusal(site=self._site, round=round_, kind=kind, code=code, values=values)
+        runs: Mapping[str, Any] = _RUNS if kind == "schema" else {}
+        return Refusal(site=self._site, round=round_, kind=kind, code=code, values=values, **runs)
 
     def _arrays(self, arrays: Arrays, expected: Expected) -> None:
         if list(arrays) != list(expected):
@@ -417,6 +422,7 @@ _KINDS: Final[tuple[tuple[type[FedwardError], RefusalKind], ...]] = (
     (PrivacyError, "privacy"),
     (DataError, "data"),
     (ProtocolError, "protocol"),
+    (SchemaError, "schema"),
     (PlanError, "protocol"),
     (ModelError, "protocol"),
 )

@@ -175,7 +175,7 @@ def decide(policy: PolicySection, request: StudyRequest) -> Decision:
 
 
 def _whose(policy: PolicySection, request: StudyRequest, *, known: bool) -> Iterator[Violation]:
-    if not policy.any_coordinator and request.coordinator not in policy.coordinators:
+    if not policy.accepts(request.coordinator):
         yield Violation("coordinator", RuleCode.COORDINATOR)
     if not known:
         yield Violation("study.name", RuleCode.STUDY)

@@ -178,6 +178,10 @@ class PolicySection(Limits):
             )
         return self
 
+    def accepts(self, coordinator: str) -> bool:
+        """Whether the site serves this coordinator, named by its key's SHA-256."""
+        return self.any_coordinator or coordinator in self.coordinators
+
     def rule_for(self, study: str, name: str) -> StudyRule | None:
         """The first entry for a study of this id, with this name in its plan."""
         return next((one for one in self.studies if one.matches(study, name)), None)

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any, Final
 
-from fedward.errors import AuditError, FedwardError, PolicyError, ProtocolError
+from fedward.errors import AuditError, FedwardError, PolicyError, ProtocolError, SchemaError
 from fedward.models import describe
+from fedward.plan.schema import Plan
 from fedward.protocol import Refusal, RefusalKind, RoundOrder
 from fedward.rule_codes import RuleCode
 from fedward.signing import signed_bytes, verify_order
@@ -191,7 +192,7 @@ class TrainerService:
 
     def _case(self, order: RoundOrder, coordinator: str) -> StudyContext:
         """Everything that must hold before an image is opened."""
-        plan = order.read_plan()
+        plan = self._plan(order, coordinator)
         case = self._cases.of(order.study, plan)
         request = StudyRequest(
             study=order.study,
@@ -209,6 +210,15 @@ class TrainerService:
         decision.enforce()
         self._approved(request, decision)
         return case
+
+    def _plan(self, order: RoundOrder, coordinator: str) -> Plan:
+        try:
+            return order.read_plan()
+        except SchemaError:
+            # The refusal tells the site's release: only to a coordinator that the site accepts.
+            if not self._cases.policy.accepts(coordinator):
+                raise PolicyError(RuleCode.COORDINATOR) from None
+            raise
 
     def _approved(self, request: StudyRequest, decision: Decision) -> None:
         state = self._approvals.see(request, manual=decision.approval == "manual").state
@@ -291,7 +301,7 @@ class TrainerService:
             made = Refusal(
                 site=self._cases.site, round=round_, kind="error", code=RuleCode.UNWRITTEN
             )
-        if made.kind in ("error", "data", "protocol"):
+        if made.kind in ("error", "data", "protocol", "schema"):
             self._board.set(last_error=made.rule)
         return TrainerMessage("refusal", dict(made.to_flat()))
 

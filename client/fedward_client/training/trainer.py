@@ -31,7 +31,7 @@ from fedward.models import (
     to_arrays,
     trainable_names,
 )
-from fedward.plan.load import plan_hash
+from fedward.plan.load import SCHEMA_VERSION, plan_hash
 from fedward.plan.schema import Plan
 from fedward.protocol import EvaluateOutcome, RoundOrder, SiteFacts, TrainOutcome
 from fedward.rule_codes import RuleCode
@@ -401,6 +401,7 @@ def site_facts(plan: Plan, site: PreparedSite) -> SiteFacts:
         class_counts=plan.task.spec.class_counts(plan.task, site.targets, train),
         synthetic=site.synthetic,
         images_are_patients=site.images_are_patients,
+        plan_schema=SCHEMA_VERSION,
         left_out_reasons=tuple(reason for reason, _ in left),
         left_out_counts=tuple(count for _, count in left),
         **sizes,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import threading
 from collections.abc import Callable
 from datetime import datetime
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,11 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedward.errors import ProtocolError
+from fedward.plan.load import SCHEMA_VERSION, canonical
 from fedward.plan.schema import Plan
-from fedward.protocol import EvaluateOutcome, Refusal, SiteFacts, TrainOutcome
+from fedward.protocol import EvaluateOutcome, Refusal, RoundOrder, SiteFacts, TrainOutcome
 from fedward.rule_codes import RuleCode
-from fedward.signing import encoded_public_key
+from fedward.signing import encoded_public_key, sign_order
 from fedward_client.audit.log import audit_folder, audit_key
 from fedward_client.audit.verify import entries, verify
 from fedward_client.link.messages import TrainerMessage
@@ -376,3 +379,50 @@ def test_a_connector_that_can_read_images_brings_no_order(
     hospital.desk.attached("hidden")
     assert hospital.board.get()["warnings"] == []
     assert hospital.ask("train", plan).kind == "update"
+
+
+@pytest.mark.parametrize("stated", [{}, {"schema": SCHEMA_VERSION + 1}], ids=["hidden", "stated"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"training": {"warmup-DOE": 2}},
+        {"DOE": {"number": 1.0}},
+        {"model": {"name": "DOE-net"}},
+        {"strategy": {"name": "fedadam", "settings": {"DOE": 1.0}}},
+    ],
+    ids=["key", "table", "word", "setting"],
+)
+def test_a_plan_of_a_later_release_is_refused_as_such(
+    make_hospital: Make, plan: Plan, change: dict[str, Any], stated: dict[str, int]
+) -> None:
+    """Also where the aggregator hides the version that the plan needs; and nobody learns the
+    site's release whom the site does not accept."""
+    hospital = make_hospital()
+    content = json.loads(canonical(plan)) | stated
+    for section, keys in change.items():
+        content[section] = content.get(section, {}) | keys
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    order = RoundOrder(
+        plan=text,
+        plan_hash=hashlib.sha256(text.encode()).hexdigest(),
+        round=0,
+        task="describe",
+        study="tiny-1",
+    )
+
+    def ask(key: Ed25519PrivateKey) -> Refusal:
+        packet = TrainerMessage("order", dict(sign_order(key, order).to_flat()))
+        answer = hospital.desk.answer("describe", packet)
+        assert "DOE" not in str(answer.record)
+        return Refusal.from_flat(answer.record)
+
+    known = ask(hospital.key)
+    assert (known.kind, known.release, known.plan_schema) == (
+        "schema",
+        version("fedward"),
+        SCHEMA_VERSION,
+    )
+    stranger = ask(Ed25519PrivateKey.generate())
+    assert (stranger.kind, stranger.release, stranger.plan_schema) == ("policy", None, None)
+    assert hospital.ask("describe", plan, 0).kind == "facts"
+    assert hospital.ledger.studies() == []

@@ -7,6 +7,7 @@ import pytest
 
 from fedward.plan import parse_plan, plan_from, plan_hash
 from fedward.plan.explain import count, explain
+from fedward.strategies import STRATEGIES, Setting
 
 Change = Callable[[str, dict[str, Any]], dict[str, Any]]
 
@@ -95,6 +96,16 @@ def test_stages_weights_and_settings_are_told(classification: str, change: Chang
         "percentiles 1 to 99",
     ):
         assert words in text
+
+
+def test_a_plan_says_which_schema_it_needs(
+    classification: str, change: Change, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(STRATEGIES["fedprox"].settings, "mu", Setting("", since=2))
+    assert "plan schema" not in explain(plan_from(change(classification, {})))
+    mu = {"strategy.name": "fedprox", "strategy.settings.mu": 0.1}
+    text = _joined(explain(plan_from(change(classification, mu))))
+    assert "plan schema 2 at every site: strategy.settings.mu" in text
 
 
 @pytest.mark.parametrize("base", ["classification", "segmentation"])
