@@ -9,12 +9,23 @@ export FLWR_TELEMETRY_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SHELL := /bin/bash
 
-.PHONY: help install demo test faults check bench docs clean
+# Flower's newest release within the pin, apart from what constraints.txt holds; and the tests of all
+# that touches Flower's interface, documented or not.
+NEXT := .venv-flower-next
+FLOWER_TESTS := tests/deployment/test_flower_link.py tests/deployment/test_links.py \
+	tests/deployment/test_aggregator.py tests/server/flower tests/server/test_participants.py \
+	tests/server/test_reply_validation.py tests/server/test_round_loop.py tests/server/test_peak.py \
+	tests/client/connector tests/client/test_app.py tests/fedward/test_framing.py \
+	tests/fedward/test_tensors.py tests/strategies tests/simulation/test_engines.py \
+	tests/attacks/test_stranger_on_the_port.py
+
+.PHONY: help install demo test faults check bench docs flower-next clean
 
 help:
 	@echo "make demo   four synthetic hospitals, two studies, one report (a minute, and the first time the install)"
 	@echo "make test   all checks and tests"
 	@echo "make faults five hospitals in networks of their own, killed and cut off in each phase (a quarter of an hour)"
+	@echo "make flower-next  the tests of the links to Flower, with its newest release that the pin allows"
 	@echo "make bench  the benchmarks behind the README's numbers (takes long)"
 	@echo "make docs   write the generated reference pages anew"
 
@@ -47,6 +58,15 @@ test: check
 faults: $(DONE)
 	FEDWARD_FAULTS=1 $(BIN)/python -m pytest tests/deployment/federation
 
+# Flower's own dependencies may have to be newer than constraints.txt has them.
+flower-next:
+	test -x $(NEXT)/bin/python || $(PYTHON) -m venv $(NEXT)
+	$(NEXT)/bin/pip install --quiet --no-compile --constraint constraints.txt torch
+	$(NEXT)/bin/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(NEXT)/bin/pip install --quiet --upgrade --editable ".[simulation]" flwr
+	@echo "Flower $$($(NEXT)/bin/python -c 'from importlib.metadata import version; print(version("flwr"))')"
+	$(NEXT)/bin/python -m pytest $(FLOWER_TESTS)
+
 bench: $(DONE)
 	$(BIN)/python benchmarks/simulation.py
 	$(BIN)/python benchmarks/dp.py
@@ -65,4 +85,4 @@ docs: $(DONE)
 	$(BIN)/python -m tools.docs.api > docs/api.md
 
 clean:
-	rm -rf $(VENV) demo runs
+	rm -rf $(VENV) $(NEXT) demo runs

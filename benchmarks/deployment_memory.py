@@ -44,7 +44,7 @@ def make(path: Path) -> None:
     """What the link gives of a reply's tensors, made by another process than the one measured."""
     from flwr.app import Array
 
-    from fedward.flower.tensors import pack
+    from fedward.tensors import pack
 
     arrays = {str(n): np.full(_NUMBERS, n, np.float32) for n in range(_ARRAYS)}
     path.write_bytes(Array(pack(arrays)).data)
@@ -83,8 +83,8 @@ def reply(site: int, path: Path) -> Any:
     """A reply as it comes from the link."""
     from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-    from fedward.flower.tensors import PACKED
     from fedward.protocol import TrainOutcome
+    from fedward.tensors import PACKED
 
     packed = ArrayRecord()
     content = path.read_bytes()

@@ -1,5 +1,1 @@
 """Code that aggregator and hospital share: plan, records, models, metrics, privacy."""
-
-from fedward.startup import prepare
-
-prepare()

@@ -133,7 +133,7 @@ class RoundOrder(Record):
         Evaluation: which part of the division.
     arrays : str
         Between hospitals: SHA-256 of the model that comes with the order (see
-        :func:`fedward.flower.tensors.digest`); "" where none does.
+        :func:`fedward.tensors.digest`); "" where none does.
     frozen : str
         Between hospitals: SHA-256 of those of them that do not train in the round's stage. A site
         keeps these, and they come with the order only where it does not hold them; "" where all

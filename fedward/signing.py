@@ -18,9 +18,9 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedward.errors import ProtocolError
-from fedward.flower.tensors import Arrays, digest
 from fedward.protocol import RoundOrder
 from fedward.rule_codes import RuleCode
+from fedward.tensors import Arrays, digest
 
 _ORDER: Final = b"fedward order 1\n"
 

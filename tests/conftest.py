@@ -206,6 +206,8 @@ def shared_data() -> Path:
 # process all the same, with its own arguments, folder, environment, output and exit code.
 FORKING = """
 import json, os, sys
+from fedward.startup import prepare
+prepare()
 import fedward_client.cohort.training, fedward.models, fedward_server.report
 import fedward_simulation.output, fedward_simulation.study
 import fedward_client.cli, fedward_server.cli, fedward_simulation.cli

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from fedward.console import Version, run_command
+from fedward.startup import prepare
 from fedward_client.commands.audit import audit_app
 from fedward_client.commands.daemon import add_to
 from fedward_client.commands.data import data_app
@@ -27,6 +28,7 @@ def _top(version: Version = False) -> None:
 
 def main() -> None:
     """Entry point."""
+    prepare()
     run_command(app)
 
 

@@ -7,9 +7,9 @@ from typing import Any, Final
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedward.errors import FedwardError, ProtocolError
-from fedward.flower.tensors import FROZEN, PACKED, Arrays, pack, unpack
 from fedward.protocol import Refusal, RefusalKind, RoundOrder, TrainOutcome
 from fedward.rule_codes import RuleCode
+from fedward.tensors import FROZEN, PACKED, Arrays, pack, unpack
 from fedward_client.connector.frozen import FrozenArrays, Lacking
 from fedward_client.link.messages import TrainerMessage
 

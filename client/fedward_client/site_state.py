@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedward.errors import OutputError, ProtocolError
-from fedward.flower.tensors import Arrays, pack, unpack_bytes
 from fedward.rule_codes import RuleCode
+from fedward.tensors import Arrays, pack, unpack_bytes
 
 MOST_BYTES: Final = 1 << 30
 # An aggregator keeps two checkpoints, so that it may ask again for its last two rounds.

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
-
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 import httpx
 from flwr.cli.build import build_fab_from_files

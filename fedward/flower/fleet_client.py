@@ -6,7 +6,6 @@ an object that fails with an error, and is made again.
 
 from __future__ import annotations
 
-import os
 import time
 from base64 import b64encode
 from collections.abc import Iterator
@@ -14,8 +13,6 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
-
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec

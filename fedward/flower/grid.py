@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fedward.errors import ProtocolError
 from fedward.flower.runtime_client import RuntimeClient
 from fedward.flower.study_grid import StudyGrid, WaitingGrid
-from fedward.flower.tensors import PACKED, pack, unpack_bytes
+from fedward.tensors import PACKED, pack, unpack_bytes
 
 
 class PackedGrid(WaitingGrid):

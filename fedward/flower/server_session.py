@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
-
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 import httpx
 from flwr.common.constant import SubStatus

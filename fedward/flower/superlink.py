@@ -10,14 +10,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+from fedward.startup import prepare
+
+if __name__ == "__main__":
+    prepare()  # before Flower and torch are imported
 
 import uvicorn
 

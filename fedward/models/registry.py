@@ -14,7 +14,6 @@ from fedward.errors import ModelError, PlanError
 from fedward.models import classifiers, segmenters
 from fedward.plan.schema import ModelName, Plan
 from fedward.rule_codes import RuleCode
-from fedward.startup import plain_shapes
 
 GradSampleMode = Literal["hooks", "functorch", "bookkeeping"]
 
@@ -91,8 +90,7 @@ def _output_shape(plan_json: str) -> tuple[int, ...] | None:
     plan = Plan.model_validate_json(plan_json)
     shape = (2, plan.preprocessing.channels, *plan.preprocessing.size)
     try:
-        with plain_shapes():
-            return tuple(outline(plan)(torch.empty(shape, device="meta")).shape)
+        return tuple(outline(plan)(torch.empty(shape, device="meta")).shape)
     except (RuntimeError, ValueError):
         return None
 

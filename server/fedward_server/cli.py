@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
-
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 import typer
 
@@ -20,6 +17,7 @@ from fedward.console import (
     say,
     stop_on_signals,
 )
+from fedward.startup import prepare
 from fedward_server.cli_profile import at
 from fedward_server.commands.options import SERVER, Ca, Config, Json, Token, Url, api
 from fedward_server.commands.site import site_app
@@ -240,6 +238,7 @@ def _print_certificate(facts: Facts, *, as_json: bool) -> None:
 
 def main() -> None:
     """Entry point."""
+    prepare()
     run_command(app)
 
 

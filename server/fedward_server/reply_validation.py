@@ -9,10 +9,10 @@ from typing import Any, Final, Literal
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message
-from flwr.common.constant import ErrorCode
 from numpy.typing import NDArray
 
 from fedward.errors import FedwardError, ProtocolError
+from fedward.flower.errors import ErrorCode
 from fedward.plan.schema import Plan
 from fedward.protocol import EvaluateOutcome, Refusal, SiteFacts, TrainOutcome
 from fedward.rule_codes import RuleCode

@@ -11,20 +11,20 @@ from typing import Any, Final
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
-from flwr.app.exception import AppExitException
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from fedward.errors import DivergenceError, ModelError, PlanError, StudyError
+from fedward.flower.errors import AppExitException
 from fedward.flower.study_grid import GridSnapshot
-from fedward.flower.tensors import FROZEN, digest
 from fedward.models import build_model, trainable_names
 from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Stage
 from fedward.protocol import RoundOrder
 from fedward.strategies import array_names
 from fedward.tasks.private_counts import AnyCounts
+from fedward.tensors import FROZEN, digest
 from fedward_server.aggregation import Aggregation, free_arrays, record_of, size_of
 from fedward_server.events import (
     RoundEnded,

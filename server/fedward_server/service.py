@@ -10,7 +10,10 @@ import threading
 from pathlib import Path
 from typing import Final
 
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+from fedward.startup import prepare
+
+if __name__ == "__main__":
+    prepare()  # before Flower and torch are imported
 
 from fedward.console import log_to_stderr, stop_on_signals
 from fedward.errors import ConfigError, FedwardError

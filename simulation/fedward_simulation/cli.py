@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
-
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 import click
 import typer
 
 from fedward.console import Console, Version, interruptible, print_json, run_command, say
+from fedward.startup import prepare
 from fedward.tasks.registry import TASKS
 from fedward_client.data.readers.registry import READERS
 from fedward_simulation.studies import plan_file
@@ -443,6 +441,7 @@ def _console(as_json: bool) -> Console:
 
 def main() -> None:
     """Entry point."""
+    prepare()
     run_command(app)
 
 

@@ -18,12 +18,12 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedward.errors import FedwardError
-from fedward.flower.tensors import digest, unpack
 from fedward.models import build_model, to_arrays
 from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Plan
 from fedward.protocol import RoundOrder
 from fedward.signing import fingerprint, public_bytes, sign_order
+from fedward.tensors import digest, unpack
 from fedward_client.link.client import TrainerClient
 from fedward_client.link.messages import TrainerMessage
 

@@ -19,7 +19,7 @@ from fedward.flower.control_client import ControlClient
 from fedward.flower.fleet_client import FleetClient, LeaseHeld, LinkDown, LinkRefused, RunOver
 from fedward.flower.server_session import RunSession
 from fedward.flower.study_grid import StudyGrid
-from fedward.flower.tensors import pack, unpack
+from fedward.tensors import pack, unpack
 from fedward_server import certificates
 
 pytestmark = pytest.mark.integration

@@ -34,8 +34,8 @@ from fedward.flower import fleet_client
 from fedward.flower.control_client import ControlClient
 from fedward.flower.fleet_client import FleetClient, LinkDown
 from fedward.flower.server_session import RunSession
-from fedward.flower.tensors import pack
 from fedward.https import proxy_of, use_proxy
+from fedward.tensors import pack
 from fedward_client.config import ServerSection
 from fedward_client.connector import connector
 from fedward_client.connector.connector import Connector

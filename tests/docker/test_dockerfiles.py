@@ -30,7 +30,7 @@ BEGIN = {
         "client/fedward_client/config.py",
         "client/fedward_client/enrol.py",
         "client/fedward_client/health.py",
-        "fedward/flower/tensors.py",
+        "fedward/tensors.py",
         "fedward/signing.py",
         "fedward/protocol.py",
     ),

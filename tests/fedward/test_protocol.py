@@ -52,7 +52,7 @@ RECORDS: dict[type[Record], st.SearchStrategy[Record]] = {
             COUNTS,
         ),
         class_counts=st.lists(COUNTS, max_size=5).map(tuple),
-        left_out_reasons=st.lists(TEXTS, max_size=3).map(tuple),
+        left_out_reasons=st.lists(TEXTS.map(lambda text: text[:64]), max_size=3).map(tuple),
         left_out_counts=st.lists(COUNTS, max_size=3).map(tuple),
     ),
     TrainOutcome: st.builds(

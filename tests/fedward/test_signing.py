@@ -12,11 +12,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedward.errors import ProtocolError
-from fedward.flower.tensors import digest
 from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Plan
 from fedward.protocol import OPTIONAL, RoundOrder
 from fedward.signing import fingerprint, public_bytes, sign_order, signed_bytes, verify_order
+from fedward.tensors import digest
 
 MODEL = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, np.float32)}
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fedward.errors import ProtocolError
-from fedward.flower.tensors import pack, unpack
+from fedward.tensors import pack, unpack
 
 ARRAYS = st.dictionaries(
     st.text(

@@ -17,7 +17,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
-from fedward.flower.tensors import PACKED, pack
+from fedward.tensors import PACKED, pack
 from fedward.protocol import TrainOutcome
 from fedward.flower.grid import _unpacked
 from fedward_server.aggregation import Gathered

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from fedward.errors import FedwardError, ProtocolError
-from fedward.flower.tensors import Arrays, digest, pack, unpack_bytes
 from fedward.rule_codes import RuleCode
+from fedward.tensors import Arrays, digest, pack, unpack_bytes
 
 MOST_BYTES: Final = 1 << 30
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")

@@ -22,8 +22,8 @@ from flwr.app import Message
 from fedward.errors import FedwardError, ProtocolError
 from fedward.flower import fleet_client
 from fedward.flower.fleet_client import FleetClient, Unreadable
-from fedward.flower.tensors import Arrays, pack, unpack
 from fedward.rule_codes import RuleCode
+from fedward.tensors import Arrays, pack, unpack
 from fedward_client.connector.frozen import FrozenArrays, Lacking
 from fedward_client.connector.trainer_session import TrainerSession
 from fedward_client.fair_queue import FairQueue

@@ -11,8 +11,8 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from fedward.errors import ProtocolError
-from fedward.flower.tensors import Arrays, pack, unpack
 from fedward.rule_codes import RuleCode
+from fedward.tensors import Arrays, pack, unpack
 from fedward_client.link.trainer_pb2 import Head, Part
 
 CHUNK: Final = 1 << 20

@@ -11,9 +11,9 @@ import numpy as np
 
 from fedward.dp.accounting import Mechanism, calibrate, steps_per_round
 from fedward.errors import ProtocolError
-from fedward.flower.tensors import Arrays, pack, unpack
 from fedward.protocol import EvaluateOutcome, RoundOrder, TrainOutcome
 from fedward.rule_codes import RuleCode
+from fedward.tensors import Arrays, pack, unpack
 from fedward_client.audit.log import AuditLog
 from fedward_client.cohort.training import Preparers
 from fedward_client.config import SiteConfig

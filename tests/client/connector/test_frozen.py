@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedward.errors import ProtocolError
-from fedward.flower.tensors import Arrays, digest, pack
+from fedward.tensors import Arrays, digest, pack
 from fedward_client.connector.frozen import FrozenArrays, Lacking
 
 

@@ -11,12 +11,12 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from typer.testing import CliRunner
 
-from fedward.flower.tensors import digest
 from fedward.models import build_model, to_arrays
 from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Plan
 from fedward.protocol import RoundOrder
 from fedward.signing import fingerprint, public_bytes, sign_order
+from fedward.tensors import digest
 from fedward_client.audit.log import AuditLog, audit_folder, audit_key
 from fedward_client.cli import app
 from fedward_client.cohort.training import preparers

@@ -47,7 +47,7 @@ TRAINER = (
     "client/fedward_client/trainer/watchdog.py",
     "client/fedward_client/training/trainer.py",
     "fedward/dp",
-    "fedward/flower/tensors.py",
+    "fedward/tensors.py",
     "fedward/metrics",
     "fedward/models/arrays.py",
     "fedward/models/classifiers.py",

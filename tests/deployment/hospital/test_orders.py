@@ -13,11 +13,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, RecordDict
 
-from fedward.flower.tensors import pack
 from fedward.models import build_model, to_arrays
 from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Plan
 from fedward.rule_codes import RuleCode
+from fedward.tensors import pack
 
 pytestmark = pytest.mark.integration
 Make = Callable[..., Any]

@@ -17,12 +17,12 @@ from live_federation import write_certificates
 
 from fedward.errors import FedwardError
 from fedward.flower import identity
-from fedward.flower.tensors import digest, pack
 from fedward.models import build_model, to_arrays
 from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Plan
 from fedward.protocol import RoundOrder
 from fedward.signing import fingerprint, public_bytes, sign_order
+from fedward.tensors import digest, pack
 from fedward_client.link.client import TrainerClient
 from fedward_client.link.messages import TrainerMessage
 from fedward_client.messages import to_order
