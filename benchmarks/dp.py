@@ -36,7 +36,8 @@ from fedward.dp.gaussian import GaussianNoise
 from fedward.dp.ghost_clipping import SumOptimizer, backward, keep_books
 from fedward.dp.layers import sampled
 from fedward.models.registry import build_model
-from fedward.plan.schema import SEGMENTERS, ModelName, Plan
+from fedward.networks import MODELS
+from fedward.plan.schema import ModelName, Plan
 from fedward_client.training.runtime import Runtime
 
 MODES = ("plain", "hooks", "sampled", "functorch", "ghost", "bookkeeping")
@@ -81,7 +82,7 @@ def _cells(options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
     if torch.cuda.is_available():
         devices.append("cuda")
     for name in options.models:
-        if name == "efficientnet-lite0" and options.dimensions == 3:
+        if options.dimensions not in MODELS[name].dimensions:
             continue
         yield from ((name, device, mode) for device in devices for mode in options.modes)
 
@@ -248,8 +249,8 @@ def _parts(plan: Plan, kind: str, batch: int) -> tuple[nn.Module, Tensor, Tensor
 
 
 def _plan(name: str, options: argparse.Namespace) -> Plan:
-    segmentation, lite = name in SEGMENTERS, name == "efficientnet-lite0"
-    # Lite0's plan must name weights; the speed of a step does not depend on them.
+    segmentation, lite = "segmentation" in MODELS[name].tasks, MODELS[name].frozen_statistics
+    # Such a network's plan must name weights; the speed of a step does not depend on them.
     weights = {"initial_weights": {"file": "none.pth", "sha256": "0" * 64}} if lite else {}
     return Plan.model_validate(
         {

@@ -429,11 +429,7 @@ class RuleCode(Enum):
         "stages.train, pattern {pattern:count}",
     )
     MODEL_SIZE = ("{model:model} cannot take images of this size", "preprocessing.size")
-    MODEL_LEVELS = ("{model:model} has four levels", "model.channels")
-    MODEL_WIDTHS = ("{model:model} has fixed widths", "model.channels")
     MODEL_CHANNELS = ("{model:model} cannot have these widths", "model.channels")
-    MODEL_DROPOUT = ("{model:model} has no dropout", "model.dropout")
-    MODEL_INPUT = ("{model:model} takes 2D images of 3 channels", "model.name")
 
     # measuring
     PROBABILITIES = ("probabilities must lie in 0 to 1",)

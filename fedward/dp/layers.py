@@ -17,7 +17,7 @@ Opacus's public :func:`opacus.grad_sample.register_grad_sampler`:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -170,6 +170,17 @@ def sampled(model: nn.Module) -> nn.Module:
     """
     replace(model, _sampled_layer)
     return model
+
+
+def unknown_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and layer of whatever has parameters and no counterpart in :func:`sampled`."""
+    for name, layer in model.named_modules():
+        has_own = next(layer.parameters(recurse=False), None) is not None
+        known = isinstance(layer, (*SAMPLED_WEIGHTED, SampledGroupNorm)) or (
+            type(layer) in _MAKERS and _trains_plainly(layer)
+        )
+        if has_own and not known:
+            yield name, layer
 
 
 def _sampled_layer(layer: nn.Module) -> nn.Module:

@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from functools import lru_cache
-from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import nn
 
-from fedward.errors import ModelError, PlanError
-from fedward.models import classifiers, segmenters
-from fedward.plan.schema import ModelName, Plan
+from fedward.dp.layers import unknown_layers
+from fedward.errors import PlanError
+from fedward.networks import MODELS
+from fedward.plan.schema import Plan
 from fedward.rule_codes import RuleCode
 
 GradSampleMode = Literal["hooks", "functorch", "bookkeeping"]
-
-_BUILDERS: dict[ModelName, Callable[[Plan], nn.Module]] = {
-    "cnn": classifiers.build_cnn,
-    "resnet18": classifiers.build_resnet,
-    "resnet34": classifiers.build_resnet,
-    "resnet50": classifiers.build_resnet,
-    "densenet121": classifiers.build_densenet,
-    "efficientnet-b0": classifiers.build_efficientnet,
-    "efficientnet-lite0": classifiers.build_lite0,
-    "unet": segmenters.build_unet,
-    "basicunet": segmenters.build_basicunet,
-    "segresnet": segmenters.build_segresnet,
-    "attention-unet": segmenters.build_attention_unet,
-}
-
-_ALL: tuple[GradSampleMode, ...] = get_args(GradSampleMode)
-GRAD_SAMPLE_MODES: Mapping[ModelName, tuple[GradSampleMode, ...]] = MappingProxyType(
-    dict.fromkeys(_BUILDERS, _ALL)
-)
-"""Modes whose per-sample gradients the tests hold against a loop over single samples."""
 
 
 def build_model(plan: Plan, seed: int) -> nn.Module:
@@ -61,7 +40,7 @@ def build_model(plan: Plan, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed: that one would reseed the caller's GPUs as well.
         torch.default_generator.manual_seed(seed)
-        model = _BUILDERS[plan.model.name](plan)
+        model = MODELS[plan.model.name].build(plan)
     _check_size(plan)
     return model.train()
 
@@ -69,7 +48,7 @@ def build_model(plan: Plan, seed: int) -> nn.Module:
 def outline(plan: Plan) -> nn.Module:
     """The plan's network without storage (on the ``meta`` device): names, shapes, nothing else."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return _BUILDERS[plan.model.name](plan)
+        return MODELS[plan.model.name].build(plan)
 
 
 def _check_size(plan: Plan) -> None:
@@ -99,35 +78,25 @@ def _output_shape(plan_json: str) -> tuple[int, ...] | None:
 #
 # From ``benchmarks/dp.py`` (figures in ``benchmarks/dp.md``): on one CPU thread and on two,
 # ``bookkeeping`` took less time than ``hooks`` or as much, and less memory for large models;
-# ``functorch`` stays behind. No GPU was at hand: there the choice follows from the work and the
-# memory of each way. Opacus' own ``ghost`` mode is none of them: it multiplies the losses with the
-# clipping factors and goes through the network a second time, whose rounding nothing bounds.
+# ``functorch`` stays behind, but takes every layer. No GPU was at hand: there the choice follows
+# from the work and the memory of each way. Opacus' own ``ghost`` mode is none of them: it
+# multiplies the losses with the clipping factors and goes through the network a second time, whose
+# rounding nothing bounds.
 
 
-def best_mode(model_name: ModelName, device_type: str, threads: int) -> GradSampleMode:
+def best_mode(model: nn.Module) -> GradSampleMode:
     """The mode to take by default.
 
     Parameters
     ----------
-    model_name : ModelName
-        A model of the registry.
-    device_type : str
-        ``cpu`` or ``cuda``.
-    threads : int
-        CPU threads, at least 1. Neither it nor the others change the answer today; they are part of
-        the question all the same.
+    model : nn.Module
+        From :func:`build_model`.
 
     Returns
     -------
-    {"hooks", "functorch", "bookkeeping"}
-        With ``hooks`` and ``bookkeeping``, call :func:`fedward.dp.layers.sampled` on the model
-        before wrapping.
-
-    Raises
-    ------
-    ModelError
-        Fewer than one thread.
+    {"bookkeeping", "functorch"}
+        ``bookkeeping`` where it knows every layer that has parameters; call
+        :func:`fedward.dp.layers.sampled` on the model before wrapping then, and not for
+        ``functorch``, Opacus' way for any layer.
     """
-    if threads < 1:
-        raise ModelError("threads must be at least 1", value=threads, fix="Give 1 or more")
-    return "bookkeeping"
+    return "bookkeeping" if next(unknown_layers(model), None) is None else "functorch"

@@ -6,18 +6,17 @@ import hashlib
 import importlib.util
 import io
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from types import MappingProxyType
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from fedward.errors import WeightsError
+from fedward.networks import MODELS
 from fedward.plan.schema import InitialWeights, ModelName, Plan
 
 _SHORT = 12
@@ -45,24 +44,6 @@ class WeightsReport:
     reshaped_head: tuple[str, ...]
     missing: tuple[str, ...]
     unused: tuple[str, ...]
-
-
-HEADS: Mapping[ModelName, str] = MappingProxyType(
-    {
-        "cnn": "fc.*",
-        "resnet18": "fc.*",
-        "resnet34": "fc.*",
-        "resnet50": "fc.*",
-        "densenet121": "class_layers.out.*",
-        "efficientnet-b0": "_fc.*",
-        "efficientnet-lite0": "_fc.*",
-        "unet": "model.2.*",
-        "basicunet": "final_conv.*",
-        "segresnet": "conv_final.2.*",
-        "attention-unet": "model.2.*",
-    }
-)
-"""Shell-style pattern of the arrays whose shape follows the number of classes."""
 
 
 def load_initial(model: nn.Module, plan: Plan, base: Path | None = None) -> WeightsReport:
@@ -168,7 +149,7 @@ def _unpickle(content: bytes) -> object:
 def _fit(model: nn.Module, name: ModelName, tensors: Mapping[str, Tensor]) -> WeightsReport:
     state = model.state_dict()
     mapped, unused = _renamed(name, tensors, state)
-    head = {key for key in state if fnmatchcase(key, HEADS[name])}
+    head = {key for key in state if fnmatchcase(key, MODELS[name].head)}
     fitted = {key: _reshaped(key, tensor, state[key]) for key, tensor in mapped.items()}
     fresh = tuple(key for key in state if key in head and key in fitted and fitted[key] is None)
     for key, tensor in fitted.items():
@@ -186,35 +167,18 @@ def _fit(model: nn.Module, name: ModelName, tensors: Mapping[str, Tensor]) -> We
 def _renamed(
     name: ModelName, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    rename, mapped, unused = _key_map(name, state), {}, []
+    public_keys = MODELS[name].public_keys
+    rename = public_keys(state) if public_keys else str
+    mapped, unused = {}, []
     for key, tensor in tensors.items():
         target = rename(key.removeprefix("module."))
+        # MONAI's bare parameters are the weights of layers of their own here (fedward.dp.compat).
+        target = target if target in state else f"{target}.weight"
         if target in state:
             mapped[target] = tensor
         elif not key.endswith(_COUNTERS):
             unused.append(key)
     return mapped, tuple(unused)
-
-
-def _key_map(name: ModelName, state: Mapping[str, Tensor]) -> Callable[[str], str]:
-    if name.startswith("efficientnet"):
-        # The public files number the blocks through; MONAI keeps them in stages as well.
-        stages = dict(_stages(state))
-        return lambda key: re.sub(r"^_blocks\.(\d+)\.(?=_)", lambda m: stages.get(m[1], m[0]), key)
-    if name == "densenet121":
-        return _densenet_key
-    return lambda key: key
-
-
-def _stages(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
-    for key in state:
-        if found := re.match(r"_blocks\.\d+\.(\d+)\.", key):
-            yield found[1], found[0]
-
-
-def _densenet_key(key: str) -> str:
-    key = re.sub(r"^(features\.denseblock\d+\.denselayer\d+)\.(?!layers\.)", r"\1.layers.", key)
-    return re.sub(r"^classifier\.", "class_layers.out.", key)
 
 
 def _reshaped(key: str, tensor: Tensor, target: Tensor) -> Tensor | None:
@@ -230,7 +194,7 @@ def _reshaped(key: str, tensor: Tensor, target: Tensor) -> Tensor | None:
 def _check_cover(name: ModelName, matched: Mapping[str, Tensor], missing: list[str]) -> None:
     if not matched:
         raise _error(f"the weights file must belong to {name}", "no tensor of that model")
-    if name == "efficientnet-lite0" and missing:
+    if MODELS[name].frozen_statistics and missing:
         raise WeightsError(
             "the weights file must bring every frozen statistic",
             value=f"{len(missing)} missing",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
+from fedward.networks import MODELS
 from fedward.plan.load import plan_hash, schema_needed
 from fedward.plan.schema import Plan, Stage
 from fedward.plan.versions import used
@@ -137,7 +138,7 @@ def _augmentation(plan: Plan) -> str:
 
 def _model(plan: Plan, parameters: int | None) -> str:
     model = plan.model
-    text: str = model.name
+    text = f"{model.name} ({MODELS[model.name].summary})"
     if model.channels:
         text += f" with widths {', '.join(map(str, model.channels))}"
     if parameters is not None:

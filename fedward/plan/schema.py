@@ -18,6 +18,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
+from fedward.networks import MODELS
 from fedward.strategies import STRATEGIES, StrategySpec
 from fedward.tasks.base import TaskSpec
 from fedward.tasks.registry import LOSSES, METRICS, TASKS
@@ -82,35 +83,10 @@ def _task_rules(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _model_rules(plan: Plan) -> Iterator[tuple[str, str]]:
-
-    model, segmentation = plan.model, plan.task.spec.dense
-    if (model.name in SEGMENTERS) != segmentation:
-        yield "model.name", f"{model.name} does not do {plan.task.kind}; choose another model"
-    if model.name == "efficientnet-lite0":
-        if plan.task.dimensions == 3:
-            yield "model.name", "efficientnet-lite0 is 2D only; choose another model"
-        if model.initial_weights is None:
-            yield (
-                "model.initial_weights",
-                "efficientnet-lite0 keeps the public statistics of its weights frozen, so it needs "
-                "initial_weights; name the file and its SHA-256",
-            )
-        if plan.preprocessing.channels != 3:
-            yield "preprocessing.channels", "efficientnet-lite0 takes 3 channels; set channels = 3"
-    if model.taps is not None and model.name != "efficientnet-lite0":
-        yield "model.taps", f"{model.name} has no taps; remove them"
-    if model.taps is not None and list(model.taps) != sorted(set(model.taps)):
+    yield from MODELS[plan.model.name].broken(plan)
+    taps = plan.model.taps
+    if taps is not None and list(taps) != sorted(set(taps)):
         yield "model.taps", "taps must rise from block to block; sort them and name each once"
-    if model.name in SEGMENTERS:
-        # BasicUNet takes a sixth width for its last, full-size layer.
-        spare = 2 if model.name == "basicunet" else 1
-        levels = len(model.channels) - spare if model.channels else 4 if spare == 2 else 3
-        if any(side % 2**levels for side in plan.preprocessing.size):
-            yield (
-                "preprocessing.size",
-                f"{model.name} halves the image {levels} times; "
-                f"make each side a multiple of {2**levels}",
-            )
 
 
 def _stage_rules(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -179,19 +155,10 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Pattern = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.*?!\[\]-]+$")]
 ClassName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _+/-]{0,63}$")]
 
-ModelName = Literal[
-    "cnn",
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "densenet121",
-    "efficientnet-b0",
-    "efficientnet-lite0",
-    "unet",
-    "basicunet",
-    "segresnet",
-    "attention-unet",
-]
+if TYPE_CHECKING:
+    ModelName = str
+else:
+    ModelName = Literal[tuple(MODELS)]
 
 
 def _known_strategy(value: Any) -> Any:
@@ -211,8 +178,6 @@ if TYPE_CHECKING:
 else:  # the registry is the one place that lists them; pydantic checks values against it
     TaskKind, MetricName, LossName = (Literal[*names] for names in (TASKS, METRICS, LOSSES))
 Modality = Literal["CR", "DX", "CT", "MR", "MG", "US", "PT", "OP", "OPT", "XC", "SM", "OT", "any"]
-
-SEGMENTERS = frozenset({"unet", "basicunet", "segresnet", "attention-unet"})
 
 
 def _whole(value: Any) -> Any:

@@ -6,21 +6,28 @@ version where it is declared, and nowhere else::
     clip: Annotated[float, Since(2)] = Field(default=0.0, description="…")
     optimizer: Annotated[Literal["sgd", "adamw", "lion"], Since(2, "lion")] = …
     "warmup": Setting("…", 0.0, since=2)
-    StrategySpec(name="…", since=2)
+    StrategySpec(name="…", since=2), ModelSpec(name="…", since=2)
 
 A plan that keeps a new key at its default does not use it, so it needs no newer version.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from fedward.networks import MODELS
 from fedward.strategies import STRATEGIES
+
+# Words that come from a registry; each entry carries the version that added it.
+_REGISTRIES: Final[dict[str, Mapping[str, Any]]] = {
+    "model.name": MODELS,
+    "strategy.name": STRATEGIES,
+}
 
 
 @dataclass(frozen=True, init=False)
@@ -73,8 +80,8 @@ def vocabulary(section: type[BaseModel], prefix: str = "", since: int = 1) -> di
             for strategy, spec in STRATEGIES.items():
                 for setting, about in spec.settings.items():
                     found[f"{key}.{strategy}.{setting}"] = about.since
-        if key == "strategy.name":
-            found |= {f"{key} = {strategy}": spec.since for strategy, spec in STRATEGIES.items()}
+        for word, spec in _REGISTRIES.get(key, {}).items():
+            found[f"{key} = {word}"] = spec.since
     return found
 
 
@@ -98,8 +105,8 @@ def _used(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, int]]:
         if key == "strategy.settings":
             known = STRATEGIES[getattr(section, "name")].settings  # noqa: B009
             yield from ((f"{key}.{setting}", known[setting].since) for setting in value)
-        if key == "strategy.name":
-            yield f'{key} = "{value}"', STRATEGIES[value].since
+        if key in _REGISTRIES:
+            yield f'{key} = "{value}"', _REGISTRIES[key][value].since
 
 
 def _key_version(field: FieldInfo) -> int:

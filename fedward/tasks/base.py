@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedward.errors import ModelError, PlanError, ProtocolError
+from fedward.rule_codes import RuleCode
 from fedward.tasks.intervals import Interval
 
 if TYPE_CHECKING:
@@ -272,7 +273,10 @@ class TaskSpec(ABC):
         """Raise PlanError for a metric that the task does not have, or that is not in `have`."""
         if unknown := sorted(set(names) - set(self.metric_names if have is None else have)):
             raise PlanError(
-                f"{self.kind} has no such metric", value=unknown[0], fix="Remove it from the plan"
+                f"{self.kind} has no such metric",
+                value=unknown[0],
+                fix="Remove it from the plan",
+                code=RuleCode.METRIC,
             )
 
     # What a plan says and what is said of it.
@@ -408,7 +412,7 @@ _RESEND = "Send counts that this release has made"
 
 def refuse(rule: str, value: object = None) -> ProtocolError:
     """The error for counts that are not what they should be."""
-    return ProtocolError(rule, value=value, fix=_RESEND, where="counts")
+    return ProtocolError(rule, value=value, fix=_RESEND, where="counts", code=RuleCode.COUNTS)
 
 
 def same_names(arrays: Mapping[str, NDArray[Any]], names: Iterable[str]) -> None:
@@ -461,7 +465,7 @@ def loss_sum(losses: NDArray[Any], n: int) -> Floats:
     """
     each = np.asarray(losses, dtype=np.float64)
     if each.shape != (n,) or not np.isfinite(each).all() or (each < 0).any():
-        raise ModelError("losses must be one finite number, 0 or more, for each image")
+        raise ModelError(RuleCode.LOSSES)
     return np.array([each.sum(), n], dtype=np.float64)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedward.errors import DataError, ModelError
+from fedward.rule_codes import RuleCode
 from fedward.tasks.base import (
     BundleSpec,
     Counts,
@@ -59,11 +60,11 @@ def as_probabilities(values: NDArray[Any]) -> Floats:
     """The values as ``(N, K)`` float64 in 0 to 1; raises ModelError for any others."""
     p = np.asarray(values, dtype=np.float64)
     if p.ndim != 2 or not p.shape[1]:
-        raise ModelError("probabilities must be images x classes", value=p.shape)
+        raise ModelError(RuleCode.PROBABILITY_SHAPE, value=p.shape)
     # Written so that NaN fails it; sums of float32 may pass 1 by a rounding.
     if not ((p >= -1e-6) & (p <= 1 + 1e-6)).all():
         raise ModelError(
-            "probabilities must lie in 0 to 1",
+            RuleCode.PROBABILITIES,
             fix="Lower the learning rate; the model may have diverged",
         )
     return np.clip(p, 0.0, 1.0)
@@ -74,12 +75,12 @@ def truth_flags(targets: NDArray[Any], p: Floats) -> Flags:
     fix = "Check the label table against the plan's classes"
     if targets.ndim == 2:
         if targets.shape != p.shape or not np.isin(targets, (0, 1)).all():
-            raise DataError("multi-label targets must be a 0 or 1 for each class", fix=fix)
+            raise DataError(RuleCode.TARGET_FLAGS, fix=fix)
         return targets.astype(np.bool_)
     if targets.shape != p.shape[:1] or targets.dtype.kind not in "iu":
-        raise DataError("targets must be one class index for each image", fix=fix)
+        raise DataError(RuleCode.TARGET_INDEX, fix=fix)
     if ((targets < 0) | (targets >= p.shape[1])).any():
-        raise DataError(f"class indices must lie in 0 to {p.shape[1] - 1}", fix=fix)
+        raise DataError(RuleCode.TARGET_RANGE, values={"last": p.shape[1] - 1}, fix=fix)
     flags: Flags = targets[:, None] == np.arange(p.shape[1])
     return flags
 

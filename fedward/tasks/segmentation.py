@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedward.errors import DataError, ModelError
+from fedward.rule_codes import RuleCode
 from fedward.tasks.base import (
     BundleSpec,
     Counts,
@@ -386,14 +387,14 @@ def _check(
     prediction: NDArray[Any], truth: NDArray[Any], classes: int, spacing: NDArray[Any]
 ) -> None:
     if truth.ndim not in (3, 4) or truth.dtype != np.uint8 or truth.max(initial=0) > classes:
-        raise DataError(f"masks must be uint8 label maps with labels 0 to {classes}")
+        raise DataError(RuleCode.MASKS, values={"classes": classes})
     if prediction.shape != truth.shape or prediction.dtype != np.uint8:
-        raise ModelError("predicted masks must be uint8 and of the truth's shape")
+        raise ModelError(RuleCode.PREDICTED_MASKS)
     if prediction.max(initial=0) > classes:
-        raise ModelError(f"predicted labels must lie in 0 to {classes}")
+        raise ModelError(RuleCode.PREDICTED_LABELS, values={"classes": classes})
     positive = np.isfinite(spacing) & (np.asarray(spacing) > 0)
     if np.shape(spacing) != (len(truth), truth.ndim - 1) or not positive.all():
-        raise DataError("spacing must be one positive number of mm for each image and axis")
+        raise DataError(RuleCode.SPACING)
 
 
 def _overlap(prediction: NDArray[Any], truth: NDArray[Any], classes: int) -> Floats:

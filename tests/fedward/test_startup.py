@@ -49,10 +49,11 @@ say(*same, [finder for finder, _ in zip(sys.meta_path, before[0]) if id(finder) 
 BUILD = """
 import torch
 from fedward.models.registry import build_model
-from fedward.plan.schema import SEGMENTERS, Plan
+from fedward.plan.schema import Plan
+from fedward.networks import MODELS
 from fedward_client.training.optimizers import build_optimizer
 def train(name, dimensions):
-    seg = name in SEGMENTERS
+    seg = "segmentation" in MODELS[name].tasks
     size = [32] * dimensions
     plan = Plan.model_validate({
         "version": 1, "study": {"name": "lean"},

@@ -21,7 +21,6 @@ from flwr.serverapp.exception import InconsistentMessageReplies
 from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, roc_auc_score
 
-import fedward_client.app
 from fedward.errors import BudgetError, ModelError, PolicyError, StudyError
 from fedward.flower import identity
 from fedward.models import build_model, to_arrays
@@ -409,7 +408,7 @@ class SecretiveTrainer(Trainer):
         self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder, noise: Any = None
     ) -> tuple[Arrays, EvaluateOutcome]:
         """Refuse."""
-        raise PolicyError("what the site counts must be enough, and allowed, to leave it")
+        raise PolicyError(RuleCode.WITHHELD)
 
 
 def between_hospitals(plan: Plan, listen: Callable[[Event], None] = lambda event: None) -> Job:
@@ -438,9 +437,9 @@ def test_a_study_that_no_site_lets_measure_ends_with_its_model(
     make_plan: Make, sites: list[PreparedSite], monkeypatch: pytest.MonkeyPatch, kind: Any
 ) -> None:
     """A refusal that a person or a restart may end is waited for, but for the deadline only."""
-    refuse = fedward_client.app.Refusal
+    refuse = Refusal.of
     monkeypatch.setattr(
-        "fedward_client.app.Refusal", lambda **more: refuse(**{**more, "kind": kind})
+        Refusal, "of", lambda error, **more: refuse(error, **{**more, "kind": kind})
     )
     paused: list[StudyPaused] = []
 

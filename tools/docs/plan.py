@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from pydantic import BaseModel
 
+from fedward.networks import MODELS
 from fedward.plan import schema
 from fedward.strategies import STRATEGIES, Setting
 from fedward.tasks.registry import TASKS
@@ -67,11 +68,7 @@ Task and preprocessing
 
 Model
 
-- `unet`, `basicunet`, `segresnet` and `attention-unet` segment; the others classify.
-- The segmentation networks halve the image once per level after the first (three times unless
-  `model.channels` says otherwise): each side of `preprocessing.size` is a multiple of that power
-  of two.
-- `efficientnet-lite0` is 2D, takes 3 channels and needs `model.initial_weights`.
+- What each network takes stands in [Models](#models).
 
 Training
 
@@ -133,8 +130,39 @@ def _lines() -> Iterator[str]:
     for title, model in _SECTIONS:
         yield from (f"## `{title}`", "", f'<a id="{anchor(model.__name__)}"></a>', "")
         yield from (summary(model), "", *fields_table(model), "")
+    yield from _models()
     yield from _strategies()
     yield _rules()
+
+
+def _models() -> Iterator[str]:
+    yield from ("## Models", "", '<a id="models"></a>', "")
+    yield from ("Without `model.channels` a network has its default widths.", "")
+    yield "| model | what it is | task | images | sides: multiples of | `model.channels` | others |"
+    yield "|---|---|---|---|---|---|---|"
+    for spec in MODELS.values():
+        images = " and ".join(f"{number}D" for number in spec.dimensions)
+        if len(spec.colours) == 1:
+            images += f", `channels = {spec.colours[0]}`"
+        widths = "fixed"
+        if spec.widths is not None:
+            widths = f"{spec.widths.meaning}; default {', '.join(map(str, spec.widths.default))}"
+        others = {
+            "`dropout`": spec.dropout,
+            "`taps`": spec.taps,
+            "`initial_weights` needed": spec.frozen_statistics,
+        }
+        cells = (
+            f"`{spec.name}`",
+            spec.summary,
+            " or ".join(spec.tasks),
+            images,
+            spec.sides.meaning if spec.sides else "",
+            widths,
+            ", ".join(word for word, holds in others.items() if holds),
+        )
+        yield f"| {' | '.join(cells)} |"
+    yield ""
 
 
 def _strategies() -> Iterator[str]:

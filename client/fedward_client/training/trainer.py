@@ -90,7 +90,8 @@ class Trainer:
 
     def _build(self) -> nn.Module:
         model = build_model(self.plan, seed=0)
-        ours = self.plan.privacy.on and self._mode() in ("hooks", "bookkeeping")
+        self._mode: Mode = self.runtime.grad_sample_mode or best_mode(model)
+        ours = self.plan.privacy.on and self._mode != "functorch"
         return sampled(model) if ours else model
 
     def describe(self) -> SiteFacts:
@@ -265,7 +266,7 @@ class Trainer:
             runtime=self.runtime,
             draws=Draws.make(self.runtime, order.seed, self.site.name, order.round),
             mechanism=self._private_mechanism(),
-            mode=self._mode(),
+            mode=self._mode,
             hook=self._hook(received, order.round),
         )
 
@@ -319,7 +320,7 @@ class Trainer:
         besides = self._declared(result.sent, spec.sent)
         if not all(np.isfinite(value).all() for value in kept.values()):
             raise ModelError(
-                "arrays must be finite", fix="Lower the learning rate, or leave it out"
+                RuleCode.ARRAYS_FINITE, fix="Lower the learning rate, or leave the site out"
             )
         if kept:
             self.state.keep(round_, kept)
@@ -359,11 +360,6 @@ class Trainer:
         if self._mechanism is None:
             self._mechanism = calibrate(self.plan, self.site.patients_in("train"))
         return self._mechanism
-
-    def _mode(self) -> Mode:
-        if self.runtime.grad_sample_mode is not None:
-            return self.runtime.grad_sample_mode
-        return best_mode(self.plan.model.name, self.runtime.torch_device.type, self.runtime.threads)
 
     def _cost(self, order: RoundOrder) -> dict[str, Any]:
         mechanism, delta = self._private_mechanism(), self.plan.privacy.delta

@@ -48,10 +48,11 @@ TRAINER = (
     "client/fedward_client/training/trainer.py",
     "fedward/dp",
     "fedward/tensors.py",
-    "fedward/metrics",
+    "fedward/tasks",
     "fedward/models/arrays.py",
-    "fedward/models/classifiers.py",
-    "fedward/models/segmenters.py",
+    "fedward/networks",
+    "fedward/strategies",
+    "client/fedward_client/site_state.py",
     "fedward/protocol.py",
     "fedward/signing.py",
 )
@@ -164,7 +165,7 @@ def test_rules_that_a_trainer_breaks_arrive_by_name(
         ),
         (
             of_text(hospital, plan, text.replace('"cnn"', '"cnm"')),
-            "protocol",
+            "schema",
             RuleCode.PLAN_KEY,
             {"key": "model.name"},
         ),

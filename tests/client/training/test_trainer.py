@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from networks import least, sections
 
 from fedward.dp.accounting import epsilon_spent
 from fedward.errors import DataError, ModelError, PrivacyError, ProtocolError
 from fedward.models import build_model, to_arrays
-from fedward.plan import Plan
+from fedward.plan import Plan, plan_from
 from fedward.plan.schema import Strategy
 from fedward.tasks.registry import counts_from_arrays
 from fedward_client.data.sample import PreparedSite
@@ -249,6 +250,31 @@ def test_each_mode_gives_the_same_private_update(
     )
     for name, value in usual.items():
         np.testing.assert_allclose(ours[name], value, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["vit", "unetr"])
+def test_a_transformer_trains_privately_without_being_told_how(
+    make_site: Make, make_order: Make, name: str
+) -> None:
+    """Its layers are none that bookkeeping knows, so the trainer goes by functorch."""
+    given, site = sections(name, side=16, **least(name)), make_site()
+    given["training"]["optimizer"] = "sgd"
+    if name == "unetr":
+        given["task"]["classes"] = ["bright"]
+        site = replace(site, targets=(site.images[:, 0] > 1).astype(np.int64))
+    plan = plan_from(given)
+    start = to_arrays(build_model(plan, 0))
+    trained, outcome = Trainer(plan, site, SEEDED).train(start, make_order(plan))
+    assert outcome.noise_multiplier is None and outcome.loss is not None
+    assert any((trained[key] != start[key]).any() for key in start)
+    plan = plan_from({**given, "privacy": PRIVATE})
+    trained, outcome = Trainer(plan, site, SEEDED).train(start, make_order(plan))
+    assert outcome.noise_multiplier and outcome.loss is None
+    assert all((trained[key] != start[key]).any() for key in start)
+    hooks = replace(SEEDED, grad_sample_mode="hooks")
+    by_hooks, _ = Trainer(plan, site, hooks).train(start, make_order(plan))
+    for key, value in by_hooks.items():
+        np.testing.assert_allclose(trained[key], value, rtol=2e-3, atol=2e-4)
 
 
 def test_bad_arrays_and_missing_parts_are_clear_errors(

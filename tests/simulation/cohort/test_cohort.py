@@ -156,7 +156,7 @@ def test_bright_is_dense_at_every_hospital(segmentation: Cohort) -> None:
 
 def test_the_data_room_reads_all_of_a_classification_cohort(classification: Cohort) -> None:
     root, facts = classification
-    dataset = read(root, "demo-classification.toml")
+    dataset = read(root, "classification.toml")
     assert dataset.left_out == ()
     assert len(dataset.samples) == facts.images
     assert dataset.samples[0].load().pixels.shape == (1, 96, 96)
@@ -169,7 +169,7 @@ def test_the_data_room_reads_all_of_a_classification_cohort(classification: Coho
 
 def test_the_data_room_reads_all_of_a_segmentation_cohort(segmentation: Cohort) -> None:
     root, facts = segmentation
-    dataset = read(root, "demo-segmentation.toml")
+    dataset = read(root, "segmentation.toml")
     assert dataset.left_out == ()
     assert len(dataset.samples) == facts.images
     for sample in dataset.samples[:: len(dataset.samples) // 8]:
@@ -220,9 +220,9 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("name", ["demo-classification", "demo-segmentation"])
+@pytest.mark.parametrize("name", ["classification", "segmentation"])
 def test_demo_plans_load(name: str) -> None:
     plan = load_plan(STUDIES / f"{name}.toml")
-    assert plan.study.name == name
+    assert plan.study.name == f"demo-{name}"
     assert plan.participation.sites == 4
     assert plan.preprocessing.size == (64, 64)
