@@ -53,13 +53,13 @@ def _of_round(calls: list[Call], began: float, end: float) -> list[float]:
     validated = ends("StudyRun._validate", began, end)
     marks = [
         began,
-        ends("Courier.deliver", began, replies),
-        starts("TrainerDesk.answer", began, replies),
-        ends("TrainerDesk.answer", began, replies),
+        ends("RuntimeClient.deliver", began, replies),
+        starts("TrainerService.answer", began, replies),
+        ends("TrainerService.answer", began, replies),
         replies,
         aggregated,
-        starts("TrainerDesk.answer", aggregated, validated),
-        ends("TrainerDesk.answer", aggregated, validated),
+        starts("TrainerService.answer", aggregated, validated),
+        ends("TrainerService.answer", aggregated, validated),
         validated,
         end,
     ]

@@ -429,7 +429,6 @@ class RuleCode(Enum):
         "stages.train, pattern {pattern:count}",
     )
     MODEL_SIZE = ("{model:model} cannot take images of this size", "preprocessing.size")
-    MODEL_CHANNELS = ("{model:model} cannot have these widths", "model.channels")
 
     # measuring
     PROBABILITIES = ("probabilities must lie in 0 to 1",)

@@ -29,6 +29,7 @@ from monai.networks.nets.swin_unetr import (
     window_partition,
     window_reverse,
 )
+from monai.networks.nets.unetr import UNETR
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -145,10 +146,22 @@ class PlainUnetResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, *size)`` to ``(N, C', *size)``."""
+        # A Swin transformer's features come with their channels last in memory, where Opacus'
+        # unfolding gives wrong gradients without an error and functorch in float64 refuses.
+        x = x.clone(memory_format=torch.contiguous_format)
         inner: Tensor = self.norm2(self.conv2(self.lrelu(self.norm1(self.conv1(x)))))
         shortcut = self.norm3(self.conv3(x)) if hasattr(self, "conv3") else x
         out: Tensor = self.lrelu(inner + shortcut)
         return out
+
+
+class PlainUnetr(UNETR):  # type: ignore[misc]
+    """UNETR whose maps have their channels first in memory, also where they are one pixel wide."""
+
+    def proj_feat(self, x: Tensor) -> Tensor:
+        """``(N, T, C)`` to ``(N, C, *patches)``."""
+        maps: Tensor = super().proj_feat(x).clone(memory_format=torch.contiguous_format)
+        return maps
 
 
 class AddedWeight(nn.Module):

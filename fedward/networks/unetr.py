@@ -16,12 +16,10 @@ _PATCH, _HEAD_WIDTH = 16, 64
 
 def build(plan: Plan) -> nn.Module:
     """MONAI's UNETR: 12 blocks on patches of 16."""
-    from monai.networks.nets import UNETR as Unetr
-
-    from fedward.dp.compat import make_private
+    from fedward.dp.compat import PlainUnetr, make_private
 
     features, hidden, mlp = UNETR.channels(plan)
-    model = Unetr(
+    model = PlainUnetr(
         in_channels=plan.preprocessing.channels,
         out_channels=plan.task.outputs,
         img_size=plan.preprocessing.size,

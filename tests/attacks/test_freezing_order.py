@@ -149,7 +149,7 @@ def test_a_plan_whose_words_froze_the_trainer_is_refused(
     before = hospital.daemon.children()
     order = coordinator.signed(hostile, 1, "freezing", to_arrays(build_model(plan, 0)))
     sent = coordinator.send(hospital.node, order)
-    assert refusal_of(coordinator.reply(sent))[0] == "protocol"
+    assert refusal_of(coordinator.reply(sent))[0] == "schema"
     # This one passes the plan's rules, and comes to the sentence with the plan's word in it.
     word = "*a" * 40 + "[" * 40
     named = coordinator.order(make_plan(**staged(word)), 1, "freezing")

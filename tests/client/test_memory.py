@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PAGE_FAULTS = """
 import resource, sys
-from fedward_client.worker_pool import keep_freed
+from fedward_client.worker_pool import tune_malloc
 from fedward_client.training.runtime import Runtime
 exec(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -34,5 +34,5 @@ def faults(before: str) -> int:
 def test_pages_are_asked_for_once_also_by_a_trainer() -> None:
     pages = (48 << 20) // resource.getpagesize()
     assert faults("") > 10 * pages
-    assert faults("keep_freed(64 << 20)") < 2 * pages
+    assert faults("tune_malloc(64 << 20)") < 2 * pages
     assert faults("Runtime().enter()") < 2 * pages

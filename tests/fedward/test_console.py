@@ -31,7 +31,7 @@ def test_a_missing_package_is_a_message(
 
 def test_a_module_of_our_own_that_is_missing_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     def command(**_: object) -> None:
-        __import__("client.nowhere")
+        __import__("fedward_client.nowhere")
 
     with pytest.raises(ModuleNotFoundError):
         run_command(command)

@@ -137,7 +137,8 @@ plan = None
 kept = Checkpoints(Path({str(tmp_path)!r}), "a" * 64)
 job = Job.__new__(Job)
 job.arm, job.seed, job.complete = Arm(name="t", kind="federated"), 0, False
-job.memory, job.memory_stage, job.facts, job.bad_answers = {{}}, "", {{}}, {{}}
+job.memory, job.memory_stage, job.site_states = {{}}, "", {{}}
+job.facts, job.bad_answers = {{}}, {{}}
 number = 0
 while True:
     number += 1

@@ -66,6 +66,7 @@ ELSEWHERE = {
     "the privacy ledger must not be older than what was charged",
     "one trainer at a time uses the privacy ledger",
     "the model file must be writable",
+    "two networks must not have one name",
 }
 ERRORS = re.compile(r"^(?!Value)[A-Z]\w*(Error|Busy)$")
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from fedward.flower.control_client import ControlClient
 from fedward.flower.server_session import RunSession
 from fedward.models import build_model, to_arrays
-from fedward.plan.schema import Plan
+from fedward.plan.schema import Plan, TaskKind
 from fedward.plan.text import toml_text
 from fedward_client.cli import app as client_cli
 from fedward_client.enrol import enrol
@@ -31,7 +31,6 @@ from fedward_server.registry import open_registry
 from fedward_server.results import Arm
 from fedward_server.round_loop import StudyRun
 from fedward_simulation.cohort import write_cohort
-from fedward_simulation.cohort.facts import Kind
 from fedward_simulation.options import Hospital, Options
 from fedward_simulation.study import Study
 
@@ -48,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip)
 
 
-DATASETS: dict[str, Kind] = {"chest": "classification", "lungs": "segmentation"}
+DATASETS: dict[str, TaskKind] = {"chest": "classification", "lungs": "segmentation"}
 PATIENTS = 20
 
 
