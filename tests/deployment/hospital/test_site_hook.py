@@ -20,7 +20,8 @@ from fedward.flower import identity
 from fedward.models import build_model, to_arrays
 from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Plan
-from fedward.protocol import RoundOrder
+from fedward.protocol import Refusal, RoundOrder
+from fedward.rule_codes import RuleCode
 from fedward.signing import fingerprint, public_bytes, sign_order
 from fedward.tensors import digest, pack
 from fedward_client.link.client import TrainerClient
@@ -159,15 +160,15 @@ def test_killed_between_rounds_it_goes_on_from_the_state_before(
     test = signed(key, plan, 0, "whole", model, task="evaluate", part="test")
     assert hospital.client.ask("evaluate", test).kind == "counts"
     answer = hospital.client.ask("train", signed(key, plan, 3, "whole", sent[2]))
-    assert answer.record["rule"] == "a site must hold the state that a round starts from"
+    assert Refusal.from_flat(answer.record).code is RuleCode.STATE_MISSING
     # Arrays that the coordinator did not sign, and a strategy that does not take them.
     taken = signed(key, plan, 3, "killed", sent[2])
     changed = sent[2] | {"shared/fc.bias": sent[2]["shared/fc.bias"] + 50}
     refused = hospital.client.ask("train", TrainerMessage("order", taken.record, changed))
-    assert "signed" in refused.record["rule"]
+    assert "signed" in Refusal.from_flat(refused.record).rule
     fedavg = plan_with(make_plan, "fedavg")
     refused = hospital.client.ask("train", signed(key, fedavg, 1, "plain", sent[0]))
-    assert refused.record["rule"] == "the model has no such array"
+    assert Refusal.from_flat(refused.record).code is RuleCode.ARRAYS_KNOWN
 
 
 def test_a_proximal_weight_that_the_plan_does_not_have_is_ignored(
