@@ -7,9 +7,11 @@ stored. In Flower's own runtimes a task process sets both; without one, this mod
 from __future__ import annotations
 
 import logging
+import os
 import uuid
 
 from flwr.app import Message
+from flwr.supercore import telemetry
 from flwr.supercore.task_identity import TaskIdentity
 
 RUN_ID = 1
@@ -25,6 +27,15 @@ def stamp(message: Message) -> str:
     """Give a message its id, as the link does when it stores one."""
     message.metadata.__dict__["_message_id"] = identifier = uuid.uuid4().hex
     return identifier
+
+
+def disable_telemetry() -> None:
+    """Send nothing to Flower's authors unless the environment asks for it.
+
+    Flower reads the environment at its import, which is too early for a script that uses Fedward
+    as a library.
+    """
+    telemetry.FLWR_TELEMETRY_ENABLED = os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 
 def quiet() -> None:

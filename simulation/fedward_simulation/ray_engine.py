@@ -17,6 +17,7 @@ from flwr.serverapp import ServerApp
 from numpy.lib.npyio import NpzFile
 
 from fedward.errors import DeviceError
+from fedward.flower import identity
 from fedward.plan.schema import Plan
 from fedward_client.app import client_app
 from fedward_client.data.sample import SPLITS, PreparedSite
@@ -155,6 +156,7 @@ def run_ray(
 ) -> None:
     """Run a server application on Ray: as many actors side by side as cores or GPUs allow."""
     os.environ.update({key: os.environ.get(key, value) for key, value in _QUIET.items()})
+    identity.disable_telemetry()
     from flwr.simulation import run_simulation
 
     folder = (cache / "ray").resolve()

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.serverapp import ServerApp
 
 from fedward.errors import DeviceError
 from fedward.models import build_model, to_arrays
@@ -132,3 +133,30 @@ def test_a_ray_that_is_slow_is_started_again_and_one_that_never_starts_is_an_err
     slow[:] = [True, True]
     with pytest.raises(DeviceError, match="Ray must start on this machine"):
         start_ray()
+
+
+@pytest.mark.parametrize(("asked", "sends"), [(None, "0"), ("0", "0"), ("1", "1")])
+def test_a_script_on_ray_sends_flower_no_telemetry_unless_it_asks(
+    sites: list[PreparedSite],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: str | None,
+    sends: str,
+) -> None:
+    """Flower read the environment when the script imported it."""
+    from flwr.supercore import telemetry
+
+    monkeypatch.setattr(telemetry, "FLWR_TELEMETRY_ENABLED", "1")
+    monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "")  # restored afterwards
+    if asked is None:
+        monkeypatch.delenv("FLWR_TELEMETRY_ENABLED")
+    else:
+        monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", asked)
+    monkeypatch.setattr("fedward_simulation.ray_engine.start_ray", lambda: None)
+    seen: list[str] = []
+    monkeypatch.setattr(
+        "flwr.simulation.run_simulation",
+        lambda **named: seen.append(telemetry.FLWR_TELEMETRY_ENABLED),
+    )
+    run_ray(ServerApp(), sites, Runtime(), tmp_path, threading.Event())
+    assert seen == [sends]
