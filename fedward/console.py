@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import requires, version
+from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn
 
 import click
@@ -22,6 +24,8 @@ from rich.text import Text
 from fedward.errors import FedwardError, Interrupted
 from fedward.printable import printable, printable_json
 
+# Where a module's name is not that of the distribution that an extra lists.
+_DISTRIBUTIONS: Final = {"PIL": "pillow", "ray": "flwr[simulation]"}
 _OURS: Final = frozenset(
     {"fedward", "fedward_client", "fedward_server", "fedward_strategies", "fedward_simulation"}
 )
@@ -84,12 +88,25 @@ Version = Annotated[
 
 
 def _missing(error: ModuleNotFoundError) -> FedwardError:
-    """A container holds what its own process needs and no more."""
+    """A container, and an extra of the package, hold what their own processes need and no more."""
+    fix = "run it in the container, or on the machine, whose work it is"
+    if extra := _extra_of((error.name or "").partition(".")[0]):
+        fix = f"install it with `pip install 'fedward[{extra}]'`, or {fix}"
     return FedwardError(
         "this command needs a package that is not installed here",
         value=error.name,
-        fix="Run it in the container, or on the machine, whose work it is",
+        fix=fix[0].upper() + fix[1:],
     )
+
+
+def _extra_of(module: str) -> str:
+    """The extra that installs a module; of several, that of the running program."""
+    distribution = _DISTRIBUTIONS.get(module, module.replace("_", "-")).lower()
+    pattern = re.compile(rf"{re.escape(distribution)}(?![\w.-]).* extra == ['\"](\w+)['\"]")
+    lines = requires("fedward") or ()
+    found = [match[1] for line in lines if (match := pattern.match(line)) and match[1] != "dev"]
+    own = Path(sys.argv[0]).name.removeprefix("fedward-").replace("simulate", "simulation")
+    return own if own in found else next(iter(found), "")
 
 
 def stop_on_signals(stop: threading.Event) -> None:

@@ -29,6 +29,36 @@ def test_a_missing_package_is_a_message(
     assert "Traceback" not in told.err
 
 
+@pytest.mark.parametrize(
+    ("program", "module", "extra"),
+    [
+        ("fedward-client", "pydicom", "client"),
+        ("fedward-client", "PIL.Image", "client"),
+        ("fedward-client", "jinja2", "client"),
+        ("fedward-server", "jinja2", "server"),
+        ("fedward-server", "prometheus_client", "server"),
+        ("fedward-simulate", "ray", "simulation"),
+        ("fedward-simulate", "nibabel", "simulation"),
+        ("fedward-simulate", "onnx", "export"),
+    ],
+)
+def test_a_missing_package_of_an_extra_is_told_with_its_install_command(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    program: str,
+    module: str,
+    extra: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"/usr/bin/{program}"])
+
+    def command(**_: object) -> None:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    with pytest.raises(SystemExit):
+        run_command(command)
+    assert f"`pip install 'fedward[{extra}]'`" in capsys.readouterr().err
+
+
 def test_a_module_of_our_own_that_is_missing_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     def command(**_: object) -> None:
         __import__("fedward_client.nowhere")
