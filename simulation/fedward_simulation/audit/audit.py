@@ -294,8 +294,7 @@ class Auditor:
     def _steps(self, planted: Parts, place: int, delta: float, confidence: float) -> LowerBound:
         inside, outside = planted[f"in-{place}"], planted[f"out-{place}"]
         promised_noise, rate = map(float, planted[f"mechanism-{place}"])
-        thresholds = (0.5, promised_noise, 2 * promised_noise)
-        noise = bounds.noise_at_most(inside, outside, rate, thresholds, confidence)
+        noise = bounds.noise_of_shares(inside, outside, rate, promised_noise, confidence)
         steps = steps_in_all(self.federation.plan, rate)
         # Half of the promised noise is enough to break any promise.
         least = min(0.7, promised_noise / 2)

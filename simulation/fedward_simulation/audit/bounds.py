@@ -168,6 +168,43 @@ def noise_at_most(
     return smallest
 
 
+def noise_of_shares(
+    inside: NDArray[np.float64],
+    outside: NDArray[np.float64],
+    rate: float,
+    promised: float,
+    confidence: float,
+) -> float:
+    """Upper bound on the noise multiplier, from trials whose patients give different shares.
+
+    Parameters
+    ----------
+    inside, outside : NDArray
+        ``(n, 2)`` and ``(k, 2)``: an observation as in :func:`noise_at_most`, and the share of the
+        clipping norm, in (0, 1], that the patient gives where drawn.
+    promised : float
+        The noise multiplier that the site promises.
+
+    Returns
+    -------
+    float
+        Infinity where the trials bound nothing.
+
+    Notes
+    -----
+    Without noise an observation is the share or nothing, so half of the share tells the two apart;
+    shares are known before an update is looked at. Divided by its share a trial has more noise, not
+    less, so the bound holds. With noise, thresholds at the promised one are better. The three
+    thresholds share the confidence.
+    """
+    each = (1.0 - confidence) / 3
+    own = [values / shares for values, shares in (inside.T, outside.T)]
+    return min(
+        noise_at_most(own[0], own[1], rate, (0.5,), 1.0 - each),
+        noise_at_most(inside[:, 0], outside[:, 0], rate, (promised, 2 * promised), 1.0 - 2 * each),
+    )
+
+
 def _noise(true: float, false: float, rate: float) -> float:
     drawn = (true - (1.0 - rate) * false) / rate
     if not 0.0 < false < 1.0 or drawn <= false:

@@ -38,16 +38,17 @@ class Seen:
     ----------
     score : NDArray
         ``(canaries,)`` evidence over all rounds.
-    inside, outside : list of float
-        Observations of single steps with and without the canary, in units of the clipping norm;
-        only where an update is one private step.
+    inside, outside : list of tuple of float
+        Observations of single steps with and without the canary, in units of the clipping norm,
+        each with what a canary that is drawn gives on average: its share of the norm that nothing
+        else explains. Only where an update is one private step.
     noise_multiplier, sampling_rate : float
         As the site said.
     """
 
     score: NDArray[np.float64]
-    inside: list[float] = field(default_factory=list)
-    outside: list[float] = field(default_factory=list)
+    inside: list[tuple[float, float]] = field(default_factory=list)
+    outside: list[tuple[float, float]] = field(default_factory=list)
     noise_multiplier: float = 0.0
     sampling_rate: float = 0.0
 
@@ -163,7 +164,7 @@ class WatchedTrainer(Trainer):
                 continue
             expected = rate * float(shares[place, place + 1 :] @ self._inside[place + 1 :])
             value = float(np.sign(gain) * (along[place] - expected))
-            (seen.inside if inside else seen.outside).append(value)
+            (seen.inside if inside else seen.outside).append((value, abs(float(gain))))
 
 
 def steps_in_all(plan: Plan, rate: float) -> int:

@@ -13,6 +13,7 @@ from fedward_simulation.audit.bounds import (
     best_guesses,
     clopper_pearson,
     noise_at_most,
+    noise_of_shares,
     one_run_epsilon,
     one_run_p_value,
     steps_epsilon,
@@ -106,6 +107,41 @@ def test_trials_of_a_step_bound_its_noise_and_come_close(noise: float, rate: flo
         below += found[-1] < noise
     assert below <= 8  # of 60 at 95 %: 3 expected at most
     assert np.median(found) < 1.6 * noise
+
+
+def trials(
+    rng: np.random.Generator, count: int, rate: float, noise: float, *, there: bool
+) -> np.ndarray:
+    """Observations of patients that give between three tenths and all of the clipping norm."""
+    shares = rng.uniform(0.3, 1.0, count)
+    drawn = (rng.random(count) < rate) & there
+    return np.stack([shares * drawn + noise * rng.normal(size=count), shares], axis=1)
+
+
+@pytest.mark.parametrize(("noise", "rate"), [(0.3, 0.5), (0.8, 1.0), (1.5, 0.5), (4.0, 0.5)])
+def test_trials_of_different_shares_bound_the_noise(noise: float, rate: float) -> None:
+    rng, below = np.random.default_rng(11), 0
+    for _ in range(60):
+        inside, outside = (trials(rng, 5_000, rate, noise, there=there) for there in (True, False))
+        below += noise_of_shares(inside, outside, rate, noise, 0.95) < noise
+    assert below <= 8  # of 60 at 95 %: 3 expected at most
+
+
+def test_noise_that_is_not_there_is_found_where_patients_give_little_of_the_norm() -> None:
+    """Each gives a third of it: never as much as half, which a fixed threshold would ask for."""
+    rng = np.random.default_rng(12)
+    drawn = (rng.random(150) < 0.5) / 3.0
+    # What others give in the same direction blurs an observation, and stands in for no noise.
+    inside, outside = (
+        np.stack(
+            [values + rng.normal(scale=0.08, size=len(values)), np.full(len(values), 1 / 3)], 1
+        )
+        for values in (drawn, np.zeros(230))
+    )
+    assert noise_at_most(inside[:, 0], outside[:, 0], 0.5, (0.5, 4.0, 8.0), 0.95) == math.inf
+    most = noise_of_shares(inside, outside, 0.5, 4.0, 0.95)
+    assert most < 1.0
+    assert steps_epsilon(most, 0.5, 16, 1e-4) > 5
 
 
 def test_the_epsilon_of_steps_is_below_the_truth_and_close_to_it() -> None:
