@@ -20,12 +20,12 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedward.tensors import PACKED, pack
 from fedward.protocol import TrainOutcome
 from fedward.flower.grid import _unpacked
-from fedward_server.aggregation import Gathered
+from fedward_server.aggregation import Aggregation
 from fedward_server.reply_validation import Update, read_update
 fold, sites = sys.argv[1] == "folded", int(sys.argv[2])
 TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 expected = {"w": np.zeros(1 << 21, np.float32)}
-gathered = Gathered(fold=fold, max_share=0.8)
+aggregation = Aggregation(fold=fold, max_share=0.8)
 for site in range(sites):
     name = f"site {site}"
     outcome = TrainOutcome(site=name, round=1, patients=9, images=9, steps=1, seconds=0.0)
@@ -37,10 +37,10 @@ for site in range(sites):
     }), dst_node_id=site + 1, message_type="train"))
     read = read_update(message, name, 1, expected)
     assert isinstance(read, Update), read
-    gathered.add(name, read)
+    aggregation.add(name, read)
     del message, read, update
 strategy = FedAvg(weighted_by_key="num-examples")
-arrays, _ = strategy.aggregate_train(1, gathered.messages(1))
+arrays, _ = strategy.aggregate_train(1, aggregation.messages(1))
 assert np.allclose(arrays["w"].numpy()[:9], (sites - 1) / 2)
 print(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024)
 """
