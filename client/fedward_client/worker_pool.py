@@ -26,7 +26,7 @@ from typing import Any, Final, Generic, Self, TypeVar
 
 from fedward.errors import DeviceError, Interrupted
 from fedward.rule_codes import RuleCode
-from fedward_client.daemon.isolation import undumpable
+from fedward_client.daemon.isolation import end_with_parent, undumpable
 
 # What a process does with memory that it has freed.
 
@@ -59,6 +59,7 @@ _MOST: Final = 1 << 20
 _GONE: Final = 10.0
 _LEAVE: Final = 0.5
 _LOOK: Final = 0.5
+_CPU_CLOCK: Final = 2  # CPUCLOCK_SCHED
 # Where modules are comes over the socket, before one of ours is imported. Ctrl-C is the parent's.
 _BOOT: Final = (
     "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); import json, socket, sys; "
@@ -92,6 +93,12 @@ class ForkedProcess:
         self.wait(_GONE)
         os.close(self.handle)
         self.handle = -1
+
+    def seconds(self) -> float:
+        """Of the processor that it has used; 0 when it is gone."""
+        with suppress(OSError):  # the clock's number is that of clock_getcpuclockid(3) in Linux
+            return time.clock_gettime((~self.pid << 3) | _CPU_CLOCK)
+        return 0.0
 
     def wait(self, seconds: float) -> bool:
         """Whether it ended within so many seconds."""
@@ -258,6 +265,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _START: Final = 120.0  # seconds in which a process must have begun
+_USUAL: Final = 64_000_000  # values that may be decoded in the time of the limits
+_STEP: Final = 0.001  # seconds of the processor by which whoever works gets on
 _GRACE: Final = 10.0  # seconds more than the parent allows, after which a worker ends by itself
 _FREED: Final = 64 << 20
 _AHEAD: Final = 8  # results of each worker that may wait for an earlier one
@@ -272,7 +281,9 @@ class Limits:
     workers : int
         Processes.
     seconds : float
-        For one file; a decoder that takes longer is killed.
+        Of the processor for one file, and more for a large one (:func:`take_longer`);
+        also the longest time in which it may stand still. A machine that is busy with other things,
+        or a slow disk, is no decoder's fault.
     memory : int
         Bytes of address space of one process, beside what its program takes.
     """
@@ -293,13 +304,15 @@ class Worker(Generic[Item, Result]):
     memory : int
         Bytes of address space that it may take beside its program.
     seconds : float
-        For one item, before it is killed.
+        For one item, before it is killed; see :class:`Limits`.
     item : object or None
         What it is at; None while it waits for something.
     since : float
-        When it began with that.
+        When it began with that, or was last seen to get on.
     ready : bool
         Whether the process runs by now: its start is not the item's time.
+    more : float
+        Seconds that the item was given beside.
     """
 
     work: Callable[[Item], Result]
@@ -308,6 +321,9 @@ class Worker(Generic[Item, Result]):
     item: Item | None = None
     since: float = 0.0
     ready: bool = False
+    more: float = 0.0
+    _used: float = 0.0
+    _seen: float = 0.0
     connection: Connection = field(init=False)
     process: ForkedProcess = field(init=False)
 
@@ -325,6 +341,7 @@ class Worker(Generic[Item, Result]):
 
     def give(self, item: Item) -> None:
         """Give it something to do."""
+        used = self.process.seconds()
         try:
             self.connection.send((item, self.seconds))
         except OSError:  # it died while it had nothing to do, which is no item's fault
@@ -332,25 +349,38 @@ class Worker(Generic[Item, Result]):
             self.start()
             with suppress(OSError):
                 self.connection.send((item, self.seconds))
-        self.item, self.since = item, time.monotonic()
+            used = 0.0
+        self.item, self.since, self.more = item, time.monotonic(), 0.0
+        self._used = self._seen = used
 
     @property
     def late(self) -> bool:
-        """Whether it has been at its item for too long."""
-        limit = self.seconds if self.ready else _START
-        return self.item is not None and time.monotonic() - self.since > limit
+        """Whether it computed for too long at its item, or stood still for as long."""
+        if self.item is None:
+            return False
+        now = time.monotonic()
+        if not self.ready:
+            return now - self.since > _START
+        used = self.process.seconds()
+        if used - self._seen > _STEP:
+            self.since, self._seen = now, used
+        return max(used - self._used - self.more, now - self.since) > self.seconds
 
     def take(self) -> Result | None:
-        """What it found; None when it is only ready to begin.
+        """What it found; None when it is only ready to begin, or asked for more time.
 
         Raises
         ------
         EOFError, OSError
             It died over the item.
         """
-        result: Result | None = self.connection.recv()
+        result: Result | _MoreTime | None = self.connection.recv()
         if result is None:
             self.since, self.ready = time.monotonic(), True
+            self._used = self._seen = self.process.seconds()
+        elif isinstance(result, _MoreTime):
+            self.more += result.times * self.seconds
+            return None
         else:
             self.item = None
         return result
@@ -362,6 +392,25 @@ class Worker(Generic[Item, Result]):
             self.connection.close()
 
 
+@dataclass(frozen=True)
+class _MoreTime:
+    """What a worker asks for that has found out how large its item is."""
+
+    times: float
+
+
+_asked: tuple[Connection, float] | None = None
+
+
+def take_longer(values: int) -> None:
+    """Ask for the time that so many decoded values take; in a worker only, else nothing."""
+    if _asked is not None and values > _USUAL // 8:
+        connection, seconds = _asked
+        connection.send(_MoreTime(values / _USUAL))
+        left, _ = signal.getitimer(signal.ITIMER_PROF)
+        signal.setitimer(signal.ITIMER_PROF, left + seconds * values / _USUAL)
+
+
 def _modules(work: object) -> Iterator[str]:
     """Where work comes from, also what it wraps."""
     while work is not None:
@@ -370,16 +419,17 @@ def _modules(work: object) -> Iterator[str]:
 
 
 def _serve(connection: Connection) -> None:
+    global _asked
     try:
         work, memory = connection.recv()
         _confine(memory)
         connection.send(None)
         while True:
             item, seconds = connection.recv()
-            # If the parent is killed, nobody else ends a decoder that hangs.
-            signal.setitimer(signal.ITIMER_REAL, max(1.0, seconds + _GRACE))
+            _asked = connection, max(0.0, seconds)
+            signal.setitimer(signal.ITIMER_PROF, max(1.0, seconds + _GRACE))
             result = work(item)
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             connection.send(result)
     except (EOFError, OSError):
         return  # the parent is gone
@@ -387,7 +437,8 @@ def _serve(connection: Connection) -> None:
 
 def _confine(memory: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    end_with_parent()  # nobody else would end a decoder that hangs
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would hold someone's image
     limit = memory + _mapped()
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

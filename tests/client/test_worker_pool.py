@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +14,12 @@ from fedward_client.worker_pool import Limits, WorkerPool
 MODULE = """
 import os, signal, time
 from pathlib import Path
+from fedward_client.worker_pool import take_longer
+
+def spend(seconds):
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
 
 def work(item):
     kind, _, rest = item.partition(":")
@@ -19,6 +27,14 @@ def work(item):
         time.sleep(0.3)
     if kind == "hang":
         time.sleep(600)
+    if kind == "trickle":
+        for _ in range(25):
+            time.sleep(0.1)
+            spend(0.01)
+    if kind == "large":
+        take_longer(400_000_000)
+    if kind in ("busy", "large"):
+        spend(1.5)
     if kind == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "once" and not Path(rest).exists():
@@ -103,3 +119,46 @@ def test_items_are_taken_only_a_little_ahead(module):
         results.close()  # the rest is not wanted: nobody stays at work
         assert all(worker.item is None for worker in crew.workers)
         assert words(crew.in_order(["fresh"])) == ["fresh"]
+
+
+def test_a_worker_that_waits_for_a_slow_disk_or_a_busy_machine_has_its_time(module):
+    # A tenth of its time on the processor: five times the limit passes by the clock.
+    with WorkerPool(module.work, Limits(workers=1, seconds=0.5)) as crew:
+        assert words(crew.in_order(["trickle:"])) == ["trickle:"]
+        assert words(crew.in_order(["busy:"])) == [None]
+
+
+def test_a_large_item_may_take_longer(module):
+    with WorkerPool(module.work, Limits(workers=1, seconds=0.5)) as crew:
+        assert words(crew.in_order(["large:"])) == ["large:"]
+
+
+def test_a_worker_that_hangs_ends_with_whoever_started_it(module, tmp_path):
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import crew_work\n"
+        "from fedward_client.worker_pool import Limits, Worker\n"
+        "worker = Worker(crew_work.work, 1 << 30, 60.0)\n"
+        "while not worker.ready:\n"
+        "    worker.take()\n"
+        "worker.give('hang:')\n"
+        "print(worker.process.pid, flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    folder = str(Path(module.__file__).parent)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program, folder],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    with parent:
+        assert parent.stdout is not None
+        worker = Path("/proc") / parent.stdout.readline().strip()
+        assert worker.exists()
+        parent.kill()
+    give_up = time.monotonic() + 10
+    while worker.exists() and time.monotonic() < give_up:
+        time.sleep(0.05)
+    assert not worker.exists()

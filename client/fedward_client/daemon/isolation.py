@@ -12,6 +12,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import signal
 import socket
 import struct
 from collections.abc import Iterable
@@ -24,7 +25,7 @@ _NEWNS: Final = 0x00020000
 _NEWUSER: Final = 0x10000000
 _NEWNET: Final = 0x40000000
 _MS_BIND, _MS_REC, _MS_PRIVATE, _MS_RDONLY = 4096, 16384, 1 << 18, 1
-_PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_SET_DUMPABLE = 24, 38, 4
+_PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_SET_DUMPABLE, _PR_SET_PDEATHSIG = 24, 38, 4, 1
 _LAST_CAPABILITY: Final = 63
 _SIOCGIFFLAGS, _IFF_UP = 0x8913, 0x1
 _MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE, _ATTR_RDONLY = 442, -100, 0x8000, 1
@@ -123,6 +124,11 @@ def drop_privileges(keep: frozenset[int] = frozenset()) -> None:
 def undumpable() -> None:
     """Let no other process of this user look into this one's memory or root."""
     _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when its parent is gone."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def find_network() -> Finding:

@@ -30,6 +30,7 @@ from fedward_client.data.quiet import quiet
 from fedward_client.data.readers.dicom.mask_references import contours_of
 from fedward_client.data.readers.dicom.pixels import (
     frame_bytes,
+    frame_values,
     open_dicom,
     read_frame,
     stored_values,
@@ -39,6 +40,7 @@ from fedward_client.data.readers.images import PictureMask
 from fedward_client.data.readers.nifti import NiftiMask
 from fedward_client.data.readers.registry import Format
 from fedward_client.secret import Pseudonyms
+from fedward_client.worker_pool import take_longer
 
 # Words of DICOM that name nobody, and what is left of a file's own words beside them.
 #
@@ -305,6 +307,7 @@ def segments_of(path: Path) -> str:
     frames = int(header.get("NumberOfFrames") or 1)
     if frame_bytes(header) * frames > LARGEST:
         raise rule_codes.unusable(rule_codes.TOO_LARGE)
+    take_longer(frame_values(header) * frames)
     marked: Counter[int] = Counter()
     for number in range(frames):
         values = stored_values(opened, number)
@@ -361,6 +364,7 @@ def nifti_facts(path: Path, facts: FileFacts) -> FileFacts:
     )
     if 8 * math.prod(shape) > LARGEST:
         return replace(facts, reason=rule_codes.TOO_LARGE)
+    take_longer(2 * math.prod(shape))  # of a mask the values are counted too
     return measured(facts, [(np.asanyarray(image.dataobj), zooms)])
 
 
@@ -468,6 +472,7 @@ def dicom_facts(
         return replace(facts, reason=rule_codes.NO_PIXELS)
     if frame_bytes(header) * facts.frames > LARGEST:
         return replace(facts, reason=rule_codes.TOO_LARGE)
+    take_longer(frame_values(header) * facts.frames)
     try:
         frames = (read_frame(path, k).image for k in range(facts.frames))
         return measured(facts, ((i.pixels, i.spacing) for i in frames))

@@ -14,7 +14,7 @@ from typing import Final
 from fedward import rule_codes
 from fedward.errors import Interrupted
 from fedward_client.data.files import find
-from fedward_client.index.extract import Extractor, FileFacts
+from fedward_client.index.extract import AGAIN, Extractor, FileFacts
 from fedward_client.index.store import Index
 from fedward_client.worker_pool import Limits, Worker
 
@@ -152,16 +152,17 @@ class _Scan:
             self._keep(facts)
 
     def _lost(self, worker: _Reader, path: Path) -> FileFacts:
-        """The file that a worker hung or died over; another worker takes its place."""
+        """The file that a worker hung or died over; another worker takes its place.
+
+        The machine may have been the cause, so the next scan tries it again.
+        """
         worker.end()
         worker.start()
-        facts = FileFacts(self.extract.name(path), 0, 0, 0)
+        name, reason = self.extract.name(path), rule_codes.DECODER_FAILED
+        facts = FileFacts(name, 0, AGAIN, 0, reason=reason)
         with suppress(OSError):  # it may be gone by now
-            info = path.stat()
-            facts = replace(
-                facts, size=info.st_size, modified=info.st_mtime_ns, changed=info.st_ctime_ns
-            )
-        return replace(facts, reason=rule_codes.DECODER_FAILED)
+            facts = replace(facts, size=path.stat().st_size)
+        return facts
 
     def _keep(self, facts: FileFacts) -> None:
         self.found.append(facts)

@@ -188,3 +188,18 @@ def test_an_index_that_is_none_is_refused(tmp_path):
     (tmp_path / "index" / "chest.sqlite").write_bytes(b"no database" * 100)
     with pytest.raises(OutputError, match="index again"):
         open_index(tmp_path, "chest")
+
+
+@pytest.mark.integration
+def test_a_file_that_was_slow_once_is_read_by_the_next_scan(tmp_path, dx):
+    slow = dx(tmp_path / "export" / "slow.dcm", np.arange(80_000 * 64).reshape(-1, 8, 8) % 999)
+    state, root = tmp_path / "state", slow.parent
+    extract = extractor(state, root)
+    with open_index(state, "chest") as index:
+        hasty = scan(extract, index, Limits(workers=1, seconds=0.1))
+        assert hasty.reasons == {"decoder failed": 1}
+        patient = scan(extract, index, Limits(workers=1, seconds=600.0))
+        assert (patient.new, patient.reasons) == (1, {})
+        assert scan(extract, index, Limits(workers=1, seconds=0.1)).unchanged == 1
+        (facts,) = index.facts()
+    assert (facts.reason, facts.low, facts.high) == ("", 0, 998)

@@ -357,11 +357,15 @@ def read_frame(path: Path, frame: int = 0) -> Frame:
             raise rule_codes.unusable(reason) from None
 
 
-def frame_bytes(header: Dataset) -> int:
-    """Bytes that one decoded frame takes, by what the file declares of itself."""
+def frame_values(header: Dataset) -> int:
+    """Values of one frame, by what the file declares of itself."""
     sides = int(header.get("Rows") or 0) * int(header.get("Columns") or 0)
-    # Values are worked on as 8 bytes each, whatever they are stored in.
-    return sides * int(header.get("SamplesPerPixel") or 1) * 8
+    return sides * int(header.get("SamplesPerPixel") or 1)
+
+
+def frame_bytes(header: Dataset) -> int:
+    """Bytes that one decoded frame takes: values are worked on as 8 bytes each."""
+    return 8 * frame_values(header)
 
 
 def read_place(path: Path, frame: int = 0) -> Place:
