@@ -30,7 +30,8 @@ line's own (unknown option, missing argument).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 if TYPE_CHECKING:
     from fedward.rule_codes import RuleCode, Values
@@ -105,8 +106,41 @@ def _parts(error: FedwardError) -> dict[str, Any]:
     return {name: getattr(error, name) for name in names}
 
 
-def _rebuild(kind: type[FedwardError], rule: str, parts: dict[str, Any]) -> FedwardError:
+_Error = TypeVar("_Error", bound=FedwardError)
+
+
+def _rebuild(kind: type[_Error], rule: str, parts: dict[str, Any]) -> _Error:
     return kind(rule, **parts)
+
+
+_MOST: Final = 100  # broken rules that are told one by one
+
+
+def together(errors: Sequence[_Error], line: Callable[[str], int | None] | None = None) -> _Error:
+    """The first of several errors, whose message tells all of them, a line each.
+
+    Parameters
+    ----------
+    errors : sequence of FedwardError
+        At least one.
+    line : callable, optional
+        From a key to its line in the file that they are about.
+    """
+    first, *others = (_placed(one, line and line(one.where)) for one in errors)
+    if not others:
+        return first
+    told = [f"  {str(one).rstrip('.')}" for one in others[:_MOST]]
+    told += [f"  and {len(others) - _MOST} more"] if len(others) > _MOST else []
+    parts = _parts(first)
+    parts["fix"] = f"{first.fix}. {len(others)} more to mend after this one:\n" + ".\n".join(told)
+    return _rebuild(type(first), first.rule, parts)
+
+
+def _placed(error: _Error, line: int | None) -> _Error:
+    if line is None:
+        return error
+    where = f"line {line}, {error.where}"
+    return _rebuild(type(error), error.rule, _parts(error) | {"where": where})
 
 
 class PlanError(FedwardError):

@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from fedward.config_section import DatasetName, Place, Section, validate_config
-from fedward.errors import ConfigError
-from fedward.plan.messages import schema_error
+from fedward.errors import ConfigError, FedwardError, together
+from fedward.plan.messages import lines, schema_errors, validated
 from fedward.plan.schema import Task, TaskKind
 from fedward.protocol import SITE_NAME
 from fedward.tasks.registry import TASKS, kinds_of
@@ -230,6 +230,12 @@ class SiteConfig(Section):
         ConfigError
             There is none of that name, or its folder or its table of labels is not there.
         """
+        if missing := list(self.missing(name)):
+            raise together(missing)
+        return self.dataset(name)
+
+    def missing(self, name: str) -> Iterator[ConfigError]:
+        """What a dataset names and is not there."""
         dataset = self.dataset(name)
         for key, rule, there in (
             ("root", "the dataset must exist", dataset.root.exists()),
@@ -240,10 +246,9 @@ class SiteConfig(Section):
             ),
         ):
             if not there:
-                raise ConfigError(
+                yield ConfigError(
                     rule, fix="Check the path and the mount", where=f"datasets.{name}.{key}"
                 )
-        return dataset
 
 
 def hidden_places(config: SiteConfig) -> list[Path]:
@@ -277,7 +282,8 @@ def load_config(path: Path, *, datasets_here: bool = True) -> SiteConfig:
         The file is missing, is not TOML, or breaks a rule; the message names the key.
     """
     try:
-        content = tomllib.loads(path.read_text("utf-8-sig"))
+        text = path.read_text("utf-8-sig")
+        content = tomllib.loads(text)
     except (OSError, UnicodeDecodeError):
         raise ConfigError(
             "the site's configuration must be a readable UTF-8 file",
@@ -293,21 +299,19 @@ def load_config(path: Path, *, datasets_here: bool = True) -> SiteConfig:
             "the site's configuration is at most a few tables deep",
             fix="Flatten its nested lists and tables",
         ) from None
-    return config_from(content, path.absolute().parent, datasets_here=datasets_here)
+    return config_from(content, path.absolute().parent, text, datasets_here=datasets_here)
 
 
-def config_from(content: dict[str, Any], folder: Path, *, datasets_here: bool = True) -> SiteConfig:
-    """Validate a configuration given as nested dictionaries (see :func:`load_config`)."""
-    try:
-        raw = SiteConfig.model_validate(content)
-        placed = {name: _placed(one, folder) for name, one in raw.datasets.items()}
-        for name, one in placed.items():
-            _check_task(name, one)
-    except ValidationError as error:
-        raise schema_error(error, ConfigError) from None
+def config_from(
+    content: dict[str, Any], folder: Path, text: str = "", *, datasets_here: bool = True
+) -> SiteConfig:
+    """Validate a configuration given as nested dictionaries (see :func:`load_config`).
+
+    With the TOML text that holds it, errors name lines.
+    """
+    raw = validated(SiteConfig, content, ConfigError, text)
+    placed = {name: _placed(one, folder) for name, one in raw.datasets.items()}
     state = folder / raw.site.state
-    for one in placed.values():
-        _check_place(one.root, state)
     made = raw.model_copy(
         update={
             "site": raw.site.model_copy(update={"state": state}),
@@ -316,19 +320,29 @@ def config_from(content: dict[str, Any], folder: Path, *, datasets_here: bool = 
             "trainer": raw.trainer.model_copy(update={"socket": folder / raw.trainer.socket}),
         }
     )
-    for name in made.datasets if datasets_here else ():
-        made.present(name)
-    _check_apart(made)
-    _check_served(made)
+    if wrong := list(_wrong(made, datasets_here)):
+        raise together(wrong, lines(text))
     return made
 
 
-def _check_served(config: SiteConfig) -> None:
-    for place, one in enumerate(config.policy.studies):
-        if one.dataset not in config.datasets:
-            raise ConfigError(
+def _wrong(config: SiteConfig, datasets_here: bool) -> Iterator[FedwardError]:
+    """Each broken rule between keys."""
+    for name, one in config.datasets.items():
+        yield from _wrong_dataset(name, one)
+        if config.site.state.resolve().is_relative_to(one.root.resolve()):
+            yield ConfigError(
+                "the state folder must not lie inside a dataset",
+                fix="Put it elsewhere",
+                where="site.state",
+            )
+        if datasets_here:
+            yield from config.missing(name)
+    yield from _wrong_places(config)
+    for place, rule in enumerate(config.policy.studies):
+        if rule.dataset not in config.datasets:
+            yield ConfigError(
                 f"the dataset must be one of {', '.join(sorted(config.datasets))}",
-                value=one.dataset,
+                value=rule.dataset,
                 fix="Name one of these, or add it to site.toml",
                 where=f"policy.studies.{place}.dataset",
             )
@@ -338,7 +352,7 @@ def _placed_server(server: ServerSection, folder: Path) -> ServerSection:
     return server.model_copy(update={"ca": folder / server.ca, "state": folder / server.state})
 
 
-def _check_apart(config: SiteConfig) -> None:
+def _wrong_places(config: SiteConfig) -> Iterator[FedwardError]:
     """What the connector may see must not lie where the images or the secrets are."""
     hidden = hidden_places(config)
     seen = {"trainer.socket": config.trainer.socket.parent}
@@ -346,7 +360,7 @@ def _check_apart(config: SiteConfig) -> None:
         seen |= {"server.state": config.server.state, "server.ca": config.server.ca}
     for where, place in seen.items():
         if any(place.resolve().is_relative_to(one.resolve()) for one in hidden):
-            raise ConfigError(
+            yield ConfigError(
                 "what the connector needs must lie outside datasets and the site's state",
                 fix="Put it elsewhere",
                 where=where,
@@ -358,16 +372,15 @@ def _placed(dataset: DatasetSection, folder: Path) -> DatasetSection:
     return dataset.model_copy(update={"root": folder / dataset.root, "labels": labels})
 
 
-def _check_task(name: str, dataset: DatasetSection) -> None:
+def _wrong_dataset(name: str, dataset: DatasetSection) -> Iterator[FedwardError]:
     try:
         dataset.as_task()
     except ValidationError as error:
-        wrong = schema_error(error, ConfigError)
-        raise ConfigError(
-            wrong.rule, value=wrong.value, fix=wrong.fix, where=f"datasets.{name}.{wrong.where}"
-        ) from None
+        for one in schema_errors(error, ConfigError, Task):
+            where = f"datasets.{name}.{one.where}"
+            yield ConfigError(one.rule, value=one.value, fix=one.fix, where=where)
     for key, rule, fix in _broken(dataset):
-        raise ConfigError(rule, fix=fix, where=f"datasets.{name}.{key}")
+        yield ConfigError(rule, fix=fix, where=f"datasets.{name}.{key}")
 
 
 def _broken(dataset: DatasetSection) -> Iterator[tuple[str, str, str]]:
@@ -385,12 +398,3 @@ def _broken(dataset: DatasetSection) -> Iterator[tuple[str, str, str]]:
     yield from dataset.masks.broken(dataset.classes)
     if "any" in dataset.modality and len(dataset.modality) > 1:
         yield "modality", "`any` stands alone", "List modalities, or only `any`"
-
-
-def _check_place(root: Path, state: Path) -> None:
-    if state.resolve().is_relative_to(root.resolve()):
-        raise ConfigError(
-            "the state folder must not lie inside a dataset",
-            fix="Put it elsewhere",
-            where="site.state",
-        )

@@ -8,10 +8,8 @@ import tomllib
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import ValidationError
-
 from fedward.errors import PlanError, SchemaError
-from fedward.plan.messages import plan_error
+from fedward.plan.messages import validated
 from fedward.plan.schema import Plan
 from fedward.plan.versions import used, vocabulary
 from fedward.rule_codes import RuleCode
@@ -49,7 +47,7 @@ def load_plan(path: Path) -> Plan:
 def parse_plan(text: str) -> Plan:
     """Validate the text of a TOML plan (see :func:`load_plan`)."""
     try:
-        return plan_from(tomllib.loads(text))
+        content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise PlanError(
             "the plan must be valid TOML", value=str(error), fix="Mend that line"
@@ -58,14 +56,16 @@ def parse_plan(text: str) -> Plan:
         raise PlanError(_HUGE[0], fix=_HUGE[1]) from None
     except RecursionError:
         raise PlanError(_DEEP[0], fix=_DEEP[1]) from None
+    return plan_from(content, text)
 
 
-def plan_from(value: dict[str, Any]) -> Plan:
-    """Validate a plan given as nested dictionaries (see :func:`load_plan`)."""
+def plan_from(value: dict[str, Any], text: str = "") -> Plan:
+    """Validate a plan given as nested dictionaries (see :func:`load_plan`).
+
+    With the TOML text that holds it, errors name lines.
+    """
     try:
-        return Plan.model_validate(value)
-    except ValidationError as error:
-        raise plan_error(error) from None
+        return validated(Plan, value, PlanError, text)
     except OverflowError:
         raise PlanError(_HUGE[0], fix=_HUGE[1]) from None
     except RecursionError:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Iterator
+from types import UnionType
+from typing import Annotated, Any, TypeGuard, TypeVar, Union, get_args, get_origin
 
-from pydantic import ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
-from fedward.errors import FedwardError, PlanError
+from fedward.errors import FedwardError, PlanError, together
 from fedward.rule_codes import RuleCode, plan_key
+from fedward.suggest import nearest
+from fedward.toml_lines import TomlLines
 
 _TYPES = {
     "string_type": ("must be text", "Write it in quotes"),
@@ -37,34 +43,195 @@ _TYPES = {
     "less_than_equal": ("must be at most {le}", "Lower it"),
     "literal_error": ("must be {expected}", "Choose one of them"),
 }
+_FEW = 2  # tables with a key, among which one can guess
+_RULE = "plan_rule"
 _WITHOUT_VALUE = {"missing", "value_error"}
 _UNION_TAGS = {"float", "int"}
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
-def plan_error(error: ValidationError) -> FedwardError:
-    """The first thing that is wrong in a plan, and how many more there are."""
-    return schema_error(error, PlanError)
+def rule_error(rules: Iterable[tuple[str, str]]) -> PydanticCustomError:
+    """What a validator raises for broken rules between keys: each key, and its rule with fix."""
+    return PydanticCustomError(_RULE, "{rules}", {"rules": list(rules)})
 
 
-def schema_error(error: ValidationError, kind: type[FedwardError]) -> FedwardError:
-    """The same as an error of another kind."""
-    errors = error.errors()
-    first, more = errors[0], len({_where(one) for one in errors}) - 1
-    rule, fix = _rule(first)
-    if more:
-        fix = f"{fix}. {more} more to mend after this one"
-    where = _where(first)
+def validated(
+    model: type[_Model], content: dict[str, Any], kind: type[FedwardError], text: str = ""
+) -> _Model:
+    """The content of a file as a model.
+
+    Parameters
+    ----------
+    model : type
+        What the content must be.
+    content : dict
+        Nested dictionaries.
+    kind : type
+        Of the error.
+    text : str
+        The TOML text of the content, for the lines of errors.
+
+    Raises
+    ------
+    FedwardError
+        It breaks rules; the message tells all of them.
+    """
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        found = schema_errors(error, kind, model)
+        known = {one.where for one in found}
+        beyond = _beyond_unknown_keys(error, kind, model, content)
+        found += [one for one in beyond if one.where not in known]
+        raise together(found, lines(text)) from None
+
+
+def _beyond_unknown_keys(
+    error: ValidationError, kind: type[FedwardError], model: type[_Model], content: dict[str, Any]
+) -> list[FedwardError]:
+    """What else is wrong once unknown keys have the name that was meant, or are gone."""
+    unknown = [one["loc"] for one in error.errors() if one["type"] == "extra_forbidden"]
+    try:
+        model.model_validate(_mended(content, unknown, model))
+    except RecursionError:
+        return []
+    except ValidationError as second:
+        return schema_errors(second, kind, model) if unknown else []
+    return []
+
+
+def _mended(content: dict[str, Any], unknown: Iterable[tuple[Any, ...]], model: Any) -> Any:
+    mended = copy.deepcopy(content)
+    for *path, key in unknown:
+        inner: Any = mended
+        for part in path:
+            inner = inner[part]
+        value = inner.pop(key)
+        if near := _meant(model, (*path, key))[0]:
+            inner.setdefault(near, value)
+    return mended
+
+
+def lines(text: str) -> Callable[[str], int | None] | None:
+    """From a key to its line, where there is a text."""
+    return TomlLines(text).of if text else None
+
+
+def schema_errors(
+    error: ValidationError, kind: type[FedwardError], model: type[BaseModel]
+) -> list[FedwardError]:
+    """Each rule that is broken, with suggestions from the model's keys and words."""
+    return [_error(one, kind, model) for one in _different(error.errors())]
+
+
+def _different(errors: Iterable[ErrorDetails]) -> list[ErrorDetails]:
+    """One error for each key, of several rules between keys each."""
+    found: dict[tuple[str, str], ErrorDetails] = {}
+    for error in errors:
+        for one in _each_rule(error):
+            found.setdefault((_where(one), one["msg"] if one["type"] == _RULE else ""), one)
+    return list(found.values())
+
+
+def _each_rule(error: ErrorDetails) -> Iterator[ErrorDetails]:
+    """One error for each broken rule between keys; pydantic knows one a table."""
+    if error["type"] != _RULE:
+        yield error
+        return
+    for where, rule in (error.get("ctx") or {})["rules"]:
+        yield {**error, "msg": rule, "ctx": {"where": where} if where else {}}
+
+
+def _error(one: ErrorDetails, kind: type[FedwardError], model: type[BaseModel]) -> FedwardError:
+    rule, fix = _rule(one)
+    where = _where(one)
     about: dict[str, Any] = {}
     if kind is PlanError:
         about = {"code": RuleCode.PLAN_KEY, "values": {"key": plan_key(where)}}
-    return kind(rule, value=_value(first), fix=fix, where=where, **about)
+    return kind(
+        rule,
+        value=_value(one),
+        fix=_suggested(one, model) or fix,
+        where=where,
+        **about,
+    )
+
+
+def _suggested(one: ErrorDetails, model: type[BaseModel]) -> str:
+    """The next step where a key or a word is nearly a known one; "" elsewhere."""
+    if one["type"] == "literal_error" and isinstance(one["input"], str):
+        words = re.findall(r"'([^']+)'", str((one.get("ctx") or {})["expected"]))
+        near = nearest(one["input"], words)
+        return f"Did you mean `{near}`? Else choose another of them" if near else ""
+    if one["type"] != "extra_forbidden":
+        return ""
+    near, there = _meant(model, one["loc"])
+    if near:
+        return f"Did you mean `{near}`? Else remove it"
+    if there:
+        return f"It belongs in {' or '.join(f'[{name}]' for name in there)}; move it there"
+    here = _table(model, map(str, one["loc"][:-1]))
+    return f"Remove it; known are {', '.join(here.model_fields)}" if here else ""
+
+
+def _meant(model: type[BaseModel], loc: tuple[str | int, ...]) -> tuple[str, list[str]]:
+    """What an unknown key may be: a known key of its table, or the same key in other tables."""
+    *table, key = (str(part) for part in loc)
+    there = [name for name, inner in _tables(model) if name and key in inner.model_fields]
+    if 0 < len(there) <= _FEW:
+        return "", there
+    here = _table(model, table)
+    return nearest(key, here.model_fields) if here else "", there
+
+
+def _table(model: type[BaseModel], path: Iterable[str]) -> type[BaseModel] | None:
+    """The class of the table at a path of a file."""
+    found: list[Any] = [model]
+    for part in path:
+        found = [inner for one in found for inner in _within_type(one, part)]
+    return next((one for one in found if _is_table(one)), None)
+
+
+def _tables(model: type[BaseModel], name: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """Each table of a file with its name; NAME stands for one that the file chooses."""
+    yield name, model
+    for key, field in model.model_fields.items():
+        for one in _members(field.annotation):
+            named = ".NAME" if get_origin(one) is dict else ""
+            for inner in (one, *get_args(one)):
+                if _is_table(inner):
+                    yield from _tables(inner, f"{name}.{key}{named}".lstrip("."))
+
+
+def _within_type(one: Any, part: str) -> Iterator[Any]:
+    """The types of a value's part: of a key of a table, or of an entry of a list."""
+    if _is_table(one):
+        if part in one.model_fields:
+            yield from _members(one.model_fields[part].annotation)
+    elif get_origin(one) in (dict, tuple):
+        yield from _members(get_args(one)[1 if get_origin(one) is dict else 0])
+
+
+def _members(annotation: Any) -> Iterator[Any]:
+    """The types of a union, or the one type."""
+    if get_origin(annotation) is Annotated:
+        yield from _members(get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, UnionType):
+        for one in get_args(annotation):
+            yield from _members(one)
+    else:
+        yield annotation
+
+
+def _is_table(one: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(one, type) and issubclass(one, BaseModel)
 
 
 def _value(first: ErrorDetails) -> str | None:
     if first["type"] in _WITHOUT_VALUE:
         return None
     found = first["input"]
-    if first["type"] != "plan_rule":
+    if first["type"] != _RULE:
         return _short(found)
     # The input is all that the rule is about, the value one key of it.
     for part in _within(first):

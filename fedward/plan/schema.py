@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -19,17 +19,12 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from fedward.networks import MODELS
+from fedward.plan.messages import rule_error
 from fedward.strategies import STRATEGIES, StrategySpec
 from fedward.tasks.base import TaskSpec
 from fedward.tasks.registry import LOSSES, METRICS, TASKS
 
 # Rules that hold between sections of a plan; each says which keys, which rule and what to do.
-
-
-def check(plan: Plan) -> None:
-    """Raise for the first rule that the plan breaks."""
-    for where, rule in _broken(plan):
-        raise PydanticCustomError("plan_rule", "{rule}", {"rule": rule, "where": where})
 
 
 def _broken(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -187,15 +182,20 @@ def _whole(value: Any) -> Any:
     return value
 
 
-def _refuse(where: str, rule: str) -> PydanticCustomError:
-    """A broken rule between the keys of one section, as :mod:`fedward.plan.schema` states them."""
-    return PydanticCustomError("plan_rule", "{rule}", {"rule": rule, "where": where})
-
-
 class Section(BaseModel):
     """A table of the plan: unknown keys are refused, values are not coerced, nothing changes."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if found := list(self._broken()):
+            raise rule_error(found)
+        return self
+
+    def _broken(self) -> Iterator[tuple[str, str]]:
+        """Rules between keys that are broken: key, and rule with the next step."""
+        yield from ()
 
 
 class Study(Section):
@@ -310,34 +310,30 @@ class Preprocessing(Section):
         default=Augmentation(), description="random changes in training"
     )
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Preprocessing:
+    def _broken(self) -> Iterator[tuple[str, str]]:
         if self.spacing is not None and len(self.spacing) != len(self.size):
-            raise _refuse(
+            yield (
                 "preprocessing.spacing",
                 "spacing must have one entry per entry of size; make them equally long",
             )
         if self.window is not None and self.percentiles is not None:
-            raise _refuse(
-                "preprocessing.window", "window and percentiles exclude each other; keep one"
-            )
+            yield ("preprocessing.window", "window and percentiles exclude each other; keep one")
         for name, pair in (("window", self.window), ("percentiles", self.percentiles)):
             if pair is not None and not pair[0] < pair[1]:
-                raise _refuse(
+                yield (
                     f"preprocessing.{name}",
                     f"{name} must rise from low to high; swap its two values",
                 )
         if self.percentiles and not (self.percentiles[0] >= 0 and self.percentiles[1] <= 100):
-            raise _refuse(
+            yield (
                 "preprocessing.percentiles",
                 "percentiles must lie within 0 and 100; bring both into that range",
             )
         if self.intensity == "imagenet" and self.channels != 3:
-            raise _refuse(
+            yield (
                 "preprocessing.channels",
                 "intensity `imagenet` needs three channels; set channels = 3",
             )
-        return self
 
 
 class Split(Section):
@@ -351,15 +347,13 @@ class Split(Section):
         description="use the division that the data brings (npz files do), where it does",
     )
 
-    @model_validator(mode="after")
-    def _leaves_training(self) -> Split:
+    def _broken(self) -> Iterator[tuple[str, str]]:
         if self.validation + self.test >= 1:
-            raise _refuse(
+            yield (
                 "split.test",
                 "validation and test together must leave patients to train on; "
                 "bring their sum below 1",
             )
-        return self
 
 
 class InitialWeights(Section):
@@ -434,24 +428,22 @@ class Training(Section):
     )
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="for `cross_entropy`")
 
-    @model_validator(mode="after")
-    def _one_length(self) -> Training:
+    def _broken(self) -> Iterator[tuple[str, str]]:
         if (self.local_epochs is None) == (self.local_steps is None):
-            raise _refuse(
+            yield (
                 "training.local_epochs",
                 "exactly one of local_epochs and local_steps must be given; write one of them",
             )
         if (self.rounds is None) != (self.learning_rate is None):
-            raise _refuse(
+            yield (
                 "training.rounds",
                 "rounds and learning_rate go together; give both, or use [[stages]]",
             )
         if self.momentum and self.optimizer != "sgd":
-            raise _refuse(
+            yield (
                 "training.momentum",
                 "momentum belongs to optimizer `sgd`; leave it out or change the optimiser",
             )
-        return self
 
 
 class Stage(Section):
@@ -535,12 +527,12 @@ class Privacy(Section):
         "finds a lower bound above ε; between hospitals it changes nothing",
     )
 
-    @model_validator(mode="after")
-    def _complete(self) -> Privacy:
+    def _broken(self) -> Iterator[tuple[str, str]]:
         parts = {"epsilon": self.epsilon, "delta": self.delta, "clipping_norm": self.clipping_norm}
         if self.mechanism == "dp-sgd" and (missing := [k for k, v in parts.items() if v is None]):
-            raise _refuse(
-                f"privacy.{missing[0]}", f"mechanism `dp-sgd` needs {', '.join(missing)}; add them"
+            yield (
+                f"privacy.{missing[0]}",
+                f"mechanism `dp-sgd` needs {', '.join(missing)}; add them",
             )
         if self.mechanism == "none" and (
             given := [
@@ -549,10 +541,10 @@ class Privacy(Section):
                 if v is not None
             ]
         ):
-            raise _refuse(
-                f"privacy.{given[0]}", f"mechanism `none` takes no {', '.join(given)}; remove them"
+            yield (
+                f"privacy.{given[0]}",
+                f"mechanism `none` takes no {', '.join(given)}; remove them",
             )
-        return self
 
     @property
     def on(self) -> bool:
@@ -610,13 +602,9 @@ class Metrics(Section):
         "patients have many images",
     )
 
-    @model_validator(mode="after")
-    def _primary_reported(self) -> Metrics:
+    def _broken(self) -> Iterator[tuple[str, str]]:
         if self.primary not in self.report:
-            raise _refuse(
-                "metrics.primary", "primary must be one of the metrics in report; add it there"
-            )
-        return self
+            yield ("metrics.primary", "primary must be one of the metrics in report; add it there")
 
 
 class Plan(Section):
@@ -648,11 +636,8 @@ class Plan(Section):
     def _toml_arrays(cls, value: Any) -> Any:
         return _tuples(value)
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Plan:
-
-        check(self)
-        return self
+    def _broken(self) -> Iterator[tuple[str, str]]:
+        yield from _broken(self)
 
     @property
     def schedule(self) -> tuple[Stage, ...]:

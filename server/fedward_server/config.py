@@ -6,13 +6,13 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from fedward.connections import ConnectionLimits
-from fedward.errors import ConfigError
-from fedward.plan.messages import schema_error
+from fedward.errors import ConfigError, together
+from fedward.plan.messages import lines, validated
 
 Place = Annotated[Path, Field(strict=False)]
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -222,7 +222,8 @@ def load_config(path: Path) -> ServerConfig:
         The file is missing, is not TOML, or breaks a rule; the message names the key.
     """
     try:
-        content = tomllib.loads(path.read_text("utf-8-sig"))
+        text = path.read_text("utf-8-sig")
+        content = tomllib.loads(text)
     except (OSError, UnicodeDecodeError):
         raise ConfigError(
             "the server's configuration must be a readable UTF-8 file",
@@ -233,18 +234,21 @@ def load_config(path: Path) -> ServerConfig:
         raise ConfigError(
             "the server's configuration must be valid TOML", value=str(error), fix="Mend that line"
         ) from None
-    return config_from(content, path.absolute().parent)
+    return config_from(content, path.absolute().parent, text)
 
 
-def config_from(content: dict[str, Any], folder: Path) -> ServerConfig:
-    """Validate a configuration given as nested dictionaries (see :func:`load_config`)."""
-    try:
-        raw = ServerConfig.model_validate(content)
-    except ValidationError as error:
-        raise schema_error(error, ConfigError) from None
+def config_from(content: dict[str, Any], folder: Path, text: str = "") -> ServerConfig:
+    """Validate a configuration given as nested dictionaries (see :func:`load_config`).
+
+    With the TOML text that holds it, errors name lines.
+    """
+    raw = validated(ServerConfig, content, ConfigError, text)
     ports = [raw.sites.port, raw.api.port, raw.api.health_port]
     if len(set(ports)) < len(ports):
-        raise ConfigError("the ports must differ", value=ports, fix="Change one", where="api.port")
+        wrong = ConfigError(
+            "the ports must differ", value=ports, fix="Change one", where="api.port"
+        )
+        raise together([wrong], lines(text))
     server, tls = raw.server, raw.tls
     return raw.model_copy(
         update={

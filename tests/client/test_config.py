@@ -159,3 +159,30 @@ def test_a_missing_file_is_named_without_its_folder(tmp_path: Path) -> None:
 def test_the_reference_page_is_that_of_the_schema() -> None:
     docs = Path(__file__).parents[2] / "docs" / "site.md"
     assert docs.read_text("utf-8") == page()
+
+
+def test_all_that_is_wrong_is_told_at_once_with_its_line(tmp_path: Path) -> None:
+    """Unknown keys, values and rules between keys, of every table."""
+    (tmp_path / "site.toml").write_text(
+        'version = 1\n[site]\nname = "north"\nstate = "data/state"\n[datasets.chest]\n'
+        'root = "data"\n'
+        'task = "classification"\nclasses = ["a", "a"]\npatient_column = "id"\n'
+        '[[policy.studies]]\nmatch = "*"\ndataset = "chets"\n',
+        "utf-8",
+    )
+    with pytest.raises(ConfigError) as failed:
+        load_config(tmp_path / "site.toml", datasets_here=False)
+    told = str(failed.value)
+    assert "line 9, datasets.chest.patient_column: this key is not known" in told
+    assert "It belongs in [datasets.NAME.labels]; move it there" in told
+    text = (tmp_path / "site.toml").read_text("utf-8").replace('patient_column = "id"\n', "")
+    (tmp_path / "site.toml").write_text(text, "utf-8")
+    with pytest.raises(ConfigError) as failed:
+        load_config(tmp_path / "site.toml", datasets_here=False)
+    told = str(failed.value)
+    for line in (
+        "line 8, datasets.chest.classes: class names must differ",
+        "line 4, site.state: the state folder must not lie inside a dataset",
+        "line 11, policy.studies.0.dataset: the dataset must be one of chest (got chets)",
+    ):
+        assert line in told

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, time, timedelta
 from typing import Final
 
-from pydantic_core import PydanticCustomError
+from fedward.plan.messages import rule_error
 
 DAYS: Final = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _DAY: Final = "|".join(DAYS)
@@ -47,10 +47,8 @@ class QuietHours:
         match = _FORM.fullmatch(text)
         start, end = (_minutes(match[name]) for name in ("start", "end")) if match else (None, None)
         if match is None or start is None or end is None or start in (end, _DAY_MINUTES):
-            raise PydanticCustomError(
-                "plan_rule",
-                "{rule}",
-                {"rule": 'quiet hours must look like "Mon-Fri 07:00-18:00"; write them so'},
+            raise rule_error(
+                [("", 'quiet hours must look like "Mon-Fri 07:00-18:00"; write them so')]
             )
         return cls(_days(match["days"]), start, end if end > start else end + _DAY_MINUTES)
 

@@ -6,9 +6,9 @@ from fnmatch import fnmatchcase
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
 from fedward.config_section import DatasetName, Section
+from fedward.plan.messages import rule_error
 from fedward.plan.schema import MetricName, ModelName
 from fedward_client.policy.hours import QuietHours
 
@@ -168,14 +168,8 @@ class PolicySection(Limits):
     @model_validator(mode="after")
     def _one_way(self) -> PolicySection:
         if self.any_coordinator and self.coordinators:
-            raise PydanticCustomError(
-                "plan_rule",
-                "{rule}",
-                {
-                    "rule": "coordinators and any_coordinator exclude each other; keep one",
-                    "where": "policy.any_coordinator",
-                },
-            )
+            rule = "coordinators and any_coordinator exclude each other; keep one"
+            raise rule_error([("policy.any_coordinator", rule)])
         return self
 
     def accepts(self, coordinator: str) -> bool:
