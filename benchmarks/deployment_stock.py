@@ -176,8 +176,8 @@ def stock_rounds(federation: Federation, work: Work, rounds: int) -> list[float]
 
 
 def _write_app(folder: Path, federation: Federation, work: Work, rounds: int) -> None:
+    from fedward.dp.accounting import steps_in_round
     from fedward.models import build_model
-    from fedward_client.training.batches import count_steps
 
     plan, sites = prepared(federation, work)
     app = folder / "app" / "stock"
@@ -198,13 +198,8 @@ def _write_app(folder: Path, federation: Federation, work: Work, rounds: int) ->
     model = build_model(plan, 0)
     images = torch.from_numpy(np.array(sites[0].images[:4]))
     torch.jit.trace(model, images).save(str(folder / "network.pt"))
-    training = plan.training
-    steps = count_steps(
-        len(sites[0].split["train"]),
-        training.batch_size,
-        epochs=training.local_epochs,
-        steps=training.local_steps,
-    )
+    train = sites[0].split["train"]
+    steps = steps_in_round(plan, len(train), sites[0].patients_in("train"))
     (folder / "steps.json").write_text(json.dumps(steps))
 
 

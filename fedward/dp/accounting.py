@@ -84,6 +84,16 @@ def steps_per_round(plan: Plan, rate: float) -> int:
     return math.ceil((plan.training.local_epochs or 1) / rate)
 
 
+def steps_in_round(plan: Plan, images: int, patients: int) -> int:
+    """Optimiser steps of a round at a site with so many training images and patients."""
+    if plan.privacy.on:
+        return steps_per_round(plan, sampling_rate(plan, patients))
+    training = plan.training
+    if training.local_steps is not None:
+        return training.local_steps
+    return max(1, round(images / training.batch_size)) * (training.local_epochs or 1)
+
+
 def calibrate(plan: Plan, patients: int) -> Mechanism:
     """The mechanism that a site with so many training patients runs to meet the plan's target.
 

@@ -108,6 +108,16 @@ def _strategy_rules(plan: Plan) -> Iterator[tuple[str, str]]:
             f"the noise of an update does not cover what {spec.name} sends besides it; choose "
             "another strategy, or mechanism `none`",
         )
+    if (spec.sgd or spec.plain_sgd) and plan.training.optimizer != "sgd":
+        yield (
+            "training.optimizer",
+            f"{spec.name} works with the steps of SGD; choose sgd, or another strategy",
+        )
+    elif spec.plain_sgd and plan.training.momentum:
+        yield (
+            "training.momentum",
+            f"{spec.name} needs SGD without momentum; set momentum to 0",
+        )
     if plan.participation.sites < spec.minimum_sites:
         yield (
             "participation.sites",

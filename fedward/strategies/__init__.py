@@ -1,9 +1,9 @@
 """The strategies that a plan may name, each one entry in a module of this package.
 
-A strategy has two halves. The light one is its :class:`StrategySpec`: name, settings, rules and
-what it does at a site; the plan's vocabulary, its rules, the site's checks and the reference pages
-derive from it. The other one is the class that combines the updates at the aggregator, which the
-spec names and only :mod:`fedward_strategies` imports.
+A module has the whole of a strategy: the :class:`SiteHook` with what it does at a site, the
+:class:`ServerRule` that combines the updates, and the :class:`StrategySpec` from which the plan's
+vocabulary, its rules, the checks at both ends and the reference pages derive. A strategy that
+Flower ships is named by its class, which only :mod:`fedward_strategies` imports.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import importlib
 import pkgutil
 
 from fedward.strategies.spec import (
+    Contribution,
     Memory,
+    ServerRound,
+    ServerRule,
     Setting,
     SiteHook,
     SiteResult,
@@ -23,7 +26,10 @@ from fedward.strategies.spec import (
 
 __all__ = [
     "STRATEGIES",
+    "Contribution",
     "Memory",
+    "ServerRound",
+    "ServerRule",
     "Setting",
     "SiteHook",
     "SiteResult",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+Arrays = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,78 @@ class SiteHook:
         return SiteResult()
 
 
+class Contribution(NamedTuple):
+    """What one site's update of a round was made of.
+
+    Attributes
+    ----------
+    weight : float
+        The plan's weight of the site, none above ``strategy.max_share``.
+    steps : int
+        Optimiser steps.
+    """
+
+    weight: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class ServerRound:
+    """What a server rule is given when a round's updates are there.
+
+    Attributes
+    ----------
+    model : mapping
+        The arrays that train, as the sites received them.
+    updates : sequence of mapping
+        The sites' arrays, in the order of ``contributions``; of a strategy that does not need all
+        of them one mapping: their mean, weighted by :meth:`ServerRule.weight`.
+    sent : mapping
+        Mean of what sites sent besides, by kind and name, with the same weights.
+    contributions : sequence of Contribution
+        Of each site that took part, in the order of the sites' names.
+    sites : int
+        Sites of the study, those that did not take part included.
+    """
+
+    model: Arrays
+    updates: Sequence[Arrays]
+    sent: Mapping[str, Arrays]
+    contributions: Sequence[Contribution]
+    sites: int
+
+    @property
+    def taking_part(self) -> float:
+        """Share of the study's sites whose updates are there."""
+        return len(self.contributions) / max(self.sites, len(self.contributions))
+
+
+class ServerRule:
+    """How a strategy makes one model of a round's updates, in numpy.
+
+    Made anew for each stage. What it keeps from round to round are attributes, mappings by the
+    name of the trained array, which the strategy's ``memory`` names; None before the first round.
+
+    Parameters
+    ----------
+    settings : mapping
+        The strategy's settings, defaults included.
+    momentum : float
+        Of the sites' optimiser.
+    """
+
+    def __init__(self, settings: Mapping[str, float], momentum: float = 0.0) -> None:
+        self.settings, self.momentum = settings, momentum
+
+    def weight(self, made: Contribution) -> float:
+        """A site's weight in the mean of the updates; above 0."""
+        return made.weight
+
+    def combine(self, about: ServerRound) -> Arrays:
+        """The next model; it may change what the rule keeps."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class StrategySpec:
     """A strategy.
@@ -160,9 +236,9 @@ class StrategySpec:
         As plans name it.
     summary, description : str
         A line for people who read a plan; Markdown for the strategies' page, with its source.
-    server : str
-        The class that combines the updates, ``module:name``: one of Flower's, or one of
-        :mod:`fedward_strategies` with the arguments of Flower's ``FedAvg``.
+    server : str or type
+        What combines the updates: one of Flower's classes, ``module:name``, or a
+        :class:`ServerRule`.
     settings : mapping
         What a plan may set.
     arguments : mapping
@@ -177,6 +253,10 @@ class StrategySpec:
         Updates without which it cannot work, and how many more each malicious site takes.
     minimum_sites : int
         Sites that a study needs.
+    plain_sgd : bool
+        Whether its arithmetic is that of SGD without momentum at the sites.
+    sgd : bool
+        Whether its arithmetic is that of SGD, with momentum or without.
     memory : mapping
         What the server's class remembers from round to round, by kind.
     site : type or None
@@ -197,7 +277,7 @@ class StrategySpec:
 
     name: str
     summary: str
-    server: str
+    server: str | type[ServerRule]
     description: str = ""
     settings: Mapping[str, Setting] = field(default_factory=dict)
     arguments: Mapping[str, str] = field(default_factory=dict)
@@ -207,6 +287,8 @@ class StrategySpec:
     updates_least: int = 1
     updates_per_malicious: int = 0
     minimum_sites: int = 1
+    plain_sgd: bool = False
+    sgd: bool = False
     memory: Mapping[str, Memory] = field(default_factory=dict)
     site: type[SiteHook] | None = None
     kept: Kinds = field(default_factory=dict)
@@ -219,6 +301,11 @@ class StrategySpec:
         """Settings in the one way to write them."""
         plain = Setting("")
         return {key: self.settings.get(key, plain).normal(value) for key, value in given.items()}
+
+    def given(self, values: Mapping[str, float | int]) -> dict[str, float | int]:
+        """The settings of a plan, with the defaults of those that it leaves out."""
+        every = {key: setting.default for key, setting in self.settings.items()} | dict(values)
+        return {key: value for key, value in every.items() if value is not None}
 
     def updates_needed(self, malicious: int) -> int:
         """Updates without which it cannot withstand so many malicious sites."""

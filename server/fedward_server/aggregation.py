@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
+from fedward.strategies import Contribution
 from fedward_server.reply_validation import InvalidReply, Update
 from fedward_strategies.fold import Fold
 from fedward_strategies.robust import NormBound, capped_weights, most_capped
@@ -26,6 +28,8 @@ class Aggregation:
         Largest share of the round's weight that a site may have.
     bound : NormBound, optional
         Of the norms; none: it is not known before all updates are there.
+    weigh : callable
+        The strategy's weight of a contribution in the mean.
 
     Attributes
     ----------
@@ -34,13 +38,18 @@ class Aggregation:
     """
 
     def __init__(
-        self, *, fold: bool, max_share: float = 1.0, bound: NormBound | None = None
+        self,
+        *,
+        fold: bool,
+        max_share: float = 1.0,
+        bound: NormBound | None = None,
+        weigh: Callable[[Contribution], float] = attrgetter("weight"),
     ) -> None:
         self.updates: dict[str, Update] = {}
         self.refused: dict[str, InvalidReply] = {}
         self.bound = bound
         self.besides: NormBound | None = None
-        self._max_share = max_share
+        self._max_share, self._weigh = max_share, weigh
         self._fold = Fold() if fold else None
 
     def add(self, site: str, update: Update) -> None:
@@ -65,7 +74,8 @@ class Aggregation:
         update = self.updates[site]
         if self._fold is not None and update.message is not None:
             record = update.message.content.array_records["arrays"]
-            self._fold.add({n: a.numpy() for n, a in record.items()}, weight)
+            share = self._weigh(Contribution(weight, update.outcome.steps))
+            self._fold.add({n: a.numpy() for n, a in record.items()}, share)
             free_arrays(update.message)
             self.updates[site] = replace(update, message=None)
 
@@ -114,6 +124,11 @@ class Aggregation:
         return capped_weights(
             {site: one.weight for site, one in sorted(self.updates.items())}, self._max_share
         )
+
+    def contributions(self) -> list[Contribution]:
+        """What the round is made of, in the order of the sites' names."""
+        weights = self.weights()
+        return [Contribution(weights[s], self.updates[s].outcome.steps) for s in weights]
 
     def ordered(self) -> list[Update]:
         """The updates in the order of their sites' names, however they came."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message
 from numpy.typing import NDArray
 
+from fedward.dp.accounting import steps_in_round
 from fedward.errors import FedwardError, ProtocolError
 from fedward.flower.errors import ErrorCode
 from fedward.plan.schema import Plan
@@ -124,15 +125,14 @@ def read_update(
     site: str,
     round_: int,
     expected: Shapes,
+    plan: Plan | None = None,
     facts: SiteFacts | None = None,
     most_change: float = math.inf,
-    weighting: Literal["patients", "images"] | None = None,
-    besides: Collection[str] = (),
 ) -> Update | InvalidReply:
     """Check an update.
 
-    Its site and round, its weight, its names, shapes, dtypes and values; that it claims no more
-    patients and images than the site described; that it lies within a distance of the model.
+    Its site and round, its weight, its steps, its names, shapes, dtypes and values; that it claims
+    no more patients and images than the site described, and lies within a distance of the model.
 
     Parameters
     ----------
@@ -144,24 +144,26 @@ def read_update(
         For which round.
     expected : mapping
         The arrays that were sent.
+    plan : Plan or None
+        What a weight counts, how many steps there are, and what is sent besides the update; None:
+        a weight counts patients or images, steps are any, and nothing is sent besides.
     facts : SiteFacts or None
         What the site said of itself.
     most_change : float
         Largest L2 norm of the change, in units of the model's own (at least 1).
-    weighting : str or None
-        What the plan has a site's weight count; None: either.
-    besides : collection of str
-        Kinds of arrays that the plan's strategy has a site send besides the update.
     """
     outcome = None
     try:
         told = TrainOutcome.from_flat(_config(message, "outcome"))
         _same(told.site, site, told.round, round_)
         outcome = told
+        besides = plan.strategy.spec.sent if plan else {}
         names = array_names(besides, expected)
         record = _record(message, "arrays")
         norm, other = _check_arrays(record, expected, names, most_change)
-        weight = _check_weight(message, outcome, weighting)
+        weight = _check_weight(message, outcome, plan.strategy.weighting if plan else None)
+        if plan is not None:
+            _check_steps(outcome, plan)
         _check_claims(outcome, facts)
         size = sum(reference.nbytes for reference in expected.values()) * (1 + len(besides))
         return Update(message, outcome, size, weight, norm, other)
@@ -289,6 +291,16 @@ def _check_weight(message: Message, outcome: TrainOutcome, weighting: str | None
     if weight not in counted:
         raise ProtocolError("an update's weight must be what it was made of")
     return float(weight)
+
+
+def _check_steps(outcome: TrainOutcome, plan: Plan) -> None:
+    """A strategy that divides an update by its steps would count one that claims few for many."""
+    asked = steps_in_round(plan, outcome.images, outcome.patients)
+    if outcome.steps != asked:
+        raise ProtocolError(
+            "an update must be made of the steps that the plan asks for",
+            value=f"{outcome.steps} in place of {asked}",
+        )
 
 
 def _check_claims(outcome: TrainOutcome, facts: SiteFacts | None) -> None:

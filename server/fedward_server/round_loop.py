@@ -51,6 +51,7 @@ from fedward_strategies.averaging import blend, decay_at
 from fedward_strategies.memory import memory_of, remember
 from fedward_strategies.registry import build_strategy
 from fedward_strategies.robust import dominates
+from fedward_strategies.rule import RuleStrategy
 from fedward_strategies.settings import StrategySettings
 
 __all__ = ["Job", "StudyRun"]
@@ -259,7 +260,11 @@ class StudyRun:
         # What came before a pause counts after it.
         if self._open is None or self._open[0] != round_:
             fold, share = not self.plan.strategy.spec.needs_all, self.plan.strategy.max_share
-            self._open = (round_, Aggregation(fold=fold, max_share=share))
+            strategy = self._strategy_of(stage)
+            made = Aggregation(fold=fold, max_share=share)
+            if isinstance(strategy, RuleStrategy):
+                made = Aggregation(fold=fold, max_share=share, weigh=strategy.rule.weight)
+            self._open = (round_, made)
         return self._open[1]
 
     def _train_messages(
@@ -323,10 +328,9 @@ class StudyRun:
                     site,
                     round_,
                     expected,
+                    self.plan,
                     self.job.facts.get(site),
                     self.job.most_change,
-                    self.plan.strategy.weighting,
-                    self.plan.strategy.spec.sent,
                 )
                 if isinstance(update, Update):
                     update = gathered.too_far(update, self._size_of(site)) or update
@@ -446,6 +450,9 @@ class StudyRun:
     ) -> None:
         strategy = self._strategy_of(stage)
         node = next(iter(self._members.nodes), 0)
+        if isinstance(strategy, RuleStrategy):
+            strategy.contributions = gathered.contributions()
+            strategy.sites = len(self.job.members or self._members.nodes)
         try:
             arrays, _ = strategy.aggregate_train(place + 1, gathered.messages(node))
         except AppExitException as error:
@@ -476,7 +483,9 @@ class StudyRun:
     def _strategy_of(self, stage: Stage) -> Strategy:
         # Momentum over arrays of another stage would move layers that no longer train.
         if self._strategy is None or self._strategy[0] != stage.name:
-            settings = StrategySettings(values=self.plan.strategy.settings)
+            training = self.plan.training
+            momentum = training.momentum if training.optimizer == "sgd" else 0.0
+            settings = StrategySettings(values=self.plan.strategy.settings, momentum=momentum)
             strategy = build_strategy(self.plan.strategy.name, settings)
             if self.job.memory_stage == stage.name:
                 names = trainable_names(self._model, stage.train)

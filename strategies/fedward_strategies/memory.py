@@ -8,7 +8,8 @@ from typing import Any
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
-from fedward.strategies import StrategySpec
+from fedward.strategies import ServerRule, StrategySpec
+from fedward_strategies.rule import RuleStrategy
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -27,7 +28,7 @@ def memory_of(strategy: Strategy, spec: StrategySpec, names: Sequence[str]) -> A
     """
     found: Arrays = {}
     for kind, (attribute, as_list) in spec.memory.items():
-        held = getattr(strategy, attribute)
+        held = getattr(_holder(strategy), attribute)
         if held is not None:
             by_name = dict(zip(names, held, strict=True)) if as_list else held
             found |= {f"{kind}/{name}": value for name, value in by_name.items()}
@@ -44,4 +45,8 @@ def remember(
     for kind, (attribute, as_list) in spec.memory.items():
         held = {name: memory[f"{kind}/{name}"] for name in names if f"{kind}/{name}" in memory}
         if held:
-            setattr(strategy, attribute, list(held.values()) if as_list else held)
+            setattr(_holder(strategy), attribute, list(held.values()) if as_list else held)
+
+
+def _holder(strategy: Strategy) -> Strategy | ServerRule:
+    return strategy.rule if isinstance(strategy, RuleStrategy) else strategy

@@ -9,6 +9,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedward.errors import PlanError
 from fedward.strategies import STRATEGIES
+from fedward_strategies.rule import RuleStrategy
 from fedward_strategies.settings import StrategySettings
 
 
@@ -28,6 +29,9 @@ def build_strategy(name: str, settings: StrategySettings) -> Strategy:
             fix=f"Choose from {', '.join(STRATEGIES)}",
             where="strategy.name",
         )
+    if not isinstance(spec.server, str):
+        rule = spec.server(spec.given(settings.values), settings.momentum)
+        return RuleStrategy(spec, rule, **settings.common())
     module, _, kind = spec.server.partition(":")
     build: Callable[..., Strategy] = getattr(import_module(module), kind)
     return build(**settings.common(), **settings.of(spec))

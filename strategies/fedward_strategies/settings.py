@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from fedward.strategies import StrategySpec
 
@@ -18,12 +19,15 @@ class StrategySettings:
         The plan's ``[strategy.settings]``.
     weight_key : str
         Metric of a reply that weighs its update.
+    momentum : float
+        Of the sites' optimiser.
     """
 
     values: Mapping[str, float] = field(default_factory=dict)
     weight_key: str = "num-examples"
+    momentum: float = 0.0
 
-    def common(self) -> dict[str, object]:
+    def common(self) -> dict[str, Any]:
         """Arguments that each of Flower's strategies takes.
 
         A study names its sites itself and waits for them itself: every node that the grid shows

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from fedward.strategies import Contribution
 from fedward_strategies.memory import memory_of, remember
 from fedward_strategies.registry import STRATEGIES, build_strategy
+from fedward_strategies.rule import RuleStrategy
 from fedward_strategies.settings import StrategySettings
 
 SETTINGS: dict[str, dict[str, float]] = {
@@ -17,6 +19,8 @@ SETTINGS: dict[str, dict[str, float]] = {
     "fedadam": {"eta": 0.1, "tau": 1e-3, "beta_1": 0.9, "beta_2": 0.99},
     "fedyogi": {"eta": 0.1, "tau": 1e-3, "beta_1": 0.9, "beta_2": 0.99},
     "fedadagrad": {"eta": 0.1, "tau": 1e-3},
+    "scaffold": {"server_learning_rate": 0.5},
+    "feddyn": {"alpha": 0.1},
 }
 NAMES = ("w", "b")
 
@@ -34,6 +38,10 @@ def record(arrays: dict[str, Any]) -> ArrayRecord:
 
 def turn(strategy: Any, round_: int, arrays: dict[str, Any], update: dict[str, Any]) -> Any:
     list(strategy.configure_train(round_, record(arrays), ConfigRecord(), OneNode()))
+    if isinstance(strategy, RuleStrategy):
+        strategy.contributions, strategy.sites = [Contribution(3.0, 2)], 1
+        for kind in strategy.spec.sent:
+            update = update | {f"{kind}/{name}": update[name] * round_ for name in NAMES}
     content = RecordDict({"arrays": record(update), "metrics": MetricRecord({"num-examples": 3.0})})
     reply = Message(content, dst_node_id=7, message_type="train")
     new, _ = strategy.aggregate_train(round_, [reply])
@@ -68,7 +76,8 @@ def test_a_reminded_strategy_goes_on_bit_for_bit(name: str) -> None:
 
 def test_which_need_every_update() -> None:
     apart = {name for name, spec in STRATEGIES.items() if spec.needs_all}
-    assert apart == {"fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan"}
+    classes = {"fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan"}
+    assert apart == classes | {"rfa", "norm-clipping"}
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -81,6 +90,10 @@ def test_who_needs_all_updates_says_so(name: str) -> None:
     values = [rng.normal(size=(3, 2)).astype(np.float32) ** 3 for _ in range(7)]
     mean = np.mean(values, axis=0, dtype=np.float64).astype(np.float32)
     made = []
+    if not isinstance(STRATEGIES[name].server, str):
+        # Of a rule the aggregator makes the mean itself, with the rule's weights.
+        assert STRATEGIES[name].needs_all == (name in ("rfa", "norm-clipping"))
+        return
     for updates in (values, [mean]):
         strategy = _of(name)
         start = record({"w": np.zeros((3, 2), np.float32)})

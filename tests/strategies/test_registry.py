@@ -10,19 +10,25 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
+from scipy.optimize import minimize
 
 from fedward.errors import PlanError
 from fedward.flower import identity
 from fedward.flower.study_grid import StudyGrid
+from fedward.strategies import Contribution, ServerRound
 from fedward_simulation.local import LocalGrid
 from fedward_simulation.pool import Pool
+from fedward_strategies.fold import Fold
+from fedward_strategies.memory import memory_of
 from fedward_strategies.registry import STRATEGIES, build_strategy
+from fedward_strategies.rule import RuleStrategy
 from fedward_strategies.settings import StrategySettings
 
 Model = dict[str, NDArray[np.float32]]
 Values = NDArray[np.float64]
 SITES, SHAPES = 7, {"w": (3, 4), "b": (5,)}
 WEIGHTS = np.array([10.0, 20.0, 5.0, 40.0, 15.0, 30.0, 25.0])
+STEPS, ABSENT = [1, 2, 1, 4, 2, 3, 3], 2
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +76,26 @@ def run(name: str, settings: dict[str, float]) -> list[tuple[Model, list[Model],
         for message in asked:
             identity.stamp(message)
         updates = updates_of(model, round_)
-        replies = [reply(u, w, a) for u, w, a in zip(updates, WEIGHTS, asked, strict=True)]
+        weights = WEIGHTS
+        if isinstance(strategy, RuleStrategy):
+            strategy.sites = SITES + ABSENT
+            strategy.contributions = list(map(Contribution, WEIGHTS.tolist(), STEPS))
+            weights = np.array([strategy.rule.weight(one) for one in strategy.contributions])
+        if STRATEGIES[name].sent:
+            changes = [random_model(1000 * round_ + site) for site in range(SITES)]
+            sent = [
+                update | {f"change/{name}": value for name, value in change.items()}
+                for update, change in zip(updates, changes, strict=True)
+            ]
+        else:
+            sent = updates
+        replies = [reply(u, w, a) for u, w, a in zip(sent, weights, asked, strict=True)]
+        if not STRATEGIES[name].needs_all:
+            # As the aggregator has it: updates are added to a mean as they come.
+            fold = Fold()
+            for one, weight in zip(sent, weights, strict=True):
+                fold.add(one, float(weight))
+            replies = [reply(fold.mean(), fold.weight, asked[0])]
         arrays, _ = strategy.aggregate_train(round_, replies)
         assert arrays is not None
         after = {key: array.numpy() for key, array in arrays.items()}
@@ -85,6 +110,49 @@ def stacked(updates: Iterable[Model]) -> Values:
 
 def mean(updates: Sequence[Model], weights: Values = WEIGHTS) -> Values:
     return np.asarray((weights[:, None] * stacked(updates)).sum(0) / weights.sum())
+
+
+class Scaffold:
+    """Karimireddy et al., 2020, algorithm 1: x + ηg mean(Δy); c + S/N mean(Δc)."""
+
+    def __call__(self, before: Values, updates: list[Model], round_: int) -> Values:
+        return np.asarray(before + 0.7 * (mean(updates) - before))
+
+
+class Dynamic:
+    """Acar et al., 2021, algorithm 1, lines 11 and 12."""
+
+    h: Values | float = 0.0
+
+    def __call__(self, before: Values, updates: list[Model], round_: int) -> Values:
+        moved = stacked(updates) - before
+        self.h = self.h - 0.5 / (SITES + ABSENT) * moved.sum(axis=0)
+        return np.asarray(before + moved.mean(axis=0) - self.h / 0.5)
+
+
+def normalised(before: Values, updates: list[Model], round_: int) -> Values:
+    """Wang et al., 2020, equation 4, with the steps of SGD without momentum."""
+    p, tau = WEIGHTS / WEIGHTS.sum(), np.array(STEPS, float)
+    directions = (before - stacked(updates)) / tau[:, None]
+    return np.asarray(before - (p @ tau) * (p @ directions))
+
+
+def geometric(before: Values, updates: list[Model], round_: int) -> Values:
+    """The minimum of the weighted distances, by another method than Weiszfeld's."""
+    points = stacked(updates)
+
+    def total(point: Values) -> float:
+        return float(WEIGHTS @ np.linalg.norm(points - point, axis=1))
+
+    return np.asarray(minimize(total, mean(updates), method="BFGS", tol=1e-10).x)
+
+
+def clipped(before: Values, updates: list[Model], round_: int) -> Values:
+    moved = stacked(updates) - before
+    norms = np.linalg.norm(moved, axis=1)
+    most = 1.5 * np.median(norms)
+    kept = moved * np.minimum(1.0, most / norms)[:, None]
+    return np.asarray(before + WEIGHTS @ kept / WEIGHTS.sum())
 
 
 class Averaged:
@@ -168,6 +236,11 @@ CASES: dict[str, tuple[dict[str, float], Callable[[], Callable[..., Values]]]] =
     "fedadam": (MOMENTS, lambda: Adaptive("adam")),
     "fedyogi": (MOMENTS, lambda: Adaptive("yogi")),
     "fedadagrad": ({"eta": 0.2, "tau": 0.01}, lambda: Adaptive("adagrad")),
+    "scaffold": ({"server_learning_rate": 0.7}, Scaffold),
+    "feddyn": ({"alpha": 0.5}, Dynamic),
+    "fednova": ({}, lambda: normalised),
+    "rfa": ({"iterations": 200}, lambda: geometric),
+    "norm-clipping": ({"factor": 1.5}, lambda: clipped),
     "fedmedian": ({}, lambda: median),
     "fedtrimmedavg": ({"beta": 0.3}, lambda: trimmed),
     "krum": ({"malicious": 2}, lambda: krum),
@@ -192,10 +265,43 @@ def test_two_rounds_equal_the_arithmetic(name: str) -> None:
 
 
 def test_robust_strategies_leave_the_outlier_out() -> None:
-    for name in ("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan"):
+    for name in ("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan", "rfa"):
         before, updates, after = run(name, CASES[name][0])[0]
         outlier = np.abs(flat(updates[-1]) - flat(before)).max()
         assert np.abs(flat(after) - flat(before)).max() < outlier / 5
+
+
+def test_the_control_variate_moves_by_the_share_of_sites_that_take_part() -> None:
+    make = build_strategy("scaffold", StrategySettings())
+    assert isinstance(make, RuleStrategy)
+    before = np.zeros(17)
+    for round_ in (1, 2):
+        change = random_model(round_)
+        make.sites, make.contributions = 4, [Contribution(1.0, 1)] * 3
+        make.rule.combine(
+            ServerRound(
+                model=random_model(0),
+                updates=[random_model(0)],
+                sent={"change": change},
+                contributions=make.contributions,
+                sites=4,
+            )
+        )
+        before = before + 0.75 * flat(change)
+        kept = memory_of(make, STRATEGIES["scaffold"], tuple(SHAPES))
+        np.testing.assert_allclose(flat(kept), before, rtol=1e-6)
+
+
+def test_fednova_counts_what_momentum_adds_to_a_step() -> None:
+    from fedward.strategies.fednova import effective_steps
+
+    for steps in (1, 2, 7):
+        moved = velocity = 0.0
+        for _ in range(steps):  # a gradient of 1 each time
+            velocity = 0.9 * velocity + 1.0
+            moved += velocity
+        assert effective_steps(steps, 0.9) == pytest.approx(moved)
+        assert effective_steps(steps, 0.0) == steps
 
 
 def test_fedprox_tells_the_sites_its_weight() -> None:

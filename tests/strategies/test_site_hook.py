@@ -46,7 +46,13 @@ def _registered(control_variates: StrategySpec) -> None:
     identity.become_server()
 
 
-def convex(make_plan: Make, strategy: str, rounds: int, steps: int = 20) -> Plan:
+def convex(
+    make_plan: Make,
+    strategy: str,
+    rounds: int,
+    steps: int = 20,
+    settings: Mapping[str, float] | None = None,
+) -> Plan:
     """Only the last layer trains: logistic regression, with one optimum."""
     made: Plan = make_plan(
         training={
@@ -59,7 +65,7 @@ def convex(make_plan: Make, strategy: str, rounds: int, steps: int = 20) -> Plan
             "schedule": "constant",
         },
         stages=[{"name": "end", "rounds": rounds, "learning_rate": 0.5, "train": ["fc.*"]}],
-        strategy={"name": strategy},
+        strategy={"name": strategy, "settings": settings or {}},
     )
     return made
 
@@ -119,6 +125,99 @@ def test_it_reaches_the_pooled_optimum_where_fedavg_does_not(
         np.testing.assert_allclose(corrected.memory[f"shared/{name}"], mean, atol=1e-5)
     sizes = [job.arm.rounds[0].bytes_up for job in (plain, corrected)]
     assert sizes[1] == 2 * sizes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("scaffold", {}), ("feddyn", {"alpha": 0.3}), ("fedprox", {"mu": 0.3})]
+)
+def test_drift_is_corrected_by_the_strategies_that_say_so(
+    make_plan: Make, make_site: Make, name: str, settings: dict[str, float]
+) -> None:
+    sites = drifting(make_site)
+    plain = run(job_of(convex(make_plan, "fedavg", 40)), sites)
+    plan = convex(make_plan, name, 40, settings=settings)
+    corrected = run(job_of(plan), sites)
+    gain = slope(plan, corrected.arrays, sites) / slope(plan, plain.arrays, sites)
+    # A proximal term slows the drift down and leaves where it leads to.
+    assert gain < 0.1 if name != "fedprox" else 0.2 < gain < 1.0
+    assert set(corrected.site_states) == (set() if name == "fedprox" else {0, 1})
+
+
+def test_the_regularisers_of_feddyn_and_its_server_add_up(make_plan: Make, make_site: Make) -> None:
+    sites = drifting(make_site)
+    made = run(job_of(convex(make_plan, "feddyn", 3, settings={"alpha": 0.3})), sites)
+    for name in (n for n in made.arrays if n.startswith("fc.")):
+        mean = np.mean([s[f"3/gradient/{name}"] for s in made.site_states.values()], axis=0)
+        np.testing.assert_allclose(made.memory[f"gradient/{name}"], mean, atol=1e-6)
+
+
+def test_fednova_with_sites_of_two_sizes_counts_each_step_once(
+    make_plan: Make, make_site: Make, make_order: Make
+) -> None:
+    """With one epoch a site of three times the images takes three times the steps."""
+    sites = [make_site("a", patients=12, seed=1), make_site("b", patients=48, seed=2)]
+    plan = make_plan(
+        training={
+            "rounds": 1,
+            "learning_rate": 0.1,
+            "local_epochs": 1,
+            "local_steps": None,
+            "batch_size": 4,
+            "optimizer": "sgd",
+            "momentum": 0.5,
+            "schedule": "constant",
+        },
+        strategy={"name": "fednova"},
+    )
+    made = run(job_of(plan, seed=3), sites)
+    start = to_arrays(build_model(plan, 0))
+    rounds = made.arm.rounds[0].sites
+    total = sum(one.images for one in rounds.values())
+    moved, steps_mean = dict.fromkeys(start, 0.0), 0.0
+    for site in sites:
+        told = rounds[site.name]
+        update, _ = Trainer(plan, site, SEEDED).train(start, make_order(plan, seed=3))
+        kept = 0.5 * (1 - 0.5**told.steps) / 0.5
+        along, share = (told.steps - kept) / 0.5, told.images / total
+        steps_mean += share * along
+        for name in start:
+            moved[name] = moved[name] + share / along * (update[name] - start[name])
+    assert len({one.steps for one in rounds.values()}) == 2
+    for name, value in made.arrays.items():
+        np.testing.assert_allclose(value, start[name] + steps_mean * moved[name], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("training", "where"),
+    [({"optimizer": "adamw"}, "training.optimizer"), ({"momentum": 0.9}, "training.momentum")],
+)
+def test_scaffold_needs_steps_that_its_control_variates_are_of(
+    make_plan: Make, training: dict[str, Any], where: str
+) -> None:
+    with pytest.raises(PlanError, match=where):
+        make_plan(training={"optimizer": "sgd", **training}, strategy={"name": "scaffold"})
+
+
+def test_an_update_must_be_of_the_steps_that_the_plan_asks_for(
+    make_plan: Make, make_site: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FedNova divides by them: who claims one step for many would count many times."""
+    train = Trainer.train
+
+    def lying(self: Trainer, arrays: Any, order: Any) -> Any:
+        update, outcome = train(self, arrays, order)
+        fewer = {"steps": 1} if self.site.name == "site-2" else {}
+        return update, outcome.model_copy(update=fewer)
+
+    monkeypatch.setattr(Trainer, "train", lying)
+    plan = make_plan(
+        strategy={"name": "fednova"},
+        participation={"sites": 2, "quorum": 1},
+        training={"rounds": 1, "optimizer": "sgd"},
+    )
+    job = run(job_of(plan), [make_site(f"site-{i}", seed=i) for i in (1, 2)])
+    (failure,) = job.arm.rounds[0].failures
+    assert failure.site == "site-2" and "steps that the plan asks for" in failure.reason
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -184,6 +184,9 @@ def _strategy_rules() -> Iterator[str]:
         if spec.updates_per_malicious:
             needed = f"{spec.updates_per_malicious} × `malicious` + {spec.updates_least}"
             yield f"- `{spec.name}` needs a quorum of {needed} updates."
+        if spec.sgd or spec.plain_sgd:
+            without = " without `training.momentum`" if spec.plain_sgd else ""
+            yield f"- `{spec.name}` needs `training.optimizer` `sgd`{without}."
         if spec.minimum_sites > 1:
             yield f"- `{spec.name}` needs {spec.minimum_sites} `participation.sites`."
         if not spec.private:

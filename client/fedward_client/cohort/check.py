@@ -19,7 +19,7 @@ from fedward.dp.accounting import (
     default_delta,
     epsilon_spent,
     sampling_rate,
-    steps_per_round,
+    steps_in_round,
 )
 from fedward.errors import DataError, ModelError, PlanError, PrivacyError
 from fedward.models import build_model, describe, to_arrays, trainable_names
@@ -34,7 +34,6 @@ from fedward_client.config import DatasetSection
 from fedward_client.data.prepare import prepared_bytes
 from fedward_client.data.sample import LeftOut, Sample, unnamed
 from fedward_client.data.split import split_by_patient
-from fedward_client.training.batches import count_steps
 from fedward_client.training.device import choose_device
 from fedward_client.training.runtime import Runtime
 from fedward_client.training.trainer import Trainer
@@ -103,7 +102,7 @@ def expect(
         Prepared images with which to time a step; None leaves the time out.
     """
     in_step = _images_in_step(plan, training, patients)
-    per_round = _steps(plan, training, patients)
+    per_round = steps_in_round(plan, training, patients)
     seconds = _time(plan, probe, in_step, per_round, room) if probe and probe.prepared else None
     steps = per_round * plan.rounds
     return Cost(
@@ -140,17 +139,6 @@ def _images_in_step(plan: Plan, training: int, patients: int) -> float:
         return min(plan.training.batch_size, training)
     drawn = sampling_rate(plan, patients) * patients
     return drawn * min(plan.privacy.images_per_patient, max(1.0, training / patients))
-
-
-def _steps(plan: Plan, training: int, patients: int) -> int:
-    if plan.privacy.on:
-        return steps_per_round(plan, sampling_rate(plan, patients))
-    return count_steps(
-        training,
-        plan.training.batch_size,
-        epochs=plan.training.local_epochs,
-        steps=plan.training.local_steps,
-    )
 
 
 def _time(plan: Plan, probe: Probe, in_step: float, per_round: int, room: Room) -> float | None:

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedward.dp.accounting import calibrate, epsilon_spent, steps_per_round
+from fedward.dp.accounting import calibrate, epsilon_spent, steps_in_round, steps_per_round
 from fedward.errors import (
     BudgetError,
     DataError,
@@ -38,7 +38,6 @@ from fedward_client.audit.log import AuditLog
 from fedward_client.egress.disclosure import noise_for, release
 from fedward_client.policy.decide import DatasetFacts
 from fedward_client.policy.settings import Limits
-from fedward_client.training.batches import count_steps
 
 # What an update says of its making follows from the plan and the patients; anything else stays.
 
@@ -56,7 +55,7 @@ def check_cost(plan: Plan, outcome: TrainOutcome) -> None:
         _private(plan, outcome)
     elif any(value is not None for value in stated):
         raise _not_so(RuleCode.UPDATE_COST)
-    elif outcome.steps != _steps(plan, outcome.images):
+    elif outcome.steps != steps_in_round(plan, outcome.images, outcome.patients):
         raise _not_so(RuleCode.UPDATE_STEPS)
 
 
@@ -77,13 +76,6 @@ def _private(plan: Plan, outcome: TrainOutcome) -> None:
         raise _not_so(RuleCode.UPDATE_MECHANISM)
     if outcome.epsilon is not None and outcome.epsilon != spent:
         raise _not_so(RuleCode.UPDATE_EPSILON)
-
-
-def _steps(plan: Plan, images: int) -> int:
-    training = plan.training
-    return count_steps(
-        images, training.batch_size, epochs=training.local_epochs, steps=training.local_steps
-    )
 
 
 Arrays = Mapping[str, NDArray[Any]]

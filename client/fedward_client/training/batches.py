@@ -48,11 +48,6 @@ def _parts(order: Indices, batch: int) -> list[Indices]:
     return np.array_split(order, count)
 
 
-def count_steps(images: int, batch: int, *, epochs: int | None, steps: int | None) -> int:
-    """Steps that :func:`shuffled` gives."""
-    return steps if steps is not None else max(1, round(images / batch)) * (epochs or 1)
-
-
 @dataclass(frozen=True)
 class PatientDraw:
     """One private step's images.

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedward.dp.accounting import Mechanism, steps_per_round
+from fedward.dp.accounting import Mechanism, steps_in_round, steps_per_round
 from fedward.dp.gaussian import GaussianNoise
 from fedward.dp.keystream import KEY_BYTES, Keystream, derive_key
 from fedward.plan.schema import Plan
@@ -22,7 +22,6 @@ from fedward_client.training.batches import (
     FILLER,
     PatientSampler,
     chunks,
-    count_steps,
     patients_at_once,
     seed_for,
     shuffled,
@@ -158,7 +157,7 @@ class Fit:
     ) -> Iterator[Tensor | None]:
         training = self.plan.training
         amount = {"epochs": training.local_epochs, "steps": training.local_steps}
-        steps = count_steps(len(self.indices), training.batch_size, **amount)
+        steps = steps_in_round(self.plan, len(self.indices), len(np.unique(self.patients)))
         batches = shuffled(self.indices, training.batch_size, self.draws.order, **amount)
         for step, batch in enumerate(batches):
             optimizer.zero_grad(set_to_none=True)

@@ -302,11 +302,10 @@ class Trainer:
                 name: np.zeros(tuple(parameters[of].shape), np.float32)
                 for name, (_, of) in names.items()
             }
-        given = {**{k: s.default for k, s in spec.settings.items()}, **self.plan.strategy.settings}
         device = self.runtime.torch_device
         return spec.site(
             SiteRound(
-                settings={key: value for key, value in given.items() if value is not None},
+                settings=spec.given(self.plan.strategy.settings),
                 parameters=parameters,
                 kept=_by_kind(kept, spec.kept, device),
                 received=_by_kind(received, spec.received, device),
