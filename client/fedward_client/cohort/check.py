@@ -28,6 +28,7 @@ from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Plan, Privacy, Stage, Task
 from fedward.protocol import RoundOrder
 from fedward_client.cohort.finding import Finding, Status, finding
+from fedward_client.cohort.freeze import is_tilted
 from fedward_client.cohort.patient_key import patient_key_finding
 from fedward_client.cohort.probe import Probe, as_site, probe
 from fedward_client.config import DatasetSection
@@ -352,6 +353,18 @@ def modality_finding(plan: Plan, before: int, samples: Sequence[Sample]) -> Find
     )
 
 
+def is_refused(sample: Sample, plan: Plan) -> bool:
+    """Whether a sample is a volume of a leaning gantry, and the plan leaves those out."""
+    return is_tilted(sample) and plan.preprocessing.gantry_tilt == "refuse"
+
+
+def tilt_finding(leaning: int, of: int) -> Finding:
+    """Volumes that the plan leaves out since the scanner's gantry leant."""
+    found = f"{leaning} of {of} volumes are of a leaning gantry, and the plan leaves them out"
+    fix = 'With preprocessing.gantry_tilt = "correct" the plan sets them upright'
+    return finding("gantry tilt", "warn" if leaning < of else "fail", found, fix)
+
+
 def patient_findings(
     dataset: DatasetSection, plan: Plan, samples: Sequence[Sample]
 ) -> tuple[list[Finding], dict[str, int], dict[str, int]]:
@@ -516,6 +529,9 @@ def check_plan(
         findings.append(left_out_finding(left_out))
     if samples:
         findings.append(modality_finding(plan, len(samples), taken))
+    if leaning := sum(is_refused(sample, plan) for sample in taken):
+        findings.append(tilt_finding(leaning, len(taken)))
+        taken = [sample for sample in taken if not is_refused(sample, plan)]
     parts: dict[str, int] = {}
     classes: dict[str, int] = {}
     cost: Cost | None = None

@@ -22,7 +22,8 @@ from fedward_client.config import DatasetSection
 from fedward_client.data.dataset import DatasetSpec, read_dataset
 from fedward_client.data.readers.dicom.headers import Listen, unheard
 from fedward_client.data.readers.dicom.masks import SegmentedFrame, SegmentedSeries
-from fedward_client.data.readers.dicom.reader import label_table
+from fedward_client.data.readers.dicom.reader import DicomVolume, label_table
+from fedward_client.data.readers.dicom.series import Frames
 from fedward_client.data.readers.registry import READERS, Format
 from fedward_client.data.sample import Dataset, LeftOut, Sample, SplitName, unnamed
 from fedward_client.index.extract import Extractor
@@ -112,7 +113,15 @@ class _Able:
             sample = replace(sample, mask=replace(sample.mask, series=self._mend(sample.mask)))
         if any(map(self._is_bad, files_of(sample, root))):
             return LeftOut(rule_codes.NO_MASK, name)
+        if isinstance(sample.load, DicomVolume) and sample.load.repeated:
+            if not all(self._same(frames) for frames in sample.load.repeated):
+                return LeftOut(rule_codes.DUPLICATE_SLICES, name)
+            sample = replace(sample, load=replace(sample.load, repeated=()))
         return sample
+
+    def _same(self, frames: Frames) -> bool:
+        """Whether files have the same pixels."""
+        return len({self.index.pixels(self.extract.name(path)) for path, _ in frames}) == 1
 
     def _mend(self, mask: SegmentedFrame) -> SegmentedSeries:
         series = mask.series
@@ -217,6 +226,7 @@ class Item(Record):
     label: tuple[int, ...] | None
     split: SplitName | None
     synthetic: bool
+    tilted: bool = Field(default=False, description="whether the volume is of a leaning gantry")
     image: Source
     mask: Source | None
 
@@ -262,6 +272,9 @@ def content_hash(cohort: CohortFile) -> str:
     content: dict[str, Any] = cohort.model_dump(mode="json", exclude={"dataset", "sha256"})
     if not cohort.images_are_patients:  # so that cohorts of older releases keep their hash
         del content["images_are_patients"]
+    for item in content["items"]:
+        if not item["tilted"]:
+            del item["tilted"]
     content["files"] = {name: record.sha256 for name, record in cohort.files.items()}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -321,9 +334,15 @@ def _item(sample: Sample, place: int, recorder: Recorder, format: Format) -> Ite
         label=sample.label,
         split=sample.split,
         synthetic=sample.columns.get("synthetic", "").lower() in ("yes", "true", "1"),
+        tilted=is_tilted(sample),
         image=recorder.source(sample.load, place),
         mask=recorder.source(sample.mask, place) if sample.mask is not None else None,
     )
+
+
+def is_tilted(sample: Sample) -> bool:
+    """Whether a sample is a volume of a leaning gantry, which most plans leave out."""
+    return sample.columns.get("tilted") == "yes"
 
 
 def _record(index: Index, extract: Extractor, path: Path) -> FileRecord:
@@ -395,4 +414,5 @@ def counts(cohort: CohortFile, dataset: DatasetSection) -> dict[str, Any]:
         "bytes": sum(record.size for record in cohort.files.values()),
         "images_by_class": {name: by_class[k] for k, name in enumerate(names)},
         "images_are_patients": cohort.per_image,
+        "tilted": sum(item.tilted for item in cohort.items),
     }

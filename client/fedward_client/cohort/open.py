@@ -356,6 +356,6 @@ def _sample(item: Item, restorer: Restorer, patient_known: bool) -> Sample:
         item.label,
         mask=restorer.mask(item.mask) if item.mask is not None else None,
         split=item.split,
-        columns={"synthetic": "yes"} if item.synthetic else {},
+        columns={name: "yes" for name in ("synthetic", "tilted") if getattr(item, name)},
         patient_known=patient_known,
     )

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fedward import rule_codes
 from fedward.errors import DataError
-from fedward_client.cohort.freeze import classes_of
+from fedward_client.cohort.freeze import classes_of, is_tilted
 from fedward_client.cohort.patient_key import FIX, PER_IMAGE
 from fedward_client.cohort.records import files_of
 from fedward_client.config import DatasetSection
@@ -53,13 +53,8 @@ def shared(samples: Sequence[Sample], index: Index, extract: Extractor) -> int:
 
 def _pixels(sample: Sample, index: Index, extract: Extractor) -> set[str]:
     """The hashes of a sample's decoded pixels, without those of its mask."""
-    found = set()
-    for path in files_of(replace(sample, mask=None), extract.root):
-        row = index.connection.execute(
-            "SELECT pixels FROM files WHERE path = ?", (extract.name(path),)
-        ).fetchone()
-        found |= {str(row[0])} if row and row[0] else set()
-    return found
+    paths = files_of(replace(sample, mask=None), extract.root)
+    return {index.pixels(extract.name(path)) for path in paths} - {""}
 
 
 class Risk(BaseModel):
@@ -213,7 +208,7 @@ def _of_series(found: Dataset, index: Index) -> list[Risk]:
         f"SELECT count(*) FROM (SELECT 1 FROM files WHERE {OF_IMAGES} AND series != '' "
         "GROUP BY series HAVING count(DISTINCT spacing) > 1)"
     ).fetchone()
-    tilted = sum(sample.columns.get("tilted") == "yes" for sample in found.samples)
+    tilted = sum(map(is_tilted, found.samples))
     return [
         Risk(
             rule="the images of a series have one spacing",

@@ -12,7 +12,7 @@ import pydicom
 from fedward.errors import DataError
 from fedward.plan.schema import Plan
 from fedward.rule_codes import RuleCode
-from fedward_client.cohort.check import task_findings
+from fedward_client.cohort.check import is_refused, task_findings
 from fedward_client.cohort.open import FrozenCohort, open_cohort
 from fedward_client.cohort.patient_key import check_patient_key
 from fedward_client.cohort.records import files_of
@@ -132,7 +132,8 @@ def fitting(cohort: FrozenCohort, plan: Plan) -> tuple[Sample, ...]:
                 where=cohort.name,
             )
     samples = _of_modality(cohort, plan)
-    patients, least = len({s.patient for s in samples}), plan.participation.minimum_patients
+    least = plan.participation.minimum_patients
+    patients = len({s.patient for s in samples if not is_refused(s, plan)})
     if not samples:
         raise DataError(
             RuleCode.COHORT_MODALITY,

@@ -82,6 +82,8 @@ def cohort_table(counts: dict[str, Any]) -> Table:
     rows = {key: counts[key] for key in ("sha256", "patients", "images", "files", "bytes")}
     rows["patients"] = people(rows["patients"], counts["images_are_patients"])
     rows |= {f"images of {name}": n for name, n in counts["images_by_class"].items()}
+    if counts["tilted"]:
+        rows["volumes of a leaning gantry"] = f"{counts['tilted']}; most plans leave them out"
     if counts["images_are_patients"]:
         rows["high risk"] = "the data do not name the patient of every image; see the report"
     return _table(f"{counts['cohort']}: frozen", rows, ("", ""))

@@ -183,6 +183,11 @@ class Index:
         row = self.connection.execute("SELECT reason FROM files WHERE path = ?", (path,)).fetchone()
         return str(row[0]) if row else ""
 
+    def pixels(self, path: str) -> str:
+        """The hash of a file's decoded pixels; "" when there is none."""
+        row = self.connection.execute("SELECT pixels FROM files WHERE path = ?", (path,)).fetchone()
+        return str(row[0]) if row else ""
+
     def count(self) -> int:
         """Files in the index."""
         return int(self.connection.execute("SELECT count(*) FROM files").fetchone()[0])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk
 
@@ -136,8 +137,6 @@ def test_times_of_one_series_are_volumes_of_their_own(tmp_path, make_dicom, make
 
 def test_an_acquisition_number_per_slice_divides_nothing(tmp_path, make_dicom, make_plan):
     for k, path in enumerate(write(tmp_path / "s", make_dicom, voxels())):
-        import pydicom
-
         file = pydicom.dcmread(path)
         file.AcquisitionNumber = k + 1
         file.save_as(path)
@@ -202,3 +201,116 @@ def test_one_slice_is_no_volume(tmp_path, make_dicom):
     frame = read_frame(write(tmp_path, make_dicom, voxels(1))[0])
     with pytest.raises(DataError, match="shape does not fit"):
         stack([frame])
+
+
+def each(paths: list[Path], change: Any) -> None:
+    """Change every file, told by its slice's number from the bottom."""
+    for path in paths:
+        file = pydicom.dcmread(path)
+        change(file, round((float(file.ImagePositionPatient[2]) - 40) / 2.5))
+        file.save_as(path)
+
+
+def test_jitter_of_axes_and_spacing_divides_nothing(tmp_path, make_dicom, make_plan):
+    # 0.015 and 0.725 are where two decimals, and three, are rounded either way.
+    def jitter(file: Any, k: int) -> None:
+        s = 0.015 + (3e-8 if k % 3 else -3e-8)
+        c = (1 - s * s) ** 0.5
+        file.ImageOrientationPatient = [f"{v:.9f}" for v in (c, s, 0, -s, c, 0)]
+        file.PixelSpacing = ["0.7245", "0.7245"] if k % 2 else ["0.72449999", "0.7245"]
+
+    values = voxels(9)
+    each(write(tmp_path / "s", make_dicom, values), jitter)
+    (sample,) = volumes(tmp_path, make_plan)
+    image = sample.load()
+    np.testing.assert_array_equal(image.pixels[0], values.transpose(2, 1, 0)[::-1, ::-1] - 1024)
+    assert image.spacing == pytest.approx((0.7245, 0.7245, 2.5))
+
+
+def test_spacings_and_axes_that_differ_do_divide(tmp_path, make_dicom, make_plan):
+    write(tmp_path / "a", make_dicom, voxels(5))
+    write(tmp_path / "b", make_dicom, voxels(6), PixelSpacing=[0.705, 0.905])
+    steep = (np.array([np.cos(0.05), np.sin(0.05), 0]), np.array([-np.sin(0.05), np.cos(0.05), 0]))
+    write(tmp_path / "c", make_dicom, voxels(7), plane=steep)
+    depths = sorted(sample.load().pixels.shape[-1] for sample in volumes(tmp_path, make_plan))
+    assert depths == [5, 6, 7]
+
+
+def means_of(samples: list[Any]) -> list[float]:
+    return sorted(float(sample.load().pixels.mean()) for sample in samples)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("DiffusionBValue", 0.0, 800.0),
+        ("EchoTime", 4.6, 9.2),
+        ("InversionTime", 150.0, 900.0),
+        ("ImageType", ["DERIVED", "PRIMARY", "DIXON", "W"], ["DERIVED", "PRIMARY", "DIXON", "F"]),
+        ("KVP", 80, 140),
+        ("TriggerTime", 0.0, 41.5),
+        ("AcquisitionTime", "101500", "101730.25"),
+        ("SeriesDescription", "before", "after"),
+        (0x0019100C, 50, 1000),
+    ],
+)
+def test_whatever_tells_volumes_in_one_place_apart(
+    tmp_path, make_dicom, make_plan, name, first, second
+):
+    parts = [voxels(5, 1), voxels(5, 2)]
+    for folder, values, value in zip("ab", parts, (first, second), strict=True):
+
+        def mark(file: Any, k: int, value: Any = value) -> None:
+            if isinstance(name, int):
+                file.add_new(0x00190010, "LO", "SIEMENS MR HEADER")
+                file.add_new(name, "IS", value)
+            else:
+                setattr(file, name, value)
+
+        each(write(tmp_path / folder, make_dicom, values), mark)
+    assert means_of(volumes(tmp_path, make_plan)) == pytest.approx(
+        sorted(values.mean() - 1024 for values in parts)
+    )
+
+
+def test_two_attributes_together_tell_four_volumes_apart(tmp_path, make_dicom, make_plan):
+    parts = [voxels(4, k) for k in range(4)]
+    for k, values in enumerate(parts):
+        tags = {"EchoTime": [5, 50][k // 2], "ImageType": ["ORIGINAL", "PRIMARY", "MP"[k % 2]]}
+        write(tmp_path / f"{k}", make_dicom, values, **tags)
+    assert means_of(volumes(tmp_path, make_plan)) == pytest.approx(
+        sorted(values.mean() - 1024 for values in parts)
+    )
+
+
+def test_slices_that_are_taken_one_after_the_other_are_volumes_by_time(
+    tmp_path, make_dicom, make_plan
+):
+    parts = [voxels(4, k) for k in range(3)]
+    for k, values in enumerate(parts):
+        paths = write(tmp_path / f"{k}", make_dicom, values)
+        each(paths, lambda f, z, k=k: setattr(f, "AcquisitionTime", f"1010{10 * k + z:02d}.5"))
+    assert means_of(volumes(tmp_path, make_plan)) == pytest.approx(
+        sorted(values.mean() - 1024 for values in parts)
+    )
+
+
+def test_no_volume_is_torn_apart_for_one_slice_that_is_there_twice(tmp_path, make_dicom, make_plan):
+    # Odd slices were taken in one acquisition and even ones in another; slice 2 was taken again.
+    paths = write(tmp_path / "s", make_dicom, voxels(8))
+    each(paths, lambda file, k: setattr(file, "AcquisitionNumber", 1 + k % 2))
+    again = write(tmp_path / "t", make_dicom, voxels(1, 9), heights=[5.0])
+    each(again, lambda file, k: setattr(file, "AcquisitionNumber", 2))
+    (sample,) = volumes(tmp_path, make_plan)
+    assert len(sample.load.frames) == 9
+    assert refusal(sample) == "duplicate slices"
+
+
+def test_what_is_taken_of_one_place_beside_a_volume_is_no_part_of_it(
+    tmp_path, make_dicom, make_plan
+):
+    write(tmp_path / "s", make_dicom, voxels(6), AcquisitionNumber=1)
+    for k in range(4):  # where the contrast agent is watched
+        write(tmp_path / f"t{k}", make_dicom, voxels(1, k), heights=[5.0], AcquisitionNumber=2 + k)
+    (sample,) = volumes(tmp_path, make_plan)
+    assert sample.load().pixels.shape[-1] == 6

@@ -97,3 +97,26 @@ def test_more_frames_than_the_file_has_bytes_for(tmp_path, make_dicom, make_plan
     (tmp_path / "labels.csv").write_text("PatientID,label\nP1,sick\n")
     with pytest.raises(DataError, match="not readable: 1"):
         read_dataset(DatasetSpec(tmp_path, "dicom"), make_plan().task)
+
+
+def test_jitter_of_the_axes_of_frames_divides_nothing(volumes):
+    def jittered(k: int) -> dict:
+        s = 0.005 + (1e-8 if k % 2 else -1e-8)
+        c = (1 - s * s) ** 0.5
+        return frame(2 * k) | {
+            "PlaneOrientationSequence": {"ImageOrientationPatient": [c, s, 0, -s, c, 0]}
+        }
+
+    made = volumes([jittered(k) for k in range(6)])
+    assert [numbers(volume) for volume in made] == [set(range(6))]
+
+
+def test_dimensions_of_a_file_tell_frames_in_one_place_apart(volumes):
+    made = volumes(
+        [
+            frame(z, FrameContentSequence={"DimensionIndexValues": [1, z // 2 + 1, phase]})
+            for z in (0, 2, 4)
+            for phase in (1, 2)
+        ]
+    )
+    assert [numbers(volume) for volume in made] == [{0, 2, 4}, {1, 3, 5}]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO, Final, cast
 
 import pydicom
+from pydicom.tag import BaseTag, Tag
 
 from fedward import rule_codes
 from fedward.errors import DataError
@@ -51,11 +52,42 @@ _TAGS: Final = [
     "PixelSpacing",
     "ImagerPixelSpacing",
     "NominalScannedPixelSpacing",
-    "AcquisitionNumber",
-    "EchoNumbers",
-    "TemporalPositionIdentifier",
     "FrameOfReferenceUID",
 ]
+# What tells slices in one place apart, what says it best first. Private ones: diffusion weights and
+# directions of Siemens, GE and Philips, which classic MR objects have no standard attribute for.
+TAKES: Final[tuple[str | int, ...]] = (
+    "TemporalPositionIdentifier",
+    "EchoNumbers",
+    "EchoTime",
+    "InversionTime",
+    "ImageType",
+    "DiffusionBValue",
+    0x0019100C,
+    0x00431039,
+    0x20011003,
+    "DiffusionGradientOrientation",
+    0x0019100E,
+    "TriggerTime",
+    "NominalPercentageOfCardiacPhase",
+    "KVP",
+    "ExposureTime",
+    "FlipAngle",
+    "RepetitionTime",
+    "ConvolutionKernel",
+    "SliceThickness",
+    "ContrastBolusAgent",
+    "SeriesDescription",
+    "AcquisitionNumber",
+    "FrameReferenceTime",
+    "AcquisitionTime",
+    "ContentTime",
+)
+# Of these a value may belong to a slice alone, as it was scanned one after the other.
+TIMES: Final = frozenset(
+    {"TriggerTime", "AcquisitionNumber", "FrameReferenceTime", "AcquisitionTime", "ContentTime"}
+)
+_WANTED: Final[list[BaseTag]] = [Tag(name) for name in (*_TAGS, *TAKES)]
 _SCOUTS: Final = frozenset({"LOCALIZER", "SCOUT"})
 _MOSAIC: Final = "MOSAIC"  # Siemens: the slices of a volume as tiles of one picture
 _OFTEN: Final = 50  # files after which the progress is told
@@ -88,12 +120,12 @@ class Header:
         At least 1.
     synthetic : bool
         Whether the file says so (0008,001C).
-    plane : str
-        Size, spacing and orientation: what the slices of one volume share.
-    position : str
-        Where the first pixel lies; "" where that is unknown or differs between frames.
-    take : str
-        Acquisition, echo and time: what tells slices in one place apart.
+    shape : tuple of int
+        Rows and columns.
+    spacing, orientation : tuple of float
+        What the slices of one volume share, up to rounding; empty where unknown.
+    takes : tuple
+        Values of :data:`TAKES`, in their order: what tells slices in one place apart.
     space : str
         UID of the frame of reference, in which positions are comparable.
     place : Place or None
@@ -106,9 +138,10 @@ class Header:
     modality: str
     frames: int
     synthetic: bool
-    plane: str = ""
-    position: str = ""
-    take: str = ""
+    shape: tuple[int, int] = (0, 0)
+    spacing: tuple[float, ...] = ()
+    orientation: tuple[float, ...] = ()
+    takes: tuple[str, ...] = ()
     space: str = ""
     place: Place | None = None
 
@@ -165,6 +198,7 @@ def _header(path: Path, task: Task, patients: PatientOptions) -> Header | MaskOb
         words = {name.lower(): str(tags.get(name) or "").strip() for name in _TAGS}
         frames = int(tags.get("NumberOfFrames") or 1)
         kinds = _kinds(tags)
+        shape = int(tags.get("Rows") or 0), int(tags.get("Columns") or 0)
     except Exception as error:
         # pydicom raises nearly anything on a broken file, and its texts quote values.
         raise rule_codes.unusable(rule_codes.reason_of(error)) from None
@@ -187,7 +221,6 @@ def _header(path: Path, task: Task, patients: PatientOptions) -> Header | MaskOb
     if patients.nobody(words["patientid"]) and patients.shared != "keep":
         keys["patientid"] = ""  # a row of such an id would be of many patients
     synthetic = words["syntheticdata"].upper() == "YES"
-    plane = (words["rows"], words["columns"], *_rounded(tags, "PixelSpacing", 3))
     return Header(
         path,
         patient,
@@ -195,13 +228,12 @@ def _header(path: Path, task: Task, patients: PatientOptions) -> Header | MaskOb
         words["modality"],
         max(frames, 1),
         synthetic,
-        plane=repr((*plane, *_rounded(tags, "ImageOrientationPatient", 2))),
-        position=repr(corner) if (corner := _rounded(tags, "ImagePositionPatient", 2)) else "",
-        take=repr(
-            [words[n] for n in ("acquisitionnumber", "echonumbers", "temporalpositionidentifier")]
-        ),
+        shape=shape,
+        spacing=_numbers(tags, "PixelSpacing"),
+        orientation=_numbers(tags, "ImageOrientationPatient"),
+        takes=tuple(_take(tags, name) for name in TAKES),
         space=words["frameofreferenceuid"],
-        place=_place(tags) if frames <= 1 and task.dimensions == 3 else None,
+        place=_place(tags) if frames <= 1 else None,
     )
 
 
@@ -213,7 +245,7 @@ def _read(path: Path) -> tuple[pydicom.FileDataset, bool]:
             cast(BinaryIO, Watched(file, path)),
             defer_size=_LONGEST,
             stop_before_pixels=True,
-            specific_tags=_TAGS,
+            specific_tags=_WANTED,
             force=True,
         )
         pixels_next = file.read(4) in _PIXELS or _deflated(tags)
@@ -240,10 +272,15 @@ def _kinds(tags: pydicom.FileDataset) -> frozenset[str]:
     return frozenset(str(v).upper() for v in ([values] if isinstance(values, str) else values))
 
 
-def _rounded(tags: pydicom.FileDataset, name: str, digits: int) -> tuple[float, ...]:
+def _take(tags: pydicom.FileDataset, name: str | int) -> str:
+    found = tags.get(name)  # a private attribute comes with its tag and VR
+    value = getattr(found, "value", found)
+    return "" if value is None else str(value).strip()
+
+
+def _numbers(tags: pydicom.FileDataset, name: str) -> tuple[float, ...]:
     try:
-        # 0.0 is added so that -0.0 and 0.0 are one plane.
-        return tuple(round(float(v), digits) + 0.0 for v in tags.get(name) or ())
+        return tuple(float(v) for v in tags.get(name) or ())
     except (TypeError, ValueError):
         return ()
 

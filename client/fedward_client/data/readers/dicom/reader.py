@@ -57,9 +57,18 @@ class DicomFrame:
 
 @dataclass(frozen=True)
 class DicomVolume:
-    """Reads a series as a volume: sorted by position, turned to RAS like a NIfTI image."""
+    """Reads a series as a volume: sorted by position, turned to RAS like a NIfTI image.
+
+    Attributes
+    ----------
+    frames : tuple
+        File and frame of each slice.
+    repeated : tuple
+        Those that lie in one place, place by place: unless they are the same there is no volume.
+    """
 
     frames: Frames
+    repeated: tuple[Frames, ...] = ()
 
     def __call__(self) -> Image:
         return stack([read_frame(path, frame) for path, frame in self.frames])
@@ -159,7 +168,8 @@ def _laid_out(items: Iterator[Sample | str], group: Stack, task: Task) -> Iterat
         more = {"tilted": "yes"} if found.tilt else {}
         if found.step:
             more["slice_distance"] = f"{found.step:.3g}"
-        yield found.reason or replace(item, columns={**item.columns, **more})
+        load = DicomVolume(group.frames, found.repeated)
+        yield found.reason or replace(item, load=load, columns={**item.columns, **more})
 
 
 def label_table(root: Path, task: Task, options: LabelOptions) -> Table | None:

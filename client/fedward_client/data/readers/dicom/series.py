@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
@@ -16,7 +17,7 @@ from scipy import ndimage
 from fedward import rule_codes
 from fedward.errors import DataError
 from fedward_client.data.quiet import quiet
-from fedward_client.data.readers.dicom.headers import Header
+from fedward_client.data.readers.dicom.headers import TAKES, TIMES, Header
 from fedward_client.data.readers.dicom.pixels import Frame, Place, open_dicom, place_of
 from fedward_client.data.readers.nifti import oriented_volume
 from fedward_client.data.sample import Image
@@ -236,15 +237,15 @@ def single(header: Header) -> Stack:
 
 
 def stacks(headers: Sequence[Header]) -> list[Stack]:
-    """Divide series by plane, size and spacing, and where places repeat by acquisition and time.
+    """Divide series by plane, size and spacing, and where places repeat by what tells them apart.
 
     A multi-frame file is a stack of its own, or several by what its functional groups say.
     """
-    groups: dict[tuple[str, ...], list[Header]] = {}
+    groups: dict[tuple[Any, ...], list[Header]] = {}
     for header in headers:
         uid = header.keys["seriesinstanceuid"] or str(header.path)
         own = str(header.path) if header.frames > 1 else ""
-        groups.setdefault((header.patient, uid, header.plane, own), []).append(header)
+        groups.setdefault((header.patient, uid, header.shape, own), []).append(header)
     return [stack for group in groups.values() for stack in _stacks(group)]
 
 
@@ -253,21 +254,139 @@ def _stacks(group: list[Header]) -> Iterator[Stack]:
         for numbers in _of_file(group[0]):
             yield Stack((group[0],), tuple((group[0].path, k) for k in numbers))
         return
-    # Some scanners number each slice as an acquisition, so it counts only where places repeat.
-    for part in _takes(group, lambda one: one.position, lambda one: one.take):
-        yield Stack(tuple(part), tuple((one.path, 0) for one in part))
+    for plane in _planes(group, lambda one: (one.orientation, one.spacing)):
+        places = [header.place for header in plane]
+        for numbers in _takes(places, [header.takes for header in plane], _TIMES):
+            part = tuple(plane[k] for k in numbers)
+            yield Stack(part, tuple((one.path, 0) for one in part))
+
+
+# Orientations and spacings are the same up to rounding: writers cut them off at some digit.
+
+_TURNED: Final = 1e-2  # difference of two unit vectors; geometry() refuses what is not parallel
+_SPACED: Final = 1e-3  # relative
+_TIMES: Final = tuple(name in TIMES for name in TAKES)
+
+
+def _planes(
+    group: Sequence[T], plane: Callable[[T], tuple[tuple[float, ...], tuple[float, ...]]]
+) -> list[list[T]]:
+    """Those of one orientation and spacing together, each compared with the first of its kind."""
+    known: dict[tuple[Any, ...], int] = {}
+    firsts: dict[tuple[int, int], list[Vector]] = {}
+    parts: dict[tuple[int, int, int], list[T]] = {}
+    for one in group:
+        turned, spacing = plane(one)
+        kind = len(turned), len(spacing)
+        if (turned, spacing) not in known:
+            with np.errstate(all="ignore"):
+                key = np.array([*np.divide(turned, _TURNED), *np.log(spacing) / _SPACED])
+            others = firsts.setdefault(kind, [])
+            near = [k for k, other in enumerate(others) if np.all(np.abs(other - key) <= 1)]
+            known[turned, spacing] = near[0] if near else len(others)
+            others += [] if near else [key]
+        parts.setdefault((*kind, known[turned, spacing]), []).append(one)
+    return list(parts.values())
+
+
+# Several volumes in one place: phases, echoes, diffusion weights, times.
+
+_SAME: Final = 0.01  # of the usual distance of two slices is the same place
 
 
 def _takes(
-    group: Sequence[T], place: Callable[[T], Hashable], take: Callable[[T], Hashable]
-) -> list[list[T]]:
-    places = [where for one in group if (where := place(one))]
-    if len(set(places)) == len(places):
-        return [list(group)]
-    found: dict[Hashable, list[T]] = {}
-    for one in group:
-        found.setdefault(take(one), []).append(one)
-    return list(found.values())
+    places: Sequence[Place | None], takes: Sequence[tuple[str, ...]], times: Sequence[bool]
+) -> list[list[int]]:
+    """Slices by number, divided until no place repeats, where something tells them apart."""
+    everything = list(range(len(places)))
+    heights = _heights(places)
+    if heights is None:
+        return [everything]
+    level = _levels(heights)
+    return list(_divided(everything, level, takes, times))
+
+
+def _heights(places: Sequence[Place | None]) -> Vector | None:
+    """Of each slice along the normal of the first; None where one does not say where it lies."""
+    normal = None if places[0] is None else normal_of(places[0])
+    corners = [None if place is None else place.position for place in places]
+    if normal is None or any(corner is None for corner in corners):
+        return None
+    return np.asarray(np.array(corners, np.float64) @ normal, np.float64)
+
+
+def _levels(heights: Vector) -> NDArray[np.int64]:
+    """The number of each height's place, from below; jitter of coordinates is no other place."""
+    order = np.argsort(heights, kind="stable")
+    steps = np.diff(heights[order])
+    real = steps[steps > _SAME * steps.max(initial=0.0)]
+    usual = float(np.median(real)) if real.size else 0.0
+    level = np.zeros(len(heights), np.int64)
+    level[order[1:]] = np.cumsum(steps > _SAME * max(usual, _ONE))
+    return level
+
+
+def _divided(
+    slices: list[int],
+    level: NDArray[np.int64],
+    takes: Sequence[tuple[str, ...]],
+    times: Sequence[bool],
+) -> Iterator[list[int]]:
+    if _repeats(slices, level):
+        for number, own in enumerate(times):
+            parts: dict[str, list[int]] = {}
+            for k in slices:
+                parts.setdefault(takes[k][number], []).append(k)
+            if _tells(list(parts.values()), slices, level, contiguous=own):
+                for part in parts.values():
+                    yield from _divided(part, level, takes, times)
+                return
+        for number in (k for k, own in enumerate(times) if own):
+            if (in_time := _in_time(slices, level, [one[number] for one in takes])) is not None:
+                yield from in_time
+                return
+    yield slices
+
+
+def _repeats(slices: Sequence[int], level: NDArray[np.int64]) -> int:
+    return len(slices) - len(np.unique(level[list(slices)]))
+
+
+def _tells(
+    parts: list[list[int]], slices: list[int], level: NDArray[np.int64], *, contiguous: bool
+) -> bool:
+    """Whether a division makes volumes of slices in one place, and does not tear any apart.
+
+    Some scanners number each slice as an acquisition, and take one after the other: so a number or
+    time counts only where its slices follow each other without a gap.
+    """
+    if len(parts) < 2 or sum(_repeats(p, level) for p in parts) >= _repeats(slices, level):
+        return False
+    volumes = [part for part in parts if len(part) > 1]
+    if 2 * sum(map(len, volumes)) < len(slices):
+        return False
+    every = np.unique(level[slices])
+    found = [np.searchsorted(every, np.unique(level[part])) for part in volumes]
+    return not contiguous or all(one[-1] - one[0] + 1 == len(one) for one in found)
+
+
+def _in_time(
+    slices: list[int], level: NDArray[np.int64], times: Sequence[str]
+) -> list[list[int]] | None:
+    """The first, second and later slice of each place, if one volume was over before the next."""
+    try:
+        moments = {k: float(times[k]) for k in slices}
+    except ValueError:
+        return None
+    of_place: dict[int, list[int]] = {}
+    for k in sorted(slices, key=lambda k: moments[k]):
+        of_place.setdefault(int(level[k]), []).append(k)
+    if len({len(one) for one in of_place.values()}) != 1:
+        return None
+    parts = [list(part) for part in zip(*of_place.values(), strict=True)]
+    ends = [(min(moments[k] for k in p), max(moments[k] for k in p)) for p in parts]
+    over = all(one[1] < other[0] for one, other in pairwise(ends))
+    return parts if over and len(of_place) > 1 else None
 
 
 def _of_file(header: Header) -> list[list[int]]:
@@ -278,44 +397,77 @@ def _of_file(header: Header) -> list[list[int]]:
             whole = open_dicom(header.path).header
             shared = (whole.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
             groups = list(whole.get("PerFrameFunctionalGroupsSequence") or [])
-            facts = [_facts(group, shared) for group in groups[: header.frames]]
+            if len(groups) < header.frames:
+                return [everything]
+            stacks = [_stack_id(group, shared) for group in groups[: header.frames]]
+            places = [place_of(whole, k) for k in everything]
+            takes = [_frame_takes(group, shared) for group in groups[: header.frames]]
     except Exception:  # whoever reads the frames meets this again, and tells
         return [everything]
-    if len(facts) != header.frames:
-        return [everything]
-    planes: dict[Hashable, list[int]] = {}
+    by_stack: dict[str, list[int]] = {}
     for k in everything:
-        planes.setdefault(facts[k][0], []).append(k)
+        by_stack.setdefault(stacks[k], []).append(k)
+    longest = max(map(len, takes))
+    takes = [one + ("",) * (longest - len(one)) for one in takes]
+    times = [False] * len(_FRAME_TAKES) + [True] * (longest - len(_FRAME_TAKES))
     return [
-        take
-        for plane in planes.values()
-        for take in _takes(plane, lambda k: facts[k][1], lambda k: facts[k][2])
+        [plane[k] for k in take]
+        for numbers in by_stack.values()
+        for plane in _planes(numbers, lambda k: _turned(places[k]))
+        for take in _takes([places[k] for k in plane], [takes[k] for k in plane], times)
     ]
 
 
-def _facts(group: Dataset, shared: Dataset) -> tuple[Hashable, Hashable, Hashable]:
-    """Plane and stack, place, and time and echo of a frame."""
+def _turned(place: Place) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    turned = () if place.orientation is None else tuple(map(float, place.orientation.ravel()))
+    return turned, place.spacing
 
-    def value(sequence: str, name: str) -> Any:
-        for owner in (group, shared):
-            items = owner.get(sequence) or []
-            if len(items) and items[0].get(name) is not None:
-                return items[0].get(name)
-        return None
 
+# Paths to attributes of a frame's functional groups.
+_FRAME_TAKES: Final = (
+    ("FrameContentSequence", "TemporalPositionIndex"),
+    ("MREchoSequence", "EffectiveEchoTime"),
+    ("MRDiffusionSequence", "DiffusionBValue"),
+    (
+        "MRDiffusionSequence",
+        "DiffusionGradientDirectionSequence",
+        "DiffusionGradientOrientation",
+    ),
+    ("MRImageFrameTypeSequence", "FrameType"),
+    ("MRImageFrameTypeSequence", "ComplexImageComponent"),
+    ("CTImageFrameTypeSequence", "FrameType"),
+    ("CardiacSynchronizationSequence", "NominalPercentageOfCardiacPhase"),
+    ("CardiacSynchronizationSequence", "NominalCardiacTriggerDelayTime"),
+    ("MRModifierSequence", "InversionTimes"),
+    ("CTXRayDetailsSequence", "KVP"),
+)
+
+
+def _found(group: Dataset, shared: Dataset, path: tuple[str, ...]) -> Any:
+    for owner in (group, shared):
+        for name in path[:-1]:
+            items = owner.get(name) or []
+            owner = items[0] if len(items) else Dataset()
+        if owner.get(path[-1]) is not None:
+            return owner.get(path[-1])
+    return None
+
+
+def _stack_id(group: Dataset, shared: Dataset) -> str:
+    return str(_found(group, shared, ("FrameContentSequence", "StackID")) or "")
+
+
+def _frame_takes(group: Dataset, shared: Dataset) -> tuple[str, ...]:
+    """What tells frames in one place apart, then the frame's time and its place in each dimension.
+
+    Acquisitions are not told apart by number: some scanners count each frame as one.
+    """
     content = "FrameContentSequence"
-    turned = _rounded(value("PlaneOrientationSequence", "ImageOrientationPatient"))
-    plane = (str(value(content, "StackID") or ""), turned)
-    place = _rounded(value("PlanePositionSequence", "ImagePositionPatient"))
-    # Acquisitions are not told apart by number: some scanners count each frame as one.
-    time = str(value(content, "TemporalPositionIndex"))
-    echo = str(value("MREchoSequence", "EffectiveEchoTime"))
-    weight = str(value("MRDiffusionSequence", "DiffusionBValue"))
-    return plane, place, (time, echo, weight)
-
-
-def _rounded(values: Any) -> tuple[float, ...]:
-    return tuple(round(float(v), 2) + 0.0 for v in values or ())
+    index = _found(group, shared, (content, "DimensionIndexValues"))
+    index = [index] if isinstance(index, int | None) else index
+    own = [_found(group, shared, path) for path in _FRAME_TAKES]
+    time = _found(group, shared, (content, "FrameReferenceDateTime"))
+    return tuple("" if one is None else str(one) for one in (*own, time, *index))
 
 
 # Whether slices make a volume, as far as their headers tell.
@@ -333,32 +485,56 @@ class Layout:
         Degrees; 0 for an upright one.
     step : float
         mm between slices; 0 where headers do not tell.
+    repeated : tuple
+        Frames that lie in one place, place by place; a volume they make only if they are the same.
     """
 
     reason: str = ""
     tilt: float = 0.0
     step: float = 0.0
+    repeated: tuple[Frames, ...] = ()
 
 
 def layout(stack: Stack) -> Layout:
     """Whether a stack of slices makes a volume, and how they lie.
 
-    Two slices in one place are no reason yet: whether they are the same, only their pixels tell.
+    Two files in one place are no reason yet: whether they are the same, only their pixels tell.
     """
     try:
         with quiet():
             places = _places(stack)
     except Exception:  # whoever reads the frames meets this again, and tells
         return Layout()
-    alone = {tuple(np.round(p.position, 3)): p for p in places if p.position is not None}
-    lying = [place for place in places if place.position is None]
-    if not lying and len(alone) < 2 <= len(places):
-        return Layout()
+    heights = _heights(places)
     try:
-        found = geometry([*alone.values(), *lying], places[0].spacing)
-        return Layout(tilt=found.tilt, step=found.step)
+        if heights is None:
+            geometry(places, places[0].spacing)  # which says why
+            return Layout()
+        at = _of_places(heights)
+        repeated = [numbers for numbers in at if len(numbers) > 1]
+        found = tuple(tuple(stack.frames[k] for k in numbers) for numbers in repeated)
+        if repeated and (len(stack.headers) == 1 or not _coincide(places, repeated)):
+            return Layout(rule_codes.DUPLICATE_SLICES)
+        if len(at) == 1 < len(places):
+            return Layout(repeated=found)
+        made = geometry([places[numbers[0]] for numbers in at], places[0].spacing)
+        return Layout(tilt=made.tilt, step=made.step, repeated=found)
     except DataError as error:
         return Layout(rule_codes.reason_of(error))
+
+
+def _of_places(heights: Vector) -> list[list[int]]:
+    """The slices of each place."""
+    at: dict[int, list[int]] = {}
+    for k, level in enumerate(_levels(heights)):
+        at.setdefault(int(level), []).append(k)
+    return list(at.values())
+
+
+def _coincide(places: Sequence[Place], repeated: Sequence[Sequence[int]]) -> bool:
+    """Whether slices of one height have their corners in one place too."""
+    corners = [[places[k].position for k in numbers] for numbers in repeated]
+    return all(np.ptp(np.array(one, np.float64), axis=0).max() <= _ONE for one in corners)
 
 
 def _places(stack: Stack) -> list[Place]:
