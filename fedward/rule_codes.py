@@ -429,6 +429,10 @@ class RuleCode(Enum):
         "stages.train, pattern {pattern:count}",
     )
     MODEL_SIZE = ("{model:model} cannot take images of this size", "preprocessing.size")
+    FEATURE_CENTERING = (
+        "feature_centering needs a chain of layers that ends in a linear one",
+        "model.feature_centering",
+    )
 
     # measuring
     PROBABILITIES = ("probabilities must lie in 0 to 1",)

@@ -28,7 +28,7 @@ from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
 from opacus.accountants.utils import get_noise_multiplier
 
 from fedward.errors import PrivacyError
-from fedward.plan.schema import Plan
+from fedward.plan.schema import CENTERING_STEPS, Plan
 from fedward.rule_codes import RuleCode
 
 _MOST_NOISE = 1e6
@@ -84,10 +84,28 @@ def steps_per_round(plan: Plan, rate: float) -> int:
     return math.ceil((plan.training.local_epochs or 1) / rate)
 
 
-def steps_in_round(plan: Plan, images: int, patients: int) -> int:
-    """Optimiser steps of a round at a site with so many training images and patients."""
+def private_steps_in(plan: Plan, rate: float, round_: int) -> int:
+    """Private steps in this round.
+
+    Those of the round that measures the mean of the features have the noise and the sampling of all
+    others, so that a study is one kind of step to every accountant.
+    """
+    if plan.is_centering(round_):
+        return plan.privacy.centering_steps or CENTERING_STEPS
+    return steps_per_round(plan, rate)
+
+
+def private_steps_until(plan: Plan, rate: float, round_: int) -> int:
+    """Private steps of the rounds up to this one."""
+    return private_steps_in(plan, rate, 1) + steps_per_round(plan, rate) * (round_ - 1)
+
+
+def steps_in_round(plan: Plan, images: int, patients: int, round_: int = 0) -> int:
+    """Steps of a round at a site with so many training images and patients; 0: one that trains."""
     if plan.privacy.on:
-        return steps_per_round(plan, sampling_rate(plan, patients))
+        return private_steps_in(plan, sampling_rate(plan, patients), round_)
+    if plan.is_centering(round_):
+        return 1
     training = plan.training
     if training.local_steps is not None:
         return training.local_steps
@@ -106,7 +124,7 @@ def calibrate(plan: Plan, patients: int) -> Mechanism:
     if target.epsilon is None or target.delta is None:
         raise PrivacyError(RuleCode.NEEDS_PRIVACY, fix="Set privacy.epsilon")
     rate = sampling_rate(plan, patients)
-    steps = steps_per_round(plan, rate) * plan.rounds
+    steps = private_steps_until(plan, rate, plan.rounds)
     return Mechanism(noise_for(target.epsilon, target.delta, rate, steps), rate, steps)
 
 

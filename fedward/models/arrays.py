@@ -21,7 +21,7 @@ from fedward.errors import ModelError, OutputError
 from fedward.integrity import check_model, unreadable
 from fedward.models.patterns import matches
 from fedward.models.registry import outline
-from fedward.plan.schema import Plan
+from fedward.plan.schema import FEATURE_MEAN, Plan
 from fedward.rule_codes import RuleCode
 
 Arrays = dict[str, NDArray[np.float32]]
@@ -146,12 +146,16 @@ def _check(name: str, array: NDArray[np.float32], state: Mapping[str, torch.Tens
 def trainable_names(model: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
     """Names of the parameters that match any shell-style pattern, in the model's order.
 
+    The mean of the features is no parameter; it is named by nothing but its whole name alone.
+
     Raises
     ------
     ModelError
         A pattern matches no parameter.
     """
     names = [name for name, _ in model.named_parameters()]
+    if tuple(patterns) == (FEATURE_MEAN,):
+        names = [name for name, _ in model.named_buffers() if name == FEATURE_MEAN] or names
     for number, pattern in enumerate(patterns, start=1):
         if not any(matches(name, pattern) for name in names):
             raise ModelError(
@@ -172,7 +176,7 @@ def freeze(model: nn.Module, names: Iterable[str]) -> None:
     ModelError
         The model has no parameter of that name.
     """
-    wanted, parameters = set(names), dict(model.named_parameters())
+    wanted, parameters = set(names) - {FEATURE_MEAN}, dict(model.named_parameters())
     if unknown := sorted(wanted - set(parameters)):
         raise ModelError(
             RuleCode.PARAMETER_KNOWN, fix="Take names from the model", where=unknown[0]

@@ -8,6 +8,8 @@ from monai.networks.nets import DenseNet, EfficientNet, ResNet
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from fedward.plan.schema import FEATURE_MEAN
+
 
 class Chain(nn.Module):
     """Blocks of a model, one after the other, under the names that they have in the model.
@@ -64,7 +66,8 @@ def split_at_trainable(
         The rest, with ``suffix(prefix(x)) == model(x)``. It shares its parameters with the model
         and names them alike; the model itself where there is no prefix.
     """
-    steps, names = _steps(model), set(trainable)
+    # The mean of the features is measured once; what lies before it is the same in all rounds.
+    steps, names = steps_of(model), {*trainable, FEATURE_MEAN}
     cut = next((i for i, step in enumerate(steps) if _alive(step, names)), len(steps))
     # A prefix without parameters (padding) saves nothing; one without a suffix trains nothing.
     useful = any(True for _, block in steps[:cut] for _ in block.parameters())
@@ -77,12 +80,15 @@ def split_at_trainable(
 
 def _alive(step: tuple[str, nn.Module], trainable: set[str]) -> bool:
     path, block = step
-    if any(f"{path}.{name}" in trainable for name, _ in block.named_parameters()):
+    if any(f"{path}.{name}" in trainable for name in block.state_dict()):
         return True
     return any(isinstance(m, _DropoutNd) and m.p > 0 for m in block.modules())
 
 
-def _steps(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def steps_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Names and blocks in the order of the forward pass; none where the model does not divide."""
+    if isinstance(model, Chain):
+        return [(path, model.get_submodule(path)) for path in model.order]
     if isinstance(model, ResNet):
         return list(_resnet(model))
     if isinstance(model, EfficientNet):

@@ -10,6 +10,7 @@ from torch import nn
 
 from fedward.dp.layers import unknown_layers
 from fedward.errors import PlanError
+from fedward.models.centering import with_centering
 from fedward.networks import MODELS
 from fedward.plan.schema import Plan
 from fedward.rule_codes import RuleCode
@@ -40,7 +41,7 @@ def build_model(plan: Plan, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed: that one would reseed the caller's GPUs as well.
         torch.default_generator.manual_seed(seed)
-        model = MODELS[plan.model.name].build(plan)
+        model = _built(plan)
     _check_size(plan)
     return model.train()
 
@@ -48,7 +49,12 @@ def build_model(plan: Plan, seed: int) -> nn.Module:
 def outline(plan: Plan) -> nn.Module:
     """The plan's network without storage (on the ``meta`` device): names, shapes, nothing else."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return MODELS[plan.model.name].build(plan)
+        return _built(plan)
+
+
+def _built(plan: Plan) -> nn.Module:
+    model = MODELS[plan.model.name].build(plan)
+    return with_centering(model) if plan.model.feature_centering else model
 
 
 def _check_size(plan: Plan) -> None:

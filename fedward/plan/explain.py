@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from fedward.networks import MODELS
 from fedward.plan.load import plan_hash, schema_needed
-from fedward.plan.schema import Plan, Stage
+from fedward.plan.schema import CENTERING_STEPS, Plan, Stage
 from fedward.plan.versions import used
 
 _LABEL, _WIDTH = 15, 100
@@ -64,6 +64,8 @@ def _parts(plan: Plan, parameters: int | None) -> Iterator[tuple[str, str]]:
     if plan.preprocessing.augmentation.active:
         yield "Augments", _augmentation(plan)
     yield "Model", _model(plan, parameters)
+    if plan.model.feature_centering:
+        yield "Centres", _centering(plan)
     yield from _schedule(plan)
     yield "Each site", _site_work(plan)
     yield "Server", _server(plan)
@@ -145,6 +147,8 @@ def _model(plan: Plan, parameters: int | None) -> str:
         text += f", {count(parameters, 'parameter')}"
     if model.dropout:
         text += f", dropout {model.dropout:g}"
+    if model.feature_centering:
+        text += ", whose last layer reads features without their mean, brought to one length"
     if model.initial_weights is None:
         return f"{text}; starts from fresh weights"
     return f"{text}; starts from public weights (SHA-256 {model.initial_weights.sha256[:12]}…)"
@@ -152,14 +156,27 @@ def _model(plan: Plan, parameters: int | None) -> str:
 
 def _schedule(plan: Plan) -> Iterator[tuple[str, str]]:
     if not plan.stages:
-        yield "Runs", f"{count(plan.rounds, 'round')}, {_rate(plan, plan.schedule[0])}"
+        (only,) = plan.training_stages
+        yield "Runs", f"{count(only.rounds, 'round')}, {_rate(plan, only)}"
         return
-    yield "Runs", f"{count(plan.rounds, 'round')} in {count(len(plan.stages), 'stage')}"
+    rounds = sum(stage.rounds for stage in plan.stages)
+    yield "Runs", f"{count(rounds, 'round')} in {count(len(plan.stages), 'stage')}"
     for stage in plan.stages:
         what = (
             "all parameters train" if stage.train == ("*",) else f"trains {', '.join(stage.train)}"
         )
         yield "", f"{stage.name}: {count(stage.rounds, 'round')}, {_rate(plan, stage)}; {what}"
+
+
+def _centering(plan: Plan) -> str:
+    text = (
+        "first a round without training: each site measures the mean of its features, the server "
+        "averages them, and the model subtracts that mean from then on, at every site"
+    )
+    if not plan.privacy.on:
+        return f"{text}; the mean is exact"
+    steps = count(plan.privacy.centering_steps or CENTERING_STEPS, "private step")
+    return f"{text}; it takes {steps}, with the noise of the others and inside the same ε"
 
 
 def _rate(plan: Plan, stage: Stage) -> str:

@@ -20,6 +20,7 @@ from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from fedward.networks import MODELS
 from fedward.plan.messages import rule_error
+from fedward.plan.versions import Since
 from fedward.strategies import STRATEGIES, StrategySpec
 from fedward.tasks.base import TaskSpec
 from fedward.tasks.registry import LOSSES, METRICS, TASKS
@@ -31,6 +32,7 @@ def _broken(plan: Plan) -> Iterator[tuple[str, str]]:
     yield from _task_rules(plan)
     yield from _model_rules(plan)
     yield from _stage_rules(plan)
+    yield from _centering_rules(plan)
     yield from _strategy_rules(plan)
     yield from _participation_rules(plan)
 
@@ -99,6 +101,33 @@ def _stage_rules(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "stages", "stage names must differ; rename one"
 
 
+def _centering_rules(plan: Plan) -> Iterator[tuple[str, str]]:
+    if not plan.model.feature_centering:
+        if plan.privacy.centering_steps is not None:
+            yield (
+                "privacy.centering_steps",
+                "centering_steps belong to model.feature_centering; set it, or remove them",
+            )
+        return
+    spec = plan.strategy.spec
+    if plan.task.kind != "classification":
+        yield (
+            "model.feature_centering",
+            f"feature_centering is for the one feature vector of an image, not for "
+            f"{plan.task.kind}; remove it",
+        )
+    if plan.model.dropout:
+        yield "model.dropout", "feature_centering needs features without dropout; remove dropout"
+    if spec.kept or spec.received or spec.sent:
+        yield (
+            "model.feature_centering",
+            f"the round that measures the mean has no place for what {spec.name} sends or keeps "
+            "besides the model; choose another strategy, or remove feature_centering",
+        )
+    if any(stage.name == CENTERING for stage in plan.stages):
+        yield "stages", f"the round that measures the mean is called {CENTERING}; rename the stage"
+
+
 def _strategy_rules(plan: Plan) -> Iterator[tuple[str, str]]:
     spec = plan.strategy.spec
     yield from spec.broken(plan.strategy.settings)
@@ -151,6 +180,13 @@ def _participation_rules(plan: Plan) -> Iterator[tuple[str, str]]:
             "with local_steps the cost of privacy depends on the sampling rate; give sampling_rate",
         )
 
+
+CENTERING = "feature-centering"
+"""Name of the stage that measures the mean of the features."""
+CENTERING_STEPS = 4
+"""Private steps of that stage where a plan names none."""
+FEATURE_MEAN = "feature_centering.mean"
+"""The array that the first round of a plan with ``model.feature_centering`` measures."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # Beyond this an optimiser's step is larger than what single precision holds.
@@ -395,6 +431,12 @@ class Model(Section):
         "reads; the network ends after the last of them; none: the usual head",
     )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout, where it has some")
+    feature_centering: Annotated[bool, Since(2)] = Field(
+        default=False,
+        description="classification: a first round measures the mean of the features that the last "
+        "layer reads; the model subtracts it and brings the features to one length. For frozen "
+        "public weights: with privacy it gains much",
+    )
     initial_weights: InitialWeights | None = Field(default=None, description="public start weights")
 
 
@@ -531,6 +573,13 @@ class Privacy(Section):
     images_per_patient: int = Field(
         default=1, ge=1, le=64, description="images drawn from each sampled patient in a step"
     )
+    centering_steps: Annotated[int | None, Since(2)] = Field(
+        default=None,
+        ge=1,
+        le=1000,
+        description="private steps that the first round of `model.feature_centering` takes, inside "
+        f"the same ε; none: {CENTERING_STEPS}",
+    )
     audit: bool = Field(
         default=False,
         description="simulations: attack the model and its updates at the end, and fail where that "
@@ -547,7 +596,11 @@ class Privacy(Section):
         if self.mechanism == "none" and (
             given := [
                 k
-                for k, v in {**parts, "sampling_rate": self.sampling_rate}.items()
+                for k, v in {
+                    **parts,
+                    "sampling_rate": self.sampling_rate,
+                    "centering_steps": self.centering_steps,
+                }.items()
                 if v is not None
             ]
         ):
@@ -651,7 +704,15 @@ class Plan(Section):
 
     @property
     def schedule(self) -> tuple[Stage, ...]:
-        """The stages; a plan without any is one stage that trains everything."""
+        """The stages; before them the round that measures the mean of the features, if any."""
+        if not self.model.feature_centering:
+            return self.training_stages
+        first = Stage(name=CENTERING, rounds=1, learning_rate=1.0, train=(FEATURE_MEAN,))
+        return (first, *self.training_stages)
+
+    @property
+    def training_stages(self) -> tuple[Stage, ...]:
+        """The stages that train; a plan without any is one stage that trains everything."""
         if self.stages:
             return self.stages
         if self.training.rounds is None or self.training.learning_rate is None:
@@ -666,6 +727,10 @@ class Plan(Section):
     def rounds(self) -> int:
         """Rounds over all stages."""
         return sum(stage.rounds for stage in self.schedule)
+
+    def is_centering(self, round_: int) -> bool:
+        """Whether a round measures the mean of the features, and trains nothing."""
+        return self.model.feature_centering and round_ == 1
 
     def is_evaluated(self, round_: int, part: str) -> bool:
         """Whether the study evaluates in this round: validation in some, the test in round 0.

@@ -7,7 +7,9 @@ the site says that its ledger holds no charge for it.
 
 from __future__ import annotations
 
-from fedward.dp.accounting import Mechanism, calibrate, epsilon_composed
+from dataclasses import replace
+
+from fedward.dp.accounting import Mechanism, calibrate, epsilon_composed, private_steps_in
 from fedward.errors import PrivacyError
 from fedward.plan.schema import Plan
 from fedward.protocol import SiteFacts, TrainOutcome
@@ -49,7 +51,7 @@ def charge_ordered(arm: Arm, plan: Plan, facts: SiteFacts, round_: int) -> None:
         return
     try:
         whole = calibrate(plan, facts.train_patients)
-        ordered = Mechanism(whole.noise_multiplier, whole.sampling_rate, whole.steps // plan.rounds)
+        ordered = replace(whole, steps=private_steps_in(plan, whole.sampling_rate, round_))
     except PrivacyError:  # then it cannot have trained by this plan either
         ordered = _UNKNOWN
     _add(arm, facts.site, round_, ordered, plan.privacy.delta)

@@ -295,7 +295,7 @@ def _check_weight(message: Message, outcome: TrainOutcome, weighting: str | None
 
 def _check_steps(outcome: TrainOutcome, plan: Plan) -> None:
     """A strategy that divides an update by its steps would count one that claims few for many."""
-    asked = steps_in_round(plan, outcome.images, outcome.patients)
+    asked = steps_in_round(plan, outcome.images, outcome.patients, outcome.round)
     if outcome.steps != asked:
         raise ProtocolError(
             "an update must be made of the steps that the plan asks for",

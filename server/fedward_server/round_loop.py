@@ -20,9 +20,9 @@ from fedward.flower.errors import AppExitException
 from fedward.flower.study_grid import GridSnapshot
 from fedward.models import build_model, trainable_names
 from fedward.plan.load import canonical, plan_hash
-from fedward.plan.schema import Stage
+from fedward.plan.schema import CENTERING, Stage
 from fedward.protocol import RoundOrder
-from fedward.strategies import array_names
+from fedward.strategies import STRATEGIES, StrategySpec, array_names
 from fedward.tasks.private_counts import AnyCounts
 from fedward.tensors import FROZEN, digest
 from fedward_server.aggregation import Aggregation, free_arrays, record_of, size_of
@@ -297,7 +297,7 @@ class StudyRun:
 
     def _besides(self, stage: Stage, expected: Mapping[str, NDArray[Any]]) -> Arrays:
         """What the strategy has the sites receive beside the model; zeros before there is any."""
-        spec = self.plan.strategy.spec
+        spec = self._spec_of(stage)
         memory = memory_of(self._strategy_of(stage), spec, tuple(expected))
         return {
             name: memory[name].astype(np.float32) if name in memory else np.zeros_like(expected[of])
@@ -475,7 +475,7 @@ class StudyRun:
             if not np.isfinite(new[name]).all():
                 raise self._divergence(f"the model after round {self.job.round}, {name}")
         self.job.arrays = new
-        memory = memory_of(strategy, self.plan.strategy.spec, tuple(names))
+        memory = memory_of(strategy, self._spec_of(stage), tuple(names))
         self.job.memory, self.job.memory_stage = memory, stage.name
         decay = decay_at(self.job.round, self.plan.strategy.averaging)
         self.job.average = blend(self.job.average, new, decay)
@@ -486,12 +486,17 @@ class StudyRun:
             training = self.plan.training
             momentum = training.momentum if training.optimizer == "sgd" else 0.0
             settings = StrategySettings(values=self.plan.strategy.settings, momentum=momentum)
-            strategy = build_strategy(self.plan.strategy.name, settings)
+            strategy = build_strategy(self._spec_of(stage).name, settings)
             if self.job.memory_stage == stage.name:
                 names = trainable_names(self._model, stage.train)
-                remember(strategy, self.plan.strategy.spec, self.job.memory, names)
+                remember(strategy, self._spec_of(stage), self.job.memory, names)
             self._strategy = (stage.name, strategy)
         return self._strategy[1]
+
+    def _spec_of(self, stage: Stage) -> StrategySpec:
+        """The plan's strategy; features are averaged, unless it compares the sites' answers."""
+        spec = self.plan.strategy.spec
+        return spec if stage.name != CENTERING or spec.needs_all else STRATEGIES["fedavg"]
 
     def _validate(self, round_: int, result: Round) -> None:
         sites = {s for s, facts in self.job.facts.items() if facts.validation_images}

@@ -60,6 +60,7 @@ def _is_easy(plan: Plan) -> bool:
     if epsilon is None or delta is None:
         return True
     rate = plan.privacy.sampling_rate or min(1.0, plan.training.batch_size / _MANY)
-    steps = plan.training.local_steps or math.ceil((plan.training.local_epochs or 1) / rate)
-    noise = math.sqrt(2 * math.log(1.25 / delta) * steps * plan.rounds) / min(epsilon, 1.0)
+    each = plan.training.local_steps or math.ceil((plan.training.local_epochs or 1) / rate)
+    steps = each * plan.rounds + (plan.privacy.centering_steps or 0)
+    noise = math.sqrt(2 * math.log(1.25 / delta) * steps) / min(epsilon, 1.0)
     return noise < _EASY

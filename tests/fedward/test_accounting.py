@@ -21,11 +21,14 @@ from fedward.dp.accounting import (
     epsilon_filtered,
     epsilon_spent,
     noise_for,
+    private_steps_in,
+    private_steps_until,
     sampling_rate,
     steps_per_round,
 )
 from fedward.errors import PrivacyError
 from fedward.plan import Plan
+from fedward.plan.schema import CENTERING_STEPS
 
 PRIVATE = {"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-3, "clipping_norm": 1.0}
 MakePlan = Callable[..., Plan]
@@ -154,6 +157,33 @@ def test_steps_per_round(
 ) -> None:
     plan = make_plan(privacy={**PRIVATE, "sampling_rate": rate}, training=amount)
     assert steps_per_round(plan, rate) == steps
+
+
+@pytest.mark.parametrize(("epsilon", "given"), [(8.0, 12), (3.0, None), (1.0, 40)])
+def test_the_mean_of_the_features_shares_the_studys_epsilon(
+    make_plan: MakePlan, epsilon: float, given: int | None
+) -> None:
+    """Against an accountant that composes the release of the mean and the training steps itself."""
+    plan = make_plan(
+        model={"feature_centering": True},
+        training={"rounds": 30, "local_epochs": None, "local_steps": 2},
+        privacy={**PRIVATE, "epsilon": epsilon, "sampling_rate": 0.4, "centering_steps": given},
+    )
+    whole, centering = calibrate(plan, 100), given or CENTERING_STEPS
+    step = PoissonSampledDpEvent(0.4, GaussianDpEvent(whole.noise_multiplier))
+    accountant = PLDAccountant()
+    accountant.compose(step, centering)
+    alone = float(accountant.get_epsilon(1e-3))
+    accountant.compose(step, 30 * 2)
+    assert 0.98 * epsilon <= float(accountant.get_epsilon(1e-3)) <= epsilon
+    assert [private_steps_in(plan, 0.4, n) for n in (1, 2, 31)] == [centering, 2, 2]
+    assert [private_steps_until(plan, 0.4, n) for n in (1, 2, 31)] == [
+        centering,
+        centering + 2,
+        whole.steps,
+    ]
+    spent = epsilon_spent(whole.noise_multiplier, 0.4, private_steps_until(plan, 0.4, 1), 1e-3)
+    assert alone - 0.001 <= spent <= alone * 1.01 + 0.02
 
 
 def test_each_site_gets_noise_for_its_own_size(make_plan: MakePlan) -> None:

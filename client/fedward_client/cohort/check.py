@@ -60,7 +60,7 @@ class Cost(BaseModel):
     )
     memory_bytes: int = Field(description="of the machine or its GPU")
     device: str
-    steps: int = Field(description="over the whole study")
+    steps: int = Field(description="of training over the whole study")
     seconds_per_step: float | None = Field(description="measured; none when it was not")
     seconds: float | None = Field(description="of training over the whole study")
 
@@ -105,7 +105,7 @@ def expect(
     in_step = _images_in_step(plan, training, patients)
     per_round = steps_in_round(plan, training, patients)
     seconds = _time(plan, probe, in_step, per_round, room) if probe and probe.prepared else None
-    steps = per_round * plan.rounds
+    steps = per_round * sum(stage.rounds for stage in plan.training_stages)
     return Cost(
         prepared_bytes=prepared_bytes(plan, images),
         parameters=describe(plan).parameters,
@@ -147,7 +147,7 @@ def _time(plan: Plan, probe: Probe, in_step: float, per_round: int, room: Room) 
     try:
         return sum(
             stage.rounds * per_round * _time_step(plan, stage, probe, room.device) * in_step
-            for stage in plan.schedule
+            for stage in plan.training_stages
         )
     except (MemoryError, torch.cuda.OutOfMemoryError):
         return None

@@ -10,7 +10,13 @@ from typing import Any, Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedward.dp.accounting import calibrate, epsilon_spent, steps_in_round, steps_per_round
+from fedward.dp.accounting import (
+    calibrate,
+    epsilon_spent,
+    private_steps_in,
+    private_steps_until,
+    steps_in_round,
+)
 from fedward.errors import (
     BudgetError,
     DataError,
@@ -55,18 +61,18 @@ def check_cost(plan: Plan, outcome: TrainOutcome) -> None:
         _private(plan, outcome)
     elif any(value is not None for value in stated):
         raise _not_so(RuleCode.UPDATE_COST)
-    elif outcome.steps != steps_in_round(plan, outcome.images, outcome.patients):
+    elif outcome.steps != steps_in_round(plan, outcome.images, outcome.patients, outcome.round):
         raise _not_so(RuleCode.UPDATE_STEPS)
 
 
 def _private(plan: Plan, outcome: TrainOutcome) -> None:
     try:
         mechanism = calibrate(plan, outcome.patients)
-        each = steps_per_round(plan, mechanism.sampling_rate)
+        each = private_steps_in(plan, mechanism.sampling_rate, outcome.round)
         spent = epsilon_spent(
             mechanism.noise_multiplier,
             mechanism.sampling_rate,
-            each * outcome.round,
+            private_steps_until(plan, mechanism.sampling_rate, outcome.round),
             plan.privacy.delta or 0.0,
         )
     except FedwardError:

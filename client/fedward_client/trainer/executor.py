@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fedward.dp.accounting import Mechanism, calibrate, steps_per_round
+from fedward.dp.accounting import Mechanism, calibrate, private_steps_in
 from fedward.errors import ProtocolError
 from fedward.protocol import EvaluateOutcome, RoundOrder, TrainOutcome
 from fedward.rule_codes import RuleCode
@@ -130,7 +130,7 @@ class Executor:
                 self._cases.policy.max_evaluation_epsilon_per_cohort,
             )
         if case.plan.privacy.on:
-            request, total = self._request(order, case, trainer, rounds=case.plan.rounds)
+            request, total = self._request(order, case, trainer)
             self._ledger.check_study(request, total, self._caps(case))
         facts = self._cases.gate(case).check_facts(trainer.describe())
         return TrainerMessage("facts", dict(facts.to_flat()))
@@ -145,7 +145,7 @@ class Executor:
                 fix="Order one of these",
             )
         trainer = self._warm.get(case)
-        request, _ = self._request(order, case, trainer, rounds=1)
+        request, _ = self._request(order, case, trainer)
         self._going()
         charge = self._ledger.reserve(request, self._caps(case))
         if isinstance(charge, Release):
@@ -229,14 +229,16 @@ class Executor:
         self._going()
 
     def _request(
-        self, order: RoundOrder, case: StudyContext, trainer: Trainer, rounds: int
+        self, order: RoundOrder, case: StudyContext, trainer: Trainer
     ) -> tuple[RoundRequest, Mechanism]:
-        """What so many rounds are charged."""
+        """What the order's round is charged; all rounds where it names none."""
         mechanism, planned = None, 0
         if case.plan.privacy.on:
             whole = calibrate(case.plan, trainer.site.patients_in("train"))
-            steps = steps_per_round(case.plan, whole.sampling_rate) * rounds
-            mechanism, planned = replace(whole, steps=steps), whole.steps
+            mechanism, planned = whole, whole.steps
+            if order.round:
+                steps = private_steps_in(case.plan, whole.sampling_rate, order.round)
+                mechanism = replace(whole, steps=steps)
         request = RoundRequest(
             order.study,
             order.plan_hash,

@@ -92,6 +92,11 @@ class PatientSampler:
         cuts = np.flatnonzero(np.diff(patients[order])) + 1
         self.groups: list[Indices] = np.split(indices[order], cuts) if len(indices) else []
 
+    def everyone(self) -> PatientDraw:
+        """All images of all patients."""
+        owners = np.repeat(np.arange(len(self.groups)), [len(group) for group in self.groups])
+        return PatientDraw(np.concatenate(self.groups), owners)
+
     def draw(self, stream: Keystream) -> PatientDraw:
         """Draw one step's patients and their images."""
         chosen = np.flatnonzero(stream.happens(self.rate, len(self.groups)))

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedward.dp.accounting import Mechanism, steps_in_round, steps_per_round
+from fedward.dp.accounting import Mechanism, private_steps_in, steps_in_round
 from fedward.dp.gaussian import GaussianNoise
 from fedward.dp.keystream import KEY_BYTES, Keystream, derive_key
 from fedward.plan.schema import Plan
@@ -27,6 +27,7 @@ from fedward_client.training.batches import (
     shuffled,
 )
 from fedward_client.training.device import autocast
+from fedward_client.training.feature_mean import exact_mean, private_mean
 from fedward_client.training.losses import Loss
 from fedward_client.training.optimizers import build_optimizer, rate_at, set_rate
 from fedward_client.training.private import Mode, PrivateStep
@@ -152,6 +153,26 @@ class Fit:
         seen = [value for value in losses if value is not None]
         return (float(torch.stack(seen).mean()) if seen else 0.0), len(losses)
 
+    @torch.no_grad()
+    def measure(self) -> tuple[Tensor, int]:
+        """The mean of the site's features ``(d,)``, and the steps that it took."""
+        sampler, draws, mechanism = self._sampler(), self.draws, self.mechanism
+
+        def features(indices: NDArray[np.int64]) -> Tensor:
+            return self.source.plain(indices)[0]
+
+        if mechanism is None:
+            return exact_mean(features, sampler.everyone()), 1
+        steps = private_steps_in(self.plan, mechanism.sampling_rate, self.round)
+        watch = self.runtime.watch
+        mean = private_mean(features, sampler, mechanism, steps, draws.patients, draws.noise, watch)
+        return mean, steps
+
+    def _sampler(self) -> PatientSampler:
+        rate = self.mechanism.sampling_rate if self.mechanism else 1.0
+        each = self.plan.privacy.images_per_patient
+        return PatientSampler(self.indices, self.patients, rate, each)
+
     def _plain(
         self, optimizer: torch.optim.Optimizer, finish: Callable[..., None]
     ) -> Iterator[Tensor | None]:
@@ -191,11 +212,8 @@ class Fit:
             self.mode,
             self.draws.noise,
         )
-        rate = self.mechanism.sampling_rate
-        sampler = PatientSampler(
-            self.indices, self.patients, rate, self.plan.privacy.images_per_patient
-        )
-        steps = steps_per_round(self.plan, rate)
+        rate, sampler = self.mechanism.sampling_rate, self._sampler()
+        steps = private_steps_in(self.plan, rate, self.round)
         patients = patients_at_once(count, rate, sampler.per_patient, self._at_once())
         with warnings.catch_warnings():
             # Images need no gradient, which torch finds worth a warning at Opacus' hooks.

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fedward.dp.accounting import Mechanism, calibrate, epsilon_spent, steps_per_round
+from fedward.dp.accounting import Mechanism, calibrate, epsilon_spent, private_steps_until
 from fedward.errors import DataError, ModelError, PlanError, PrivacyError, ProtocolError
 from fedward.models import (
     best_mode,
@@ -32,7 +32,7 @@ from fedward.models import (
     trainable_names,
 )
 from fedward.plan.load import SCHEMA_VERSION, plan_hash
-from fedward.plan.schema import Plan
+from fedward.plan.schema import FEATURE_MEAN, Plan
 from fedward.protocol import EvaluateOutcome, RoundOrder, SiteFacts, TrainOutcome
 from fedward.rule_codes import RuleCode
 from fedward.strategies import SiteHook, SiteRound, array_names
@@ -147,8 +147,7 @@ class Trainer:
         started, cpu = time.perf_counter(), time.process_time()
         self.runtime.enter()
         fit = self._fit(arrays, order)
-        with fit.draws.in_layers(self.runtime.torch_device):
-            loss, steps = fit.run(self.optimizer(fit))
+        loss, steps = self._measured(fit) if self.plan.is_centering(order.round) else self._ran(fit)
         values = to_arrays(self._model)
         names = set(self.trained or values)
         besides = {} if fit.hook is None else self._finish(fit.hook, order.round)
@@ -159,13 +158,23 @@ class Trainer:
             images=len(self.site.split["train"]),
             steps=steps,
             # An exact loss on training patients is a release that ε would not cover.
-            loss=None if self.plan.privacy.on else _finite(loss),
+            loss=None if self.plan.privacy.on or loss is None else _finite(loss),
             seconds=time.perf_counter() - started,
             cpu_seconds=time.process_time() - cpu,
             **self._cost(order),
         )
         update = {name: value for name, value in values.items() if name in names}
         return update | besides, outcome
+
+    def _ran(self, fit: Fit) -> tuple[float, int]:
+        with fit.draws.in_layers(self.runtime.torch_device):
+            return fit.run(self.optimizer(fit))
+
+    def _measured(self, fit: Fit) -> tuple[None, int]:
+        """Put the mean of the site's features into the model; that is all of this round."""
+        mean, steps = fit.measure()
+        self._model.get_buffer(FEATURE_MEAN).copy_(mean)
+        return None, steps
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -349,7 +358,9 @@ class Trainer:
         prefix, module = split_at_trainable(self._model, set(names))
         if prefix is not None:
             prefix.eval()
-        source = Source(self.site, self.runtime, prefix, frozen)
+        # What the prefix makes of an image depends on nothing behind it.
+        leading = digest_of(arrays, [] if prefix is None else list(prefix.state_dict()))
+        source = Source(self.site, self.runtime, prefix, leading)
         self._prepared = _Prepared(names, module, source, frozen)
         return self._prepared
 
@@ -366,7 +377,7 @@ class Trainer:
             return {}
         if delta is None:
             raise PrivacyError(RuleCode.NEEDS_DELTA, fix="Set privacy.delta")
-        done = steps_per_round(self.plan, mechanism.sampling_rate) * order.round
+        done = private_steps_until(self.plan, mechanism.sampling_rate, order.round)
         cost: dict[str, Any] = {
             "delta": delta,
             "noise_multiplier": mechanism.noise_multiplier,

@@ -20,7 +20,7 @@ from monai.metrics.regression import compute_ssim_and_cs
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedward.dp.accounting import calibrate, epsilon_spent
+from fedward.dp.accounting import calibrate, epsilon_spent, private_steps_in
 from fedward.errors import PrivacyError
 from fedward.models import build_model, from_arrays, trainable_names
 from fedward.plan.load import canonical, plan_from, plan_hash
@@ -89,7 +89,11 @@ def invert(
     )
     worst = one_patient_plan(plan, site.patients_in("train"))
     order = RoundOrder(
-        plan=canonical(worst), plan_hash=plan_hash(worst), round=1, seed=seed, account=False
+        plan=canonical(worst),
+        plan_hash=plan_hash(worst),
+        round=_first(worst),
+        seed=seed,
+        account=False,
     )
     released, _ = Trainer(worst, alone, replace(runtime, cache=None)).train(arrays, order)
     found = _search(worst, alone, arrays, released, runtime, seed, steps)
@@ -115,11 +119,18 @@ def one_patient_plan(plan: Plan, patients: int) -> Plan:
     content["participation"]["minimum_patients"] = 1
     if plan.privacy.on:
         told = calibrate(plan, patients)
+        before = private_steps_in(plan, 1.0, 1) - 1 if plan.is_centering(1) else 0
+        steps = before + plan.rounds
         content["privacy"] |= {
             "sampling_rate": 1.0,
-            "epsilon": _epsilon_of(told.noise_multiplier, plan.rounds, plan.privacy.delta or 1e-5),
+            "epsilon": _epsilon_of(told.noise_multiplier, steps, plan.privacy.delta or 1e-5),
         }
     return plan_from(content)
+
+
+def _first(plan: Plan) -> int:
+    """The first round that trains."""
+    return 2 if plan.is_centering(1) else 1
 
 
 def _epsilon_of(noise: float, steps: int, delta: float) -> float:
@@ -141,7 +152,7 @@ def _search(
     device = runtime.torch_device
     model = build_model(plan, seed=0).to(device).eval()
     from_arrays(model, arrays)
-    names = trainable_names(model, plan.stage_of(1)[0].train)
+    names = trainable_names(model, plan.stage_of(_first(plan))[0].train)
     named = dict(model.named_parameters())
     parameters = [named[name] for name in names]
     wanted = [torch.from_numpy(np.asarray(arrays[n] - released[n])).to(device) for n in names]

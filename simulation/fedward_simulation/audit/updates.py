@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedward.dp.accounting import steps_per_round
+from fedward.dp.accounting import private_steps_until
 from fedward.plan.schema import Plan
 from fedward.protocol import RoundOrder, TrainOutcome
 from fedward_client.data.sample import PreparedSite
@@ -91,7 +91,7 @@ class WatchedTrainer(Trainer):
     ) -> tuple[dict[str, NDArray[Any]], TrainOutcome]:
         """Train as ever, and hand the attacker what is released."""
         released, outcome = super().train(arrays, order, *more, **named)
-        if order.round in self._rounds:
+        if order.round in self._rounds and not self.plan.is_centering(order.round):
             self._rounds.discard(order.round)
             self._look(arrays, released, outcome)
         return released, outcome
@@ -169,4 +169,4 @@ class WatchedTrainer(Trainer):
 
 def steps_in_all(plan: Plan, rate: float) -> int:
     """Private steps of the whole study."""
-    return steps_per_round(plan, rate) * plan.rounds
+    return private_steps_until(plan, rate, plan.rounds)

@@ -47,6 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "model.channels": None,
     "model.taps": None,
     "model.dropout": 0.0,
+    "model.feature_centering": False,
     "model.initial_weights": None,
     "training.rounds": None,
     "training.learning_rate": None,
@@ -72,6 +73,7 @@ DEFAULTS: dict[str, Any] = {
     "privacy.clipping_norm": None,
     "privacy.sampling_rate": None,
     "privacy.images_per_patient": 1,
+    "privacy.centering_steps": None,
     "privacy.audit": False,
     "participation.sites": 2,
     "participation.quorum": None,
@@ -85,6 +87,7 @@ DEFAULTS: dict[str, Any] = {
 
 TIED = {
     "model.taps",
+    "model.feature_centering",
     "preprocessing.gantry_tilt",
     "version",
     *(f"task.{key}" for key in ("kind", "dimensions", "multi_label")),
@@ -94,7 +97,7 @@ TIED = {
     *(f"training.{key}" for key in ("local_epochs", "local_steps", "loss")),
     *(f"training.{key}" for key in ("momentum", "label_smoothing")),
     *(f"privacy.{key}" for key in ("mechanism", "unit", "epsilon", "delta")),
-    *(f"privacy.{key}" for key in ("clipping_norm", "sampling_rate")),
+    *(f"privacy.{key}" for key in ("clipping_norm", "sampling_rate", "centering_steps")),
     *(f"metrics.{key}" for key in ("primary", "report.0", "report.1")),
 }
 

@@ -50,6 +50,21 @@ def test_a_private_plan_says_what_epsilon_covers(segmentation: str) -> None:
     assert "parameters;" not in text
 
 
+def test_a_centring_plan_tells_of_its_first_round(classification: str, change: Change) -> None:
+    plan = plan_from(change(classification, {"model.feature_centering": True}))
+    text = _joined(explain(plan))
+    assert plan.rounds == 4 and "Runs 3 rounds, learning rate 0.001" in text
+    assert "first a round without training: each site measures the mean of its features" in text
+    assert "the mean is exact" in text
+    private = {"mechanism": "dp-sgd", "epsilon": 3.0, "delta": 1e-3, "clipping_norm": 1.0}
+    for steps, words in ((None, "it takes 4 private steps"), (9, "it takes 9 private steps")):
+        privacy = {**private, "centering_steps": steps} if steps else private
+        told = change(classification, {"model.feature_centering": True, "privacy": privacy})
+        text = _joined(explain(plan_from(told)))
+        assert f"{words}, with the noise of the others and inside the same ε" in text
+        assert "Needs plan schema 2 at every site: model.feature_centering" in text
+
+
 def test_without_a_sampling_rate_the_chance_is_told_as_a_share(
     segmentation: str, change: Change
 ) -> None:
