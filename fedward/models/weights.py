@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fedward.errors import WeightsError
 from fedward.networks import MODELS
-from fedward.plan.schema import InitialWeights, ModelName, Plan
+from fedward.plan.schema import FEATURE_MEAN, InitialWeights, ModelName, Plan
 
 _SHORT = 12
 _PACKAGE = "package:"
@@ -147,7 +147,8 @@ def _unpickle(content: bytes) -> object:
 
 
 def _fit(model: nn.Module, name: ModelName, tensors: Mapping[str, Tensor]) -> WeightsReport:
-    state = model.state_dict()
+    # The mean is measured in the study; what a file has of it belongs to another one.
+    state = {key: value for key, value in model.state_dict().items() if key != FEATURE_MEAN}
     mapped, unused = _renamed(name, tensors, state)
     head = {key for key in state if fnmatchcase(key, MODELS[name].head)}
     fitted = {key: _reshaped(key, tensor, state[key]) for key, tensor in mapped.items()}

