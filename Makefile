@@ -19,11 +19,12 @@ FLOWER_TESTS := tests/deployment/test_flower_link.py tests/deployment/test_links
 	tests/fedward/test_tensors.py tests/strategies tests/simulation/test_engines.py \
 	tests/attacks/test_stranger_on_the_port.py
 
-.PHONY: help install demo test faults check bench docs flower-next clean
+.PHONY: help install demo test journeys faults check bench docs flower-next clean
 
 help:
 	@echo "make demo   four synthetic hospitals, two studies, one report (a minute, and the first time the install)"
 	@echo "make test   all checks and tests"
+	@echo "make journeys  the pages for newcomers, followed step by step with whole studies (minutes)"
 	@echo "make faults five hospitals in networks of their own, killed and cut off in each phase (a quarter of an hour)"
 	@echo "make flower-next  the tests of the links to Flower, with its newest release that the pin allows"
 	@echo "make bench  the benchmarks behind the README's numbers (takes long)"
@@ -54,6 +55,9 @@ check: $(DONE)
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+journeys: $(DONE)
+	FEDWARD_JOURNEYS=1 $(BIN)/python -m pytest tests/journeys
 
 faults: $(DONE)
 	FEDWARD_FAULTS=1 $(BIN)/python -m pytest tests/deployment/federation

@@ -151,12 +151,17 @@ def run(
     from fedward.plan import load_plan
 
     others, loaded = _numbers(epsilons), load_plan(plan)
-    from fedward_simulation.options import Hospital, Options
+    from fedward_simulation.options import Hospital, Options, is_config
     from fedward_simulation.output import check_out
     from fedward_simulation.study import Study
 
+    own = None
+    if data and is_config(data):
+        config, name = Hospital.parse(str(data)).configured()
+        own, data = config.datasets[name], config.datasets[name].root
     options = Options(
         data=data,
+        dataset=own,
         out=out,
         format=None if format == _AUTO else format,
         partition=partition,
@@ -170,7 +175,7 @@ def run(
         cache_gib=cache_gib,
         private_counts=private_counts,
         patient_column=patient_column,
-        images_are_patients=images_are_patients,
+        images_are_patients=images_are_patients or bool(own and own.images_are_patients),
         fresh=fresh,
         checkpoint_seconds=checkpoint_seconds,
         hospitals=tuple(map(Hospital.parse, site or ())),
@@ -286,6 +291,71 @@ def cohort(
         return
     for one in facts.hospitals:
         say(f"{one.name}: {one.patients} SYNTHETIC patients, {one.images} images")
+
+
+@app.command()
+def init(
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Folder or file of images; none: asked.", show_default=False),
+    ] = None,
+    task: Annotated[
+        str,
+        typer.Option(
+            "--task",
+            click_type=click.Choice(["", *TASKS]),
+            help="What is to be learnt; none: what the data seem to be for.",
+        ),
+    ] = "",
+    classes: Annotated[
+        str,
+        typer.Option("--classes", help="Classes in label order, commas between; none: as found."),
+    ] = "",
+    label_column: Annotated[
+        str,
+        typer.Option("--label-column", help="The table's column of labels; none: found by name."),
+    ] = "",
+    patient_column: PatientColumn = "",
+    format: FormatName = _AUTO,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make updates differentially private.")
+    ] = False,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the files.")] = Path(),
+    as_json: AsJson = False,
+) -> None:
+    """Write a first plan and site file for a folder of images, ready to run.
+
+    Asks for what it is not told, where there is a terminal.
+    """
+    from fedward_simulation.first_study import draft, slug, write
+    from fedward_simulation.wishes import settle
+
+    wanted = settle(
+        data,
+        task=task,
+        classes=tuple(part.strip() for part in classes.split(",") if part.strip()),
+        label_column=label_column,
+        patient_column=patient_column,
+        format=None if format == _AUTO else format,
+    )
+    made = draft(wanted, slug(wanted.root.resolve().stem), out, private=private)
+    write(made, out)
+    if as_json:
+        print_json(
+            {
+                "files": [str(out / name) for name in made.files],
+                "found": made.found,
+                "notes": list(made.notes),
+                "commands": list(made.commands),
+            }
+        )
+        return
+    say(f"Found: {made.found}.")
+    for note in made.notes:
+        say(f"Note: {note}")
+    say(f"Written: {', '.join(str(out / name) for name in made.files)}. Next:")
+    for command in made.commands:
+        say(f"  {command}")
 
 
 @plan_app.command("check")

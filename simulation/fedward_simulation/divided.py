@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from fedward.errors import DataError
 from fedward.plan.schema import Plan, Task
@@ -60,15 +60,25 @@ def read(options: Options, how: Partition, task: Task) -> Dataset:
     data = options.data or Path()
     _check(data, options, how)
     with _in_our_words(data, how, task):
-        return read_dataset(
-            DatasetSpec(
-                data,
-                options.format,
-                "folders" if how.kind == "folders" else "none",
-                labels=LabelOptions(patient_column=options.patient_column),
-            ),
-            task,
-        )
+        return read_dataset(_spec(data, options, how), task)
+
+
+def _spec(data: Path, options: Options, how: Partition) -> DatasetSpec:
+    sites: Literal["none", "folders"] = "folders" if how.kind == "folders" else "none"
+    own = options.dataset
+    labels = own.labels.options() if own else LabelOptions()
+    if options.patient_column:
+        labels = replace(labels, patient_column=options.patient_column)
+    if own is None:
+        return DatasetSpec(data, options.format, sites, labels=labels)
+    return DatasetSpec(
+        data,
+        options.format or own.format,
+        sites,
+        masks=own.masks.options(),
+        patients=own.patients.options(),
+        labels=labels,
+    )
 
 
 def _check(data: Path, options: Options, how: Partition) -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fedward.errors import ConfigError
+from fedward_client.config import DatasetSection, SiteConfig, load_config
 from fedward_client.data.readers.registry import Format
 
 Engine = Literal["local", "ray"]
@@ -35,6 +37,31 @@ class Hospital:
             return cls(Path(text))
         return cls(Path(path), dataset)
 
+    def configured(self) -> tuple[SiteConfig, str]:
+        """Its configuration, and the name of the dataset, which must be there.
+
+        Raises
+        ------
+        ConfigError
+            The configuration is broken, or the dataset has to be named.
+        """
+        config = load_config(self.config, datasets_here=False)
+        name = self.dataset or next(iter(config.datasets))
+        if not self.dataset and len(config.datasets) > 1:
+            raise ConfigError(
+                "a site with several datasets needs one of them named",
+                value=", ".join(sorted(config.datasets)),
+                fix="Name it after a colon: site.toml:DATASET",
+                where=config.site.name,
+            )
+        config.present(name)
+        return config, name
+
+
+def is_config(data: Path) -> bool:
+    """Whether ``--data`` names a site's configuration, and not the data themselves."""
+    return Path(data.name.partition(":")[0]).suffix == ".toml"
+
 
 @dataclass(frozen=True)
 class Options:
@@ -54,6 +81,8 @@ class Options:
         The column of the tables of `data` that names the patients; "": found by name.
     images_are_patients : bool
         Whether each image of `data` is of another person, where the data name no patients.
+    dataset : DatasetSection or None
+        What a site's configuration says of `data`.
     fresh : bool
         Whether to leave aside the state of an unfinished run in `out`.
     checkpoint_seconds : float
@@ -76,6 +105,7 @@ class Options:
     private_counts: bool = False
     patient_column: str = ""
     images_are_patients: bool = False
+    dataset: DatasetSection | None = None
     fresh: bool = False
     checkpoint_seconds: float = 10.0
 

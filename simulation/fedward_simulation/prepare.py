@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from fedward.errors import ConfigError, DataError, PlanError
 from fedward.plan.schema import Plan
 from fedward_client.cohort.training import Preparers, cache_folder, prepare_cohort
-from fedward_client.config import SiteConfig, load_config
+from fedward_client.config import SiteConfig
 from fedward_client.data.sample import PreparedSite
 from fedward_client.secret import site_secret
-from fedward_simulation.options import Hospital, Options
+from fedward_simulation.options import Options
 
 Note = Callable[[str], None]
 
@@ -45,27 +45,10 @@ def frozen_sites(plan: Plan, options: Options, crew: Preparers, note: Note) -> l
     PlanError
         The plan needs more hospitals.
     """
-    found = [_configured(hospital) for hospital in options.hospitals]
+    found = [hospital.configured() for hospital in options.hospitals]
     _check_different([config.site.name for config, _ in found])
     check_count(plan, len(found))
     return [_frozen(config, dataset, plan, crew, note) for config, dataset in found]
-
-
-def _configured(hospital: Hospital) -> tuple[SiteConfig, str]:
-    config = load_config(hospital.config, datasets_here=False)
-    if hospital.dataset:
-        config.present(hospital.dataset)
-        return config, hospital.dataset
-    if len(config.datasets) > 1:
-        raise ConfigError(
-            "a site with several datasets needs one of them named",
-            value=", ".join(sorted(config.datasets)),
-            fix="Give --site site.toml:DATASET",
-            where=config.site.name,
-        )
-    name = next(iter(config.datasets))
-    config.present(name)
-    return config, name
 
 
 def _check_different(names: Sequence[str]) -> None:

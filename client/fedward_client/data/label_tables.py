@@ -98,7 +98,7 @@ def read_table(
         The file cannot be read, has no key column, or names patients in two ways.
     """
     options = options or LabelOptions()
-    header, rows = _rows(path, options)
+    header, rows = read_rows(path, options)
     lower = [low(name) for name in header]
     column, means = _key(path, lower, columns, options)
     _check_columns(path, lower, options)
@@ -153,7 +153,14 @@ def _check_columns(path: Path, lower: Sequence[str], options: LabelOptions) -> N
         )
 
 
-def _rows(path: Path, options: LabelOptions) -> tuple[list[str], list[list[str]]]:
+def read_rows(path: Path, options: LabelOptions) -> tuple[list[str], list[list[str]]]:
+    """The column names of a table, and its rows, which may be shorter.
+
+    Raises
+    ------
+    DataError
+        The file cannot be read, or has no header.
+    """
     is_workbook = path.suffix.lower() in (".xlsx", ".xlsm")
     table = _workbook(path, options.sheet) if is_workbook else _separated(path, options.header)
     if options.header == 1:

@@ -58,11 +58,11 @@ def patient_column(
         k
         for word in PATIENT_COLUMNS
         for k, name in enumerate(lower)
-        if _bare(name) == word and name not in taken
+        if bare(name) == word and name not in taken
     ]
-    filled = [k for k in places if any(_cell(row, k) for row in rows)] or places[:1]
+    filled = [k for k in places if any(cell(row, k) for row in rows)] or places[:1]
     for other in filled[1:]:
-        pairs = {(_cell(row, filled[0]), _cell(row, other)) for row in rows}
+        pairs = {(cell(row, filled[0]), cell(row, other)) for row in rows}
         if not len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs}):
             raise DataError(
                 "columns that name the patients must agree",
@@ -73,9 +73,11 @@ def patient_column(
     return filled[0] if filled else None
 
 
-def _bare(name: str) -> str:
+def bare(name: str) -> str:
+    """A column's name without case, blanks and marks."""
     return "".join(letter for letter in name.casefold() if letter.isalnum())
 
 
-def _cell(row: Sequence[str], place: int) -> str:
+def cell(row: Sequence[str], place: int) -> str:
+    """A cell of a row that may be too short."""
     return row[place].strip() if place < len(row) else ""
