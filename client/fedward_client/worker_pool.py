@@ -266,6 +266,7 @@ Result = TypeVar("Result")
 
 _START: Final = 120.0  # seconds in which a process must have begun
 _USUAL: Final = 64_000_000  # values that may be decoded in the time of the limits
+_MOST_TIMES: Final = 60.0  # of the usual time, whatever a file claims
 _STEP: Final = 0.001  # seconds of the processor by which whoever works gets on
 _GRACE: Final = 10.0  # seconds more than the parent allows, after which a worker ends by itself
 _FREED: Final = 64 << 20
@@ -406,9 +407,10 @@ def take_longer(values: int) -> None:
     """Ask for the time that so many decoded values take; in a worker only, else nothing."""
     if _asked is not None and values > _USUAL // 8:
         connection, seconds = _asked
-        connection.send(_MoreTime(values / _USUAL))
+        times = min(values / _USUAL, _MOST_TIMES)
+        connection.send(_MoreTime(times))
         left, _ = signal.getitimer(signal.ITIMER_PROF)
-        signal.setitimer(signal.ITIMER_PROF, left + seconds * values / _USUAL)
+        signal.setitimer(signal.ITIMER_PROF, left + seconds * times)
 
 
 def _modules(work: object) -> Iterator[str]:

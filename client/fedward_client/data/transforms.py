@@ -136,6 +136,7 @@ Array = NDArray[np.float32]
 # ITU-R BT.601 luma; ImageNet's mean and deviation per channel, as public weights expect them.
 _LUMA: Final = np.array([0.299, 0.587, 0.114], np.float32)
 _MEAN: Final = np.array([0.485, 0.456, 0.406], np.float32)
+_EPSILON: Final = float(np.finfo(np.float32).eps)
 _DEVIATION: Final = np.array([0.229, 0.224, 0.225], np.float32)
 
 
@@ -204,8 +205,9 @@ def finish(pixels: Array, mapped: bool, prep: Preprocessing) -> tuple[Array, Arr
         mean, deviation = _MEAN, _DEVIATION
     else:
         mean = np.full(len(pixels), pixels.mean(dtype=np.float64), np.float32)
-        spread = pixels.std(dtype=np.float64)
-        deviation = np.full(len(pixels), spread if spread > 1e-6 else 1.0, np.float32)
+        # A constant image has a rounding error for its deviation; values may be of any unit.
+        spread, rounding = pixels.std(dtype=np.float64), _EPSILON * float(np.abs(pixels).max())
+        deviation = np.full(len(pixels), spread if spread > rounding else 1.0, np.float32)
     each = (len(pixels),) + (1,) * (pixels.ndim - 1)
     return (pixels - mean.reshape(each)) / deviation.reshape(each), (black - mean) / deviation
 

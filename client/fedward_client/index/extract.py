@@ -305,7 +305,7 @@ def segments_of(path: Path) -> str:
         every = {int(one.ROINumber): 1 for one in header.StructureSetROISequence}
         return _text(Counter(number for number, _ in contours_of(header, every)))
     frames = int(header.get("NumberOfFrames") or 1)
-    if frame_bytes(header) * frames > LARGEST:
+    if frame_bytes(header) > LARGEST:
         raise rule_codes.unusable(rule_codes.TOO_LARGE)
     take_longer(frame_values(header) * frames)
     marked: Counter[int] = Counter()
@@ -342,7 +342,7 @@ def _text(counts: Counter[int]) -> str:
 
 # The facts of NIfTI volumes, pictures and npz archives, and of any decoded pixels.
 
-LARGEST: Final = 8 << 30  # bytes that the frames of one file may take when decoded
+LARGEST: Final = 8 << 30  # bytes that what is decoded at once may take
 
 
 def nifti_facts(path: Path, facts: FileFacts) -> FileFacts:
@@ -470,8 +470,6 @@ def dicom_facts(
         return replace(facts, marked=segments_of(path))
     if not (facts.rows and facts.columns):
         return replace(facts, reason=rule_codes.NO_PIXELS)
-    if frame_bytes(header) * facts.frames > LARGEST:
-        return replace(facts, reason=rule_codes.TOO_LARGE)
     take_longer(frame_values(header) * facts.frames)
     try:
         frames = (read_frame(path, k).image for k in range(facts.frames))
@@ -545,7 +543,7 @@ def _positive(value: object) -> float:
 
 
 AGAIN: Final = -1  # a time of change that no file has, so that the next scan reads it again
-_VERSION: Final = 5  # of what is extracted; files read by another are read again
+_VERSION: Final = 6  # of what is extracted; files read by another are read again
 _CHUNK: Final = 1 << 20
 _PICTURES: Final = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 _TABLES: Final = (".csv", ".xlsx")

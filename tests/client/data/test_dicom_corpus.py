@@ -93,7 +93,10 @@ def plain(path):
     if not (known and grey) or any(name in header for name in ELSEWHERE):
         return None
     slope, intercept = header.get("RescaleSlope") or 1, header.get("RescaleIntercept") or 0
-    stored = np.asarray(pixel_array(header, index=0), np.float64)
+    try:
+        stored = np.asarray(pixel_array(header, index=0), np.float64)
+    except RuntimeError:  # a stream that only we mend
+        return None
     return str(header.file_meta.TransferSyntaxUID), stored * float(slope) + float(intercept)
 
 

@@ -314,3 +314,39 @@ def test_what_is_taken_of_one_place_beside_a_volume_is_no_part_of_it(
         write(tmp_path / f"t{k}", make_dicom, voxels(1, k), heights=[5.0], AcquisitionNumber=2 + k)
     (sample,) = volumes(tmp_path, make_plan)
     assert sample.load().pixels.shape[-1] == 6
+
+
+@pytest.mark.parametrize("gap", [0.625, 0.33, 0.75])
+def test_positions_with_one_decimal_are_even(tmp_path, make_dicom, make_plan, gap):
+    heights = [round(gap * k, 1) for k in range(12)]
+    write(tmp_path / "s", make_dicom, voxels(12), heights=heights)
+    (sample,) = volumes(tmp_path, make_plan)
+    image = sample.load()
+    assert image.pixels.shape[-1] == 12
+    assert image.spacing[2] == pytest.approx(gap, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "heights",
+    [
+        [0, 0.6, 1.2, 2.5, 3.1, 3.7],  # a slice is missing
+        [0, 0.6, 1.2, 1.8, 2.7, 3.3, 3.9],  # one is further off
+        [0, 0.62, 1.31, 1.86, 2.5],  # nothing is rounded here
+        [0, 0.1, 0.2, 0.3, 0.5, 0.6],  # a missing one of a tenth
+    ],
+)
+def test_one_decimal_excuses_no_gap(tmp_path, make_dicom, make_plan, heights):
+    write(tmp_path / "s", make_dicom, voxels(len(heights)), heights=heights)
+    with pytest.raises(DataError, match=r"slices (missing|uneven): 1"):
+        volumes(tmp_path, make_plan)
+
+
+def test_what_is_no_image_is_of_one_value_in_a_volume(tmp_path, make_dicom, make_plan):
+    values = voxels(5) % 900 + np.arange(5, dtype=np.int16)[:, None, None] * 100
+    values[:, :3] = -2000
+    values[2] = -2000  # a slice without any image
+    write(tmp_path / "s", make_dicom, values, PixelPaddingValue=-2000)
+    (sample,) = volumes(tmp_path, make_plan)
+    made = sample.load().pixels[0].transpose(2, 1, 0)[:, ::-1, ::-1]
+    lowest = values[values > -2000].min()
+    np.testing.assert_array_equal(made, np.where(values == -2000, lowest, values) - 1024.0)

@@ -172,3 +172,12 @@ def test_words_of_the_standard_and_of_makers_are_kept(tmp_path, dx, field, colum
         with quiet():
             path = dx(tmp_path / "a.dcm", np.ones((4, 4)), PatientName=name, **{field: value})
         assert getattr(facts_of(path), column) == value
+
+
+def test_a_file_of_many_frames_is_as_large_as_one_of_them(tmp_path, monkeypatch, dx):
+    from fedward_client.index import extract
+
+    monkeypatch.setattr(extract, "LARGEST", 8 * 64 * 2)
+    path = dx(tmp_path / "tiles.dcm", np.arange(50 * 64).reshape(50, 8, 8) % 999)
+    facts = extract.Extractor(tmp_path, "dicom", b"k" * 32)(path)
+    assert (facts.reason, facts.frames, facts.high) == ("", 50, 998)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import struct
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
@@ -17,6 +19,7 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate, get_frame, parse_basic_offsets, parse_fragments
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 from pydicom.pixels.utils import as_pixel_options, pixel_array
@@ -24,6 +27,14 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from fedward import rule_codes
 from fedward_client.data.quiet import quiet
+from fedward_client.data.readers.dicom.codestreams import (
+    LOSSY,
+    RETIRED,
+    WAVELETS,
+    as_rgb,
+    is_doubtful,
+    mended,
+)
 from fedward_client.data.readers.dicom.sniff import (
     Watched,
     check_inflated,
@@ -113,6 +124,58 @@ def lookup(flat: Dataset) -> Lookup | None:
 
 def _is_little(flat: Dataset) -> bool:
     return flat.original_encoding[1] is not False
+
+
+# Palettes (C.7.6.3.1.5, C.7.6.3.1.6).
+
+_COLOURS: Final = ("Red", "Green", "Blue")
+
+
+def palette(flat: Dataset, pixels: NDArray[np.generic]) -> tuple[NDArray[np.generic], float]:
+    """Stored values ``(H, W)`` as colour ``(H, W, 3)``, and what white is.
+
+    pydicom takes tables of the machine's byte order, and at most 256 entries of 8 bits.
+
+    Raises
+    ------
+    DataError
+        "not readable": a table is shorter than it says.
+    """
+    names = [f"{colour}PaletteColorLookupTable" for colour in _COLOURS]
+    if f"{names[0]}Data" not in flat:  # in segments
+        colours = apply_color_lut(pixels, flat)
+        return colours, 2.0 ** (8 * colours.dtype.itemsize) - 1
+    first = int(flat[f"{names[0]}Descriptor"].value[1])
+    if flat.get("PixelRepresentation", 0) and first >= _HALF:
+        first -= 2 * _HALF
+    tables = [_entries(flat, name) for name in names]
+    deep = [bits > 8 and table.max(initial=0) > _BYTE for table, bits in tables]
+    wide = any(deep)
+    least = min(len(table) for table, _ in tables)
+    places = np.clip(pixels.astype(np.int64) - first, 0, least - 1)
+    colours = np.stack([table[places] for table, _ in tables], axis=-1)
+    return colours, 2.0 ** (16 if wide else 8) - 1
+
+
+_BYTE: Final = 255
+
+
+def _entries(flat: Dataset, name: str) -> tuple[NDArray[np.uint16], int]:
+    """A table's entries, and the bits of each: tables of 8 bits come in bytes and in words."""
+    count, _, bits = (int(v) for v in flat[f"{name}Descriptor"].value)
+    count = count % _ALL or _ALL
+    raw, order = bytes(flat[f"{name}Data"].value), "<" if _is_little(flat) else ">"
+    if len(raw) >= 2 * count:
+        words = np.frombuffer(raw, f"{order}u2", count).astype(np.uint16)
+        if bits == 8 and words.max() > _BYTE:
+            return (words >> 8).astype(np.uint16), 8
+        return words, bits
+    if len(raw) < count:
+        raise rule_codes.unusable(rule_codes.NOT_READABLE)
+    raw += b"\0" * (len(raw) % 2)
+    packed = flat[f"{name}Data"].VR == "OW" and order == ">"  # two entries in a word, the first low
+    octets = np.frombuffer(raw, ">u2" if packed else "<u2").astype("<u2").view(np.uint8)
+    return octets[:count].astype(np.uint16), 8
 
 
 def turned(table: Lookup | None, ends: float) -> Lookup | None:
@@ -223,10 +286,87 @@ def _bits(header: Dataset, syntax: UID, file: BinaryIO, frame: int) -> NDArray[n
 
 def _decoded(header: Dataset, syntax: UID, file: BinaryIO, frame: int) -> NDArray[np.generic]:
     """What ``pydicom.pixels.pixel_array`` does, without reading the header another time."""
-    options: dict[str, Any] = as_pixel_options(header, transfer_syntax_uid=syntax)
+    known = RETIRED.get(syntax, syntax)
+    options: dict[str, Any] = as_pixel_options(header, transfer_syntax_uid=known)
     options |= _element(file, syntax)[0]
-    decoded = get_decoder(syntax).as_array(file, index=frame, validate=True, **options)
-    return np.asarray(decoded[0])
+    if syntax.is_compressed and (table := _table(file, options["number_of_frames"])):
+        options.setdefault("extended_offsets", table)
+    shifted = _shifted(header)
+    if shifted:  # all bits, as pydicom would cut off the upper ones
+        options |= {"bits_stored": options["bits_allocated"], "pixel_representation": 0}
+    stream = b""
+    if syntax in LOSSY or (syntax in WAVELETS and options["samples_per_pixel"] > 1):
+        stream = _stream(file, options, frame)
+        better = mended(stream) if syntax in LOSSY else stream
+        if better != stream or known != syntax:
+            file, frame = BytesIO(encapsulate([better], has_bot=False)), 0
+            options = {k: v for k, v in options.items() if k != "extended_offsets"}
+            options["number_of_frames"] = 1
+    colours = str(options["photometric_interpretation"])
+    if syntax in WAVELETS and stream:  # its decoder gives RGB, whatever the file says
+        options["photometric_interpretation"] = "RGB"
+    decoder = get_decoder(known)
+    pixels = np.asarray(decoder.as_array(file, index=frame, validate=True, **options)[0])
+    if stream and pixels.dtype == np.uint8 and is_doubtful(stream, colours):
+        return as_rgb(pixels, stream)
+    return _within(header, pixels, shifted)
+
+
+def _table(file: BinaryIO, frames: int) -> tuple[list[int], list[int]] | None:
+    """Where the streams of a file's frames lie and how long they are, if each is one fragment."""
+    path = Path(file.name)
+    return _fragments(path, path.stat().st_mtime_ns, file.tell(), frames) if frames > 1 else None
+
+
+@lru_cache(maxsize=4)
+def _fragments(
+    path: Path, changed: int, start: int, frames: int
+) -> tuple[list[int], list[int]] | None:
+    # Without it each frame is looked for from the first one on; there may be 100,000 of them.
+    with path.open("rb") as file, suppress(ValueError, EOFError, struct.error):
+        file.seek(start)
+        parse_basic_offsets(file)
+        count, places = parse_fragments(file)
+        if count == frames:
+            lengths = []
+            for place in places:
+                file.seek(place + 4)
+                lengths.append(int.from_bytes(file.read(4), "little"))
+            return [place - places[0] for place in places], lengths
+    return None
+
+
+def _stream(file: BinaryIO, options: dict[str, Any], frame: int) -> bytes:
+    """The code stream of one frame; the file stays where it is."""
+    return get_frame(
+        file,
+        frame,
+        number_of_frames=options["number_of_frames"],
+        extended_offsets=options.get("extended_offsets"),
+    )
+
+
+def _shifted(header: Dataset) -> int:
+    """Bits below the values, where they do not begin with the lowest (legal until PS3.5-2014)."""
+    allocated, stored = int(header.BitsAllocated), int(header.get("BitsStored") or 0)
+    high = int(header.get("HighBit") or 0)
+    return high + 1 - stored if 0 < stored <= high < allocated else 0
+
+
+def _within(header: Dataset, pixels: NDArray[Any], shifted: int) -> NDArray[np.generic]:
+    """Values of the bits that are stored, without what lies above them (overlays) or below."""
+    stored = int(header.get("BitsStored") or 0)
+    spare = 8 * pixels.dtype.itemsize - stored
+    if pixels.dtype.kind not in "iu" or stored <= 0 or spare <= 0:
+        return pixels
+    if shifted and not (pixels & ((1 << shifted) - 1)).any():  # else the header is wrong
+        pixels = pixels >> shifted
+    signed = bool(header.get("PixelRepresentation", 0))
+    low, high = (-(1 << stored - 1), (1 << stored - 1) - 1) if signed else (0, (1 << stored) - 1)
+    if low <= pixels.min() and pixels.max() <= high:
+        return pixels
+    kind = np.dtype(f"{'i' if signed else 'u'}{pixels.dtype.itemsize}")
+    return np.asarray((pixels.view(kind) << spare) >> spare)
 
 
 def _element(file: BinaryIO, syntax: UID) -> tuple[dict[str, str], int]:
@@ -299,11 +439,14 @@ class Frame:
         Centre of the first pixel, ``(3,)`` mm, DICOM patient axes (left, posterior, superior).
     orientation : NDArray or None
         ``(2, 3)`` unit vectors along a row (to the next column) and down a column.
+    padded : NDArray or None
+        ``(H, W)``, where there is no image, and its darkest value stands; None: nowhere.
     """
 
     image: Image
     position: NDArray[np.float64] | None
     orientation: NDArray[np.float64] | None
+    padded: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
@@ -413,10 +556,14 @@ def decode(header: Dataset, pixels: NDArray[np.generic], frame: int = 0) -> Fram
     """
     flat = _flat(header, frame)
     lookup: Lookup | None = None
+    outside: NDArray[np.bool_] | None = None
     if pixels.ndim != (2 if _is_grey(flat) or _is_palette(flat) else 3):
         raise rule_codes.unusable(rule_codes.NOT_READABLE)  # samples and photometric disagree
     if _is_grey(flat):
         values, window, lookup = _grey(flat, pixels)
+        outside = padding(flat, pixels)
+        if outside.any() and not outside.all():
+            values[0, outside] = values[0, ~outside].min()
     else:
         values, window = _colour(flat, pixels)
     values = np.ascontiguousarray(values, np.float32)
@@ -424,6 +571,7 @@ def decode(header: Dataset, pixels: NDArray[np.generic], frame: int = 0) -> Fram
         Image(values, _spacing(flat), window, lookup=lookup),
         _vector(flat, "ImagePositionPatient", (3,)),
         _vector(flat, "ImageOrientationPatient", (2, 3)),
+        outside if outside is not None and outside.any() else None,
     )
 
 
@@ -458,8 +606,7 @@ def _colour(
     flat: Dataset, pixels: NDArray[np.generic]
 ) -> tuple[NDArray[np.float32], tuple[float, float]]:
     if _is_palette(flat):
-        pixels = apply_color_lut(pixels, flat)
-        top = 2.0 ** (8 * pixels.dtype.itemsize) - 1
+        pixels, top = palette(flat, pixels)
     else:
         top = 2.0 ** int(flat.get("BitsStored", 8)) - 1
     return np.moveaxis(pixels[..., :3], -1, 0).astype(np.float32), (0.0, top)
@@ -468,18 +615,24 @@ def _colour(
 def _grey(
     flat: Dataset, pixels: NDArray[np.generic]
 ) -> tuple[NDArray[np.float32], tuple[float, float] | None, Lookup | None]:
-    values = np.asarray(apply_modality_lut(pixels, flat), np.float64)
+    values = _in_unit(flat, pixels)
     window, lookup = _shown(flat)
     if flat.get("PhotometricInterpretation") == "MONOCHROME1":
         # The stored range turned over: what the modality LUT makes of its two ends, summed.
-        ends = float(np.sum(apply_modality_lut(_stored_range(flat, pixels), flat), dtype=float))
+        ends = float(np.sum(_in_unit(flat, _stored_range(flat, pixels))))
         values = ends - values
         window = (ends - window[1], ends - window[0]) if window else None
         lookup = turned(lookup, ends)
-    outside = padding(flat, pixels)
-    if outside.any() and not outside.all():
-        values[outside] = values[~outside].min()
     return values[None].astype(np.float32), window, lookup
+
+
+def _in_unit(flat: Dataset, stored: NDArray[np.generic]) -> NDArray[np.float64]:
+    """Stored values as the modality means them (C.11.1); what is empty, or 0, says nothing."""
+    if flat.get("ModalityLUTSequence"):
+        return np.asarray(apply_modality_lut(stored, flat), np.float64)
+    slope, intercept = _first(flat.get("RescaleSlope")), _first(flat.get("RescaleIntercept"))
+    values = stored.astype(np.float64)
+    return values if slope in (None, 0.0) or intercept is None else values * slope + intercept
 
 
 def _shown(flat: Dataset) -> tuple[tuple[float, float] | None, Lookup | None]:

@@ -24,6 +24,9 @@ from fedward_client.data.sample import Image
 
 Vector = NDArray[np.float64]
 _UNEVEN: Final = 0.1  # of the usual distance of two slices
+_DECIMAL: Final = 0.1  # mm to which some scanners and exports write positions
+_FITTED: Final = 2.4  # of a rounding error that even heights may be off a line through them
+_ROUNDED: Final = 0.5  # of the usual distance of two slices is more than rounding
 _TILT: Final = 0.5  # pixels that the first and the last slice may be apart sideways
 
 
@@ -92,9 +95,9 @@ def stack(frames: Sequence[Frame]) -> Image:
     if not all(frame.image.pixels.shape == kept[0].image.pixels.shape for frame in kept):
         raise rule_codes.unusable(rule_codes.WRONG_SHAPE)
     place = geometry(kept, kept[0].image.spacing)
-    count = len(kept[0].image.pixels)
+    filled = _filled(kept)
     turned = [
-        place.volume([frame.image.pixels[c] for frame in kept], labels=False) for c in range(count)
+        place.volume([pixels[c] for pixels in filled], labels=False) for c in range(len(filled[0]))
     ]
     pixels = np.ascontiguousarray(np.stack([t[0] for t in turned]), np.float32)
     middle = kept[place.order[len(kept) // 2]]
@@ -116,7 +119,7 @@ def geometry(frames: Sequence[Placed], spacing: tuple[float, ...]) -> Geometry:
     DataError
         "shape does not fit the task": fewer than two slices, or some that do not say where they
         lie or lie in another plane; "duplicate slices": two in one place; "slices missing": a gap
-        of whole slices; "slices uneven": any other distance (10 %).
+        of whole slices; "slices uneven": any other distance (10 %, or what one decimal leaves out).
     """
     along, corners = frames[0].orientation, [f.position for f in frames]
     if len(frames) < 2 or along is None or not all(_alike(f, along) for f in frames):
@@ -126,7 +129,7 @@ def geometry(frames: Sequence[Placed], spacing: tuple[float, ...]) -> Geometry:
     heights = places @ normal
     order = np.argsort(heights, kind="stable")
     steps = np.diff(heights[order])
-    _check_steps(steps)
+    _check_steps(steps, _rounding(places, normal))
     aside = (places[order] - places[order].mean(axis=0)) @ np.stack([along[1], along[0]]).T
     tilt = _tilt(aside, steps, spacing)
     corner = places[order[0]]
@@ -161,6 +164,18 @@ def apart(places: Sequence[Place]) -> list[Place]:
     return list(kept.values())
 
 
+def _filled(frames: Sequence[Frame]) -> list[NDArray[np.float32]]:
+    """The pixels of each slice; where there is no image, the darkest value of the whole volume."""
+    known = [f for f in frames if f.padded is None or not f.padded.all()]
+    if not known or all(frame.padded is None for frame in frames):
+        return [frame.image.pixels for frame in frames]
+    low = min(frame.image.pixels.min() for frame in known)
+    return [
+        f.image.pixels if f.padded is None else np.where(f.padded, low, f.image.pixels)
+        for f in frames
+    ]
+
+
 def _without_copies(frames: Sequence[Frame]) -> list[Frame]:
     seen: dict[tuple[float, ...], Frame] = {}
     kept = []
@@ -172,12 +187,23 @@ def _without_copies(frames: Sequence[Frame]) -> list[Frame]:
     return kept
 
 
-def _check_steps(steps: Vector) -> None:
+def _rounding(places: Vector, normal: Vector) -> float:
+    """mm by which heights may be wrong since all coordinates were written with one decimal."""
+    tenths = places / _DECIMAL
+    written = bool(np.abs(tenths - np.round(tenths)).max() < 1e-4)
+    return float(_DECIMAL / 2 * np.abs(normal).sum()) if written else 0.0
+
+
+def _check_steps(steps: Vector, rounding: float) -> None:
     usual = float(np.median(steps))
     if steps.min() <= 0.01 * max(usual, 1e-3):
         raise rule_codes.unusable(rule_codes.DUPLICATE_SLICES)
     parts = steps / steps.min()
     if np.ptp(steps) <= _UNEVEN * usual:
+        return
+    heights, numbers = np.concatenate([[0.0], np.cumsum(steps)]), np.arange(len(steps) + 1.0)
+    off = np.ptp(heights - np.polyval(np.polyfit(numbers, heights, 1), numbers))
+    if off <= _FITTED * rounding and 2 * rounding <= _ROUNDED * usual:
         return
     whole = np.abs(parts - np.round(parts)).max() <= _UNEVEN
     raise rule_codes.unusable(rule_codes.INCOMPLETE if whole else rule_codes.UNEVEN)
