@@ -69,7 +69,7 @@ def _parts(plan: Plan, parameters: int | None) -> Iterator[tuple[str, str]]:
     yield from _schedule(plan)
     yield "Each site", _site_work(plan)
     yield "Server", _server(plan)
-    yield "Exchanges", _exchange(plan, parameters)
+    yield "Exchanges", exchange(plan, parameters)
     yield "Privacy", _privacy(plan)
     yield "Sites", _participation(plan)
     yield "Measures", _metrics(plan)
@@ -221,7 +221,8 @@ def _server(plan: Plan) -> str:
     return text
 
 
-def _exchange(plan: Plan, parameters: int | None) -> str:
+def exchange(plan: Plan, parameters: int | None) -> str:
+    """What a site sends, in words; with the parameters of the model how much."""
     spec = plan.strategy.spec
     besides = "".join(f", {meaning}" for meaning in spec.sent.values())
     text = (

@@ -82,13 +82,15 @@ class AuditLog:
         with self._alone():
             self._found()
 
-    def append(self, event: Event, **fields: Any) -> Entry:
+    def append(self, event: Event, *, repeated: bool = False, **fields: Any) -> Entry | None:
         """Write an entry.
 
         Parameters
         ----------
         event : str
             One of :data:`fedward_client.audit.entry.EVENTS`.
+        repeated : bool
+            The same was written before: only see that the log is whole and can be opened.
         **fields
             JSON. Nothing that names a person or a file belongs here.
 
@@ -101,7 +103,11 @@ class AuditLog:
         if event not in EVENTS:
             raise AuditError("an audit event must be one of the known ones", value=event)
         with self._alone():
-            return self._append(event, fields)
+            if not repeated:
+                return self._append(event, fields)
+            self._found()
+            os.close(os.open(self._active, os.O_WRONLY | os.O_APPEND))
+        return None
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

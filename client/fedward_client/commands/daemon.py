@@ -22,6 +22,7 @@ from fedward.console import (
     say,
     stop_on_signals,
 )
+from fedward_client.commands.study_card import card_lines
 from fedward_client.commands.tables import people
 from fedward_client.enrol import enrol as make_enrolment
 from fedward_client.enrol import enrol_configured, read_authority
@@ -167,10 +168,28 @@ def pending(config: Config = _SITE, as_json: Json = False) -> None:
     if not answer["pending"]:
         say("No study waits.")
     for one in answer["pending"]:
-        say(
-            f"{one['study']}: {one['name']}, plan {one['plan_hash'][:12]}, "
-            f"coordinator {one['coordinator'][:16]}"
-        )
+        for line in card_lines(one):
+            say(line)
+        say(f"To read all of it: fedward-client plan show {one['study']}\n")
+    if answer["pending"]:
+        say("To decide: fedward-client approve STUDY, or fedward-client deny STUDY")
+
+
+plan_app = typer.Typer(help="The plans that studies sent here.", no_args_is_help=True)
+
+
+@plan_app.command("show")
+def plan_show(
+    study: Study, config: Config = _SITE, plan: PlanHash = "", as_json: Json = False
+) -> None:
+    """A study's plan as it was seen here: the facts, the plan in words; with --json the plan."""
+    found = _ask(config, "plan", study=study, plan=plan)["study"]
+    if as_json:
+        print_json(found)
+        return
+    for line in card_lines(found):
+        say(line)
+    say(f"\n{found['words']}" if "words" in found else "The plan itself was not kept.")
 
 
 def approve(
@@ -261,6 +280,7 @@ def add_to(app: typer.Typer) -> None:
         budget,
     ):
         app.command()(command)
+    app.add_typer(plan_app, name="plan")
 
 
 def _accept_older(config: Path, *, as_json: bool) -> None:

@@ -9,8 +9,10 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedward.errors import ConfigError, FedwardError, PolicyError
+from fedward.errors import ConfigError, FedwardError, PlanError, PolicyError
 from fedward.files import locked, write_private
+from fedward.plan.load import canonical, from_canonical, plan_hash
+from fedward.plan.schema import Plan
 from fedward.rule_codes import RuleCode
 from fedward_client.policy.decide import StudyRequest
 
@@ -83,7 +85,7 @@ class Approvals:
     def __init__(
         self, state: Path, now: Callable[[], datetime] = lambda: datetime.now(UTC)
     ) -> None:
-        self._path, self._now = state / _NAME, now
+        self._path, self._plans, self._now = state / _NAME, state / "plans", now
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def all(self) -> list[Approval]:
@@ -115,6 +117,7 @@ class Approvals:
             wanted: State = "pending" if manual else "allowed"
             known = next((one for one in file.approvals if one.key == key), None)
             if known is not None and known.state in ("approved", "denied", wanted):
+                self._keep(request, known.state)
                 return known
             # A denial is of the study, whatever plan its coordinator sends next.
             if any(
@@ -131,8 +134,34 @@ class Approvals:
                 state=wanted,
                 seen=self._time(),
             )
-            self._write(file.model_copy(update={"approvals": [*_with_room(others, wanted), made]}))
+            kept = [*_with_room(others, wanted), made]
+            self._keep(request, wanted)
+            self._write(file.model_copy(update={"approvals": kept}))
+            self._forget({one.plan_hash for one in kept if one.state != "denied"})
             return made
+
+    def plan(self, approval: Approval) -> Plan | None:
+        """The plan that an approval is about; None where it was not kept.
+
+        What another release wrote and this one cannot read counts as not kept.
+        """
+        try:
+            plan = from_canonical((self._plans / f"{approval.plan_hash}.json").read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, PlanError):
+            return None
+        return plan if plan_hash(plan) == approval.plan_hash else None
+
+    def _keep(self, request: StudyRequest, state: State) -> None:
+        """Keep the plan itself: what was approved can be read later, whoever sent it."""
+        path = self._plans / f"{request.plan_hash}.json"
+        if state != "denied" and not path.exists():
+            self._plans.mkdir(mode=0o700, exist_ok=True)
+            write_private(path, canonical(request.plan).encode())
+
+    def _forget(self, known: set[str]) -> None:
+        for path in self._plans.glob("*.json"):
+            if path.stem not in known:
+                path.unlink(missing_ok=True)
 
     def find(self, study: str, plan: str = "") -> Approval:
         """The one plan of a study whose hash begins so; raises ConfigError for none and several."""

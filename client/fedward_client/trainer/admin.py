@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, Final, cast
 
 from fedward.errors import ConfigError, DataError, FedwardError
 from fedward_client.audit.log import AuditLog
@@ -26,12 +26,10 @@ from fedward_client.cohort.open import cohort_path
 from fedward_client.config import SiteConfig
 from fedward_client.ledger import Caps, Ledger
 from fedward_client.link.state import link_file, read_state
-from fedward_client.policy.approvals import Approvals
+from fedward_client.policy.approvals import Approval, Approvals
 from fedward_client.trainer.service import TrainerService
 from fedward_client.trainer.status import Activity
-
-if TYPE_CHECKING:
-    from fedward_client.policy.approvals import Approvals
+from fedward_client.trainer.study_card import in_full, study_card
 
 _MOST: Final = 1 << 16
 _SECONDS: Final = 30.0
@@ -61,7 +59,8 @@ class Admin:
         """
         act: dict[str, Callable[[], dict[str, Any]]] = {
             "status": self._status,
-            "pending": lambda: {"pending": [a.model_dump() for a in self._approvals.pending()]},
+            "pending": lambda: {"pending": [self._card(one) for one in self._approvals.pending()]},
+            "plan": lambda: self._plan(arguments),
             "approve": lambda: self._settle("approved", arguments, who),
             "deny": lambda: self._settle("denied", arguments, who),
             "pause": lambda: self._pause(paused=True),
@@ -76,6 +75,15 @@ class Admin:
     def _status(self) -> dict[str, Any]:
         now, pending = self._desk.status(), len(self._approvals.pending())
         return {"trainer": now, "link": self._desk.link, "pending": pending, **self._budget()}
+
+    def _card(self, one: Approval) -> dict[str, Any]:
+        plan = self._approvals.plan(one)
+        return cast("dict[str, Any]", study_card(one, plan, self._config, self._ledger))
+
+    def _plan(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        study, plan = str(arguments.get("study", "")), str(arguments.get("plan", ""))
+        found = self._approvals.find(study, plan)
+        return {"study": in_full(self._card(found), self._approvals.plan(found))}
 
     def _settle(self, state: Any, arguments: dict[str, Any], who: str) -> dict[str, Any]:
         study, plan = str(arguments.get("study", "")), str(arguments.get("plan", ""))

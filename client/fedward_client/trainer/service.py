@@ -28,6 +28,9 @@ from fedward_client.trainer.study_context import StudyContext, StudyContexts
 from fedward_client.trainer.watchdog import OrderMark, OrdersInHand
 
 _LOG = logging.getLogger("fedward.trainer")
+# Refusals that stay the same until somebody acts; the aggregator asks again every few seconds.
+_LASTING: Final = frozenset({"pending", "paused", "policy", "busy", "data", "budget", "schema"})
+_MOST_REPEATED: Final = 10_000  # beyond that each is written down again
 _DOING: Final = {"describe": "describing", "train": "training", "evaluate": "evaluating"}
 
 # What status shouts, by whether site.toml allows it.
@@ -87,6 +90,7 @@ class TrainerService:
         self._approvals, self._board, self._now = approvals, board, now
         self._in_hand, self._exposed = in_hand, False
         self._turns, self._told = FairScheduler(), set[tuple[str, ...]]()
+        self._repeated: set[tuple[str, int, str, str]] = set()
         self.link: dict[str, Any] = {}
         board.set(paused=approvals.paused)
 
@@ -105,22 +109,25 @@ class TrainerService:
             return self._refusal(error, 0, None)
 
     def _answer(self, what: str, packet: TrainerMessage, mark: OrderMark) -> TrainerMessage:
-        round_ = 0
+        round_, study = 0, ""
         case: StudyContext | None = None
         try:
             order = self._order(packet)
             round_ = order.round
             coordinator = verify_order(order, what, packet.arrays)
+            study = order.study  # somebody has signed it
             case = self._case(order, coordinator)
-            return self._in_turn(what, order, case, packet, coordinator, mark)
+            answer = self._in_turn(what, order, case, packet, coordinator, mark)
+            self._repeated = {key for key in self._repeated if key[0] != study}
+            return answer
         except Cancelled:
-            return self._refusal(self._ended(), round_, case)
+            return self._refusal(self._ended(), round_, case, study)
         except FedwardError as error:
-            return self._refusal(error, round_, case)
+            return self._refusal(error, round_, case, study)
         except Exception as error:
             # What went wrong may quote a path or an identifier: the log stays here.
             _LOG.exception("an unexpected error stopped an order")
-            return self._refusal(error, round_, case)
+            return self._refusal(error, round_, case, study)
 
     def garbage(self, error: ProtocolError) -> TrainerMessage:
         """Refuse what was no order at all."""
@@ -284,19 +291,13 @@ class TrainerService:
             raise Refused(PolicyError(RuleCode.QUIET), "paused")
 
     def _refusal(
-        self, error: BaseException, round_: int, case: StudyContext | None
+        self, error: BaseException, round_: int, case: StudyContext | None, study: str = ""
     ) -> TrainerMessage:
         kind = error.kind if isinstance(error, Refused) else None
         said = refusal_for(error, self._cases.site, round_, kind)
         try:
             made = self._cases.gate(case).check_refusal(said)
-            self._audit.append(
-                "refused",
-                kind=made.kind,
-                rule=made.rule,
-                round=round_,
-                study=case.study if case else "",
-            )
+            self._tell_refusal(made, study)
         except AuditError:
             made = Refusal(
                 site=self._cases.site, round=round_, kind="error", code=RuleCode.UNWRITTEN
@@ -304,6 +305,21 @@ class TrainerService:
         if made.kind in ("error", "data", "protocol", "schema"):
             self._board.set(last_error=made.rule)
         return TrainerMessage("refusal", dict(made.to_flat()))
+
+    def _tell_refusal(self, made: Refusal, study: str) -> None:
+        """Write a refusal down; of a study that asks again and again and gets the same, once."""
+        key = (study, made.round, made.kind, made.rule)
+        # Whether the log can be written is seen each time: without it nothing leaves.
+        self._audit.append(
+            "refused",
+            repeated=key in self._repeated,
+            kind=made.kind,
+            rule=made.rule,
+            round=made.round,
+            study=study,
+        )
+        if study and made.kind in _LASTING and len(self._repeated) < _MOST_REPEATED:
+            self._repeated.add(key)
 
     def _keep_signed(self, order: RoundOrder) -> None:
         """Write down what the coordinator signed, the number of sites included: it can be held to
