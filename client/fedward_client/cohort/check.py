@@ -454,6 +454,8 @@ def probe_findings(plan: Plan, probe: Probe) -> Iterator[Finding]:
         f"{probe.enlarged} of {len(probe.prepared)} are smaller than {size} on some side",
         "They are enlarged or padded; a smaller preprocessing.size would serve them better",
     )
+    if any(one.lost for one in probe.prepared):
+        yield _cut_finding(plan, probe)
     if probe.outside:
         yield finding(
             "window",
@@ -470,6 +472,24 @@ def probe_findings(plan: Plan, probe: Probe) -> Iterator[Finding]:
             f"classes seen in {len(probe.prepared)} masks: {', '.join(names) or 'none'}",
             f"Look at the preview for {', '.join(missing)}",
         )
+
+
+def _cut_finding(plan: Plan, probe: Probe) -> Finding:
+    """What the plan's crop of the middle costs, and settings that keep whole images."""
+    lost, size = [one.lost for one in probe.prepared if one.lost], plan.preprocessing.size
+    whole = [max(sides) for sides in zip(*probe.sides, strict=True)]
+    steps = plan.preprocessing.spacing or ()
+    coarse = [step * max(1.0, n / t) for step, n, t in zip(steps, whole, size, strict=True)]
+    return finding(
+        "foreground",
+        "warn",
+        f"{sum(one == 1 for one in lost)} of {len(probe.prepared)} masks lose all that they mark, "
+        f"since the plan keeps the middle of an image; {len(lost)} lose some",
+        "Ask for settings that keep whole images: preprocessing.size = "
+        f"[{', '.join(str(max(n, t)) for n, t in zip(whole, size, strict=True))}], or "
+        f"preprocessing.spacing = [{', '.join(f'{step:.3g}' for step in coarse)}], or resize "
+        '= "fit" without a spacing',
+    )
 
 
 def _words(task: Task) -> str:

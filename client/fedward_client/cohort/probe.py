@@ -67,6 +67,8 @@ class Probe:
         Images without a pixel inside the plan's window.
     labels : set of int
         Values of the masks.
+    sides : list of tuple
+        The sides of each image after resampling, before anything is cut off.
     """
 
     prepared: list[Prepared] = field(default_factory=list)
@@ -75,6 +77,7 @@ class Probe:
     enlarged: int = 0
     outside: int = 0
     labels: set[int] = field(default_factory=set)
+    sides: list[tuple[int, ...]] = field(default_factory=list)
 
 
 def probe(samples: Sequence[Sample], plan: Plan) -> Probe:
@@ -98,19 +101,18 @@ def _look(sample: Sample, plan: Plan, found: Probe) -> None:
     ready = prepare_image(image, mask, plan.task, plan.preprocessing)
     found.prepared.append(ready)
     found.samples.append(sample)
-    found.enlarged += _is_small(image, plan)
+    found.sides.append(_sides(image, plan))
+    size = plan.preprocessing.size
+    found.enlarged += any(n < t for n, t in zip(found.sides[-1], size, strict=True))
     found.outside += _is_outside(image, plan)
     if ready.mask is not None:
         found.labels |= set(np.unique(ready.mask).tolist())
 
 
-def _is_small(image: Image, plan: Plan) -> bool:
-    """Whether a side has fewer pixels than the model takes, after resampling to a spacing."""
-    prep = plan.preprocessing
-    sides: Sequence[int] = image.pixels.shape[1:]
-    if prep.spacing is not None:
-        sides = grid_for(tuple(sides), image.spacing, prep).shape
-    return any(have < want for have, want in zip(sides, prep.size, strict=True))
+def _sides(image: Image, plan: Plan) -> tuple[int, ...]:
+    """How many pixels an image has along its sides, after resampling to a spacing."""
+    prep, sides = plan.preprocessing, tuple(image.pixels.shape[1:])
+    return sides if prep.spacing is None else grid_for(sides, image.spacing, prep).shape
 
 
 def _is_outside(image: Image, plan: Plan) -> bool:

@@ -22,12 +22,13 @@ from fedward_client.index.store import Index
 # The same pixels in several files: within a patient, between patients, between parts.
 
 OF_IMAGES: Final = "reason = '' AND marked = '' AND pixels != ''"
+_SHOWN: Final = f"{OF_IMAGES} AND low IS NOT high"  # an empty slice is nobody's
 
 
 def copies(index: Index) -> int:
     """Files whose pixels another file has already."""
     row = index.connection.execute(
-        f"SELECT coalesce(sum(n - 1), 0) FROM (SELECT count(*) AS n FROM files WHERE {OF_IMAGES} "
+        f"SELECT coalesce(sum(n - 1), 0) FROM (SELECT count(*) AS n FROM files WHERE {_SHOWN} "
         "GROUP BY pixels HAVING n > 1)"
     ).fetchone()
     return int(row[0])
@@ -37,7 +38,7 @@ def shared(samples: Sequence[Sample], index: Index, extract: Extractor) -> int:
     """Images that two patients have, or two parts of the division that the data brings."""
     # Files that no sample uses yet may be used tomorrow; only DICOM files name their patient.
     rows = index.connection.execute(
-        f"SELECT pixels FROM files WHERE {OF_IMAGES} GROUP BY pixels "
+        f"SELECT pixels FROM files WHERE {_SHOWN} GROUP BY pixels "
         "HAVING count(DISTINCT patient) > 1"
     )
     found = {str(row[0]) for row in rows}
@@ -52,9 +53,9 @@ def shared(samples: Sequence[Sample], index: Index, extract: Extractor) -> int:
 
 
 def _pixels(sample: Sample, index: Index, extract: Extractor) -> set[str]:
-    """The hashes of a sample's decoded pixels, without those of its mask."""
+    """The hashes of a sample's decoded pixels, without those of its mask and of empty slices."""
     paths = files_of(replace(sample, mask=None), extract.root)
-    return {index.pixels(extract.name(path)) for path in paths} - {""}
+    return {index.pixels(extract.name(path), empty=False) for path in paths} - {""}
 
 
 class Risk(BaseModel):

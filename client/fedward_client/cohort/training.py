@@ -92,8 +92,14 @@ def prepare_cohort(
     note(f"{config.site.name}: preparing {len(samples)} images of {cohort.name}")
     if crew is None:
         with preparers() as own:
-            return _prepare(config, cohort, samples, plan, cache, own)
-    return _prepare(config, cohort, samples, plan, cache, crew)
+            site = _prepare(config, cohort, samples, plan, cache, own)
+    else:
+        site = _prepare(config, cohort, samples, plan, cache, crew)
+    if site.cut:
+        note(
+            f"{config.site.name}: {site.cut} masks lost all that they mark, as the plan cuts it off"
+        )
+    return site
 
 
 def _prepare(

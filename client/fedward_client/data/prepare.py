@@ -27,7 +27,7 @@ from fedward_client.data.split import split_by_patient
 from fedward_client.data.transforms import Job, Outcome, one_torch_thread, prepare_sample
 from fedward_client.worker_pool import WorkerPool
 
-_VERSION: Final = 5  # raise it when the arithmetic changes, so that old entries are not used
+_VERSION: Final = 6  # raise it when the arithmetic changes, so that old entries are not used
 _FOR_SLICE: Final = 0.5  # seconds that a volume may take for each of its slices
 _ARRAYS: Final = ("images", "targets", "patients", "spacing", "part")
 
@@ -114,12 +114,14 @@ def _build(
     kept: list[Sample] = []
     spacing: list[tuple[float, ...]] = []
     left_out: Counter[str] = Counter()
+    cut = 0
     for sample, item in zip(samples, _prepared(samples, plan, means), strict=True):
         if isinstance(item, str):
             left_out[item] += 1
             continue
         kept.append(sample)
         spacing.append(item.spacing)
+        cut += item.lost == 1
         images.append(item.pixels)
         if item.mask is not None:
             masks.append(item.mask)
@@ -133,7 +135,7 @@ def _build(
         "part": _parts(kept, plan),
     }
     synthetic = any(s.columns.get("synthetic", "").lower() in ("yes", "true", "1") for s in kept)
-    return arrays, {"left_out": dict(left_out), "synthetic": synthetic}
+    return arrays, {"left_out": dict(left_out), "synthetic": synthetic, "cut": cut}
 
 
 def _prepared(samples: Sequence[Sample], plan: Plan, means: Means) -> Iterator[Outcome]:
@@ -202,6 +204,7 @@ def _site(name: str, arrays: Any, meta: Any, samples: Sequence[Sample]) -> Prepa
         spacing=np.asarray(arrays["spacing"]),
         left_out=meta["left_out"],
         synthetic=meta["synthetic"],
+        cut=meta["cut"],
         images_are_patients=unnamed(samples) > 0,
     )
 

@@ -151,6 +151,8 @@ class PreparedSite:
         Reason to count.
     synthetic : bool
         Whether the images say of themselves that they are synthetic.
+    cut : int
+        Images all of whose foreground lay outside the middle that the plan keeps.
     cohort : str
         SHA-256 of the frozen cohort that they are of; "" for what is not frozen.
     images_are_patients : bool
@@ -165,6 +167,7 @@ class PreparedSite:
     spacing: NDArray[np.float32]
     left_out: Mapping[str, int] = field(default_factory=dict)
     synthetic: bool = False
+    cut: int = 0
     cohort: str = ""
     images_are_patients: bool = False
 

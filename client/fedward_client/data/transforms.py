@@ -228,11 +228,14 @@ class Prepared:
         ``(*size)`` uint8.
     spacing : tuple of float
         mm per axis.
+    lost : float
+        Share of the mask's foreground that lies outside the middle, and was cut off with it.
     """
 
     pixels: NDArray[np.float32]
     mask: NDArray[np.uint8] | None
     spacing: tuple[float, ...]
+    lost: float = 0.0
 
 
 def prepare_image(
@@ -260,10 +263,14 @@ def prepare_image(
     content = crop(resample(pixels, grid), prep.size)
     content, black = finish(content, mapped, prep)
     out = pad(content, prep.size, black).astype(np.float32)
+    lost = 0.0
     if labels is not None:
-        labels = crop(resample(labels, grid, nearest=True), prep.size)
+        whole = resample(labels, grid, nearest=True)
+        labels = crop(whole, prep.size)
+        marked = int(np.count_nonzero(whole))
+        lost = 1 - int(np.count_nonzero(labels)) / marked if marked else 0.0
         labels = pad(labels, prep.size, np.zeros(1, np.uint8))[0]
-    return Prepared(out, labels, grid.spacing)
+    return Prepared(out, labels, grid.spacing, lost)
 
 
 def _labels(mask: NDArray[np.uint8], task: Task) -> NDArray[np.uint8]:

@@ -183,10 +183,15 @@ class Index:
         row = self.connection.execute("SELECT reason FROM files WHERE path = ?", (path,)).fetchone()
         return str(row[0]) if row else ""
 
-    def pixels(self, path: str) -> str:
-        """The hash of a file's decoded pixels; "" when there is none."""
-        row = self.connection.execute("SELECT pixels FROM files WHERE path = ?", (path,)).fetchone()
-        return str(row[0]) if row else ""
+    def pixels(self, path: str, *, empty: bool = True) -> str:
+        """The hash of a file's decoded pixels; "" when there is none.
+
+        With `empty` False, "" for an image of one value too.
+        """
+        row = self.connection.execute(
+            "SELECT pixels, low IS NOT high FROM files WHERE path = ?", (path,)
+        ).fetchone()
+        return str(row[0]) if row and (empty or row[1]) else ""
 
     def count(self) -> int:
         """Files in the index."""

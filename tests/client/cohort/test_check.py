@@ -17,6 +17,7 @@ from fedward_client.cohort.check import (
     training_bytes,
 )
 from fedward_client.config import DatasetSection
+from fedward_client.data.prepare import prepare
 from fedward_client.data.sample import Image, LeftOut, Sample
 
 RNG = np.random.default_rng(0)
@@ -228,3 +229,51 @@ def test_masks_are_looked_at(checked, tmp_path):
     assert found["masks"].status == "warn" and "heart" in found["masks"].fix
     assert "shape of mask differs: 1" in found["preprocessing"].found
     assert made.cost.prepared_bytes == 20 * (256 * 4 + 256)
+
+
+def corners(lesions):
+    """Volumes of 24 x 24 x 24 mm, each with a lesion of 2 mm that begins at a corner."""
+    made = []
+    for k, corner in enumerate(lesions):
+        values, mask = RNG.random((1, 24, 24, 24)).astype(np.float32), np.zeros((24,) * 3, np.uint8)
+        mask[tuple(slice(c, c + 2) for c in corner)] = 1
+        made.append(
+            Sample(
+                f"p{k}",
+                lambda v=values: Image(v, (1.0, 1.0, 1.0)),
+                mask=lambda m=mask: m,
+            )
+        )
+    return made
+
+
+def test_foreground_that_the_plan_cuts_off_is_told_with_settings_that_keep_it(
+    checked, tmp_path, make_plan
+):
+    lesions = [(11, 11, 11), (3, 11, 11), (0, 0, 0), (11, 20, 2)]
+    dataset = DatasetSection(
+        root=tmp_path, task="segmentation", dimensions=3, classes=("lesion",), minimum_patients=1
+    )
+    changes = {
+        "task": {"kind": "segmentation", "dimensions": 3, "classes": ["lesion"]},
+        "model": {"name": "unet"},
+        "training": {"loss": "dice_ce"},
+        "metrics": {"report": ["dice"], "primary": "dice"},
+    }
+
+    def ask(**preprocessing):
+        plan = changes | {"preprocessing": {"size": [16, 16, 16], **preprocessing}}
+        return checked(corners(lesions), dataset=dataset, **plan)[1]
+
+    found = ask(spacing=[1.0, 1.0, 1.0])["foreground"]
+    assert found.status == "warn"
+    assert found.found.startswith("2 of 4 masks lose all") and "; 3 lose some" in found.found
+    assert "size = [24, 24, 24]" in found.fix and "spacing = [1.5, 1.5, 1.5]" in found.fix
+    assert "foreground" not in ask(spacing=[1.5, 1.5, 1.5])
+    assert "foreground" not in ask(spacing=[1.0, 1.0, 1.0], size=[24, 24, 24])
+    assert "foreground" not in ask(resize="fit")
+    plan = make_plan(
+        split={"given": False},
+        **changes | {"preprocessing": {"size": [16, 16, 16], "spacing": [1.0, 1.0, 1.0]}},
+    )
+    assert prepare("st-mary", corners(lesions), plan).cut == 2

@@ -11,6 +11,7 @@ import pytest
 from fedward_client.cohort.check import Room, check_plan
 from fedward_client.cohort.freeze import counts, load, make_cohort, save, usable
 from fedward_client.cohort.open import open_cohort
+from fedward_client.cohort.report import make_report
 from fedward_client.secret import site_secret
 
 SITE = """
@@ -106,3 +107,26 @@ def test_volumes_of_a_leaning_gantry_are_told_before_the_study(
     assert sum(made.patients.values()) == 3
     made, by_name = check(gantry_tilt="correct")
     assert "gantry tilt" not in by_name and sum(made.patients.values()) == 4
+
+
+@pytest.mark.parametrize("value", [0, 812])
+def test_empty_slices_are_no_pixels_that_patients_share(tmp_path, series, reading, value):
+    empty = np.full((9, 8), value)
+    for k, patient in enumerate(("P1", "P2", "P3")):
+        heights = [2.0 * place + k / 50 for place in range(6)]
+        series(patient, heights, pixels={0: empty, 5: empty})
+    label(tmp_path, "P1", "P2", "P3")
+
+    def shared() -> dict[str, int]:
+        with reading(tmp_path / "site.toml") as work:
+            report = make_report("chest", work.dataset, work.index, work.extract)
+        return {
+            risk.rule: risk.count
+            for risk in report.risks
+            if "share" in risk.rule or "same pixels" in risk.rule
+        }
+
+    assert not shared()
+    series("P4", [0, 2, 4], pixels={1: empty})  # its other slices are those of P1
+    label(tmp_path, "P1", "P2", "P3", "P4")
+    assert set(shared().values()) == {1}

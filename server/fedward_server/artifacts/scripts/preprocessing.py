@@ -247,10 +247,11 @@ class Finishd(MapTransform, InvertibleTransform):  # type: ignore[misc]
             return pixels.new_tensor(self.mean), pixels.new_tensor(self.deviation)
         exact = pixels.to(torch.float64)
         spread = float(exact.std(unbiased=False))
+        rounding = torch.finfo(torch.float32).eps * float(exact.abs().max())
         count = len(pixels)
         return (
             pixels.new_full((count,), float(exact.mean())),
-            pixels.new_full((count,), spread if spread > 1e-6 else 1.0),
+            pixels.new_full((count,), spread if spread > rounding else 1.0),
         )
 
 
