@@ -184,6 +184,28 @@ def enrol_configured(config: SiteConfig, path: Path) -> Enrolment:
     return Enrolment(public_pem(key), key_fingerprint(key.public_key()), path)
 
 
+def read_fingerprint(config: SiteConfig) -> str:
+    """The fingerprint of the site's key.
+
+    Raises
+    ------
+    ConfigError
+        The configuration names no aggregator, or there is no key.
+    """
+    place = config.server.state / "site.pub" if config.server else None
+    try:
+        key = serialization.load_pem_public_key(place.read_bytes()) if place else None
+    except (OSError, ValueError):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise ConfigError(
+            "the site's public key must be readable",
+            fix="Make it with fedward-client enrol",
+            where="server.state",
+        )
+    return key_fingerprint(key)
+
+
 @contextmanager
 def _writing() -> Iterator[None]:
     try:

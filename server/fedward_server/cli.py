@@ -84,6 +84,19 @@ def init(
 
 
 @app.command()
+def fingerprint(config: Config = SERVER, as_json: Json = False) -> None:
+    """The coordinator's fingerprint, which hospitals name in `policy.coordinators`."""
+    from fedward_server.config import load_config
+    from fedward_server.setup import coordinator_fingerprint
+
+    found = coordinator_fingerprint(load_config(config))
+    if as_json:
+        print_json({"coordinator": found})
+    else:
+        say(found)
+
+
+@app.command()
 def run(config: Config = SERVER) -> None:
     """Run the SuperLink, the studies and the operator API, and keep them running."""
     from fedward.files import alone
@@ -232,8 +245,10 @@ def _print_certificate(facts: Facts, *, as_json: bool) -> None:
     if as_json:
         print_json(told)
     else:
-        for name, value in (told | {"hosts": ", ".join(facts.hosts)}).items():
-            say(f"{name}: {value}")
+        say(f"hosts: {', '.join(facts.hosts)}")
+        say(f"expires: {facts.expires}")
+        # No fingerprint: that word is for keys, which people compare by telephone.
+        say(f"SHA-256 of the certificate: {facts.fingerprint}")
 
 
 def main() -> None:

@@ -26,10 +26,12 @@ from fedward_server.dispatch import Dispatcher
 from fedward_server.enrolment import Enrolment
 from fedward_server.listen import ApiThread, check_tls, serve_health
 from fedward_server.registry import open_registry
+from fedward_server.setup import coordinator_fingerprint
 
 _LOG = logging.getLogger("fedward.server")
 # The one before may still be ending its runners.
 _PATIENCE: Final = 20.0
+_LOOK: Final = 0.5
 
 
 def serve(path: Path, stop: threading.Event) -> None:
@@ -61,12 +63,28 @@ def _serve(config: ServerConfig, path: Path, enrolment: Enrolment, stop: threadi
         try:
             for name, keep in (("enrolment", enrolment.keep), ("audit", audit.keep)):
                 threading.Thread(target=keep, args=(stop,), daemon=True, name=name).start()
+            threading.Thread(
+                target=_tell_ready, args=(config, found, stop), daemon=True, name="ready"
+            ).start()
             Dispatcher(path, enrolment.registry).run(stop)
         finally:
             api.end()
             audit.write_unknown()
     finally:
         health.stop(1)
+
+
+def _tell_ready(config: ServerConfig, found: Health, stop: threading.Event) -> None:
+    """Say once that a study could run, and where hospitals and operators find this aggregator."""
+    while not found.ready:
+        if stop.wait(_LOOK):
+            return
+    _LOG.info(
+        "ready: hospitals connect to port %d, operators to %s; coordinator %s",
+        config.sites.port,
+        config.api_url,
+        coordinator_fingerprint(config),
+    )
 
 
 def _link(config: ServerConfig) -> ControlClient:

@@ -27,7 +27,7 @@ from fedward_server.certificates import (
     new_key,
 )
 from fedward_server.config import ServerConfig, config_from, load_config
-from fedward_server.registry import open_registry
+from fedward_server.registry import open_registry, read_signing_key
 
 CONFIG_NAME: Final = "server.toml"
 
@@ -234,3 +234,14 @@ def _keys(config: ServerConfig) -> str:
     for path in (config.control_secret, config.runtime_secret):
         write_private(path, secrets.token_urlsafe(32).encode())
     return fingerprint(public_bytes(key))
+
+
+def coordinator_fingerprint(config: ServerConfig) -> str:
+    """The fingerprint of the key that signs studies.
+
+    Raises
+    ------
+    ConfigError
+        The key cannot be read.
+    """
+    return fingerprint(public_bytes(read_signing_key(config.coordinator_key)))

@@ -14,7 +14,14 @@ from fedward.signing import fingerprint
 from fedward_server import certificates
 from fedward_server.config import ServerConfig, config_from, load_config
 from fedward_server.registry import open_registry, read_signing_key
-from fedward_server.setup import OwnCertificate, SetupOptions, SetupResult, initialise, renew
+from fedward_server.setup import (
+    OwnCertificate,
+    SetupOptions,
+    SetupResult,
+    coordinator_fingerprint,
+    initialise,
+    renew,
+)
 
 
 def test_the_folder_has_all_parts_with_private_modes(
@@ -159,3 +166,8 @@ def test_a_broken_configuration_names_the_key(
 def test_a_missing_configuration_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fedward-server init"):
         load_config(tmp_path / "server.toml")
+
+
+def test_the_coordinators_fingerprint_can_be_shown_again(tmp_path: Path) -> None:
+    made = initialise(tmp_path / "agg", SetupOptions())
+    assert coordinator_fingerprint(load_config(made.config)) == made.coordinator

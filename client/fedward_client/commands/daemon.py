@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import logging
 import threading
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,7 +70,7 @@ def trainer(config: Config = _SITE) -> None:
     log_to_stderr()
     private_files()
     # A dataset that is away just now is told to who asks for it; the others are served.
-    run_trainer(load_config(config, datasets_here=False))
+    run_trainer(load_config(config, datasets_here=False), path=config)
     # An order that is still being prepared has charged nothing, and cannot be told to end.
     leave()
 
@@ -114,6 +115,15 @@ def enrol(
     console.print(f"Next: edit {made.config.name}, freeze a dataset, then run the daemon.")
 
 
+def fingerprint(config: Config = _SITE, as_json: Json = False) -> None:
+    """The fingerprint of this site's key, to compare with the coordinator by telephone."""
+    from fedward_client.config import load_config
+    from fedward_client.enrol import read_fingerprint
+
+    found = read_fingerprint(load_config(config, datasets_here=False))
+    _plain({"fingerprint": found}, found, as_json=as_json)
+
+
 def health(
     process: Annotated[Process, typer.Argument(help="which of the two")],
     config: Config = _SITE,
@@ -146,7 +156,8 @@ def status(config: Config = _SITE, as_json: Json = False) -> None:
         ("paused", "yes" if now["paused"] else "no"),
         ("trainer's network", now["network"]),
         ("connector and images", now["connector"]),
-        ("last error", now["last_error"] or link.get("last_error") or "none"),
+        ("last refusal", _dated(now, "last_refusal") or "none"),
+        ("last error", _dated(now, "last_error") or _dated(link, "last_error") or "none"),
     ):
         table.add_row(name, str(value))
     console = Console()
@@ -165,6 +176,8 @@ def pending(config: Config = _SITE, as_json: Json = False) -> None:
     if as_json:
         print_json(answer)
         return
+    for warning in answer["warnings"]:
+        say(warning, fg="red")
     if not answer["pending"]:
         say("No study waits.")
     for one in answer["pending"]:
@@ -269,6 +282,7 @@ def add_to(app: typer.Typer) -> None:
         trainer,
         connector,
         enrol,
+        fingerprint,
         doctor,
         health,
         status,
@@ -315,6 +329,14 @@ def _plain(answer: dict[str, Any], text: str, *, as_json: bool) -> None:
         print_json(answer)
     else:
         say(text)
+
+
+def _dated(found: dict[str, Any], name: str) -> str:
+    """What went wrong last, and when; "" without anything."""
+    if not found.get(name):
+        return ""
+    at = datetime.fromtimestamp(found.get(f"{name}_at", 0.0)).astimezone()
+    return f"{found[name]} ({at.isoformat(sep=' ', timespec='seconds')})"
 
 
 def _doing(now: dict[str, Any]) -> str:

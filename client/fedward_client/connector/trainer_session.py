@@ -71,7 +71,9 @@ class TrainerSession:
                     self._caller.tell(self.state)
                 except (TrainerGone, TrainerTaken) as error:
                     self.state.trainer = "gone"
-                    self.tell("waiting for the trainer", error)
+                    # Not there yet: so looks every start.
+                    starts = isinstance(error, TrainerGone)
+                    self.tell("waiting for the trainer", None if starts else error)
                     if time.monotonic() > end or self._stop.wait(_AGAIN_SECONDS):
                         raise
             return self._caller
@@ -98,7 +100,9 @@ class TrainerSession:
             else:
                 _LOG.info("the link is %s", state)
         self.state.state = state
-        self.state.last_error = str(error)[:MOST_TEXT] if error else self.state.last_error
+        if error:
+            self.state.last_error = str(error)[:MOST_TEXT]
+            self.state.last_error_at = time.time()
         write_state(self.file, self.state)
         if self._caller and not self._caller.gone.is_set():
             with suppress(TrainerGone):

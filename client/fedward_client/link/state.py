@@ -27,8 +27,8 @@ class LinkState(BaseModel):
         ``online``, or why not.
     since : float
         Seconds since the epoch at which that began.
-    last_error : str
-        What broke the link last.
+    last_error, last_error_at : str, float
+        What broke the link last, and when (seconds since the epoch).
     node_id, messages, bytes_up : str, int, int
         Which node the site is, and what passed.
     trainer : str
@@ -44,6 +44,7 @@ class LinkState(BaseModel):
     state: Text = "starting"
     since: float = Field(default=0.0, allow_inf_nan=False)
     last_error: Text = ""
+    last_error_at: float = Field(default=0.0, allow_inf_nan=False)
     node_id: Text = ""
     trainer: Text = "starting"
     isolation: Text = ""

@@ -49,6 +49,10 @@ class Admin:
         self._config, self._desk, self._approvals = config, desk, approvals
         self._ledger, self._audit = ledger, audit
 
+    def use(self, config: SiteConfig) -> None:
+        """Tell of another policy from now on."""
+        self._config = config
+
     def do(self, command: str, arguments: dict[str, Any], who: str) -> dict[str, Any]:
         """Carry out a command.
 
@@ -59,7 +63,7 @@ class Admin:
         """
         act: dict[str, Callable[[], dict[str, Any]]] = {
             "status": self._status,
-            "pending": lambda: {"pending": [self._card(one) for one in self._approvals.pending()]},
+            "pending": self._pending,
             "plan": lambda: self._plan(arguments),
             "approve": lambda: self._settle("approved", arguments, who),
             "deny": lambda: self._settle("denied", arguments, who),
@@ -75,6 +79,10 @@ class Admin:
     def _status(self) -> dict[str, Any]:
         now, pending = self._desk.status(), len(self._approvals.pending())
         return {"trainer": now, "link": self._desk.link, "pending": pending, **self._budget()}
+
+    def _pending(self) -> dict[str, Any]:
+        cards = [self._card(one) for one in self._approvals.pending()]
+        return {"pending": cards, "warnings": self._desk.status()["warnings"]}
 
     def _card(self, one: Approval) -> dict[str, Any]:
         plan = self._approvals.plan(one)

@@ -29,7 +29,8 @@ from fedward_client.policy.approvals import Approvals
 from fedward_client.secret import site_secret
 from fedward_client.trainer.admin import Admin, admin_socket, serve_admin
 from fedward_client.trainer.executor import Executor
-from fedward_client.trainer.service import TrainerService
+from fedward_client.trainer.reload import watch_policy
+from fedward_client.trainer.service import STRANGER, TrainerService
 from fedward_client.trainer.status import StatusBoard
 from fedward_client.trainer.study_context import StudyContexts
 from fedward_client.trainer.watchdog import OrdersInHand, watch
@@ -40,11 +41,24 @@ from fedward_client.worker_pool import Limits
 _LOG = logging.getLogger("fedward.trainer")
 _GRACE: Final = 5.0
 NETWORKED: Final = "THE TRAINER HAS A NETWORK and site.toml allows it"
+UNUSABLE: Final = "site.toml was changed and cannot be used; the policy before it still holds"
+_BEGINNING: Final = 40  # of a text with a fingerprint in it
 WALLS_DOWN: Final = "the trainer has a network: no dataset is opened; see fedward-client doctor"
 
 
-def run_trainer(config: SiteConfig, stop: threading.Event | None = None) -> None:
+def run_trainer(
+    config: SiteConfig, stop: threading.Event | None = None, path: Path | None = None
+) -> None:
     """Serve until a signal comes.
+
+    Parameters
+    ----------
+    config : SiteConfig
+        The site.
+    stop : threading.Event, optional
+        Ends it too.
+    path : Path, optional
+        The configuration's file: a policy that is changed in it holds from the next order on.
 
     Raises
     ------
@@ -74,6 +88,8 @@ def run_trainer(config: SiteConfig, stop: threading.Event | None = None) -> None
         work = Executor(config, cases, ledger, releases, audit, board, secret, runtime, crew)
         desk = TrainerService(cases, work, audit, approvals, board, in_hand)
         admin = Admin(config, desk, approvals, ledger, audit)
+        if path is not None:
+            _follow_policy(path, config, (cases, admin), audit, board, stop)
         end_watch = watch(in_hand.report, config.trainer.watchdog_seconds)
         end_admin = serve_admin(admin, admin_socket(config))
         end = serve(desk, config.trainer.socket, _most_bytes(config), _group(config))
@@ -139,6 +155,37 @@ def _tell_changes(state: Path, audit: AuditLog, config: SiteConfig) -> None:
         audit.append("version", version=now["version"], before=before.get("version", ""))
     if before != now:
         write_private(path, json.dumps(now).encode())
+
+
+def _follow_policy(
+    path: Path,
+    config: SiteConfig,
+    users: tuple[StudyContexts, Admin],
+    audit: AuditLog,
+    board: StatusBoard,
+    stop: threading.Event,
+) -> None:
+    """Use a policy that was changed in the file, and write down that it was."""
+    current = [config]
+
+    def use(found: SiteConfig) -> None:
+        if found.policy == current[0].policy:
+            return
+        current[0] = current[0].model_copy(update={"policy": found.policy})
+        _tell_changes(config.site.state, audit, current[0])
+        for one in users:
+            one.use(current[0])
+        others = [w for w in board.get()["warnings"] if not w.startswith(STRANGER[:_BEGINNING])]
+        board.set(warnings=others)
+        _LOG.info("the policy was changed, and holds from now on")
+
+    def wrong(why: str) -> None:
+        others = [w for w in board.get()["warnings"] if not w.startswith(UNUSABLE)]
+        board.set(warnings=[*others, f"{UNUSABLE}: {why}"] if why else others)
+
+    threading.Thread(
+        target=watch_policy, args=(path, use, wrong, stop), daemon=True, name="policy"
+    ).start()
 
 
 def _pin_studies(cases: StudyContexts, ledger: Ledger) -> None:

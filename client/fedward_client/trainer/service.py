@@ -40,6 +40,13 @@ UNCONFINED: Final = {
 }
 
 
+STRANGER: Final = (
+    "a study of a coordinator with the fingerprint {} was refused: policy.coordinators does not "
+    "name it; compare it by telephone (fedward-server fingerprint), then add it"
+)
+_STRANGERS: Final = 5  # told of; who makes keys fills no screen
+
+
 class Refused(FedwardError):
     """An error on its way to the coordinator, with whose turn it is."""
 
@@ -213,10 +220,24 @@ class TrainerService:
         self._once("plan", order.study, order.plan_hash, coordinator, name=plan.study.name)
         self._keep_signed(order)
         decision = decide(self._cases.policy, request)
+        if not self._cases.policy.accepts(coordinator):
+            self._tell_stranger(coordinator)
         self._tell_decision(order, decision)
         decision.enforce()
         self._approved(request, decision)
         return case
+
+    def _tell_stranger(self, coordinator: str) -> None:
+        """Log and status name a coordinator whose studies are refused for its key alone.
+
+        It may be the right one, with a wrong fingerprint in the policy.
+        """
+        text = STRANGER.format(coordinator)
+        warnings = self._board.get()["warnings"]
+        if text in warnings or sum(one.startswith(STRANGER[:40]) for one in warnings) >= _STRANGERS:
+            return
+        _LOG.warning("a coordinator that the policy does not name was refused: %s", coordinator)
+        self._board.set(warnings=[*warnings, text])
 
     def _plan(self, order: RoundOrder, coordinator: str) -> Plan:
         try:
@@ -304,6 +325,8 @@ class TrainerService:
             )
         if made.kind in ("error", "data", "protocol", "schema"):
             self._board.set(last_error=made.rule)
+        elif study and made.kind in ("policy", "budget"):
+            self._board.set(last_refusal=f"{study}: {made.rule}")
         return TrainerMessage("refusal", dict(made.to_flat()))
 
     def _tell_refusal(self, made: Refusal, study: str) -> None:

@@ -30,8 +30,10 @@ class Activity:
         What the trainer found of the network.
     walls : bool
         Whether the trainer proved that it has no network.
-    last_error : str
-        The last refusal that was no policy's.
+    last_error, last_error_at : str, float
+        The last refusal that was no policy's, and when.
+    last_refusal, last_refusal_at : str, float
+        The last one that was, with its study, and when.
     warnings : list of str
         What the officer should know at once.
     """
@@ -49,6 +51,9 @@ class Activity:
     network: str = ""
     walls: bool = False
     last_error: str = ""
+    last_error_at: float = 0.0
+    last_refusal: str = ""
+    last_refusal_at: float = 0.0
     done: int = 0
     warnings: list[str] = field(default_factory=list)
 
@@ -66,6 +71,8 @@ class StatusBoard:
                 self._now.since = time.time()
             for name, value in changes.items():
                 setattr(self._now, name, value)
+                if name in ("last_error", "last_refusal"):
+                    setattr(self._now, f"{name}_at", time.time())
             self._news.notify_all()
 
     def add(self, **counts: int) -> None:

@@ -60,6 +60,10 @@ class StudyContexts:
         self._config, self._audit = config, audit
         self._pinned: dict[str, tuple[str, CohortFile]] = {}
 
+    def use(self, config: SiteConfig) -> None:
+        """Hold studies to another policy from the next order on."""
+        self._config = config
+
     @property
     def site(self) -> str:
         """The site's name."""
