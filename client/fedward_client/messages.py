@@ -17,7 +17,9 @@ _WHAT: Final = {"query": "describe", "train": "train", "evaluate": "evaluate"}
 _ADDED_BY_STRATEGIES: Final = ("server-round", "proximal-mu")
 
 
-def to_order(message: Message, held: FrozenArrays | None = None) -> tuple[str, TrainerMessage]:
+def to_order(
+    message: Message, held: FrozenArrays | None = None, *, packed: bool = True
+) -> tuple[str, TrainerMessage]:
     """What a message asks for: describe, train or evaluate, and the packet for the trainer.
 
     Parameters
@@ -26,6 +28,8 @@ def to_order(message: Message, held: FrozenArrays | None = None) -> tuple[str, T
         What came.
     held : FrozenArrays, optional
         Where frozen arrays are kept that come with one order and are named by others.
+    packed : bool
+        Whether arrays come packed into one, as between hospitals; in a simulation they do not.
 
     Raises
     ------
@@ -39,30 +43,28 @@ def to_order(message: Message, held: FrozenArrays | None = None) -> tuple[str, T
     what = _WHAT.get(message.metadata.message_type.split(".")[0])
     configs = message.content.config_records
     if what is None or list(configs) != ["config"] or message.content.metric_records:
-        raise ProtocolError("a message must carry one order of a known kind")
+        raise ProtocolError("a message must carry one order of a known kind", code=RuleCode.ORDER)
     config = dict(configs["config"])
     # A strategy's own keys change nothing at the site, which takes its settings from the plan.
     record = {key: value for key, value in config.items() if key not in _ADDED_BY_STRATEGIES}
     if any(isinstance(value, bytes) for value in record.values()):
         raise ProtocolError("an order holds no bytes")
-    return what, TrainerMessage(
-        "order", record, _arrays_of(message, str(record.get("frozen", "")), held)
-    )
+    arrays = _arrays_of(message, str(record.get("frozen", "")), held, packed=packed)
+    return what, TrainerMessage("order", record, arrays)
 
 
-def to_reply(packet: TrainerMessage, order: TrainerMessage) -> RecordDict:
-    """The trainer's answer as the content of a reply."""
+def to_reply(packet: TrainerMessage, order: TrainerMessage, *, packed: bool = True) -> RecordDict:
+    """The trainer's answer as the content of a reply; arrays are packed into one, or not."""
     config = ConfigRecord({key: value for key, value in packet.record.items() if value is not None})
     match packet.kind:
         case "facts":
             return RecordDict({"facts": config})
         case "counts":
-            return RecordDict({"counts": _record(packet.arrays), "outcome": config})
+            return RecordDict({"counts": _record(packet.arrays, packed=packed), "outcome": config})
         case "update":
             weight = MetricRecord({"num-examples": _weight(packet, order)})
-            return RecordDict(
-                {"arrays": _record(packet.arrays), "metrics": weight, "outcome": config}
-            )
+            arrays = _record(packet.arrays, packed=packed)
+            return RecordDict({"arrays": arrays, "metrics": weight, "outcome": config})
         case "refusal":
             return RecordDict({"refusal": config})
     raise ProtocolError(RuleCode.ANSWER_KIND, value=packet.kind)
@@ -88,10 +90,13 @@ def _weight(packet: TrainerMessage, order: TrainerMessage) -> float:
     return float(outcome.patients if plan.strategy.weighting == "patients" else outcome.images)
 
 
-def _arrays_of(message: Message, frozen: str, held: FrozenArrays | None) -> Arrays:
+def _arrays_of(message: Message, frozen: str, held: FrozenArrays | None, *, packed: bool) -> Arrays:
     """All arrays of an order, those included that it only names; their names must differ."""
     parts: dict[str, Arrays] = {}
     for key, record in message.content.array_records.items():
+        if not packed:
+            parts[key] = {name: _decoded(array) for name, array in record.items()}
+            continue
         if list(record) != [PACKED]:
             raise ProtocolError("a model's arrays must be packed")
         parts[key] = unpack(_decoded(record[PACKED]))
@@ -119,5 +124,7 @@ def _decoded(array: Array) -> Any:
     return value
 
 
-def _record(arrays: Arrays) -> ArrayRecord:
+def _record(arrays: Arrays, *, packed: bool) -> ArrayRecord:
+    if not packed:
+        return ArrayRecord({name: Array(value) for name, value in arrays.items()})
     return ArrayRecord({PACKED: Array(pack(arrays))})

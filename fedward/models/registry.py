@@ -47,7 +47,16 @@ def build_model(plan: Plan, seed: int) -> nn.Module:
 
 
 def outline(plan: Plan) -> nn.Module:
-    """The plan's network without storage (on the ``meta`` device): names, shapes, nothing else."""
+    """The plan's network without storage (on the ``meta`` device): names, shapes, nothing else.
+
+    One for all callers, each order and reply being held against it: not to be changed.
+    """
+    return _outline(plan.model_dump_json())
+
+
+@lru_cache(maxsize=16)
+def _outline(plan_json: str) -> nn.Module:
+    plan = Plan.model_validate_json(plan_json)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return _built(plan)
 

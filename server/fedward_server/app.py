@@ -29,3 +29,6 @@ def server_app(*jobs: Job) -> ServerApp:
                 return
 
     return app
+
+
+app = server_app()

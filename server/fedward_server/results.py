@@ -234,6 +234,11 @@ class StudyResults(Strict):
     engine: str
     device: str
     partition: str = ""
+    figures: str = Field(
+        default="",
+        description="simulations: how counts left the federated arms' sites: `private`, "
+        "`minimum-cells` (as a hospital's policy lets them go) or `exact`",
+    )
     primary: str = Field(description="the metric that comparisons use")
     parameters: int = Field(description="parameters of the model")
     left_out: dict[str, int] = Field(

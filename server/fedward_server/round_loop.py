@@ -101,7 +101,9 @@ class StudyRun:
 
     def _describe(self) -> ConfigRecord:
         # What a site is told before the study is how many may take part at most.
-        return self._order(0, "describe", {}, sites=len(self.job.members or ()))
+        members = self.job.members
+        known = self._everyone.get_node_ids() if members is None else members
+        return self._order(0, "describe", {}, sites=len(list(known)))
 
     def run(self) -> None:
         """Enrol, train the rounds that are missing, test.
@@ -593,11 +595,11 @@ class StudyRun:
             task=task,  # type: ignore[arg-type]
             seed=self.job.seed,
             study=self.job.study,
+            arrays=digest(arrays) if arrays else "",
             **more,
         )
         if self.job.sign is not None:
-            named = order.model_copy(update={"arrays": digest(arrays) if arrays else ""})
-            order = self.job.sign(named)
+            order = self.job.sign(order)
         return ConfigRecord(order.to_flat())  # type: ignore[arg-type]
 
     def _tell(self, round_: int, site: str, what: str) -> None:

@@ -19,6 +19,7 @@ from fedward.flower import identity
 from fedward.models import build_model, trainable_names
 from fedward.plan.load import plan_from
 from fedward.plan.schema import Plan
+from fedward.rule_codes import RuleCode
 from fedward_client.data.sample import PreparedSite
 from fedward_client.training.fit import Fit
 from fedward_client.training.optimizers import build_optimizer
@@ -86,7 +87,7 @@ def lone_arm(
     arm = Arm(name=arm_name(site), kind="pooled" if site is None else "alone", site=site)
     job = Job(own, dict(arrays), arm, seed)
     kept = None if folder is None else folder.open(job)
-    one = _OneSite(own, data, replace(state.sites.runtime, private_counts=False), job)
+    one = _OneSite(own, data, state.sites.runtime, job)
     try:
         # A run that was broken off between its last round and the test below is complete as well.
         if not job.complete:
@@ -94,8 +95,11 @@ def lone_arm(
         started = time.perf_counter()
         sizes = {each.name: test_size(each) for each in state.sites.sites}
         answers = answers_on_test(state, plan, job.average)
-        counts = {name: each.exact() for name, each in answers.items()}
-        job.arm.test, job.arm.unmeasured = tested(plan, counts, sizes, answers_by_site=False)
+        let_out = {name: state.sites.released(plan, each) for name, each in answers.items()}
+        counts = {name: each for name, each in let_out.items() if each is not None}
+        job.arm.test, job.arm.unmeasured = tested(
+            plan, counts, sizes, missing=RuleCode.WITHHELD.text, answers_by_site=False
+        )
         job.arm.seconds += time.perf_counter() - started
         for result in job.arm.rounds:  # nothing travels, and the site is the arm
             result.bytes_down = result.bytes_up = 0

@@ -130,6 +130,19 @@ def run(
             help="Evaluate with noise, as hospitals do by default; baselines stay exact.",
         ),
     ] = False,
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            "--policy",
+            metavar="SITE.TOML",
+            help="Hold the study to this policy at each hospital; none: everything is allowed.",
+            show_default=False,
+        ),
+    ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option("--exact", help="Figures as counted, not as hospitals would send them."),
+    ] = False,
     cache_gib: Annotated[
         float | None,
         typer.Option("--cache-gib", min=0.001, help="GiB that prepared images may take."),
@@ -174,6 +187,8 @@ def run(
         plan_folder=plan.parent,
         cache_gib=cache_gib,
         private_counts=private_counts,
+        policy=policy,
+        exact=exact,
         patient_column=patient_column,
         images_are_patients=images_are_patients or bool(own and own.images_are_patients),
         fresh=fresh,

@@ -12,9 +12,9 @@ from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
 from fedward.flower import identity
-from fedward_client.app import SITE_STATE, client_app
+from fedward_client.app import client_app
 from fedward_simulation.pool import Pool
-from fedward_simulation.sites import SimulatedSites
+from fedward_simulation.sites import SITE_STATE, SimulatedSites
 
 Arrays = dict[str, NDArray[Any]]
 _CLIENT_DIED = 1

@@ -74,7 +74,12 @@ class Options:
     hospitals : tuple of Hospital
         Or: those that bring frozen cohorts.
     private_counts : bool
-        Whether the federated arms are evaluated with noisy counts, as hospitals send them.
+        Whether the federated arms are evaluated with noisy counts, as hospitals with the default
+        policy send them.
+    policy : Path or None
+        A ``site.toml`` whose policy all hospitals have; None: everything is allowed.
+    exact : bool
+        Whether figures leave as they were counted, whatever the policy says of them.
     cache_gib : float or None
         GiB that prepared images of `data` may take; None for no bound.
     patient_column : str
@@ -103,6 +108,8 @@ class Options:
     hospitals: tuple[Hospital, ...] = ()
     cache_gib: float | None = None
     private_counts: bool = False
+    policy: Path | None = None
+    exact: bool = False
     patient_column: str = ""
     images_are_patients: bool = False
     dataset: DatasetSection | None = None

@@ -16,13 +16,13 @@ from flwr.app import Context
 from flwr.serverapp import ServerApp
 from numpy.lib.npyio import NpzFile
 
-from fedward.errors import DeviceError
+from fedward.errors import DeviceError, ProtocolError
 from fedward.flower import identity
-from fedward.plan.schema import Plan
 from fedward_client.app import client_app
 from fedward_client.data.sample import SPLITS, PreparedSite
+from fedward_client.link.messages import TrainerMessage
+from fedward_client.policy.settings import PolicySection
 from fedward_client.training.runtime import Runtime
-from fedward_client.training.trainer import Trainer
 from fedward_simulation.pool import cores
 from fedward_simulation.sites import SimulatedSites
 
@@ -47,28 +47,39 @@ class StoredSites:
         Hospitals in the order of partition ids.
     runtime : Runtime
         How each trainer may use the machine.
+    policy : PolicySection or None
+        Of each hospital, see :class:`fedward_simulation.sites.SimulatedSites`.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str], runtime: Runtime) -> None:
-        self.folder, self.names, self.runtime = folder, list(names), runtime
+    def __init__(
+        self,
+        folder: Path,
+        names: Sequence[str],
+        runtime: Runtime,
+        policy: PolicySection | None = None,
+    ) -> None:
+        self.folder, self.names, self.runtime, self.policy = folder, list(names), runtime, policy
 
-    def name(self, context: Context) -> str:
-        """The hospital behind a node."""
-        return self.names[int(context.node_config["partition-id"])]
+    def answer(self, context: Context, what: str, order: TrainerMessage) -> TrainerMessage:
+        """Answer an order as the hospital behind a node, whose trainer is warm in an actor."""
+        return self._opened().answer(context, what, order)
 
-    def trainer(self, context: Context, plan: Plan) -> Trainer:
-        """Its trainer, warm within one actor."""
-        return _opened(self.folder, tuple(self.names), self.runtime).trainer(context, plan)
+    def garbage(self, context: Context, error: ProtocolError) -> TrainerMessage:
+        """Refuse what was no order."""
+        return self._opened().garbage(context, error)
+
+    def _opened(self) -> SimulatedSites:
+        key = (self.folder, tuple(self.names))
+        if key not in _OPEN:
+            sites = [
+                load_site(self.folder / f"site-{place}", name)
+                for place, name in enumerate(self.names)
+            ]
+            _OPEN[key] = SimulatedSites(sites, self.runtime, self.policy)
+        return _OPEN[key]
 
 
 _OPEN: dict[tuple[Path, tuple[str, ...]], SimulatedSites] = {}
-
-
-def _opened(folder: Path, names: tuple[str, ...], runtime: Runtime) -> SimulatedSites:
-    if (folder, names) not in _OPEN:
-        sites = [load_site(folder / f"site-{place}", name) for place, name in enumerate(names)]
-        _OPEN[folder, names] = SimulatedSites(sites, runtime)
-    return _OPEN[folder, names]
 
 
 def store_sites(sites: Sequence[PreparedSite], folder: Path) -> None:
@@ -84,6 +95,7 @@ def store_sites(sites: Sequence[PreparedSite], folder: Path) -> None:
             patients=site.patients,
             spacing=site.spacing,
             synthetic=np.array(site.synthetic),
+            images_are_patients=np.array(site.images_are_patients),
             reasons=np.array(sorted(site.left_out), dtype=str),
             counts=np.array([site.left_out[key] for key in sorted(site.left_out)], dtype=np.int64),
             **facts,
@@ -103,6 +115,7 @@ def load_site(folder: Path, name: str) -> PreparedSite:
             spacing=rest["spacing"],
             left_out=dict(zip(rest["reasons"].tolist(), rest["counts"].tolist(), strict=True)),
             synthetic=bool(rest["synthetic"]),
+            images_are_patients=bool(rest["images_are_patients"]),
         )
 
 
@@ -153,6 +166,7 @@ def run_ray(
     runtime: Runtime,
     cache: Path,
     stop: threading.Event,
+    policy: PolicySection | None = None,
 ) -> None:
     """Run a server application on Ray: as many actors side by side as cores or GPUs allow."""
     os.environ.update({key: os.environ.get(key, value) for key, value in _QUIET.items()})
@@ -163,7 +177,7 @@ def run_ray(
     store_sites(sites, folder)
     on_gpu = runtime.torch_device.type == "cuda"
     stored = StoredSites(
-        folder, [site.name for site in sites], replace(runtime, cache=cache.resolve())
+        folder, [site.name for site in sites], replace(runtime, cache=cache.resolve()), policy
     )
     resources: dict[str, Any] = {
         "num_cpus": float(runtime.threads),

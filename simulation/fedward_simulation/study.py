@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import threading
 import time
@@ -38,6 +39,7 @@ from fedward_simulation.options import Options as Options
 from fedward_simulation.paired import SiteAnswers, answers_on_test, paired
 from fedward_simulation.pool import Pool, cores
 from fedward_simulation.prepare import frozen_sites
+from fedward_simulation.site_service import has_noise, limits_of, policy_of
 from fedward_simulation.sites import SimulatedSites, digest_of_sites
 
 Arrays = dict[str, NDArray[Any]]
@@ -78,6 +80,7 @@ class Study:
 
     def __post_init__(self) -> None:
         plan, options = self.plan, self.options
+        self.policy = policy_of(options)
         self.results = StudyResults(
             study=plan.study.name,
             title=plan.study.title,
@@ -87,6 +90,7 @@ class Study:
             engine=options.engine,
             device=str(choose_device(options.device)),
             partition=options.division,
+            figures="exact" if options.exact else limits_of(self.policy, plan).counts,
             primary=plan.metrics.primary,
             parameters=describe(plan).parameters,
             versions=_versions(),
@@ -129,7 +133,7 @@ class Study:
         if self.resumed:
             self.note(f"going on with an unfinished run; {self._stock()}")
         runtime, workers = self.machine(len(sites))
-        pool = Pool(State(SimulatedSites(sites, runtime)), workers)
+        pool = Pool(State(SimulatedSites(sites, runtime, self.policy)), workers)
         try:
             jobs = [self._job(plan, arrays) for plan in plans]
             self._federated(pool, sites, runtime, jobs)
@@ -160,7 +164,7 @@ class Study:
             "device": results.device,
             "baselines": options.baselines,
             "epsilons": list(options.epsilons),
-            "private_counts": options.private_counts,
+            "policy": hashlib.sha256(self.policy.model_dump_json().encode()).hexdigest(),
             "patient_column": options.patient_column,
             "images_are_patients": options.images_are_patients,
             "versions": results.versions,
@@ -235,7 +239,7 @@ class Study:
             cache=self.options.out / "cache",
             cache_bytes=self.options.cache_bytes,
             physical_batch=256 if on_gpu else 64,
-            private_counts=self.options.private_counts,
+            seeded_counts=True,
         )
         return runtime, workers
 
@@ -275,7 +279,8 @@ class Study:
         if self.options.engine == "ray":
             from fedward_simulation.ray_engine import run_ray
 
-            run_ray(server_app(job), sites, runtime, self.options.out / "cache", self.stop)
+            cache = self.options.out / "cache"
+            run_ray(server_app(job), sites, runtime, cache, self.stop, self.policy)
         else:
             run_local(server_app(job), pool, len(sites), job.site_states)
         if job.error is not None:
@@ -308,7 +313,7 @@ class Study:
 
     def _pair(self, pool: Pool, jobs: Sequence[Job], answers: dict[str, SiteAnswers]) -> None:
         """Compare the arms patient by patient."""
-        if len(self.results.arms) < 2 or self.options.private_counts:
+        if len(self.results.arms) < 2 or has_noise(limits_of(self.policy, self.plan)):
             return  # beside figures with noise, exact differences would tell what it hides
         plan, metric = with_privacy(self.plan, None), self.plan.metrics.primary
         measure = partial(answers_on_test, surface=metric == "hd95")

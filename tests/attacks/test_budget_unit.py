@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
-from flwr.app import Context, Message
+from flwr.app import Message
 from numpy.typing import NDArray
 from scipy.stats import norm
 
@@ -28,6 +28,7 @@ from fedward.models import build_model, to_arrays
 from fedward.plan.schema import Plan
 from fedward.protocol import RoundOrder
 from fedward.signing import sign_order
+from fedward_client.data.sample import PreparedSite
 from fedward_client.ledger import Ledger, RoundRequest
 from fedward_client.ledger.ledger import Caps
 from fedward_client.policy.decide import DatasetFacts, StudyRequest, decide
@@ -212,8 +213,8 @@ class Meter(Trainer):
 class Metered(SimulatedSites):
     """Sites that keep it."""
 
-    def trainer(self, context: Context, plan: Plan) -> Trainer:
-        trainer = super().trainer(context, plan)
+    def trainer_of(self, site: PreparedSite, plan: Plan) -> Trainer:
+        trainer = super().trainer_of(site, plan)
         trainer.__class__ = Meter
         return trainer
 

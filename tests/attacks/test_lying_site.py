@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
+from unguarded import UnguardedSites
 
 from fedward.errors import DivergenceError, PlanError
 from fedward.flower import identity
@@ -32,7 +33,6 @@ from fedward_server.results import Arm, StudyResults
 from fedward_server.round_loop import StudyRun
 from fedward_simulation.local import LocalGrid, State
 from fedward_simulation.pool import Pool
-from fedward_simulation.sites import SimulatedSites
 
 Arrays = dict[str, NDArray[Any]]
 Make = Callable[..., Any]
@@ -140,16 +140,16 @@ class FalseNoise(Trainer):
         return {"scores": table}, outcome.model_copy(update={"unit": 1, **self.stated})
 
 
-class Sites(SimulatedSites):
+class Sites(UnguardedSites):
     """Honest sites and one liar."""
 
     def __init__(self, sites: Sequence[PreparedSite], liar: type[Liar] | None) -> None:
         super().__init__(sites, Runtime(randomness="seeded"))
         self.liar = liar
 
-    def trainer(self, context: Context, plan: Plan) -> Trainer:
-        trainer = super().trainer(context, plan)
-        if self.liar is not None and self.name(context).startswith(MALLORY):
+    def trainer_of(self, site: PreparedSite, plan: Plan) -> Trainer:
+        trainer = super().trainer_of(site, plan)
+        if self.liar is not None and site.name.startswith(MALLORY):
             trainer.__class__ = self.liar
         return trainer
 

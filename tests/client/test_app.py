@@ -15,8 +15,10 @@ from fedward.models import build_model, to_arrays
 from fedward.plan import Plan, plan_from, plan_hash
 from fedward.plan.schema import Strategy
 from fedward.protocol import EvaluateOutcome, Refusal, RoundOrder, SiteFacts, TrainOutcome
+from fedward.rule_codes import RuleCode
 from fedward.tasks.registry import counts_from_arrays
 from fedward_client.app import client_app
+from fedward_client.data.sample import PreparedSite
 from fedward_client.training.runtime import Runtime
 from fedward_client.training.trainer import Trainer
 from fedward_simulation.sites import SimulatedSites
@@ -28,7 +30,7 @@ PLANTED = "/data/ward-7/DOE^JANE.dcm"
 class BrokenSites(SimulatedSites):
     """Sites whose data cannot be opened."""
 
-    def trainer(self, context: Context, plan: Plan) -> Trainer:
+    def trainer_of(self, site: PreparedSite, plan: Plan) -> Trainer:
         """Fail, quoting a file."""
         raise FileNotFoundError(2, "No such file", PLANTED)
 
@@ -162,7 +164,9 @@ def test_a_refusal_tells_the_value_and_not_only_the_key(
 
 
 def test_a_round_that_the_plan_has_not_is_refused(ask: Callable[..., RecordDict]) -> None:
-    assert refused(ask("train", round=3)).round == 3
+    refusal = refused(ask("train", round=3))
+    # No round that the plan does not have leaves a site, but as the value of the rule.
+    assert (refusal.code, refusal.round, refusal.values["round"]) == (RuleCode.ROUNDS, 0, 3)
 
 
 def test_an_unexpected_error_goes_back_without_details(

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
+from unguarded import UnguardedSites
 
 from fedward.dp.accounting import calibrate
 from fedward.flower import identity
@@ -31,7 +32,6 @@ from fedward_server.round_loop import StudyRun
 from fedward_server.study_persistence import Checkpoints
 from fedward_simulation.local import LocalGrid, State
 from fedward_simulation.pool import Pool
-from fedward_simulation.sites import SimulatedSites
 
 Make = Callable[..., Any]
 PRIVATE = {"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-3, "clipping_norm": 1.0}
@@ -57,12 +57,12 @@ class Wayward(Trainer):
         return values, outcome
 
 
-class Sites(SimulatedSites):
+class Sites(UnguardedSites):
     """Two sites, of which the second is wayward."""
 
-    def trainer(self, context: Context, plan: Plan) -> Trainer:
-        trainer = super().trainer(context, plan)
-        if self.name(context) == "site-2":
+    def trainer_of(self, site: PreparedSite, plan: Plan) -> Trainer:
+        trainer = super().trainer_of(site, plan)
+        if site.name == "site-2":
             trainer.__class__ = Wayward
         return trainer
 

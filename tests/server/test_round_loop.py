@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp.exception import InconsistentMessageReplies
 from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, roc_auc_score
+from unguarded import UnguardedSites
 
 from fedward.errors import BudgetError, ModelError, PolicyError, StudyError
 from fedward.flower import identity
@@ -68,7 +69,7 @@ class FaultyTrainer(Trainer):
         return self.fault(*answer) if order.round in self.rounds else answer
 
 
-class FaultySites(SimulatedSites):
+class FaultySites(UnguardedSites):
     """Sites of which one has a fault."""
 
     def __init__(
@@ -77,10 +78,10 @@ class FaultySites(SimulatedSites):
         super().__init__(sites, SEEDED)
         self.faulty, self.fault, self.rounds = site, fault, rounds
 
-    def trainer(self, context: Context, plan: Plan) -> Trainer:
+    def trainer_of(self, site: PreparedSite, plan: Plan) -> Trainer:
         """The real trainer, or the faulty one."""
-        trainer = super().trainer(context, plan)
-        if self.name(context) == self.faulty and not isinstance(trainer, FaultyTrainer):
+        trainer = super().trainer_of(site, plan)
+        if site.name == self.faulty and not isinstance(trainer, FaultyTrainer):
             trainer.__class__ = FaultyTrainer
             trainer.fault, trainer.rounds = self.fault, self.rounds  # type: ignore[attr-defined]
         return trainer
@@ -177,7 +178,7 @@ FAULTS: dict[Fault, str] = {
     another_round: "a reply must be for the round that was asked",
     another_site: "a reply must come from the site that was asked",
     no_weight: "an update's weight must be a number above 0",
-    endless_loss: "loss: a TrainOutcome record must be valid",
+    endless_loss: "a TrainOutcome record must be valid (got loss).",
 }
 
 
@@ -217,13 +218,13 @@ class SwellingTrainer(Trainer):
         return {name: value * 10**6 for name, value in counts.items()}, outcome
 
 
-class SwellingSites(SimulatedSites):
+class SwellingSites(UnguardedSites):
     """Sites of which one counts too much."""
 
-    def trainer(self, context: Context, plan: Plan) -> Trainer:
+    def trainer_of(self, site: PreparedSite, plan: Plan) -> Trainer:
         """The real trainer, or the one that counts too much."""
-        trainer = super().trainer(context, plan)
-        if self.name(context) == "site-2":
+        trainer = super().trainer_of(site, plan)
+        if site.name == "site-2":
             trainer.__class__ = SwellingTrainer
         return trainer
 
@@ -394,9 +395,9 @@ def untested(site: PreparedSite) -> PreparedSite:
 class SecretiveSites(SimulatedSites):
     """Sites that give no figures of their test patients."""
 
-    def trainer(self, context: Context, plan: Plan) -> Trainer:
+    def trainer_of(self, site: PreparedSite, plan: Plan) -> Trainer:
         """The real trainer, without its counts."""
-        trainer = super().trainer(context, plan)
+        trainer = super().trainer_of(site, plan)
         trainer.__class__ = SecretiveTrainer
         return trainer
 
@@ -491,11 +492,11 @@ class UnwillingSites(SimulatedSites):
 
     willing = threading.Event()
 
-    def trainer(self, context: Context, plan: Plan) -> Trainer:
+    def trainer_of(self, site: PreparedSite, plan: Plan) -> Trainer:
         """The real trainer, or an error."""
-        if self.name(context) == "site-2" and not self.willing.is_set():
+        if site.name == "site-2" and not self.willing.is_set():
             raise BudgetError(RuleCode.STUDY_BUDGET)
-        return super().trainer(context, plan)
+        return super().trainer_of(site, plan)
 
 
 def test_a_study_between_hospitals_waits_until_it_may_start(
@@ -521,7 +522,7 @@ def test_a_study_between_hospitals_waits_until_it_may_start(
         StudyRun(job, grid).run()
     (paused,) = [event for event in heard if isinstance(event, StudyPaused)]
     told = "a study must stay within its privacy budget (got policy.max_epsilon_per_study)"
-    assert f"(got 1 of 2; site-2 (error): {told}.)" in paused.reason
+    assert f"(got 1 of 2; site-2 (budget): {told}.)" in paused.reason
     (started,) = [event for event in heard if isinstance(event, StudyStarted)]
     assert started.sites == ("site-1", "site-2")
     assert [list(one.sites) for one in job.arm.rounds] == [["site-1", "site-2"]]

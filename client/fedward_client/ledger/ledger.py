@@ -126,8 +126,8 @@ class Ledger:
 
     Parameters
     ----------
-    folder : Path
-        Where it lies; the site's state folder.
+    folder : Path or None
+        Where it lies; the site's state folder. None: in memory, for a simulation.
     read_only : bool
         To look at it while a trainer has it open.
     secret_id : str
@@ -144,7 +144,7 @@ class Ledger:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         *,
         read_only: bool = False,
         secret_id: str = "",
@@ -390,6 +390,8 @@ class Ledger:
             )
 
     def _within(self, request: RoundRequest, more: Mechanism, caps: Caps) -> None:
+        if math.inf == caps.study == caps.cohort:
+            return  # a simulation without a cap: what each round costs is accounted elsewhere
         delta = self.delta_of(request.cohort, caps.delta)
         own = _cost(_joined(self._studies(study=request.study), request, more), delta, caps.study)
         if not own <= caps.study:

@@ -91,8 +91,8 @@ class Store:
 
     Parameters
     ----------
-    folder : Path
-        Made when it is missing.
+    folder : Path or None
+        Made when it is missing; None: in memory, for a simulation.
     read_only : bool
         To look at it while a trainer has it open.
     secret_id : str
@@ -109,27 +109,33 @@ class Store:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         *,
         read_only: bool = False,
         secret_id: str = "",
         accept_older: bool = False,
     ) -> None:
-        self._anchor, self._path = folder / "ledger.anchor", folder / "ledger.sqlite"
         self._secret_id, self._accept = secret_id, accept_older
-        self._lock = -1
+        self._lock, self._anchor = -1, folder and folder / "ledger.anchor"
         self._connection: sqlite3.Connection | None = None
+        if folder is None:
+            self._connection = sqlite3.connect(
+                ":memory:", isolation_level=None, check_same_thread=False
+            )
+            self._make()
+            return
+        path = folder / "ledger.sqlite"
         try:
             if not read_only:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self._lock = _lock(folder / "ledger.lock")
-                if self._anchor.exists() and not self._path.exists():
+                if (folder / "ledger.anchor").exists() and not path.exists():
                     raise _damaged("the file is gone")
-                os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
-                self._path.chmod(0o600)
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+                path.chmod(0o600)
             mode = "ro" if read_only else "rw"
             self._connection = sqlite3.connect(
-                f"{self._path.absolute().as_uri()}?mode={mode}",
+                f"{path.absolute().as_uri()}?mode={mode}",
                 uri=True,
                 isolation_level=None,
                 check_same_thread=False,
@@ -158,7 +164,7 @@ class Store:
             yield self.connection
             self.connection.execute(_ADD_ONE, ("counter",))
             self.connection.execute("COMMIT")
-            write_private(self._anchor, self._state().to_bytes())
+            self._write_anchor()
         except (sqlite3.Error, OSError, OutputError) as error:
             raise _unwritable(error) from None
         finally:
@@ -181,7 +187,8 @@ class Store:
     def _open(self, *, read_only: bool) -> None:
         sql = self.connection.execute
         sql("PRAGMA busy_timeout = 10000")
-        anchored = _read(self._anchor)  # before the database: a trainer may be writing
+        # Before the database: a trainer may be writing.
+        anchored = _read(self._anchor) if self._anchor is not None else None
         version = sql("PRAGMA user_version").fetchone()[0]
         new = version == 0 and anchored is None and not read_only
         if not new and not (_VERSION if read_only else _FIRST) <= version <= _VERSION:
@@ -201,6 +208,10 @@ class Store:
         if self._accept:
             self._go_past(anchored)
         elif anchored is None and not read_only:
+            self._write_anchor()
+
+    def _write_anchor(self) -> None:
+        if self._anchor is not None:
             write_private(self._anchor, self._state().to_bytes())
 
     def _migrate(self, version: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -15,20 +15,16 @@ from fedward.protocol import EvaluateOutcome, RoundOrder, TrainOutcome
 from fedward.rule_codes import RuleCode
 from fedward.tensors import Arrays, pack, unpack
 from fedward_client.audit.log import AuditLog
-from fedward_client.cohort.training import Preparers
-from fedward_client.config import SiteConfig
 from fedward_client.egress.disclosure import noise_for
 from fedward_client.egress.gate import expected_arrays
 from fedward_client.ledger import Charge, Ledger, Release, RoundRequest
 from fedward_client.ledger.evaluations import EvaluationRequest
 from fedward_client.ledger.ledger import Caps
-from fedward_client.ledger.releases import Releases
 from fedward_client.link.messages import TrainerMessage
-from fedward_client.trainer.status import StatusBoard
-from fedward_client.trainer.study_context import StudyContext, StudyContexts
-from fedward_client.trainer.trainer_cache import TrainerCache
-from fedward_client.training.runtime import Runtime
+from fedward_client.trainer.study_context import Contexts, StudyContext
 from fedward_client.training.trainer import Trainer
+
+_T = TypeVar("_T")
 
 
 class RunningRequest(Protocol):
@@ -38,48 +34,68 @@ class RunningRequest(Protocol):
         """Return where it goes on."""
 
 
+class Trainers(Protocol):
+    """The trainers of the studies that are served."""
+
+    def get(self, case: StudyContext) -> Trainer:
+        """The study's trainer, as its last order left it; the ledger knows its cohort then."""
+
+    def use(self, case: StudyContext, act: Callable[[Trainer], _T]) -> _T:
+        """Do something with it."""
+
+    def drop(self, case: StudyContext) -> None:
+        """Forget what a round that broke off left in a trainer."""
+
+    def end(self, study: str) -> None:
+        """Remove what the strategy of a study that has ended kept here."""
+
+
+class KeptUpdates(Protocol):
+    """Released updates, kept so that a repeated order gets the same update."""
+
+    def keep(self, study: str, round_: int, content: bytes) -> str:
+        """Keep an update; gives its SHA-256."""
+
+    def again(self, study: str, round_: int, digest: str) -> bytes:
+        """The update that was released."""
+
+
+def _goes_on(*, done: bool = False) -> None:
+    """Nothing ends the order."""
+
+
 class Executor:
-    """Does what the desk allowed, one order at a time.
+    """Does what was allowed, one order at a time.
 
     Parameters
     ----------
-    config : SiteConfig
-        The site.
-    cases : Cases
-        For the gate.
+    contexts : Contexts
+        For policy and gate.
+    trainers : Trainers
+        Prepare the images and train.
     ledger : Ledger
         Charged before a round is trained; preparing images releases nothing.
-    releases : Releases
-        Where updates are kept.
-    audit : AuditLog
-        Hears of charges and of what is sent, before it is.
-    board : Board
-        Shows progress.
-    secret : bytes
-        The site's.
-    runtime : Runtime
-        The machine.
-    crew : Preparers
-        Prepare the images.
+    releases : KeptUpdates
+        Where private updates are kept.
+    audit : AuditLog or None
+        Hears of charges and of what is sent, before it is; None in a simulation.
     """
 
     def __init__(
         self,
-        config: SiteConfig,
-        cases: StudyContexts,
+        contexts: Contexts,
+        trainers: Trainers,
         ledger: Ledger,
-        releases: Releases,
-        audit: AuditLog,
-        board: StatusBoard,
-        secret: bytes,
-        runtime: Runtime,
-        crew: Preparers,
+        releases: KeptUpdates,
+        audit: AuditLog | None,
     ) -> None:
-        self._cases, self._ledger, self._releases = cases, ledger, releases
-        self._audit, self._board = audit, board
-        watched = replace(runtime, watch=lambda step, steps: self._watch(step, steps))
-        self._warm = TrainerCache(config, ledger, board, secret, watched, crew)
-        self._going: RunningRequest = lambda *, done=False: None
+        self._contexts, self._trainers = contexts, trainers
+        self._ledger, self._releases, self._audit = ledger, releases, audit
+        self._going: RunningRequest = _goes_on
+
+    def check_going(self) -> None:
+        """Raise what ends the order in hand; for who is in the midst of it."""
+        self._going()
 
     def do(
         self,
@@ -87,7 +103,7 @@ class Executor:
         order: RoundOrder,
         case: StudyContext,
         packet: TrainerMessage,
-        going: RunningRequest,
+        going: RunningRequest = _goes_on,
     ) -> TrainerMessage:
         """Carry out an order.
 
@@ -110,7 +126,7 @@ class Executor:
 
     def end(self, study: str) -> None:
         """Remove what the strategy of a study that is denied kept here."""
-        self._warm.end(study)
+        self._trainers.end(study)
 
     def charged(self, packet: TrainerMessage) -> bool:
         """Whether the ledger may hold a charge for the round that an order, valid or not, names."""
@@ -122,17 +138,17 @@ class Executor:
     def _describe(
         self, order: RoundOrder, case: StudyContext, packet: TrainerMessage
     ) -> TrainerMessage:
-        trainer = self._warm.get(case)
+        trainer = self._trainers.get(case)
         if case.limits.counts == "private":
             test = order.model_copy(update={"part": "test"})
             self._ledger.evaluations.check_study(
                 self._evaluation(test, case, trainer),
-                self._cases.policy.max_evaluation_epsilon_per_cohort,
+                self._contexts.policy.max_evaluation_epsilon_per_cohort,
             )
         if case.plan.privacy.on:
             request, total = self._request(order, case, trainer)
             self._ledger.check_study(request, total, self._caps(case))
-        facts = self._cases.gate(case).check_facts(trainer.describe())
+        facts = self._contexts.gate(case).check_facts(trainer.describe())
         return TrainerMessage("facts", dict(facts.to_flat()))
 
     def _train(
@@ -144,7 +160,7 @@ class Executor:
                 values={"rounds": case.plan.rounds, "round": order.round},
                 fix="Order one of these",
             )
-        trainer = self._warm.get(case)
+        trainer = self._trainers.get(case)
         request, _ = self._request(order, case, trainer)
         self._going()
         charge = self._ledger.reserve(request, self._caps(case))
@@ -152,15 +168,15 @@ class Executor:
             return self._again(order, charge)
         try:
             self._tell_charge(order, case, request)
-            arrays, outcome = self._warm.use(case, lambda one: one.train(packet.arrays, order))
-            outcome = self._cases.gate(case).check_update(
+            arrays, outcome = self._trainers.use(case, lambda one: one.train(packet.arrays, order))
+            outcome = self._contexts.gate(case).check_update(
                 arrays, expected_arrays(case.plan, order.round), outcome, order.round
             )
             return self._release(order, case, charge, arrays, outcome)
         except BaseException:
             self._ledger.lose(charge)
             # What trained until it broke must not be where the next round goes on.
-            self._warm.drop(case)
+            self._trainers.drop(case)
             raise
 
     def _release(
@@ -193,21 +209,21 @@ class Executor:
                 fix="Order one of these",
             )
         noise = noise_for(case.plan, case.limits, order.part)
-        request = self._evaluation(order, case, self._warm.get(case))
+        request = self._evaluation(order, case, self._trainers.get(case))
         self._going()
         kept = self._ledger.evaluations.reserve(
-            request, self._cases.policy.max_evaluation_epsilon_per_cohort
+            request, self._contexts.policy.max_evaluation_epsilon_per_cohort
         )
         if kept is not None:
             return _restored(kept, "counts", EvaluateOutcome)
         self._tell_evaluation(request)
-        counts, outcome = self._warm.use(
+        counts, outcome = self._trainers.use(
             case, lambda one: one.evaluate(packet.arrays, order, noise)
         )
-        made, outcome = self._cases.gate(case).check_counts(counts, outcome, order.round)
+        made, outcome = self._contexts.gate(case).check_counts(counts, outcome, order.round)
         self._ledger.evaluations.commit(request, _kept(outcome, made))
         if order.part == "test":  # the last that a study asks for
-            self._warm.end(order.study)
+            self._trainers.end(order.study)
         return TrainerMessage("counts", dict(outcome.to_flat()), made)
 
     def _evaluation(
@@ -223,10 +239,6 @@ class Executor:
             order.arrays,
             case.plan.evaluation_epsilon(order.part) if private else None,
         )
-
-    def _watch(self, step: int, steps: int) -> None:
-        self._board.set(step=step, steps=steps)
-        self._going()
 
     def _request(
         self, order: RoundOrder, case: StudyContext, trainer: Trainer
@@ -254,11 +266,13 @@ class Executor:
         limits = case.limits
         return Caps(
             limits.max_epsilon_per_study,
-            self._cases.policy.max_epsilon_per_cohort,
-            self._cases.policy.max_delta,
+            self._contexts.policy.max_epsilon_per_cohort,
+            self._contexts.policy.max_delta,
         )
 
     def _tell_evaluation(self, request: EvaluationRequest) -> None:
+        if self._audit is None:
+            return
         self._audit.append(
             "evaluation",
             study=request.study,
@@ -269,6 +283,8 @@ class Executor:
         )
 
     def _tell_charge(self, order: RoundOrder, case: StudyContext, request: RoundRequest) -> None:
+        if self._audit is None:
+            return
         fields: dict[str, Any] = {"study": order.study, "round": order.round, "private": False}
         if request.mechanism is not None and case.plan.privacy.delta is not None:
             delta = case.plan.privacy.delta
@@ -281,6 +297,8 @@ class Executor:
 
     def _tell_sent(self, what: str, order: RoundOrder, answer: TrainerMessage) -> None:
         """Written before the socket sees a byte; what cannot be written is not sent."""
+        if self._audit is None:
+            return
         digest = hashlib.sha256()
         size = 0
         for name, value in answer.arrays.items():

@@ -33,6 +33,7 @@ from fedward_client.trainer.reload import watch_policy
 from fedward_client.trainer.service import STRANGER, TrainerService
 from fedward_client.trainer.status import StatusBoard
 from fedward_client.trainer.study_context import StudyContexts
+from fedward_client.trainer.trainer_cache import TrainerCache
 from fedward_client.trainer.watchdog import OrdersInHand, watch
 from fedward_client.training.device import choose_device
 from fedward_client.training.runtime import Runtime
@@ -85,7 +86,9 @@ def run_trainer(
     torch.set_flush_denormal(True)
     runtime = runtime_of(config)
     with preparers(Limits(workers=runtime.threads)) as crew:
-        work = Executor(config, cases, ledger, releases, audit, board, secret, runtime, crew)
+        trainers = TrainerCache(config, ledger, board, secret, runtime, crew)
+        work = Executor(cases, trainers, ledger, releases, audit)
+        trainers.between_steps = work.check_going
         desk = TrainerService(cases, work, audit, approvals, board, in_hand)
         admin = Admin(config, desk, approvals, ledger, audit)
         if path is not None:

@@ -1,11 +1,19 @@
-"""The trainer's desk: every order is held against signature, policy, approval and ledger."""
+"""From an order to a reply: policy, ledger, training, egress gate.
+
+A hospital's trainer and a simulation carry out orders with the same :class:`OrderService`; what a
+hospital holds an order against besides (signature, approval, hours) is in :class:`TrainerService`.
+"""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import logging
+import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from typing import Any, Final
 
 from fedward.errors import AuditError, FedwardError, PolicyError, ProtocolError, SchemaError
@@ -13,7 +21,7 @@ from fedward.models import describe
 from fedward.plan.schema import Plan
 from fedward.protocol import Refusal, RefusalKind, RoundOrder
 from fedward.rule_codes import RuleCode
-from fedward.signing import signed_bytes, verify_order
+from fedward.signing import fingerprint, signed_bytes, verify_order
 from fedward_client.audit.log import AuditLog
 from fedward_client.egress.gate import refusal_for
 from fedward_client.fair_queue import Cancelled, FairScheduler
@@ -24,7 +32,7 @@ from fedward_client.policy.decide import Decision, StudyRequest, decide
 from fedward_client.policy.hours import quiet_until
 from fedward_client.trainer.executor import Executor
 from fedward_client.trainer.status import StatusBoard
-from fedward_client.trainer.study_context import StudyContext, StudyContexts
+from fedward_client.trainer.study_context import Contexts, StudyContext, StudyContexts
 from fedward_client.trainer.watchdog import OrderMark, OrdersInHand
 
 _LOG = logging.getLogger("fedward.trainer")
@@ -62,20 +70,137 @@ class Refused(FedwardError):
         )
 
 
-class TrainerService:
-    """Answers the connector's orders.
+CarryOut = Callable[[str, RoundOrder, StudyContext, TrainerMessage], TrainerMessage]
+
+
+class OrderService(ABC):
+    """Turns an order into a reply; a refusal is a reply too, and an exception never is.
 
     Parameters
     ----------
-    cases : Cases
+    contexts : Contexts
+        The site's studies, its policy and its gate.
+    executor : Executor
+        Does what was allowed.
+    """
+
+    def __init__(self, contexts: Contexts, executor: Executor) -> None:
+        self._contexts, self._executor = contexts, executor
+
+    def answer(self, what: str, packet: TrainerMessage) -> TrainerMessage:
+        """Answer an order: ``describe``, ``train`` or ``evaluate``."""
+        return self._with_charge(what, packet, self._reply(what, packet, self._carry_out))
+
+    def garbage(self, error: ProtocolError) -> TrainerMessage:
+        """Refuse what was no order at all."""
+        return self._refusal(error, 0, None)
+
+    @abstractmethod
+    def _coordinator(self, order: RoundOrder, what: str, packet: TrainerMessage) -> str:
+        """Whose order it is, by the SHA-256 of a key; raises where it is nobody's."""
+
+    @abstractmethod
+    def _heard(self, request: StudyRequest, order: RoundOrder) -> None:
+        """Note what is asked, before it is held against the policy."""
+
+    @abstractmethod
+    def _decided(self, order: RoundOrder, decision: Decision) -> None:
+        """Note the policy's decision, before it holds."""
+
+    @abstractmethod
+    def _approved(self, request: StudyRequest, decision: Decision) -> None:
+        """Raise where a person has to approve and has not."""
+
+    def _refuse(self, error: BaseException, round_: int) -> Refusal:
+        """What is said in place of a reply."""
+        kind = error.kind if isinstance(error, Refused) else None
+        return refusal_for(error, self._contexts.site, round_, kind)
+
+    def _carry_out(
+        self, what: str, order: RoundOrder, case: StudyContext, packet: TrainerMessage
+    ) -> TrainerMessage:
+        return self._executor.do(what, order, case, packet)
+
+    def _reply(self, what: str, packet: TrainerMessage, carry_out: CarryOut) -> TrainerMessage:
+        round_, study = 0, ""
+        case: StudyContext | None = None
+        try:
+            order = self._order(packet)
+            round_ = order.round
+            coordinator = self._coordinator(order, what, packet)
+            study = order.study  # somebody has signed it
+            case = self._allowed(order, coordinator)
+            return carry_out(what, order, case, packet)
+        except FedwardError as error:
+            return self._refusal(error, round_, case, study)
+        except Exception as error:
+            # What went wrong may quote a path or an identifier: the log stays here.
+            _LOG.exception("an unexpected error stopped an order")
+            return self._refusal(error, round_, case, study)
+
+    def _with_charge(
+        self, what: str, packet: TrainerMessage, made: TrainerMessage
+    ) -> TrainerMessage:
+        """A refusal says where the round that it refuses cost nothing."""
+        if what == "train" and made.kind == "refusal" and not self._executor.charged(packet):
+            return TrainerMessage("refusal", {**made.record, "charged": False})
+        return made
+
+    def _order(self, packet: TrainerMessage) -> RoundOrder:
+        if packet.kind != "order":
+            raise ProtocolError(RuleCode.ORDER, fix="Send a RoundOrder record")
+        return RoundOrder.from_flat(packet.record)
+
+    def _allowed(self, order: RoundOrder, coordinator: str) -> StudyContext:
+        """Everything that must hold before an image is opened."""
+        plan = self._plan(order, coordinator)
+        case = self._contexts.of(order.study, plan)
+        request = StudyRequest(
+            study=order.study,
+            plan=plan,
+            plan_hash=order.plan_hash,
+            coordinator=coordinator,
+            parameters=describe(plan).parameters,
+            facts=case.facts,
+            sites=None if order.task == "evaluate" else order.sites,
+        )
+        self._heard(request, order)
+        decision = decide(self._contexts.policy, request)
+        self._decided(order, decision)
+        decision.enforce()
+        self._approved(request, decision)
+        return case
+
+    def _plan(self, order: RoundOrder, coordinator: str) -> Plan:
+        try:
+            return order.read_plan()
+        except SchemaError:
+            # The refusal tells the site's release: only to a coordinator that the site accepts.
+            if not self._contexts.policy.accepts(coordinator):
+                raise PolicyError(RuleCode.COORDINATOR) from None
+            raise
+
+    def _refusal(
+        self, error: BaseException, round_: int, case: StudyContext | None, study: str = ""
+    ) -> TrainerMessage:
+        made = self._contexts.gate(case).check_refusal(self._refuse(error, round_))
+        return TrainerMessage("refusal", dict(made.to_flat()))
+
+
+class TrainerService(OrderService):
+    """Answers the connector's orders, one study at a time.
+
+    Parameters
+    ----------
+    contexts : StudyContexts
         The site's datasets and policy.
-    work : Work
+    executor : Executor
         Does what was allowed.
     audit : AuditLog
         Hears of everything.
     approvals : Approvals
         What the officer said.
-    board : Board
+    board : StatusBoard
         What is going on.
     in_hand : OrdersInHand
         Remembers an order that stops the trainer.
@@ -85,15 +210,16 @@ class TrainerService:
 
     def __init__(
         self,
-        cases: StudyContexts,
-        work: Executor,
+        contexts: StudyContexts,
+        executor: Executor,
         audit: AuditLog,
         approvals: Approvals,
         board: StatusBoard,
         in_hand: OrdersInHand,
         now: Callable[[], datetime] = datetime.now,
     ) -> None:
-        self._cases, self._work, self._audit = cases, work, audit
+        super().__init__(contexts, executor)
+        self._studies, self._audit = contexts, audit
         self._approvals, self._board, self._now = approvals, board, now
         self._in_hand, self._exposed = in_hand, False
         self._turns, self._told = FairScheduler(), set[tuple[str, ...]]()
@@ -102,48 +228,20 @@ class TrainerService:
         board.set(paused=approvals.paused)
 
     def answer(self, what: str, packet: TrainerMessage) -> TrainerMessage:
-        """Answer an order; a refusal is an answer too, and an exception never is."""
-        made = self._in_hand_answer(what, packet)
-        if what == "train" and made.kind == "refusal" and not self._work.charged(packet):
-            return TrainerMessage("refusal", {**made.record, "charged": False})
-        return made
+        """Answer an order; one that stopped the trainer before is refused unread."""
+        return self._with_charge(what, packet, self._in_hand_answer(what, packet))
 
     def _in_hand_answer(self, what: str, packet: TrainerMessage) -> TrainerMessage:
         try:
             with self._in_hand.order(what, packet.record) as mark:
-                return self._answer(what, packet, mark)
+                return self._reply(what, packet, partial(self._in_turn, mark))
         except PolicyError as error:
             return self._refusal(error, 0, None)
-
-    def _answer(self, what: str, packet: TrainerMessage, mark: OrderMark) -> TrainerMessage:
-        round_, study = 0, ""
-        case: StudyContext | None = None
-        try:
-            order = self._order(packet)
-            round_ = order.round
-            coordinator = verify_order(order, what, packet.arrays)
-            study = order.study  # somebody has signed it
-            case = self._case(order, coordinator)
-            answer = self._in_turn(what, order, case, packet, coordinator, mark)
-            self._repeated = {key for key in self._repeated if key[0] != study}
-            return answer
-        except Cancelled:
-            return self._refusal(self._ended(), round_, case, study)
-        except FedwardError as error:
-            return self._refusal(error, round_, case, study)
-        except Exception as error:
-            # What went wrong may quote a path or an identifier: the log stays here.
-            _LOG.exception("an unexpected error stopped an order")
-            return self._refusal(error, round_, case, study)
-
-    def garbage(self, error: ProtocolError) -> TrainerMessage:
-        """Refuse what was no order at all."""
-        return self._refusal(error, 0, None)
 
     def attached(self, isolation: str) -> None:
         """A connector came; what it found of the images is written down, and shouted if bad."""
         hidden = isolation == "hidden"
-        allowed = self._cases.allow_unconfined_connector
+        allowed = self._studies.allow_unconfined_connector
         self._audit.append("isolation", process="connector", holds=hidden, allowed_anyway=allowed)
         self._exposed = not hidden
         others = [one for one in self._board.get()["warnings"] if one not in UNCONFINED.values()]
@@ -171,7 +269,7 @@ class TrainerService:
 
     def end(self, study: str) -> None:
         """Remove what the strategy of a study that is denied kept here."""
-        self._work.end(study)
+        self._executor.end(study)
 
     def status(self) -> dict[str, Any]:
         """What the connector may know."""
@@ -199,33 +297,15 @@ class TrainerService:
         """Give up everything, promptly."""
         self._turns.close()
 
-    def _order(self, packet: TrainerMessage) -> RoundOrder:
-        if packet.kind != "order":
-            raise ProtocolError(RuleCode.ORDER, fix="Send a RoundOrder record")
-        return RoundOrder.from_flat(packet.record)
+    def _coordinator(self, order: RoundOrder, what: str, packet: TrainerMessage) -> str:
+        return verify_order(order, what, packet.arrays)
 
-    def _case(self, order: RoundOrder, coordinator: str) -> StudyContext:
-        """Everything that must hold before an image is opened."""
-        plan = self._plan(order, coordinator)
-        case = self._cases.of(order.study, plan)
-        request = StudyRequest(
-            study=order.study,
-            plan=plan,
-            plan_hash=order.plan_hash,
-            coordinator=coordinator,
-            parameters=describe(plan).parameters,
-            facts=case.facts,
-            sites=None if order.task == "evaluate" else order.sites,
-        )
-        self._once("plan", order.study, order.plan_hash, coordinator, name=plan.study.name)
+    def _heard(self, request: StudyRequest, order: RoundOrder) -> None:
+        name = request.plan.study.name
+        self._once("plan", order.study, order.plan_hash, request.coordinator, name=name)
         self._keep_signed(order)
-        decision = decide(self._cases.policy, request)
-        if not self._cases.policy.accepts(coordinator):
-            self._tell_stranger(coordinator)
-        self._tell_decision(order, decision)
-        decision.enforce()
-        self._approved(request, decision)
-        return case
+        if not self._contexts.policy.accepts(request.coordinator):
+            self._tell_stranger(request.coordinator)
 
     def _tell_stranger(self, coordinator: str) -> None:
         """Log and status name a coordinator whose studies are refused for its key alone.
@@ -239,15 +319,6 @@ class TrainerService:
         _LOG.warning("a coordinator that the policy does not name was refused: %s", coordinator)
         self._board.set(warnings=[*warnings, text])
 
-    def _plan(self, order: RoundOrder, coordinator: str) -> Plan:
-        try:
-            return order.read_plan()
-        except SchemaError:
-            # The refusal tells the site's release: only to a coordinator that the site accepts.
-            if not self._cases.policy.accepts(coordinator):
-                raise PolicyError(RuleCode.COORDINATOR) from None
-            raise
-
     def _approved(self, request: StudyRequest, decision: Decision) -> None:
         state = self._approvals.see(request, manual=decision.approval == "manual").state
         if state == "pending":
@@ -257,42 +328,57 @@ class TrainerService:
 
     def _in_turn(
         self,
+        mark: OrderMark,
         what: str,
         order: RoundOrder,
         case: StudyContext,
         packet: TrainerMessage,
-        coordinator: str,
-        mark: OrderMark,
     ) -> TrainerMessage:
         self._ready(what)
         mark.write("")
-        with self._turns.turn(order.study) as given_up:
-            mark.write("work")
-            self._ready(what)
-            self._board.set(
-                doing=_DOING[what],
-                study=order.study,
-                round=order.round,
-                step=0,
-                steps=0,
-                waiting=self._turns.waiting(),
-            )
+        try:
+            with self._turns.turn(order.study) as given_up:
+                mark.write("work")
+                answer = self._do(what, order, case, packet, given_up)
+        except Cancelled:
+            raise self._ended() from None
+        self._repeated = {key for key in self._repeated if key[0] != order.study}
+        return answer
 
-            def going(*, done: bool = False) -> None:
-                if given_up.is_set() or done:
-                    self._check_denied(order, coordinator)
-                if given_up.is_set() and not done:
-                    raise Cancelled
+    def _do(
+        self,
+        what: str,
+        order: RoundOrder,
+        case: StudyContext,
+        packet: TrainerMessage,
+        given_up: threading.Event,
+    ) -> TrainerMessage:
+        self._ready(what)
+        self._board.set(
+            doing=_DOING[what],
+            study=order.study,
+            round=order.round,
+            step=0,
+            steps=0,
+            waiting=self._turns.waiting(),
+        )
 
-            try:
-                going(done=True)
-                answer = self._work.do(what, order, case, packet, going)
-                self._board.add(done=1)
-                return answer
-            finally:
-                self._board.set(doing="idle", waiting=self._turns.waiting())
+        def going(*, done: bool = False) -> None:
+            if given_up.is_set() or done:
+                self._check_denied(order)
+            if given_up.is_set() and not done:
+                raise Cancelled
 
-    def _check_denied(self, order: RoundOrder, coordinator: str) -> None:
+        try:
+            going(done=True)
+            answer = self._executor.do(what, order, case, packet, going)
+            self._board.add(done=1)
+            return answer
+        finally:
+            self._board.set(doing="idle", waiting=self._turns.waiting())
+
+    def _check_denied(self, order: RoundOrder) -> None:
+        coordinator = fingerprint(base64.b64decode(order.coordinator))
         if self._approvals.denied(order.study, order.plan_hash, coordinator):
             raise PolicyError(RuleCode.DENIED)
 
@@ -303,26 +389,24 @@ class TrainerService:
         return Refused(PolicyError(RuleCode.GIVEN_UP), "busy")
 
     def _ready(self, what: str) -> None:
-        if self._exposed and not self._cases.allow_unconfined_connector:
+        if self._exposed and not self._studies.allow_unconfined_connector:
             raise PolicyError(RuleCode.CONNECTOR, fix="See fedward-client doctor, at the site")
         # The officer's command wrote it down itself where the trainer did not answer.
         if self._board.paused or self._approvals.paused:
             raise Refused(PolicyError(RuleCode.PAUSED), "paused")
-        if what == "train" and quiet_until(self._cases.policy.quiet_hours, self._now()):
+        if what == "train" and quiet_until(self._contexts.policy.quiet_hours, self._now()):
             raise Refused(PolicyError(RuleCode.QUIET), "paused")
 
     def _refusal(
         self, error: BaseException, round_: int, case: StudyContext | None, study: str = ""
     ) -> TrainerMessage:
-        kind = error.kind if isinstance(error, Refused) else None
-        said = refusal_for(error, self._cases.site, round_, kind)
+        said = self._refuse(error, round_)
         try:
-            made = self._cases.gate(case).check_refusal(said)
+            made = self._contexts.gate(case).check_refusal(said)
             self._tell_refusal(made, study)
         except AuditError:
-            made = Refusal(
-                site=self._cases.site, round=round_, kind="error", code=RuleCode.UNWRITTEN
-            )
+            site = self._contexts.site
+            made = Refusal(site=site, round=round_, kind="error", code=RuleCode.UNWRITTEN)
         if made.kind in ("error", "data", "protocol", "schema"):
             self._board.set(last_error=made.rule)
         elif study and made.kind in ("policy", "budget"):
@@ -365,7 +449,7 @@ class TrainerService:
             self._audit.append(event, study=study, plan=plan, coordinator=coordinator, **fields)
             self._told.add((event, *key))
 
-    def _tell_decision(self, order: RoundOrder, decision: Decision) -> None:
+    def _decided(self, order: RoundOrder, decision: Decision) -> None:
         found = "; ".join(f"{one.key}: {one.rule}" for one in decision.violations)
         key = ("decision", order.study, order.plan_hash, hashlib.sha256(found.encode()).hexdigest())
         if key not in self._told:

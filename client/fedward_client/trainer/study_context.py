@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from fedward.errors import DataError
 from fedward.plan.load import plan_hash
@@ -43,6 +44,24 @@ class StudyContext:
     cohort: CohortFile | None
     limits: Limits
     facts: DatasetFacts | None
+
+
+class Contexts(Protocol):
+    """The studies of a site, and the policy and gate that they are held to."""
+
+    @property
+    def site(self) -> str:
+        """The site's name."""
+
+    @property
+    def policy(self) -> PolicySection:
+        """The site's policy."""
+
+    def of(self, study: str, plan: Plan) -> StudyContext:
+        """What is known of a study here."""
+
+    def gate(self, case: StudyContext | None) -> Gate:
+        """What everything that leaves passes through."""
 
 
 class StudyContexts:

@@ -41,9 +41,14 @@ class TrainerCache:
     secret : bytes
         The site's.
     runtime : Runtime
-        The machine, and who watches the steps.
+        The machine.
     crew : Preparers
         Prepare the images.
+
+    Attributes
+    ----------
+    between_steps : callable
+        Called after each step; what it raises ends the order.
     """
 
     def __init__(
@@ -56,9 +61,15 @@ class TrainerCache:
         crew: Preparers,
     ) -> None:
         self._config, self._ledger, self._board = config, ledger, board
-        self._secret, self._runtime, self._crew = secret, runtime, crew
+        self.between_steps: Callable[[], None] = lambda: None
+        watched = replace(runtime, watch=lambda step, steps: self._watch(step, steps))
+        self._secret, self._runtime, self._crew = secret, watched, crew
         self._kept: OrderedDict[tuple[str, str], Trainer] = OrderedDict()
         self._states = SiteStates(config.site.state)
+
+    def _watch(self, step: int, steps: int) -> None:
+        self._board.set(step=step, steps=steps)
+        self.between_steps()
 
     def drop(self, case: StudyContext) -> None:
         """Forget what a round that broke off left in a trainer."""

@@ -37,9 +37,8 @@ class Runtime:
         Images on the device at once; larger private steps are cut into such parts.
     grad_sample_mode : str or None
         Overrides the measured choice of Opacus' mode.
-    private_counts : bool
-        Simulations: whether evaluations are counted with noise, as a hospital with the default
-        policy counts them.
+    seeded_counts : bool
+        Simulations: whether the noise of counts follows the order's seed as well.
     watch : callable or None
         Called after each step of training, or batch of evaluation, with its number (from 1) and
         how many there are; what it raises ends the work.
@@ -52,7 +51,7 @@ class Runtime:
     cache_bytes: int | None = None
     physical_batch: int = 64
     grad_sample_mode: Mode | None = None
-    private_counts: bool = False
+    seeded_counts: bool = False
     watch: Callable[[int, int], None] | None = None
 
     @property

@@ -249,7 +249,7 @@ class Trainer:
 
     def _randbelow(self, order: RoundOrder) -> Callable[[int], int]:
         """Source of the counts' noise: the system's, or a seeded one for a simulation."""
-        if self.runtime.randomness == "system" or not self.runtime.private_counts:
+        if not self.runtime.seeded_counts:
             return secrets.randbelow
         seed = seed_for(order.seed, self.site.name, order.round, order.part, "counts")
         return random.Random(seed).randrange

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -35,6 +35,12 @@ from fedward_server.report.stats import (
     together_mean_estimate,
 )
 from fedward_server.results import Arm, StudyResults
+
+_FIGURES: Final = {
+    "private": "with the noise with which hospitals send them",
+    "minimum-cells": "as hospitals send them: small cells merged or withheld",
+    "exact": "as they were counted, which no hospital sends",
+}
 
 
 @dataclass(frozen=True)
@@ -255,6 +261,7 @@ def _facts(results: StudyResults) -> list[tuple[str, str]]:
         ("images", f"{sum(facts.images for facts in results.sites):,}"),
         ("model", f"{model}, {results.parameters:,} parameters".removeprefix(", ")),
         ("partition", results.partition),
+        ("figures", _FIGURES.get(results.figures, "")),
         ("engine", f"{results.engine} on {results.device}"),
         ("seed", str(results.seed)),
         ("time", formatting.duration(results.seconds)),

@@ -30,6 +30,7 @@ from fedward_client.trainer.executor import Executor
 from fedward_client.trainer.service import TrainerService
 from fedward_client.trainer.status import StatusBoard
 from fedward_client.trainer.study_context import StudyContexts
+from fedward_client.trainer.trainer_cache import TrainerCache
 from fedward_client.trainer.watchdog import OrdersInHand
 from fedward_client.training.runtime import Runtime
 from fedward_simulation.cohort import write_cohort
@@ -89,17 +90,12 @@ class Hospital:
         for row in self.ledger.studies():
             cases.pin(row["study"], row["dataset"], row["cohort"])
         self.approvals = Approvals(state)
-        self.work = Executor(
-            self.config,
-            cases,
-            self.ledger,
-            Releases(state / "releases"),
-            self.audit,
-            self.board,
-            secret,
-            Runtime(),
-            self.crew,
+        self.trainers = TrainerCache(
+            self.config, self.ledger, self.board, secret, Runtime(), self.crew
         )
+        releases = Releases(state / "releases")
+        self.work = Executor(cases, self.trainers, self.ledger, releases, self.audit)
+        self.trainers.between_steps = self.work.check_going
         in_hand = OrdersInHand(state)
         in_hand.note_last_end()
         self.desk = TrainerService(

@@ -33,13 +33,13 @@ def deny(hospital: Any) -> None:
 
 def at_a_step(hospital: Any, act: Callable[[Any], object]) -> None:
     """Have something happen at the first step or batch of the next order."""
-    watch = hospital.work._watch
+    watch = hospital.trainers._watch
 
     def look(step: int, steps: int) -> None:
         act(hospital)
         watch(step, steps)
 
-    hospital.work._watch = look
+    hospital.trainers._watch = look
 
 
 def while_preparing(
