@@ -36,6 +36,13 @@ DUPLICATE_SLICES: Final = "duplicate slices"
 SCOUT: Final = "scout or localizer"
 MOSAIC: Final = "mosaic of slices"
 TILTED: Final = "gantry tilt"
+SLIDE_LABEL: Final = "slide label or overview"
+CAPTURE: Final = "screen capture or report"
+FOR_PROCESSING: Final = "for processing"
+NOT_SELECTED: Final = "not selected"
+BURNED_IN: Final = "text burnt in"
+IDENTIFIED: Final = "identity not removed"
+RECOGNIZABLE: Final = "recognizable features"
 TOO_LARGE: Final = "too large"
 CHANGED: Final = "changed while read"
 NOT_PERMITTED: Final = "not permitted"
@@ -71,6 +78,13 @@ REASONS: Final = frozenset(
         SCOUT,
         MOSAIC,
         TILTED,
+        SLIDE_LABEL,
+        CAPTURE,
+        FOR_PROCESSING,
+        NOT_SELECTED,
+        BURNED_IN,
+        IDENTIFIED,
+        RECOGNIZABLE,
         TOO_LARGE,
         CHANGED,
         NOT_PERMITTED,
@@ -369,6 +383,8 @@ class RuleCode(Enum):
     COHORT_FILE = ("a cohort file must be whole and unchanged",)
     COHORT_TASK = ("a cohort must have the plan's task",)
     COHORT_CLASSES = ("a cohort must have the plan's classes",)
+    COHORT_SELECTED = ("a cohort must have images that the plan selects", "images")
+    DEIDENTIFIED = ("images must be de-identified as the site asks", "datasets")
     COHORT_MODALITY = ("a cohort must have images of the plan's modalities", "task.modality")
     MASK_PLACE = ("a frozen mask must be held against its image's place",)
     PLAN_PATIENTS = ("the plan wants at least {least:count} patients of a site",)

@@ -18,7 +18,14 @@ from fedward.plan.messages import lines, schema_errors, validated
 from fedward.plan.schema import Task, TaskKind
 from fedward.protocol import SITE_NAME
 from fedward.tasks.registry import TASKS, kinds_of
-from fedward_client.data.options import LabelSection, MaskSection, PatientSection
+from fedward_client.data.options import (
+    DeidentificationSection,
+    ImageSection,
+    LabelSection,
+    MaskSection,
+    PatientSection,
+)
+from fedward_client.data.readers.dicom.kinds import ImageOptions
 from fedward_client.data.readers.registry import Format, formats
 from fedward_client.policy.settings import PolicySection
 
@@ -169,8 +176,16 @@ class DatasetSection(Section):
         "about an image",
     )
     patients: PatientSection = Field(default=PatientSection(), description="patient ids")
+    images: ImageSection = Field(default=ImageSection(), description="which DICOM images are taken")
+    deidentification: DeidentificationSection = Field(
+        default=DeidentificationSection(), description="DICOM images that are not de-identified"
+    )
     labels: LabelSection = Field(default=LabelSection(), description="the table of labels")
     masks: MaskSection = Field(default=MaskSection(), description="segments and regions")
+
+    def image_options(self) -> ImageOptions:
+        """Which DICOM images are taken, for a reader."""
+        return self.deidentification.options(self.images)
 
     def as_task(self) -> Task:
         """The dataset's labels, in the words of a plan."""

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator
 
 from fedward.networks import MODELS
+from fedward.plan.image_filter import ATTRIBUTES
 from fedward.plan.load import plan_hash, schema_needed
 from fedward.plan.schema import CENTERING_STEPS, Plan, Stage
 from fedward.plan.versions import used
@@ -60,6 +61,8 @@ def _parts(plan: Plan, parameters: int | None) -> Iterator[tuple[str, str]]:
         yield "Needs", f"plan schema {version} at every site: {', '.join(sorted(used(plan)))}"
     yield "Learns", _task(plan)
     yield "From", _data(plan)
+    if any(plan.images.model_dump().values()):
+        yield "Takes", _images(plan)
     yield "Prepares", _preprocessing(plan)
     if plan.preprocessing.augmentation.active:
         yield "Augments", _augmentation(plan)
@@ -103,6 +106,15 @@ def _data(plan: Plan) -> str:
     )
     given = "; where the data brings its own division, that one holds" if split.given else ""
     return f"{accepted}; {shares}{given}"
+
+
+def _images(plan: Plan) -> str:
+    parts = [
+        f"{ATTRIBUTES[key]} fits {', '.join(patterns)}"
+        for key, patterns in plan.images.model_dump().items()
+        if patterns
+    ]
+    return f"of DICOM images only those whose {'; '.join(parts)}"
 
 
 def _preprocessing(plan: Plan) -> str:

@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from fedward.networks import MODELS
+from fedward.plan.image_filter import HOW, Patterns
 from fedward.plan.messages import rule_error
 from fedward.plan.versions import Since
 from fedward.strategies import STRATEGIES, StrategySpec
@@ -290,6 +291,19 @@ class Task(Section):
     def has_masks(self) -> bool:
         """Whether the target of an image is a mask, not a label."""
         return self.spec.target == "masks"
+
+
+class Images(Section):
+    """Which DICOM images the study takes, by their headers; what is not DICOM is taken."""
+
+    series_description: Patterns = Field(default=(), description=f"`SeriesDescription`: {HOW}")
+    image_type: Patterns = Field(default=(), description="values of `ImageType`, likewise")
+    body_part: Patterns = Field(default=(), description="`BodyPartExamined`, likewise")
+    intent: Patterns = Field(
+        default=(),
+        description="`PresentationIntentType`, likewise: `FOR PRESENTATION` or `FOR PROCESSING`",
+    )
+    kernel: Patterns = Field(default=(), description="`ConvolutionKernel` (CT), likewise")
 
 
 class Augmentation(Section):
@@ -684,6 +698,7 @@ class Plan(Section):
     )
     study: Study
     task: Task
+    images: Annotated[Images, Since(2)] = Field(default=Images())
     preprocessing: Preprocessing
     split: Split = Field(default=Split())
     model: Model

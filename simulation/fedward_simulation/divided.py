@@ -13,6 +13,7 @@ from fedward.errors import DataError
 from fedward.plan.schema import Plan, Task
 from fedward.protocol import SITE_NAME
 from fedward_client.cohort.patient_key import check_patient_key
+from fedward_client.cohort.selection import only_selected
 from fedward_client.cohort.training import Preparers
 from fedward_client.data.dataset import DatasetSpec, read_dataset
 from fedward_client.data.files import folders
@@ -78,6 +79,7 @@ def _spec(data: Path, options: Options, how: Partition) -> DatasetSpec:
         masks=own.masks.options(),
         patients=own.patients.options(),
         labels=labels,
+        images=own.image_options(),
     )
 
 
@@ -186,6 +188,7 @@ def divided_sites(plan: Plan, options: Options, crew: Preparers, note: Note) -> 
     how = parse_partition(options.partition)
     note("reading the data")
     dataset = read(options, how, plan.task)
+    dataset = only_selected(dataset, plan, options.data or Path())
     check_patient_key(dataset.samples, plan, options.images_are_patients, fix=_FIX, where="--data")
     if images := unnamed(dataset.samples):
         note(f"high risk: {images} images name no patient, and each counts as one")

@@ -17,6 +17,7 @@ from tools.docs.schema_tables import anchor, fields_table, summary
 _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("[study]", schema.Study),
     ("[task]", schema.Task),
+    ("[images]", schema.Images),
     ("[preprocessing]", schema.Preprocessing),
     ("[preprocessing.augmentation]", schema.Augmentation),
     ("[split]", schema.Split),

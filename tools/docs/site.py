@@ -9,7 +9,13 @@ from fedward_client.config import (
     SiteSection,
     TrainerSection,
 )
-from fedward_client.data.options import LabelSection, MaskSection, PatientSection
+from fedward_client.data.options import (
+    DeidentificationSection,
+    ImageSection,
+    LabelSection,
+    MaskSection,
+    PatientSection,
+)
 from fedward_client.policy.settings import PolicySection, StudyRule
 from tools.docs.schema_tables import fields_table
 
@@ -43,6 +49,12 @@ def page() -> str:
         ("Site section", "[site]", SiteSection),
         ("Dataset section", "[datasets.NAME]", DatasetSection),
         ("Patient section", "[datasets.NAME.patients]", PatientSection),
+        ("Image section", "[datasets.NAME.images]", ImageSection),
+        (
+            "De-identification section",
+            "[datasets.NAME.deidentification]",
+            DeidentificationSection,
+        ),
         ("Label section", "[datasets.NAME.labels]", LabelSection),
         ("Mask section", "[datasets.NAME.masks]", MaskSection),
         ("Server section", "[server]", ServerSection),

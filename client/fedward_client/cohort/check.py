@@ -31,6 +31,7 @@ from fedward_client.cohort.finding import Finding, Status, finding
 from fedward_client.cohort.freeze import is_tilted
 from fedward_client.cohort.patient_key import patient_key_finding
 from fedward_client.cohort.probe import Probe, as_site, probe
+from fedward_client.cohort.selection import Kinds, selected
 from fedward_client.config import DatasetSection
 from fedward_client.data.prepare import prepared_bytes
 from fedward_client.data.sample import LeftOut, Sample, unnamed
@@ -341,6 +342,27 @@ def left_out_finding(left_out: Sequence[LeftOut]) -> Finding:
     return finding("left out", "warn", listed, "See the reasons on the data page")
 
 
+def selection_finding(fitting: int, of: int) -> Finding:
+    """How many samples fit the plan's patterns for headers."""
+    return finding(
+        "images",
+        "warn" if fitting else "fail",
+        f"{fitting} of {of} samples fit what the plan selects",
+        "The others are left out; compare the plan's images with the headers here",
+    )
+
+
+def deidentification_finding(stated: Counter[str]) -> Finding:
+    """What the images say of themselves that identifies a patient."""
+    listed = ", ".join(f"{reason}: {n}" for reason, n in sorted(stated.items()))
+    return finding(
+        "de-identification",
+        "warn" if stated else "pass",
+        listed or "no image says that it shows or names its patient",
+        "Look at these images; [datasets.NAME.deidentification] leaves them out or refuses them",
+    )
+
+
 def modality_finding(plan: Plan, before: int, samples: Sequence[Sample]) -> Finding:
     """How many samples are of a modality that the plan accepts."""
     wanted = ", ".join(plan.task.modality)
@@ -523,6 +545,7 @@ def check_plan(
     *,
     measure: bool = True,
     left_out: Sequence[LeftOut] = (),
+    stated: Counter[str] | None = None,
 ) -> PlanCheck:
     """Hold samples against a plan.
 
@@ -540,6 +563,8 @@ def check_plan(
         Whether to train a step or two to see how long it takes.
     left_out : sequence of LeftOut
         What the reader did not take; counted by reason.
+    stated : Counter, optional
+        Samples that say of themselves what identifies a patient, by reason.
     """
     findings = [*task_findings(dataset.as_task(), plan), model_finding(plan)]
     fits = all(one.status != "fail" for one in findings)
@@ -549,6 +574,12 @@ def check_plan(
         findings.append(left_out_finding(left_out))
     if samples:
         findings.append(modality_finding(plan, len(samples), taken))
+    fitting = selected(taken, plan, Kinds())
+    if len(fitting) < len(taken):
+        findings.append(selection_finding(len(fitting), len(taken)))
+        taken = list(fitting)
+    if taken and stated is not None:
+        findings.append(deidentification_finding(stated))
     if leaning := sum(is_refused(sample, plan) for sample in taken):
         findings.append(tilt_finding(leaning, len(taken)))
         taken = [sample for sample in taken if not is_refused(sample, plan)]

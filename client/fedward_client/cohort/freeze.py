@@ -72,22 +72,31 @@ def usable(
 
 
 def check_patients(dataset: DatasetSection, found: Dataset) -> None:
-    """Hold a dataset against the site's rules for missing and shared patient ids.
+    """Hold a dataset against the site's rules for patient ids and for de-identification.
 
     Raises
     ------
     DataError
-        There are such ids, and the rule is to refuse the dataset.
+        Images break one, and the rule is to refuse the dataset.
     """
-    refused = dataset.patients.options().refused
-    counts = Counter(item.reason for item in found.left_out if item.reason in refused)
-    if counts:
-        raise DataError(
+    for refused, rule, fix, where in (
+        (
+            dataset.patients.options().refused,
             "the site refuses datasets with images whose patient is not known",
-            value=", ".join(f"{reason}: {n}" for reason, n in sorted(counts.items())),
-            fix="Give them ids, or choose another rule",
-            where="patients.missing, patients.shared",
-        )
+            "Give them ids, or choose another rule",
+            "patients.missing, patients.shared",
+        ),
+        (
+            dataset.image_options().refused,
+            "the site refuses datasets with images that are not de-identified",
+            "De-identify them, take them out, or choose another rule",
+            "deidentification",
+        ),
+    ):
+        counts = Counter(item.reason for item in found.left_out if item.reason in refused)
+        if counts:
+            told = ", ".join(f"{reason}: {n}" for reason, n in sorted(counts.items()))
+            raise DataError(rule, value=told, fix=fix, where=where)
 
 
 @dataclass
@@ -186,6 +195,7 @@ def _read(dataset: DatasetSection, listen: Listen) -> Dataset:
         masks=dataset.masks.options(),
         patients=dataset.patients.options(),
         labels=dataset.labels.options(),
+        images=dataset.image_options(),
         listen=listen,
     )
     return read_dataset(spec, dataset.as_task(), empty=True)  # an empty one is worth a report too
@@ -196,6 +206,22 @@ def classes_of(dataset: DatasetSection, label: tuple[int, ...] | None) -> list[i
     if label is None:
         return []
     return [k for k, flag in enumerate(label) if flag] if dataset.multi_label else list(label)
+
+
+def stated(samples: Sequence[Sample], index: Index, extract: Extractor) -> Counter[str]:
+    """How many samples state of themselves what identifies a patient, by the index."""
+    found: Counter[str] = Counter()
+    for sample in samples:
+        first = files_of(sample, extract.root)[0]
+        row = index.connection.execute(
+            "SELECT burned_in, identity_removed, visual_features FROM files "
+            "WHERE path = ? AND format = 'dicom'",
+            (extract.name(first),),
+        ).fetchone() or ("", "YES", "")
+        found[rule_codes.BURNED_IN] += row[0] == "YES"
+        found[rule_codes.IDENTIFIED] += row[1] == "NO"
+        found[rule_codes.RECOGNIZABLE] += row[2] == "YES"
+    return +found
 
 
 def modalities(samples: Sequence[Sample], index: Index, extract: Extractor) -> list[str]:

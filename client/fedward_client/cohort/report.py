@@ -230,6 +230,13 @@ class DatasetReport(BaseModel):
     modality: Counts = Field(description="instances by modality; the next ones likewise")
     body_part: Counts
     manufacturer: Counts
+    intent: Counts = Field(default={}, description="for presentation, or for processing")
+    burned_in: Counts = Field(default={}, description="by `BurnedInAnnotation`")
+    identity_removed: Counts = Field(default={}, description="by `PatientIdentityRemoved`")
+    visual_features: Counts = Field(default={}, description="by `RecognizableVisualFeatures`")
+    deidentification: Counts = Field(
+        default={}, description="by whether the method is stated (`DeidentificationMethod`)"
+    )
     object_type: Counts
     transfer_syntax: Counts
     size: Counts = Field(description="rows x columns")
@@ -292,6 +299,11 @@ def make_report(
         modality=by(index, "modality"),
         body_part=by(index, "body_part"),
         manufacturer=by(index, "manufacturer"),
+        intent=by(index, "intent"),
+        burned_in=by(index, "burned_in"),
+        identity_removed=by(index, "identity_removed"),
+        visual_features=by(index, "visual_features"),
+        deidentification=by(index, "CASE method WHEN 1 THEN 'stated' ELSE '' END"),
         object_type=by(index, "object_type"),
         transfer_syntax=by(index, "syntax"),
         size=by(index, "rows || ' x ' || columns"),

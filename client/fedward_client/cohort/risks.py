@@ -312,6 +312,20 @@ def _of_ids(dataset: DatasetSection, index: Index, left_out: Counter[str]) -> li
             rule="no text is burnt into the pixels",
             count=count("burned_in = 'YES' AND marked = '' AND rows > 0"),
             severity="high",
-            fix="Look at these images; a name in the pixels can be learnt",
+            fix="Look at these images; a name in the pixels can be learnt. "
+            "deidentification.burned_in leaves them out or refuses them",
+        ),
+        Risk(
+            rule="no image says that its patient's identity was not removed",
+            severity="medium",
+            count=count("identity_removed = 'NO' AND marked = '' AND rows > 0"),
+            fix="De-identify them where a rule here asks for it; deidentification.identity holds "
+            "it",
+        ),
+        Risk(
+            rule="no image shows a face or other features that identify",
+            severity="high",
+            count=count("visual_features = 'YES' AND marked = '' AND rows > 0"),
+            fix="Deface them; deidentification.visual_features leaves them out or refuses them",
         ),
     ]

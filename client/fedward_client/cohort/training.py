@@ -16,9 +16,11 @@ from fedward_client.cohort.check import is_refused, task_findings
 from fedward_client.cohort.open import FrozenCohort, open_cohort
 from fedward_client.cohort.patient_key import check_patient_key
 from fedward_client.cohort.records import files_of
+from fedward_client.cohort.selection import Kinds, deidentified, selected
 from fedward_client.config import SiteConfig
 from fedward_client.data.prepare import Means, prepare
 from fedward_client.data.quiet import quiet
+from fedward_client.data.readers.dicom.kinds import ImageOptions
 from fedward_client.data.readers.dicom.sniff import is_dicom
 from fedward_client.data.sample import PreparedSite, Sample
 from fedward_client.data.transforms import Job, Outcome, prepare_in_worker
@@ -86,8 +88,9 @@ def prepare_cohort(
     """
     note(f"{config.site.name}: verifying the frozen cohort of {name}")
     cohort = open_cohort(config, name, which, secret=secret)
-    samples = fitting(cohort, plan)
-    allowed = config.dataset(name).images_are_patients
+    dataset = config.dataset(name)
+    samples = fitting(cohort, plan, dataset.image_options())
+    allowed = dataset.images_are_patients
     check_patient_key(samples, plan, allowed, where=cohort.name)
     note(f"{config.site.name}: preparing {len(samples)} images of {cohort.name}")
     if crew is None:
@@ -120,14 +123,16 @@ def _prepare(
 _FITS: Final = {"task": RuleCode.COHORT_TASK, "classes": RuleCode.COHORT_CLASSES}
 
 
-def fitting(cohort: FrozenCohort, plan: Plan) -> tuple[Sample, ...]:
-    """The samples of a cohort that a plan accepts.
+def fitting(
+    cohort: FrozenCohort, plan: Plan, options: ImageOptions | None = None
+) -> tuple[Sample, ...]:
+    """The samples of a cohort that a plan accepts, and the site's options let through.
 
     Raises
     ------
     DataError
         Task or classes are not the plan's, none is of its modalities, or there are fewer patients
-        than it wants.
+        than it wants; or the site refuses what is not de-identified.
     """
     for one in task_findings(cohort.task, plan):
         if one.status == "fail":
@@ -139,7 +144,6 @@ def fitting(cohort: FrozenCohort, plan: Plan) -> tuple[Sample, ...]:
             )
     samples = _of_modality(cohort, plan)
     least = plan.participation.minimum_patients
-    patients = len({s.patient for s in samples if not is_refused(s, plan)})
     if not samples:
         raise DataError(
             RuleCode.COHORT_MODALITY,
@@ -147,6 +151,17 @@ def fitting(cohort: FrozenCohort, plan: Plan) -> tuple[Sample, ...]:
             where=cohort.name,
             fix="Freeze another dataset, or change task.modality",
         )
+    kinds = Kinds()
+    samples = deidentified(samples, options or ImageOptions(), kinds, cohort.name)
+    samples = selected(samples, plan, kinds)
+    if not samples:
+        raise DataError(
+            RuleCode.COHORT_SELECTED,
+            value="none",
+            where=cohort.name,
+            fix="Freeze another dataset, or change the plan's images",
+        )
+    patients = len({s.patient for s in samples if not is_refused(s, plan)})
     if patients < least:
         raise DataError(
             RuleCode.PLAN_PATIENTS,

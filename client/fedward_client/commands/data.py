@@ -151,7 +151,7 @@ def check(
 
     site, loaded = load_site(config), load_plan(plan)
     from fedward_client.cohort.check import Room, check_plan
-    from fedward_client.cohort.freeze import modalities
+    from fedward_client.cohort.freeze import modalities, stated
     from fedward_client.training.device import choose_device
 
     choose_device(device)  # before the work
@@ -169,6 +169,7 @@ def check(
                 Room(site.site.state, device),
                 measure=measure,
                 left_out=found.left_out,
+                stated=stated(found.samples, work.index, work.extract),
             )
     if as_json:
         print_json(made.model_dump(mode="json"))

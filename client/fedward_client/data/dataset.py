@@ -14,6 +14,7 @@ from fedward.rule_codes import RuleCode
 from fedward_client.data.files import folders, walk
 from fedward_client.data.options import LabelOptions, MaskOptions, PatientOptions
 from fedward_client.data.readers.dicom.headers import Listen, unheard
+from fedward_client.data.readers.dicom.kinds import ImageOptions
 from fedward_client.data.readers.registry import READERS, Format
 from fedward_client.data.sample import Dataset, LeftOut, Sample
 
@@ -38,6 +39,8 @@ class DatasetSpec:
         What missing and shared patient ids mean.
     labels : LabelOptions
         Where the table of labels lies, and what its words mean.
+    images : ImageOptions
+        DICOM: which images are taken.
     listen : callable
         DICOM: hears how many headers are read, and of how many.
     """
@@ -48,6 +51,7 @@ class DatasetSpec:
     masks: MaskOptions = field(default_factory=MaskOptions)
     patients: PatientOptions = field(default_factory=PatientOptions)
     labels: LabelOptions = field(default_factory=LabelOptions)
+    images: ImageOptions = field(default_factory=ImageOptions)
     listen: Listen = field(default=unheard, compare=False, repr=False)
 
 

@@ -14,8 +14,10 @@ from pydantic import BeforeValidator, Field
 from fedward import rule_codes
 from fedward.config_section import Place, Section, validate_config
 from fedward.errors import ConfigError
+from fedward.plan.image_filter import HOW, Patterns
 from fedward.plan.schema import Task
 from fedward_client.data import labels
+from fedward_client.data.readers.dicom.kinds import IdentityRule, ImageOptions
 
 # What the segments of a mask mean, as a site says it.
 
@@ -317,6 +319,43 @@ class PatientSection(Section):
         """The same for a reader."""
         ids = frozenset(one.strip().casefold() for one in self.shared_ids)
         return PatientOptions(ids, self.missing, self.shared)
+
+
+class ImageSection(Section):
+    """Which DICOM images belong to the dataset."""
+
+    series_description: Patterns = Field(default=(), description=f"`SeriesDescription`: {HOW}")
+    image_type: Patterns = Field(default=(), description="values of `ImageType`, likewise")
+    body_part: Patterns = Field(default=(), description="`BodyPartExamined`, likewise")
+    intent: Patterns = Field(
+        default=(),
+        description="`PresentationIntentType`, likewise. Of a study that has images for "
+        "presentation, those for processing are left out in any case",
+    )
+    kernel: Patterns = Field(default=(), description="`ConvolutionKernel` (CT), likewise")
+    keep: tuple[Literal["slide-labels", "captures"], ...] = Field(
+        default=(),
+        description="what is taken although it shows no patient: photographs of a slide's label, "
+        "overview and thumbnail; screen captures and dose reports",
+    )
+
+
+class DeidentificationSection(Section):
+    """What becomes of images that are not de-identified: `keep` takes them; `leave-out` counts
+    them; `refuse` does too, and the dataset serves no study while there are any."""
+
+    burned_in: IdentityRule = Field(default="keep", description="`BurnedInAnnotation` is YES")
+    identity: IdentityRule = Field(
+        default="keep", description="`PatientIdentityRemoved` is not YES"
+    )
+    visual_features: IdentityRule = Field(
+        default="keep", description="`RecognizableVisualFeatures` is YES: a face, for example"
+    )
+
+    def options(self, images: ImageSection) -> ImageOptions:
+        """The same for a reader, with the images that are selected."""
+        patterns = images.model_dump(exclude={"keep"})
+        return ImageOptions(patterns, frozenset(images.keep), **self.model_dump())
 
 
 class LabelSection(Section):

@@ -202,6 +202,12 @@ class FileFacts:
         Slice thickness, mm; 0 when unknown.
     burned_in : str
         BurnedInAnnotation, "YES", "NO" or "".
+    identity_removed, visual_features : str
+        PatientIdentityRemoved and RecognizableVisualFeatures, likewise.
+    method : bool
+        The file says how it was de-identified (DeidentificationMethod, or a sequence of codes).
+    intent : str
+        PresentationIntentType: "FOR PRESENTATION", "FOR PROCESSING" or "".
     synthetic : bool
         The file says that it is synthetic.
     low, high : float
@@ -242,6 +248,10 @@ class FileFacts:
     spacing: tuple[float, ...] = ()
     thickness: float = 0.0
     burned_in: str = ""
+    identity_removed: str = ""
+    visual_features: str = ""
+    method: bool = False
+    intent: str = ""
     synthetic: bool = False
     low: float = float("nan")
     high: float = float("nan")
@@ -442,6 +452,8 @@ def _ends(pixels: NDArray[Any]) -> tuple[float, float]:
 # The facts of a DICOM file: whose it is by keyed hashes, what it shows in DICOM's own words.
 
 _VALUES: Final = 16  # of ImageType
+_METHODS: Final = ("DeidentificationMethod", "DeidentificationMethodCodeSequence")
+_INTENTS: Final = frozenset({"FORPRESENTATION", "FORPROCESSING"})
 _WHO: Final = (
     "PatientID",
     "IssuerOfPatientID",
@@ -515,6 +527,10 @@ def _what(header: pydicom.Dataset) -> dict[str, Any]:
         "bits": _count(header.get("BitsStored")),
         "thickness": _positive(header.get("SliceThickness")),
         "burned_in": term(header.get("BurnedInAnnotation"), YES_NO),
+        "identity_removed": term(header.get("PatientIdentityRemoved"), YES_NO),
+        "visual_features": term(header.get("RecognizableVisualFeatures"), YES_NO),
+        "method": any(header.get(name) for name in _METHODS),
+        "intent": term(header.get("PresentationIntentType"), _INTENTS),
         "synthetic": str(header.get("SyntheticData") or "").upper() == "YES",
     }
 
@@ -543,7 +559,7 @@ def _positive(value: object) -> float:
 
 
 AGAIN: Final = -1  # a time of change that no file has, so that the next scan reads it again
-_VERSION: Final = 6  # of what is extracted; files read by another are read again
+_VERSION: Final = 7  # of what is extracted; files read by another are read again
 _CHUNK: Final = 1 << 20
 _PICTURES: Final = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 _TABLES: Final = (".csv", ".xlsx")

@@ -16,7 +16,7 @@ from typing import Any, Final, Self
 from fedward.errors import OutputError
 from fedward_client.index.extract import FileFacts
 
-_VERSION: Final = 3
+_VERSION: Final = 4
 _COLUMNS: Final = tuple(field.name for field in fields(FileFacts))
 _KINDS: Final = {"int": "INTEGER", "bool": "INTEGER", "float": "REAL"}
 _TYPED: Final = ", ".join(
@@ -214,7 +214,8 @@ def _row(facts: FileFacts) -> tuple[Any, ...]:
 def _facts(row: tuple[Any, ...]) -> FileFacts:
     values = dict(zip(_COLUMNS, row, strict=True))
     values["spacing"] = tuple(json.loads(values["spacing"]))
-    values["synthetic"] = bool(values["synthetic"])
+    for name in ("synthetic", "method"):
+        values[name] = bool(values[name])
     for name in ("low", "high"):
         values[name] = float("nan") if values[name] is None else values[name]
     return FileFacts(**values)

@@ -96,7 +96,7 @@ def _dicom() -> Reader:
     return Reader(
         sniff.is_dicom,
         lambda root, task, spec: reader.read(
-            root, task, spec.masks, spec.patients, spec.labels, spec.listen
+            root, task, spec.masks, spec.patients, spec.labels, spec.listen, spec.images
         ),
     )
 

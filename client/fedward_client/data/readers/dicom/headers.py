@@ -15,10 +15,16 @@ from fedward.errors import DataError
 from fedward.plan.schema import Task
 from fedward_client.data.options import PatientOptions
 from fedward_client.data.quiet import quiet
+from fedward_client.data.readers.dicom.kinds import (
+    PRESENTATION,
+    PROCESSING,
+    ImageOptions,
+    Kind,
+)
+from fedward_client.data.readers.dicom.kinds import TAGS as KIND_TAGS
 from fedward_client.data.readers.dicom.pixels import Place, place_of
 from fedward_client.data.readers.dicom.sniff import (
     MASKS,
-    NO_PICTURES,
     Watched,
     check_inflated,
     is_dicom,
@@ -87,9 +93,7 @@ TAKES: Final[tuple[str | int, ...]] = (
 TIMES: Final = frozenset(
     {"TriggerTime", "AcquisitionNumber", "FrameReferenceTime", "AcquisitionTime", "ContentTime"}
 )
-_WANTED: Final[list[BaseTag]] = [Tag(name) for name in (*_TAGS, *TAKES)]
-_SCOUTS: Final = frozenset({"LOCALIZER", "SCOUT"})
-_MOSAIC: Final = "MOSAIC"  # Siemens: the slices of a volume as tiles of one picture
+_WANTED: Final[list[BaseTag]] = [Tag(name) for name in (*_TAGS, *TAKES, *KIND_TAGS)]
 _OFTEN: Final = 50  # files after which the progress is told
 _FRAME: Final = 8  # bytes of the smallest frame that there is
 _LONGEST: Final = 1 << 16  # bytes of a value; each is made into objects of a hundred bytes
@@ -129,7 +133,9 @@ class Header:
     space : str
         UID of the frame of reference, in which positions are comparable.
     place : Place or None
-        3D tasks: where the slice lies; None in a multi-frame file, whose frames tell.
+        Where the slice lies; None in a multi-frame file, whose frames tell.
+    intent : str
+        ``FOR PRESENTATION``, ``FOR PROCESSING`` or "".
     """
 
     path: Path
@@ -144,6 +150,7 @@ class Header:
     takes: tuple[str, ...] = ()
     space: str = ""
     place: Place | None = None
+    intent: str = ""
 
 
 @dataclass(frozen=True)
@@ -163,9 +170,10 @@ def read_headers(
     task: Task,
     patients: PatientOptions | None = None,
     listen: Listen = unheard,
+    images: ImageOptions | None = None,
 ) -> tuple[list[Header], list[Path], list[LeftOut]]:
     """The images among files, the masks if the task is segmentation, and what was left out."""
-    patients = patients or PatientOptions()
+    patients, images = patients or PatientOptions(), images or ImageOptions()
     headers: list[Header] = []
     masks: list[Path] = []
     left_out: list[LeftOut] = []
@@ -175,7 +183,7 @@ def read_headers(
             if place % _OFTEN == 0:
                 listen(place, len(files))
             try:
-                header = _header(file, task, patients)
+                header = _header(file, task, patients, images)
                 if isinstance(header, MaskObject):
                     masks.append(file)
                     continue
@@ -187,17 +195,37 @@ def read_headers(
             except DataError as error:
                 name = file.relative_to(root).as_posix()
                 left_out.append(LeftOut(rule_codes.reason_of(error), name))
-    return headers, masks, left_out
+    kept, raw = _presented(headers)
+    reason = rule_codes.FOR_PROCESSING
+    left_out += [LeftOut(reason, one.path.relative_to(root).as_posix()) for one in raw]
+    return kept, masks, left_out
 
 
-def _header(path: Path, task: Task, patients: PatientOptions) -> Header | MaskObject:
+def _presented(headers: list[Header]) -> tuple[list[Header], list[Header]]:
+    """The images, and those for processing beside which the study has some for presentation.
+
+    A digital detector sends each exposure twice; one patient would count for two images.
+    """
+
+    def study(header: Header) -> tuple[str, str, str]:
+        return header.patient, header.keys["studyinstanceuid"], header.modality
+
+    shown = {study(header) for header in headers if header.intent == PRESENTATION}
+    raw = [one for one in headers if one.intent == PROCESSING and study(one) in shown]
+    twice = {header.path for header in raw}
+    return [header for header in headers if header.path not in twice], raw
+
+
+def _header(
+    path: Path, task: Task, patients: PatientOptions, images: ImageOptions
+) -> Header | MaskObject:
     if not is_dicom(path):
         raise rule_codes.unusable(rule_codes.NOT_DICOM)
     try:
         tags, pixels_next = _read(path)
         words = {name.lower(): str(tags.get(name) or "").strip() for name in _TAGS}
         frames = int(tags.get("NumberOfFrames") or 1)
-        kinds = _kinds(tags)
+        kind = Kind.of(tags)
         shape = int(tags.get("Rows") or 0), int(tags.get("Columns") or 0)
     except Exception as error:
         # pydicom raises nearly anything on a broken file, and its texts quote values.
@@ -206,14 +234,10 @@ def _header(path: Path, task: Task, patients: PatientOptions) -> Header | MaskOb
         return MaskObject(path)
     if not (words["rows"] and words["columns"] and pixels_next):
         raise rule_codes.unusable(rule_codes.NO_PIXELS)
-    if words["sopclassuid"] in NO_PICTURES:
-        raise rule_codes.unusable(rule_codes.OTHER_MODALITY)
     if "any" not in task.modality and words["modality"] not in task.modality:
         raise rule_codes.unusable(rule_codes.OTHER_MODALITY)
-    if kinds & _SCOUTS:
-        raise rule_codes.unusable(rule_codes.SCOUT)
-    if _MOSAIC in kinds:
-        raise rule_codes.unusable(rule_codes.MOSAIC)
+    if reason := kind.reason(images):
+        raise rule_codes.unusable(reason)
     patient = "\\".join(patients.patient(words))
     if frames > _most_frames(path, tags):
         raise rule_codes.unusable(rule_codes.NOT_READABLE)
@@ -234,6 +258,7 @@ def _header(path: Path, task: Task, patients: PatientOptions) -> Header | MaskOb
         takes=tuple(_take(tags, name) for name in TAKES),
         space=words["frameofreferenceuid"],
         place=_place(tags) if frames <= 1 else None,
+        intent=kind.intent,
     )
 
 
@@ -264,12 +289,6 @@ def _place(tags: pydicom.FileDataset) -> Place | None:
 def _most_frames(path: Path, tags: pydicom.FileDataset) -> int:
     """No fewer than the file can hold: of every coding, the smallest frame takes some bytes."""
     return _INFLATED if _deflated(tags) else max(1, path.stat().st_size // _FRAME)
-
-
-def _kinds(tags: pydicom.FileDataset) -> frozenset[str]:
-    """The values of ImageType, of which the third or a later one tells a scout (C.8.2.1.1.1)."""
-    values = tags.get("ImageType") or ()
-    return frozenset(str(v).upper() for v in ([values] if isinstance(values, str) else values))
 
 
 def _take(tags: pydicom.FileDataset, name: str | int) -> str:

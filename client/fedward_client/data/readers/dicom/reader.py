@@ -22,6 +22,7 @@ from fedward_client.data.files import file_identity, table_keys, walk
 from fedward_client.data.label_tables import Entry, Table, read_table
 from fedward_client.data.options import TABLES, LabelOptions, MaskOptions, PatientOptions, low
 from fedward_client.data.readers.dicom.headers import KEYS, Header, Listen, read_headers, unheard
+from fedward_client.data.readers.dicom.kinds import ImageOptions
 from fedward_client.data.readers.dicom.mask_names import by_name
 from fedward_client.data.readers.dicom.mask_references import MaskFile, link, read_mask_file
 from fedward_client.data.readers.dicom.masks import SegmentedFrame, SegmentedSeries, SegmentedVolume
@@ -85,6 +86,7 @@ def read(
     patients: PatientOptions | None = None,
     labels: LabelOptions | None = None,
     listen: Listen = unheard,
+    images: ImageOptions | None = None,
 ) -> Dataset:
     """Read a DICOM tree.
 
@@ -102,6 +104,8 @@ def read(
         Where the table of labels lies, and what its words mean.
     listen : callable, optional
         Hears how many headers are read, and of how many.
+    images : ImageOptions, optional
+        Which images are taken.
 
     Raises
     ------
@@ -114,7 +118,7 @@ def read(
     if labels is not None and labels.file is not None:
         name, place = labels.file.name, labels.file
         files = [f for f in files if f.name != name or not f.samefile(place)]
-    headers, found, left_out = read_headers(files, root, task, patients, listen)
+    headers, found, left_out = read_headers(files, root, task, patients, listen, images)
     words = Options(options or MaskOptions(), patients or PatientOptions())
     masks = _masks(root, base, task, found, headers, words, left_out)
     samples: list[Sample] = []
