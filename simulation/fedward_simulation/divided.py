@@ -15,7 +15,7 @@ from fedward.protocol import SITE_NAME
 from fedward_client.cohort.patient_key import check_patient_key
 from fedward_client.cohort.selection import only_selected
 from fedward_client.cohort.training import Preparers
-from fedward_client.data.dataset import DatasetSpec, read_dataset
+from fedward_client.data.dataset import DatasetSpec, hints, read_dataset
 from fedward_client.data.files import folders
 from fedward_client.data.options import LabelOptions
 from fedward_client.data.prepare import Means, prepare
@@ -33,6 +33,7 @@ from fedward_simulation.watch import WatchedCrew, unprepared
 _NUMBERED = re.compile(r"sub-folder (\d+) of \d+ \(by name\)")
 _COLUMN = "labels.patient_column"
 _OPTIONS = {"format": "--format", _COLUMN: "--patient-column"}
+_SHOWN: Final = 6
 _MADE = FORMS.removeprefix("folders, ")
 _OF_A_DATASET = frozenset(
     {
@@ -59,7 +60,7 @@ def read(options: Options, how: Partition, task: Task) -> Dataset:
         It cannot be read; the message names the folder or the option.
     """
     data = options.data or Path()
-    _check(data, options, how)
+    _check(data, options, how, task)
     with _in_our_words(data, how, task):
         return read_dataset(_spec(data, options, how), task)
 
@@ -83,7 +84,7 @@ def _spec(data: Path, options: Options, how: Partition) -> DatasetSpec:
     )
 
 
-def _check(data: Path, options: Options, how: Partition) -> None:
+def _check(data: Path, options: Options, how: Partition, task: Task) -> None:
     if not data.exists():
         raise DataError(
             "the data must exist",
@@ -97,6 +98,14 @@ def _check(data: Path, options: Options, how: Partition) -> None:
             "with folders and column:NAME there are as many hospitals as the data have",
             value=f"--sites {options.sites}",
             fix="Leave --sites out, or choose another partition",
+            where="--partition",
+        )
+    if how.kind == "folders" and _is_one(data, task):
+        raise DataError(
+            "with folders each sub-folder is a hospital, and these are classes or parts of one "
+            "dataset",
+            value=", ".join(_subs(data)[:_SHOWN]),
+            fix=f"Choose --partition {_MADE}",
             where="--partition",
         )
     if how.kind == "folders" and not _subs(data):
@@ -140,6 +149,19 @@ def _where(where: str, data: Path) -> str:
     if numbered := _NUMBERED.fullmatch(where):
         return f"sub-folder {_subs(data)[int(numbered[1]) - 1]}"
     return _OPTIONS.get(where, where)
+
+
+def _is_one(data: Path, task: Task) -> bool:
+    """Whether the sub-folders are the classes of one dataset, or its images and masks or parts."""
+    names = {name.lower() for name in _subs(data)}
+    parts = {"train", "val", "valid", "validation", "test"}
+    classes = {name.lower() for name in task.classes}
+    return bool(names) and (
+        names <= parts
+        or names <= classes
+        or names <= {"images", "masks", "labels"}
+        or names <= {"imagestr", "labelstr", "imagests"}
+    )
 
 
 def _of_hospitals(data: Path, task: Task) -> bool:
@@ -204,6 +226,8 @@ def divided_sites(plan: Plan, options: Options, crew: Preparers, note: Note) -> 
         _prepare(found, name, samples, plan, options, crew)
     if found.missed:
         note(summary(found.missed))
+    for one in hints(_spec(options.data or Path(), options, how), plan.task, dataset.left_out):
+        note(f"labels: {one}")
     return found
 
 

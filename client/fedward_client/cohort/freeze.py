@@ -20,6 +20,7 @@ from fedward.rule_codes import RuleCode
 from fedward_client.cohort.records import Record, Recorder, Series, Source, files_of
 from fedward_client.config import DatasetSection
 from fedward_client.data.dataset import DatasetSpec, read_dataset
+from fedward_client.data.files import walk
 from fedward_client.data.readers.dicom.headers import Listen, unheard
 from fedward_client.data.readers.dicom.masks import SegmentedFrame, SegmentedSeries
 from fedward_client.data.readers.dicom.reader import DicomVolume, label_table
@@ -168,6 +169,33 @@ def why_left_out(
     if idle := _rows_without_image(dataset, index, extract):
         counts[rule_codes.NO_IMAGE] += idle
     return counts
+
+
+def left_out_files(
+    dataset: DatasetSection, index: Index, extract: Extractor
+) -> list[dict[str, str]]:
+    """Reason and name of each file or row that cannot serve, for the hospital's own eyes.
+
+    Raises
+    ------
+    DataError
+        The table of labels is broken.
+    """
+    root = extract.root
+    names = {
+        file.relative_to(root).as_posix() if file != root else file.name for file in walk(root)
+    }
+    unreadable = {name: index.reason(extract.name(root / name)) for name in names}
+    found = {name: reason for name, reason in unreadable.items() if reason}
+    try:
+        others = usable(dataset, index, extract).left_out
+    except DataError as error:
+        if error.where not in (rule_codes.NO_TABLE, rule_codes.NO_MASKS):
+            raise
+        others = ()
+    for item in others:
+        found.setdefault(item.name, item.reason)
+    return [{"reason": found[name], "name": name} for name in sorted(found)]
 
 
 def _rows_without_image(dataset: DatasetSection, index: Index, extract: Extractor) -> int:

@@ -21,6 +21,7 @@ from fedward.plan.schema import Split
 from fedward_client.cohort.freeze import classes_of, usable, why_left_out, why_unreadable
 from fedward_client.cohort.risks import Risk, find_risks, unlabelled_risks
 from fedward_client.config import DatasetSection
+from fedward_client.data.hints import label_hints
 from fedward_client.data.readers.dicom.headers import Listen, unheard
 from fedward_client.data.readers.dicom.mask_references import MaskFile
 from fedward_client.data.readers.dicom.masks import SegmentedFrame, SegmentedSeries, SegmentedVolume
@@ -259,6 +260,9 @@ class DatasetReport(BaseModel):
     split: Counts = Field(description="patients of each part, by the usual division")
     left_out: Counts = Field(description="files and rows that cannot serve, by reason")
     risks: list[Risk]
+    hints: list[str] = Field(
+        default=[], description="labels that do not fit: columns and words found, and sought"
+    )
 
 
 def make_report(
@@ -319,6 +323,13 @@ def make_report(
         split=_split(found.samples),
         left_out=dict(sorted(left_out.items())),
         risks=risks,
+        hints=label_hints(
+            dataset.root,
+            extract.format,
+            dataset.as_task(),
+            dataset.labels.options(),
+            left_out,
+        ),
     )
 
 

@@ -63,17 +63,28 @@ def index(
 
 
 @data_app.command("report")
-def report(name: Name, config: Config = _SITE, as_json: AsJson = False) -> None:
+def report(
+    name: Name,
+    config: Config = _SITE,
+    files: Annotated[
+        bool, typer.Option("--files", help="Name each file that was left out, and why.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Tell what a dataset holds, what was left out and why, and what is risky."""
+    from fedward_client.cohort.freeze import left_out_files
     from fedward_client.cohort.report import make_report
 
     with work_on(load_site(config), name) as work, reading(name) as listen:
         made = make_report(name, work.dataset, work.index, work.extract, listen)
+        named = left_out_files(work.dataset, work.index, work.extract) if files else []
     if as_json:
-        print_json(made.model_dump(mode="json"))
+        print_json(made.model_dump(mode="json") | ({"files": named} if files else {}))
         return
     for table in report_tables(made):
         Console().print(table)
+    for one in named:  # for the hospital's own eyes: these names go nowhere else
+        say(f"{one['reason']}: {one['name']}")
 
 
 @data_app.command("freeze")

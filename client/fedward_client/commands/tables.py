@@ -79,6 +79,7 @@ def _parts(made: DatasetReport) -> list[tuple[str, dict[str, Any]]]:
         ("patients by part", made.split),
         ("left out", made.left_out),
         ("intensity", pixels),
+        ("labels", {f"hint {k}": text for k, text in enumerate(made.hints, start=1)}),
     ]
 
 
@@ -91,6 +92,10 @@ def cohort_table(counts: dict[str, Any]) -> Table:
         rows["volumes of a leaning gantry"] = f"{counts['tilted']}; most plans leave them out"
     if counts["images_are_patients"]:
         rows["high risk"] = "the data do not name the patient of every image; see the report"
+    if empty := [name for name, n in counts["images_by_class"].items() if not n]:
+        rows["warning"] = (
+            f"no image of {', '.join(empty)}: check the words of the labels, or take the class out"
+        )
     return _table(f"{counts['cohort']}: frozen", rows, ("", ""))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,7 @@ from fedward.errors import DataError
 from fedward.plan.schema import Task
 from fedward.rule_codes import RuleCode
 from fedward_client.data.files import folders, walk
+from fedward_client.data.hints import label_hints
 from fedward_client.data.options import LabelOptions, MaskOptions, PatientOptions
 from fedward_client.data.readers.dicom.headers import Listen, unheard
 from fedward_client.data.readers.dicom.kinds import ImageOptions
@@ -82,8 +84,18 @@ def read_dataset(spec: DatasetSpec, task: Task, *, empty: bool = False) -> Datas
     by_site = spec.sites == "folders"
     dataset = _by_site(spec, task) if by_site else _read(spec.root, task, spec)
     if not (dataset.samples or empty):
-        raise _nothing(dataset.left_out, task)
+        raise _nothing(dataset.left_out, task, spec)
     return dataset
+
+
+def hints(spec: DatasetSpec, task: Task, left_out: Iterable[LeftOut]) -> list[str]:
+    """What to change where labels do not fit, in words for who has the data."""
+    counts = Counter(item.reason for item in left_out)
+    roots = folders(spec.root) if spec.sites == "folders" else [spec.root]
+    told = (
+        label_hints(root, spec.format or detect(root), task, spec.labels, counts) for root in roots
+    )
+    return next((one for one in told if one), [])
 
 
 def _read(root: Path, task: Task, spec: DatasetSpec) -> Dataset:
@@ -155,12 +167,15 @@ def detect(root: Path) -> Format:
     )
 
 
-def _nothing(left_out: tuple[LeftOut, ...], task: Task) -> DataError:
+def _nothing(left_out: tuple[LeftOut, ...], task: Task, spec: DatasetSpec) -> DataError:
     counts = Counter(item.reason for item in left_out)
     text = ", ".join(f"{reason}: {n}" for reason, n in sorted(counts.items()))
     return DataError(
         RuleCode.DATASET_IMAGES,
         values={"task": task.kind, "reasons": tuple(sorted(counts))},
         value=text or "no images",
-        fix="See the reasons; class names, labels or masks may not match the plan",
+        fix=". ".join(
+            ["See the reasons; class names, labels or masks may not match the plan"]
+            + [one[0].upper() + one[1:] for one in hints(spec, task, left_out)]
+        ),
     )

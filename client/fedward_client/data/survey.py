@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -13,7 +13,6 @@ import numpy as np
 
 from fedward.errors import DataError
 from fedward.tasks.registry import TASKS
-from fedward_client.data.dataset import detect
 from fedward_client.data.files import folders, table_keys, walk
 from fedward_client.data.label_tables import SPLIT_NAMES, read_rows
 from fedward_client.data.options import SEPARATORS, TABLES, LabelOptions, low
@@ -113,6 +112,8 @@ def survey(root: Path, format: Format | None = None, column: str = "") -> Survey
     DataError
         It is not there or of no known kind, or its table cannot be read.
     """
+    from fedward_client.data.dataset import detect  # which tells hints from here
+
     if not root.exists():
         raise DataError("the data must exist", value=root.name, fix="Check the path and the mount")
     if root.is_file():
@@ -240,7 +241,7 @@ def _of_table(found: Survey, table: Path, column: str) -> Survey:
     header, rows = read_rows(table, LabelOptions())
     lower = [low(name) for name in header]
     columns = {name: [cell(row, k) for row in rows] for k, name in enumerate(lower) if name}
-    key = _key(found, columns)
+    key = key_column(found.root, found.format, columns)
     usual = table.name in TABLES
     options = LabelOptions(file=None if usual else table)
     if key and key not in ("image", "file", *_DICOM_KEYS):
@@ -253,7 +254,7 @@ def _of_table(found: Survey, table: Path, column: str) -> Survey:
     }
     if column and low(column) not in columns:
         return found
-    label = low(column) or _label(rest)
+    label = low(column) or label_column(rest)
     if not label:
         flags = [name for name, values in rest.items() if _are_flags(values)]
         return _of_flags(found, [header[lower.index(name)] for name in flags], rest)
@@ -276,19 +277,19 @@ def _of_flags(found: Survey, flags: Sequence[str], rest: dict[str, list[str]]) -
     return replace(found, classes=tuple(flags), multi_label=not one_each)
 
 
-def _key(found: Survey, columns: dict[str, list[str]]) -> str:
-    """The column that names the images."""
-    if found.format == "dicom":
+def key_column(root: Path, format: Format, columns: Mapping[str, Sequence[str]]) -> str:
+    """The column (lower case) that names the images of a folder; "" without one."""
+    if format == "dicom":
         return next((name for name in _DICOM_KEYS if name in columns), "")
-    files = walk(found.root)
-    base = next((found.root / n for n in _IMAGES if (found.root / n).is_dir()), found.root)
-    known = {key for keys in table_keys(files, (found.root, base)).values() for key in keys}
+    files = walk(root)
+    base = next((root / n for n in _IMAGES if (root / n).is_dir()), root)
+    known = {key for keys in table_keys(files, (root, base)).values() for key in keys}
     hits = Counter({name: sum(v in known for v in values) for name, values in columns.items()})
     best = hits.most_common(1)
     return best[0][0] if best and best[0][1] else ""
 
 
-def _label(rest: dict[str, list[str]]) -> str:
+def label_column(rest: Mapping[str, Sequence[str]]) -> str:
     """The column of labels: one of a usual name, else the only one of few different words."""
     for usual in _LABEL_NAMES:
         for name in rest:

@@ -37,6 +37,7 @@ from fedward_client.data.readers.dicom.pixels import (
 )
 from fedward_client.data.readers.dicom.sniff import STRUCTURES, check_mask, is_dicom, is_mask
 from fedward_client.data.readers.images import PictureMask
+from fedward_client.data.readers.images import is_mask as is_mask_picture
 from fedward_client.data.readers.nifti import NiftiMask
 from fedward_client.data.readers.registry import Format
 from fedward_client.secret import Pseudonyms
@@ -646,7 +647,8 @@ class Extractor:
         if name.endswith((".nii", ".nii.gz")):
             found = nifti_facts(path, replace(facts, format="nifti"))
             return self._marked(path, found, NiftiMask(path, 3))
-        if name.endswith(_PICTURES):
+        in_masks = path.relative_to(self.root).parts[0] in MASK_FOLDERS
+        if name.endswith(_PICTURES) or (in_masks and is_mask_picture(path)):
             found = picture_facts(path, replace(facts, format="picture"))
             return self._marked(path, found, PictureMask(path))
         if name.endswith(".npz"):

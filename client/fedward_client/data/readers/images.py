@@ -158,6 +158,11 @@ def is_picture(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
+def is_mask(path: Path) -> bool:
+    """Whether the suffix is that of a picture that holds a mask: GIF too, which loses nothing."""
+    return is_picture(path) or path.suffix.lower() == ".gif"
+
+
 @dataclass(frozen=True)
 class Picture:
     """Reads a picture; 8-bit ones propose the window 0 to 255."""
@@ -337,14 +342,20 @@ def pairs(
     wanted: Callable[[Path], bool],
     build: Callable[[Path, Path], tuple[Callable[[], Image], Callable[[], NDArray[np.uint8]]]],
     people: People,
+    mask_wanted: Callable[[Path], bool] | None = None,
 ) -> Iterator[Item]:
-    """Images with the mask of the same place and stem."""
+    """Images with the mask of the same place and stem.
+
+    Where no mask has the stem of an image, masks may share an ending: ``IM1_mask`` is of ``IM1``.
+    """
     files = [f for f in walk(images) if wanted(f)]
     keys = table_keys(files, (images.parent, images))
     names = Counter(_place(f, images) for f in files)
+    marks = {mask: _place(mask, masks) for mask in walk(masks) if (mask_wanted or wanted)(mask)}
+    suffix = _mask_suffix(set(names), set(marks.values()))
     by_name: dict[Path, list[Path]] = {}
-    for mask in (f for f in walk(masks) if wanted(f)):
-        by_name.setdefault(_place(mask, masks), []).append(mask)
+    for mask, place in marks.items():
+        by_name.setdefault(place.with_name(place.name.removesuffix(suffix)), []).append(mask)
     for file in files:
         found = by_name.get(_place(file, images), [])
         if not found:
@@ -355,6 +366,21 @@ def pairs(
             yield file, _pair(file, keys[file], build(file, found[0]), people)
     for name in sorted(set(by_name) - set(names)):
         yield by_name[name][0], rule_codes.NO_IMAGE
+
+
+def _mask_suffix(images: set[Path], masks: set[Path]) -> str:
+    """What every mask's name has beyond the name of its image; "" where they are not all alike."""
+    if not masks or masks & images:
+        return ""
+    first = min(masks)
+    for image in sorted(images, key=lambda one: len(one.name), reverse=True):
+        suffix = first.name.removeprefix(image.name)
+        if image.parent != first.parent or suffix in ("", first.name):
+            continue
+        bare = {one.with_name(one.name.removesuffix(suffix)) for one in masks}
+        if all(one.name.endswith(suffix) for one in masks) and bare <= images:
+            return suffix
+    return ""
 
 
 def _place(file: Path, root: Path) -> Path:
@@ -392,6 +418,7 @@ def _pairs(root: Path, people: People) -> Iterator[Item]:
         is_picture,
         lambda image, mask: (Picture(image), PictureMask(mask)),
         people,
+        is_mask,
     )
 
 

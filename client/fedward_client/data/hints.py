@@ -1,0 +1,135 @@
+"""What to change where labels do not fit: columns and words that are there, and those sought.
+
+Names of columns and words of labels stay at the hospital; no key of an image is told.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+from fedward import rule_codes
+from fedward.errors import DataError
+from fedward.plan.schema import Task
+from fedward.suggest import nearest
+from fedward_client.data.files import folders
+from fedward_client.data.label_tables import read_rows
+from fedward_client.data.options import LabelOptions, low
+from fedward_client.data.patient_columns import cell
+from fedward_client.data.readers.registry import Format
+from fedward_client.data.survey import key_column, label_column
+
+_MOST: Final = 12  # words that are told one by one
+_SUBFOLDERS: Final = 20  # beyond which they are no classes, and may be named after patients
+
+
+def label_hints(
+    root: Path,
+    format: Format,
+    task: Task,
+    options: LabelOptions,
+    left_out: Mapping[str, int],
+) -> list[str]:
+    """Sentences about labels that do not fit; none where nothing was left out for its label.
+
+    Parameters
+    ----------
+    root, format : Path, str
+        The dataset.
+    task : Task
+        What the labels are for.
+    options : LabelOptions
+        How its table is read.
+    left_out : mapping
+        Counts by reason.
+    """
+    reasons = {rule_codes.NO_LABEL, rule_codes.UNKNOWN_CLASS, rule_codes.NO_IMAGE}
+    if task.has_masks or not reasons & {*left_out} or not root.is_dir():
+        return []
+    table = options.table(root)
+    try:
+        found = _of_table(table, root, format, task, options) if table else _of_folders(root, task)
+        return list(found)
+    except DataError:
+        return []  # it has been told what is wrong with the table
+
+
+def _of_folders(root: Path, task: Task) -> Iterator[str]:
+    names = [one.name for one in folders(root)]
+    wrong = [name for name in names if low(name) not in map(low, task.classes)]
+    if not names or not wrong or len(names) > _SUBFOLDERS:
+        yield "there is no labels.csv, and no folder for each class"
+        return
+    yield f"sub-folders are {', '.join(names)}; the classes are {', '.join(task.classes)}"
+    yield from _nearly(wrong, task)
+
+
+def _of_table(
+    table: Path, root: Path, format: Format, task: Task, options: LabelOptions
+) -> Iterator[str]:
+    header, rows = read_rows(table, options)
+    columns = {low(name): [cell(row, k) for row in rows] for k, name in enumerate(header) if name}
+    yield from _of_key(table, root, format, options, header, columns)
+    column, classes = low(options.column), [*map(low, task.classes)]
+    if column not in columns and not all(name in columns for name in classes):
+        meant = label_column(columns) or nearest(options.column, columns)
+        yield (
+            f"{table.name} has the columns {', '.join(filter(None, header))}; sought is "
+            f"`{options.column}`, or a column for each of {', '.join(task.classes)}"
+            + (f'. Did you mean labels.column = "{_written(header, meant)}"?' if meant else "")
+        )
+        return
+    if column in columns:
+        yield from _of_words(columns[column], task, options)
+
+
+def _of_key(
+    table: Path,
+    root: Path,
+    format: Format,
+    options: LabelOptions,
+    header: list[str],
+    columns: Mapping[str, list[str]],
+) -> Iterator[str]:
+    """Whether another column names the images."""
+    best = key_column(root, format, columns)
+    now = low(options.key) or next((name for name in ("image", "file") if name in columns), "")
+    if format != "dicom" and best and best != now:
+        yield (
+            f"the column that names images in {table.name} seems to be "
+            f'`{_written(header, best)}`: set labels.key = "{_written(header, best)}"'
+        )
+
+
+def _of_words(values: list[str], task: Task, options: LabelOptions) -> Iterator[str]:
+    unknown: Counter[str] = Counter()
+    for word, count in Counter(values).items():
+        try:
+            options.label_of_row({low(options.column): word}, task)
+        except DataError as error:
+            if word and rule_codes.reason_of(error) == rule_codes.UNKNOWN_CLASS:
+                unknown[word] += count
+    if not unknown:
+        return
+    told = [f"{word} ({count})" for word, count in unknown.most_common(_MOST)]
+    more = f" and {len(unknown) - _MOST} more" if len(unknown) > _MOST else ""
+    yield (
+        f"words without a class: {', '.join(told)}{more}; the classes are "
+        f"{', '.join(task.classes)}. Say what each means in labels.words"
+        + (", or in labels.none if it means none of them" if task.multi_label else "")
+        + ", or that it is no label in labels.unlabelled"
+    )
+    yield from _nearly(list(unknown), task)
+
+
+def _nearly(words: list[str], task: Task) -> Iterator[str]:
+    pairs = [(word, nearest(word, task.classes)) for word in words[:_MOST]]
+    meant = [f'"{word}" = "{name}"' for word, name in pairs if name]
+    if meant:
+        yield f"did you mean labels.words = {{ {', '.join(meant)} }}?"
+
+
+def _written(header: list[str], name: str) -> str:
+    return next((one for one in header if low(one) == name), name)
