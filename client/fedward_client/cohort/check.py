@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections import Counter
@@ -13,6 +14,7 @@ from typing import Final
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
 
 from fedward.dp.accounting import (
     calibrate,
@@ -50,7 +52,7 @@ _TIMED: Final = {"epsilon": 8.0, "delta": 1e-3, "sampling_rate": 1.0}
 
 
 class Cost(BaseModel):
-    """What a study would take; estimates, and none of activations, which depend on the device."""
+    """What a study would take; estimates."""
 
     model_config = ConfigDict(extra="forbid")
     prepared_bytes: int = Field(description="prepared images and labels on disk")
@@ -58,6 +60,9 @@ class Cost(BaseModel):
     parameters: int = Field(description="of the model")
     training_bytes: int = Field(
         description="model, gradients (with privacy: of each image), optimiser and one batch"
+    )
+    activation_bytes: int = Field(
+        default=0, description="what a step keeps of its images until it has the gradients"
     )
     memory_bytes: int = Field(description="of the machine or its GPU")
     device: str
@@ -112,6 +117,7 @@ def expect(
         parameters=describe(plan).parameters,
         free_disk_bytes=shutil.disk_usage(room.state).free,
         training_bytes=training_bytes(plan, round(in_step)),
+        activation_bytes=activation_bytes(plan, round(in_step)),
         memory_bytes=room.memory(),
         device=str(choose_device(room.device)),
         steps=steps,
@@ -133,6 +139,39 @@ def training_bytes(plan: Plan, in_step: int) -> int:
     gradients = trained * (1 + at_once if plan.privacy.on else 1)
     batch = at_once * plan.preprocessing.channels * int(np.prod(plan.preprocessing.size))
     return 4 * (sum(sizes.values()) + gradients + trained * _STATE[plan.training.optimizer] + batch)
+
+
+def activation_bytes(plan: Plan, in_step: int) -> int:
+    """Bytes that autograd keeps of one batch, in the stage that keeps most.
+
+    Found by a forward pass without storage. Private steps keep what flows back as well.
+    """
+    at_once = max(1, min(in_step, Runtime().physical_batch))
+    model = copy.deepcopy(outline(plan)).train()
+    kept = 0
+    for stage in plan.training_stages:
+        trained = trainable_names(model, stage.train)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        kept = max(kept, _kept(model, (2, plan.preprocessing.channels, *plan.preprocessing.size)))
+    return (2 if plan.privacy.on else 1) * at_once * kept // 2
+
+
+def _kept(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """Bytes of the tensors that a forward pass of a model on the ``meta`` device keeps."""
+    sizes: dict[int, int] = {}
+    storages = []  # else the next tensor may be told by the number of one that is gone
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storages.append(storage := tensor.untyped_storage())
+        sizes[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(torch.empty(shape, device="meta"))
+    for parameter in model.parameters():
+        sizes.pop(parameter.untyped_storage()._cdata, None)
+    return sum(sizes.values())
 
 
 def _images_in_step(plan: Plan, training: int, patients: int) -> float:
@@ -251,7 +290,7 @@ def privacy_finding(
 
 def cost_findings(cost: Cost) -> Iterator[Finding]:
     """Whether the machine has the room that the plan needs."""
-    disk, memory = cost.prepared_bytes, cost.training_bytes
+    disk, memory = cost.prepared_bytes, cost.training_bytes + cost.activation_bytes
     yield finding(
         "disk",
         "pass" if disk < cost.free_disk_bytes else "fail",
@@ -261,8 +300,8 @@ def cost_findings(cost: Cost) -> Iterator[Finding]:
     yield finding(
         "memory",
         "pass" if memory < cost.memory_bytes else "fail",
-        f"at least {_size(memory)} for the model in training, {_size(cost.memory_bytes)} there",
-        "Train on a larger machine",
+        f"about {_size(memory)} for a step of training, {_size(cost.memory_bytes)} there",
+        "Train on a larger machine, or with a smaller trainer.physical_batch or image",
     )
     if cost.seconds is not None:
         yield finding(

@@ -560,10 +560,11 @@ def _positive(value: object) -> float:
 
 
 AGAIN: Final = -1  # a time of change that no file has, so that the next scan reads it again
-_VERSION: Final = 7  # of what is extracted; files read by another are read again
+_VERSION: Final = 8  # of what is extracted; files read by another are read again
 _CHUNK: Final = 1 << 20
 _PICTURES: Final = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 _TABLES: Final = (".csv", ".xlsx")
+_KINDS: Final = {(".nii", ".nii.gz"): "nifti", _PICTURES: "folders"}
 
 
 @dataclass(frozen=True)
@@ -635,6 +636,15 @@ class Extractor:
             # Decoders raise nearly anything, and their texts quote the file.
             return replace(facts, reason=rule_codes.reason_of(error))
 
+    def _other_format(self, path: Path, name: str) -> str:
+        """Why the dataset's reader takes a file for no image; "" where it is one, or a mask."""
+        named = next((kind for ends, kind in _KINDS.items() if name.endswith(ends)), "")
+        masks = path.relative_to(self.root).parts[0] in MASK_FOLDERS
+        if self.format == "dicom":
+            return rule_codes.NOT_DICOM if named and not masks else ""
+        other = is_dicom(path) if not named else named != self.format
+        return rule_codes.OTHER_FORMAT if other else ""
+
     def _marked(self, path: Path, found: FileFacts, mask: Callable[[], Any]) -> FileFacts:
         """With what a mask marks, where the file lies in a folder of masks."""
         if found.reason or path.relative_to(self.root).parts[0] not in MASK_FOLDERS:
@@ -644,6 +654,8 @@ class Extractor:
         return replace(found, marked="{}")
 
     def _image(self, path: Path, name: str, facts: FileFacts) -> FileFacts:
+        if reason := self._other_format(path, name):
+            return replace(facts, reason=reason)
         if name.endswith((".nii", ".nii.gz")):
             found = nifti_facts(path, replace(facts, format="nifti"))
             return self._marked(path, found, NiftiMask(path, 3))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from fedward.dp.accounting import calibrate
-from fedward.models import describe
+from fedward.models import build_model, describe
 from fedward_client.cohort.check import (
     Cost,
     Room,
+    activation_bytes,
     check_plan,
     cost_findings,
     prepared_bytes,
@@ -277,3 +279,26 @@ def test_foreground_that_the_plan_cuts_off_is_told_with_settings_that_keep_it(
         **changes | {"preprocessing": {"size": [16, 16, 16], "spacing": [1.0, 1.0, 1.0]}},
     )
     assert prepare("st-mary", corners(lesions), plan).cut == 2
+
+
+def test_what_a_step_keeps_of_its_images_is_what_autograd_keeps(make_plan):
+    plan = make_plan(
+        task={"kind": "segmentation", "dimensions": 3, "classes": ["lesion"]},
+        preprocessing={"size": [32, 32, 32]},
+        model={"name": "unet"},
+        training={"loss": "dice_ce"},
+        metrics={"report": ["dice"], "primary": "dice"},
+    )
+    model, found = build_model(plan, seed=0).train(), {}
+
+    def keep(tensor):
+        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(torch.zeros(4, 1, 32, 32, 32)).sum()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    real = sum(size for place, size in found.items() if place not in weights)
+    assert activation_bytes(plan, 4) == pytest.approx(real, rel=0.05)
+    assert activation_bytes(plan, 1) == pytest.approx(real / 4, rel=0.05)
+    assert real > 5 * training_bytes(plan, 4) - 16 * describe(plan).parameters

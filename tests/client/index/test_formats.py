@@ -181,3 +181,29 @@ def test_a_file_of_many_frames_is_as_large_as_one_of_them(tmp_path, monkeypatch,
     path = dx(tmp_path / "tiles.dcm", np.arange(50 * 64).reshape(50, 8, 8) % 999)
     facts = extract.Extractor(tmp_path, "dicom", b"k" * 32)(path)
     assert (facts.reason, facts.frames, facts.high) == ("", 50, 998)
+
+
+@pytest.mark.parametrize(
+    ("format", "own", "reason"),
+    [
+        ("dicom", "a.dcm", "not DICOM"),
+        ("nifti", "a.nii", "other format"),
+        ("folders", "a.png", "other format"),
+    ],
+)
+def test_files_of_another_format_are_no_images_of_the_dataset(tmp_path, dx, format, own, reason):
+    dx(tmp_path / "a.dcm", np.arange(64).reshape(8, 8))
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), tmp_path / "a.nii")
+    Pillow.fromarray(np.eye(8, dtype=np.uint8)).save(tmp_path / "a.png")
+    extract = Extractor(tmp_path, format, b"k" * 32)
+    found = {path.name: extract(path).reason for path in tmp_path.iterdir()}
+    assert found == {name: "" if name == own else reason for name in found}
+
+
+def test_pictures_in_a_tree_of_dicom_are_masks_in_their_folder_alone(tmp_path, dx):
+    (tmp_path / "masks").mkdir()
+    for place in ("masks/a.png", "b.png"):
+        Pillow.fromarray(np.eye(8, dtype=np.uint8)).save(tmp_path / place)
+    extract = Extractor(tmp_path, "dicom", b"k" * 32)
+    assert extract(tmp_path / "masks" / "a.png").marked == '{"1": 8}'
+    assert extract(tmp_path / "b.png").reason == "not DICOM"
