@@ -12,15 +12,17 @@ import base64
 import binascii
 import hashlib
 import json
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from numpy.typing import NDArray
 
 from fedward.errors import ProtocolError
 from fedward.protocol import RoundOrder
 from fedward.rule_codes import RuleCode
-from fedward.tensors import Arrays, digest
+from fedward.tensors import digest
 
 _ORDER: Final = b"fedward order 1\n"
 
@@ -47,7 +49,7 @@ def sign_order(key: Ed25519PrivateKey, order: RoundOrder) -> RoundOrder:
     return named.model_copy(update={"signature": signature})
 
 
-def verify_order(order: RoundOrder, task: str, arrays: Arrays) -> str:
+def verify_order(order: RoundOrder, task: str, arrays: Mapping[str, NDArray[Any]]) -> str:
     """Check that an order is what its coordinator signed.
 
     Parameters
@@ -56,7 +58,7 @@ def verify_order(order: RoundOrder, task: str, arrays: Arrays) -> str:
         What came.
     task : str
         What the sender wants to have done with it.
-    arrays : dict
+    arrays : mapping
         The model that came with it.
 
     Returns

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -26,10 +27,59 @@ FROZEN: Final = "frozen"
 Arrays = dict[str, NDArray[Any]]
 
 
+class PackedArrays(Mapping[str, NDArray[Any]]):
+    """Arrays as :func:`pack` packed them; unpacked when somebody looks at one.
+
+    Who only hands arrays on neither unpacks nor packs them.
+
+    Parameters
+    ----------
+    content : bytes
+        The packed arrays; "" for none.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, NDArray[Any]]) -> PackedArrays:
+        """Pack arrays that are looked at as well."""
+        made = cls(pack_bytes(arrays))
+        made.__dict__["_arrays"] = dict(arrays)
+        return made
+
+    @cached_property
+    def _arrays(self) -> Arrays:
+        return unpack_bytes(self.content) if self.content else {}
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        """An array by name."""
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names, in order."""
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        """How many arrays there are."""
+        return len(self._arrays)
+
+    def __bool__(self) -> bool:
+        """Whether there are some; told without unpacking them."""
+        return bool(self.content)
+
+
 def pack(arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.uint8]:
     """All arrays, with names, order, shapes and dtypes, as one array of bytes."""
+    return np.frombuffer(pack_bytes(arrays), np.uint8)
+
+
+def pack_bytes(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """The bytes of :func:`pack`; those of :class:`PackedArrays` are there already."""
+    if isinstance(arrays, PackedArrays):
+        return arrays.content
     whole = {name: np.asarray(value, order="C") for name, value in arrays.items()}
-    return np.frombuffer(save(whole, {"names": json.dumps(list(whole))}), np.uint8)
+    return save(whole, {"names": json.dumps(list(whole))})
 
 
 def unpack(packed: NDArray[Any]) -> Arrays:

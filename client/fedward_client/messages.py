@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from numpy.typing import NDArray
 
 from fedward.errors import FedwardError, ProtocolError
 from fedward.protocol import Refusal, RefusalKind, RoundOrder, TrainOutcome
@@ -124,7 +126,7 @@ def _decoded(array: Array) -> Any:
     return value
 
 
-def _record(arrays: Arrays, *, packed: bool) -> ArrayRecord:
+def _record(arrays: Mapping[str, NDArray[Any]], *, packed: bool) -> ArrayRecord:
     if not packed:
         return ArrayRecord({name: Array(value) for name, value in arrays.items()})
     return ArrayRecord({PACKED: Array(pack(arrays))})

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fedward.errors import OutputError, ProtocolError
 from fedward.rule_codes import RuleCode
-from fedward.tensors import Arrays, pack, unpack_bytes
+from fedward.tensors import Arrays, pack_bytes, unpack_bytes
 
 MOST_BYTES: Final = 1 << 30
 # An aggregator keeps two checkpoints, so that it may ask again for its last two rounds.
@@ -195,7 +195,7 @@ class StudyState:
         OutputError
             There is no room.
         """
-        content = pack(arrays).tobytes()
+        content = pack_bytes(arrays)
         sha256 = hashlib.sha256(content).hexdigest()
         with self._states.using() as sql:
             sql.execute(

@@ -10,7 +10,7 @@ from typing import Final
 
 from fedward.errors import FedwardError, ProtocolError
 from fedward.rule_codes import RuleCode
-from fedward.tensors import Arrays, digest, pack, unpack_bytes
+from fedward.tensors import Arrays, digest, pack_bytes, unpack_bytes
 
 MOST_BYTES: Final = 1 << 30
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
@@ -47,7 +47,7 @@ class FrozenArrays:
         """
         if digest(arrays) != name:
             raise ProtocolError("frozen arrays must have the digest that their order names")
-        content = pack(arrays).tobytes()
+        content = pack_bytes(arrays)
         if len(content) > self._most:
             return
         with suppress(OSError):

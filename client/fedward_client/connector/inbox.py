@@ -16,14 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 from flwr.app import Message
 
 from fedward.errors import FedwardError, ProtocolError
 from fedward.flower import fleet_client
 from fedward.flower.fleet_client import FleetClient, Unreadable
 from fedward.rule_codes import RuleCode
-from fedward.tensors import Arrays, pack, unpack
+from fedward.tensors import PackedArrays, pack_bytes, unpack_bytes
 from fedward_client.connector.frozen import FrozenArrays, Lacking
 from fedward_client.connector.trainer_session import TrainerSession
 from fedward_client.fair_queue import FairQueue
@@ -82,7 +81,7 @@ class RequestStore:
         }
         with suppress(OSError):
             if message.order.arrays:
-                self._write(f"{message.name}.safetensors", pack(message.order.arrays).tobytes())
+                self._write(f"{message.name}.safetensors", pack_bytes(message.order.arrays))
             self._write(f"{message.name}.json", json.dumps(head).encode())
 
     def drop(self, name: str) -> None:
@@ -118,8 +117,10 @@ class RequestStore:
         part.replace(path)
 
 
-def _arrays(path: Path) -> Arrays:
-    return unpack(np.frombuffer(path.read_bytes(), np.uint8))
+def _arrays(path: Path) -> PackedArrays:
+    content = path.read_bytes()
+    unpack_bytes(content)  # a damaged file is found here, and not at the trainer
+    return PackedArrays(content)
 
 
 _LOG = logging.getLogger("fedward.connector")
@@ -174,7 +175,9 @@ class Inbox:
         except ProtocolError as error:
             self.refuse(Unreadable(error, message))
             return
-        self._take(_in_hand(message, what, order), keep=True)
+        # Packed once, for the disk and for the socket.
+        packed = PackedArrays(pack_bytes(order.arrays) if order.arrays else b"")
+        self._take(_in_hand(message, what, replace(order, arrays=packed)), keep=True)
 
     def _ask_for_arrays(self, message: Message, error: Lacking) -> None:
         """The trainer hears of the order once it is whole."""

@@ -78,7 +78,7 @@ class TrainerClient:
         }[what]
         sent = TrainerMessage(packet.kind, packet.record, packet.arrays, self._lease)
         with _translated():
-            return from_parts(call(to_parts(sent)))
+            return from_parts(call(to_parts(sent)), unpacked=False)
 
     def status(self) -> dict[str, Any]:
         """What the trainer does.

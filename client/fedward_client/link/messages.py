@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-import numpy as np
+from numpy.typing import NDArray
 
 from fedward.errors import ProtocolError
 from fedward.rule_codes import RuleCode
-from fedward.tensors import Arrays, pack, unpack
+from fedward.tensors import PackedArrays, pack_bytes, unpack_bytes
 from fedward_client.link.trainer_pb2 import Head, Part
 
 CHUNK: Final = 1 << 20
@@ -32,21 +32,21 @@ class TrainerMessage:
         Which record it is.
     record : dict
         The record, flat.
-    arrays : dict
-        Named tensors; may be empty.
+    arrays : mapping
+        Named tensors; may be empty, or packed.
     lease : str
         Down: who asks.
     """
 
     kind: str
     record: dict[str, Any]
-    arrays: Arrays = field(default_factory=dict)
+    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     lease: str = ""
 
 
 def to_parts(packet: TrainerMessage) -> Iterator[Part]:
     """A packet as messages of at most a mebibyte and a bit."""
-    tensors = pack(packet.arrays).tobytes() if packet.arrays else b""
+    tensors = pack_bytes(packet.arrays) if packet.arrays else b""
     yield Part(
         head=Head(
             lease=packet.lease,
@@ -61,8 +61,17 @@ def to_parts(packet: TrainerMessage) -> Iterator[Part]:
         yield Part(chunk=bytes(view[start : start + CHUNK]))
 
 
-def from_parts(parts: Iterable[Part], most_bytes: int = MOST_BYTES) -> TrainerMessage:
+def from_parts(
+    parts: Iterable[Part], most_bytes: int = MOST_BYTES, *, unpacked: bool = True
+) -> TrainerMessage:
     """Put a packet together again.
+
+    Parameters
+    ----------
+    most_bytes : int
+        Of tensors.
+    unpacked : bool
+        Whether tensors are unpacked and checked; else they stay packed, for who hands them on.
 
     Raises
     ------
@@ -80,7 +89,7 @@ def from_parts(parts: Iterable[Part], most_bytes: int = MOST_BYTES) -> TrainerMe
     return TrainerMessage(
         kind=head.kind,
         record=_record(head.record),
-        arrays=_unpacked(tensors),
+        arrays=_unpacked(tensors) if unpacked else PackedArrays(tensors),
         lease=head.lease,
     )
 
@@ -113,8 +122,8 @@ def _record(text: str) -> dict[str, Any]:
     return value
 
 
-def _unpacked(tensors: bytes) -> Arrays:
-    return unpack(np.frombuffer(tensors, np.uint8)) if tensors else {}
+def _unpacked(tensors: bytes) -> Mapping[str, NDArray[Any]]:
+    return unpack_bytes(tensors) if tensors else {}
 
 
 def _broken(rule: str, value: object = None) -> ProtocolError:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
+from numpy.typing import NDArray
 
 from fedward.dp.accounting import Mechanism, calibrate, private_steps_in
 from fedward.errors import ProtocolError
 from fedward.protocol import EvaluateOutcome, RoundOrder, TrainOutcome
 from fedward.rule_codes import RuleCode
-from fedward.tensors import Arrays, pack, unpack
+from fedward.tensors import Arrays, PackedArrays, pack_bytes
 from fedward_client.audit.log import AuditLog
 from fedward_client.egress.disclosure import noise_for
 from fedward_client.egress.gate import expected_arrays
@@ -188,10 +188,12 @@ class Executor:
         outcome: TrainOutcome,
     ) -> TrainerMessage:
         digest = ""
+        sent: Mapping[str, NDArray[Any]] = arrays
         if case.plan.privacy.on:
-            digest = self._releases.keep(order.study, order.round, _kept(outcome, arrays))
+            sent = PackedArrays.of(arrays)  # once: what is kept is what is sent
+            digest = self._releases.keep(order.study, order.round, _kept(outcome, sent))
         self._ledger.commit(charge, digest)
-        return TrainerMessage("update", dict(outcome.to_flat()), arrays)
+        return TrainerMessage("update", dict(outcome.to_flat()), sent)
 
     def _again(self, order: RoundOrder, release: Release) -> TrainerMessage:
         """The update that was released for this round, byte for byte."""
@@ -315,15 +317,15 @@ class Executor:
         )
 
 
-def _kept(outcome: TrainOutcome | EvaluateOutcome, arrays: Arrays) -> bytes:
+def _kept(outcome: TrainOutcome | EvaluateOutcome, arrays: Mapping[str, NDArray[Any]]) -> bytes:
     """What is kept of an answer, to be given again."""
     # A byte of text that JSON never holds divides the record from the tensors.
-    return outcome.model_dump_json().encode() + b"\0" + pack(arrays).tobytes()
+    return outcome.model_dump_json().encode() + b"\0" + pack_bytes(arrays)
 
 
 def _restored(
     content: bytes, kind: str, outcome: type[TrainOutcome] | type[EvaluateOutcome]
 ) -> TrainerMessage:
     record, _, tensors = content.partition(b"\0")
-    arrays = unpack(np.frombuffer(tensors, np.uint8))
-    return TrainerMessage(kind, dict(outcome.model_validate_json(record).to_flat()), arrays)
+    told = outcome.model_validate_json(record)
+    return TrainerMessage(kind, dict(told.to_flat()), PackedArrays(tensors))
