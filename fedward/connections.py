@@ -365,6 +365,12 @@ def _closing(app: Any) -> Any:
     return call
 
 
+def host_and_port(address: str, port: int) -> str:
+    """``host:port``, an IPv6 address in brackets (RFC 3986)."""
+    host = address.strip("[]")
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def listen(address: str, port: int, where: str = "sites.port") -> socket.socket:
     """A socket that listens.
 

@@ -6,6 +6,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from contextlib import suppress
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
@@ -35,9 +36,17 @@ _MOST_PORT: Final = 65535
 
 
 def _real_port(address: str) -> str:
-    if not 1 <= int(address.rpartition(":")[2]) <= _MOST_PORT:
+    host, _, port = address.rpartition(":")
+    if not 1 <= int(port) <= _MOST_PORT:
         raise ValueError(f"a port lies in 1 to {_MOST_PORT}; ask the coordinator for it")
-    return address
+    inner = host.removeprefix("[").removesuffix("]")
+    if host == inner and ":" not in host:
+        return address
+    with suppress(ValueError):
+        IPv6Address(inner)
+        if host == f"[{inner}]":
+            return address
+    raise ValueError("an IPv6 address stands in brackets; write it as in [2001:db8::1]:9443")
 
 
 def _real_proxy(proxy: str) -> str:

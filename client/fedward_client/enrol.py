@@ -145,7 +145,7 @@ def _check(name: str, address: str) -> None:
         )
     if not _is_address(address):
         raise ConfigError(
-            "the aggregator is given as host:port",
+            "the aggregator is given as host:port, an IPv6 address as [address]:port",
             value=address,
             fix="Ask the coordinator for both",
             where="--server",

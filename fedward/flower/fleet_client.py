@@ -6,6 +6,7 @@ an object that fails with an error, and is made again.
 
 from __future__ import annotations
 
+import ssl
 import time
 from base64 import b64encode
 from collections.abc import Iterator
@@ -152,7 +153,17 @@ class FleetClient:
             interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperNode"), self._signing],
         )
         restrict_responses(self._client._client, most_bytes + _ENVELOPE)
+        self.certificate_ends: float | None = None
+        self._client._client.event_hooks["response"].append(self._note_certificate)
         self.node = Node()
+
+    def _note_certificate(self, response: httpx.Response) -> None:
+        """Until when the aggregator's certificate is valid, seconds since the epoch."""
+        stream = response.extensions.get("network_stream")
+        tls = stream.get_extra_info("ssl_object") if stream else None
+        given = tls.getpeercert() if tls else None
+        if self.certificate_ends is None and given:
+            self.certificate_ends = float(ssl.cert_time_to_seconds(str(given["notAfter"])))
 
     @property
     def clock_seconds(self) -> float:
@@ -462,11 +473,26 @@ def _translated() -> Iterator[None]:
         ValueError,
         RuntimeError,
     ) as error:
+        if why := _of_certificate(error):
+            raise LinkDown(
+                "the aggregator's certificate must be valid, for its name and by this clock",
+                value=why,
+                fix="Ask the coordinator to renew it; compare server.ca, server.address and clock",
+            ) from None
         raise LinkDown(
             "the aggregator must be reachable",
             value=type(error).__name__,
             fix="Check network, proxy and certificate with `fedward-client doctor`",
         ) from None
+
+
+def _of_certificate(error: BaseException | None) -> str:
+    """Why a certificate was not accepted, such as that it has expired; "" for other errors."""
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return error.verify_message
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def _meaning(response: httpx.Response) -> FedwardError:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from fedward.connections import ConnectionLimits
+from fedward.connections import ConnectionLimits, host_and_port
 from fedward.errors import ConfigError, together
 from fedward.plan.messages import lines, validated
 
@@ -164,8 +164,8 @@ class ServerConfig(Section):
     @property
     def superlink_address(self) -> str:
         """Where this machine finds the SuperLink (host:port)."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.sites.address, self.sites.address)
-        return f"{host}:{self.sites.port}"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.sites.address, self.sites.address)
+        return host_and_port(host, self.sites.port)
 
     @property
     def studies(self) -> Path:
@@ -210,7 +210,7 @@ class ServerConfig(Section):
     def api_url(self) -> str:
         """Where commands on this machine find the API."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.api.address, self.api.address)
-        return f"https://{f'[{host}]' if ':' in host else host}:{self.api.port}"
+        return f"https://{host_and_port(host, self.api.port)}"
 
 
 def load_config(path: Path) -> ServerConfig:

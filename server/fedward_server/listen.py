@@ -11,7 +11,7 @@ from typing import Any, Final
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from fedward.connections import BoundedServer, bounded_config, listen, taken
+from fedward.connections import BoundedServer, bounded_config, host_and_port, listen, taken
 from fedward.errors import ConfigError, ServiceError
 from fedward_server.api.health import Health
 from fedward_server.config import ServerConfig
@@ -101,7 +101,7 @@ def serve_health(config: ServerConfig, found: Health, stop: threading.Event) -> 
     servicer = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     pair = (config.tls.key.read_bytes(), config.tls.certificate.read_bytes())
-    address = f"{config.api.address}:{config.api.health_port}"
+    address = host_and_port(config.api.address, config.api.health_port)
     try:
         server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
     except RuntimeError:

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +33,8 @@ _LOG = logging.getLogger("fedward.server")
 # The one before may still be ending its runners.
 _PATIENCE: Final = 20.0
 _LOOK: Final = 0.5
+_DAY: Final = 86400.0
+_CERTIFICATE_DAYS: Final = 30
 
 
 def serve(path: Path, stop: threading.Event) -> None:
@@ -61,11 +64,13 @@ def _serve(config: ServerConfig, path: Path, enrolment: Enrolment, stop: threadi
     try:
         api = ApiThread(config, build_api(config, enrolment, found), stop)
         try:
-            for name, keep in (("enrolment", enrolment.keep), ("audit", audit.keep)):
+            for name, keep in (
+                ("enrolment", enrolment.keep),
+                ("audit", audit.keep),
+                ("ready", lambda end: _tell_ready(config, found, end)),
+                ("certificate", lambda end: _tell_certificate(found, end)),
+            ):
                 threading.Thread(target=keep, args=(stop,), daemon=True, name=name).start()
-            threading.Thread(
-                target=_tell_ready, args=(config, found, stop), daemon=True, name="ready"
-            ).start()
             Dispatcher(path, enrolment.registry).run(stop)
         finally:
             api.end()
@@ -85,6 +90,16 @@ def _tell_ready(config: ServerConfig, found: Health, stop: threading.Event) -> N
         config.api_url,
         coordinator_fingerprint(config),
     )
+
+
+def _tell_certificate(found: Health, stop: threading.Event) -> None:
+    """Say once a day, weeks before, that the certificate ends."""
+    while True:
+        with suppress(FedwardError):  # health tells what is wrong with the file
+            if (days := found.certificate_days) < _CERTIFICATE_DAYS:
+                _LOG.warning("the certificate ends in %d days; hospitals refuse it then", days)
+        if stop.wait(_DAY):
+            return
 
 
 def _link(config: ServerConfig) -> ControlClient:

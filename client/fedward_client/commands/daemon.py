@@ -27,6 +27,7 @@ from fedward_client.commands.study_card import card_lines
 from fedward_client.commands.tables import people
 from fedward_client.enrol import enrol as make_enrolment
 from fedward_client.enrol import enrol_configured, read_authority
+from fedward_client.link.state import CERTIFICATE_DAYS
 
 Config = Annotated[
     Path, typer.Option("--config", envvar="FEDWARD_SITE", help="the site's site.toml")
@@ -162,6 +163,10 @@ def status(config: Config = _SITE, as_json: Json = False) -> None:
         table.add_row(name, str(value))
     console = Console()
     console.print(table)
+    days = link.get("certificate_days")
+    if days is not None and days < CERTIFICATE_DAYS:
+        text = f"The aggregator's certificate ends in {days} days: ask the coordinator to renew it."
+        console.print(text, style="bold red")
     for warning in now["warnings"]:
         console.print(warning, style="bold red")
     if now["doing"] == "not answering":

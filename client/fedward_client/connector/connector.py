@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 
@@ -30,7 +31,7 @@ from fedward.https import read_ca
 from fedward_client.config import ServerSection
 from fedward_client.connector.inbox import Inbox
 from fedward_client.connector.trainer_session import TrainerSession
-from fedward_client.link.state import touch
+from fedward_client.link.state import CERTIFICATE_DAYS, touch
 
 # One connection to the aggregator, from its making to its break.
 
@@ -227,12 +228,22 @@ class Connector:
         try:
             self._remember(fleet.activate(self._known_as()))
             self._attachment.state.clock_seconds = round(fleet.clock_seconds)
+            self._note_certificate(fleet.certificate_ends, ca)
             self._attachment.tell("online")
             line = Connection(fleet, self._orders, self._attachment, self.server.idle_seconds)
             line.hold(self.stop)
             fleet.close()
         finally:
             fleet.drop()
+
+    def _note_certificate(self, ends: float | None, ca: bytes) -> None:
+        """Tell weeks before that the aggregator will have no valid certificate."""
+        authority = min(one.not_valid_after_utc for one in x509.load_pem_x509_certificates(ca))
+        last = min(authority.timestamp(), ends or authority.timestamp())
+        days = int((last - time.time()) // 86400)
+        self._attachment.state.certificate_days = days
+        if days < CERTIFICATE_DAYS:
+            _LOG.warning("the aggregator's certificate ends in %d days; it must be renewed", days)
 
     def _known_as(self) -> int:
         with suppress(OSError, ValueError):

@@ -23,11 +23,11 @@ from fedward.https import proxy_of, read_ca, tls_context, use_proxy
 from fedward_client.config import ServerSection
 from fedward_client.connector.process import KEY_NAME, read_key
 from fedward_client.doctor.line import Line
-from fedward_client.link.state import link_file, read_state
+from fedward_client.link.state import CERTIFICATE_DAYS, link_file, read_state
 
 _SECONDS: Final = 10.0
-_DAYS: Final = 30
 _CLOCK: Final = 30.0
+_EXPIRED: Final = 10  # X509_V_ERR_CERT_HAS_EXPIRED
 
 
 def network(server: ServerSection) -> Iterator[Line]:
@@ -106,12 +106,10 @@ def _certificate(
             given = x509.load_der_x509_certificate(link.getpeercert(binary_form=True) or b"")
             version = link.version() or ""
     except ssl.SSLCertVerificationError as error:
-        return Line(
-            "certificate",
-            "fail",
-            error.verify_message,
-            "Compare server.ca and server.address with the coordinator's",
-        )
+        fix = "Compare server.ca and server.address with the coordinator's"
+        if error.verify_code == _EXPIRED:
+            fix = "Ask the coordinator to renew it, unless this clock is wrong"
+        return Line("certificate", "fail", error.verify_message, fix)
     except (OSError, ValueError):
         return Line(
             "certificate",
@@ -121,7 +119,7 @@ def _certificate(
         )
     chain = [given, *x509.load_pem_x509_certificates(server.ca.read_bytes())]
     left = min(one.not_valid_after_utc for one in chain) - datetime.now(UTC)
-    if left.days < _DAYS:
+    if left.days < CERTIFICATE_DAYS:
         return Line(
             "certificate",
             "warn",

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fedward.errors import ProtocolError
 
 MOST_TEXT: Final = 500
+CERTIFICATE_DAYS: Final = 30
+"""Days before its end from which on a certificate is told of."""
 _MOST_BYTES: Final = 8192
 Text = Annotated[str, Field(max_length=MOST_TEXT)]
 
@@ -37,6 +39,8 @@ class LinkState(BaseModel):
         What the connector found of the images.
     clock_seconds : int
         How far the aggregator's clock is ahead, where that had to be known.
+    certificate_days : int or None
+        Days for which the aggregator's certificate and its authority are still valid.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -51,6 +55,7 @@ class LinkState(BaseModel):
     messages: int = Field(default=0, ge=0)
     bytes_up: int = Field(default=0, ge=0)
     clock_seconds: int = 0
+    certificate_days: int | None = None
 
 
 def link_file(folder: Path) -> Path:

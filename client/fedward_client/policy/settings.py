@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal, get_args
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import Field, field_validator, model_validator
 
@@ -143,6 +145,12 @@ class PolicySection(Limits):
     quiet_hours: tuple[str, ...] = Field(
         default=(), description='local times without training, such as "Mon-Fri 07:00-18:00"'
     )
+    timezone: str = Field(
+        default="",
+        max_length=64,
+        description="whose local times `quiet_hours` are, such as `Europe/Berlin`; none: the "
+        "machine's, which in a container is usually UTC",
+    )
     max_gpu_memory_gib: Above | None = Field(
         default=None, description="GPU memory that training may take; none: all"
     )
@@ -165,12 +173,28 @@ class PolicySection(Limits):
             QuietHours.parse(one)
         return value
 
+    @field_validator("timezone")
+    @classmethod
+    def _known_zone(cls, value: str) -> str:
+        try:
+            return value and ZoneInfo(value).key
+        except (ZoneInfoNotFoundError, ValueError, OSError):
+            raise rule_error(
+                [("", "a time zone is one of IANA's, such as Europe/Berlin; mend its name")]
+            ) from None
+
     @model_validator(mode="after")
     def _one_way(self) -> PolicySection:
         if self.any_coordinator and self.coordinators:
             rule = "coordinators and any_coordinator exclude each other; keep one"
             raise rule_error([("policy.any_coordinator", rule)])
         return self
+
+    def local_time(self, now: datetime) -> datetime:
+        """A time of this machine without a zone, as the clocks of `timezone` show it."""
+        if not self.timezone:
+            return now
+        return now.astimezone(ZoneInfo(self.timezone)).replace(tzinfo=None)
 
     def accepts(self, coordinator: str) -> bool:
         """Whether the site serves this coordinator, named by its key's SHA-256."""

@@ -394,7 +394,8 @@ class TrainerService(OrderService):
         # The officer's command wrote it down itself where the trainer did not answer.
         if self._board.paused or self._approvals.paused:
             raise Refused(PolicyError(RuleCode.PAUSED), "paused")
-        if what == "train" and quiet_until(self._contexts.policy.quiet_hours, self._now()):
+        policy = self._contexts.policy
+        if what == "train" and quiet_until(policy.quiet_hours, policy.local_time(self._now())):
             raise Refused(PolicyError(RuleCode.QUIET), "paused")
 
     def _refusal(

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter as Tally
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final, Generic, TypeVar
 
 from fastapi import APIRouter
@@ -15,6 +16,7 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from fedward.errors import FedwardError
 from fedward.flower.control_client import ControlClient
+from fedward_server.certificates import read_facts
 from fedward_server.config import ServerConfig
 from fedward_server.registry import Registry
 
@@ -77,6 +79,7 @@ class Health:
             "database": self._try(self._registry.studies.list),
             "superlink": self._try(self._link.nodes),
             "disk": self._disk(),
+            **self._certificate(),
         }
 
     @property
@@ -87,6 +90,28 @@ class Health:
     def _disk(self) -> str:
         free = shutil.disk_usage(self._config.server.state).free
         return "ok" if free >= self._config.limits.free_bytes else f"{free >> 20} MiB free"
+
+    @property
+    def certificate_days(self) -> int:
+        """Whole days until certificate or authority end; negative afterwards.
+
+        Raises
+        ------
+        ConfigError
+            They cannot be read.
+        """
+        tls = self._config.tls
+        return min(read_facts(path).days_left for path in (tls.certificate, tls.ca))
+
+    def _certificate(self) -> dict[str, str]:
+        """What is wrong with the certificate; nothing while it is valid."""
+        try:
+            days = self.certificate_days
+        except FedwardError as error:
+            return {"certificate": error.rule}
+        if days >= 0:
+            return {}
+        return {"certificate": f"ended {-days} days ago; fedward-server certificate renew"}
 
     @staticmethod
     def _try(call: Any) -> str:
@@ -128,6 +153,9 @@ def _figures(health: Health, registry: Registry, link: ControlClient) -> bytes:
     found = CollectorRegistry()
     ready = Gauge("fedward_ready", "1 when a study could run", registry=found)
     ready.set(health.ready)
+    with suppress(FedwardError):
+        days = Gauge("fedward_certificate_days", "until the certificate ends", registry=found)
+        days.set(health.certificate_days)
     studies = Gauge("fedward_studies", "studies by state", ["state"], registry=found)
     for state, count in Tally(one.state for one in registry.studies.list()).items():
         studies.labels(state).set(count)

@@ -39,13 +39,13 @@ def test_an_edited_policy_holds_for_the_next_order(
     monkeypatch.setattr("fedward_client.trainer.reload._LOOK_SECONDS", 0.02)
     hospital = make_hospital()
     admin, file, stop = admin_of(hospital), hospital.folder / "site.toml", threading.Event()
-    users = (hospital.desk._cases, admin)
+    users = (hospital.desk._contexts, admin)
     _follow_policy(file, hospital.config, users, hospital.audit, hospital.board, stop)
     time.sleep(0.1)  # it has looked once
     text = file.read_text("utf-8")
     assert hospital.ask("describe", plan, 0).kind == "facts"
     file.write_text(text.replace("minimum_patients = 10", "minimum_patients = 1000"), "utf-8")
-    until(lambda: hospital.desk._cases.policy.minimum_patients == 1000)
+    until(lambda: hospital.desk._contexts.policy.minimum_patients == 1000)
     refused = hospital.ask("describe", plan, 0)
     assert refused.record["kind"] == "policy"
     assert "tiny-1: " in hospital.board.get()["last_refusal"]
@@ -55,9 +55,9 @@ def test_an_edited_policy_holds_for_the_next_order(
     until(lambda: any(one.startswith(UNUSABLE) for one in hospital.board.get()["warnings"]))
     (warning,) = hospital.board.get()["warnings"]
     assert "Did you mean `minimum_patients`?" in warning
-    assert hospital.desk._cases.policy.minimum_patients == 1000
+    assert hospital.desk._contexts.policy.minimum_patients == 1000
     file.write_text(text, "utf-8")
-    until(lambda: hospital.desk._cases.policy.minimum_patients == 10)
+    until(lambda: hospital.desk._contexts.policy.minimum_patients == 10)
     until(lambda: not hospital.board.get()["warnings"])
     assert hospital.ask("describe", plan, 0).kind == "facts"
     stop.set()
