@@ -444,6 +444,8 @@ class RuleCode(Enum):
         "every pattern must match a parameter of the model",
         "stages.train, pattern {pattern:count}",
     )
+    NOTHING_OWN = ("a model of each site's own needs arrays that stay at the site", "personal")
+    NOTHING_SHARED = ("each stage must train arrays that travel", "personal.method")
     MODEL_SIZE = ("{model:model} cannot take images of this size", "preprocessing.size")
     FEATURE_CENTERING = (
         "feature_centering needs a chain of layers that ends in a linear one",

@@ -9,6 +9,7 @@ from fedward.startup import prepare
 from fedward_client.commands.audit import audit_app
 from fedward_client.commands.daemon import add_to
 from fedward_client.commands.data import data_app
+from fedward_client.commands.model import model_app
 
 app = typer.Typer(
     help="A hospital's images and its part in studies, at the hospital.",
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(audit_app, name="audit")
+app.add_typer(model_app, name="model")
 add_to(app)
 
 

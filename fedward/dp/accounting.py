@@ -92,24 +92,29 @@ def private_steps_in(plan: Plan, rate: float, round_: int) -> int:
     """
     if plan.is_centering(round_):
         return plan.privacy.centering_steps or CENTERING_STEPS
-    return steps_per_round(plan, rate)
+    return steps_per_round(plan, rate) * plan.passes(round_)
 
 
 def private_steps_until(plan: Plan, rate: float, round_: int) -> int:
     """Private steps of the rounds up to this one."""
-    return private_steps_in(plan, rate, 1) + steps_per_round(plan, rate) * (round_ - 1)
+    later = plan.passes_until(round_) - plan.passes(1)
+    return private_steps_in(plan, rate, 1) + steps_per_round(plan, rate) * later
 
 
 def steps_in_round(plan: Plan, images: int, patients: int, round_: int = 0) -> int:
-    """Steps of a round at a site with so many training images and patients; 0: one that trains."""
+    """Steps of a round at a site with so many training images and patients.
+
+    Round 0 stands for one pass of the local training, of which a round may have several.
+    """
     if plan.privacy.on:
         return private_steps_in(plan, sampling_rate(plan, patients), round_)
     if plan.is_centering(round_):
         return 1
     training = plan.training
     if training.local_steps is not None:
-        return training.local_steps
-    return max(1, round(images / training.batch_size)) * (training.local_epochs or 1)
+        return training.local_steps * plan.passes(round_)
+    batches = max(1, round(images / training.batch_size))
+    return batches * (training.local_epochs or 1) * plan.passes(round_)
 
 
 def calibrate(plan: Plan, patients: int) -> Mechanism:
@@ -124,7 +129,7 @@ def calibrate(plan: Plan, patients: int) -> Mechanism:
     if target.epsilon is None or target.delta is None:
         raise PrivacyError(RuleCode.NEEDS_PRIVACY, fix="Set privacy.epsilon")
     rate = sampling_rate(plan, patients)
-    steps = private_steps_until(plan, rate, plan.rounds)
+    steps = private_steps_until(plan, rate, plan.last_round)
     return Mechanism(noise_for(target.epsilon, target.delta, rate, steps), rate, steps)
 
 

@@ -8,6 +8,8 @@ from fedward.models.arrays import (
     from_arrays,
     load_model,
     save_model,
+    shared_names,
+    site_names,
     to_arrays,
     trainable_names,
 )
@@ -27,6 +29,8 @@ __all__ = [
     "load_model",
     "sampled",
     "save_model",
+    "shared_names",
+    "site_names",
     "split_at_trainable",
     "to_arrays",
     "trainable_names",

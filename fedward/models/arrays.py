@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Final
 
 import numpy as np
 import torch
@@ -21,10 +22,12 @@ from fedward.errors import ModelError, OutputError
 from fedward.integrity import check_model, unreadable
 from fedward.models.patterns import matches
 from fedward.models.registry import outline
+from fedward.networks import MODELS
 from fedward.plan.schema import FEATURE_MEAN, Plan
 from fedward.rule_codes import RuleCode
 
 Arrays = dict[str, NDArray[np.float32]]
+NORMS: Final = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,50 @@ def trainable_names(model: nn.Module, patterns: Sequence[str]) -> tuple[str, ...
                 where="stages.train",
             )
     return tuple(n for n in names if any(matches(n, pattern) for pattern in patterns))
+
+
+def site_names(model: nn.Module, plan: Plan) -> frozenset[str]:
+    """Names of the parameters that the plan keeps at each site: they train and are never sent."""
+    method = plan.personal.method if plan.personal else ""
+    if method == "fedbn":
+        found = [
+            f"{prefix}.{name}" if prefix else name
+            for prefix, module in model.named_modules()
+            if isinstance(module, NORMS)
+            for name, _ in module.named_parameters(recurse=False)
+        ]
+    elif method == "fedper":
+        head = MODELS[plan.model.name].head
+        found = [name for name, _ in model.named_parameters() if matches(name, head)]
+    else:
+        return frozenset()
+    if not found:
+        raise ModelError(
+            RuleCode.NOTHING_OWN, fix="Choose another method, or another network", where="personal"
+        )
+    return frozenset(found)
+
+
+def shared_names(model: nn.Module, plan: Plan, round_: int) -> tuple[str, ...]:
+    """Names of the parameters that travel in a round: what its stage trains, in the model's order.
+
+    Raises
+    ------
+    ModelError
+        A pattern matches no parameter, or all that trains stays at the sites.
+    """
+    if round_ == plan.own_round:
+        return ()
+    trained = trainable_names(model, plan.stage_of(round_)[0].train)
+    own = site_names(model, plan)
+    names = tuple(name for name in trained if name not in own)
+    if not names:
+        raise ModelError(
+            RuleCode.NOTHING_SHARED,
+            fix="Train more in this stage, or choose another method",
+            where="personal.method",
+        )
+    return names
 
 
 def freeze(model: nn.Module, names: Iterable[str]) -> None:

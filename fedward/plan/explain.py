@@ -72,6 +72,7 @@ def _parts(plan: Plan, parameters: int | None) -> Iterator[tuple[str, str]]:
     yield from _schedule(plan)
     yield "Each site", _site_work(plan)
     yield "Server", _server(plan)
+    yield from _own_models(plan)
     yield "Exchanges", exchange(plan, parameters)
     yield "Privacy", _privacy(plan)
     yield "Sites", _participation(plan)
@@ -231,6 +232,26 @@ def _server(plan: Plan) -> str:
     if strategy.averaging:
         text += f"; delivers a moving average of the global models (decay {strategy.averaging:g})"
     return text
+
+
+def _own_models(plan: Plan) -> Iterator[tuple[str, str]]:
+    personal = plan.personal
+    if personal is None:
+        return
+    what = {
+        "fine-tuning": "after the last round it trains the delivered model on by itself, for "
+        f"{count(personal.rounds or 0, 'round')}",
+        "ditto": "in each round it trains a second model, held near the shared one "
+        f"(λ = {personal.weight or 0:g}); a round takes twice as long",
+        "fedbn": "its normalisation layers train and are never sent",
+        "fedper": "its head trains and is never sent",
+    }[personal.method]
+    text = f"each site keeps a model of its own, which never leaves it: {what}"
+    if plan.privacy.on:
+        text += "; this training is inside the same ε"
+    elif personal.choose:
+        text += "; it takes the shared one where that is better on its own validation patients"
+    yield "Own models", text
 
 
 def exchange(plan: Plan, parameters: int | None) -> str:

@@ -568,6 +568,44 @@ class Strategy(Section):
         return value if spec is None else spec.normal(value)
 
 
+class Personal(Section):
+    """A model of its own for each site, beside the shared one; it never leaves the site."""
+
+    method: Literal["fine-tuning", "ditto", "fedbn", "fedper"] = Field(
+        description="`fine-tuning`: each site trains the delivered model on by itself "
+        "(Yu et al., 2020, arXiv:2002.04758); `ditto`: a second model trains in each round and is "
+        "held near the shared one (Li et al., 2021, arXiv:2012.04221); `fedbn`: normalisation "
+        "layers stay at the site (Li et al., 2021, arXiv:2102.07623); `fedper`: the head stays at "
+        "the site (Arivazhagan et al., 2019, arXiv:1912.00818)"
+    )
+    rounds: int | None = Field(
+        default=None,
+        ge=1,
+        le=1000,
+        description="`fine-tuning`: local training of so many rounds after the last one",
+    )
+    learning_rate: LearningRate | None = Field(
+        default=None, description="`fine-tuning`: its learning rate; none: the last stage's"
+    )
+    weight: Annotated[float, Field(ge=0, le=1e4)] | None = Field(
+        default=None, description="`ditto`: λ, how strongly the own model is held near the shared"
+    )
+    choose: bool = Field(
+        default=True,
+        description="a site takes the shared model where that is better on its own validation "
+        "patients; with privacy it always takes its own, because no ε covers the choice",
+    )
+
+    def _broken(self) -> Iterator[tuple[str, str]]:
+        needed = {"fine-tuning": "rounds", "ditto": "weight"}.get(self.method)
+        if needed and getattr(self, needed) is None:
+            yield f"personal.{needed}", f"method `{self.method}` needs {needed}; add it"
+        owner = {"rounds": "fine-tuning", "learning_rate": "fine-tuning", "weight": "ditto"}
+        for key, method in owner.items():
+            if getattr(self, key) is not None and self.method != method:
+                yield f"personal.{key}", f"{key} belongs to method `{method}`; remove it"
+
+
 class Privacy(Section):
     """Differential privacy of each released update."""
 
@@ -705,6 +743,9 @@ class Plan(Section):
     training: Training
     stages: tuple[Stage, ...] = Field(default=(), max_length=100)
     strategy: Strategy = Field(default=Strategy())
+    personal: Annotated[Personal | None, Since(2)] = Field(
+        default=None, description="a model of each site's own; none: only the shared one"
+    )
     privacy: Privacy
     participation: Participation = Field(default=Participation())
     metrics: Metrics
@@ -747,24 +788,55 @@ class Plan(Section):
         """Whether a round measures the mean of the features, and trains nothing."""
         return self.model.feature_centering and round_ == 1
 
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a site keeps arrays from round to round."""
+        return bool(self.strategy.spec.kept) or self.personal is not None
+
+    @property
+    def own_round(self) -> int | None:
+        """The round of the sites' own models, after the last one; none where there are none."""
+        return None if self.personal is None else self.rounds + 1
+
+    @property
+    def last_round(self) -> int:
+        """The last round of all, in which sites may train by themselves."""
+        return self.own_round or self.rounds
+
+    def passes(self, round_: int) -> int:
+        """How often a site does the local training of a round, for whichever model; 0: once."""
+        if round_ < 1 or self.is_centering(round_):
+            return 1
+        if self.personal is None or round_ <= self.rounds:
+            return 2 if self.personal is not None and self.personal.method == "ditto" else 1
+        return self.personal.rounds or 0
+
+    def passes_until(self, round_: int) -> int:
+        """The same in all rounds up to one, it included."""
+        own = self.passes(round_) if round_ > self.rounds else 0
+        return self.passes(1) + (min(round_, self.rounds) - 1) * self.passes(self.rounds) + own
+
     def is_evaluated(self, round_: int, part: str) -> bool:
         """Whether the study evaluates in this round: validation in some, the test in round 0.
 
-        A site answers these evaluations and no other one.
+        The sites' own models are tested in the round after the last one. A site answers these
+        evaluations and no other one.
         """
         if part == "test":
-            return round_ == 0
+            return round_ in (0, self.own_round)
         every = self.metrics.evaluate_every
         return 1 <= round_ <= self.rounds and (round_ % every == 0 or round_ == self.rounds)
 
     def evaluation_epsilon(self, part: str) -> float:
         """ε of one evaluation; those of one part share `metrics.epsilon` equally."""
         if part == "test":
-            return self.metrics.epsilon
+            return self.metrics.epsilon / (1 if self.personal is None else 2)
         return self.metrics.epsilon / math.ceil(self.rounds / self.metrics.evaluate_every)
 
     def stage_of(self, round_: int) -> tuple[Stage, int]:
         """The stage of a round (from 1), and the round's place in it (from 0)."""
+        if round_ == self.own_round:
+            return self.schedule[-1], self.schedule[-1].rounds - 1
         place = round_ - 1
         for stage in self.schedule:
             if place < stage.rounds:

@@ -83,5 +83,6 @@ steps; it moves no more bytes than `fedavg`. Each site has one vote, whatever it
         memory={"gradient": Memory("gradient")},
         site=DynamicRegularizer,
         kept={"gradient": "the sum of its own updates"},
+        since=2,
     ),
 )

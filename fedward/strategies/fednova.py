@@ -51,5 +51,6 @@ Divides each update by what its site's steps amount to, then takes one step of t
 of very different size: a large one takes more steps in a round, and with `fedavg` counts twice.
 With `local_steps` it is `fedavg`.""",
         sgd=True,
+        since=2,
     ),
 )

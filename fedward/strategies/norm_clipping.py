@@ -40,5 +40,6 @@ The weighted mean of the updates, each scaled down to at most `factor` times the
 costs next to nothing when nobody attacks; a flipped update of ordinary size passes.""",
         settings={"factor": Setting("times the median norm", 1.0, above_least=True)},
         needs_all=True,
+        since=2,
     ),
 )

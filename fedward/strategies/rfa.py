@@ -90,5 +90,6 @@ that have less than half of the weight together. It keeps the sites' weights and
 updates, not parameters, and so loses less than other robust strategies when nobody attacks.""",
         settings={"iterations": Setting("Weiszfeld iterations", 8, least=1.0, whole=True)},
         needs_all=True,
+        since=2,
     ),
 )

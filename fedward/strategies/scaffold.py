@@ -91,5 +91,6 @@ and helps where a round has many steps, so that their mean has little noise.""",
         received=("shared",),
         sent={"change": "the change of its control variate"},
         sent_from_update=True,
+        since=2,
     ),
 )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 NO_BOUND: Final = 1e9
 Figures = dict[str, float | None]
 Intervals = dict[str, tuple[float, float]]
-ArmKind = Literal["federated", "alone", "pooled"]
+ArmKind = Literal["federated", "personal", "alone", "pooled"]
 
 
 class Strict(BaseModel):
@@ -193,8 +193,26 @@ class Arm(Strict):
     unmeasured: str = Field(
         default="", description="why a finished arm has no test figures; empty where it has some"
     )
+    own: TestFigures | None = Field(
+        default=None,
+        description="plans with [personal]: the same of the model that each site has of its own, "
+        "on its own test patients",
+    )
     privacy: dict[str, SitePrivacy] = Field(default_factory=dict, description="per site")
     seconds: float = Field(default=0.0, description="wall seconds of the arm")
+
+    @property
+    def personal(self) -> Arm | None:
+        """The sites' own models as an arm, for tables and comparisons; or none."""
+        if self.own is None:
+            return None
+        return Arm(
+            name=f"{self.name}, own models",
+            kind="personal",
+            epsilon=self.epsilon,
+            delta=self.delta,
+            test=self.own,
+        )
 
     @property
     def finished(self) -> bool:
@@ -205,13 +223,14 @@ class Arm(Strict):
 class Paired(Strict):
     """How two ways to train differ on the same test patients, patient by patient."""
 
-    one: str = Field(description="name of an arm")
+    one: str = Field(description="name of an arm; `…, own models` of the sites' own models in it")
     others: list[str] = Field(description="the arms whose mean it is compared with")
     metric: str
     own: bool = Field(
         description="false: on all test patients together; true: mean over the hospitals, each on "
         "its own patients, against its own model"
     )
+    site: str = Field(default="", description="on this hospital's own test patients alone")
     difference: float = Field(description="one minus the mean of the others")
     interval: tuple[float, float] = Field(
         description="95 % interval of the difference, by a jackknife over patients"

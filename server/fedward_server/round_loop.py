@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fedward.errors import DivergenceError, ModelError, PlanError, StudyError
 from fedward.flower.errors import AppExitException
 from fedward.flower.study_grid import GridSnapshot
-from fedward.models import build_model, trainable_names
+from fedward.models import build_model, shared_names, trainable_names
 from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import CENTERING, Stage
 from fedward.protocol import RoundOrder
@@ -189,7 +189,7 @@ class StudyRun:
         result = Round(round=round_, stage=stage.name, seconds=0.0)
         if self.job.members is not None:
             self._members.refresh()
-        names = trainable_names(self._model, stage.train)
+        names = shared_names(self._model, self.plan, round_)
         gathered = self._updates(round_, stage, place, names, result)
         if self.job.stop.is_set():
             return
@@ -360,12 +360,14 @@ class StudyRun:
             for site, bad in sorted(failures.items())
         ]
 
-    def _replies(self, messages: list[Message], frozen: Frozen) -> Iterator[tuple[int, Message]]:
-        """Send, and give each node's reply as it comes, up to the deadline.
+    def _replies(
+        self, messages: list[Message], frozen: Frozen, passes: int = 1
+    ) -> Iterator[tuple[int, Message]]:
+        """Send, and give each node's reply as it comes, up to the deadline of so many rounds.
 
         Frozen arrays go along where a node does not hold them; one that says so is asked again.
         """
-        end = time.monotonic() + self.job.patience
+        end = time.monotonic() + self.job.patience * passes
         bare = {message.metadata.dst_node_id: message for message in messages}
         held = {node for node in bare if frozen.mark and self.job.held.get(node) == frozen.mark}
         sent = [one if node in held else frozen.on(one) for node, one in bare.items()]
@@ -490,7 +492,7 @@ class StudyRun:
             settings = StrategySettings(values=self.plan.strategy.settings, momentum=momentum)
             strategy = build_strategy(self._spec_of(stage).name, settings)
             if self.job.memory_stage == stage.name:
-                names = trainable_names(self._model, stage.train)
+                names = shared_names(self._model, self.plan, self.job.round)
                 remember(strategy, self._spec_of(stage), self.job.memory, names)
             self._strategy = (stage.name, strategy)
         return self._strategy[1]
@@ -537,9 +539,67 @@ class StudyRun:
         ]
         arm = self.job.arm
         arm.test, arm.unmeasured = tested(self.plan, counts, sizes, failures, named(missing))
+        if self.plan.own_round is not None:
+            self._own_models(self.plan.own_round, sizes)
+            if self.job.stop.is_set():
+                return
         self.job.complete = True
         self._note_time()
         self.job.save(self.job)
+
+    def _own_models(self, round_: int, sizes: Mapping[str, tuple[int, int]]) -> None:
+        """Have each site make its own model where that is still to be done, and test it there."""
+        failed = self._fine_tune(round_) if self.plan.passes(round_) else {}
+        sites = {site for site, (images, _) in sizes.items() if images} - failed.keys()
+        counts, missing = self._measure(round_, "test", sites) if sites else ({}, {})
+        missing |= {site: bad for site, bad in failed.items() if sizes.get(site, (0, 0))[0]}
+        failures = [
+            Failure(site=site, reason=bad.reason, kind=bad.kind)
+            for site, bad in sorted(missing.items())
+        ]
+        self.job.arm.own, _ = tested(
+            self.plan, counts, sizes, failures, named(missing), answers_by_site=False
+        )
+
+    def _fine_tune(self, round_: int) -> dict[str, InvalidReply]:
+        """Have each site train the delivered model on by itself; why some could not.
+
+        What comes back says how many steps there were. The arrays stay at the site.
+        """
+        nodes = dict(self._members.nodes)
+        members = [node for node in self._members.grid.get_node_ids() if node in nodes]
+        train = trainable_names(self._model, self.plan.stage_of(round_)[0].train)
+        frozen = self._frozen(self.job.average, train)
+        order = self._order(
+            round_, "train", self.job.average, sites=len(members), frozen=frozen.mark
+        )
+        fresh = record_of({name: self.job.average[name] for name in train})
+        content = RecordDict({"arrays": fresh, "config": order})
+        messages = [Message(content, node, MessageType.TRAIN) for node in members]
+        passes = self.plan.passes(round_)
+        for message in messages:
+            message.metadata.ttl = self.job.patience * passes
+        asked = {nodes[node] for node in members}
+        failed = {site: NO_ANSWER if site in asked else NOT_HERE for site in nodes.values()}
+        failed |= self._members.absent()
+        try:
+            for node, reply in self._replies(messages, frozen, passes):
+                site = nodes[node]
+                facts = self.job.facts.get(site)
+                update = read_update(reply, site, round_, {}, self.plan, facts)
+                self._tell(round_, site, "own")
+                if update.outcome is not None:
+                    charge(self.job.arm, update.outcome, self.plan.privacy.delta)
+                if isinstance(update, InvalidReply):
+                    failed[site] = update
+                    if update.uncharged:
+                        asked.discard(site)
+                else:
+                    failed.pop(site, None)
+        finally:
+            for site in asked & self.job.facts.keys():
+                charge_ordered(self.job.arm, self.plan, self.job.facts[site], round_)
+        return failed
 
     def _measure(
         self, round_: int, part: str, sites: set[str]

@@ -126,7 +126,7 @@ class Runner:
 
     def _charge_what_was_open(self) -> None:
         """A runner before this one may have ordered the next round, and not lived to count it."""
-        if self.job.round <= self.plan.rounds:
+        if self.job.round <= self.plan.last_round and self.plan.passes(self.job.round):
             known = {one.site: one for one in self.results.sites} | self.job.facts
             for facts in known.values():
                 charge_ordered(self.job.arm, self.plan, facts, self.job.round)

@@ -60,7 +60,7 @@ def _is_easy(plan: Plan) -> bool:
     if epsilon is None or delta is None:
         return True
     rate = plan.privacy.sampling_rate or min(1.0, plan.training.batch_size / _MANY)
-    each = plan.training.local_steps or math.ceil((plan.training.local_epochs or 1) / rate)
-    steps = each * plan.rounds + (plan.privacy.centering_steps or 0)
+    steps = plan.training.local_steps or math.ceil((plan.training.local_epochs or 1) / rate)
+    steps = steps * plan.passes_until(plan.last_round) + (plan.privacy.centering_steps or 0)
     noise = math.sqrt(2 * math.log(1.25 / delta) * steps) / min(epsilon, 1.0)
     return noise < _EASY

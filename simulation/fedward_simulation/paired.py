@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any, Final
 
 import numpy as np
@@ -20,6 +21,7 @@ from fedward.plan.schema import MetricName, Plan
 from fedward.protocol import RoundOrder
 from fedward.tasks.intervals import LEVEL
 from fedward_client.training.evaluate import Answers
+from fedward_client.training.trainer import Trainer
 from fedward_server.report.stats import ordered
 from fedward_server.results import Arm, Paired
 from fedward_simulation.local import State
@@ -47,6 +49,35 @@ def answers_on_test(
     }
 
 
+def own_answers_on_test(
+    state: State,
+    plan: Plan,
+    arrays: Mapping[str, NDArray[Any]],
+    states: Mapping[int, dict[str, NDArray[Any]]],
+    *,
+    surface: bool = True,
+) -> SiteAnswers:
+    """The answers of the sites' own models, each on the test patients of its site.
+
+    Parameters
+    ----------
+    arrays : mapping
+        The shared model.
+    states : mapping
+        By number of the site, what it keeps.
+    """
+    order = RoundOrder(
+        plan=canonical(plan), plan_hash=plan_hash(plan), round=plan.last_round, part="test"
+    )
+    found = {}
+    for place, site in enumerate(state.sites.sites):
+        if len(site.split["test"]):
+            trainer = Trainer(plan, site, state.sites.runtime)
+            trainer.state.from_arrays(states.get(place, {}))
+            found[site.name] = trainer.answers(arrays, order, surface=surface)
+    return found
+
+
 def paired(
     metric: MetricName, arms: Sequence[Arm], answers: Mapping[str, SiteAnswers]
 ) -> list[Paired]:
@@ -68,10 +99,17 @@ def paired(
     lead, alone = federated[0], [arm for arm in known if arm.kind == "alone"]
     shared, names = answers[lead.name], [arm.name for arm in alone]
     found: list[tuple[list[str], bool, Difference | None]] = []
+    by_site: list[tuple[str, str, str, Difference | None]] = []
     if alone:
         homes = {str(arm.site): answers[arm.name] for arm in alone}
         found.append((names, False, difference(metric, shared, [answers[n] for n in names])))
         found.append((names, True, difference_at_home(metric, shared, homes)))
+        models = [arm for arm in (lead, lead.personal) if arm is not None and arm.name in answers]
+        for one, home in product(models, alone):
+            site = str(home.site)
+            pair = {site: answers[home.name]}
+            at = difference_at_home(metric, answers[one.name], pair)
+            by_site.append((one.name, home.name, site, at))
     rest = [*federated[1:], *(arm for arm in known if arm.kind == "pooled")]
     found += [([arm.name], False, difference(metric, shared, [answers[arm.name]])) for arm in rest]
     return [
@@ -80,6 +118,18 @@ def paired(
         )
         for others, own, one in found
         if one is not None
+    ] + [
+        Paired(
+            one=name,
+            others=[home],
+            metric=metric,
+            own=True,
+            site=site,
+            difference=at[0],
+            interval=at[1],
+        )
+        for name, home, site, at in by_site
+        if at is not None
     ]
 
 

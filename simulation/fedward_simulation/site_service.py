@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -259,6 +259,11 @@ class SimulatedTrainers:
         """Do something with it."""
         return act(self.get(case))
 
+    def keep(
+        self, case: StudyContext, order: RoundOrder, shared: Mapping[str, NDArray[Any]]
+    ) -> None:
+        """A simulation keeps the models itself."""
+
     def drop(self, case: StudyContext) -> None:
         """Forget what a round that broke off left in a trainer."""
         self._forget(case.plan)
@@ -302,7 +307,7 @@ class SimulatedService(OrderService):
     def _carry_out(
         self, what: str, order: RoundOrder, case: StudyContext, packet: TrainerMessage
     ) -> TrainerMessage:
-        if what != "train" or not case.plan.strategy.spec.kept:
+        if what == "describe" or not case.plan.keeps_state:
             return super()._carry_out(what, order, case, packet)
         state = self._trainers.get(case).state
         state.from_arrays(self.kept)

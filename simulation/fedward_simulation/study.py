@@ -36,7 +36,7 @@ from fedward_simulation.feasible import check_privacy, start_model
 from fedward_simulation.left_out import Missed, counted
 from fedward_simulation.local import State, run_local
 from fedward_simulation.options import Options as Options
-from fedward_simulation.paired import SiteAnswers, answers_on_test, paired
+from fedward_simulation.paired import SiteAnswers, answers_on_test, own_answers_on_test, paired
 from fedward_simulation.pool import Pool, cores
 from fedward_simulation.prepare import frozen_sites
 from fedward_simulation.site_service import has_noise, limits_of, policy_of
@@ -249,7 +249,7 @@ class Study:
         self.results.start_up_seconds = time.perf_counter() - self._began
         for job in jobs:
             kept = self._arms[job.arm.name].open(job)
-            if self.options.engine == "ray" and job.plan.strategy.spec.kept and kept.standing:
+            if self.options.engine == "ray" and job.plan.keeps_state and kept.standing:
                 raise OutputError(
                     "a run whose strategy keeps state at the sites goes on with the local engine",
                     value=job.plan.strategy.name,
@@ -321,6 +321,15 @@ class Study:
             job.arm.name: pool.submit(place, measure, plan, job.average)
             for place, job in enumerate(jobs)
         }
+        lead = jobs[0]
+        if (own := lead.arm.personal) is not None:
+            waiting[own.name] = pool.submit(
+                0,
+                partial(own_answers_on_test, surface=metric == "hd95"),
+                lead.plan,
+                lead.average,
+                dict(lead.site_states),
+            )
         answers = answers | {name: future.result() for name, future in waiting.items()}
         self.results.paired = paired(metric, self.results.arms, answers)
 

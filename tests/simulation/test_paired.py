@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 
 from fedward.plan import Plan
 from fedward_client.training.evaluate import Answers
-from fedward_server.results import Arm
+from fedward_server.results import Arm, TestFigures
 from fedward_simulation.paired import difference, difference_at_home, jackknife, paired
 
 
@@ -128,11 +128,24 @@ def test_the_lead_is_compared_with_each_other_arm(plan: Plan) -> None:
         arm.name: {s: model(plan, 40, k, 0.3, 7 * k + j) for k, s in enumerate("ab")}
         for j, arm in enumerate(arms[:5])
     }
-    found = [(one.one, one.others, one.own) for one in paired("auc", arms, answers)]
+    made = paired("auc", arms, answers)
+    found = [(one.one, one.others, one.own) for one in made if not one.site]
     assert found == [
         ("federated", ["alone: a", "alone: b"], False),
         ("federated", ["alone: a", "alone: b"], True),
         ("federated", ["private"], False),
         ("federated", ["pooled"], False),
     ]
+    by_site = [(one.one, one.others, one.site) for one in made if one.site]
+    shared = [("federated", ["alone: a"], "a"), ("federated", ["alone: b"], "b")]
+    assert by_site == shared and all(one.own for one in made if one.site)
+    # With models of their own, the hospitals are compared by those as well.
+    figures = TestFigures(per_site={}, pooled={})
+    arms[1].own = figures
+    own = {"federated, own models": answers["pooled"]}
+    at_home = [one for one in paired("auc", arms, answers | own) if one.site == "a"]
+    assert [one.one for one in at_home] == ["federated", "federated, own models"]
+    expected = difference_at_home("auc", answers["pooled"], {"a": answers["alone: a"]})
+    assert expected is not None
+    assert (at_home[1].difference, at_home[1].interval) == expected
     assert paired("auc", arms, {}) == []

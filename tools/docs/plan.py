@@ -26,6 +26,7 @@ _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("[training]", schema.Training),
     ("[[stages]]", schema.Stage),
     ("[strategy]", schema.Strategy),
+    ("[personal]", schema.Personal),
     ("[privacy]", schema.Privacy),
     ("[participation]", schema.Participation),
     ("[metrics]", schema.Metrics),

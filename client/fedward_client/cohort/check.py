@@ -111,7 +111,7 @@ def expect(
     in_step = _images_in_step(plan, training, patients)
     per_round = steps_in_round(plan, training, patients)
     seconds = _time(plan, probe, in_step, per_round, room) if probe and probe.prepared else None
-    steps = per_round * sum(stage.rounds for stage in plan.training_stages)
+    steps = per_round * (plan.passes_until(plan.last_round) - plan.is_centering(1))
     return Cost(
         prepared_bytes=prepared_bytes(plan, images),
         parameters=describe(plan).parameters,

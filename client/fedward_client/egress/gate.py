@@ -29,7 +29,7 @@ from fedward.errors import (
     ProtocolError,
     SchemaError,
 )
-from fedward.models.arrays import trainable_names
+from fedward.models.arrays import shared_names
 from fedward.models.registry import outline
 from fedward.plan.load import SCHEMA_VERSION
 from fedward.plan.schema import Plan
@@ -104,7 +104,7 @@ def expected_arrays(plan: Plan, round_: int) -> dict[str, tuple[tuple[int, ...],
     """Names, shapes and dtypes of the update of a round: what its stage trains, in order, and
     then what the plan's strategy declares to send besides."""
     model = outline(plan)
-    names = set(trainable_names(model, plan.stage_of(round_)[0].train))
+    names = set(shared_names(model, plan, round_))
     trained = {
         name: (tuple(tensor.shape), "float32")
         for name, tensor in model.state_dict().items()
@@ -273,7 +273,7 @@ class Gate:
         refusal's kind says in general.
         """
         kind = refusal.kind if refusal.kind in GENERAL else "error"
-        last = self._plan.rounds if self._plan else _MOST_ROUNDS
+        last = self._plan.last_round if self._plan else _MOST_ROUNDS
         round_ = refusal.round if 0 <= refusal.round <= last else 0
         code, values = refusal.code, refusal.values
         try:

@@ -43,6 +43,11 @@ class Trainers(Protocol):
     def use(self, case: StudyContext, act: Callable[[Trainer], _T]) -> _T:
         """Do something with it."""
 
+    def keep(
+        self, case: StudyContext, order: RoundOrder, shared: Mapping[str, NDArray[Any]]
+    ) -> None:
+        """Keep the model that was tested, for the hospital's use."""
+
     def drop(self, case: StudyContext) -> None:
         """Forget what a round that broke off left in a trainer."""
 
@@ -154,10 +159,10 @@ class Executor:
     def _train(
         self, order: RoundOrder, case: StudyContext, packet: TrainerMessage
     ) -> TrainerMessage:
-        if not 1 <= order.round <= case.plan.rounds:
+        if not 1 <= order.round <= case.plan.last_round:
             raise ProtocolError(
                 RuleCode.ROUNDS,
-                values={"rounds": case.plan.rounds, "round": order.round},
+                values={"rounds": case.plan.last_round, "round": order.round},
                 fix="Order one of these",
             )
         trainer = self._trainers.get(case)
@@ -223,9 +228,12 @@ class Executor:
             case, lambda one: one.evaluate(packet.arrays, order, noise)
         )
         made, outcome = self._contexts.gate(case).check_counts(counts, outcome, order.round)
+        if order.part == "test":
+            # Before the answer is kept: an evaluation that broke off here is done again.
+            self._trainers.keep(case, order, packet.arrays)
         self._ledger.evaluations.commit(request, _kept(outcome, made))
-        if order.part == "test":  # the last that a study asks for
-            self._trainers.end(order.study)
+        if order.part == "test" and order.round == (case.plan.own_round or 0):
+            self._trainers.end(order.study)  # the last evaluation of a study
         return TrainerMessage("counts", dict(outcome.to_flat()), made)
 
     def _evaluation(

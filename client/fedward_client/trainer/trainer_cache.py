@@ -5,16 +5,19 @@ from __future__ import annotations
 import gc
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
+from numpy.typing import NDArray
 
-from fedward.errors import DeviceError, PolicyError
+from fedward.errors import DeviceError, OutputError, PolicyError
+from fedward.protocol import RoundOrder
 from fedward.rule_codes import RuleCode
 from fedward_client.cohort.training import Preparers, cache_folder, prepare_cohort
 from fedward_client.config import SiteConfig
+from fedward_client.kept_models import KeptModels
 from fedward_client.ledger import Ledger
 from fedward_client.site_state import SiteStates
 from fedward_client.trainer.status import StatusBoard
@@ -66,10 +69,24 @@ class TrainerCache:
         self._secret, self._runtime, self._crew = secret, watched, crew
         self._kept: OrderedDict[tuple[str, str], Trainer] = OrderedDict()
         self._states = SiteStates(config.site.state)
+        self._models = KeptModels(config.site.state)
 
     def _watch(self, step: int, steps: int) -> None:
         self._board.set(step=step, steps=steps)
         self.between_steps()
+
+    def keep(
+        self, case: StudyContext, order: RoundOrder, shared: Mapping[str, NDArray[Any]]
+    ) -> None:
+        """Keep the model that was tested: the shared one, or the site's own.
+
+        A disk without room for it costs the hospital the file, and no study its answer.
+        """
+        model = self.use(case, lambda trainer: trainer.model_of(shared, order))
+        try:
+            self._models.keep(case.study, case.plan, "own" if order.round else "shared", model)
+        except OutputError as error:
+            _LOG.warning("the model of %s could not be kept: %s", case.study, error)
 
     def drop(self, case: StudyContext) -> None:
         """Forget what a round that broke off left in a trainer."""

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedward.dp.accounting import Mechanism, private_steps_in, steps_in_round
+from fedward.dp.accounting import Mechanism, private_steps_in, steps_in_round, steps_per_round
 from fedward.dp.gaussian import GaussianNoise
 from fedward.dp.keystream import KEY_BYTES, Keystream, derive_key
 from fedward.plan.schema import Plan
@@ -110,6 +110,8 @@ class Fit:
         How to make the update private; None for plain training.
     hook : SiteHook or None
         What the plan's strategy adds to each step.
+    done : tuple of float
+        Share of the round's steps that are done at the beginning, and at the end.
     """
 
     plan: Plan
@@ -124,6 +126,7 @@ class Fit:
     mechanism: Mechanism | None
     mode: Mode
     hook: SiteHook | None = None
+    done: tuple[float, float] = (0.0, 1.0)
 
     def run(self, optimizer: torch.optim.Optimizer | None = None) -> tuple[float, int]:
         """Train; returns the mean loss and the steps taken.
@@ -138,7 +141,8 @@ class Fit:
         optimizer = optimizer or build_optimizer(self.plan, parameters)
 
         def finish(step: int, steps: int, apply: Callable[[], object]) -> None:
-            rate = rate_at(self.plan, self.round, step / steps)
+            first, last = self.done
+            rate = rate_at(self.plan, self.round, first + (last - first) * step / steps)
             set_rate(optimizer, rate)
             if self.hook is not None:
                 with torch.no_grad():
@@ -213,7 +217,7 @@ class Fit:
             self.draws.noise,
         )
         rate, sampler = self.mechanism.sampling_rate, self._sampler()
-        steps = private_steps_in(self.plan, rate, self.round)
+        steps = steps_per_round(self.plan, rate)
         patients = patients_at_once(count, rate, sampler.per_patient, self._at_once())
         with warnings.catch_warnings():
             # Images need no gradient, which torch finds worth a warning at Opacus' hooks.

@@ -51,13 +51,15 @@ def rate_at(plan: Plan, round_: int, part: float) -> float:
     """Learning rate in a round (from 1), ``part`` (0 to 1) of whose steps are done.
 
     The cosine runs over the stage's rounds (Loshchilov and Hutter, 2017, arXiv:1608.03983) and
-    ends at a hundredth of the stage's rate.
+    ends at a hundredth of the stage's rate. The round of the sites' own models is one of its own.
     """
     stage, place = plan.stage_of(round_)
+    rate, progress = stage.learning_rate, (place + part) / stage.rounds
+    if plan.personal is not None and round_ == plan.own_round:
+        rate, progress = plan.personal.learning_rate or rate, part
     if plan.training.schedule == "constant":
-        return stage.learning_rate
-    progress = (place + part) / stage.rounds
-    return stage.learning_rate * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * progress)))
+        return rate
+    return rate * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -6,10 +6,11 @@ or a socket.
 
 from __future__ import annotations
 
+import math
 import random
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,8 @@ from fedward.models import (
     freeze,
     from_arrays,
     sampled,
+    shared_names,
+    site_names,
     split_at_trainable,
     to_arrays,
     trainable_names,
@@ -36,6 +39,7 @@ from fedward.plan.schema import FEATURE_MEAN, Plan
 from fedward.protocol import EvaluateOutcome, RoundOrder, SiteFacts, TrainOutcome
 from fedward.rule_codes import RuleCode
 from fedward.strategies import SiteHook, SiteRound, array_names
+from fedward.strategies.fedprox import ProximalTerm
 from fedward.tasks.private_counts import NoisyTables
 from fedward_client.data.sample import PreparedSite
 from fedward_client.site_state import SiteStates, StudyState
@@ -44,6 +48,7 @@ from fedward_client.training.device import place
 from fedward_client.training.evaluate import Answers, evaluate
 from fedward_client.training.fit import Draws, Fit
 from fedward_client.training.losses import build_loss
+from fedward_client.training.optimizers import build_optimizer
 from fedward_client.training.private import Mode
 from fedward_client.training.runtime import Runtime
 from fedward_client.training.source import Source, digest_of
@@ -84,6 +89,7 @@ class Trainer:
         runtime.enter()
         self._model = place(self._build(), runtime.torch_device)
         self._loss = build_loss(plan, runtime.torch_device)
+        self._site_names = site_names(self._model, plan)
         self._prepared: _Prepared | None = None
         self._mechanism: Mechanism | None = None
         self._released: tuple[int, tuple[Arrays, TrainOutcome]] | None = None
@@ -125,10 +131,10 @@ class Trainer:
         PrivacyError
             A private round before the last one; the last one again gives the same update again.
         """
-        if not 1 <= order.round <= self.plan.rounds:
+        if not 1 <= order.round <= self.plan.last_round:
             raise ProtocolError(
                 RuleCode.ROUNDS,
-                values={"rounds": self.plan.rounds, "round": order.round},
+                values={"rounds": self.plan.last_round, "round": order.round},
                 fix="Order one of these",
             )
         if not self.plan.privacy.on:
@@ -146,11 +152,27 @@ class Trainer:
     ) -> tuple[Arrays, TrainOutcome]:
         started, cpu = time.perf_counter(), time.process_time()
         self.runtime.enter()
-        fit = self._fit(arrays, order)
-        loss, steps = self._measured(fit) if self.plan.is_centering(order.round) else self._ran(fit)
-        values = to_arrays(self._model)
-        names = set(self.trained or values)
-        besides = {} if fit.hook is None else self._finish(fit.hook, order.round)
+        update: Arrays = {}
+        kept: Arrays = {}
+        loss: float | None
+        if order.round == self.plan.own_round:
+            loss, steps, kept = self._fine_tune(arrays, order)
+        else:
+            fit = self._fit(arrays, order)
+            centering = self.plan.is_centering(order.round)
+            loss, steps = self._measured(fit) if centering else self._run(fit)
+            values = to_arrays(self._model)
+            update = {name: values[name] for name in self.shared}
+            if self._site_names:
+                kept = self._kept_own(order.round, self._site_names & set(self.trained))
+            if fit.hook is not None:
+                more, besides = self._finish(fit.hook)
+                kept, update = kept | more, update | besides
+            if self.plan.passes(order.round) > 1 and self.plan.personal is not None:
+                more_steps, own = self._ditto(arrays, order, self.plan.personal.weight or 0.0)
+                kept, steps = kept | own, steps + more_steps
+        if kept:
+            self.state.keep(order.round, kept)
         outcome = TrainOutcome(
             site=self.site.name,
             round=order.round,
@@ -163,12 +185,85 @@ class Trainer:
             cpu_seconds=time.process_time() - cpu,
             **self._cost(order),
         )
-        update = {name: value for name, value in values.items() if name in names}
-        return update | besides, outcome
+        return update, outcome
 
-    def _ran(self, fit: Fit) -> tuple[float, int]:
+    def _run(self, fit: Fit) -> tuple[float, int]:
         with fit.draws.in_layers(self.runtime.torch_device):
             return fit.run(self.optimizer(fit))
+
+    def _ditto(
+        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder, weight: float
+    ) -> tuple[int, Arrays]:
+        """Train the site's own model, held near the shared one that was received.
+
+        Ditto (Li et al., 2021, arXiv:2012.04221, algorithm 1): each step's gradient has
+        λ·(v − wᵗ) added, for the own model v and the received one wᵗ.
+        """
+        besides = self._received(arrays, order.round)
+        received = {name: value for name, value in arrays.items() if name not in besides}
+        from_arrays(self._model, received)
+        parameters = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
+        near = ProximalTerm(SiteRound({"mu": weight}, parameters, {}, {}))
+        fit = self._fit(received | self._own(order.round), order, own=True, hook=near)
+        _, steps = self._run(fit)
+        return steps, self._kept_own(order.round, self.trained)
+
+    def _fine_tune(
+        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder
+    ) -> tuple[float, int, Arrays]:
+        """Train the delivered model on by itself; keeps the best pass on the validation patients.
+
+        With privacy it keeps the last one: no ε covers the choice.
+        """
+        passes, steps, loss = self.plan.passes(order.round), 0, 0.0
+        now, best, score = dict(arrays), Arrays(), -math.inf
+        optimizer: Optimizer | None = None
+        for number in range(passes):
+            fit = self._fit(now, order, own=True, of=(number, passes))
+            if optimizer is None:
+                optimizer = build_optimizer(
+                    self.plan, [p for p in fit.module.parameters() if p.requires_grad]
+                )
+            with fit.draws.in_layers(self.runtime.torch_device):
+                loss, more = fit.run(optimizer)
+            steps += more
+            values = to_arrays(self._model)
+            now |= {name: values[name] for name in self.trained}
+            found = self._score(now, order)
+            if not best or found is None or found > score:
+                best = {f"own/{name}": now[name].copy() for name in self.trained}
+                score = -math.inf if found is None else found
+        return loss, steps, best
+
+    def _score(self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder) -> float | None:
+        """The primary figure on the validation patients, higher being better; it stays here.
+
+        None where the site may not choose by it, or it is not defined.
+        """
+        personal = self.plan.personal
+        if personal is None or not personal.choose or self.plan.privacy.on:
+            return None
+        if not len(self.site.split["validation"]):
+            return None
+        primary = self.plan.metrics.primary
+        part = order.model_copy(update={"part": "validation", "round": self.plan.rounds})
+        value = self._answers(arrays, part).exact().figures([primary])[primary]
+        if value is None:
+            return None
+        return value if self.plan.task.spec.metric(primary).better == "higher" else -value
+
+    def _kept_own(self, round_: int, names: Collection[str]) -> Arrays:
+        """What the site keeps of its own model after a round in which these arrays trained."""
+        values = to_arrays(self._model)
+        own = self._own(round_) | {name: values[name] for name in names}
+        return {f"own/{name}": value for name, value in own.items()}
+
+    def _own(self, round_: int) -> Arrays:
+        """What the site keeps of its own model before a round; none before its first one."""
+        if self.plan.personal is None:
+            return {}
+        kept = self.state.before(round_)
+        return {n[4:]: value for n, value in kept.items() if n.startswith("own/")}
 
     def _measured(self, fit: Fit) -> tuple[None, int]:
         """Put the mean of the site's features into the model; that is all of this round."""
@@ -180,6 +275,11 @@ class Trainer:
     def trained(self) -> tuple[str, ...]:
         """Names of the arrays that train in the round that was prepared last."""
         return self._prepared.names if self._prepared else ()
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Those of them that are sent."""
+        return tuple(name for name in self.trained if name not in self._site_names)
 
     def optimizer(self, fit: Fit) -> Optimizer | None:
         """The optimiser that a round goes on with; none: a fresh one."""
@@ -228,15 +328,42 @@ class Trainer:
     ) -> Answers:
         """A model's answers on one part of the site's patients, image by image; none of it leaves.
 
-        Without ``surface`` no HD95 is measured, which takes most of the time. Else parameters and
-        errors as for :meth:`evaluate`.
+        In the round of the sites' own models they are of the site's own, or of the given one where
+        the site chooses that. Without ``surface`` no HD95 is measured, which takes most of the
+        time. Else parameters and errors as for :meth:`evaluate`.
         """
+        return self._answers(self.model_of(arrays, order), order, surface=surface)
+
+    def model_of(
+        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder
+    ) -> Mapping[str, NDArray[Any]]:
+        """The model that a site answers with: the given one, or its own.
+
+        Parameters
+        ----------
+        arrays : mapping
+            The shared model.
+        order : RoundOrder
+            An evaluation.
+        """
+        stays_here = bool(self._site_names) and order.part == "validation"
+        if order.round != self.plan.own_round and not stays_here:
+            return arrays
+        own = dict(arrays) | self._own(order.round + 1)
+        if stays_here:  # in each round, arrays that stay at the site are the site's
+            return own
+        shared, mine = self._score(arrays, order), self._score(own, order)
+        return arrays if shared is not None and mine is not None and shared > mine else own
+
+    def _answers(
+        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder, *, surface: bool = True
+    ) -> Answers:
         self.runtime.enter()
         part = order.part
         indices = self.site.split[part]
         if not len(indices):
             raise DataError(RuleCode.PART_PATIENTS, values={"part": part}, fix="Change [split]")
-        prepared = self._prepare(arrays, max(1, order.round) if order.round else self.plan.rounds)
+        prepared = self._prepare(arrays, order.round or self.plan.rounds)
         return evaluate(
             self.plan,
             prepared.module,
@@ -254,16 +381,28 @@ class Trainer:
         seed = seed_for(order.seed, self.site.name, order.round, order.part, "counts")
         return random.Random(seed).randrange
 
-    def _fit(self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder) -> Fit:
+    def _fit(
+        self,
+        arrays: Mapping[str, NDArray[Any]],
+        order: RoundOrder,
+        *,
+        own: bool = False,
+        hook: SiteHook | None = None,
+        of: tuple[int, int] = (0, 1),
+    ) -> Fit:
+        """The training of a round, or one of several passes over an own model."""
         indices = self.site.split["train"]
         least = self.plan.participation.minimum_patients
         if (patients := self.site.patients_in("train")) < min(least, 1):
             raise DataError(
                 RuleCode.NO_TRAINING_PATIENTS, values={"patients": patients}, fix="Bring more data"
             )
-        received = self._received(arrays, order.round)
+        received = {} if own else self._received(arrays, order.round)
         model = {name: value for name, value in arrays.items() if name not in received}
+        if self._site_names and not own:
+            model |= self._own(order.round)
         prepared = self._prepare(model, order.round)
+        draws = (order.seed, self.site.name, order.round, *(("own", of[0]) if own else ()))
         return Fit(
             plan=self.plan,
             round=order.round,
@@ -273,15 +412,16 @@ class Trainer:
             indices=indices,
             patients=self.site.patients[indices],
             runtime=self.runtime,
-            draws=Draws.make(self.runtime, order.seed, self.site.name, order.round),
+            draws=Draws.make(self.runtime, *draws),
             mechanism=self._private_mechanism(),
             mode=self._mode,
-            hook=self._hook(received, order.round),
+            hook=hook if own else self._hook(received, order.round),
+            done=(of[0] / of[1], (of[0] + 1) / of[1]),
         )
 
     def _received(self, arrays: Mapping[str, NDArray[Any]], round_: int) -> Arrays:
         """What came beside the model: of each kind that the plan's strategy declares."""
-        names = trainable_names(self._model, self.plan.stage_of(round_)[0].train)
+        names = shared_names(self._model, self.plan, round_)
         declared = array_names(self.plan.strategy.spec.received, names)
         shapes = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
         found = {name: np.asarray(arrays[name]) for name in declared if name in arrays}
@@ -303,9 +443,11 @@ class Trainer:
         spec = self.plan.strategy.spec
         if spec.site is None:
             return None
-        parameters = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
-        kept = self.state.before(round_) if spec.kept else {}
+        trained = dict(self._model.named_parameters())
+        parameters = {name: trained[name] for name in self.shared}
         names = array_names(spec.kept, parameters)
+        before = self.state.before(round_) if spec.kept else {}
+        kept = {name: value for name, value in before.items() if name in names}
         if kept.keys() != names.keys():  # at first, and in a stage that trains other arrays
             kept = {
                 name: np.zeros(tuple(parameters[of].shape), np.float32)
@@ -321,8 +463,8 @@ class Trainer:
             )
         )
 
-    def _finish(self, hook: SiteHook, round_: int) -> Arrays:
-        """Keep what a round leaves; gives what is sent besides its update, and nothing else."""
+    def _finish(self, hook: SiteHook) -> tuple[Arrays, Arrays]:
+        """What a round leaves at the site, and what is sent besides its update; nothing else."""
         spec, result = self.plan.strategy.spec, hook.finish()
         kept = self._declared(result.kept, spec.kept)
         besides = self._declared(result.sent, spec.sent)
@@ -330,14 +472,12 @@ class Trainer:
             raise ModelError(
                 RuleCode.ARRAYS_FINITE, fix="Lower the learning rate, or leave the site out"
             )
-        if kept:
-            self.state.keep(round_, kept)
-        return besides
+        return kept, besides
 
     def _declared(self, made: Mapping[str, Mapping[str, Tensor]], kinds: Iterable[str]) -> Arrays:
-        names = array_names(kinds, self.trained)
+        names = array_names(kinds, self.shared)
         if made.keys() != set(kinds) or any(
-            one.keys() != set(self.trained) for one in made.values()
+            one.keys() != set(self.shared) for one in made.values()
         ):
             raise PlanError(RuleCode.STRATEGY_ARRAYS, where="strategy.name")
         return {

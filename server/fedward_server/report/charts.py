@@ -77,6 +77,8 @@ def looks(results: StudyResults) -> dict[str, Look]:
             found[arm.name] = Look("--alone", marker="", symbol="", thin=True)
         elif arm.kind == "pooled":
             found[arm.name] = Look("--pooled", DASHES[2], "dotted", "D", "◆")
+        elif arm.kind == "personal":
+            found[arm.name] = Look("--federated", DASHES[1], "dashed", "s", "■")
         elif arm.epsilon is None:
             found[arm.name] = Look("--federated")
         else:

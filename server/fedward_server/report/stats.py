@@ -11,7 +11,7 @@ from fedward.tasks.registry import METRICS
 from fedward_server.results import Arm, Figures, StudyResults
 
 LOWER_IS_BETTER = frozenset(name for name, spec in METRICS.items() if spec.better == "lower")
-_ORDER = {"alone": 0, "federated": 1, "pooled": 2}
+_ORDER = {"alone": 0, "federated": 1, "personal": 1, "pooled": 2}
 
 
 def finite(value: float | None) -> float | None:
@@ -26,8 +26,12 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 
 def ordered(arms: Sequence[Arm]) -> list[Arm]:
-    """Alone, federated, pooled; within each without privacy first, then from loose to strict."""
-    return sorted(arms, key=lambda arm: (_ORDER[arm.kind], _strictness(arm)))
+    """Alone, federated, pooled; within each without privacy first, then from loose to strict.
+
+    After an arm whose sites have models of their own come those, as an arm of kind ``personal``.
+    """
+    every = [one for arm in arms for one in (arm, arm.personal) if one is not None]
+    return sorted(every, key=lambda arm: (_ORDER[arm.kind], _strictness(arm)))
 
 
 def _strictness(arm: Arm) -> float:
@@ -136,17 +140,20 @@ def compare(one: Estimate | None, other: Estimate | None, metric: str) -> Compar
 
 
 def patient_by_patient(
-    results: StudyResults, pair: Comparison | None, one: Arm, others: Sequence[Arm], *, own: bool
+    results: StudyResults,
+    pair: Comparison | None,
+    one: Arm,
+    others: Sequence[Arm],
+    *,
+    own: bool,
+    site: str = "",
 ) -> Comparison | None:
     """The comparison with its paired interval, where the results hold one."""
     names, metric = {arm.name for arm in others}, results.primary
+    asked = (one.name, names, own, site, metric)
     for known in results.paired:
-        if pair and (known.one, set(known.others), known.own, known.metric) == (
-            one.name,
-            names,
-            own,
-            metric,
-        ):
+        told = (known.one, set(known.others), known.own, known.site, known.metric)
+        if pair and told == asked:
             low, high = known.interval
             low, high = (-high, -low) if metric in LOWER_IS_BETTER else (low, high)
             return replace(pair, interval=(low, high), paired=True)
@@ -174,6 +181,18 @@ def compare_at_home(shared: Arm, alone: Sequence[Arm], metric: str) -> Compariso
     parts = [(pair.gain, pair.interval) for pair in found if pair.interval]
     interval = mean_of(parts, independent=True)[1] if len(parts) == len(found) else None
     return Comparison(one, other, gained, interval)
+
+
+def against_alone(results: StudyResults, arm: Arm) -> dict[str, Comparison]:
+    """By site, a model on the site's own test patients against the one that it trains alone."""
+    metric, found = results.primary, {}
+    for alone in of_kind(results, "alone"):
+        site = str(alone.site)
+        pair = compare(site_estimate(arm, site, metric), site_estimate(alone, site, metric), metric)
+        pair = patient_by_patient(results, pair, arm, [alone], own=True, site=site)
+        if pair is not None:
+            found[site] = pair
+    return found
 
 
 def clear_best(estimates: Sequence[Estimate | None], metric: str) -> int | None:

@@ -19,6 +19,7 @@ from fedward_server.report.formatting import (
 from fedward_server.report.stats import (
     Comparison,
     Estimate,
+    against_alone,
     compare,
     compare_at_home,
     finite,
@@ -54,6 +55,7 @@ def headline(results: StudyResults) -> str:
         missing_words(results, lead, results.primary),
         dominance(lead, results.primary),
         _at_home(results, lead),
+        _better_off(results, lead),
         _private(results, lead, federated),
     ]
     return " ".join(sentence for sentence in sentences if sentence)
@@ -231,6 +233,24 @@ def _at_home(results: StudyResults, lead: Arm) -> str:
         )
     verb = "gain" if pair.gain > 0 else "lose"
     return f"{start} {verb} {figure(abs(pair.gain), metric)} on average, {both} ({limits})."
+
+
+def _better_off(results: StudyResults, lead: Arm) -> str:
+    """How many hospitals are better off than alone, with the model that each of them gets."""
+    found = against_alone(results, lead.personal or lead)
+    if not found or any(pair.interval is None for pair in found.values()):
+        return ""
+    better = [site for site, pair in found.items() if pair.apart and pair.gain > 0]
+    worse = [site for site, pair in found.items() if pair.apart and pair.gain < 0]
+    whose = "the models of their own" if lead.personal else "the shared model"
+    if not better and not worse:
+        return f"With {whose} none of {len(found)} hospitals can be told apart from alone."
+    level = len(found) - len(better) - len(worse)
+    names = f" ({', '.join(worse)})" if worse else ""
+    return (
+        f"With {whose} {len(better)} of {len(found)} hospitals are better off than alone, "
+        f"{level} level within chance, {len(worse)} worse{names}."
+    )
 
 
 def _private(results: StudyResults, lead: Arm, federated: list[Arm]) -> str:

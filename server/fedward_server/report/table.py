@@ -15,6 +15,7 @@ from fedward_server.report.stats import (
     Estimate,
     clear_best,
     of_kind,
+    ordered,
     own_mean_estimate,
     together_estimate,
     together_mean_estimate,
@@ -68,7 +69,8 @@ def _rows(results: StudyResults) -> Iterator[SummaryRow]:
             finished=all(arm.finished for arm in alone),
             is_mean=True,
         )
-    for arm in (*of_kind(results, "federated"), *of_kind(results, "pooled")):
+    rest = [arm for arm in ordered(results.arms) if arm.kind != "alone"]
+    for arm in rest:
         yield _row(results, arm)
 
 

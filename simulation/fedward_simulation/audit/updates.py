@@ -169,4 +169,4 @@ class WatchedTrainer(Trainer):
 
 def steps_in_all(plan: Plan, rate: float) -> int:
     """Private steps of the whole study."""
-    return private_steps_until(plan, rate, plan.rounds)
+    return private_steps_until(plan, rate, plan.last_round)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from live_federation import write_certificates
+from safetensors.numpy import load_file
 
 from fedward.errors import FedwardError
 from fedward.flower import identity
@@ -196,3 +198,76 @@ def test_a_proximal_weight_that_the_plan_does_not_have_is_ignored(
         np.testing.assert_array_equal(lied[name], value)
     # The same weight in a signed plan is what changes the update.
     assert any(not np.array_equal(held[name], value) for name, value in plain.items())
+
+
+def command(hospital: Hospital, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command of the hospital's people."""
+    call = [sys.executable, "-m", "fedward_client.cli", *arguments]
+    call += ["--config", str(hospital.daemon.config)]
+    return subprocess.run(call, capture_output=True, text=True, env=hospital.environment)
+
+
+@pytest.mark.parametrize(
+    "personal", [{"method": "ditto", "weight": 0.1}, {"method": "fine-tuning", "rounds": 2}]
+)
+def test_a_model_of_the_hospital_s_own_survives_kills_and_stays_at_the_hospital(
+    hospital: Hospital,
+    make_plan: Make,
+    key: Ed25519PrivateKey,
+    tmp_path: Path,
+    personal: dict[str, Any],
+) -> None:
+    plan: Plan = make_plan(
+        task={"classes": ["clear", "opacity"]},
+        split={"given": None},
+        training={"rounds": 2, "local_epochs": 2},
+        personal=personal,
+    )
+    own_round, method = plan.own_round or 0, personal["method"]
+    model = to_arrays(build_model(plan, 0))
+
+    def ask(study: str, round_: int, arrays: dict[str, Any], task: str = "train") -> TrainerMessage:
+        more = {"task": task, "part": "test"} if task == "evaluate" else {}
+        answer = hospital.client.ask(task, signed(key, plan, round_, study, arrays, **more))
+        assert answer.kind in ("update", "counts"), answer.record
+        return answer
+
+    def go(study: str, *, killed: bool) -> None:
+        sent = model
+        for round_ in range(1, own_round + plan.passes(own_round)):
+            made = ask(study, round_, sent)
+            assert set(made.arrays) == (set(model) if round_ < own_round else set())
+            if killed:
+                hospital.kill()
+                hospital.start()
+                again = ask(study, round_, sent)  # the reply was lost
+                for name, value in made.arrays.items():
+                    np.testing.assert_array_equal(again.arrays[name], value)
+            sent = {name: made.arrays.get(name, value) for name, value in sent.items()}
+            if round_ == own_round:
+                break
+        for round_ in (0, own_round):
+            ask(study, round_, sent, "evaluate")
+
+    go(f"{method}-whole", killed=False)
+    go(f"{method}-killed", killed=True)
+    files = {}
+    for study in (f"{method}-whole", f"{method}-killed"):
+        for which in ("shared", "own"):
+            out = tmp_path / f"{study}-{which}.safetensors"
+            done = command(hospital, "model", "export", study, "--which", which, "--out", str(out))
+            assert done.returncode == 0, done.stderr
+            files[study, which] = load_file(out)
+    for which in ("shared", "own"):
+        one, other = (files[f"{method}-{study}", which] for study in ("whole", "killed"))
+        for name, value in one.items():
+            np.testing.assert_array_equal(value, other[name])
+    listed = json.loads(command(hospital, "model", "list", "--json").stdout)["models"]
+    found = {(one["study"], one["which"]) for one in listed}
+    assert {(f"{method}-{s}", w) for s in ("whole", "killed") for w in ("shared", "own")} <= found
+    # What was sent in any round is not the own model, unless the hospital chose the shared one.
+    done = command(hospital, "model", "export", f"{method}-whole", "--out", str(out))
+    assert done.returncode != 0 and "replaces no file" in done.stderr
+    assert command(hospital, "model", "remove", f"{method}-whole").returncode == 0
+    done = command(hospital, "model", "remove", f"{method}-whole")
+    assert done.returncode != 0 and "must be kept here" in done.stderr

@@ -88,6 +88,7 @@ DEFAULTS: dict[str, Any] = {
     "metrics.evaluate_every": 1,
     "metrics.epsilon": 4.0,
     "metrics.images_per_patient": 1,
+    "personal": None,
 }
 
 TIED = {
@@ -211,7 +212,8 @@ def _other(value: Any) -> list[Any]:
         return [["horizontal"], [{"name": "a", "rounds": 1, "learning_rate": 0.5}]]
     if isinstance(value, dict):
         return [{"mu": 0.5}]
-    return [1, 0.5, [16, 32], [0.0, 1.0], [1.0, 1.0], {"file": "w", "sha256": "0" * 64}]
+    tables = [{"file": "w", "sha256": "0" * 64}, {"method": "fedbn"}]
+    return [1, 0.5, [16, 32], [0.0, 1.0], [1.0, 1.0], *tables]
 
 
 @pytest.mark.parametrize("base", ["classification", "segmentation"])

@@ -38,9 +38,10 @@ def test_the_headline_says_what_federation_bought(classification: StudyResults) 
         "test patients together (546 patients of 4 hospitals). It cannot be told apart from pooled "
         "data (0.955; difference −0.004, 95 % interval −0.019 to +0.010). On their own test "
         "patients the hospitals gain 0.064 on average, 0.951 against 0.886 (95 % interval "
-        f"+{0.0645 - home:.3f} to +{0.0645 + home:.3f}). Patient-level differential privacy costs "
-        "0.014 at ε = 8 (0.000 to +0.028), which cannot be told from none; 0.030 at ε = 3 "
-        "(+0.016 to +0.044); 0.067 at ε = 1 (+0.053 to +0.081)."
+        f"+{0.0645 - home:.3f} to +{0.0645 + home:.3f}). With the shared model 2 of 4 hospitals "
+        "are better off than alone, 2 level within chance, 0 worse. Patient-level differential "
+        "privacy costs 0.014 at ε = 8 (0.000 to +0.028), which cannot be told from none; "
+        "0.030 at ε = 3 (+0.016 to +0.044); 0.067 at ε = 1 (+0.053 to +0.081)."
     )
 
 
@@ -88,6 +89,7 @@ def test_a_tie_of_all_arms_is_told_as_one_and_nothing_is_marked(
     assert "cannot be told apart from pooled data" in text
     assert "On their own test patients the hospitals cannot tell it from their own models" in text
     assert text.count("which cannot be told from none") == 3
+    assert "With the shared model none of 4 hospitals can be told apart from alone." in text
     assert not re.search(r"\b(bought|gain|better|worse|lose)\b", text)
     assert not read_page(render([classification])).marks["AUC by test set"]
     out = io.StringIO()

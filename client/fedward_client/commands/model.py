@@ -1,0 +1,74 @@
+"""``fedward-client model``: the models of finished studies that this hospital may use."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from fedward.console import print_json, say
+
+if TYPE_CHECKING:
+    from fedward_client.kept_models import KeptModels
+
+model_app = typer.Typer(help="Models of finished studies.", no_args_is_help=True)
+Config = Annotated[
+    Path, typer.Option("--config", envvar="FEDWARD_SITE", help="the site's site.toml")
+]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
+_SITE = Path("site.toml")
+
+
+@model_app.command("list")
+def list_models(config: Config = _SITE, as_json: Json = False) -> None:
+    """The models that are kept here: of each study the shared one, and this hospital's own."""
+    found = _kept(config).all()
+    if as_json:
+        print_json({"models": [asdict(one) for one in found]})
+        return
+    for one in found:
+        say(f"{one.study}  {one.which:6}  {one.name}  {one.bytes:,} bytes  SHA-256 {one.sha256}")
+    if not found:
+        say("No model is kept here. A study leaves its model when it is tested here.")
+
+
+@model_app.command("export")
+def export(
+    study: Annotated[str, typer.Argument(help="id of the study")],
+    out: Annotated[Path, typer.Option("--out", help="a new safetensors file")],
+    which: Annotated[
+        Literal["shared", "own"],
+        typer.Option("--which", help="the model of all hospitals, or this hospital's own"),
+    ] = "own",
+    config: Config = _SITE,
+    as_json: Json = False,
+) -> None:
+    """Write a model to a file; its metadata holds the plan that it was trained by."""
+    made = _kept(config).export(study, which, out)
+    if as_json:
+        print_json(asdict(made))
+        return
+    say(f"Wrote the {which} model of {made.name}, SHA-256 {made.sha256}. Not for diagnosis.")
+
+
+@model_app.command("remove")
+def remove(
+    study: Annotated[str, typer.Argument(help="id of the study")],
+    config: Config = _SITE,
+    as_json: Json = False,
+) -> None:
+    """Remove the models of a study from this hospital."""
+    removed = _kept(config).remove(study)
+    if as_json:
+        print_json({"removed": removed})
+        return
+    say(f"Removed {removed} {'model' if removed == 1 else 'models'}.")
+
+
+def _kept(config: Path) -> KeptModels:
+    from fedward_client.config import load_config
+    from fedward_client.kept_models import KeptModels
+
+    return KeptModels(load_config(config, datasets_here=False).site.state)

@@ -1,0 +1,175 @@
+"""The models of finished studies that a hospital may use: the shared one, and its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from fedward.errors import OutputError, StudyError
+from fedward.files import write_private
+from fedward.integrity import check_model
+from fedward.plan.load import canonical, plan_hash
+from fedward.plan.schema import Plan
+
+Which = Literal["shared", "own"]
+WHICH: Final[tuple[Which, ...]] = ("shared", "own")
+_FOLDER: Final = "models"
+
+
+@dataclass(frozen=True)
+class KeptModel:
+    """One file.
+
+    Attributes
+    ----------
+    study, name : str
+        Id of the study, and the name in its plan.
+    which : str
+        The model that all hospitals have, or the one of this hospital.
+    plan_hash, sha256 : str
+        Of the plan, and of the file.
+    bytes : int
+        Of the file.
+    """
+
+    study: str
+    name: str
+    which: Which
+    plan_hash: str
+    sha256: str
+    bytes: int
+
+
+class KeptModels:
+    """Models in a folder that only the site reads, one folder for each study.
+
+    Parameters
+    ----------
+    state : Path
+        The site's state folder.
+    """
+
+    def __init__(self, state: Path) -> None:
+        self._folder = state / _FOLDER
+
+    def keep(
+        self, study: str, plan: Plan, which: Which, arrays: Mapping[str, NDArray[Any]]
+    ) -> None:
+        """Write a model; one that is there is replaced.
+
+        The file names its study and holds its plan, so that it can be used by itself.
+
+        Raises
+        ------
+        OutputError
+            There is no room.
+        """
+        about = {
+            "study": study,
+            "which": which,
+            "plan": canonical(plan),
+            "plan_sha256": plan_hash(plan),
+        }
+        whole = {name: np.asarray(value, order="C") for name, value in arrays.items()}
+        try:
+            folder = self._of(study)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                "the state folder must be writable",
+                value=error.strerror,
+                fix="Check space and rights of the state folder",
+            ) from None
+        write_private(folder / f"{which}.safetensors", save(whole, about))
+
+    def all(self) -> list[KeptModel]:
+        """Every model, in the order of the studies' ids."""
+        paths = sorted(self._folder.glob("*/*.safetensors"))
+        return [self._read(path) for path in paths if path.stem in WHICH]
+
+    def export(self, study: str, which: Which, out: Path) -> KeptModel:
+        """Copy a model to a file.
+
+        Raises
+        ------
+        StudyError
+            There is no such model.
+        OutputError
+            The file is there already, or cannot be written.
+        """
+        found = {one.which: one for one in self.all() if one.study == study}
+        if which not in found:
+            told = ", ".join(sorted(found)) or "none"
+            raise StudyError(
+                "a model must be kept here",
+                value=f"{which} of {study}; kept of it: {told}",
+                fix="See fedward-client model list",
+            )
+        source = self._of(study) / f"{which}.safetensors"
+        try:
+            with out.open("xb") as file, source.open("rb") as content:
+                shutil.copyfileobj(content, file)
+        except FileExistsError:
+            raise OutputError(
+                "an export replaces no file", value=out.name, fix="Choose another --out"
+            ) from None
+        except OSError as error:
+            raise OutputError(
+                "the model file must be writable",
+                value=error.strerror,
+                fix="Check space and rights",
+            ) from None
+        check_model(out, found[which].sha256)
+        return found[which]
+
+    def remove(self, study: str) -> int:
+        """Remove all models of a study; gives how many there were.
+
+        Raises
+        ------
+        StudyError
+            None is kept.
+        """
+        found = [one for one in self.all() if one.study == study]
+        if not found:
+            raise StudyError(
+                "a model must be kept here", value=study, fix="See fedward-client model list"
+            )
+        shutil.rmtree(self._of(study))
+        return len(found)
+
+    def _of(self, study: str) -> Path:
+        # An id is checked by the protocol; here it comes from a command line too.
+        return self._folder / hashlib.sha256(study.encode()).hexdigest()[:32]
+
+    @staticmethod
+    def _read(path: Path) -> KeptModel:
+        try:
+            with safe_open(path, framework="numpy") as file:
+                about = dict(file.metadata() or {})
+            with path.open("rb") as content:
+                sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+            return KeptModel(
+                study=about["study"],
+                name=str(json.loads(about["plan"])["study"]["name"]),
+                which=path.stem,  # type: ignore[arg-type]
+                plan_hash=about["plan_sha256"],
+                sha256=sha256,
+                bytes=path.stat().st_size,
+            )
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise OutputError(
+                "a kept model must be readable",
+                value=type(error).__name__,
+                fix="Remove the damaged file from the folder `models` of the state folder",
+            ) from None

@@ -1,0 +1,276 @@
+"""A model of each site's own: what trains it, what never leaves, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedward.dp.accounting import calibrate, epsilon_spent, steps_per_round
+from fedward.errors import ModelError, PlanError
+from fedward.flower import identity
+from fedward.models import build_model, from_arrays, to_arrays
+from fedward.plan import Plan, plan_hash
+from fedward_client.egress.gate import expected_arrays
+from fedward_client.site_state import SiteStates
+from fedward_client.training.runtime import Runtime
+from fedward_client.training.trainer import Trainer
+from fedward_server.job import Job
+from fedward_server.results import Arm
+from fedward_server.round_loop import StudyRun
+from fedward_server.study_persistence import Checkpoints
+from fedward_simulation.local import LocalGrid, State
+from fedward_simulation.pool import Pool
+from fedward_simulation.sites import SimulatedSites
+
+Make = Callable[..., Any]
+SEEDED = Runtime(randomness="seeded")
+SGD = {"rounds": 3, "optimizer": "sgd", "schedule": "constant", "learning_rate": 0.1}
+METHODS: dict[str, dict[str, Any]] = {
+    "fine-tuning": {"method": "fine-tuning", "rounds": 3},
+    "ditto": {"method": "ditto", "weight": 0.5},
+    "fedbn": {"method": "fedbn"},
+    "fedper": {"method": "fedper"},
+}
+DP = {"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-3, "clipping_norm": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> None:
+    identity.become_server()
+
+
+def opposed(make_site: Make) -> list[Any]:
+    """Two sites that disagree: what is sick at one is healthy at the other."""
+    sites = [make_site(f"site-{i}", patients=60, seed=i) for i in (1, 2)]
+    sites[1].targets[:] = 1 - sites[1].targets
+    return sites
+
+
+def job_of(plan: Plan, **more: Any) -> Job:
+    return Job(plan, to_arrays(build_model(plan, 0)), Arm(name="t", kind="federated"), **more)
+
+
+def run(job: Job, sites: list[Any]) -> Job:
+    pool = Pool(State(SimulatedSites(sites, SEEDED)), 0)
+    try:
+        StudyRun(job, LocalGrid(pool, len(sites), job.site_states)).run()
+    finally:
+        pool.close()
+    return job
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sites_that_disagree_are_served_by_models_of_their_own(
+    make_plan: Make, make_site: Make, method: str
+) -> None:
+    more = {"rounds": 8} if method == "fine-tuning" else {}
+    plan = make_plan(
+        training={**SGD, "rounds": 8, "learning_rate": 0.3, "local_epochs": 3},
+        personal={**METHODS[method], **more},
+    )
+    arm = run(job_of(plan, seed=2), opposed(make_site)).arm
+    assert arm.test is not None and arm.own is not None
+    primary = plan.metrics.primary
+    for site in ("site-1", "site-2"):
+        own, shared = arm.own.per_site[site][primary], arm.test.per_site[site][primary]
+        if method == "fedbn":  # of this network's norms alone: no worse than what is shared
+            assert own is not None and shared is not None
+        else:
+            assert own > 0.9, (site, own, shared)
+    assert arm.own.per_site.keys() == {"site-1", "site-2"} and not arm.own.not_measured
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_a_site_s_own_never_travels(
+    make_plan: Make, make_site: Make, make_order: Make, method: str
+) -> None:
+    plan = make_plan(training=SGD, personal=METHODS[method])
+    trainer, start = Trainer(plan, make_site(), SEEDED), to_arrays(build_model(plan, 0))
+    update, _ = trainer.train(start, make_order(plan))
+    assert list(update) == list(expected_arrays(plan, 1))
+    stays = {
+        "fedper": {"fc.weight", "fc.bias"},
+        "fedbn": {name for name in start if ".adn.N." in name},
+    }.get(method, set())
+    assert stays <= set(start) and set(update) == set(start) - stays
+    if method == "fine-tuning":
+        sent, outcome = trainer.train(start, make_order(plan, round=4))
+        assert sent == {} and outcome.steps == 3 * trainer.train(start, make_order(plan))[1].steps
+        assert expected_arrays(plan, 4) == {}
+    kept = trainer.state.before(5)
+    assert bool(kept) and all(name.startswith("own/") for name in kept)
+
+
+@pytest.mark.parametrize("method", ["fedper", "fedbn"])
+def test_arrays_that_stay_go_on_from_round_to_round(
+    make_plan: Make, make_site: Make, make_order: Make, method: str
+) -> None:
+    """Training with them equals training one model whose other arrays are replaced each round."""
+    plan = make_plan(training=SGD, personal=METHODS[method])
+    start = to_arrays(build_model(plan, 0))
+    trainer = Trainer(plan, make_site(), SEEDED)
+    first, _ = trainer.train(start, make_order(plan))
+    other = {name: value + 0.01 for name, value in first.items()}
+    second, _ = trainer.train(start | other, make_order(plan, round=2))
+    plain = Trainer(make_plan(training=SGD), make_site(), SEEDED)
+    own = {name[4:]: v for name, v in trainer.state.before(2).items()}
+    whole, _ = plain.train({**start, **own, **other}, make_order(plain.plan, round=2))
+    for name, value in second.items():
+        np.testing.assert_array_equal(value, whole[name])
+    for name, value in trainer.state.before(3).items():
+        np.testing.assert_array_equal(value, whole[name[4:]])
+
+
+def test_ditto_pulls_its_own_model_to_the_shared_one(
+    make_plan: Make, make_site: Make, make_order: Make
+) -> None:
+    """One full-batch step of SGD, written out: v - η (g(v) + λ (v - w))."""
+    plan = make_plan(
+        training={**SGD, "local_epochs": None, "local_steps": 1, "batch_size": 4096},
+        personal={"method": "ditto", "weight": 0.5},
+    )
+    site, start = make_site(), to_arrays(build_model(plan, 0))
+    trainer = Trainer(plan, site, SEEDED)
+    moved = {name: value + 0.02 for name, value in start.items()}
+    trainer.train(start, make_order(plan))
+    before = {name[4:]: v for name, v in trainer.state.before(2).items()}
+    _, outcome = trainer.train(moved, make_order(plan, round=2))
+    assert outcome.steps == 2
+    net = build_model(plan, 0)
+    from_arrays(net, before)
+    own = site.split["train"]
+    loss = torch.nn.functional.cross_entropy(
+        net(torch.from_numpy(site.images[own])), torch.from_numpy(site.targets[own])
+    )
+    loss.backward()  # type: ignore[no-untyped-call]
+    after = trainer.state.before(3)
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None
+        step = parameter.grad.numpy() + 0.5 * (before[name] - moved[name])
+        np.testing.assert_allclose(after[f"own/{name}"], before[name] - 0.1 * step, atol=2e-6)
+
+
+def test_a_site_takes_the_shared_model_where_that_is_better_for_it(
+    make_plan: Make, make_site: Make, make_order: Make
+) -> None:
+    site = make_site(patients=60)
+    good = make_plan(training={**SGD, "learning_rate": 0.3, "local_epochs": 10})
+    shared, _ = Trainer(good, site, SEEDED).train(to_arrays(build_model(good, 0)), make_order(good))
+    figures = {}
+    for choose in (True, False):
+        # At this rate its own training destroys the model.
+        personal = {**METHODS["fine-tuning"], "learning_rate": 10.0, "choose": choose}
+        plan = make_plan(training=SGD, personal=personal)
+        trainer = Trainer(plan, site, SEEDED)
+        trainer.train(shared, make_order(plan, round=4))
+        order = make_order(plan, round=4, task="evaluate", part="test")
+        figures[choose] = trainer.answers(shared, order).exact().figures(["auc"])["auc"]
+    assert figures[True] > 0.9 and figures[True] > (figures[False] or 0.0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_own_training_is_inside_the_plan_s_epsilon(
+    make_plan: Make, make_site: Make, make_order: Make, method: str
+) -> None:
+    plan = make_plan(training=SGD, personal=METHODS[method], privacy=DP)
+    site, start = make_site(), to_arrays(build_model(plan, 0))
+    trainer, taken, told = Trainer(plan, site, SEEDED), 0, 0.0
+    rounds = [1, 2, 3, *([4] if method == "fine-tuning" else [])]
+    for round_ in rounds:
+        _, outcome = trainer.train(start, make_order(plan, round=round_))
+        taken += outcome.steps
+        told = outcome.epsilon or 0.0
+    mechanism = calibrate(plan, site.patients_in("train"))
+    each = steps_per_round(plan, mechanism.sampling_rate)
+    passes = {"fine-tuning": 3 + 3, "ditto": 2 * 3}.get(method, 3)
+    assert taken == mechanism.steps == passes * each
+    spent = epsilon_spent(mechanism.noise_multiplier, mechanism.sampling_rate, taken, 1e-3)
+    assert told == pytest.approx(spent) and 7.5 < told <= 8.0
+    plain = calibrate(make_plan(training=SGD, privacy=DP), site.patients_in("train"))
+    more = mechanism.noise_multiplier > plain.noise_multiplier
+    assert more == (passes > 3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_is_broken_off_after_each_round_ends_as_one_that_was_not(
+    make_plan: Make, make_site: Make, tmp_path: Path, method: str
+) -> None:
+    from fedward_server.events import Event, RoundEnded
+
+    sites = opposed(make_site)
+    plan = make_plan(training=SGD, personal=METHODS[method])
+    whole = run(job_of(plan, seed=5), sites)
+    for _ in range(6):
+        kept = Checkpoints(tmp_path / "study", plan_hash(plan))
+        job = job_of(plan, seed=5, save=kept.save)
+        kept.restore(job)
+        if job.complete:
+            break
+
+        def stop_after_a_round(event: Event, job: Job = job) -> None:
+            if isinstance(event, RoundEnded) and len(job.arm.rounds) < 3:
+                job.stop.set()
+
+        job.listen = stop_after_a_round
+        run(job, sites)
+    assert job.complete and job.arm.own == whole.arm.own
+    for name, value in whole.arrays.items():
+        np.testing.assert_array_equal(job.arrays[name], value)
+
+
+@pytest.mark.parametrize(
+    ("personal", "where"),
+    [
+        ({"method": "fine-tuning"}, "personal.rounds"),
+        ({"method": "ditto"}, "personal.weight"),
+        ({"method": "fedbn", "rounds": 3}, "personal.rounds"),
+        ({"method": "fedper", "weight": 1.0}, "personal.weight"),
+    ],
+)
+def test_settings_that_a_method_lacks_or_does_not_know(
+    make_plan: Make, personal: Mapping[str, Any], where: str
+) -> None:
+    with pytest.raises(PlanError, match=where):
+        make_plan(personal=personal)
+
+
+def test_a_stage_must_have_something_to_share(make_plan: Make, make_site: Make) -> None:
+    plan = make_plan(
+        training={"rounds": None, "learning_rate": None},
+        stages=[{"name": "head", "rounds": 1, "learning_rate": 0.1, "train": ["fc.*"]}],
+        personal={"method": "fedper"},
+    )
+    with pytest.raises(ModelError, match="must train arrays that travel"):
+        Trainer(plan, make_site(), SEEDED).train(to_arrays(build_model(plan, 0)), _first(plan))
+
+
+def _first(plan: Plan) -> Any:
+    from fedward.plan import canonical
+    from fedward.protocol import RoundOrder
+
+    return RoundOrder(plan=canonical(plan), plan_hash=plan_hash(plan), round=1)
+
+
+def test_states_of_a_study_are_found_again(
+    make_plan: Make, make_site: Make, make_order: Make, tmp_path: Path
+) -> None:
+    """A trainer that ended goes on with the site's own model from the disk."""
+    plan = make_plan(training=SGD, personal=METHODS["ditto"])
+    site, start = make_site(), to_arrays(build_model(plan, 0))
+
+    def fresh() -> Trainer:
+        return Trainer(plan, site, SEEDED, SiteStates(tmp_path).of("s", plan_hash(plan), "c"))
+
+    one = fresh()
+    for round_ in (1, 2, 3):
+        one.train(start, make_order(plan, round=round_))
+        fresh().train(start, make_order(plan, round=round_))  # asked again after a crash
+    order = make_order(plan, round=4, task="evaluate", part="test")
+    kept = fresh().model_of(start, order)
+    for name, value in one.model_of(start, order).items():
+        np.testing.assert_array_equal(kept[name], value)
