@@ -515,6 +515,14 @@ def probe_findings(plan: Plan, probe: Probe) -> Iterator[Finding]:
         f"{probe.enlarged} of {len(probe.prepared)} are smaller than {size} on some side",
         "They are enlarged or padded; a smaller preprocessing.size would serve them better",
     )
+    if plan.preprocessing.spacing is not None and probe.unmeasured:
+        yield finding(
+            "spacing",
+            "warn",
+            f"{probe.unmeasured} of {len(probe.prepared)} images state no spacing, and count as 1 "
+            "mm where the plan resamples to a spacing",
+            "Ask for a plan without preprocessing.spacing, or export images that state it",
+        )
     if any(one.lost for one in probe.prepared):
         yield _cut_finding(plan, probe)
     if probe.outside:

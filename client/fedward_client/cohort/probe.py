@@ -65,6 +65,8 @@ class Probe:
         Images that have a side shorter than the plan's size.
     outside : int
         Images without a pixel inside the plan's window.
+    unmeasured : int
+        Images that state no spacing.
     labels : set of int
         Values of the masks.
     sides : list of tuple
@@ -76,6 +78,7 @@ class Probe:
     left_out: Counter[str] = field(default_factory=Counter)
     enlarged: int = 0
     outside: int = 0
+    unmeasured: int = 0
     labels: set[int] = field(default_factory=set)
     sides: list[tuple[int, ...]] = field(default_factory=list)
 
@@ -105,6 +108,7 @@ def _look(sample: Sample, plan: Plan, found: Probe) -> None:
     size = plan.preprocessing.size
     found.enlarged += any(n < t for n, t in zip(found.sides[-1], size, strict=True))
     found.outside += _is_outside(image, plan)
+    found.unmeasured += not image.measured
     if ready.mask is not None:
         found.labels |= set(np.unique(ready.mask).tolist())
 

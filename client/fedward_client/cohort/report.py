@@ -187,7 +187,7 @@ def spacings(index: Index) -> Counts:
     )
     for text, count in rows:
         sides = [float(side) for side in text.strip("[]").split(",") if side.strip()]
-        counts[" x ".join(f"{side:.3g}" for side in sides)] += count
+        counts[" x ".join(f"{side:.3g}" for side in sides) or "not stated"] += count
     return dict(counts.most_common())
 
 

@@ -55,6 +55,11 @@ class Image:
         A table that the file proposes; it leads before `window`.
     tilt : float
         Degrees by which the scanner's gantry leant; the volume has been made upright already.
+    measured : bool
+        Whether the file states the spacing; False where 1 mm stands for it.
+    region : tuple of slice or None
+        Rows and columns of a 2D image that show the patient (DICOM ultrasound regions); what is
+        around them is text and scales. The mask has the size of the whole image.
     """
 
     pixels: NDArray[np.float32]
@@ -62,6 +67,8 @@ class Image:
     window: tuple[float, float] | None = None
     tilt: float = 0.0
     lookup: Lookup | None = None
+    measured: bool = True
+    region: tuple[slice, slice] | None = None
 
 
 @dataclass(frozen=True)

@@ -255,6 +255,10 @@ def prepare_image(
         raise rule_codes.unusable(rule_codes.MASK_SHAPE)
     if image.tilt and prep.gantry_tilt == "refuse":
         raise rule_codes.unusable(rule_codes.TILTED)
+    if image.region is not None:
+        mask = None if mask is None else mask[image.region]
+        image = replace(image, pixels=image.pixels[(slice(None), *image.region)], region=None)
+        shape = image.pixels.shape[1:]
     labels = None if mask is None else _labels(mask, task)[None]
     image = replace(image, pixels=finite(image.pixels))
     pixels, mapped = to_unit(image, prep)

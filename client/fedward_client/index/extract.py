@@ -486,7 +486,7 @@ def dicom_facts(
     take_longer(frame_values(header) * facts.frames)
     try:
         frames = (read_frame(path, k).image for k in range(facts.frames))
-        return measured(facts, ((i.pixels, i.spacing) for i in frames))
+        return measured(facts, ((i.pixels, i.spacing if i.measured else ()) for i in frames))
     except DataError as error:
         return replace(facts, reason=rule_codes.reason_of(error))
 
@@ -560,7 +560,7 @@ def _positive(value: object) -> float:
 
 
 AGAIN: Final = -1  # a time of change that no file has, so that the next scan reads it again
-_VERSION: Final = 8  # of what is extracted; files read by another are read again
+_VERSION: Final = 9  # of what is extracted; files read by another are read again
 _CHUNK: Final = 1 << 20
 _PICTURES: Final = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 _TABLES: Final = (".csv", ".xlsx")

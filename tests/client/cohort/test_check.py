@@ -302,3 +302,14 @@ def test_what_a_step_keeps_of_its_images_is_what_autograd_keeps(make_plan):
     assert activation_bytes(plan, 4) == pytest.approx(real, rel=0.05)
     assert activation_bytes(plan, 1) == pytest.approx(real / 4, rel=0.05)
     assert real > 5 * training_bytes(plan, 4) - 16 * describe(plan).parameters
+
+
+def test_images_without_a_spacing_are_told_where_the_plan_resamples(checked):
+    def chest(k):
+        values = RNG.random((1, 20, 20)).astype(np.float32)
+        return lambda: Image(values, (1.0, 1.0), measured=k % 2 > 0)
+
+    samples = [Sample(f"p{k}", chest(k), (k // 2 % 2,)) for k in range(12)]
+    found = checked(samples, preprocessing={"spacing": [1.0, 1.0]})[1]["spacing"]
+    assert found.status == "warn" and found.found.startswith("6 of 12 images state no spacing")
+    assert "spacing" not in checked(samples)[1]

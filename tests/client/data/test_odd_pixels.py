@@ -248,3 +248,92 @@ def test_zscore_whatever_the_unit(make_plan, unit):
     flat = np.full((1, 16, 16), 2.7 * unit, np.float32)
     made = prepare_image(Image(flat, (1.0, 1.0)), None, plan.task, plan.preprocessing).pixels
     assert np.abs(made).max() < 1e-6 * max(unit, 1)
+
+
+def region(box: tuple[int, int, int, int], kind: int = 1, **more: Any) -> pydicom.Dataset:
+    """An ultrasound region, left, top, right, bottom."""
+    item = pydicom.Dataset()
+    item.RegionSpatialFormat, item.RegionDataType = kind, 1
+    names = ("MinX0", "MinY0", "MaxX1", "MaxY1")
+    for name, end in zip(names, box, strict=True):
+        setattr(item, f"RegionLocation{name}", end)
+    item.PhysicalUnitsXDirection = item.PhysicalUnitsYDirection = 3
+    item.PhysicalDeltaX, item.PhysicalDeltaY = 0.02, 0.03
+    for name, value in more.items():
+        setattr(item, name, value)
+    return item
+
+
+def test_ultrasound_is_cut_to_its_regions(tmp_path, make_dicom, make_plan):
+    stored = np.full((40, 50), 255, np.uint8)  # text and scales
+    stored[10:34, 5:45] = RNG.integers(0, 100, (24, 40))
+    items = [region((5, 10, 24, 33)), region((20, 12, 44, 25)), region((0, 0, 49, 8), kind=5)]
+    path = make_dicom(tmp_path / "a.dcm", stored, Modality="US", SequenceOfUltrasoundRegions=items)
+    image = read_frame(path).image
+    assert image.pixels.shape == (1, 40, 50)
+    assert (image.spacing, image.measured) == ((0.3, 0.2), True)
+    mask = np.zeros((40, 50), np.uint8)
+    mask[10:12, 5:9] = 1
+    plan = make_plan("segmentation", size=(24, 40), intensity="unit")
+    made = prepare_image(image, mask, plan.task, plan.preprocessing)
+    inside = stored[10:34, 5:45].astype(np.float32)
+    expected = (inside - inside.min()) / np.ptp(inside)
+    np.testing.assert_allclose(made.pixels[0], expected, atol=1e-6)
+    np.testing.assert_array_equal(made.mask, mask[10:34, 5:45])
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        [],
+        [region((0, 0, 49, 39))],  # the whole frame
+        [region((3, 3, 5, 5))],  # no picture
+        [region((30, 30, 10, 10))],  # the wrong way round
+        [region((0, 0, 9, 9), RegionLocationMaxX1=None)],
+    ],
+)
+def test_regions_that_say_nothing_cut_nothing(tmp_path, make_dicom, items):
+    stored = RNG.integers(0, 200, (40, 50)).astype(np.uint8)
+    path = make_dicom(tmp_path / "a.dcm", stored, SequenceOfUltrasoundRegions=items)
+    assert read_frame(path).image.region is None
+
+
+@pytest.mark.parametrize(
+    ("tags", "spacing", "measured"),
+    [
+        ({}, (1.0, 1.0), False),
+        ({"PixelSpacing": [0.5, 0.4], "ImagerPixelSpacing": [0.2, 0.2]}, (0.5, 0.4), True),
+        ({"ImagerPixelSpacing": [0.2, 0.3]}, (0.2, 0.3), True),
+        (
+            {"ImagerPixelSpacing": [0.2, 0.3], "EstimatedRadiographicMagnificationFactor": 1.25},
+            (0.16, 0.24),
+            True,
+        ),
+        (
+            {"ImagerPixelSpacing": [0.2, 0.3], "EstimatedRadiographicMagnificationFactor": 0},
+            (0.2, 0.3),
+            True,
+        ),
+        ({"PixelAspectRatio": [4, 3]}, (4 / 3, 1.0), False),
+        ({"SequenceOfUltrasoundRegions": [region((0, 0, 9, 9))]}, (0.3, 0.2), True),
+        (  # seconds along a trace
+            {"SequenceOfUltrasoundRegions": [region((0, 0, 9, 9), PhysicalUnitsXDirection=4)]},
+            (1.0, 1.0),
+            False,
+        ),
+        (
+            {
+                "SequenceOfUltrasoundRegions": [
+                    region((0, 0, 9, 9)),
+                    region((10, 0, 19, 9), PhysicalDeltaX=0.01),
+                ]
+            },
+            (1.0, 1.0),
+            False,
+        ),
+    ],
+)
+def test_what_stands_for_the_spacing(tmp_path, make_dicom, tags, spacing, measured):
+    path = make_dicom(tmp_path / "a.dcm", RNG.integers(0, 200, (20, 20)).astype(np.uint8), **tags)
+    image = read_frame(path).image
+    assert (image.spacing, image.measured) == (pytest.approx(spacing), measured)

@@ -173,7 +173,8 @@ class Picture:
         values = _open(self.path, _colours)
         window = (0.0, 255.0) if values.dtype == np.uint8 else None
         planes = values[None] if values.ndim == 2 else np.moveaxis(values, -1, 0)
-        return Image(np.ascontiguousarray(planes, np.float32), (1.0, 1.0), window)
+        pixels = np.ascontiguousarray(planes, np.float32)
+        return Image(pixels, (1.0, 1.0), window, measured=False)
 
     def identity(self) -> str:
         """A digest of place, size and time of change."""

@@ -36,7 +36,8 @@ class ArrayImage:
     def __call__(self) -> Image:
         pixels = self.stored[None] if self.stored.ndim == self.dimensions else self._first()
         window = (0.0, 255.0) if self.stored.dtype == np.uint8 else None
-        return Image(np.ascontiguousarray(pixels, np.float32), (1.0,) * self.dimensions, window)
+        values = np.ascontiguousarray(pixels, np.float32)
+        return Image(values, (1.0,) * self.dimensions, window, measured=False)
 
     def _first(self) -> NDArray[Any]:
         return np.moveaxis(self.stored, -1, 0)

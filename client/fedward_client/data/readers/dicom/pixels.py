@@ -534,7 +534,7 @@ def place_of(header: Dataset, frame: int) -> Place:
     flat = _flat(header, frame)
     return Place(
         (int(header.Rows), int(header.Columns)),
-        _spacing(flat),
+        _spacing(flat)[0],
         _vector(flat, "ImagePositionPatient", (3,)),
         _vector(flat, "ImageOrientationPatient", (2, 3)),
         str(header.get("SOPInstanceUID") or ""),
@@ -567,8 +567,10 @@ def decode(header: Dataset, pixels: NDArray[np.generic], frame: int = 0) -> Fram
     else:
         values, window = _colour(flat, pixels)
     values = np.ascontiguousarray(values, np.float32)
+    spacing, measured = _spacing(flat)
+    region = _region(flat, values.shape[1:])
     return Frame(
-        Image(values, _spacing(flat), window, lookup=lookup),
+        Image(values, spacing, window, lookup=lookup, measured=measured, region=region),
         _vector(flat, "ImagePositionPatient", (3,)),
         _vector(flat, "ImageOrientationPatient", (2, 3)),
         outside if outside is not None and outside.any() else None,
@@ -651,12 +653,72 @@ def _stored_range(flat: Dataset, pixels: NDArray[np.generic]) -> NDArray[np.gene
     return np.array([low, low + 2**bits - 1]).astype(pixels.dtype)
 
 
-def _spacing(flat: Dataset) -> tuple[float, float]:
+def _spacing(flat: Dataset) -> tuple[tuple[float, float], bool]:
+    """mm between rows and between columns, and whether the file states them."""
     for name in _SPACINGS:
         pair = _vector(flat, name, (2,))
         if pair is not None and (pair > 0).all():
-            return float(pair[0]), float(pair[1])
-    return 1.0, 1.0
+            if name == "ImagerPixelSpacing":  # at the detector; the patient is nearer to the tube
+                pair = pair / _magnification(flat)
+            return (float(pair[0]), float(pair[1])), True
+    steps = {_steps(item) for item in _regions(flat)}
+    if len(steps) == 1 and (only := steps.pop()) is not None:
+        return only, True
+    ratio = _vector(flat, "PixelAspectRatio", (2,))
+    if ratio is not None and (ratio > 0).all():
+        return (float(ratio[0] / ratio[1]), 1.0), False
+    return (1.0, 1.0), False
+
+
+def _magnification(flat: Dataset) -> float:
+    factor = _first(flat.get("EstimatedRadiographicMagnificationFactor"))
+    return factor if factor is not None and 1 <= factor <= _LARGEST_FACTOR else 1.0
+
+
+# Ultrasound regions (C.8.5.5): where in the frame the picture of the patient is.
+
+_LARGEST_FACTOR: Final = 10.0
+_FLAT_REGION: Final = 1  # RegionSpatialFormat: a 2D picture, not a trace or text
+_CENTIMETRES: Final = 3  # PhysicalUnitsXDirection
+_SMALLEST: Final = 8  # pixels of a side that is a picture
+
+
+def _regions(flat: Dataset) -> list[Dataset]:
+    """The regions that are pictures, or all where none is."""
+    items = list(flat.get("SequenceOfUltrasoundRegions") or [])
+    pictures = [item for item in items if item.get("RegionSpatialFormat") == _FLAT_REGION]
+    return pictures or items
+
+
+def _steps(region: Dataset) -> tuple[float, float] | None:
+    """mm between rows and columns of a region that is measured in length."""
+    pair = []
+    for axis in "YX":
+        step = _first(region.get(f"PhysicalDelta{axis}"))
+        if region.get(f"PhysicalUnits{axis}Direction") != _CENTIMETRES or not step:
+            return None
+        pair.append(round(10 * abs(step), 9))
+    return pair[0], pair[1]
+
+
+def _region(flat: Dataset, shape: tuple[int, ...]) -> tuple[slice, slice] | None:
+    """The smallest box around all regions that are pictures; None for the whole frame."""
+    boxes = []
+    for item in _regions(flat):
+        names = ("MinY0", "MaxY1", "MinX0", "MaxX1")
+        ends = [_first(item.get(f"RegionLocation{name}")) for name in names]
+        if None in ends:
+            return None
+        boxes.append([int(end) for end in ends if end is not None])
+    if not boxes:
+        return None
+    top, bottom, left, right = np.array(boxes).T
+    rows = slice(max(0, int(top.min())), min(shape[0], int(bottom.max()) + 1))
+    columns = slice(max(0, int(left.min())), min(shape[1], int(right.max()) + 1))
+    if min(rows.stop - rows.start, columns.stop - columns.start) < _SMALLEST:
+        return None
+    whole = (slice(0, shape[0]), slice(0, shape[1]))
+    return None if (rows, columns) == whole else (rows, columns)
 
 
 def _vector(flat: Dataset, name: str, shape: tuple[int, ...]) -> NDArray[np.float64] | None:

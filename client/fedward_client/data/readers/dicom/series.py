@@ -101,7 +101,8 @@ def stack(frames: Sequence[Frame]) -> Image:
     ]
     pixels = np.ascontiguousarray(np.stack([t[0] for t in turned]), np.float32)
     middle = kept[place.order[len(kept) // 2]]
-    return Image(pixels, turned[0][1], middle.image.window, place.tilt, middle.image.lookup)
+    one = middle.image
+    return Image(pixels, turned[0][1], one.window, place.tilt, one.lookup, one.measured)
 
 
 def geometry(frames: Sequence[Placed], spacing: tuple[float, ...]) -> Geometry:
