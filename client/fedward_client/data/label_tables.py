@@ -36,7 +36,10 @@ SPLIT_NAMES: Final[dict[str, SplitName]] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """What a table says of one image: a label or the reason why there is none."""
+    """What a table says of one image: a label or the reason why there is none.
+
+    `number` says that a workbook holds the key as a number: zeros before it are lost.
+    """
 
     key: str
     label: tuple[int, ...] | None
@@ -44,6 +47,7 @@ class Entry:
     patient: str = ""
     split: SplitName | None = None
     columns: dict[str, str] = field(default_factory=dict)
+    number: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,24 @@ class Table:
     def find(self, keys: Iterable[str]) -> Entry | None:
         """The entry of the first key that the table has."""
         return next((self.entries[key] for key in keys if key in self.entries), None)
+
+
+class _Number(str):
+    """A cell that a workbook holds as a number."""
+
+    __slots__ = ()
+
+
+_DIGITS: Final = 15  # that a number in a workbook keeps
+
+
+def as_number(text: str) -> str:
+    """An id as a workbook would keep it as a number; "" for one that stays text."""
+    with suppress(ValueError, OverflowError):
+        if text.strip() and text.isascii():
+            value = float(text)
+            return str(int(value)) if value.is_integer() else ""
+    return ""
 
 
 def read_table(
@@ -201,7 +223,8 @@ def _text(cell: object) -> str:
     if cell is None:
         return ""
     # A workbook keeps 1 and an id made of digits as floating-point numbers.
-    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
+    text = str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
+    return _Number(text) if isinstance(cell, int | float) else text
 
 
 def _separated(path: Path, header: int) -> list[list[str]]:
@@ -247,7 +270,11 @@ def _entry(
     }
     split = SPLIT_NAMES.get(row.get("split", "").lower())
     whose = "" if patient is None else padded[patient]
-    return Entry(row[column], label, reason, whose, split, further)
+    place = lower.index(column)
+    number = place < len(cells) and isinstance(cells[place], _Number)
+    if number and len(row[column].lstrip("-")) > _DIGITS:  # the workbook has rounded it
+        label, reason = None, rule_codes.NO_LABEL
+    return Entry(row[column], label, reason, whose, split, further, number)
 
 
 def _labels(task: Task | None, options: LabelOptions) -> set[str]:

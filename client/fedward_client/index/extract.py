@@ -38,7 +38,7 @@ from fedward_client.data.readers.dicom.pixels import (
 from fedward_client.data.readers.dicom.sniff import STRUCTURES, check_mask, is_dicom, is_mask
 from fedward_client.data.readers.images import PictureMask
 from fedward_client.data.readers.images import is_mask as is_mask_picture
-from fedward_client.data.readers.nifti import NiftiMask
+from fedward_client.data.readers.nifti import NiftiMask, in_mm
 from fedward_client.data.readers.registry import Format
 from fedward_client.secret import Pseudonyms
 from fedward_client.worker_pool import take_longer
@@ -365,7 +365,8 @@ def nifti_facts(path: Path, facts: FileFacts) -> FileFacts:
         Whatever nibabel raises on a broken file.
     """
     image: Any = nib.load(path)
-    shape, zooms = image.shape, tuple(float(z) for z in image.header.get_zooms()[:3])
+    shape, unit = image.shape, in_mm(image)
+    zooms = tuple(float(z) * unit for z in image.header.get_zooms()[:3])
     facts = replace(
         facts,
         rows=shape[0],
@@ -560,7 +561,7 @@ def _positive(value: object) -> float:
 
 
 AGAIN: Final = -1  # a time of change that no file has, so that the next scan reads it again
-_VERSION: Final = 9  # of what is extracted; files read by another are read again
+_VERSION: Final = 10  # of what is extracted; files read by another are read again
 _CHUNK: Final = 1 << 20
 _PICTURES: Final = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 _TABLES: Final = (".csv", ".xlsx")

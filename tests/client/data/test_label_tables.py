@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openpyxl
 import pytest
 
 from fedward.errors import DataError
+from fedward_client.data.dataset import DatasetSpec, read_dataset
 from fedward_client.data.label_tables import read_table
 from fedward_client.data.options import LabelOptions
 
@@ -151,3 +153,23 @@ def test_only_ends_of_lines_end_a_row(tmp_path, read, remark, encoding):
 def test_words_of_windows_are_read_as_such(tmp_path, read):
     (tmp_path / "labels.csv").write_bytes("PatientID,Label\nA,œdème – 5 €\n".encode("cp1252"))
     assert read(tmp_path / "labels.csv", words={"œdème – 5 €": "effusion"}) == {"A": (1,)}
+
+
+def test_numbers_of_a_workbook_never_label_another_patient(tmp_path, make_dicom, make_plan):
+    ids = ["45", "0045", "046", "47", "48E2", "4800", "1234567890123456", "A9"]
+    for k, patient in enumerate(ids):
+        make_dicom(tmp_path / f"{k}.dcm", np.full((4, 4), k, np.uint8), PatientID=patient)
+    book = openpyxl.Workbook()
+    book.active.append(["PatientID", "label"])
+    for value in (45, 46, 47, 4800, 1234567890123456, "A9"):
+        book.active.append([value, "sick"])
+    book.save(tmp_path / "labels.xlsx")
+    task = make_plan(classes=["well", "sick"]).task
+    found = read_dataset(DatasetSpec(tmp_path, "dicom"), task)
+    # 45 may be 0045, 4800 may be 48E2, 46 is nobody here, and the last digits are rounded.
+    assert {sample.patient for sample in found.samples} == {"\\47", "\\A9"}
+    assert {item.reason for item in found.left_out} == {"no label"}
+    book.active["A2"].value = "45"  # as text it is nobody else's
+    book.save(tmp_path / "labels.xlsx")
+    found = read_dataset(DatasetSpec(tmp_path, "dicom"), task)
+    assert {sample.patient for sample in found.samples} == {"\\45", "\\47", "\\A9"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import struct
+import zlib
 from collections import Counter
 
 import nibabel as nib
@@ -14,6 +16,7 @@ from fedward.errors import DataError
 from fedward_client.data.dataset import DatasetSpec, detect, read_dataset
 from fedward_client.data.files import table_keys
 from fedward_client.data.readers.images import Picture, PictureMask
+from fedward_client.data.readers.nifti import NiftiImage
 
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
 
@@ -450,3 +453,66 @@ def test_real_pictures(real_data, make_plan):
     assert dataset.left_out == ()
     assert {s.site for s in dataset.samples} >= {"italy", "openist"}
     assert dataset.samples[0].load().pixels.shape[1:] == dataset.samples[0].mask().shape
+
+
+def tiff16(path, values, photometric):
+    """Grey TIFF of 16 bits whose white is 0 or not, as its one strip stands."""
+    data, (rows, columns) = values.astype("<u2").tobytes(), values.shape
+    tags = [(256, columns), (257, rows), (258, 16), (259, 1), (262, photometric), (273, 0)]
+    tags += [(277, 1), (278, rows), (279, len(data))]
+    start = 8 + 2 + 12 * len(tags) + 4
+    body = struct.pack("<HIH", 42, 8, len(tags))
+    for tag, value in tags:
+        body += struct.pack("<HHII", tag, 4, 1, start if tag == 273 else value)
+    path.write_bytes(b"II" + body + struct.pack("<I", 0) + data)
+    return path
+
+
+def test_white_may_be_0_in_a_tiff_of_16_bits(tmp_path):
+    values = np.random.default_rng(0).integers(0, 65536, (6, 8))
+    plain = Picture(tiff16(tmp_path / "a.tif", values, 1))().pixels[0]
+    np.testing.assert_array_equal(plain, values)
+    turned = Picture(tiff16(tmp_path / "b.tif", values, 0))().pixels[0]
+    np.testing.assert_array_equal(turned, 65535 - values)
+
+
+def png16(path, values):
+    """A PNG of 16 bits a channel, every row with another filter."""
+    kind = {3: 2, 4: 6}[values.shape[2]]
+    rows = values.astype(">u2").reshape(len(values), -1).view(np.uint8)
+    left = np.pad(rows, ((0, 0), (2 * values.shape[2], 0)))[:, : rows.shape[1]]
+    raw = b""
+    for k, row in enumerate(rows):
+        raw += bytes([k % 2]) + (row - left[k] * (k % 2)).astype(np.uint8).tobytes()
+    size = struct.pack(">IIBBBBB", values.shape[1], len(values), 16, kind, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n")
+    with path.open("ab") as file:
+        for name, data in ((b"IHDR", size), (b"IDAT", zlib.compress(raw)), (b"IEND", b"")):
+            crc = struct.pack(">I", zlib.crc32(name + data))
+            file.write(struct.pack(">I", len(data)) + name + data + crc)
+    return path
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_colours_of_16_bits_keep_them(tmp_path, channels):
+    values = np.random.default_rng(1).integers(0, 65536, (6, 8, channels))
+    image = Picture(png16(tmp_path / "a.png", values))()
+    np.testing.assert_array_equal(image.pixels, np.moveaxis(values[..., :3], -1, 0))
+    assert image.window is None
+
+
+@pytest.mark.parametrize(
+    ("unit", "step", "mm"),
+    [
+        ("mm", 1.5, 1.5),
+        ("meter", 1.5e-3, 1.5),
+        ("micron", 25.0, 0.025),
+        ("unknown", 1.5, 1.5),
+        ("meter", 1.5, 1.5),  # which cannot be
+    ],
+)
+def test_units_of_nifti(tmp_path, unit, step, mm):
+    image = nib.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.diag([step, step, step, 1]))
+    image.header.set_xyzt_units(unit)
+    nib.save(image, tmp_path / "a.nii")
+    assert NiftiImage(tmp_path / "a.nii", 3)().spacing == pytest.approx((mm,) * 3)

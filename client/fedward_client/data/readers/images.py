@@ -151,6 +151,11 @@ def people_of(
 
 SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"})
 _DEEP: Final = ("I", "F")  # 16 bits and more: I;16, I;16B, I, F
+_DEEP_COLOURS: Final = {"RGB;16B": "RGB;16L", "RGBA;16B": "RGBA;16L"}  # raw modes of Pillow
+_PHOTOMETRIC: Final = 262  # of TIFF
+_WHITE_IS_ZERO: Final = 0
+_TURNED: Final = "white is zero"
+_WHITE: Final = np.float32((1 << 16) - 1)
 
 
 def is_picture(path: Path) -> bool:
@@ -171,6 +176,8 @@ class Picture:
 
     def __call__(self) -> Image:
         values = _open(self.path, _colours)
+        if values.ndim == 3 and (low := _open(self.path, _low_bytes)).size:
+            values = values * np.float32(256) + low
         window = (0.0, 255.0) if values.dtype == np.uint8 else None
         planes = values[None] if values.ndim == 2 else np.moveaxis(values, -1, 0)
         pixels = np.ascontiguousarray(planes, np.float32)
@@ -202,20 +209,43 @@ def _open(path: Path, read: Callable[[Pillow.Image, bool], NDArray[Any]]) -> NDA
                 if getattr(file, "n_frames", 1) != 1:
                     raise rule_codes.unusable(rule_codes.WRONG_SHAPE)
                 lossy = file.format == "JPEG"
+                if read is _low_bytes and not _take_low_bytes(file):
+                    return np.empty(0)
+                file.info[_TURNED] = _is_turned(file)  # the copy below has no tags
                 return read(ImageOps.exif_transpose(file), lossy)
         except Exception as error:
             # Pillow raises nearly anything on a broken file, and its texts quote the path.
             raise rule_codes.unusable(rule_codes.reason_of(error)) from None
 
 
+def _take_low_bytes(file: Pillow.Image) -> bool:
+    """Have a PNG of 16 bits a colour, of which Pillow keeps the high bytes, give the low ones."""
+    tile = getattr(file, "tile", [])
+    if file.format != "PNG" or len(tile) != 1 or tile[0].args not in _DEEP_COLOURS:
+        return False
+    file.tile = [tile[0]._replace(args=_DEEP_COLOURS[tile[0].args])]  # type: ignore[attr-defined]
+    return True
+
+
+def _low_bytes(image: Pillow.Image, lossy: bool) -> NDArray[Any]:
+    return _colours(image, lossy)
+
+
 def _colours(image: Pillow.Image, lossy: bool) -> NDArray[Any]:
     if image.mode.startswith(_DEEP):
-        return np.asarray(image).astype(np.float32)
+        values = np.asarray(image).astype(np.float32)
+        return _WHITE - values if image.info.get(_TURNED) else values
     if image.mode in ("1", "L", "LA", "La"):
         return np.asarray(image.convert("LA" if "A" in image.mode.upper() else "L").getchannel(0))
     if image.mode == "P" and image.palette is not None and image.palette.mode == "RGBA":
         image = image.convert("RGBA")
     return np.asarray(_without_alpha(image).convert("RGB"))
+
+
+def _is_turned(image: Pillow.Image) -> bool:
+    """Whether white is 0 in a TIFF of 16 bits; Pillow turns those of 8 bits itself."""
+    tags = getattr(image, "tag_v2", {})
+    return image.mode.startswith("I;16") and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
 
 
 def _without_alpha(image: Pillow.Image) -> Pillow.Image:

@@ -30,6 +30,8 @@ from fedward_client.data.sample import Dataset, Image
 
 _MASKS: Final = ("labels", "labelsTr", "masks")
 _IMAGES: Final = ("images", "imagesTr")
+_UNITS: Final = {"meter": 1e3, "micron": 1e-3}
+_POSSIBLE: Final = (1e-5, 100.0)  # mm of a voxel
 
 
 def is_nifti(path: Path) -> bool:
@@ -231,7 +233,17 @@ def _opened(path: Path, header_only: bool = False) -> tuple[NDArray[Any], NDArra
     if len(shape) != 3:
         raise rule_codes.unusable(rule_codes.WRONG_SHAPE)
     values = np.broadcast_to(np.uint8(0), shape) if header_only else _values(file, shape)
-    return values, file.affine
+    affine = np.array(file.affine, np.float64)
+    affine[:3] *= in_mm(file)
+    return values, affine
+
+
+def in_mm(file: Any) -> float:
+    """What the file's unit of length is in mm; 1 where it says none, or one that cannot be."""
+    length, _ = file.header.get_xyzt_units()
+    unit = _UNITS.get(length, 1.0)
+    sizes = [float(size) * unit for size in file.header.get_zooms()[:3]]
+    return unit if all(_POSSIBLE[0] <= size <= _POSSIBLE[1] for size in sizes) else 1.0
 
 
 def _values(file: Any, shape: tuple[int, ...]) -> NDArray[np.float32]:

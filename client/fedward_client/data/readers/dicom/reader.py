@@ -10,6 +10,7 @@ volume.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from fedward import rule_codes
 from fedward.errors import DataError
 from fedward.plan.schema import Task
 from fedward_client.data.files import file_identity, table_keys, walk
-from fedward_client.data.label_tables import Entry, Table, read_table
+from fedward_client.data.label_tables import Entry, Table, as_number, read_table
 from fedward_client.data.options import TABLES, LabelOptions, MaskOptions, PatientOptions, low
 from fedward_client.data.readers.dicom.headers import KEYS, Header, Listen, read_headers, unheard
 from fedward_client.data.readers.dicom.kinds import ImageOptions
@@ -150,13 +151,14 @@ def _items(
     root: Path, base: Path, headers: list[Header], masks: _Masks, task: Task, table: Table | None
 ) -> Iterator[tuple[str, Sample | str]]:
     keys = table_keys([h.path for h in headers], (root, base))
+    alike = _alike(headers, table)
     found = stacks(headers) if task.dimensions == 3 or masks.segmented else []
     series = _segmented_series(found, masks)
     groups = [single(h) for h in headers] if task.dimensions == 2 else found
     for group in groups:
         name = group.headers[0].path.relative_to(root).as_posix()
         if table is not None:
-            items = _labelled(group, keys, table, task)
+            items = _labelled(group, keys, table, task, alike)
         else:
             items = _masked(group, masks, series, task)
         yield from ((name, item) for item in _laid_out(items, group, task))
@@ -248,9 +250,13 @@ def _loads(group: Stack, task: Task) -> Iterator[DicomFrame | DicomVolume]:
 
 
 def _labelled(
-    group: Stack, keys: dict[Path, tuple[str, ...]], table: Table, task: Task
+    group: Stack,
+    keys: dict[Path, tuple[str, ...]],
+    table: Table,
+    task: Task,
+    alike: Mapping[str, int],
 ) -> Iterator[Sample | str]:
-    entries = [_entry(header, keys[header.path], table) for header in group.headers]
+    entries = [_entry(header, keys[header.path], table, alike) for header in group.headers]
     found = [e for e in entries if e is not None]
     distinct = {(e.label, e.reason) for e in found}
     if not found:
@@ -266,11 +272,22 @@ def _labelled(
             yield Sample(patient, load, entry.label, split=entry.split, columns=columns)
 
 
-def _entry(header: Header, files: tuple[str, ...], table: Table) -> Entry | None:
+def _entry(
+    header: Header, files: tuple[str, ...], table: Table, alike: Mapping[str, int]
+) -> Entry | None:
     if table.column == "file":
         return table.find(files)
     value = header.keys[table.column]
-    return table.find([value]) if value else None
+    found = table.find([value]) if value else None
+    # 000123, 123 and 1.23E2 are one number, and a workbook does not tell whose row it is.
+    return None if found and found.number and alike[found.key] > 1 else found
+
+
+def _alike(headers: list[Header], table: Table | None) -> Mapping[str, int]:
+    """How many of the keys that images have a workbook would keep as the same number."""
+    if table is None or table.column == "file":
+        return Counter()
+    return Counter(as_number(value) for value in {h.keys[table.column] for h in headers})
 
 
 def _columns(group: Stack) -> dict[str, str]:
