@@ -137,6 +137,7 @@ class Study:
         try:
             jobs = [self._job(plan, arrays) for plan in plans]
             self._federated(pool, sites, runtime, jobs)
+            self._note_withheld()
             answers = self._baselines(pool, sites, arrays) if self.options.baselines else {}
             self._pair(pool, jobs, answers)
             self.results.complete = True
@@ -264,6 +265,20 @@ class Study:
             finally:
                 kept.flush()
                 self._stands(kept)
+
+    def _note_withheld(self) -> None:
+        """Say which figures a hospital would not send, and how to see them all the same."""
+        if self.options.exact:
+            return
+        tests = [arm.test for arm in self.results.arms if arm.test is not None]
+        missing = {name for one in tests for name, sites in one.contributors.items() if not sites}
+        refused = any(each.kind == "policy" for one in tests for each in one.not_measured)
+        if refused or missing:
+            what = ", ".join(sorted(missing)) or "those of some sites"
+            self.note(
+                f"figures that no hospital with this policy sends are missing ({what}): too few "
+                "test images of a class, or withheld; --exact shows them"
+            )
 
     def _stands(self, kept: ArmCheckpoints, *, tell: bool = False) -> None:
         """Take over what stands of the arm that runs."""
