@@ -23,6 +23,7 @@ UNKNOWN_CLASS: Final = "unknown class"
 CONFLICTING: Final = "conflicting labels"
 NO_MASK: Final = "no mask"
 AMBIGUOUS: Final = "ambiguous name of mask"
+SEVERAL_READERS: Final = "masks of several readers"
 NO_IMAGE: Final = "no image"
 DUPLICATE: Final = "duplicate"
 WRONG_SHAPE: Final = "shape does not fit the task"
@@ -65,6 +66,7 @@ REASONS: Final = frozenset(
         CONFLICTING,
         NO_MASK,
         AMBIGUOUS,
+        SEVERAL_READERS,
         NO_IMAGE,
         DUPLICATE,
         WRONG_SHAPE,
