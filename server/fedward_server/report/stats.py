@@ -29,8 +29,11 @@ def ordered(arms: Sequence[Arm]) -> list[Arm]:
     """Alone, federated, pooled; within each without privacy first, then from loose to strict.
 
     After an arm whose sites have models of their own come those, as an arm of kind ``personal``.
+    What sites trained alone beside an arm counts where no arm of its own was trained for it.
     """
     every = [one for arm in arms for one in (arm, arm.personal) if one is not None]
+    if not any(arm.kind == "alone" for arm in arms):
+        every += [lone for arm in arms[:1] for lone in arm.lone]
     return sorted(every, key=lambda arm: (_ORDER[arm.kind], _strictness(arm)))
 
 
