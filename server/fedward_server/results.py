@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 NO_BOUND: Final = 1e9
 Figures = dict[str, float | None]
 Intervals = dict[str, tuple[float, float]]
-ArmKind = Literal["federated", "personal", "alone", "pooled"]
+ArmKind = Literal["federated", "personal", "alone", "left-out", "pooled"]
 
 
 class Strict(BaseModel):
@@ -195,7 +195,10 @@ class Arm(Strict):
 
     name: str = Field(description="e.g. `federated`, `federated, ε = 8`, `alone: site-1`, `pooled`")
     kind: ArmKind
-    site: str | None = Field(default=None, description="`alone`: whose data it saw")
+    site: str | None = Field(
+        default=None,
+        description="`alone`: whose data it saw; `left-out`: the site that took no part",
+    )
     epsilon: float | None = Field(default=None, description="the plan's target ε; none: no privacy")
     delta: float | None = None
     rounds: list[Round] = Field(default_factory=list)

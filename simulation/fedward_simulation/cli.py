@@ -117,6 +117,13 @@ def run(
         bool,
         typer.Option("--baselines", help="Also train each hospital alone and all data pooled."),
     ] = False,
+    leave_one_out: Annotated[
+        bool,
+        typer.Option(
+            "--leave-one-out",
+            help="Also run the study without each hospital in turn, and test it there.",
+        ),
+    ] = False,
     epsilons: Annotated[
         str,
         typer.Option(
@@ -182,6 +189,7 @@ def run(
         engine=engine.value,
         device=device,
         baselines=baselines,
+        leave_one_out=leave_one_out,
         epsilons=others,
         seed=seed,
         plan_folder=plan.parent,

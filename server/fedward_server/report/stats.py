@@ -11,7 +11,9 @@ from fedward.tasks.registry import METRICS
 from fedward_server.results import Arm, Figures, StudyResults
 
 LOWER_IS_BETTER = frozenset(name for name, spec in METRICS.items() if spec.better == "lower")
-_ORDER = {"alone": 0, "federated": 1, "personal": 1, "pooled": 2}
+_ORDER = {"alone": 0, "federated": 1, "personal": 1, "left-out": 2, "pooled": 3}
+# Of an arm of these kinds what counts are the figures at its site.
+OF_ONE_SITE = ("alone", "left-out")
 
 
 def finite(value: float | None) -> float | None:
@@ -67,9 +69,9 @@ def at_site(arm: Arm, site: str, metric: str) -> float | None:
 
 
 def own(arm: Arm, metric: str) -> dict[str, float | None]:
-    """A metric on the sites' own test patients; of a hospital alone, on its own only."""
+    """A metric on the sites' own test patients; of a hospital alone or left out, on its own."""
     sites = arm.test.per_site if arm.test else {}
-    names = [site for site in sites if arm.kind != "alone" or site == arm.site]
+    names = [site for site in sites if arm.kind not in OF_ONE_SITE or site == arm.site]
     return {site: at_site(arm, site, metric) for site in names}
 
 
