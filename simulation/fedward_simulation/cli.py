@@ -19,8 +19,9 @@ from fedward_simulation.studies import plan_file
 
 app = typer.Typer(
     help="Run a federated study on this machine.",
+    epilog="First steps: fedward-simulate demo | fedward-simulate init --data FOLDER",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 plan_app = typer.Typer(help="Work on study plans without data.", no_args_is_help=True)
@@ -79,7 +80,9 @@ def _top(version: Version = False) -> None:
     """Run a federated study on this machine."""
 
 
-@app.command()
+@app.command(
+    epilog="Example: fedward-simulate run plan.toml --data site.toml --partition iid --baselines"
+)
 def run(
     context: typer.Context,
     plan: PlanFile,
@@ -316,7 +319,7 @@ def cohort(
         say(f"{one.name}: {one.patients} SYNTHETIC patients, {one.images} images")
 
 
-@app.command()
+@app.command(epilog="Example: fedward-simulate init --data chest --out study")
 def init(
     data: Annotated[
         Path | None,
