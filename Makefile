@@ -76,6 +76,7 @@ bench: $(DONE)
 	$(BIN)/python benchmarks/dp.py
 	$(BIN)/python benchmarks/dicom.py
 	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/python benchmarks/transfer.py
 	$(BIN)/python benchmarks/privacy.py
 	$(BIN)/python benchmarks/deployment.py
 

@@ -11,7 +11,6 @@ import typer
 from fedward.console import (
     Version,
     log_to_stderr,
-    moment,
     print_json,
     private_files,
     run_command,
@@ -29,10 +28,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Run an aggregator: enrol hospitals, submit studies.",
-    epilog="First steps: fedward-server init agg --host agg.example.org | "
-    "fedward-server run --config agg/server.toml",
     no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    add_completion=False,
     pretty_exceptions_enable=False,
 )
 token_app = typer.Typer(help="Tokens of operators.", no_args_is_help=True)
@@ -200,8 +197,8 @@ def list_tokens(
         print_json({"tokens": found})
         return
     for one in found:
-        ended = f", revoked {moment(one['revoked'])}" if one["revoked"] else ""
-        say(f"{one['name']}: {one['role']}, made {moment(one['created'])}{ended}")
+        ended = f", revoked {one['revoked'][:19]}" if one["revoked"] else ""
+        say(f"{one['name']}: {one['role']}, made {one['created'][:19]}{ended}")
 
 
 @token_app.command("revoke")

@@ -227,7 +227,7 @@ validation = 0.15
 test = 0.2
 """
         + ("# The data bring a division of their own; use it.\ngiven = true\n" * facts.divided),
-        _model(found, facts, transfer=transfer),
+        _model(found, facts, transfer=transfer, private=private),
         _training(found, transfer=transfer, private=private),
         """[strategy]
 # How the aggregator combines the updates; see docs/strategies.md.
@@ -235,7 +235,7 @@ name = "fedavg"
 # Deliver a moving average of the shared models: steadier figures at no cost.
 averaging = 0.9
 """,
-        _privacy(facts, sites, private=private),
+        _privacy(facts, sites, transfer=transfer, private=private),
         f"""[participation]
 # Hospitals that the study needs to start; after that it goes on with `quorum` of them.
 sites = {sites}
@@ -298,15 +298,21 @@ def _size(found: Survey, facts: _Facts, *, transfer: bool) -> tuple[int, ...]:
     return tuple(min(most, max(16, side // 16 * 16)) for side in facts.shape)
 
 
-def _model(found: Survey, facts: _Facts, *, transfer: bool) -> str:
+def _model(found: Survey, facts: _Facts, *, transfer: bool, private: bool) -> str:
     if transfer:
+        # Fewer features take less noise, and what all of them share takes none.
+        private_features = """\
+taps = [10, 12]
+# A first round measures, within epsilon, what the features of all images share; it is subtracted.
+feature_centering = true
+"""
+        features = private_features if private else "taps = [7, 10, 12]\n"
         return f"""\
 # A public network that knows photographs. Its weights stay as they are; only a small layer on
 # top is trained: quick on a laptop, little to send, and good with few patients.
 [model]
 name = "efficientnet-lite0"
-taps = [7, 10, 12]
-
+{features}
 [model.initial_weights]
 file = "package:{_PACKAGE}/models/efficientnet-lite0-57934424.pth"
 sha256 = "{_SHA256}"
@@ -326,7 +332,7 @@ def _training(found: Survey, *, transfer: bool, private: bool) -> str:
     if not _task(found).has_masks:
         loss = "bce" if found.multi_label else "cross_entropy"
     if transfer:
-        how = 'optimizer = "sgd"' if private else 'optimizer = "adamw"'
+        how = 'optimizer = "sgd"\nschedule = "constant"' if private else 'optimizer = "adamw"'
         return f"""[training]
 # Steps that a hospital takes in a round, and images in a step.
 local_steps = {4 if private else 10}
@@ -336,8 +342,8 @@ loss = "{loss}"
 
 [[stages]]
 name = "head"
-rounds = 20
-learning_rate = {0.5 if private else 0.003}
+rounds = {60 if private else 20}
+learning_rate = {3.0 if private else 0.003}
 # Only the layer on top.
 train = ["_fc.*"]
 """
@@ -353,12 +359,12 @@ loss = "{loss}"
 """
 
 
-def _privacy(facts: _Facts, sites: int, *, private: bool) -> str:
+def _privacy(facts: _Facts, sites: int, *, transfer: bool, private: bool) -> str:
     delta = min(1e-3, 10.0 ** math.floor(-math.log10(10 * max(1, facts.patients))))
     values = f"""epsilon = 8
 delta = {delta:g}
-clipping_norm = 1.0
-sampling_rate = 0.3"""
+clipping_norm = {0.5 if transfer else 1.0}
+sampling_rate = {0.5 if transfer else 0.3}"""
     if private:
         return f"""[privacy]
 # Each single patient is hidden in each update; smaller epsilon hides more and costs accuracy. See

@@ -25,7 +25,14 @@ PAGES = [
     *sorted(DOCS.glob("*.md")),
 ]
 # Written by `make bench`, which takes hours: a fresh copy may lack them.
-BENCHMARKS = {"accuracy.md", "dicom.md", "dp.md", "privacy.md", "simulation.md"}
+BENCHMARKS = {
+    "accuracy.md",
+    "dicom.md",
+    "dp.md",
+    "privacy.md",
+    "simulation.md",
+    "transfer.md",
+}
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 

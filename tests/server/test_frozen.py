@@ -201,7 +201,7 @@ def test_a_site_that_keeps_nothing_is_asked_twice_and_no_more(
 
 @pytest.mark.parametrize(
     ("name", "megabytes", "before"),
-    [("pneumonia-transfer", 12.0, 724), ("covid-ct-transfer", 12.8, 1872)],
+    [("pneumonia-transfer", 12.2, 1472), ("covid-ct-transfer", 12.0, 1472)],
 )
 def test_a_shipped_transfer_study_sends_a_hospital_few_tensors(
     name: str, megabytes: float, before: float
