@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn
@@ -18,6 +19,7 @@ from typing import Annotated, Any, Final, NoReturn
 import click
 import typer
 from rich import console as rich_console
+from rich import table as rich_table
 from rich.segment import Segment
 from rich.text import Text
 
@@ -26,6 +28,7 @@ from fedward.printable import printable, printable_json
 
 # Where a module's name is not that of the distribution that an extra lists.
 _DISTRIBUTIONS: Final = {"PIL": "pillow", "ray": "flwr[simulation]"}
+_PIPE_WIDTH: Final = 160
 _OURS: Final = frozenset(
     {"fedward", "fedward_client", "fedward_server", "fedward_strategies", "fedward_simulation"}
 )
@@ -68,6 +71,14 @@ def fail(error: FedwardError) -> NoReturn:
 def say(text: str, *, err: bool = False, fg: str | None = None) -> None:
     """Print a line; what is unsafe for a terminal in it is shown as an escape."""
     typer.secho(printable(text), err=err, fg=fg)
+
+
+def moment(text: str) -> str:
+    """A time in ISO 8601 to the second, with its offset; what is none is shown as it is."""
+    try:
+        return datetime.fromisoformat(text).isoformat(sep=" ", timespec="seconds")
+    except ValueError:
+        return text
 
 
 def _tell_program(error: str, exit_code: int, message: str) -> None:
@@ -166,6 +177,8 @@ class Console(rich_console.Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "emoji": False, **options})
+        if not self.is_terminal and "COLUMNS" not in os.environ and "width" not in options:
+            self.width = _PIPE_WIDTH  # nobody's window, but a file or another program
 
     def render_str(self, text: str, **options: Any) -> Text:
         """A string, before its width is measured."""
@@ -177,6 +190,14 @@ class Console(rich_console.Console):
         """Render; every piece of text passes here, the styles around it do not."""
         for one in super().render(renderable, options):
             yield one if one.control else Segment(printable(one.text), one.style)
+
+
+class Table(rich_table.Table):
+    """A table that cuts nothing short: ids, times and hashes go on in the next line instead."""
+
+    def add_column(self, *arguments: Any, **options: Any) -> None:
+        """Add a column."""
+        super().add_column(*arguments, **{"overflow": "fold", **options})
 
 
 class _Formatter(logging.Formatter):

@@ -23,6 +23,7 @@ UNKNOWN_CLASS: Final = "unknown class"
 CONFLICTING: Final = "conflicting labels"
 NO_MASK: Final = "no mask"
 AMBIGUOUS: Final = "ambiguous name of mask"
+SEVERAL_READERS: Final = "masks of several readers"
 NO_IMAGE: Final = "no image"
 DUPLICATE: Final = "duplicate"
 WRONG_SHAPE: Final = "shape does not fit the task"
@@ -65,6 +66,7 @@ REASONS: Final = frozenset(
         CONFLICTING,
         NO_MASK,
         AMBIGUOUS,
+        SEVERAL_READERS,
         NO_IMAGE,
         DUPLICATE,
         WRONG_SHAPE,
@@ -410,6 +412,7 @@ class RuleCode(Enum):
     STRATEGY_RECEIVED = ("a model must come with the arrays that its strategy declares",)
     STRATEGY_ARRAYS = ("a strategy keeps and sends the arrays that it declares",)
     STATE_MISSING = ("a site must hold the state that a round starts from", "round {round:count}")
+    NOT_ALONE = ("what a site trains alone must begin with the study's first round",)
     STATE_ROOM = ("what a strategy keeps at a site must have room",)
     NO_TRAINING_PATIENTS = ("a site needs training patients", "{patients:count}")
     PART_PATIENTS = ("a site needs {part:part} patients to be measured",)

@@ -12,6 +12,10 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any, Final
 
+NOT_LINUX: Final = (
+    "error: Fedward runs on Linux (got {}). On Windows use WSL 2 (`wsl --install`, then install "
+    "Fedward in it), on macOS a Linux container or virtual machine; simulations run there as well."
+)
 _COMPILER: Final = "torch._dynamo"
 
 
@@ -23,6 +27,8 @@ def prepare() -> None:
     optimiser step, to exclude that step from compilation; ``docs/decisions.md`` has what this
     costs. Code that compiles still gets the compiler.
     """
+    if not sys.platform.startswith("linux"):
+        sys.exit(NOT_LINUX.format(sys.platform))
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     try:
         getpass.getuser()

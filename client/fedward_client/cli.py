@@ -13,8 +13,9 @@ from fedward_client.commands.model import model_app
 
 app = typer.Typer(
     help="A hospital's images and its part in studies, at the hospital.",
+    epilog="First steps: fedward-client data report NAME --config site.toml | doctor | pending",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")

@@ -201,7 +201,7 @@ def shared_names(model: nn.Module, plan: Plan, round_: int) -> tuple[str, ...]:
     ModelError
         A pattern matches no parameter, or all that trains stays at the sites.
     """
-    if round_ == plan.own_round:
+    if round_ > plan.rounds:
         return ()
     trained = trainable_names(model, plan.stage_of(round_)[0].train)
     own = site_names(model, plan)

@@ -238,6 +238,14 @@ def _own_models(plan: Plan) -> Iterator[tuple[str, str]]:
     personal = plan.personal
     if personal is None:
         return
+    if personal.alone:
+        yield (
+            "Alone",
+            "each site also trains a model on its own patients alone, for comparison: one local "
+            "training in each round, of which only the figures leave",
+        )
+    if personal.method is None:
+        return
     what = {
         "fine-tuning": "after the last round it trains the delivered model on by itself, for "
         f"{count(personal.rounds or 0, 'round')}",

@@ -571,12 +571,13 @@ class Strategy(Section):
 class Personal(Section):
     """A model of its own for each site, beside the shared one; it never leaves the site."""
 
-    method: Literal["fine-tuning", "ditto", "fedbn", "fedper"] = Field(
+    method: Literal["fine-tuning", "ditto", "fedbn", "fedper"] | None = Field(
+        default=None,
         description="`fine-tuning`: each site trains the delivered model on by itself "
         "(Yu et al., 2020, arXiv:2002.04758); `ditto`: a second model trains in each round and is "
         "held near the shared one (Li et al., 2021, arXiv:2012.04221); `fedbn`: normalisation "
         "layers stay at the site (Li et al., 2021, arXiv:2102.07623); `fedper`: the head stays at "
-        "the site (Arivazhagan et al., 2019, arXiv:1912.00818)"
+        "the site (Arivazhagan et al., 2019, arXiv:1912.00818)",
     )
     rounds: int | None = Field(
         default=None,
@@ -590,6 +591,12 @@ class Personal(Section):
     weight: Annotated[float, Field(ge=0, le=1e4)] | None = Field(
         default=None, description="`ditto`: λ, how strongly the own model is held near the shared"
     )
+    alone: bool = Field(
+        default=False,
+        description="each site also trains a model on its own patients alone, one local training "
+        "in each round, from the model of the first round; only its figures leave, so that the "
+        "report says at which sites federation is better",
+    )
     choose: bool = Field(
         default=True,
         description="a site takes the shared model where that is better on its own validation "
@@ -597,7 +604,9 @@ class Personal(Section):
     )
 
     def _broken(self) -> Iterator[tuple[str, str]]:
-        needed = {"fine-tuning": "rounds", "ditto": "weight"}.get(self.method)
+        if self.method is None and not self.alone:
+            yield "personal.method", "[personal] needs a method, or alone = true; add one of them"
+        needed = {"fine-tuning": "rounds", "ditto": "weight"}.get(self.method or "")
         if needed and getattr(self, needed) is None:
             yield f"personal.{needed}", f"method `{self.method}` needs {needed}; add it"
         owner = {"rounds": "fine-tuning", "learning_rate": "fine-tuning", "weight": "ditto"}
@@ -796,46 +805,58 @@ class Plan(Section):
     @property
     def own_round(self) -> int | None:
         """The round of the sites' own models, after the last one; none where there are none."""
-        return None if self.personal is None else self.rounds + 1
+        return self.rounds + 1 if self.personal is not None and self.personal.method else None
+
+    @property
+    def alone_round(self) -> int | None:
+        """The round after that, of what each site trains alone; none where they do not."""
+        alone = self.personal is not None and self.personal.alone
+        return (self.own_round or self.rounds) + 1 if alone else None
 
     @property
     def last_round(self) -> int:
-        """The last round of all, in which sites may train by themselves."""
-        return self.own_round or self.rounds
+        """The last round of all, those included in which only the sites' own models count."""
+        return self.alone_round or self.own_round or self.rounds
+
+    @property
+    def tests(self) -> tuple[int, ...]:
+        """The rounds that are tested, in their order: 0 stands for the shared model."""
+        return (0, *(one for one in (self.own_round, self.alone_round) if one is not None))
 
     def passes(self, round_: int) -> int:
         """How often a site does the local training of a round, for whichever model; 0: once."""
         if round_ < 1 or self.is_centering(round_):
             return 1
-        if self.personal is None or round_ <= self.rounds:
-            return 2 if self.personal is not None and self.personal.method == "ditto" else 1
-        return self.personal.rounds or 0
+        personal = self.personal
+        if round_ <= self.rounds:
+            return 1 if personal is None else 1 + (personal.method == "ditto") + personal.alone
+        return (personal.rounds or 0) if personal is not None and round_ == self.own_round else 0
 
     def passes_until(self, round_: int) -> int:
         """The same in all rounds up to one, it included."""
-        own = self.passes(round_) if round_ > self.rounds else 0
+        own = self.passes(self.rounds + 1) if round_ > self.rounds else 0
         return self.passes(1) + (min(round_, self.rounds) - 1) * self.passes(self.rounds) + own
 
     def is_evaluated(self, round_: int, part: str) -> bool:
         """Whether the study evaluates in this round: validation in some, the test in round 0.
 
-        The sites' own models are tested in the round after the last one. A site answers these
+        The sites' own models are tested in the rounds after the last one. A site answers these
         evaluations and no other one.
         """
         if part == "test":
-            return round_ in (0, self.own_round)
+            return round_ in self.tests
         every = self.metrics.evaluate_every
         return 1 <= round_ <= self.rounds and (round_ % every == 0 or round_ == self.rounds)
 
     def evaluation_epsilon(self, part: str) -> float:
         """ε of one evaluation; those of one part share `metrics.epsilon` equally."""
         if part == "test":
-            return self.metrics.epsilon / (1 if self.personal is None else 2)
+            return self.metrics.epsilon / len(self.tests)
         return self.metrics.epsilon / math.ceil(self.rounds / self.metrics.evaluate_every)
 
     def stage_of(self, round_: int) -> tuple[Stage, int]:
         """The stage of a round (from 1), and the round's place in it (from 0)."""
-        if round_ == self.own_round:
+        if self.rounds < round_ <= self.last_round:
             return self.schedule[-1], self.schedule[-1].rounds - 1
         place = round_ - 1
         for stage in self.schedule:

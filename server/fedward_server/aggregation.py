@@ -30,6 +30,8 @@ class Aggregation:
         Of the norms; none: it is not known before all updates are there.
     weigh : callable
         The strategy's weight of a contribution in the mean.
+    passes : int
+        How often a site does its local training in the round; of which the update has one.
 
     Attributes
     ----------
@@ -44,12 +46,13 @@ class Aggregation:
         max_share: float = 1.0,
         bound: NormBound | None = None,
         weigh: Callable[[Contribution], float] = attrgetter("weight"),
+        passes: int = 1,
     ) -> None:
         self.updates: dict[str, Update] = {}
         self.refused: dict[str, InvalidReply] = {}
         self.bound = bound
         self.besides: NormBound | None = None
-        self._max_share, self._weigh = max_share, weigh
+        self._max_share, self._weigh, self._passes = max_share, weigh, passes
         self._fold = Fold() if fold else None
 
     def add(self, site: str, update: Update) -> None:
@@ -74,7 +77,7 @@ class Aggregation:
         update = self.updates[site]
         if self._fold is not None and update.message is not None:
             record = update.message.content.array_records["arrays"]
-            share = self._weigh(Contribution(weight, update.outcome.steps))
+            share = self._weigh(self._contribution(site, weight))
             self._fold.add({n: a.numpy() for n, a in record.items()}, share)
             free_arrays(update.message)
             self.updates[site] = replace(update, message=None)
@@ -127,8 +130,10 @@ class Aggregation:
 
     def contributions(self) -> list[Contribution]:
         """What the round is made of, in the order of the sites' names."""
-        weights = self.weights()
-        return [Contribution(weights[s], self.updates[s].outcome.steps) for s in weights]
+        return [self._contribution(site, weight) for site, weight in self.weights().items()]
+
+    def _contribution(self, site: str, weight: float) -> Contribution:
+        return Contribution(weight, self.updates[site].outcome.steps // self._passes)
 
     def ordered(self) -> list[Update]:
         """The updates in the order of their sites' names, however they came."""

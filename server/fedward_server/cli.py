@@ -11,6 +11,7 @@ import typer
 from fedward.console import (
     Version,
     log_to_stderr,
+    moment,
     print_json,
     private_files,
     run_command,
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Run an aggregator: enrol hospitals, submit studies.",
+    epilog="First steps: fedward-server init agg --host agg.example.org | "
+    "fedward-server run --config agg/server.toml",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 token_app = typer.Typer(help="Tokens of operators.", no_args_is_help=True)
@@ -197,8 +200,8 @@ def list_tokens(
         print_json({"tokens": found})
         return
     for one in found:
-        ended = f", revoked {one['revoked'][:19]}" if one["revoked"] else ""
-        say(f"{one['name']}: {one['role']}, made {one['created'][:19]}{ended}")
+        ended = f", revoked {moment(one['revoked'])}" if one["revoked"] else ""
+        say(f"{one['name']}: {one['role']}, made {moment(one['created'])}{ended}")
 
 
 @token_app.command("revoke")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 NO_BOUND: Final = 1e9
 Figures = dict[str, float | None]
 Intervals = dict[str, tuple[float, float]]
-ArmKind = Literal["federated", "personal", "alone", "pooled"]
+ArmKind = Literal["federated", "personal", "alone", "left-out", "pooled"]
 
 
 class Strict(BaseModel):
@@ -177,13 +177,28 @@ class TestFigures(Strict):
         default_factory=dict, description="the same for each site of `per_site`"
     )
 
+    def of_site(self, site: str) -> TestFigures:
+        """What is in it of one site's own patients."""
+        return TestFigures(
+            per_site={site: self.per_site[site]},
+            pooled={},
+            images={site: self.images[site]},
+            patients={site: self.patients[site]},
+            site_intervals={site: self.site_intervals.get(site, {})},
+            site_standard_errors={site: self.site_standard_errors.get(site, {})},
+            evaluation_epsilon=self.evaluation_epsilon,
+        )
+
 
 class Arm(Strict):
     """One way to train the same model on the same patients."""
 
     name: str = Field(description="e.g. `federated`, `federated, ε = 8`, `alone: site-1`, `pooled`")
     kind: ArmKind
-    site: str | None = Field(default=None, description="`alone`: whose data it saw")
+    site: str | None = Field(
+        default=None,
+        description="`alone`: whose data it saw; `left-out`: the site that took no part",
+    )
     epsilon: float | None = Field(default=None, description="the plan's target ε; none: no privacy")
     delta: float | None = None
     rounds: list[Round] = Field(default_factory=list)
@@ -197,6 +212,11 @@ class Arm(Strict):
         default=None,
         description="plans with [personal]: the same of the model that each site has of its own, "
         "on its own test patients",
+    )
+    alone: TestFigures | None = Field(
+        default=None,
+        description="plans with `personal.alone`: the same of the model that each site trained "
+        "alone in the meantime, on its own test patients",
     )
     privacy: dict[str, SitePrivacy] = Field(default_factory=dict, description="per site")
     seconds: float = Field(default=0.0, description="wall seconds of the arm")
@@ -213,6 +233,24 @@ class Arm(Strict):
             delta=self.delta,
             test=self.own,
         )
+
+    @property
+    def lone(self) -> list[Arm]:
+        """What each site trained alone as an arm of its own, for tables and comparisons."""
+        if self.alone is None:
+            return []
+        found = self.alone
+        return [
+            Arm(
+                name=f"alone: {site}",
+                kind="alone",
+                site=site,
+                epsilon=self.epsilon,
+                delta=self.delta,
+                test=found.of_site(site),
+            )
+            for site in found.per_site
+        ]
 
     @property
     def finished(self) -> bool:

@@ -46,7 +46,7 @@ from fedward_server.reply_validation import (
     read_counts,
     read_update,
 )
-from fedward_server.results import Failure, Round, SiteRound
+from fedward_server.results import Failure, Round, SiteRound, TestFigures
 from fedward_strategies.averaging import blend, decay_at
 from fedward_strategies.memory import memory_of, remember
 from fedward_strategies.registry import build_strategy
@@ -265,7 +265,8 @@ class StudyRun:
             strategy = self._strategy_of(stage)
             made = Aggregation(fold=fold, max_share=share)
             if isinstance(strategy, RuleStrategy):
-                made = Aggregation(fold=fold, max_share=share, weigh=strategy.rule.weight)
+                weigh, passes = strategy.rule.weight, self.plan.passes(round_)
+                made = Aggregation(fold=fold, max_share=share, weigh=weigh, passes=passes)
             self._open = (round_, made)
         return self._open[1]
 
@@ -540,14 +541,16 @@ class StudyRun:
         arm = self.job.arm
         arm.test, arm.unmeasured = tested(self.plan, counts, sizes, failures, named(missing))
         if self.plan.own_round is not None:
-            self._own_models(self.plan.own_round, sizes)
-            if self.job.stop.is_set():
-                return
+            arm.own = self._own_models(self.plan.own_round, sizes)
+        if self.plan.alone_round is not None:
+            arm.alone = self._own_models(self.plan.alone_round, sizes)
+        if self.job.stop.is_set():
+            return
         self.job.complete = True
         self._note_time()
         self.job.save(self.job)
 
-    def _own_models(self, round_: int, sizes: Mapping[str, tuple[int, int]]) -> None:
+    def _own_models(self, round_: int, sizes: Mapping[str, tuple[int, int]]) -> TestFigures | None:
         """Have each site make its own model where that is still to be done, and test it there."""
         failed = self._fine_tune(round_) if self.plan.passes(round_) else {}
         sites = {site for site, (images, _) in sizes.items() if images} - failed.keys()
@@ -557,9 +560,7 @@ class StudyRun:
             Failure(site=site, reason=bad.reason, kind=bad.kind)
             for site, bad in sorted(missing.items())
         ]
-        self.job.arm.own, _ = tested(
-            self.plan, counts, sizes, failures, named(missing), answers_by_site=False
-        )
+        return tested(self.plan, counts, sizes, failures, named(missing), answers_by_site=False)[0]
 
     def _fine_tune(self, round_: int) -> dict[str, InvalidReply]:
         """Have each site train the delivered model on by itself; why some could not.

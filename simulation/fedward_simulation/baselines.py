@@ -26,7 +26,7 @@ from fedward_client.training.optimizers import build_optimizer
 from fedward_client.training.runtime import Runtime
 from fedward_client.training.trainer import Trainer
 from fedward_server.metrics_summary import tested
-from fedward_server.results import Arm
+from fedward_server.results import Arm, TestFigures
 from fedward_server.round_loop import Job, StudyRun
 from fedward_simulation.checkpoint import ArmFolder
 from fedward_simulation.local import LocalGrid, State
@@ -35,8 +35,37 @@ from fedward_simulation.pool import Pool
 from fedward_simulation.sites import SimulatedSites, pool_sites
 
 Arrays = Mapping[str, NDArray[Any]]
+Tested = tuple[TestFigures | None, str]
 _MOST_IMAGES: Final = 4096  # of a step, and
 _MOST_STEPS: Final = 100_000  # of a round: the plan's own bounds
+
+
+def without(plan: Plan, site: str, sites: int) -> tuple[Plan, Arm]:
+    """The plan and the arm of a study in which one of its hospitals takes no part."""
+    content = plan.model_dump(mode="python")
+    part = content["participation"]
+    part["sites"] = min(part["sites"], sites - 1)
+    if part["quorum"] is not None:
+        part["quorum"] = min(part["quorum"], sites - 1)
+    content["personal"] = None  # what is asked is how the shared model does elsewhere
+    epsilon, delta = plan.privacy.epsilon, plan.privacy.delta
+    arm = Arm(name=left_out_name(site), kind="left-out", site=site, epsilon=epsilon, delta=delta)
+    return plan_from(content), arm
+
+
+def left_out_name(site: str) -> str:
+    """The name of the arm without a hospital."""
+    return f"without {site}"
+
+
+def test_everywhere(state: State, plan: Plan, arrays: Arrays) -> tuple[SiteAnswers, Tested]:
+    """A model's answers at all hospitals, and its figures as :func:`tested` gives them."""
+    sizes = {each.name: test_size(each) for each in state.sites.sites}
+    answers = answers_on_test(state, plan, arrays)
+    let_out = {name: state.sites.released(plan, each) for name, each in answers.items()}
+    counts = {name: each for name, each in let_out.items() if each is not None}
+    withheld = RuleCode.WITHHELD.text
+    return answers, tested(plan, counts, sizes, missing=withheld, answers_by_site=False)
 
 
 def arm_name(site: str | None) -> str:
@@ -93,13 +122,7 @@ def lone_arm(
         if not job.complete:
             StudyRun(job, LocalGrid(Pool(State(one), 0), 1)).run()
         started = time.perf_counter()
-        sizes = {each.name: test_size(each) for each in state.sites.sites}
-        answers = answers_on_test(state, plan, job.average)
-        let_out = {name: state.sites.released(plan, each) for name, each in answers.items()}
-        counts = {name: each for name, each in let_out.items() if each is not None}
-        job.arm.test, job.arm.unmeasured = tested(
-            plan, counts, sizes, missing=RuleCode.WITHHELD.text, answers_by_site=False
-        )
+        answers, (job.arm.test, job.arm.unmeasured) = test_everywhere(state, plan, job.average)
         job.arm.seconds += time.perf_counter() - started
         for result in job.arm.rounds:  # nothing travels, and the site is the arm
             result.bytes_down = result.bytes_up = 0

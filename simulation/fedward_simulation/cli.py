@@ -19,8 +19,9 @@ from fedward_simulation.studies import plan_file
 
 app = typer.Typer(
     help="Run a federated study on this machine.",
+    epilog="First steps: fedward-simulate demo | fedward-simulate init --data FOLDER",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 plan_app = typer.Typer(help="Work on study plans without data.", no_args_is_help=True)
@@ -79,7 +80,9 @@ def _top(version: Version = False) -> None:
     """Run a federated study on this machine."""
 
 
-@app.command()
+@app.command(
+    epilog="Example: fedward-simulate run plan.toml --data site.toml --partition iid --baselines"
+)
 def run(
     context: typer.Context,
     plan: PlanFile,
@@ -116,6 +119,13 @@ def run(
     baselines: Annotated[
         bool,
         typer.Option("--baselines", help="Also train each hospital alone and all data pooled."),
+    ] = False,
+    leave_one_out: Annotated[
+        bool,
+        typer.Option(
+            "--leave-one-out",
+            help="Also run the study without each hospital in turn, and test it there.",
+        ),
     ] = False,
     epsilons: Annotated[
         str,
@@ -182,6 +192,7 @@ def run(
         engine=engine.value,
         device=device,
         baselines=baselines,
+        leave_one_out=leave_one_out,
         epsilons=others,
         seed=seed,
         plan_folder=plan.parent,
@@ -308,7 +319,7 @@ def cohort(
         say(f"{one.name}: {one.patients} SYNTHETIC patients, {one.images} images")
 
 
-@app.command()
+@app.command(epilog="Example: fedward-simulate init --data chest --out study")
 def init(
     data: Annotated[
         Path | None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, MutableMapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -44,17 +44,21 @@ class LocalGrid(Grid):
     ----------
     pool : Pool
         Workers over a :class:`State`.
-    nodes : int
-        Sites; node ``i`` stands for partition ``i``.
+    nodes : int or sequence of int
+        The partitions that take part, each with a node; a number: so many, from 0 on.
     states : mapping, optional
         What each partition's site keeps from round to round; brought up to date by its answers.
     """
 
     def __init__(
-        self, pool: Pool, nodes: int, states: MutableMapping[int, Arrays] | None = None
+        self,
+        pool: Pool,
+        nodes: int | Sequence[int],
+        states: MutableMapping[int, Arrays] | None = None,
     ) -> None:
         self._pool, self._states = pool, {} if states is None else states
-        self._places = {_FIRST_NODE + place: place for place in range(nodes)}
+        places = range(nodes) if isinstance(nodes, int) else nodes
+        self._places = {_FIRST_NODE + place: place for place in places}
         self._waiting: dict[str, tuple[Message, Future[tuple[Message, Arrays]]]] = {}
 
     def set_run(self, run: Any) -> None:
@@ -134,7 +138,7 @@ def _handle(state: State, message: Message, place: int, kept: Arrays) -> tuple[M
 def run_local(
     app: ServerApp,
     pool: Pool,
-    nodes: int,
+    nodes: int | Sequence[int],
     states: MutableMapping[int, Arrays] | None = None,
 ) -> None:
     """Run a server application in this thread over the workers (see :class:`LocalGrid`)."""

@@ -102,6 +102,7 @@ class Options:
     engine: Engine = "local"
     device: str = "auto"
     baselines: bool = False
+    leave_one_out: bool = False
     epsilons: tuple[float, ...] = ()
     seed: int = 0
     plan_folder: Path | None = None

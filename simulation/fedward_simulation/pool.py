@@ -9,14 +9,16 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 _STATE: dict[str, Any] = {}
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def cores() -> int:
@@ -41,8 +43,14 @@ class Pool:
     def __init__(self, state: object, workers: int) -> None:
         self._state, self.workers = state, workers
         self._workers = [_Worker(state) for _ in range(workers)]
-        for future in [worker.submit(_ready) for worker in self._workers]:
-            future.result()
+        try:
+            with _signals_held():
+                ready = [worker.submit(_ready) for worker in self._workers]
+            for future in ready:
+                future.result()
+        except BaseException:
+            self.close()
+            raise
 
     def submit(self, place: int, task: Callable[..., Result], *arguments: object) -> Future[Result]:
         """Run ``task(state, *arguments)`` in the worker of that place."""
@@ -112,6 +120,16 @@ class _Worker:
         self._next()
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Have signals wait while processes are forked: what a handler raises within a fork is lost."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start(state: object) -> ProcessPoolExecutor:
     method = "fork" if sys.platform == "linux" else "spawn"
     return ProcessPoolExecutor(
@@ -126,7 +144,7 @@ def _ready(state: object) -> int:
 def _enter(state: object) -> None:
     # Ctrl-C, and a batch system's SIGTERM, reach the whole process group; the parent alone decides
     # how to end. A worker that ended first would look like a site that failed.
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for name in _ENDING:
         signal.signal(name, signal.SIG_IGN)
     _STATE["state"] = state
     # The thread that was forked still believes in the parent's OpenMP threads, which are not here:

@@ -28,7 +28,14 @@ from fedward_server.app import server_app
 from fedward_server.events import Listener, ignore
 from fedward_server.results import Arm, StudyResults
 from fedward_server.round_loop import Job
-from fedward_simulation.baselines import arm_name, lone_arm, shares
+from fedward_simulation.baselines import (
+    arm_name,
+    left_out_name,
+    lone_arm,
+    shares,
+    test_everywhere,
+    without,
+)
 from fedward_simulation.checkpoint import ArmCheckpoints, ArmFolder, RunCheckpoints
 from fedward_simulation.classes import missing_classes, told
 from fedward_simulation.divided import divided_sites
@@ -127,6 +134,13 @@ class Study:
         arrays, plans = self.initial(), self._plans()
         self.unfinished()
         sites = self.sites = self.prepare()
+        if self.options.leave_one_out and len(sites) < 2:
+            raise PlanError(
+                "a study without one of its hospitals needs two",
+                value=len(sites),
+                fix="Bring more sites, or leave out --leave-one-out",
+                where="--leave-one-out",
+            )
         self._describe(sites)
         self.resumed = self.checkpoints.begin(digest_of_sites(sites))
         self._arms = self._planned(plans, sites)
@@ -137,7 +151,10 @@ class Study:
         try:
             jobs = [self._job(plan, arrays) for plan in plans]
             self._federated(pool, sites, runtime, jobs)
+            self._note_withheld()
             answers = self._baselines(pool, sites, arrays) if self.options.baselines else {}
+            if self.options.leave_one_out:
+                self._leave_one_out(pool, sites, arrays)
             self._pair(pool, jobs, answers)
             self.results.complete = True
         except KeyboardInterrupt as error:
@@ -163,6 +180,7 @@ class Study:
             "engine": options.engine,
             "device": results.device,
             "baselines": options.baselines,
+            "leave_one_out": options.leave_one_out,
             "epsilons": list(options.epsilons),
             "policy": hashlib.sha256(self.policy.model_dump_json().encode()).hexdigest(),
             "patient_column": options.patient_column,
@@ -177,9 +195,15 @@ class Study:
         federated = [(_arm(plan).name, plan) for plan in plans]
         open_plan = with_privacy(self.plan, None)
         alone = [(arm_name(site.name), open_plan) for site in sites] + [(arm_name(None), open_plan)]
+        names = [site.name for site in sites] if len(sites) > 1 else []
+        left_out = [
+            (left_out_name(name), without(self.plan, name, len(sites))[0]) for name in names
+        ]
         return {
             name: self.checkpoints.arm(f"arm-{place}", plan_hash(plan))
-            for place, (name, plan) in enumerate(federated + alone * self.options.baselines)
+            for place, (name, plan) in enumerate(
+                federated + alone * self.options.baselines + left_out * self.options.leave_one_out
+            )
         }
 
     def _stock(self) -> str:
@@ -264,6 +288,20 @@ class Study:
             finally:
                 kept.flush()
                 self._stands(kept)
+
+    def _note_withheld(self) -> None:
+        """Say which figures a hospital would not send, and how to see them all the same."""
+        if self.options.exact:
+            return
+        tests = [arm.test for arm in self.results.arms if arm.test is not None]
+        missing = {name for one in tests for name, sites in one.contributors.items() if not sites}
+        refused = any(each.kind == "policy" for one in tests for each in one.not_measured)
+        if refused or missing:
+            what = ", ".join(sorted(missing)) or "those of some sites"
+            self.note(
+                f"figures that no hospital with this policy sends are missing ({what}): too few "
+                "test images of a class, or withheld; --exact shows them"
+            )
 
     def _stands(self, kept: ArmCheckpoints, *, tell: bool = False) -> None:
         """Take over what stands of the arm that runs."""
@@ -362,6 +400,32 @@ class Study:
         if errors:
             raise errors[0]
         return answers
+
+    def _leave_one_out(self, pool: Pool, sites: Sequence[PreparedSite], arrays: Arrays) -> None:
+        """Run the study without each hospital in turn, and test it on all test patients.
+
+        Always by the local engine, whose workers have the sites already.
+        """
+        for place, site in enumerate(sites):
+            plan, arm = without(self.plan, site.name, len(sites))
+            job = Job(plan, dict(arrays), arm, self.options.seed, self.listen, self.stop)
+            kept = self._arms[arm.name].open(job)
+            self.results.arms.append(job.arm)
+            kept.wrote = partial(self._stands, kept, tell=True)
+            try:
+                if not job.complete:
+                    others = [one for one in range(len(sites)) if one != place]
+                    run_local(server_app(job), pool, others, job.site_states)
+                    if job.error is not None:
+                        raise job.error
+                found = pool.submit(place, test_everywhere, plan, job.average)
+                _, (job.arm.test, job.arm.unmeasured) = found.result()
+                job.save(job)
+            finally:
+                kept.flush()
+                self._stands(kept)
+            if self.stop.is_set():
+                return
 
 
 def _arm(plan: Plan) -> Arm:

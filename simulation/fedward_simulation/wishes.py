@@ -11,6 +11,7 @@ from typing import TypeVar
 import click
 import typer
 
+from fedward.console import say
 from fedward.errors import DataError
 from fedward.tasks.registry import TASKS
 from fedward_client.data.readers.registry import Format
@@ -73,7 +74,7 @@ def _choose(what: str, known: str) -> str:
 def _list_of(found: Survey) -> tuple[str, ...]:
     default = ", ".join(found.classes) or None
     if not default and found.seen:
-        typer.echo(_hint(found))
+        say(_hint(found))
     text = typer.prompt("Classes in label order, commas between", default=default)
     return tuple(part.strip() for part in str(text).split(",") if part.strip())
 

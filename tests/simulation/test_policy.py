@@ -93,7 +93,8 @@ def test_what_a_policy_withholds_is_missing_and_said_to_be(
     run: Run, site: Callable[[str], Path]
 ) -> None:
     path = site('counts = "minimum-cells"\ncount_noise = 0.0\nmetrics = ["auc"]')
-    _, metrics, page = run("--policy", path)
+    output, metrics, page = run("--policy", path)
+    assert "no hospital with this policy sends are missing (accuracy)" in output
     test = metrics["arms"][0]["test"]
     assert test["pooled"]["auc"] is not None
     assert test["pooled"]["accuracy"] is None

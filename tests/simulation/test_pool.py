@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from fedward.console import interruptible
 from fedward_simulation.pool import Pool, cores
 
 pytestmark = pytest.mark.integration
@@ -142,3 +143,18 @@ def test_a_parent_that_computed_on_several_threads_leaves_workers_free_to() -> N
         assert pool.submit(0, total).result(timeout=60) == expected
     finally:
         pool.close()
+
+
+def test_a_signal_during_the_fork_is_not_lost() -> None:
+    """Was: raised within a fork's own callbacks, where Python drops it, and the run went on."""
+    sent: list[int] = []
+
+    def send() -> None:
+        if not sent:
+            sent.append(os.getpid())
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    os.register_at_fork(after_in_parent=send)
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        Pool(None, 1)
+    assert sent == [os.getpid()]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from unguarded import UnguardedSites
 
 from fedward.errors import EgressError, ModelError, PlanError, PolicyError, ProtocolError
 from fedward.flower import identity
@@ -83,8 +84,13 @@ def job_of(plan: Plan, **more: Any) -> Job:
     return Job(plan, to_arrays(build_model(plan, 0)), Arm(name="t", kind="federated"), **more)
 
 
-def run(job: Job, sites: list[PreparedSite], workers: int = 0) -> Job:
-    pool = Pool(State(SimulatedSites(sites, SEEDED)), workers)
+def run(
+    job: Job,
+    sites: list[PreparedSite],
+    workers: int = 0,
+    kind: type[SimulatedSites] = SimulatedSites,
+) -> Job:
+    pool = Pool(State(kind(sites, SEEDED)), workers)
     try:
         StudyRun(job, LocalGrid(pool, len(sites), job.site_states)).run()
     finally:
@@ -215,7 +221,8 @@ def test_an_update_must_be_of_the_steps_that_the_plan_asks_for(
         participation={"sites": 2, "quorum": 1},
         training={"rounds": 1, "optimizer": "sgd"},
     )
-    job = run(job_of(plan), [make_site(f"site-{i}", seed=i) for i in (1, 2)])
+    sites = [make_site(f"site-{i}", seed=i) for i in (1, 2)]
+    job = run(job_of(plan), sites, kind=UnguardedSites)
     (failure,) = job.arm.rounds[0].failures
     assert failure.site == "site-2" and "steps that the plan asks for" in failure.reason
 

@@ -51,7 +51,7 @@ def page() -> str:
         ("Patient section", "[datasets.NAME.patients]", PatientSection),
         ("Image section", "[datasets.NAME.images]", ImageSection),
         (
-            "De-identification section",
+            "Deidentification section",
             "[datasets.NAME.deidentification]",
             DeidentificationSection,
         ),

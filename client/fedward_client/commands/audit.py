@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedward.console import print_json, say
+from fedward.console import moment, print_json, say
 from fedward.errors import FedwardError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def show(
         return
     for one in found:
         said = ", ".join(f"{name} {value}" for name, value in one.fields.items())
-        say(f"{one.seq}  {one.time[:19]}  {one.event}  {said}")
+        say(f"{one.seq}  {moment(one.time)}  {one.event}  {said}")
 
 
 def _last_written(site: SiteConfig) -> tuple[int, str] | None:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from fedward.console import (
     Console,
+    Table,
     leave,
     log_to_stderr,
     print_json,
@@ -25,8 +25,6 @@ from fedward.console import (
 )
 from fedward_client.commands.study_card import card_lines
 from fedward_client.commands.tables import people
-from fedward_client.enrol import enrol as make_enrolment
-from fedward_client.enrol import enrol_configured, read_authority
 from fedward_client.link.state import CERTIFICATE_DAYS
 
 Config = Annotated[
@@ -99,6 +97,8 @@ def enrol(
 ) -> None:
     """Make the site's key pair, here: with a draft of site.toml, or for one that is there."""
     from fedward_client.config import load_config
+    from fedward_client.enrol import enrol as make_enrolment
+    from fedward_client.enrol import enrol_configured, read_authority
 
     if name and server and ca:
         made = make_enrolment(out, name, server, read_authority(ca))
@@ -112,7 +112,7 @@ def enrol(
     console = Console()
     console.print("Send this public key to the coordinator:\n", highlight=False)
     say(made.public_key)
-    console.print(f"Its fingerprint, to compare by telephone: {made.fingerprint}", highlight=False)
+    say(f"Its fingerprint, to compare by telephone: {made.fingerprint}")
     console.print(f"Next: edit {made.config.name}, freeze a dataset, then run the daemon.")
 
 

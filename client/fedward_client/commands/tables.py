@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from rich.table import Table
 from rich.text import Text
+
+from fedward.console import Table
 
 if TYPE_CHECKING:
     from fedward_client.cohort.check import PlanCheck

@@ -38,11 +38,17 @@ class MaskOptions:
     background : tuple of str
         Labels (any case) that mean nothing; they do not count when a file's only segment is taken
         for the only class.
+    readers : tuple of str
+        Patterns for the name of who drew a file; those of others do not count. None: all do.
+    several : str
+        What becomes of series of which several readers drew one class: "leave-out" or "merge".
     """
 
     segments: Mapping[str, str] = field(default_factory=dict)
     threshold: float = 0.5
     background: tuple[str, ...] = ("background",)
+    readers: tuple[str, ...] = ()
+    several: Literal["leave-out", "merge"] = "leave-out"
 
     def labels(self, found: Sequence[tuple[int, str]], classes: Sequence[str]) -> Labels:
         """Pairs of a segment's number and its label, 1 being the first class.
@@ -473,9 +479,20 @@ class MaskSection(Section):
         "is the dataset's only class needs no `segments`",
     )
 
+    readers: Patterns = Field(
+        default=(),
+        description="whose masks count: patterns for `ContentCreatorName` (segmentations), "
+        "`ReviewerName` or `OperatorsName` (structure sets), as for images; none: everybody's",
+    )
+    several: Literal["leave-out", "merge"] = Field(
+        default="leave-out",
+        description="series of which several of these readers drew the same class: leave them out, "
+        "or merge what they drew",
+    )
+
     def options(self) -> MaskOptions:
         """The same for a reader."""
-        return MaskOptions(self.segments, self.threshold, self.background)
+        return MaskOptions(**dict(self))
 
     def broken(self, classes: tuple[str, ...]) -> Broken:
         """Key, rule and next step of what does not fit together."""

@@ -232,7 +232,7 @@ class Executor:
             # Before the answer is kept: an evaluation that broke off here is done again.
             self._trainers.keep(case, order, packet.arrays)
         self._ledger.evaluations.commit(request, _kept(outcome, made))
-        if order.part == "test" and order.round == (case.plan.own_round or 0):
+        if order.part == "test" and order.round == case.plan.tests[-1]:
             self._trainers.end(order.study)  # the last evaluation of a study
         return TrainerMessage("counts", dict(outcome.to_flat()), made)
 

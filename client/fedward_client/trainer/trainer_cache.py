@@ -82,6 +82,8 @@ class TrainerCache:
 
         A disk without room for it costs the hospital the file, and no study its answer.
         """
+        if order.round == case.plan.alone_round:
+            return  # for comparison only
         model = self.use(case, lambda trainer: trainer.model_of(shared, order))
         try:
             self._models.keep(case.study, case.plan, "own" if order.round else "shared", model)

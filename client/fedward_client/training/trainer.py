@@ -54,6 +54,8 @@ from fedward_client.training.runtime import Runtime
 from fedward_client.training.source import Source, digest_of
 
 Arrays = dict[str, NDArray[Any]]
+OWN, ALONE = "own", "alone"  # kinds of what a site keeps of models of its own
+_BEGAN = "alone since round"
 
 
 @dataclass
@@ -157,6 +159,7 @@ class Trainer:
         loss: float | None
         if order.round == self.plan.own_round:
             loss, steps, kept = self._fine_tune(arrays, order)
+            kept |= self._kept_alone(order.round)
         else:
             fit = self._fit(arrays, order)
             centering = self.plan.is_centering(order.round)
@@ -168,9 +171,14 @@ class Trainer:
             if fit.hook is not None:
                 more, besides = self._finish(fit.hook)
                 kept, update = kept | more, update | besides
-            if self.plan.passes(order.round) > 1 and self.plan.personal is not None:
-                more_steps, own = self._ditto(arrays, order, self.plan.personal.weight or 0.0)
-                kept, steps = kept | own, steps + more_steps
+            personal = self.plan.personal
+            if personal is not None and not centering:
+                if personal.method == "ditto":
+                    steps += self._second(arrays, order, OWN, personal.weight or 0.0)
+                    kept |= self._kept_own(order.round, self.trained)
+                if personal.alone:
+                    steps += self._second(arrays, order, ALONE, 0.0)
+                    kept |= self._kept_alone(order.round, self.trained)
         if kept:
             self.state.keep(order.round, kept)
         outcome = TrainOutcome(
@@ -191,22 +199,23 @@ class Trainer:
         with fit.draws.in_layers(self.runtime.torch_device):
             return fit.run(self.optimizer(fit))
 
-    def _ditto(
-        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder, weight: float
-    ) -> tuple[int, Arrays]:
-        """Train the site's own model, held near the shared one that was received.
+    def _second(
+        self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder, kind: str, weight: float
+    ) -> int:
+        """Train a second model of the site's, held near the shared one that was received.
 
         Ditto (Li et al., 2021, arXiv:2012.04221, algorithm 1): each step's gradient has
-        λ·(v − wᵗ) added, for the own model v and the received one wᵗ.
+        λ·(v − wᵗ) added, for the own model v and the received one wᵗ. With a λ of 0 it is what
+        the site trains alone.
         """
         besides = self._received(arrays, order.round)
         received = {name: value for name, value in arrays.items() if name not in besides}
         from_arrays(self._model, received)
         parameters = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
         near = ProximalTerm(SiteRound({"mu": weight}, parameters, {}, {}))
-        fit = self._fit(received | self._own(order.round), order, own=True, hook=near)
-        _, steps = self._run(fit)
-        return steps, self._kept_own(order.round, self.trained)
+        model = received | self._of_kind(kind, order.round)
+        fit = self._fit(model, order, own=kind, hook=near)
+        return self._run(fit)[1]
 
     def _fine_tune(
         self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder
@@ -219,7 +228,7 @@ class Trainer:
         now, best, score = dict(arrays), Arrays(), -math.inf
         optimizer: Optimizer | None = None
         for number in range(passes):
-            fit = self._fit(now, order, own=True, of=(number, passes))
+            fit = self._fit(now, order, own=OWN, of=(number, passes))
             if optimizer is None:
                 optimizer = build_optimizer(
                     self.plan, [p for p in fit.module.parameters() if p.requires_grad]
@@ -231,7 +240,7 @@ class Trainer:
             now |= {name: values[name] for name in self.trained}
             found = self._score(now, order)
             if not best or found is None or found > score:
-                best = {f"own/{name}": now[name].copy() for name in self.trained}
+                best = {f"{OWN}/{name}": now[name].copy() for name in self.trained}
                 score = -math.inf if found is None else found
         return loss, steps, best
 
@@ -255,15 +264,40 @@ class Trainer:
     def _kept_own(self, round_: int, names: Collection[str]) -> Arrays:
         """What the site keeps of its own model after a round in which these arrays trained."""
         values = to_arrays(self._model)
-        own = self._own(round_) | {name: values[name] for name in names}
-        return {f"own/{name}": value for name, value in own.items()}
+        own = self._of_kind(OWN, round_) | {name: values[name] for name in names}
+        return {f"{OWN}/{name}": value for name, value in own.items()}
 
-    def _own(self, round_: int) -> Arrays:
-        """What the site keeps of its own model before a round; none before its first one."""
+    def _kept_alone(self, round_: int, names: Collection[str] = ()) -> Arrays:
+        """The same of what it trains alone, and the round in which that began."""
+        if self.plan.alone_round is None:
+            return {}
+        values = to_arrays(self._model) if names else {}
+        alone = self._of_kind(ALONE, round_) | {name: values[name] for name in names}
+        began = self.state.before(round_).get(_BEGAN, np.array([round_], np.float32))
+        return {_BEGAN: began} | {f"{ALONE}/{name}": value for name, value in alone.items()}
+
+    def _of_kind(self, kind: str, round_: int) -> Arrays:
+        """What the site keeps of a model of its own before a round; none before its first one."""
         if self.plan.personal is None:
             return {}
+        mark = f"{kind}/"
         kept = self.state.before(round_)
-        return {n[4:]: value for n, value in kept.items() if n.startswith("own/")}
+        return {n.removeprefix(mark): v for n, v in kept.items() if n.startswith(mark)}
+
+    def _alone(self) -> Arrays:
+        """What the site trained alone, from the first round on.
+
+        Raises
+        ------
+        DataError
+            It began later, from a model that other sites had trained already.
+        """
+        began = self.state.before(self.plan.last_round + 1).get(_BEGAN, np.zeros(1, np.float32))
+        if int(began[0]) != (2 if self.plan.is_centering(1) else 1):
+            raise DataError(
+                RuleCode.NOT_ALONE, fix="Take part from the first round of the study on"
+            )
+        return self._of_kind(ALONE, self.plan.last_round + 1)
 
     def _measured(self, fit: Fit) -> tuple[None, int]:
         """Put the mean of the site's features into the model; that is all of this round."""
@@ -346,10 +380,12 @@ class Trainer:
         order : RoundOrder
             An evaluation.
         """
+        if order.round == self.plan.alone_round:
+            return dict(arrays) | self._alone()
         stays_here = bool(self._site_names) and order.part == "validation"
         if order.round != self.plan.own_round and not stays_here:
             return arrays
-        own = dict(arrays) | self._own(order.round + 1)
+        own = dict(arrays) | self._of_kind(OWN, order.round + 1)
         if stays_here:  # in each round, arrays that stay at the site are the site's
             return own
         shared, mine = self._score(arrays, order), self._score(own, order)
@@ -386,7 +422,7 @@ class Trainer:
         arrays: Mapping[str, NDArray[Any]],
         order: RoundOrder,
         *,
-        own: bool = False,
+        own: str = "",
         hook: SiteHook | None = None,
         of: tuple[int, int] = (0, 1),
     ) -> Fit:
@@ -400,9 +436,9 @@ class Trainer:
         received = {} if own else self._received(arrays, order.round)
         model = {name: value for name, value in arrays.items() if name not in received}
         if self._site_names and not own:
-            model |= self._own(order.round)
+            model |= self._of_kind(OWN, order.round)
         prepared = self._prepare(model, order.round)
-        draws = (order.seed, self.site.name, order.round, *(("own", of[0]) if own else ()))
+        draws = (order.seed, self.site.name, order.round, *((own, of[0]) if own else ()))
         return Fit(
             plan=self.plan,
             round=order.round,

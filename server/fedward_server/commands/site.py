@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from fedward.console import Console, print_json, say
+from fedward.console import Console, Table, moment, print_json, say
 from fedward.errors import ConfigError
 from fedward_server.cli_profile import at
 from fedward_server.commands.options import SERVER, Ca, Config, Json, Token, Url, api
@@ -78,7 +77,7 @@ def list_sites(
         table.add_row(
             one["name"],
             one["status"],
-            one["last_seen"][:19],
+            moment(one["last_seen"]),
             one["version"],
             "\n".join(map(_dataset, one["datasets"])),
             _most(one),

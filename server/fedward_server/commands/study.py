@@ -9,9 +9,8 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from fedward.console import Console, print_json, say
+from fedward.console import Console, Table, moment, print_json, say
 from fedward.errors import OutputError, PlanError, StudyError
 from fedward.plan.load import from_canonical
 from fedward_server.cli_profile import ApiClient, at
@@ -23,7 +22,9 @@ StudyId = Annotated[str, typer.Argument(help="the study's id")]
 Out = Annotated[Path, typer.Option("--out", help="where to write it")]
 
 
-@study_app.command("submit")
+@study_app.command(
+    "submit", epilog="Example: fedward-server study submit study.toml --sites north,south"
+)
 def submit(
     plan: Annotated[Path, typer.Argument(help="the plan, study.toml")],
     sites: Annotated[str, typer.Option("--sites", help="names with commas between")],
@@ -108,12 +109,12 @@ def watch(
 ) -> None:
     """Follow a study as it runs; ends with it."""
     client, state = api(config, url, token, ca), ""
-    console = Console()
+    console, primary = Console(), ""
     for event in follow(client, at("studies", study, "events")):
         if as_json:
             print_json(event)
-        elif text := _telling(event):
-            console.print(f"{event['at'][:19]}  {text}", highlight=False)
+        elif text := _telling(event, primary := primary or _primary(client, study, event)):
+            console.print(f"{moment(event['at'])}  {text}", highlight=False)
         state = event["payload"].get("state", state) if event["kind"] == "state" else state
     if state == "failed":
         raise StudyError("the study must go on", value=study, fix="See `study show`")
@@ -270,11 +271,11 @@ def _write(path: Path, content: bytes) -> None:
         ) from None
 
 
-def _telling(event: dict[str, Any]) -> str:
+def _telling(event: dict[str, Any], primary: str) -> str:
     told: dict[str, Any] = event["payload"]
     match event["kind"]:
         case "round":
-            number, stage, seconds, loss, figures, sites, missing = _round_cells(told)
+            number, stage, seconds, loss, figures, sites, missing = _round_cells(told, primary)
             without = f", without {missing}" if missing else ""
             return f"round {number} ({stage}) in {seconds}: {figures or loss}; {sites}{without}"
         case "state":
@@ -296,10 +297,24 @@ def _telling(event: dict[str, Any]) -> str:
     return ""
 
 
-def _round_cells(one: dict[str, Any]) -> tuple[str, ...]:
-    figures = ", ".join(
-        f"{name} {value:.3f}" for name, value in one["validation"].items() if value is not None
-    )
+def _primary(client: ApiClient, study: str, event: dict[str, Any]) -> str:
+    """The leading figure of a study, once there is a round to tell of."""
+    if event["kind"] != "round":
+        return ""
+    plan = client.call("GET", at("studies", study))["study"].get("plan", "{}")
+    return str(json.loads(plan).get("metrics", {}).get("primary", ""))
+
+
+def _failure(one: dict[str, str]) -> str:
+    """A site whose update is missing, and why."""
+    why = ": ".join(part for part in (one.get("kind", ""), one.get("reason", "")) if part)
+    return f"{one['site']} ({why})" if why else one["site"]
+
+
+def _round_cells(one: dict[str, Any], primary: str = "") -> tuple[str, ...]:
+    """A round in words, the leading figure first."""
+    validation = sorted(one["validation"].items(), key=lambda item: item[0] != primary)
+    figures = ", ".join(f"{name} {value:.3f}" for name, value in validation if value is not None)
     loss = "" if one["train_loss"] is None else f"loss {one['train_loss']:.3f}"
     return (
         str(one["round"]),
@@ -308,5 +323,5 @@ def _round_cells(one: dict[str, Any]) -> tuple[str, ...]:
         loss,
         figures,
         ", ".join(sorted(one["sites"])),
-        "; ".join(f["site"] for f in one["failures"]),
+        "; ".join(_failure(f) for f in one["failures"]),
     )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from fedward_server.report.formatting import counted, epsilon, figure, interval, metric_name, runs
 from fedward_server.report.stats import (
     LOWER_IS_BETTER,
+    OF_ONE_SITE,
     Estimate,
     finite,
     of_kind,
@@ -73,7 +74,7 @@ def looks(results: StudyResults) -> dict[str, Look]:
     """How each arm is drawn, by its name."""
     found, private = {}, 0
     for arm in ordered(results.arms):
-        if arm.kind == "alone":
+        if arm.kind in OF_ONE_SITE:
             found[arm.name] = Look("--alone", marker="", symbol="", thin=True)
         elif arm.kind == "pooled":
             found[arm.name] = Look("--pooled", DASHES[2], "dotted", "D", "◆")
@@ -195,7 +196,7 @@ def comparison(results: StudyResults, name: str) -> str | None:
     None where no arm has a figure.
     """
     alone = [arm for arm in of_kind(results, "alone") if arm.test]
-    others = [arm for arm in ordered(results.arms) if arm.test and arm.kind != "alone"]
+    others = [arm for arm in ordered(results.arms) if arm.test and arm.kind not in OF_ONE_SITE]
     groups = ([("hospitals alone", alone)] if alone else []) + [(arm.name, [arm]) for arm in others]
     look, metric = looks(results), results.primary
     if not any(_drawn(arms, metric) for _, arms in groups):

@@ -27,6 +27,7 @@ from fedward_server.report import (
 )
 from fedward_server.report.charts import Look, looks
 from fedward_server.report.stats import (
+    OF_ONE_SITE,
     Estimate,
     of_kind,
     ordered,
@@ -211,7 +212,7 @@ def _tiles(results: StudyResults) -> list[Tile]:
     groups += [
         (arm.name, [arm], look[arm.name].variable)
         for arm in ordered(results.arms)
-        if arm.kind != "alone" and arm.test
+        if arm.kind not in OF_ONE_SITE and arm.test
     ]
     found = []
     for label, arms, colour in groups:

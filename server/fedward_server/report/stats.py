@@ -11,7 +11,9 @@ from fedward.tasks.registry import METRICS
 from fedward_server.results import Arm, Figures, StudyResults
 
 LOWER_IS_BETTER = frozenset(name for name, spec in METRICS.items() if spec.better == "lower")
-_ORDER = {"alone": 0, "federated": 1, "personal": 1, "pooled": 2}
+_ORDER = {"alone": 0, "federated": 1, "personal": 1, "left-out": 2, "pooled": 3}
+# Of an arm of these kinds what counts are the figures at its site.
+OF_ONE_SITE = ("alone", "left-out")
 
 
 def finite(value: float | None) -> float | None:
@@ -29,8 +31,11 @@ def ordered(arms: Sequence[Arm]) -> list[Arm]:
     """Alone, federated, pooled; within each without privacy first, then from loose to strict.
 
     After an arm whose sites have models of their own come those, as an arm of kind ``personal``.
+    What sites trained alone beside an arm counts where no arm of its own was trained for it.
     """
     every = [one for arm in arms for one in (arm, arm.personal) if one is not None]
+    if not any(arm.kind == "alone" for arm in arms):
+        every += [lone for arm in arms[:1] for lone in arm.lone]
     return sorted(every, key=lambda arm: (_ORDER[arm.kind], _strictness(arm)))
 
 
@@ -64,9 +69,9 @@ def at_site(arm: Arm, site: str, metric: str) -> float | None:
 
 
 def own(arm: Arm, metric: str) -> dict[str, float | None]:
-    """A metric on the sites' own test patients; of a hospital alone, on its own only."""
+    """A metric on the sites' own test patients; of a hospital alone or left out, on its own."""
     sites = arm.test.per_site if arm.test else {}
-    names = [site for site in sites if arm.kind != "alone" or site == arm.site]
+    names = [site for site in sites if arm.kind not in OF_ONE_SITE or site == arm.site]
     return {site: at_site(arm, site, metric) for site in names}
 
 

@@ -26,6 +26,7 @@ from fedward_server.report.stats import (
     of_kind,
     own,
     patient_by_patient,
+    site_estimate,
     together,
     together_estimate,
     together_mean_estimate,
@@ -56,6 +57,7 @@ def headline(results: StudyResults) -> str:
         dominance(lead, results.primary),
         _at_home(results, lead),
         _better_off(results, lead),
+        _left_out(results, lead),
         _private(results, lead, federated),
     ]
     return " ".join(sentence for sentence in sentences if sentence)
@@ -250,6 +252,23 @@ def _better_off(results: StudyResults, lead: Arm) -> str:
     return (
         f"With {whose} {len(better)} of {len(found)} hospitals are better off than alone, "
         f"{level} level within chance, {len(worse)} worse{names}."
+    )
+
+
+def _left_out(results: StudyResults, lead: Arm) -> str:
+    """What the model reaches at a hospital that took no part."""
+    metric, told = results.primary, []
+    for arm in of_kind(results, "left-out"):
+        site = str(arm.site)
+        without, with_it = site_estimate(arm, site, metric), site_estimate(lead, site, metric)
+        if without is not None and with_it is not None:
+            both = f"{figure(without.value, metric)} against {figure(with_it.value, metric)}"
+            told.append(f"{site} {both}")
+    if not told:
+        return ""
+    return (
+        "At a hospital that takes no part, the model of the others has, against the model of all: "
+        f"{', '.join(told)} {metric_name(metric)}."
     )
 
 

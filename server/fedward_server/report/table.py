@@ -12,6 +12,7 @@ from fedward_server.report import tables
 from fedward_server.report.coverage import is_whole, share_of
 from fedward_server.report.formatting import NOTHING, duration, figure, interval, metric_name
 from fedward_server.report.stats import (
+    OF_ONE_SITE,
     Estimate,
     clear_best,
     of_kind,
@@ -82,7 +83,7 @@ def _row(results: StudyResults, arm: Arm) -> SummaryRow:
         arm.epsilon,
         arm.seconds,
         finished=arm.finished,
-        is_alone=arm.kind == "alone",
+        is_alone=arm.kind in OF_ONE_SITE,
     )
 
 

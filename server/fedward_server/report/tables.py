@@ -21,6 +21,7 @@ from fedward_server.report.formatting import (
     size,
 )
 from fedward_server.report.stats import (
+    OF_ONE_SITE,
     Estimate,
     clear_best,
     finite,
@@ -108,7 +109,9 @@ def primary_table(results: StudyResults) -> Table | None:
                     column[at],
                     metric,
                     best=top == at,
-                    home=place < len(sites) and arm.kind == "alone" and arm.site == sites[place],
+                    home=place < len(sites)
+                    and arm.kind in OF_ONE_SITE
+                    and arm.site == sites[place],
                 )
                 for place, (column, top) in enumerate(zip(values, tops, strict=True))
             ],
@@ -141,7 +144,7 @@ def _site(site: str, metric: str) -> Callable[[Arm], Estimate | None]:
 
 def _mean_of_homes(arm: Arm, metric: str) -> Estimate | None:
     # A hospital alone has one figure of its own; beside means over all hospitals it would mislead.
-    return None if arm.kind == "alone" else own_mean_estimate([arm], metric)
+    return None if arm.kind in OF_ONE_SITE else own_mean_estimate([arm], metric)
 
 
 def _alone_row(alone: Sequence[Arm], sites: Sequence[str], metric: str) -> Row:

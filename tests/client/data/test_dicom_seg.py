@@ -295,3 +295,26 @@ def test_cut_pixels_are_not_made_up(tmp_path, make_dicom, volume_of, cut):
     (sample,) = volume_of(tmp_path).samples
     with pytest.raises(DataError, match="not readable"):
         sample.mask()
+
+
+def test_masks_of_several_readers_are_not_merged_without_a_word(
+    tmp_path, make_ct, make_seg, read_masked
+):
+    images = make_ct(tmp_path / "ct")
+    shape = (len(images), *images[0].pixel_array.shape)
+    drawn = {}
+    for reader, row in (("SMITH^A", 2), ("Doe^B", 5)):
+        mask = np.zeros(shape, np.uint8)
+        mask[1:3, row : row + 2, 3:6] = 1
+        drawn[reader] = int(mask.sum())
+        for part in (0, 1):  # each has two lesions in files of their own
+            moved = np.roll(mask, 5 * part, axis=2)
+            path = tmp_path / f"{row}{part}.dcm"
+            make_seg(path, images, moved, ["lesion"], content_creator_name=reader)
+    with pytest.raises(DataError, match="masks of several readers: 1"):
+        read_masked(tmp_path, ("lesion",))
+    (sample,) = read_masked(tmp_path, ("lesion",), several="merge").samples
+    assert sample.mask().sum() == 2 * sum(drawn.values())
+    found = read_masked(tmp_path, ("lesion",), readers=("smith*",))
+    assert found.samples[0].mask().sum() == 2 * drawn["SMITH^A"]
+    assert [item.reason for item in found.left_out] == ["not selected"] * 2

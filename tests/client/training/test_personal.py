@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedward.dp.accounting import calibrate, epsilon_spent, steps_per_round
-from fedward.errors import ModelError, PlanError
+from fedward.errors import DataError, ModelError, PlanError
 from fedward.flower import identity
 from fedward.models import build_model, from_arrays, to_arrays
 from fedward.plan import Plan, plan_hash
@@ -223,9 +223,71 @@ def test_a_run_that_is_broken_off_after_each_round_ends_as_one_that_was_not(
         np.testing.assert_array_equal(job.arrays[name], value)
 
 
+def test_what_a_site_trains_alone_is_what_a_study_of_it_alone_gives(
+    make_plan: Make, make_site: Make
+) -> None:
+    training = {**SGD, "rounds": 4}
+    sites = opposed(make_site)
+    plan = make_plan(training=training, personal={"alone": True})
+    arm = run(job_of(plan, seed=5), sites).arm
+    assert arm.alone is not None and arm.own is None
+    plain = run(job_of(make_plan(training=training), seed=5), sites)
+    assert plain.arm.test == arm.test  # it changes nothing of the shared model
+    for place, site in enumerate(sites):
+        lone = job_of(make_plan(training=training, participation={"sites": 1}), seed=5)
+        pool = Pool(State(SimulatedSites([site], SEEDED)), 0)
+        StudyRun(lone, LocalGrid(pool, 1, lone.site_states)).run()
+        assert lone.arm.test is not None
+        told, own = arm.alone.per_site[site.name], lone.arm.test.per_site[site.name]
+        # Other batches, the draws of a second model being its own.
+        assert told["auc"] == pytest.approx(own["auc"], abs=0.1), place
+    assert [one.name for one in arm.lone] == ["alone: site-1", "alone: site-2"]
+
+
+def test_a_site_that_joined_later_has_nothing_that_it_trained_alone(
+    make_plan: Make, make_site: Make, make_order: Make
+) -> None:
+    plan = make_plan(training=SGD, personal={"alone": True})
+    start = to_arrays(build_model(plan, 0))
+    order = make_order(plan, round=4, task="evaluate", part="test")
+    for first in (1, 2):
+        trainer = Trainer(plan, make_site(), SEEDED)
+        for round_ in range(first, 4):
+            trainer.train(start, make_order(plan, round=round_))
+        if first == 1:
+            alone = trainer.model_of(start, order)
+            assert any(not np.array_equal(alone[name], start[name]) for name in start)
+        else:
+            with pytest.raises(DataError, match="begin with the study's first round"):
+                trainer.model_of(start, order)
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_alone_beside_an_own_model(
+    make_plan: Make, make_site: Make, make_order: Make, private: bool
+) -> None:
+    personal = {**METHODS["fine-tuning"], "alone": True}
+    plan = make_plan(training=SGD, personal=personal, **({"privacy": DP} if private else {}))
+    assert (plan.own_round, plan.alone_round, plan.tests) == (4, 5, (0, 4, 5))
+    assert plan.evaluation_epsilon("test") == pytest.approx(plan.metrics.epsilon / 3)
+    trainer, start, taken = Trainer(plan, make_site(), SEEDED), to_arrays(build_model(plan, 0)), 0
+    for round_ in (1, 2, 3, 4):
+        taken += trainer.train(start, make_order(plan, round=round_))[1].steps
+    if private:
+        assert taken == calibrate(plan, trainer.site.patients_in("train")).steps
+    models = [
+        trainer.model_of(start, make_order(plan, round=round_, task="evaluate", part="test"))
+        for round_ in plan.tests
+    ]
+    assert np.array_equal(models[0]["fc.weight"], start["fc.weight"])
+    assert not np.array_equal(models[2]["fc.weight"], start["fc.weight"])
+    assert not np.array_equal(models[1]["fc.weight"], models[2]["fc.weight"])
+
+
 @pytest.mark.parametrize(
     ("personal", "where"),
     [
+        ({}, "personal.method"),
         ({"method": "fine-tuning"}, "personal.rounds"),
         ({"method": "ditto"}, "personal.weight"),
         ({"method": "fedbn", "rounds": 3}, "personal.rounds"),

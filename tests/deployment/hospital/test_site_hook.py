@@ -208,7 +208,8 @@ def command(hospital: Hospital, *arguments: str) -> subprocess.CompletedProcess[
 
 
 @pytest.mark.parametrize(
-    "personal", [{"method": "ditto", "weight": 0.1}, {"method": "fine-tuning", "rounds": 2}]
+    "personal",
+    [{"method": "ditto", "weight": 0.1, "alone": True}, {"method": "fine-tuning", "rounds": 2}],
 )
 def test_a_model_of_the_hospital_s_own_survives_kills_and_stays_at_the_hospital(
     hospital: Hospital,
@@ -246,7 +247,7 @@ def test_a_model_of_the_hospital_s_own_survives_kills_and_stays_at_the_hospital(
             sent = {name: made.arrays.get(name, value) for name, value in sent.items()}
             if round_ == own_round:
                 break
-        for round_ in (0, own_round):
+        for round_ in plan.tests:
             ask(study, round_, sent, "evaluate")
 
     go(f"{method}-whole", killed=False)

@@ -174,6 +174,7 @@ BROKEN: list[tuple[str, dict[str, Any], str, str, str]] = [
         "scaffold needs SGD without momentum",
         "set momentum to 0",
     ),
+    ("c", {"personal": {}}, "personal.method", "needs a method, or alone", "add one"),
     ("c", {"personal": {"method": "ditto"}}, "personal.weight", "needs weight", "add"),
     (
         "c",

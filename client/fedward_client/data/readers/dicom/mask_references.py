@@ -13,6 +13,7 @@ from pydicom.dataset import Dataset
 
 from fedward import rule_codes
 from fedward.errors import ConfigError, DataError
+from fedward.plan.image_filter import accepts
 from fedward.plan.schema import Task
 from fedward_client.data.files import file_identity
 from fedward_client.data.options import Labels, MaskOptions, PatientOptions
@@ -61,12 +62,15 @@ class References:
         Issuer and id, as of an image.
     series, instances, spaces : frozenset of str
         UIDs of series, of images, and of frames of reference.
+    reader : str
+        Who drew it; stays in memory.
     """
 
     patient: str
     series: frozenset[str]
     instances: frozenset[str]
     spaces: frozenset[str]
+    reader: str = ""
 
 
 def read_mask_file(
@@ -81,7 +85,7 @@ def read_mask_file(
     ------
     DataError
         "unknown class in mask"; "no closed contour": no region of a class encloses anything;
-        "not readable"; "too large".
+        "not readable"; "too large"; "not selected": it is of a reader whose masks do not count.
     """
     options = options or MaskOptions()
     with quiet():
@@ -92,12 +96,15 @@ def read_mask_file(
             found = list(_regions(header) if contours else _segments(header))
             labels = options.labels(found, task.classes)
             of = _of_structures(header, dict(labels)) if contours else _of_segmentation(header)
-            of = replace(of, patient=_patient(header, patients or PatientOptions()))
+            whose = _patient(header, patients or PatientOptions())
+            of = replace(of, patient=whose, reader=_reader(header))
         except ConfigError:
             raise
         except Exception as error:
             # pydicom raises nearly anything on a broken file, and its texts quote values.
             raise rule_codes.unusable(rule_codes.reason_of(error)) from None
+    if not accepts({"reader": options.readers}, {"reader": [of.reader] if of.reader else []}):
+        raise rule_codes.unusable(rule_codes.NOT_SELECTED)
     kind: Kind = "contours" if contours else "segmentation"
     return MaskFile(path, kind, labels, options.threshold), of
 
@@ -131,6 +138,28 @@ def link(
         if not found:
             idle.append(file)
     return served, idle
+
+
+def of_several_readers(
+    files: Sequence[tuple[MaskFile, References]], served: Mapping[str, Sequence[MaskFile]]
+) -> frozenset[str]:
+    """The series of which several readers drew one class; who is not named is nobody else."""
+    reader = {file.path: of.reader for file, of in files}
+    several = set()
+    for uid, own in served.items():
+        drawn: dict[int, set[str]] = defaultdict(set)
+        for file in own:
+            for _, label in file.labels:
+                drawn[label] |= {reader[file.path]} - {""}
+        if any(len(readers) > 1 for readers in drawn.values()):
+            several.add(uid)
+    return frozenset(several)
+
+
+def _reader(header: Dataset) -> str:
+    names = ("ContentCreatorName", "ReviewerName", "OperatorsName")
+    found = (str(header.get(name) or "").strip() for name in names)
+    return next(filter(None, found), "").casefold()
 
 
 def _all(known: Mapping[str, set[str]], uids: Iterable[str]) -> list[str]:

@@ -25,7 +25,12 @@ from fedward_client.data.options import TABLES, LabelOptions, MaskOptions, Patie
 from fedward_client.data.readers.dicom.headers import KEYS, Header, Listen, read_headers, unheard
 from fedward_client.data.readers.dicom.kinds import ImageOptions
 from fedward_client.data.readers.dicom.mask_names import by_name
-from fedward_client.data.readers.dicom.mask_references import MaskFile, link, read_mask_file
+from fedward_client.data.readers.dicom.mask_references import (
+    MaskFile,
+    link,
+    of_several_readers,
+    read_mask_file,
+)
 from fedward_client.data.readers.dicom.masks import SegmentedFrame, SegmentedSeries, SegmentedVolume
 from fedward_client.data.readers.dicom.nifti_masks import PlacedNiftiMask
 from fedward_client.data.readers.dicom.pixels import read_frame
@@ -141,10 +146,12 @@ class Options:
 
 @dataclass(frozen=True)
 class _Masks:
-    """Masks by image file (or why a name tells none), and segmentations by their series."""
+    """Masks by image file (or why a name tells none), segmentations by their series, and series of
+    which several readers drew one class."""
 
     named: Mapping[Path, Path | str]
     segmented: dict[str, tuple[MaskFile, ...]]
+    several: frozenset[str] = frozenset()
 
 
 def _items(
@@ -239,7 +246,9 @@ def _masks(
             left_out.append(LeftOut(rule_codes.reason_of(error), path.relative_to(root).as_posix()))
     segmented, idle = link(read, headers)
     left_out += [LeftOut(rule_codes.NO_IMAGE, f.path.relative_to(root).as_posix()) for f in idle]
-    return _Masks(matched.of, segmented)
+    merge = options.masks.several == "merge"
+    several = frozenset() if merge else of_several_readers(read, segmented)
+    return _Masks(matched.of, segmented, several)
 
 
 def _loads(group: Stack, task: Task) -> Iterator[DicomFrame | DicomVolume]:
@@ -312,9 +321,15 @@ def _segmented_series(found: list[Stack], masks: _Masks) -> dict[tuple[Path, int
 def _masked(
     group: Stack, masks: _Masks, series: dict[tuple[Path, int], SegmentedSeries], task: Task
 ) -> Iterator[Sample | str]:
-    if group.frames[0] in series:
+    if group.headers[0].keys["seriesinstanceuid"] in masks.several:
+        yield rule_codes.SEVERAL_READERS
+    elif group.frames[0] in series:
         yield from _segmented(group, series, task)
-        return
+    else:
+        yield from _named(group, masks, task)
+
+
+def _named(group: Stack, masks: _Masks, task: Task) -> Iterator[Sample | str]:
     header = group.headers[0]
     mask = masks.named.get(header.path, rule_codes.NO_MASK)
     if isinstance(mask, str):
