@@ -39,7 +39,10 @@ def run(plan_file: Path, data: Path, out: Path, **more: Any) -> StudyResults:
     options = Options(
         data=data, out=out, device="cpu", images_are_patients=True, exact=True, **more
     )
-    return Study(load_plan(plan_file), options, note=lambda text: None).run()
+    study = Study(load_plan(plan_file), options, note=lambda text: None)
+    results = study.run()
+    study.checkpoints.clear()
+    return results
 
 
 def test_the_others_model_is_tested_where_nobody_took_part(
