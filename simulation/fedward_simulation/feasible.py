@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from fedward.errors import ModelError, PlanError
-from fedward.models import WeightsReport, build_model, load_initial, trainable_names
+from fedward.models import WeightsReport, build_model, load_initial, shared_names
 from fedward.plan.schema import Plan
 
 _MANY = 10_000  # patients of a site to whom privacy comes cheap
@@ -21,18 +21,22 @@ def start_model(plan: Plan, seed: int, folder: Path | None) -> tuple[nn.Module, 
     Raises
     ------
     PlanError
-        The model cannot take such images, or a stage names parameters that it has not.
+        The model cannot take such images, a stage names parameters that it has not, or nothing
+        of it would travel.
     WeightsError
         The weights' file is not there, or does not fit.
     """
     model = build_model(plan, seed)
     report = load_initial(model, plan, folder)
+    round_ = 1
     for place, stage in enumerate(plan.schedule):
         try:
-            trainable_names(model, stage.train)
+            shared_names(model, plan, round_)
         except ModelError as error:
-            where = f"stages.{place}.train"
+            named = error.where.startswith("personal")
+            where = error.where if named else f"stages.{place}.train"
             raise PlanError(error.rule, value=error.value, fix=error.fix, where=where) from None
+        round_ += stage.rounds
     return model, report
 
 

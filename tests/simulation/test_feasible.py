@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
+from fedward.errors import PlanError
 from fedward.models import build_model
 from fedward.plan import load_plan
 from fedward_server.results import StudyResults
+from fedward_simulation.feasible import start_model
 
 PROGRAM = "fedward_simulation.cli"
 STAGES = '[[stages]]\nname = "a"\nrounds = 1\nlearning_rate = 0.1\ntrain = ["nothing*"]\n'
@@ -101,3 +103,17 @@ def test_arrays_that_public_weights_leave_fresh_are_named(
     assert results.weights_names == {"missing": [first], "reshaped_head": [head]}
     report = (out / "report.html").read_text("utf-8")
     assert f"<code>{first}</code>" in report and f"<code>{head}</code>" in report
+
+
+def test_a_stage_of_which_all_stays_at_the_sites_is_refused_before_it_starts(
+    make_plan: Any,
+) -> None:
+    stages = [
+        {"name": "all", "rounds": 2, "learning_rate": 0.1},
+        {"name": "head", "rounds": 1, "learning_rate": 0.1, "train": ["fc.*"]},
+    ]
+    training = {"rounds": None, "learning_rate": None}
+    plan = make_plan(training=training, stages=stages, personal={"method": "fedper"})
+    with pytest.raises(PlanError, match=r"personal\.method: each stage must train"):
+        start_model(plan, 0, None)
+    start_model(make_plan(personal={"method": "fedper"}), 0, None)
