@@ -37,6 +37,7 @@ HASHES = {
     "covid-ct.toml": "b1d744ea7d37a8cc51b8b66459b2e020d8f45990b0b3675bf57492bc04b813f0",
     "demo/classification.toml": "24ae18985b809b73c2d4406ff6119088d3fbd6a8985f6ad83b7e49c7172bf4f4",
     "demo/frozen.toml": "38ee7be88b986e2030c6dba54aa17e857f9b18ba8c63bf373d69a4a227bf1fc8",
+    "demo/private.toml": "1951d1058517154810f91a5fde3593d289851a559500d89d3fd2939939404275",
     "demo/segmentation.toml": "a8f7271850ce997edc2ad193d2b182284abf8ea9c44ce17d767e709310116899",
     "hippocampus.toml": "6e3daf33ea7d0389d7993a8b6550d2ca8fe109d5be1d3a5a511837ef636016e4",
     "lungs-private.toml": "a6f442dcb05166668ccadcadb64dda89824cc67ab79ec4ca44fa7602909cf25e",
