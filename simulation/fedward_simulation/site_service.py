@@ -249,6 +249,7 @@ class SimulatedTrainers:
     def get(self, case: StudyContext) -> Trainer:
         """The study's trainer, as its last order left it."""
         trainer = self._make(case.plan)
+        trainer.may_choose = case.limits.counts != "private"
         if not self._known:
             people = {str(one) for one in np.unique(trainer.site.patients)}
             self._ledger.register(trainer.site.cohort, case.dataset, people)

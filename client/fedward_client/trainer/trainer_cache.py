@@ -125,6 +125,7 @@ class TrainerCache:
         _LOG.warning("out of memory: %d images at once from now on", smaller)
         runtime = replace(trainer.runtime, physical_batch=smaller)
         made = self._kept[_key(case)] = Trainer(case.plan, trainer.site, runtime, trainer.state)
+        made.may_choose = trainer.may_choose
         return made
 
     def get(self, case: StudyContext) -> Trainer:
@@ -167,7 +168,9 @@ class TrainerCache:
         private = case.plan.privacy.on
         runtime = replace(self._runtime, randomness="system" if private else "seeded")
         state = self._states.of(case.study, case.plan_hash, cohort.sha256)
-        return Trainer(case.plan, site, runtime, state)
+        made = Trainer(case.plan, site, runtime, state)
+        made.may_choose = case.limits.counts != "private"
+        return made
 
 
 def _key(case: StudyContext) -> tuple[str, str]:

@@ -81,6 +81,12 @@ class Trainer:
         The machine.
     state : StudyState, optional
         Where the plan's strategy keeps what it needs from round to round; without it in memory.
+
+    Attributes
+    ----------
+    may_choose : bool
+        Whether the site may choose among models by exact figures on its validation patients; not
+        where its policy lets only noisy counts out, whose ε would not cover the choice.
     """
 
     def __init__(
@@ -91,6 +97,7 @@ class Trainer:
         runtime.enter()
         self._model = place(self._build(), runtime.torch_device)
         self._loss = build_loss(plan, runtime.torch_device)
+        self.may_choose = True
         self._site_names = site_names(self._model, plan)
         self._prepared: _Prepared | None = None
         self._mechanism: Mechanism | None = None
@@ -250,7 +257,8 @@ class Trainer:
         None where the site may not choose by it, or it is not defined.
         """
         personal = self.plan.personal
-        if personal is None or not personal.choose or self.plan.privacy.on:
+        allowed = self.may_choose and not self.plan.privacy.on
+        if personal is None or not personal.choose or not allowed:
             return None
         if not len(self.site.split["validation"]):
             return None
