@@ -166,9 +166,9 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(tmp_path, index):
 
 def test_the_same_times_and_size_do_not_hide_another_file(tmp_path, dx):
     root = tmp_path / "root"
-    path = dx(root / "a.dcm", np.ones((4, 4)))
+    path = dx(root / "a.dcm", np.ones((4, 4)), SOPInstanceUID="1.2.1")
     before, info = Extractor(root, "dicom", SECRET)(path), path.stat()
-    other = dx(tmp_path / "b.dcm", np.zeros((4, 4)))
+    other = dx(tmp_path / "b.dcm", np.zeros((4, 4)), SOPInstanceUID="1.2.2")
     assert other.stat().st_size == info.st_size
     time.sleep(0.05)  # the system's clock for entries is a coarse one
     os.utime(other, ns=(info.st_atime_ns, info.st_mtime_ns))
