@@ -141,6 +141,7 @@ def test_a_tree_of_two_modalities_with_masks_of_two_kinds(tmp_path, reading, dx)
         "pixels_by_class": {"lung": 36, "heart": 4},
         "left_out": {"no mask": 1, "unknown class in mask": 1},
         "risks": [],
+        "hints": [],
     }
 
 
