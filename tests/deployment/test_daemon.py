@@ -135,7 +135,14 @@ def test_a_study_between_hospitals_is_the_simulation_bit_for_bit(
 
     # The same two frozen cohorts on one machine.
     hospitals = tuple(Hospital(daemon.config) for daemon in two)
-    study = Study(plan, Options(data=None, out=tmp_path / "sim", seed=3, hospitals=hospitals))
+    options = Options(
+        data=None,
+        out=tmp_path / "sim",
+        seed=3,
+        hospitals=hospitals,
+        policy=two[0].config,  # the other has the same
+    )
+    study = Study(plan, options)
     study.run()
     assert study.model is not None
     for name, value in study.model.items():

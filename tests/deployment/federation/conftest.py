@@ -390,7 +390,9 @@ class Federation:
         known = "lungs" if plan.task.kind == "segmentation" else "chest"
         dataset = name if name == "real" else known
         hospitals = tuple(Hospital(self.daemons[number].config, dataset) for number in numbers)
-        alone = Study(plan, Options(data=None, out=folder, seed=seed, hospitals=hospitals))
+        policy = hospitals[0].config  # the others have the same
+        options = Options(data=None, out=folder, seed=seed, hospitals=hospitals, policy=policy)
+        alone = Study(plan, options)
         alone.run()
         return alone
 
