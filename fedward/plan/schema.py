@@ -793,6 +793,11 @@ class Plan(Section):
         """Rounds over all stages."""
         return sum(stage.rounds for stage in self.schedule)
 
+    @property
+    def first_training_round(self) -> int:
+        """1, or the round after the one that measures the mean of the features."""
+        return 2 if self.model.feature_centering else 1
+
     def is_centering(self, round_: int) -> bool:
         """Whether a round measures the mean of the features, and trains nothing."""
         return self.model.feature_centering and round_ == 1

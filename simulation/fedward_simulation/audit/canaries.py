@@ -46,7 +46,7 @@ def with_canaries(
     rng = np.random.default_rng(seed)
     pool = _candidates(plan, site, _CANDIDATES * count, rng)
     view = SiteView(plan, pool, replace(runtime, cache=None))
-    view.load(arrays, 1)
+    view.load(arrays, plan.first_training_round)
     gradients = read(view.gradients([np.array([i]) for i in range(len(pool.images))]))
     unit = gradients / np.maximum(np.linalg.norm(gradients, axis=1, keepdims=True), 1e-12)
     *_, order = qr(unit.T, mode="economic", pivoting=True)

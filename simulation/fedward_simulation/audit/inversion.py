@@ -91,7 +91,7 @@ def invert(
     order = RoundOrder(
         plan=canonical(worst),
         plan_hash=plan_hash(worst),
-        round=_first(worst),
+        round=worst.first_training_round,
         seed=seed,
         account=False,
     )
@@ -128,11 +128,6 @@ def one_patient_plan(plan: Plan, patients: int) -> Plan:
     return plan_from(content)
 
 
-def _first(plan: Plan) -> int:
-    """The first round that trains."""
-    return 2 if plan.is_centering(1) else 1
-
-
 def _epsilon_of(noise: float, steps: int, delta: float) -> float:
     try:
         return min(_MOST_EPSILON, epsilon_spent(noise, 1.0, steps, delta))
@@ -152,7 +147,7 @@ def _search(
     device = runtime.torch_device
     model = build_model(plan, seed=0).to(device).eval()
     from_arrays(model, arrays)
-    names = trainable_names(model, plan.stage_of(_first(plan))[0].train)
+    names = trainable_names(model, plan.stage_of(plan.first_training_round)[0].train)
     named = dict(model.named_parameters())
     parameters = [named[name] for name in names]
     wanted = [torch.from_numpy(np.asarray(arrays[n] - released[n])).to(device) for n in names]

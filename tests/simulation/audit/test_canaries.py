@@ -9,10 +9,13 @@ import pytest
 
 from fedward.models import build_model, to_arrays
 from fedward.plan import Plan
+from fedward.protocol import RoundOrder
 from fedward_client.data.sample import PreparedSite
 from fedward_client.training.runtime import Runtime
 from fedward_simulation.audit.canaries import included, with_canaries
+from fedward_simulation.audit.inversion import invert
 from fedward_simulation.audit.people import People
+from fedward_simulation.audit.updates import WatchedTrainer
 from fedward_simulation.audit.view import SiteView
 
 
@@ -68,3 +71,32 @@ def test_the_confidence_is_the_log_odds_of_the_true_class(planted: tuple) -> Non
     loss, confidence = view.signals(np.arange(80))
     chance = np.exp(-loss)
     assert confidence == pytest.approx(np.log(chance / (1 - chance)), abs=1e-4)
+
+
+def test_a_centring_plan_is_watched_from_its_first_training_round(
+    make_plan: Callable[..., Plan],
+    make_site: Callable[..., PreparedSite],
+    make_order: Callable[..., RoundOrder],
+) -> None:
+    plan = make_plan(
+        model={"feature_centering": True},
+        training={
+            "rounds": None,
+            "learning_rate": None,
+            "optimizer": "sgd",
+            "schedule": "constant",
+        },
+        stages=[{"name": "head", "rounds": 2, "learning_rate": 0.5, "train": ["fc.*"]}],
+        privacy={"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-3, "clipping_norm": 1.0},
+    )
+    arrays = to_arrays(build_model(plan, 0))
+    made, images = with_canaries(plan, make_site(), 4, arrays, Runtime(), seed=3)
+    inside = np.array([True, False, True, False])
+    trainer = WatchedTrainer(plan, included(made, images[inside]), Runtime(), images, inside)
+    for round_ in (1, 2, 3):
+        arrays |= trainer.train(arrays, make_order(plan, round_))[0]
+    seen = trainer.kept()
+    assert seen.noise_multiplier == 0.0 or seen.sampling_rate > 0
+    assert np.isfinite(seen.score).all() and seen.score.any()
+    drawn = invert(plan, make_site(), 0, arrays, Runtime(), seed=0, steps=3)
+    assert np.isfinite(drawn.mse)
