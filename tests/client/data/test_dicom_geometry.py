@@ -350,3 +350,25 @@ def test_what_is_no_image_is_of_one_value_in_a_volume(tmp_path, make_dicom, make
     made = sample.load().pixels[0].transpose(2, 1, 0)[:, ::-1, ::-1]
     lowest = values[values > -2000].min()
     np.testing.assert_array_equal(made, np.where(values == -2000, lowest, values) - 1024.0)
+
+
+def test_a_long_gap_makes_no_slices_of_one_place(tmp_path, make_dicom, make_plan):
+    # Neither does jitter make two places of one, where each slice is an acquisition.
+    heights = [-200.0, 0, 1.25, 2.5, 3.75]
+    paths = write(tmp_path / "s", make_dicom, voxels(5), heights=heights)
+    for k, path in enumerate(paths):
+        file = pydicom.dcmread(path)
+        file.AcquisitionNumber = 1 + k // 2
+        file.save_as(path)
+    with pytest.raises(DataError, match="slices missing: 1"):
+        volumes(tmp_path, make_plan)
+    write(tmp_path / "t", make_dicom, voxels(4, 1), SeriesInstanceUID="1.2.9", EchoTime=5)
+    write(
+        tmp_path / "u",
+        make_dicom,
+        voxels(4, 2),
+        SeriesInstanceUID="1.2.9",
+        EchoTime=9,
+        aside=(0, 0, 0.001),
+    )
+    assert [len(sample.load.frames) for sample in volumes(tmp_path, make_plan)] == [4, 4]

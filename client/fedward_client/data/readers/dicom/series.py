@@ -319,6 +319,7 @@ def _planes(
 # Several volumes in one place: phases, echoes, diffusion weights, times.
 
 _SAME: Final = 0.01  # of the usual distance of two slices is the same place
+_JITTER: Final = 0.01  # mm to which coordinates of one place agree
 
 
 def _takes(
@@ -346,7 +347,8 @@ def _levels(heights: Vector) -> NDArray[np.int64]:
     """The number of each height's place, from below; jitter of coordinates is no other place."""
     order = np.argsort(heights, kind="stable")
     steps = np.diff(heights[order])
-    real = steps[steps > _SAME * steps.max(initial=0.0)]
+    largest = float(steps.max(initial=0.0))  # a gap of many slices may be among them
+    real = steps[steps > min(_JITTER, _SAME * largest)]
     usual = float(np.median(real)) if real.size else 0.0
     level = np.zeros(len(heights), np.int64)
     level[order[1:]] = np.cumsum(steps > _SAME * max(usual, _ONE))
