@@ -127,6 +127,6 @@ def _decoded(array: Array) -> Any:
 
 
 def _record(arrays: Mapping[str, NDArray[Any]], *, packed: bool) -> ArrayRecord:
-    if not packed:
+    if not packed or not arrays:  # of a model of the site's own nothing is sent
         return ArrayRecord({name: Array(value) for name, value in arrays.items()})
     return ArrayRecord({PACKED: Array(pack(arrays))})

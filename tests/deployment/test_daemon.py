@@ -21,6 +21,7 @@ from fedward.plan.schema import Plan
 from fedward.signing import fingerprint, public_bytes, sign_order
 from fedward_client.audit.log import audit_folder, audit_key
 from fedward_client.audit.verify import verify
+from fedward_client.kept_models import KeptModels
 from fedward_server.events import Event, RoundEnded, SiteRefused
 from fedward_server.job import Job
 from fedward_server.results import Arm
@@ -124,6 +125,7 @@ def test_a_study_between_hospitals_is_the_simulation_bit_for_bit(
         {"name": "head", "rounds": 2, "learning_rate": 0.05, "train": ["fc.*"]},
         {"name": "all", "rounds": 1, "learning_rate": 0.01},
     ]
+    content["personal"] = {"method": "fine-tuning", "rounds": 2, "alone": True}
     plan = plan_from(content)
     job = aggregator.run(aggregator.job(plan, seed=3))
     assert job.complete
@@ -151,6 +153,15 @@ def test_a_study_between_hospitals_is_the_simulation_bit_for_bit(
     assert alone is not None
     assert job.arm.test is not None
     assert job.arm.test.pooled == alone.pooled
+    # So are the models of the hospitals' own, which never left them.
+    for kind in ("own", "alone"):
+        here, there = getattr(job.arm, kind), getattr(study.results.arms[0], kind)
+        assert here is not None and not here.not_measured, here
+        assert len(here.per_site) == 2
+        assert list(here.per_site.values()) == list(there.per_site.values())
+    for daemon in two:
+        kept_here = KeptModels(daemon.folder / "state").all()
+        assert [one.which for one in kept_here] == ["own", "shared"]
 
     for daemon in two:
         status = daemon.call("status")
