@@ -199,6 +199,8 @@ minimum_patients = 5
 minimum_per_class = 0
 minimum_count = 1
 rounding = 9
+counts = "minimum-cells"
+count_noise = 0.0
 {real_study}
 [[policy.studies]]
 match = "lungs*"
