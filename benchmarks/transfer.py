@@ -312,7 +312,7 @@ def _rows(case: Case, found: dict[str, list[float]] | None, before: str) -> Iter
         price = "–"
         if arm != "none":
             plain = found["none centred"][: len(centred)]
-            price = f"{100 * (statistics.mean(plain) - statistics.mean(centred)):.1f}"
+            price = f"{100 * (statistics.mean(plain) - statistics.mean(centred)):z.1f}"
         told = spread(found["regression"]) if arm == "none" else ""
         earlier = spread(found.get(f"{arm} before", []))
         yield f"| {case.name} | {arm} | {spread(centred)} | {earlier} | {told} | {price} |"
