@@ -146,7 +146,7 @@ def test_the_officer_rules_over_the_running_daemon(
     assert status["budget"][0]["left"] > 0
     found = hospital.daemon.call("audit", "verify")
     assert (found["whole"], found["daemon"]) == (True, "agrees")
-    assert hospital.daemon.call("pending") == {"pending": []}
+    assert hospital.daemon.call("pending")["pending"] == []
     # Within the policy it needed no approval; a denial ends it all the same, at its next step.
     assert hospital.daemon.call("deny", "officer-2")["approval"]["state"] == "denied"
     assert refusal_of(coordinator.reply(running)) == ("policy", RuleCode.DENIED.text)
