@@ -43,6 +43,7 @@ _TYPES = {
     "less_than_equal": ("must be at most {le}", "Lower it"),
     "literal_error": ("must be {expected}", "Choose one of them"),
 }
+_MOST = 50  # errors that are told
 _FEW = 2  # tables with a key, among which one can guess
 _RULE = "plan_rule"
 _WITHOUT_VALUE = {"missing", "value_error"}
@@ -91,6 +92,8 @@ def _beyond_unknown_keys(
 ) -> list[FedwardError]:
     """What else is wrong once unknown keys have the name that was meant, or are gone."""
     unknown = [one["loc"] for one in error.errors() if one["type"] == "extra_forbidden"]
+    if len(unknown) > _MOST:
+        return []
     try:
         model.model_validate(_mended(content, unknown, model))
     except RecursionError:
@@ -120,8 +123,16 @@ def lines(text: str) -> Callable[[str], int | None] | None:
 def schema_errors(
     error: ValidationError, kind: type[FedwardError], model: type[BaseModel]
 ) -> list[FedwardError]:
-    """Each rule that is broken, with suggestions from the model's keys and words."""
-    return [_error(one, kind, model) for one in _different(error.errors())]
+    """Each rule that is broken, with suggestions from the model's keys and words.
+
+    Of very many only the first ones: what is looked for in each takes time, and a text from
+    outside may hold any number of them.
+    """
+    different = _different(error.errors())
+    found = [_error(one, kind, model) for one in different[:_MOST]]
+    if more := len(different) - len(found):
+        found.append(kind(f"{more:,} more rules are broken", fix="Mend the others first"))
+    return found
 
 
 def _different(errors: Iterable[ErrorDetails]) -> list[ErrorDetails]:
