@@ -43,7 +43,7 @@ _TYPES = {
     "less_than_equal": ("must be at most {le}", "Lower it"),
     "literal_error": ("must be {expected}", "Choose one of them"),
 }
-_MOST = 50  # errors that are told
+_MOST = 100  # errors with suggestions: no message tells more
 _FEW = 2  # tables with a key, among which one can guess
 _RULE = "plan_rule"
 _WITHOUT_VALUE = {"missing", "value_error"}
@@ -125,14 +125,13 @@ def schema_errors(
 ) -> list[FedwardError]:
     """Each rule that is broken, with suggestions from the model's keys and words.
 
-    Of very many only the first ones: what is looked for in each takes time, and a text from
-    outside may hold any number of them.
+    Of very many only the first ones have suggestions: to look for a word takes time, and a text
+    from outside may hold any number of them.
     """
-    different = _different(error.errors())
-    found = [_error(one, kind, model) for one in different[:_MOST]]
-    if more := len(different) - len(found):
-        found.append(kind(f"{more:,} more rules are broken", fix="Mend the others first"))
-    return found
+    return [
+        _error(one, kind, model if place < _MOST else None)
+        for place, one in enumerate(_different(error.errors()))
+    ]
 
 
 def _different(errors: Iterable[ErrorDetails]) -> list[ErrorDetails]:
@@ -153,7 +152,9 @@ def _each_rule(error: ErrorDetails) -> Iterator[ErrorDetails]:
         yield {**error, "msg": rule, "ctx": {"where": where} if where else {}}
 
 
-def _error(one: ErrorDetails, kind: type[FedwardError], model: type[BaseModel]) -> FedwardError:
+def _error(
+    one: ErrorDetails, kind: type[FedwardError], model: type[BaseModel] | None
+) -> FedwardError:
     rule, fix = _rule(one)
     where = _where(one)
     about: dict[str, Any] = {}
@@ -162,7 +163,7 @@ def _error(one: ErrorDetails, kind: type[FedwardError], model: type[BaseModel]) 
     return kind(
         rule,
         value=_value(one),
-        fix=_suggested(one, model) or fix,
+        fix=(_suggested(one, model) if model else "") or fix,
         where=where,
         **about,
     )

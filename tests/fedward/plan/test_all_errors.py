@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedward.errors import PlanError, together
-from fedward.plan import parse_plan, plan_from
+from fedward.plan import parse_plan
 
 WRONG = """version = 1
 rounds = 3
@@ -112,13 +111,3 @@ def test_the_command_line_tells_all(tmp_path: Path, commands: Any) -> None:
     done = commands("fedward_simulation.cli", "plan", "check", str(plan), cwd=tmp_path)
     assert done.returncode == PlanError.exit_code
     assert "line 24, training.lr" in done.stderr and "line 35, metrics.primary" in done.stderr
-
-
-def test_of_very_many_errors_the_first_are_told(classification: str) -> None:
-    plan = tomllib.loads(classification)
-    plan["study"] |= {f"kay{n}": n for n in range(120)}
-    with pytest.raises(PlanError) as caught:
-        plan_from(plan)
-    text = str(caught.value)
-    assert "study.kay49" in text and "study.kay50" not in text
-    assert "70 more rules are broken. Mend the others first" in text
