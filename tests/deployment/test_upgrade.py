@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
-from wheel import NEXT
+from wheel import NEXT, NEXT_SCHEMA
 
-from fedward.plan import load_plan
+from fedward.plan import SCHEMA_VERSION, load_plan
 from fedward.plan.load import plan_hash
 from fedward_client.audit.log import audit_folder
 from fedward_client.audit.verify import entries
@@ -49,6 +49,7 @@ def test_a_running_study_survives_an_upgrade_and_a_newer_plan_waits_for_it(
 ) -> None:
     text = plan_file.read_text().replace('["no", "yes"]', '["clear", "opacity"]')
     text = text.replace("given = true", "given = false")
+    text = text.replace("sites = 2", "sites = 2\nquorum = 2")  # a round waits for who restarts
     plan_file.write_text(text.replace("rounds = 2", f"rounds = {ROUNDS}"))
     before, now = plan_hash(load_plan(plan_file)), version("fedward")
     service = make_service(release=installed)
@@ -71,7 +72,8 @@ def test_a_running_study_survives_an_upgrade_and_a_newer_plan_waits_for_it(
     found = service.get(f"/v1/studies/{study}", service.token).json()
     assert found["study"]["plan_sha256"] == before
     answered = [sorted(one["sites"]) for one in found["rounds"]]
-    assert answered == [["hospital 1", "hospital 2"]] * ROUNDS
+    failures = [one["failures"] for one in found["rounds"]]
+    assert answered == [["hospital 1", "hospital 2"]] * ROUNDS, failures
     results = service.get(f"/v1/studies/{study}/results", service.token).json()
     assert results["complete"]
     assert [fact["release"] for fact in results["sites"]] == [now, now]
@@ -83,8 +85,9 @@ def test_a_running_study_survives_an_upgrade_and_a_newer_plan_waits_for_it(
     until(lambda: shown(service, study).get("state") == "paused")
     until(lambda: "(schema)" in shown(service, study)["reason"])
     reason = shown(service, study)["reason"]
-    assert f"1 of 2; hospital 1 (schema): it supports plan schema 1 (release {now})" in reason
-    assert "this plan needs 2 because of training.warmup" in reason
+    old = f"it supports plan schema {SCHEMA_VERSION} (release {now})"
+    assert f"1 of 2; hospital 1 (schema): {old}" in reason
+    assert f"this plan needs {NEXT_SCHEMA} because of training.warmup" in reason
     assert shown(service, study)["round"] == 0
     log = entries(audit_folder(one.folder / "state"))
     assert [e.fields["kind"] for e in log if e.event == "refused"][-1:] == ["schema"]
@@ -94,4 +97,5 @@ def test_a_running_study_survives_an_upgrade_and_a_newer_plan_waits_for_it(
     until(lambda: shown(service, study).get("state") == "finished")
     for site in service.get("/v1/sites", service.token).json():
         facts = site["facts"]
-        assert (facts["release"], facts["plan_schema"], facts["cores"]) == (NEXT, 2, 2)
+        told = (facts["release"], facts["plan_schema"], facts["cores"])
+        assert told == (NEXT, NEXT_SCHEMA, 2)
