@@ -122,12 +122,25 @@ class _Worker:
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Have signals wait while processes are forked: what a handler raises within a fork is lost."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    """Have signals wait while processes are forked: what a handler raises within a fork is lost.
+
+    A mask would hold back those of this thread alone; the system gives a signal to any thread, and
+    Python runs its handler in this one.
+    """
+    handlers = {name: signal.getsignal(name) for name in _ENDING}
+    if threading.current_thread() is not threading.main_thread() or None in handlers.values():
+        yield
+        return
+    came: list[int] = []
+    for name in handlers:
+        signal.signal(name, lambda number, _: came.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def _start(state: object) -> ProcessPoolExecutor:
