@@ -15,6 +15,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 from unguarded import UnguardedSites
 
+from fedward.dp.accounting import steps_in_round
 from fedward.errors import DivergenceError, PlanError
 from fedward.flower import identity
 from fedward.models import build_model, to_arrays
@@ -106,7 +107,10 @@ class Claimant(SignFlip):
         self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder
     ) -> tuple[Arrays, TrainOutcome]:
         update, outcome = super().train(arrays, order)
-        return update, outcome.model_copy(update={"patients": CLAIM, "images": CLAIM})
+        # As many steps as the plan has for these: an update that states others is refused.
+        steps = steps_in_round(self.plan, CLAIM, CLAIM, order.round)
+        claimed = {"patients": CLAIM, "images": CLAIM, "steps": steps}
+        return update, outcome.model_copy(update=claimed)
 
     def evaluate(
         self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder, noise: Any = None
