@@ -111,7 +111,7 @@ def _centering_rules(plan: Plan) -> Iterator[tuple[str, str]]:
             )
         return
     spec = plan.strategy.spec
-    if plan.task.kind != "classification":
+    if plan.task.spec.dense:
         yield (
             "model.feature_centering",
             f"feature_centering is for the one feature vector of an image, not for "

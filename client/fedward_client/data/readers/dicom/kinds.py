@@ -7,14 +7,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal, Self
-
-import pydicom
+from typing import TYPE_CHECKING, Final, Literal, Self
 
 from fedward import rule_codes
 from fedward.plan.image_filter import ATTRIBUTES, accepts
 from fedward_client.data.quiet import quiet
-from fedward_client.data.readers.dicom.sniff import NO_PICTURES
+
+if TYPE_CHECKING:
+    import pydicom
 
 TAGS: Final = (
     *ATTRIBUTES.values(),
@@ -130,6 +130,8 @@ class Kind:
 
     def _no_image(self, keep: frozenset[str]) -> str:
         words = {value.upper() for value in self.values["image_type"]}
+        from fedward_client.data.readers.dicom.sniff import NO_PICTURES  # brings pydicom
+
         if self.object in NO_PICTURES:
             return rule_codes.OTHER_MODALITY
         if words & _SCOUTS:
@@ -151,6 +153,8 @@ def _values(header: pydicom.Dataset, name: str) -> tuple[str, ...]:
 
 def read_kind(path: Path) -> Kind:
     """What a file's header says of its image."""
+    import pydicom  # a configuration is read without it
+
     with quiet():
         tags = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[*TAGS], force=True)
         return Kind.of(tags)
