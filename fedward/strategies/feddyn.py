@@ -76,7 +76,7 @@ Each site keeps the sum of its own updates as a linear term of its loss, so that
 rest the shared model is the optimum of their mean loss
 ([Acar et al., 2021](https://arxiv.org/abs/2111.04263)). For hospitals that differ and many local
 steps; it moves no more bytes than `fedavg`. Each site has one vote, whatever its size. A small
-`alpha` moves fast and may overshoot; 0.01 to 0.1 is usual.""",
+`alpha` moves fast and may overshoot.""",
         settings={"alpha": Setting("weight of the regulariser", 0.1, above_least=True)},
         weighted=False,
         minimum_sites=2,

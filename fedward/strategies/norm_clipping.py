@@ -36,8 +36,8 @@ SPECS = (
         NormClipping,
         """\
 The weighted mean of the updates, each scaled down to at most `factor` times the round's median norm
-([Sun et al., 2019](https://arxiv.org/abs/1911.07963)). Against scaled updates and most backdoors it
-costs next to nothing when nobody attacks; a flipped update of ordinary size passes.""",
+([Sun et al., 2019](https://arxiv.org/abs/1911.07963)). Against updates that
+are scaled up; a flipped update of ordinary size passes.""",
         settings={"factor": Setting("times the median norm", 1.0, above_least=True)},
         needs_all=True,
         since=2,

@@ -87,7 +87,7 @@ SPECS = (
 The geometric median of the updates: the model with the least weighted sum of distances to all of
 them ([Pillutla et al., 2022](https://arxiv.org/abs/1912.13445)). Withstands any updates of sites
 that have less than half of the weight together. It keeps the sites' weights and compares whole
-updates, not parameters, and so loses less than other robust strategies when nobody attacks.""",
+updates, not single parameters.""",
         settings={"iterations": Setting("Weiszfeld iterations", 8, least=1.0, whole=True)},
         needs_all=True,
         since=2,

@@ -6,7 +6,7 @@ zero at first. With the received model x, K local steps of rates η₁ … η_K 
     y ← y − ηₖ (gᵢ(y) − cᵢ + c)                 each local step
     cᵢ⁺ = cᵢ − c + (x − yᵢ) / Σₖ ηₖ             at the end of a site's round
     x ← x + ηg Σᵢ wᵢ (yᵢ − x)                   at the server, the weights wᵢ summing to 1
-    c ← c + (S / N) · mean of (cᵢ⁺ − cᵢ)
+    c ← c + (S / N) Σᵢ wᵢ (cᵢ⁺ − cᵢ)             the paper has equal weights
 
 With differential privacy gᵢ has its noise already, and cᵢ⁺ − cᵢ follows from the update yᵢ and from
 c, which the aggregator knows: it is post-processing of what ε counts.
@@ -80,8 +80,8 @@ Each site keeps a control variate, an estimate of its own gradient, and the serv
 while a site trains, the difference is added to each gradient, so that all sites pull to the same
 optimum ([Karimireddy et al., 2020](https://arxiv.org/abs/1910.06378), option II). For hospitals
 whose patients differ and many local steps. It moves twice the bytes, each way. A control variate is
-per step: it needs SGD without momentum. With differential privacy it consists of noised gradients,
-and helps where a round has many steps, so that their mean has little noise.""",
+per step: it needs SGD without momentum. With differential privacy it is a mean of noised gradients,
+and has the less noise the more steps a round has.""",
         settings={"server_learning_rate": Setting("server learning rate", 1.0, above_least=True)},
         minimum_sites=2,
         plain_sgd=True,

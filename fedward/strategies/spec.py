@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -200,7 +201,7 @@ class ServerRound:
         return len(self.contributions) / max(self.sites, len(self.contributions))
 
 
-class ServerRule:
+class ServerRule(ABC):
     """How a strategy makes one model of a round's updates, in numpy.
 
     Made anew for each stage. What it keeps from round to round are attributes, mappings by the
@@ -221,9 +222,9 @@ class ServerRule:
         """A site's weight in the mean of the updates; above 0."""
         return made.weight
 
+    @abstractmethod
     def combine(self, about: ServerRound) -> Arrays:
         """The next model; it may change what the rule keeps."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -430,3 +430,28 @@ def test_plan_check_tells_what_is_kept_and_sent(make_plan: Make) -> None:
     assert "a site keeps its control variate" in text
     assert "at most about 8 MB each way" in text
     assert "about 4 MB" in " ".join(explain(make_plan(), 1_000_000).split())
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("scaffold", {}),
+        ("feddyn", {"alpha": 0.1}),
+        ("fednova", {}),
+        ("rfa", {}),
+        ("norm-clipping", {}),
+    ],
+)
+def test_each_goes_with_privacy_and_costs_no_more(
+    make_plan: Make, make_site: Make, name: str, settings: dict[str, float]
+) -> None:
+    privacy = {"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-3, "clipping_norm": 1.0}
+    sites = [make_site(f"site-{i}", seed=i) for i in (1, 2)]
+    training = {"rounds": 2, "optimizer": "sgd"}
+    jobs = [
+        run(job_of(make_plan(training=training, strategy=strategy, privacy=privacy), seed=4), sites)
+        for strategy in ({"name": "fedavg"}, {"name": name, "settings": settings})
+    ]
+    told, plain = (job.arm.privacy for job in reversed(jobs))
+    assert told == plain and all(7.0 < one.epsilon <= 8.0 for one in told.values())
+    assert not any(one.failures for job in jobs for one in job.arm.rounds)
