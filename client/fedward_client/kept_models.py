@@ -115,20 +115,12 @@ class KeptModels:
                 value=f"{which} of {study}; kept of it: {told}",
                 fix="See fedward-client model list",
             )
-        source = self._of(study) / f"{which}.safetensors"
-        try:
-            with out.open("xb") as file, source.open("rb") as content:
-                shutil.copyfileobj(content, file)
-        except FileExistsError:
+        if out.exists():
             raise OutputError(
                 "an export replaces no file", value=out.name, fix="Choose another --out"
-            ) from None
-        except OSError as error:
-            raise OutputError(
-                "the model file must be writable",
-                value=error.strerror,
-                fix="Check space and rights",
-            ) from None
+            )
+        # Whole or not at all, and for its owner only: it was made of patients' images.
+        write_private(out, (self._of(study) / f"{which}.safetensors").read_bytes())
         check_model(out, found[which].sha256)
         return found[which]
 

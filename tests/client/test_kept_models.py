@@ -1,0 +1,71 @@
+"""The models of finished studies at a hospital: kept, listed, exported whole or not at all."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fedward.errors import OutputError, StudyError
+from fedward.models import build_model, to_arrays
+from fedward.plan import plan_hash
+from fedward_client.kept_models import KeptModels
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def kept(tmp_path: Path, make_plan: Make) -> KeptModels:
+    plan, made = make_plan(), KeptModels(tmp_path / "state")
+    arrays = to_arrays(build_model(plan, 0))
+    made.keep("study-1", plan, "shared", arrays)
+    made.keep("study-1", plan, "own", {n: v + 1 for n, v in arrays.items()})
+    return made
+
+
+def test_a_model_is_listed_and_exported_for_its_owner_alone(
+    kept: KeptModels, make_plan: Make, tmp_path: Path
+) -> None:
+    plan = make_plan()
+    told = {one.which: one for one in kept.all()}
+    assert set(told) == {"own", "shared"}
+    assert {one.plan_hash for one in told.values()} == {plan_hash(plan)}
+    assert told["own"].name == plan.study.name
+    out = tmp_path / "own.safetensors"
+    assert kept.export("study-1", "own", out) == told["own"]
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600
+    for name, value in to_arrays(build_model(plan, 0)).items():
+        np.testing.assert_array_equal(load_file(out)[name], value + 1)
+
+
+def test_an_export_replaces_nothing_and_leaves_no_part(kept: KeptModels, tmp_path: Path) -> None:
+    out = tmp_path / "there.safetensors"
+    out.write_bytes(b"mine")
+    with pytest.raises(OutputError, match="replaces no file"):
+        kept.export("study-1", "own", out)
+    assert out.read_bytes() == b"mine"
+    missing = tmp_path / "no such folder" / "own.safetensors"
+    with pytest.raises(OutputError, match="must be writable"):
+        kept.export("study-1", "own", missing)
+    assert not missing.parent.exists()
+    with pytest.raises(StudyError, match=r"own of other; kept of it: none.*model list"):
+        kept.export("other", "own", tmp_path / "x.safetensors")
+
+
+def test_a_model_is_removed_once(kept: KeptModels) -> None:
+    assert kept.remove("study-1") == 2
+    assert kept.all() == []
+    with pytest.raises(StudyError, match="must be kept here"):
+        kept.remove("study-1")
+
+
+def test_a_damaged_file_is_told(kept: KeptModels, tmp_path: Path) -> None:
+    path = next((tmp_path / "state" / "models").glob("*/own.safetensors"))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(OutputError, match="a kept model must be readable"):
+        kept.all()
