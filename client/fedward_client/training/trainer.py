@@ -98,6 +98,8 @@ class Trainer:
         self._model = place(self._build(), runtime.torch_device)
         self._loss = build_loss(plan, runtime.torch_device)
         self.may_choose = True
+        self._state_read: tuple[int, Arrays] | None = None
+        self._choices: dict[tuple[int, str], bool] = {}
         self._site_names = site_names(self._model, plan)
         self._prepared: _Prepared | None = None
         self._mechanism: Mechanism | None = None
@@ -161,6 +163,7 @@ class Trainer:
     ) -> tuple[Arrays, TrainOutcome]:
         started, cpu = time.perf_counter(), time.process_time()
         self.runtime.enter()
+        self._state_read = None
         update: Arrays = {}
         kept: Arrays = {}
         loss: float | None
@@ -188,6 +191,7 @@ class Trainer:
                     kept |= self._kept_alone(order.round, self.trained)
         if kept:
             self.state.keep(order.round, kept)
+        self._state_read = None
         outcome = TrainOutcome(
             site=self.site.name,
             round=order.round,
@@ -281,7 +285,7 @@ class Trainer:
             return {}
         values = to_arrays(self._model) if names else {}
         alone = self._of_kind(ALONE, round_) | {name: values[name] for name in names}
-        began = self.state.before(round_).get(_BEGAN, np.array([round_], np.float32))
+        began = self._kept_before(round_).get(_BEGAN, np.array([round_], np.float32))
         return {_BEGAN: began} | {f"{ALONE}/{name}": value for name, value in alone.items()}
 
     def _of_kind(self, kind: str, round_: int) -> Arrays:
@@ -289,8 +293,14 @@ class Trainer:
         if self.plan.personal is None:
             return {}
         mark = f"{kind}/"
-        kept = self.state.before(round_)
+        kept = self._kept_before(round_)
         return {n.removeprefix(mark): v for n, v in kept.items() if n.startswith(mark)}
+
+    def _kept_before(self, round_: int) -> Arrays:
+        """What the site keeps before a round; read once while the round is trained."""
+        if self._state_read is None or self._state_read[0] != round_:
+            self._state_read = round_, self.state.before(round_)
+        return self._state_read[1]
 
     def _alone(self) -> Arrays:
         """What the site trained alone, from the first round on.
@@ -300,7 +310,7 @@ class Trainer:
         DataError
             It began later, from a model that other sites had trained already.
         """
-        began = self.state.before(self.plan.last_round + 1).get(_BEGAN, np.zeros(1, np.float32))
+        began = self._kept_before(self.plan.last_round + 1).get(_BEGAN, np.zeros(1, np.float32))
         if int(began[0]) != (2 if self.plan.is_centering(1) else 1):
             raise DataError(
                 RuleCode.NOT_ALONE, fix="Take part from the first round of the study on"
@@ -388,6 +398,7 @@ class Trainer:
         order : RoundOrder
             An evaluation.
         """
+        self._state_read = None
         if order.round == self.plan.alone_round:
             return dict(arrays) | self._alone()
         stays_here = bool(self._site_names) and order.part == "validation"
@@ -396,8 +407,21 @@ class Trainer:
         own = dict(arrays) | self._of_kind(OWN, order.round + 1)
         if stays_here:  # in each round, arrays that stay at the site are the site's
             return own
-        shared, mine = self._score(arrays, order), self._score(own, order)
-        return arrays if shared is not None and mine is not None and shared > mine else own
+        return arrays if self._shared_is_better(arrays, own, order) else own
+
+    def _shared_is_better(
+        self,
+        arrays: Mapping[str, NDArray[Any]],
+        own: Mapping[str, NDArray[Any]],
+        order: RoundOrder,
+    ) -> bool:
+        """Whether the site chooses the shared model; measured once for each model that comes."""
+        key = order.round, order.arrays
+        if not order.arrays or key not in self._choices:
+            shared, mine = self._score(arrays, order), self._score(own, order)
+            better = shared is not None and mine is not None and shared > mine
+            self._choices = {key: better}
+        return self._choices[key]
 
     def _answers(
         self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder, *, surface: bool = True
@@ -490,7 +514,7 @@ class Trainer:
         trained = dict(self._model.named_parameters())
         parameters = {name: trained[name] for name in self.shared}
         names = array_names(spec.kept, parameters)
-        before = self.state.before(round_) if spec.kept else {}
+        before = self._kept_before(round_) if spec.kept else {}
         kept = {name: value for name, value in before.items() if name in names}
         if kept.keys() != names.keys():  # at first, and in a stage that trains other arrays
             kept = {

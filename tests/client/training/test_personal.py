@@ -337,3 +337,50 @@ def test_states_of_a_study_are_found_again(
     kept = fresh().model_of(start, order)
     for name, value in one.model_of(start, order).items():
         np.testing.assert_array_equal(kept[name], value)
+
+
+@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("strategy", ["scaffold", "feddyn"])
+def test_own_models_go_with_strategies_that_keep_state(
+    make_plan: Make, make_site: Make, strategy: str, method: str, private: bool
+) -> None:
+    """What both keep at a site lies side by side, and the strategy sees what travels alone."""
+    settings = {"settings": {"alpha": 0.1}} if strategy == "feddyn" else {}
+    plan = make_plan(
+        training={**SGD, "rounds": 2},
+        strategy={"name": strategy, **settings},
+        personal={**METHODS[method], "alone": True},
+        **({"privacy": DP} if private else {}),
+    )
+    job = run(job_of(plan, seed=1), opposed(make_site))
+    assert job.arm.own is not None and job.arm.alone is not None
+    for found in (job.arm.own, job.arm.alone):
+        assert set(found.per_site) == {"site-1", "site-2"} and not found.not_measured
+    assert all(not one.failures for one in job.arm.rounds)
+    if private:
+        assert {round(one.epsilon) for one in job.arm.privacy.values()} == {8}
+    travels = {name for name in expected_arrays(plan, 1) if "/" not in name}
+    assert {name.partition("/")[2] for name in job.memory} == travels
+
+
+def test_a_choice_is_measured_once_for_the_test_and_for_the_file(
+    make_plan: Make, make_site: Make, make_order: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(training=SGD, personal=METHODS["fine-tuning"])
+    trainer, start = Trainer(plan, make_site(), SEEDED), to_arrays(build_model(plan, 0))
+    trainer.train(start, make_order(plan, round=4))
+    scored: list[int] = []
+    score = Trainer._score
+
+    def counted(self: Trainer, *arguments: Any) -> float | None:
+        scored.append(1)
+        return score(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_score", counted)
+    order = make_order(plan, round=4, task="evaluate", part="test", arrays="0" * 64)
+    trainer.evaluate(start, order)
+    trainer.model_of(start, order)
+    assert len(scored) == 2  # the shared one and the own one
+    trainer.model_of(start, order.model_copy(update={"arrays": "1" * 64}))
+    assert len(scored) == 4  # another model is another question
