@@ -10,20 +10,16 @@ import typer
 
 from fedward.console import moment, print_json, say
 from fedward.errors import FedwardError
+from fedward_client.commands.options import SITE, Config, Json
 
 if TYPE_CHECKING:
     from fedward_client.config import SiteConfig
 
 audit_app = typer.Typer(help="Read and verify the audit log.", no_args_is_help=True)
-Config = Annotated[
-    Path, typer.Option("--config", envvar="FEDWARD_SITE", help="the site's site.toml")
-]
-Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
-_SITE = Path("site.toml")
 
 
 @audit_app.command("verify")
-def verify(config: Config = _SITE, as_json: Json = False) -> None:
+def verify(config: Config = SITE, as_json: Json = False) -> None:
     """Find what was changed, removed, added or moved; also against what a running daemon wrote."""
     from fedward_client.audit.log import audit_folder, audit_key
     from fedward_client.audit.verify import check_there, check_written
@@ -49,7 +45,7 @@ def verify(config: Config = _SITE, as_json: Json = False) -> None:
 @audit_app.command("show")
 def show(
     last: Annotated[int, typer.Option("--last", min=1, help="so many entries")] = 50,
-    config: Config = _SITE,
+    config: Config = SITE,
     as_json: Json = False,
 ) -> None:
     """The last entries."""

@@ -23,19 +23,15 @@ from fedward.console import (
     say,
     stop_on_signals,
 )
+from fedward_client.commands.options import SITE, Config, Json
 from fedward_client.commands.study_card import card_lines
 from fedward_client.commands.tables import people
 from fedward_client.link.state import CERTIFICATE_DAYS
 
-Config = Annotated[
-    Path, typer.Option("--config", envvar="FEDWARD_SITE", help="the site's site.toml")
-]
-Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
 Study = Annotated[str, typer.Argument(help="the study's id")]
 PlanHash = Annotated[
     str, typer.Option("--plan", help="start of the plan's hash, where there are several")
 ]
-_SITE = Path("site.toml")
 _LOG = logging.getLogger("fedward.daemon")
 
 
@@ -46,7 +42,7 @@ class Process(StrEnum):
     connector = "connector"
 
 
-def run(config: Config = _SITE) -> None:
+def run(config: Config = SITE) -> None:
     """Run trainer and connector, and keep them running."""
     from fedward_client.config import load_config
     from fedward_client.daemon.supervise import Supervisor
@@ -61,7 +57,7 @@ def run(config: Config = _SITE) -> None:
     raise typer.Exit(Supervisor(config.absolute(), stop).run())
 
 
-def trainer(config: Config = _SITE) -> None:
+def trainer(config: Config = SITE) -> None:
     """Run the process that has the images and no network."""
     from fedward_client.config import load_config
     from fedward_client.trainer.process import run_trainer
@@ -74,7 +70,7 @@ def trainer(config: Config = _SITE) -> None:
     leave()
 
 
-def connector(config: Config = _SITE) -> None:
+def connector(config: Config = SITE) -> None:
     """Run the process that has the network and no images."""
     from fedward_client.config import load_config
     from fedward_client.connector.process import run_connector
@@ -116,7 +112,7 @@ def enrol(
     console.print(f"Next: edit {made.config.name}, freeze a dataset, then run the daemon.")
 
 
-def fingerprint(config: Config = _SITE, as_json: Json = False) -> None:
+def fingerprint(config: Config = SITE, as_json: Json = False) -> None:
     """The fingerprint of this site's key, to compare with the coordinator by telephone."""
     from fedward_client.config import load_config
     from fedward_client.enrol import read_fingerprint
@@ -127,7 +123,7 @@ def fingerprint(config: Config = _SITE, as_json: Json = False) -> None:
 
 def health(
     process: Annotated[Process, typer.Argument(help="which of the two")],
-    config: Config = _SITE,
+    config: Config = SITE,
     as_json: Json = False,
 ) -> None:
     """Whether a process that runs here is well; for containers and monitoring."""
@@ -140,7 +136,7 @@ def health(
     raise typer.Exit(0 if found.healthy else 1)
 
 
-def status(config: Config = _SITE, as_json: Json = False) -> None:
+def status(config: Config = SITE, as_json: Json = False) -> None:
     """What the daemon does: link, study, round, progress, budget left, last error."""
     answer = _ask(config, "status")
     if as_json:
@@ -175,7 +171,7 @@ def status(config: Config = _SITE, as_json: Json = False) -> None:
     _print_budget(console, answer)
 
 
-def pending(config: Config = _SITE, as_json: Json = False) -> None:
+def pending(config: Config = SITE, as_json: Json = False) -> None:
     """Studies that wait for an approval."""
     answer = _ask(config, "pending")
     if as_json:
@@ -198,7 +194,7 @@ plan_app = typer.Typer(help="The plans that studies sent here.", no_args_is_help
 
 @plan_app.command("show")
 def plan_show(
-    study: Study, config: Config = _SITE, plan: PlanHash = "", as_json: Json = False
+    study: Study, config: Config = SITE, plan: PlanHash = "", as_json: Json = False
 ) -> None:
     """A study's plan as it was seen here: the facts, the plan in words; with --json the plan."""
     found = _ask(config, "plan", study=study, plan=plan)["study"]
@@ -211,29 +207,29 @@ def plan_show(
 
 
 def approve(
-    study: Study, config: Config = _SITE, plan: PlanHash = "", as_json: Json = False
+    study: Study, config: Config = SITE, plan: PlanHash = "", as_json: Json = False
 ) -> None:
     """Let a study go ahead."""
     _settle("approve", study, config, plan, as_json=as_json)
 
 
-def deny(study: Study, config: Config = _SITE, plan: PlanHash = "", as_json: Json = False) -> None:
+def deny(study: Study, config: Config = SITE, plan: PlanHash = "", as_json: Json = False) -> None:
     """Refuse a study; what it has running ends."""
     _settle("deny", study, config, plan, as_json=as_json)
 
 
-def pause(config: Config = _SITE, as_json: Json = False) -> None:
+def pause(config: Config = SITE, as_json: Json = False) -> None:
     """Answer no order until `resume`."""
     _plain(_ask(config, "pause"), "Paused.", as_json=as_json)
 
 
-def resume(config: Config = _SITE, as_json: Json = False) -> None:
+def resume(config: Config = SITE, as_json: Json = False) -> None:
     """Answer orders again."""
     _plain(_ask(config, "resume"), "Resumed.", as_json=as_json)
 
 
 def budget(
-    config: Config = _SITE,
+    config: Config = SITE,
     as_json: Json = False,
     accept_older: Annotated[
         bool,
@@ -256,7 +252,7 @@ def budget(
 
 
 def doctor(
-    config: Config = _SITE,
+    config: Config = SITE,
     process: Annotated[
         Process | None,
         typer.Option("--process", help="only what this process sees, within walls that are there"),

@@ -10,6 +10,7 @@ import typer
 
 from fedward.console import Console, print_json, say
 from fedward.errors import ConfigError, DataError, FedwardError
+from fedward_client.commands.options import SITE, Config
 from fedward_client.commands.tables import check_table, cohort_table, report_tables, scan_table
 from fedward_client.commands.work import busy, load_site, reading, scan_dataset, work_on
 
@@ -21,16 +22,11 @@ data_app = typer.Typer(
     help="Find out what a dataset holds and what it can be used for.", no_args_is_help=True
 )
 Name = Annotated[str, typer.Argument(help="The dataset.", show_default=False)]
-Config = Annotated[
-    Path,
-    typer.Option("--config", envvar="FEDWARD_SITE", help="The site's configuration (TOML)."),
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Cohort = Annotated[
     str | None,
     typer.Option("--cohort", help="A frozen cohort: `latest`, or the start of its hash."),
 ]
-_SITE = Path("site.toml")
 
 
 @data_app.command("index")
@@ -38,7 +34,7 @@ def index(
     name: Annotated[
         str | None, typer.Argument(help="The dataset; none: all of them.", show_default=False)
     ] = None,
-    config: Config = _SITE,
+    config: Config = SITE,
     as_json: AsJson = False,
 ) -> None:
     """Read every new or changed file once and keep what is known of it."""
@@ -65,7 +61,7 @@ def index(
 @data_app.command("report")
 def report(
     name: Name,
-    config: Config = _SITE,
+    config: Config = SITE,
     files: Annotated[
         bool, typer.Option("--files", help="Name each file that was left out, and why.")
     ] = False,
@@ -88,7 +84,7 @@ def report(
 
 
 @data_app.command("freeze")
-def freeze(name: Name, config: Config = _SITE, as_json: AsJson = False) -> None:
+def freeze(name: Name, config: Config = SITE, as_json: AsJson = False) -> None:
     """Keep the dataset as it is now as a cohort with a content hash."""
     from fedward_client.cohort.freeze import counts, make_cohort, save, usable
 
@@ -108,7 +104,7 @@ def freeze(name: Name, config: Config = _SITE, as_json: AsJson = False) -> None:
 def preview(
     name: Name,
     out: Annotated[Path, typer.Option("--out", help="The page (HTML).", show_default=False)],
-    config: Config = _SITE,
+    config: Config = SITE,
     plan: Annotated[
         Path | None, typer.Option("--plan", help="Show images as this study plan prepares them.")
     ] = None,
@@ -147,7 +143,7 @@ def preview(
 def check(
     name: Name,
     plan: Annotated[Path, typer.Option("--plan", help="The study plan.", show_default=False)],
-    config: Config = _SITE,
+    config: Config = SITE,
     cohort: Cohort = None,
     device: Annotated[
         str, typer.Option("--device", help="auto, cpu, cuda or cuda:INDEX.")

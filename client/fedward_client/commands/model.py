@@ -9,20 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from fedward.console import print_json, say
+from fedward_client.commands.options import SITE, Config, Json
 
 if TYPE_CHECKING:
     from fedward_client.kept_models import KeptModels
 
 model_app = typer.Typer(help="Models of finished studies.", no_args_is_help=True)
-Config = Annotated[
-    Path, typer.Option("--config", envvar="FEDWARD_SITE", help="the site's site.toml")
-]
-Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
-_SITE = Path("site.toml")
 
 
 @model_app.command("list")
-def list_models(config: Config = _SITE, as_json: Json = False) -> None:
+def list_models(config: Config = SITE, as_json: Json = False) -> None:
     """The models that are kept here: of each study the shared one, and this hospital's own."""
     found = _kept(config).all()
     if as_json:
@@ -42,7 +38,7 @@ def export(
         Literal["shared", "own"],
         typer.Option("--which", help="the model of all hospitals, or this hospital's own"),
     ] = "own",
-    config: Config = _SITE,
+    config: Config = SITE,
     as_json: Json = False,
 ) -> None:
     """Write a model to a file; its metadata holds the plan that it was trained by."""
@@ -56,7 +52,7 @@ def export(
 @model_app.command("remove")
 def remove(
     study: Annotated[str, typer.Argument(help="id of the study")],
-    config: Config = _SITE,
+    config: Config = SITE,
     as_json: Json = False,
 ) -> None:
     """Remove the models of a study from this hospital."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from fedward.dp.accounting import default_delta
@@ -44,11 +45,9 @@ def study_card(approval: Approval, plan: Plan | None, config: SiteConfig, ledger
     section = config.datasets.get(dataset)
     cohort, facts = "", None
     if section is not None:
-        try:
+        with suppress(DataError):  # told as a limit that is not kept
             frozen = load(cohort_path(config.site.state, dataset))
             cohort, facts = frozen.sha256, facts_of(frozen, section.images_are_patients)
-        except DataError:
-            pass  # told as a limit that is not kept
     parameters = describe(plan).parameters
     return card | {
         "title": plan.study.title,
