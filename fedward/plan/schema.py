@@ -713,7 +713,8 @@ class Metrics(Section):
     epsilon: Annotated[float, Field(ge=0.001, le=100)] = Field(
         default=4.0,
         description="ε of the counts that a site's evaluations release over the whole study: for "
-        "each test patient in the one test, for each validation patient in all validations "
+        "each test patient in all tests together (one, and one for each model of the sites' own), "
+        "for each validation patient in all validations "
         "together. A budget of its own beside `privacy.epsilon`; a site whose policy lets exact "
         "counts out does not use it",
     )

@@ -145,9 +145,13 @@ class Executor:
     ) -> TrainerMessage:
         trainer = self._trainers.get(case)
         if case.limits.counts == "private":
+            # All validations cost a patient as much as all tests: the plan's ε of evaluations.
             test = order.model_copy(update={"part": "test"})
+            whole = replace(
+                self._evaluation(test, case, trainer), epsilon=case.plan.metrics.epsilon
+            )
             self._ledger.evaluations.check_study(
-                self._evaluation(test, case, trainer),
+                whole,
                 self._contexts.policy.max_evaluation_epsilon_per_cohort,
             )
         if case.plan.privacy.on:

@@ -17,7 +17,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedward.errors import ProtocolError
-from fedward.plan.load import SCHEMA_VERSION, canonical
+from fedward.plan.load import SCHEMA_VERSION, canonical, plan_from
 from fedward.plan.schema import Plan
 from fedward.protocol import EvaluateOutcome, Refusal, RoundOrder, SiteFacts, TrainOutcome
 from fedward.rule_codes import RuleCode
@@ -106,6 +106,22 @@ def test_evaluations_of_all_studies_share_a_budget(make_hospital: Make, plan: Pl
     refused(hospital.ask("evaluate", plan, 0, part="test", study="tiny-3"), "budget", "for them")
     greedy = plan.model_copy(update={"metrics": plan.metrics.model_copy(update={"epsilon": 9.0})})
     refused(hospital.ask("describe", greedy, 0, study="tiny-4"), "policy", "ε of evaluations")
+
+
+def test_the_tests_of_own_models_share_the_budget_of_the_one_test(
+    make_hospital: Make, plan: Plan
+) -> None:
+    hospital = make_hospital("max_evaluation_epsilon_per_cohort = 10.0")
+    content = plan.model_dump(mode="python") | {"personal": {"method": "fedper", "alone": True}}
+    personal = plan_from(content)
+    assert hospital.ask("train", personal, 1).kind == "update"
+    for round_ in personal.tests:
+        answer = hospital.ask("evaluate", personal, round_, part="test")
+        assert EvaluateOutcome.from_flat(answer.record).epsilon == pytest.approx(4.0 / 3)
+    assert hospital.ledger.evaluations.epsilon_of_study("tiny-1") == pytest.approx(4.0)
+    assert hospital.ask("evaluate", plan, 0, part="test", study="tiny-2").kind == "counts"
+    # It would end at 12, though its first test alone would not: told before its first round.
+    refused(hospital.ask("describe", personal, 0, study="tiny-3"), "budget", "budget for them")
 
 
 def test_an_evaluation_that_breaks_off_is_tried_a_few_times(
