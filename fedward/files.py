@@ -1,11 +1,10 @@
-"""Atomic writes of files that only their owner can read."""
+"""Atomic writes of files, and locks of files and folders."""
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
-import tempfile
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +14,16 @@ from typing import Final, Literal
 from fedward.errors import OutputError, ServiceError
 from fedward.rule_codes import RuleCode
 
+PARTIAL: Final = ".partial-"
+"""Beginning of the names of what is not whole yet."""
 
-def write_private(
-    path: Path, content: bytes, *, modified: int | None = None, mode: int = 0o600
+
+def replace_file(
+    path: Path, content: bytes, *, mode: int | None = None, modified: int | None = None
 ) -> None:
     """Write a file aside and give it its name when it is safe on the disk.
+
+    A reader sees the old file or the new one, never a part, also after a power cut.
 
     Parameters
     ----------
@@ -27,10 +31,45 @@ def write_private(
         Replaced if it is there; its folder must exist.
     content : bytes
         All of it.
+    mode : int, optional
+        Who may read it, whatever the umask; without it, what the umask says.
     modified : int, optional
         Time of change to give it, ns.
-    mode : int
-        Who may read it, whatever the umask.
+
+    Raises
+    ------
+    OSError
+        It cannot be written; nothing is left of it.
+    """
+    aside = path.with_name(f"{PARTIAL}{secrets.token_hex(8)}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    handle = os.open(aside, flags, 0o666 if mode is None else mode)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            if mode is not None:
+                os.fchmod(handle, mode)
+            file.write(content)
+            file.flush()
+            os.fsync(handle)
+        if modified is not None:
+            os.utime(aside, ns=(modified, modified))
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def sweep_partial(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote left in a folder that it had alone."""
+    for half in folder.glob(f"{PARTIAL}*"):
+        half.unlink(missing_ok=True)
+
+
+def write_private(
+    path: Path, content: bytes, *, modified: int | None = None, mode: int = 0o600
+) -> None:
+    """Replace a file that only its owner can read (:func:`replace_file`).
 
     Raises
     ------
@@ -38,17 +77,7 @@ def write_private(
         It cannot be written.
     """
     try:
-        handle, name = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
-        aside = Path(name)
-        try:
-            os.fchmod(handle, mode)
-            _fill(handle, content)
-            if modified is not None:
-                os.utime(aside, ns=(modified, modified))
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+        replace_file(path, content, mode=mode, modified=modified)
     except OSError as error:
         raise OutputError(
             "the folder of the result must be writable",
@@ -58,16 +87,27 @@ def write_private(
         ) from None
 
 
-def _fill(handle: int, content: bytes) -> None:
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def write_text(path: Path, text: str) -> None:
+    """Replace a file with UTF-8 text (:func:`replace_file`).
+
+    Raises
+    ------
+    OutputError
+        The folder is missing or cannot be written.
+    """
+    try:
+        replace_file(path, text.encode())
+    except OSError as error:
+        raise OutputError(
+            "results must be writable",
+            value=f"{path.name}: {error.strerror}",
+            fix="Choose another --out, or free some space",
+        ) from error
 
 
-def _sync_folder(folder: Path) -> None:
+def _sync_folder(path: Path) -> None:
     # A rename survives a power cut only when the folder itself is on the disk.
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -154,31 +194,3 @@ def _taken(name: str) -> ServiceError:
         where="server.state",
         fix="Stop the `fedward-server run` that uses it",
     )
-
-
-# Write a file whole or not at all.
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text so that a reader sees the old file or the new one, never a part.
-
-    Raises
-    ------
-    OutputError
-        The folder is missing or cannot be written.
-    """
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise OutputError(
-            "results must be writable",
-            value=f"{path.name}: {error.strerror}",
-            fix="Choose another --out, or free some space",
-        ) from error

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Final
 
 import numpy as np
@@ -19,6 +17,7 @@ from safetensors.numpy import save
 from torch import nn
 
 from fedward.errors import ModelError, OutputError
+from fedward.files import replace_file
 from fedward.integrity import check_model, unreadable
 from fedward.models.patterns import matches
 from fedward.models.registry import outline
@@ -253,7 +252,7 @@ def save_model(
     content = _ordered(save(whole, dict(metadata)))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, content)
+        replace_file(path, content, mode=0o600)
     except OSError as error:
         raise OutputError(
             "the model file must be writable", value=error.strerror, fix="Check space and rights"
@@ -270,20 +269,6 @@ def _ordered(content: bytes) -> bytes:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
     return len(text).to_bytes(8, "little") + text + content[8 + length :]
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    with NamedTemporaryFile(dir=path.parent, prefix=".model-", delete=False) as file:
-        temporary = Path(file.name)
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def load_model(path: Path, sha256: str = "") -> tuple[Arrays, dict[str, str]]:

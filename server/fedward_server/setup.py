@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 import tempfile
@@ -15,6 +14,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedward.errors import ConfigError, OutputError
+from fedward.files import write_private
 from fedward.plan.text import toml_text
 from fedward.signing import fingerprint, public_bytes
 from fedward_server import certificates
@@ -136,23 +136,8 @@ def renew(config: ServerConfig, hosts: Sequence[str] = ()) -> certificates.Facts
     ca, ca_key = certificates.read_certificate(config.tls.ca), certificates.read_key(ca_key_path)
     names = (*hosts, *ALWAYS) if hosts else old.hosts
     new = make_certificate(names, certificates.read_key(config.tls.key), ca, ca_key)
-    write_private(config.tls.certificate, certificate_pem(new), 0o644)
+    write_private(config.tls.certificate, certificate_pem(new), mode=0o644)
     return certificates.read_facts(config.tls.certificate)
-
-
-def write_private(path: Path, content: bytes, mode: int = 0o600) -> None:
-    """Write a file whole; nobody else may read it, not even while it is written."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            os.fchmod(file.fileno(), mode)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _fill(folder: Path, wishes: SetupOptions) -> tuple[str, str]:
@@ -190,9 +175,9 @@ def _tls(config: ServerConfig, wishes: SetupOptions) -> None:
     ca_key, key = new_key(), new_key()
     ca = make_ca(wishes.name, ca_key)
     server = make_certificate((*wishes.hosts, *ALWAYS), key, ca, ca_key)
-    write_private(config.tls.ca, certificate_pem(ca), 0o644)
+    write_private(config.tls.ca, certificate_pem(ca), mode=0o644)
     write_private(config.ca_key, key_pem(ca_key))
-    write_private(config.tls.certificate, certificate_pem(server), 0o644)
+    write_private(config.tls.certificate, certificate_pem(server), mode=0o644)
     write_private(config.tls.key, key_pem(key))
 
 
@@ -215,9 +200,9 @@ def _copy_own(config: ServerConfig, own: OwnCertificate) -> None:
             fix="Give the certificate's own key",
             where="--key",
         )
-    write_private(config.tls.certificate, own.certificate.read_bytes(), 0o644)
+    write_private(config.tls.certificate, own.certificate.read_bytes(), mode=0o644)
     write_private(config.tls.key, pem)
-    write_private(config.tls.ca, own.ca.read_bytes(), 0o644)
+    write_private(config.tls.ca, own.ca.read_bytes(), mode=0o644)
 
 
 def _keys(config: ServerConfig) -> str:
@@ -230,7 +215,7 @@ def _keys(config: ServerConfig) -> str:
         encoding, serialization.PublicFormat.SubjectPublicKeyInfo
     )
     write_private(config.coordinator_key, private)
-    write_private(config.coordinator_key.with_suffix(".pub"), public, 0o644)
+    write_private(config.coordinator_key.with_suffix(".pub"), public, mode=0o644)
     for path in (config.control_secret, config.runtime_secret):
         write_private(path, secrets.token_urlsafe(32).encode())
     return fingerprint(public_bytes(key))

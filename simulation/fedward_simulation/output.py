@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from fedward.errors import OutputError
+from fedward.files import write_text
 from fedward.models import load_model, save_model
 from fedward.plan.load import canonical, from_canonical, plan_hash
 from fedward.plan.schema import Plan
@@ -132,7 +132,7 @@ def write_outputs(studies: Sequence[Study], out: Path) -> None:
 
 def _write_study(study: Study, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _write_text(folder / "plan.json", canonical(study.plan))
+    write_text(folder / "plan.json", canonical(study.plan))
     (folder / "plan.sha256").write_text(f"{plan_hash(study.plan)}  plan.json\n", "utf-8")
     write_left_out(study.left_out, folder / FILE)
     audited = study.results.audit is not None or not study.plan.privacy.audit
@@ -146,15 +146,6 @@ def _write_study(study: Study, folder: Path) -> None:
             "complete": str(study.results.complete).lower(),
         }
         study.results.model_sha256 = save_model(folder / "model.safetensors", study.model, facts)
-
-
-def _write_text(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 # What a run left, as a MONAI bundle with an ONNX file.

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import queue
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import Final
 from flwr.app import Message
 
 from fedward.errors import FedwardError, ProtocolError
+from fedward.files import replace_file, sweep_partial
 from fedward.flower import fleet_client
 from fedward.flower.fleet_client import FleetClient, Unreadable
 from fedward.rule_codes import RuleCode
@@ -70,6 +70,7 @@ class RequestStore:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        sweep_partial(folder)
 
     def put(self, message: PendingRequest) -> None:
         """Keep a message; a full disk only means that it is not kept."""
@@ -81,8 +82,10 @@ class RequestStore:
         }
         with suppress(OSError):
             if message.order.arrays:
-                self._write(f"{message.name}.safetensors", pack_bytes(message.order.arrays))
-            self._write(f"{message.name}.json", json.dumps(head).encode())
+                replace_file(
+                    self._folder / f"{message.name}.safetensors", pack_bytes(message.order.arrays)
+                )
+            replace_file(self._folder / f"{message.name}.json", json.dumps(head).encode())
 
     def drop(self, name: str) -> None:
         """Forget a message that was answered."""
@@ -106,15 +109,6 @@ class RequestStore:
         order = TrainerMessage("order", dict(head["record"]), arrays)
         envelope, what = bytes.fromhex(head["envelope"]), str(head["what"])
         return PendingRequest(path.stem, envelope, what, order, float(head["until"]))
-
-    def _write(self, name: str, content: bytes) -> None:
-        path = self._folder / name
-        part = path.with_suffix(path.suffix + ".part")
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
 
 
 def _arrays(path: Path) -> PackedArrays:

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedward.errors import OutputError
+from fedward.files import PARTIAL
 from fedward.rule_codes import RuleCode
 
 # Room in the cache of prepared images: locks, leftovers, and what makes room for new entries.
@@ -31,7 +32,6 @@ from fedward.rule_codes import RuleCode
 # Locks are those of ``flock(2)``: they end with the process that holds them, however it ends. Where
 # the file system has none, leftovers are told by their age, and two writers may do the same work.
 
-PARTIAL: Final = ".partial-"
 _ENTRY: Final = re.compile(r"[0-9a-f]{64}")
 _RESERVED: Final = re.compile(re.escape(PARTIAL) + r"[0-9a-f]{16}-(\d+)-.*")
 _STALE_AFTER: Final = 86_400.0  # seconds; without locks, a half-written folder that old is left

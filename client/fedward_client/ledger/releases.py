@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from fedward.errors import BudgetError
-from fedward.files import write_private
+from fedward.files import sweep_partial, write_private
 from fedward.rule_codes import RuleCode
 
 _KEEP: Final = 2
@@ -25,8 +25,7 @@ class Releases:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for half in folder.glob(".partial-*"):  # a trainer was killed while it wrote
-            half.unlink(missing_ok=True)
+        sweep_partial(folder)
 
     def keep(self, study: str, round_: int, content: bytes) -> str:
         """Put an update safely on the disk; gives its SHA-256. Only a study's last two are kept.

@@ -12,6 +12,7 @@ import typer
 
 from fedward.console import Console, Table, moment, print_json, say
 from fedward.errors import OutputError, PlanError, StudyError
+from fedward.files import replace_file
 from fedward.plan.load import from_canonical
 from fedward_server.cli_profile import ApiClient, at
 from fedward_server.commands.follow import follow
@@ -259,9 +260,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _write(path: Path, content: bytes) -> None:
     try:
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(content)
-        part.replace(path)
+        replace_file(path, content)
     except OSError as error:
         raise OutputError(
             "the file must be writable",

@@ -7,9 +7,9 @@ The worst case for the site: one step, one patient, one image, the label known.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fedward.dp.accounting import calibrate, epsilon_spent, private_steps_in
 from fedward.errors import PrivacyError
+from fedward.files import replace_file
 from fedward.models import build_model, from_arrays, trainable_names
 from fedward.plan.load import canonical, plan_from, plan_hash
 from fedward.plan.schema import Plan
@@ -224,9 +225,6 @@ def write_picture(path: Path, pictures: Mapping[str, NDArray[np.float32]]) -> No
         axis.imshow(plane.mean(axis=0), cmap="gray")
         axis.set_title(title)
         axis.set_axis_off()
-    part = path.with_name(f".{path.name}.part")
-    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(handle, "wb") as file:
-        os.fchmod(file.fileno(), 0o600)
-        figure.savefig(file, format="png", dpi=120)
-    part.replace(path)
+    content = BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    replace_file(path, content.getvalue(), mode=0o600)
