@@ -241,8 +241,8 @@ def _own_models(plan: Plan) -> Iterator[tuple[str, str]]:
     if personal.alone:
         yield (
             "Alone",
-            "each site also trains a model on its own patients alone, for comparison: one local "
-            "training in each round, of which only the figures leave",
+            "each site also trains a model on its own patients alone: one local training in each "
+            "round, of which only the figures leave",
         )
     if personal.method is None:
         return
@@ -258,7 +258,8 @@ def _own_models(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.privacy.on:
         text += "; this training is inside the same ε"
     elif personal.choose:
-        text += "; it takes the shared one where that is better on its own validation patients"
+        others = "the shared one or the one trained alone" if personal.alone else "the shared one"
+        text += f"; it takes {others} where that is better on its own validation patients"
     yield "Own models", text
 
 

@@ -595,12 +595,13 @@ class Personal(Section):
         default=False,
         description="each site also trains a model on its own patients alone, one local training "
         "in each round, from the model of the first round; only its figures leave, so that the "
-        "report says at which sites federation is better",
+        "report says at which sites federation is better, and `choose` may take it",
     )
     choose: bool = Field(
         default=True,
-        description="a site takes the shared model where that is better on its own validation "
-        "patients; with privacy it always takes its own, because no ε covers the choice",
+        description="a site takes the shared model, or what it trained `alone`, where that is "
+        "better than its own on its validation patients; with privacy it always takes its own, "
+        "because no ε covers the choice",
     )
 
     def _broken(self) -> Iterator[tuple[str, str]]:

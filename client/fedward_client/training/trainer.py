@@ -99,7 +99,7 @@ class Trainer:
         self._loss = build_loss(plan, runtime.torch_device)
         self.may_choose = True
         self._state_read: tuple[int, Arrays] | None = None
-        self._choices: dict[tuple[int, str], bool] = {}
+        self._choices: dict[tuple[int, str], str] = {}
         self._site_names = site_names(self._model, plan)
         self._prepared: _Prepared | None = None
         self._mechanism: Mechanism | None = None
@@ -310,12 +310,16 @@ class Trainer:
         DataError
             It began later, from a model that other sites had trained already.
         """
-        began = self._kept_before(self.plan.last_round + 1).get(_BEGAN, np.zeros(1, np.float32))
-        if int(began[0]) != (2 if self.plan.is_centering(1) else 1):
+        if not self._began_alone():
             raise DataError(
                 RuleCode.NOT_ALONE, fix="Take part from the first round of the study on"
             )
         return self._of_kind(ALONE, self.plan.last_round + 1)
+
+    def _began_alone(self) -> bool:
+        """Whether what the site trains alone began with the study's first round."""
+        began = self._kept_before(self.plan.last_round + 1).get(_BEGAN, np.zeros(1, np.float32))
+        return int(began[0]) == self.plan.first_training_round
 
     def _measured(self, fit: Fit) -> tuple[None, int]:
         """Put the mean of the site's features into the model; that is all of this round."""
@@ -407,20 +411,22 @@ class Trainer:
         own = dict(arrays) | self._of_kind(OWN, order.round + 1)
         if stays_here:  # in each round, arrays that stay at the site are the site's
             return own
-        return arrays if self._shared_is_better(arrays, own, order) else own
+        models: dict[str, Mapping[str, NDArray[Any]]] = {OWN: own, "shared": arrays}
+        if self.plan.alone_round is not None and self._began_alone():
+            models[ALONE] = dict(arrays) | self._alone()
+        return models[self._choice(models, order)]
 
-    def _shared_is_better(
-        self,
-        arrays: Mapping[str, NDArray[Any]],
-        own: Mapping[str, NDArray[Any]],
-        order: RoundOrder,
-    ) -> bool:
-        """Whether the site chooses the shared model; measured once for each model that comes."""
+    def _choice(self, models: Mapping[str, Mapping[str, NDArray[Any]]], order: RoundOrder) -> str:
+        """Which of its models the site uses; measured once for each shared model that comes.
+
+        The first one, unless another is better on the validation patients.
+        """
         key = order.round, order.arrays
         if not order.arrays or key not in self._choices:
-            shared, mine = self._score(arrays, order), self._score(own, order)
-            better = shared is not None and mine is not None and shared > mine
-            self._choices = {key: better}
+            scores = {kind: self._score(model, order) for kind, model in models.items()}
+            known = {kind: score for kind, score in scores.items() if score is not None}
+            first = next(iter(models))
+            self._choices = {key: max(known, key=known.__getitem__) if first in known else first}
         return self._choices[key]
 
     def _answers(

@@ -174,6 +174,30 @@ def test_a_site_takes_the_shared_model_where_that_is_better_for_it(
     assert figures[True] > 0.9 and figures[True] > (figures[False] or 0.0)
 
 
+@pytest.mark.parametrize(("first", "may"), [(1, True), (1, False), (2, True)])
+def test_a_site_takes_what_it_trained_alone_where_that_is_best_for_it(
+    make_plan: Make, make_site: Make, make_order: Make, first: int, may: bool
+) -> None:
+    """Not where it may not choose, nor what it began after others had trained the model."""
+    # Its own training and the shared model are of no use, as where all other hospitals differ.
+    personal = {**METHODS["fine-tuning"], "learning_rate": 10.0, "alone": True}
+    plan = make_plan(training={**SGD, "learning_rate": 0.3, "local_epochs": 5}, personal=personal)
+    trainer, start = Trainer(plan, make_site(patients=60), SEEDED), to_arrays(build_model(plan, 0))
+    trainer.may_choose = may
+    for round_ in range(first, 4):
+        trainer.train(start, make_order(plan, round=round_))
+    useless = {name: np.zeros_like(value) for name, value in start.items()}
+    trainer.train(useless, make_order(plan, round=4))
+    order = make_order(plan, round=4, task="evaluate", part="test")
+    found = trainer.answers(useless, order).exact().figures(["auc"])["auc"]
+    if may and first == 1:
+        lone = make_order(plan, round=5, task="evaluate", part="test")
+        alone = trainer.answers(useless, lone).exact().figures(["auc"])["auc"]
+        assert found == alone and alone > 0.9
+    else:
+        assert found is not None and found < 0.9
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_own_training_is_inside_the_plan_s_epsilon(
     make_plan: Make, make_site: Make, make_order: Make, method: str
