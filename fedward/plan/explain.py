@@ -225,6 +225,11 @@ def _server(plan: Plan) -> str:
     text = f"{strategy.name}: {spec.summary}"
     if spec.weighted:
         text += f", weighted by {strategy.weighting}"
+    if spec.by_figures:
+        text += (
+            f" and by {plan.metrics.primary} on each site's validation patients, as this plan's "
+            "evaluations release it: nothing more leaves a site"
+        )
     if spec.needs_all:
         text += "; the server holds all updates of a round in memory"
     if strategy.settings:

@@ -148,10 +148,29 @@ def _strategy_rules(plan: Plan) -> Iterator[tuple[str, str]]:
             "training.momentum",
             f"{spec.name} needs SGD without momentum; set momentum to 0",
         )
+    if spec.by_figures:
+        yield from _figure_rules(plan)
     if plan.participation.sites < spec.minimum_sites:
         yield (
             "participation.sites",
             f"{spec.name} needs {spec.minimum_sites} sites; raise sites",
+        )
+
+
+def _figure_rules(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Of a strategy that weighs sites by the plan's primary figure."""
+    name, primary = plan.strategy.name, plan.metrics.primary
+    if not (plan.split.validation or plan.split.given):
+        yield (
+            "split.validation",
+            f"{name} weighs sites by their figures on validation patients; raise validation",
+        )
+    spec = plan.task.spec
+    if plan.privacy.on and primary in spec.metric_names and spec.metric(primary).table is None:
+        yield (
+            "metrics.primary",
+            f"{name} weighs sites by {primary}, which no counts with noise give; choose another "
+            "primary figure",
         )
 
 

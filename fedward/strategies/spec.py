@@ -155,19 +155,43 @@ class SiteHook:
         return SiteResult()
 
 
+class SitePast(NamedTuple):
+    """What the aggregator knows of a site from the study's earlier rounds.
+
+    Attributes
+    ----------
+    shortfalls : tuple of float or None
+        One for each evaluation so far, at every site: how far its primary figure on its validation
+        patients was from perfect, as the evaluation released it; None where it released none.
+    """
+
+    shortfalls: tuple[float | None, ...] = ()
+
+
+Pasts = Mapping[str, SitePast]
+"""By the site's name."""
+
+
 class Contribution(NamedTuple):
     """What one site's update of a round was made of.
 
     Attributes
     ----------
     weight : float
-        The plan's weight of the site, none above ``strategy.max_share``.
+        The plan's weight of the site times :meth:`ServerRule.favour`, none above
+        ``strategy.max_share``.
     steps : int
         Optimiser steps.
+    site : str
+        Its name.
+    norm : float
+        L2 norm of the update minus the model that was sent.
     """
 
     weight: float
     steps: int
+    site: str = ""
+    norm: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -217,6 +241,13 @@ class ServerRule(ABC):
 
     def __init__(self, settings: Mapping[str, float], momentum: float = 0.0) -> None:
         self.settings, self.momentum = settings, momentum
+
+    def favour(self, pasts: Pasts) -> Mapping[str, float]:
+        """What the plan's weight of each site is multiplied by in the next round; above 0.
+
+        It is asked before each round. A site that it does not name keeps its weight.
+        """
+        return {}
 
     def weight(self, made: Contribution) -> float:
         """A site's weight in the mean of the updates; above 0."""
@@ -272,6 +303,8 @@ class StrategySpec:
         Whether all that is sent is worked out from the update and from what the aggregator knows:
         post-processing of the noised update, which costs no privacy. Else a private plan is
         refused.
+    by_figures : bool
+        Whether it weighs sites by their primary figure on validation patients.
     since : int
         The schema version that added it (see :mod:`fedward.plan.versions`).
     """
@@ -296,6 +329,7 @@ class StrategySpec:
     received: tuple[str, ...] = ()
     sent: Kinds = field(default_factory=dict)
     sent_from_update: bool = False
+    by_figures: bool = False
     since: int = 1
 
     def normal(self, given: Mapping[str, float | int]) -> dict[str, float | int]:

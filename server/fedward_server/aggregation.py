@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
@@ -30,6 +31,8 @@ class Aggregation:
         Of the norms; none: it is not known before all updates are there.
     weigh : callable
         The strategy's weight of a contribution in the mean.
+    favour : mapping
+        By site, what its weight is multiplied by; a site that is not in it keeps its weight.
     passes : int
         How often a site does its local training in the round; of which the update has one.
 
@@ -46,6 +49,7 @@ class Aggregation:
         max_share: float = 1.0,
         bound: NormBound | None = None,
         weigh: Callable[[Contribution], float] = attrgetter("weight"),
+        favour: Mapping[str, float] = MappingProxyType({}),
         passes: int = 1,
     ) -> None:
         self.updates: dict[str, Update] = {}
@@ -53,13 +57,14 @@ class Aggregation:
         self.bound = bound
         self.besides: NormBound | None = None
         self._max_share, self._weigh, self._passes = max_share, weigh, passes
+        self._favour = favour
         self._fold = Fold() if fold else None
 
     def add(self, site: str, update: Update) -> None:
         """Take a valid update; a second one of a site is ignored."""
         if site in self.updates or update.message is None:
             return
-        self.updates[site] = update
+        self.updates[site] = replace(update, weight=update.weight * self._favour.get(site, 1.0))
         if self._fold is not None:
             held = [name for name, one in self.updates.items() if one.message is not None]
             for name in set(held) - self._kept(held):
@@ -133,7 +138,8 @@ class Aggregation:
         return [self._contribution(site, weight) for site, weight in self.weights().items()]
 
     def _contribution(self, site: str, weight: float) -> Contribution:
-        return Contribution(weight, self.updates[site].outcome.steps // self._passes)
+        update = self.updates[site]
+        return Contribution(weight, update.outcome.steps // self._passes, site, update.norm)
 
     def ordered(self) -> list[Update]:
         """The updates in the order of their sites' names, however they came."""

@@ -37,6 +37,7 @@ from fedward_server.events import (
 from fedward_server.job import Arrays, Job
 from fedward_server.metrics_summary import figures, tested
 from fedward_server.participants import NO_ANSWER, NOT_HERE, PASSING, Participants, named
+from fedward_server.pasts import pasts
 from fedward_server.privacy_spent import charge, charge_ordered, settle
 from fedward_server.reply_validation import (
     InvalidReply,
@@ -265,8 +266,13 @@ class StudyRun:
             strategy = self._strategy_of(stage)
             made = Aggregation(fold=fold, max_share=share)
             if isinstance(strategy, RuleStrategy):
-                weigh, passes = strategy.rule.weight, self.plan.passes(round_)
-                made = Aggregation(fold=fold, max_share=share, weigh=weigh, passes=passes)
+                made = Aggregation(
+                    fold=fold,
+                    max_share=share,
+                    weigh=strategy.rule.weight,
+                    favour=strategy.rule.favour(pasts(self.plan, self.job.arm.rounds)),
+                    passes=self.plan.passes(round_),
+                )
             self._open = (round_, made)
         return self._open[1]
 

@@ -15,7 +15,7 @@ from scipy.optimize import minimize
 from fedward.errors import PlanError
 from fedward.flower import identity
 from fedward.flower.study_grid import StudyGrid
-from fedward.strategies import Contribution, ServerRound
+from fedward.strategies import Contribution, ServerRound, SitePast
 from fedward_simulation.local import LocalGrid
 from fedward_simulation.pool import Pool
 from fedward_strategies.fold import Fold
@@ -29,6 +29,9 @@ Values = NDArray[np.float64]
 SITES, SHAPES = 7, {"w": (3, 4), "b": (5,)}
 WEIGHTS = np.array([10.0, 20.0, 5.0, 40.0, 15.0, 30.0, 25.0])
 STEPS, ABSENT = [1, 2, 1, 4, 2, 3, 3], 2
+NAMES = [f"site-{place}" for place in range(SITES)]
+# How far each site was from perfect in two evaluations; the third site withheld the second one.
+SHORT = np.array([[0.1, 0.2, 0.3, 0.2, 0.6, 0.1, 0.4], [0.2, 0.1, np.nan, 0.3, 0.5, 0.2, 0.3]])
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +82,14 @@ def run(name: str, settings: dict[str, float]) -> list[tuple[Model, list[Model],
         weights = WEIGHTS
         if isinstance(strategy, RuleStrategy):
             strategy.sites = SITES + ABSENT
-            strategy.contributions = list(map(Contribution, WEIGHTS.tolist(), STEPS))
+            pasts = {
+                name: SitePast(tuple(None if np.isnan(v) else v for v in SHORT[: round_ - 1, at]))
+                for at, name in enumerate(NAMES)
+            }
+            favour = strategy.rule.favour(pasts)
+            favoured = [w * favour.get(s, 1.0) for w, s in zip(WEIGHTS, NAMES, strict=True)]
+            norms = np.linalg.norm(stacked(updates) - flat(model), axis=1).tolist()
+            strategy.contributions = list(map(Contribution, favoured, STEPS, NAMES, norms))
             weights = np.array([strategy.rule.weight(one) for one in strategy.contributions])
         if STRATEGIES[name].sent:
             changes = [random_model(1000 * round_ + site) for site in range(SITES)]
@@ -153,6 +163,29 @@ def clipped(before: Values, updates: list[Model], round_: int) -> Values:
     most = 1.5 * np.median(norms)
     kept = moved * np.minimum(1.0, most / norms)[:, None]
     return np.asarray(before + WEIGHTS @ kept / WEIGHTS.sum())
+
+
+def fair(before: Values, updates: list[Model], round_: int) -> Values:
+    """Li et al., 2020, algorithm 2, as it is written there; FedAvg before the first evaluation."""
+    if round_ == 1:
+        return mean(updates)
+    q, lipschitz, loss = 2.0, 3.0, SHORT[0]
+    delta = lipschitz * (before - stacked(updates))
+    p = WEIGHTS / WEIGHTS.sum()
+    h = q * loss ** (q - 1) * (delta**2).sum(axis=1) + lipschitz * loss**q
+    return np.asarray(before - (p * loss**q) @ delta / (p @ h))
+
+
+class Agnostic:
+    """Mohri et al., 2019: ascent of the mixture by exponentiated gradients, step by step."""
+
+    mixture: Values = WEIGHTS / WEIGHTS.sum()
+
+    def __call__(self, before: Values, updates: list[Model], round_: int) -> Values:
+        if round_ > 1:
+            ascended = self.mixture * np.exp(0.7 * SHORT[0])
+            self.mixture = ascended / ascended.sum()
+        return np.asarray(self.mixture @ stacked(updates))
 
 
 class Averaged:
@@ -239,6 +272,8 @@ CASES: dict[str, tuple[dict[str, float], Callable[[], Callable[..., Values]]]] =
     "scaffold": ({"server_learning_rate": 0.7}, Scaffold),
     "feddyn": ({"alpha": 0.5}, Dynamic),
     "fednova": ({}, lambda: normalised),
+    "q-fedavg": ({"q": 2.0, "lipschitz": 3.0}, lambda: fair),
+    "afl": ({"eta": 0.7}, Agnostic),
     "rfa": ({"iterations": 200}, lambda: geometric),
     "norm-clipping": ({"factor": 1.5}, lambda: clipped),
     "fedmedian": ({}, lambda: median),
@@ -302,6 +337,18 @@ def test_fednova_counts_what_momentum_adds_to_a_step() -> None:
             moved += velocity
         assert effective_steps(steps, 0.9) == pytest.approx(moved)
         assert effective_steps(steps, 0.0) == steps
+
+
+def test_a_site_without_a_figure_counts_as_an_ordinary_one() -> None:
+    pasts = {"a": SitePast((0.2, 0.4)), "b": SitePast((0.6, None)), "c": SitePast((None, None))}
+    afl = build_strategy("afl", StrategySettings(values={"eta": 1.0}))
+    fair = build_strategy("q-fedavg", StrategySettings(values={"q": 1.0, "lipschitz": 1.0}))
+    assert isinstance(afl, RuleStrategy) and isinstance(fair, RuleStrategy)
+    assert afl.rule.favour(pasts) == pytest.approx({"a": np.exp(-0.2), "b": np.exp(0.2), "c": 1.0})
+    # The last figure that is known; without any, the mean of the others'.
+    assert fair.rule.favour(pasts) == pytest.approx({"a": 0.8, "b": 1.2, "c": 1.0})
+    nobody = {"a": SitePast((None,)), "b": SitePast((None,))}
+    assert set(afl.rule.favour(nobody).values()) == {1.0} and not fair.rule.favour(nobody)
 
 
 def test_fedprox_tells_the_sites_its_weight() -> None:

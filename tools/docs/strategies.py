@@ -37,7 +37,12 @@ def _facts(spec: StrategySpec) -> Iterator[str]:
         yield "This follows from the update: with differential privacy it costs nothing more."
     if not spec.private:
         yield "It does not go with differential privacy."
-    if spec.kept or spec.sent:
+    if spec.by_figures:
+        yield (
+            "It reads [figures that evaluations release](#weights-that-follow-the-figures): "
+            "nothing more leaves a site."
+        )
+    if spec.kept or spec.sent or spec.by_figures:
         yield ""
 
 

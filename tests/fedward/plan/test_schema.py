@@ -174,6 +174,25 @@ BROKEN: list[tuple[str, dict[str, Any], str, str, str]] = [
         "scaffold needs SGD without momentum",
         "set momentum to 0",
     ),
+    (
+        "c",
+        {"strategy.name": "afl", "split.validation": 0.0, "participation.sites": 2},
+        "split.validation",
+        "afl weighs sites by their figures",
+        "raise validation",
+    ),
+    (
+        "s",
+        {
+            "strategy.name": "afl",
+            "metrics.report": ["dice", "loss"],
+            "metrics.primary": "loss",
+            "participation.sites": 2,
+        },
+        "metrics.primary",
+        "no counts with noise give",
+        "choose another",
+    ),
     ("c", {"personal": {}}, "personal.method", "needs a method, or alone", "add one"),
     ("c", {"personal": {"method": "ditto"}}, "personal.weight", "needs weight", "add"),
     (
