@@ -8,7 +8,7 @@ from typing import Final, Literal
 from fedward.errors import ConfigError, FedwardError
 from fedward_client.config import SiteConfig
 from fedward_client.link.state import link_file, read_state
-from fedward_client.trainer.admin import admin_socket, ask
+from fedward_client.trainer.admin_client import admin_socket, ask
 
 Which = Literal["trainer", "connector"]
 # Heartbeats come every six seconds at most, and a connection breaks after three that failed.

@@ -15,21 +15,17 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
-
-from opacus.accountants import RDPAccountant
-from opacus.accountants.analysis.prv import (
-    Domain,
-    PoissonSubsampledGaussianPRV,
-    TruncatedPrivacyRandomVariable,
-    compose_heterogeneous,
-    discretize,
-)
-from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
-from opacus.accountants.utils import get_noise_multiplier
+from typing import TYPE_CHECKING
 
 from fedward.errors import PrivacyError
 from fedward.plan.schema import CENTERING_STEPS, Plan
 from fedward.rule_codes import RuleCode
+
+# Opacus is imported where it is used: its import takes longer than torch's, and a process that
+# meets no private plan needs none of it.
+if TYPE_CHECKING:
+    from opacus.accountants import RDPAccountant
+    from opacus.accountants.analysis.prv import Domain
 
 _MOST_NOISE = 1e6
 _ERROR = 0.01  # that the accountant may make in ε, always upwards
@@ -169,6 +165,8 @@ def _safe_start(epsilon: float, delta: float, rate: float, steps: int) -> float:
     The tight accountant needs ever more memory the smaller the noise, so the search comes from
     above. The Gaussian bound (Dwork and Roth, 2014, theorem A.1) ignores the sampling.
     """
+    from opacus.accountants.utils import get_noise_multiplier
+
     try:
         with _quiet():
             return float(
@@ -314,6 +312,8 @@ def _filter_order(cap: float, delta: float) -> int:
 @lru_cache(maxsize=4096)
 def _divergence(noise: float, rate: float, order: int) -> float:
     """Rényi divergence of one step, in nats (Mironov, Talwar and Zhang, 2019, arXiv:1908.10530)."""
+    from opacus.accountants.analysis.rdp import compute_rdp
+
     with suppress(ValueError, RuntimeError, ArithmeticError), _quiet():
         found = float(compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=[order])[0])
         # What is not a number is above no cap, and must not pass as a cost.
@@ -322,6 +322,8 @@ def _divergence(noise: float, rate: float, order: int) -> float:
 
 
 def _from_renyi(order: int, divergence: float, delta: float) -> float:
+    from opacus.accountants.analysis.rdp import get_privacy_spent
+
     with _quiet():
         spent, _ = get_privacy_spent(orders=[order], rdp=[divergence], delta=delta)
     return max(0.0, float(spent))
@@ -346,6 +348,13 @@ def _composed(history: tuple[tuple[float, float, int], ...], delta: float) -> fl
 
 
 def _prv(history: _History, delta: float) -> float | None:
+    from opacus.accountants.analysis.prv import (
+        PoissonSubsampledGaussianPRV,
+        TruncatedPrivacyRandomVariable,
+        compose_heterogeneous,
+        discretize,
+    )
+
     # Numbers out of the range of floats end as a grid that is too large does.
     with suppress(ValueError, RuntimeError, ArithmeticError), _quiet():
         error = delta / 1000
@@ -366,6 +375,8 @@ def _grid(history: _History, error: float) -> Domain | None:
     The ends need only a bound of ε (Gopi et al., 2021, remark 5.6). Each Rényi order gives one;
     those of fractional orders are hardly closer, and take a hundred times as long.
     """
+    from opacus.accountants.analysis.prv import Domain
+
     steps = sum(count for *_, count in history)
     single = [_bound([(noise, rate, 1)], error / (8 * steps)) for noise, rate, _ in history]
     half = max(*single, _bound(history, error / 4), _ERROR) + 3
@@ -374,17 +385,21 @@ def _grid(history: _History, error: float) -> Domain | None:
 
 
 def _bound(history: Iterable[tuple[float, float, int]], delta: float) -> float:
-    accountant = RDPAccountant()
-    accountant.history = list(history)
-    return float(accountant.get_epsilon(delta, alphas=_ORDERS))
+    return float(_accountant(history).get_epsilon(delta, alphas=_ORDERS))
 
 
 def _rdp(history: _History, delta: float) -> float | None:
+    with suppress(ValueError, RuntimeError, ArithmeticError), _quiet():
+        return _sensible(float(_accountant(history).get_epsilon(delta)))
+    return None
+
+
+def _accountant(history: Iterable[tuple[float, float, int]]) -> RDPAccountant:
+    from opacus.accountants import RDPAccountant
+
     accountant = RDPAccountant()
     accountant.history = list(history)
-    with suppress(ValueError, RuntimeError, ArithmeticError), _quiet():
-        return _sensible(float(accountant.get_epsilon(delta)))
-    return None
+    return accountant
 
 
 def _sensible(epsilon: float) -> float | None:

@@ -21,7 +21,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+from opacus.grad_sample import (
+    GradSampleModule,
+    GradSampleModuleFastGradientClipping,
+    register_grad_sampler,
+)
 from opacus.grad_sample.utils import register_norm_sampler
 from opacus.optimizers import DPOptimizerFastGradientClipping
 from torch import Tensor, nn
@@ -38,6 +42,7 @@ from fedward.dp.layers import (
     product_of,
     size_of,
     weight_samples,
+    weighted_samples,
 )
 from fedward.errors import ModelError
 from fedward.models.clipping import block_norms, factors, product_norms
@@ -251,6 +256,8 @@ def _weighted_sum(layer: Weighted, x: Tensor, back: Tensor, weights: Tensor) -> 
 
 
 _KINDS = (*SAMPLED_WEIGHTED, SampledGroupNorm)
+register_grad_sampler(list(SAMPLED_WEIGHTED))(weighted_samples)
+register_grad_sampler(SampledGroupNorm)(norm_samples)
 register_norm_sampler(list(SAMPLED_WEIGHTED))(_norms_of_weighted)
 register_norm_sampler(SampledGroupNorm)(_norms_of_group_norm)
 

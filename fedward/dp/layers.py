@@ -1,7 +1,7 @@
 """Layers with cheaper per-sample gradients for Opacus (``hooks``, ``bookkeeping``).
 
-Four things make a private step dear, and each is avoided by a layer of its own, registered through
-Opacus's public :func:`opacus.grad_sample.register_grad_sampler`:
+Four things make a private step dear, and each is avoided by a layer of its own, which
+:mod:`fedward.dp.ghost_clipping` registers at Opacus:
 
 - autograd works out the summed weight gradient as well, which Opacus then throws away: the forward
   pass of these layers uses detached weights, so that this work is never asked for;
@@ -21,8 +21,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from opacus.grad_sample import register_grad_sampler
-from opacus.utils.tensor_utils import unfold3d
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.grad import conv2d_weight, conv3d_weight
@@ -118,6 +116,8 @@ def _columns(layer: Conv | Transposed, x: Tensor) -> Tensor:
     if x.ndim == 4:
         return functional.unfold(x, *options)  # type: ignore[arg-type]
     names = ("kernel_size", "dilation", "padding", "stride")
+    from opacus.utils.tensor_utils import unfold3d  # for private steps alone
+
     columns: Tensor = unfold3d(x, **dict(zip(names, options, strict=True)))
     return columns
 
@@ -315,7 +315,8 @@ _MAKERS: dict[type[nn.Module], Callable[[nn.Module], nn.Module]] = {
 }
 
 
-def _weighted_samples(layer: Weighted, activations: list[Tensor], back: Tensor) -> Samples:
+def weighted_samples(layer: Weighted, activations: list[Tensor], back: Tensor) -> Samples:
+    """Each image's gradients of a layer's weight and bias, as far as they train."""
     samples: Samples = {}
     if layer.bias is not None and layer.bias.requires_grad:
         samples[layer.bias] = bias_samples(layer, back)
@@ -353,5 +354,3 @@ SAMPLED_WEIGHTED = (
     SampledConvTranspose3d,
     SampledLinear,
 )
-register_grad_sampler(list(SAMPLED_WEIGHTED))(_weighted_samples)
-register_grad_sampler(SampledGroupNorm)(norm_samples)

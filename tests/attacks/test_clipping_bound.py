@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from fedward.dp import ghost_clipping
 from fedward.dp.accounting import Mechanism
 from fedward.models import best_mode, build_model, sampled
+from fedward.models.registry import GradSampleMode
 from fedward.networks import MODELS
 from fedward.plan.schema import ModelName
-from fedward_client.training.private import Mode, PrivateStep
+from fedward_client.training.private import PrivateStep
 
-MODES: tuple[Mode, ...] = ("hooks", "functorch", "bookkeeping")
+MODES: tuple[GradSampleMode, ...] = ("hooks", "functorch", "bookkeeping")
 ROOM, BOUND = 4, 1.0 + 1e-4
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
 
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing:Use
 def _summed(
     module: nn.Module,
     images: Tensor,
-    mode: Mode,
+    mode: GradSampleMode,
     each: int,
     clipping_norm: float = 1.0,
     chunks: int = 1,
@@ -102,7 +103,7 @@ def test_positions_that_cancel(each: int) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
-def test_squares_that_overflow_or_vanish(mode: Mode, scale: float) -> None:
+def test_squares_that_overflow_or_vanish(mode: GradSampleMode, scale: float) -> None:
     """Tiny activations before huge gradients, and the other way round, at the least C of a plan."""
     for clipping_norm in (1e-6, 1e-2):
         torch.manual_seed(0)
@@ -171,7 +172,7 @@ def _hostile(name: ModelName, pattern: str, power: float, seed: int) -> nn.Modul
 )
 def test_one_patient_moves_the_sum_by_c_at_most(
     name: ModelName,
-    mode: Mode,
+    mode: GradSampleMode,
     pattern: str,
     power: float,
     bright: float,

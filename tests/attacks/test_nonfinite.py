@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from fedward.dp import ghost_clipping
 from fedward.dp.accounting import Mechanism
 from fedward.models import build_model, sampled, to_arrays
+from fedward.models.registry import GradSampleMode
 from fedward.plan import Plan
 from fedward.protocol import RoundOrder
 from fedward_client.data.sample import PreparedSite
-from fedward_client.training.private import Mode, PrivateStep
+from fedward_client.training.private import PrivateStep
 from fedward_client.training.runtime import Runtime
 from fedward_client.training.trainer import Trainer
 
-MODES: tuple[Mode, ...] = ("hooks", "functorch", "bookkeeping")
+MODES: tuple[GradSampleMode, ...] = ("hooks", "functorch", "bookkeeping")
 HUGE = 3e38
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
 
@@ -47,7 +48,7 @@ def _gate() -> nn.Module:
     return module
 
 
-def _summed(mode: Mode, images: Tensor, owners: list[int]) -> list[Tensor]:
+def _summed(mode: GradSampleMode, images: Tensor, owners: list[int]) -> list[Tensor]:
     module = _gate()
     module = module if mode == "functorch" else sampled(module)
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -68,7 +69,7 @@ def _summed(mode: Mode, images: Tensor, owners: list[int]) -> list[Tensor]:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("value", [10.0, float("nan"), float("inf")])
 def test_a_broken_patient_counts_as_zero_and_no_other_part_changes(
-    monkeypatch: pytest.MonkeyPatch, mode: Mode, each: int, value: float, ghost: bool
+    monkeypatch: pytest.MonkeyPatch, mode: GradSampleMode, each: int, value: float, ghost: bool
 ) -> None:
     monkeypatch.setattr(ghost_clipping, "_PRODUCTS_PER_FLOAT", 10**9 if ghost else 0)
     torch.manual_seed(1)

@@ -117,6 +117,11 @@ torch.nn.Conv2d.forward = asked
 build_model(load_plan(Path("studies/demo/classification.toml")), 0)
 say(*found)
 """
+SLOW = """
+from importlib import import_module
+import_module(sys.argv[1])
+say([name for name in ("torch", "monai", "opacus", "scipy", "flwr") if name in sys.modules])
+"""
 NAMELESS = """
 import os
 os.getuid = lambda: 54321  # a user of whom this machine knows nothing but the number
@@ -161,10 +166,10 @@ print(json.dumps([one.tolist() for one in model.parameters()]))
 """
 
 
-def told(*code: str) -> Any:
+def told(*code: str, words: tuple[str, ...] = ()) -> Any:
     named = ("LOGNAME", "USER", "LNAME", "USERNAME", "FLWR_TELEMETRY_ENABLED")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", "\n".join(code)],
+        [sys.executable, "-W", "ignore", "-c", "\n".join(code), *words],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -173,6 +178,29 @@ def told(*code: str) -> Any:
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("module", "slow"),
+    [
+        ("fedward_client.cli", []),
+        ("fedward_client.health", []),
+        ("fedward_client.trainer.admin_client", []),
+        ("fedward_client.policy.approvals", []),
+        ("fedward_client.doctor", []),
+        ("fedward_client.daemon.launch", []),
+        ("fedward_client.connector.process", ["flwr"]),
+        ("fedward_server.cli", []),
+        ("fedward_server.service", ["flwr"]),
+        ("fedward.flower.superlink", ["flwr"]),
+        # Without Opacus: only a private plan needs it.
+        ("fedward_client.trainer.process", ["torch", "monai", "scipy"]),
+        ("fedward_server.runner", ["torch", "monai", "scipy", "flwr"]),
+    ],
+)
+def test_a_program_imports_what_it_needs_and_no_more(module: str, slow: list[str]) -> None:
+    """A health check comes every few seconds; torch and Opacus take seconds of processor time."""
+    assert told(PREPARED, SLOW, words=(module,)) == [slow]
 
 
 def test_an_import_changes_nothing_in_the_process() -> None:

@@ -63,7 +63,7 @@ def show(
 
 def _last_written(site: SiteConfig) -> tuple[int, str] | None:
     """Number and hash of the running daemon's last entry, None where none runs."""
-    from fedward_client.trainer.admin import admin_socket, ask
+    from fedward_client.trainer.admin_client import admin_socket, ask
 
     with suppress(FedwardError):
         last = ask(admin_socket(site), "audit")["last"]

@@ -316,7 +316,12 @@ def _settle(command: str, study: str, config: Path, plan: str, *, as_json: bool)
 
 def _ask(config: Path, command: str, **arguments: Any) -> dict[str, Any]:
     from fedward_client.config import load_config
-    from fedward_client.trainer.admin import TrainerSilent, admin_socket, answer_for_silent, ask
+    from fedward_client.trainer.admin_client import (
+        TrainerSilent,
+        admin_socket,
+        answer_for_silent,
+        ask,
+    )
 
     site = load_config(config, datasets_here=False)
     try:

@@ -27,7 +27,8 @@ from fedward_client.ledger.releases import Releases
 from fedward_client.link.service import serve
 from fedward_client.policy.approvals import Approvals
 from fedward_client.secret import site_secret
-from fedward_client.trainer.admin import Admin, admin_socket, serve_admin
+from fedward_client.trainer.admin import Admin, serve_admin
+from fedward_client.trainer.admin_client import admin_socket
 from fedward_client.trainer.executor import Executor
 from fedward_client.trainer.reload import watch_policy
 from fedward_client.trainer.service import STRANGER, TrainerService

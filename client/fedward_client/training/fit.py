@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from fedward.dp.accounting import Mechanism, private_steps_in, steps_in_round, steps_per_round
 from fedward.dp.gaussian import GaussianNoise
 from fedward.dp.keystream import KEY_BYTES, Keystream, derive_key
+from fedward.models.registry import GradSampleMode
 from fedward.plan.schema import Plan
 from fedward.strategies import SiteHook
 from fedward_client.training.batches import (
@@ -30,9 +32,11 @@ from fedward_client.training.device import autocast
 from fedward_client.training.feature_mean import exact_mean, private_mean
 from fedward_client.training.losses import Loss
 from fedward_client.training.optimizers import build_optimizer, rate_at, set_rate
-from fedward_client.training.private import Mode, PrivateStep
 from fedward_client.training.runtime import Runtime
 from fedward_client.training.source import Source
+
+if TYPE_CHECKING:
+    from fedward_client.training.private import PrivateStep
 
 _GRADIENT_FLOATS = 32_000_000  # what the gradients of all images of a part may take: 128 MB
 _USUAL_BATCH = Runtime.physical_batch
@@ -124,7 +128,7 @@ class Fit:
     runtime: Runtime
     draws: Draws
     mechanism: Mechanism | None
-    mode: Mode
+    mode: GradSampleMode
     hook: SiteHook | None = None
     done: tuple[float, float] = (0.0, 1.0)
 
@@ -204,6 +208,10 @@ class Fit:
     def _private(
         self, optimizer: torch.optim.Optimizer, finish: Callable[..., None]
     ) -> Iterator[Tensor | None]:
+        from fedward_client.training.private import (
+            PrivateStep,  # brings Opacus, which takes seconds
+        )
+
         if self.mechanism is None or self.plan.privacy.clipping_norm is None:
             return
         count = len(np.unique(self.patients))

@@ -16,8 +16,6 @@ from fedward.dp.gaussian import GaussianNoise
 from fedward.dp.ghost_clipping import SumOptimizer, backward, keep_books
 from fedward.models.registry import GradSampleMode
 
-Mode = GradSampleMode
-
 
 class PrivateStep:
     """Turns per-image losses into private optimiser steps.
@@ -48,7 +46,7 @@ class PrivateStep:
         mechanism: Mechanism,
         clipping_norm: float,
         patients: int,
-        mode: Mode,
+        mode: GradSampleMode,
         noise: GaussianNoise,
     ) -> None:
         self.clipping_norm = clipping_norm
@@ -109,7 +107,9 @@ class PrivateStep:
         return False
 
 
-def _wrap(module: nn.Module, mode: Mode) -> GradSampleModule | GradSampleModuleFastGradientClipping:
+def _wrap(
+    module: nn.Module, mode: GradSampleMode
+) -> GradSampleModule | GradSampleModuleFastGradientClipping:
     if mode == "bookkeeping":
         return keep_books(module)
     return GradSampleModule(module, loss_reduction="sum", force_functorch=mode == "functorch")

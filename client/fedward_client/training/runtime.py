@@ -9,7 +9,7 @@ from typing import Final, Literal
 
 import torch
 
-from fedward_client.training.private import Mode
+from fedward.models.registry import GradSampleMode
 from fedward_client.worker_pool import tune_malloc
 
 _FREED: Final = 256 << 20  # about what a step of a U-Net takes and lets go
@@ -50,7 +50,7 @@ class Runtime:
     cache: Path | None = None
     cache_bytes: int | None = None
     physical_batch: int = 64
-    grad_sample_mode: Mode | None = None
+    grad_sample_mode: GradSampleMode | None = None
     seeded_counts: bool = False
     watch: Callable[[int, int], None] | None = None
 

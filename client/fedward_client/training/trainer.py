@@ -34,6 +34,7 @@ from fedward.models import (
     to_arrays,
     trainable_names,
 )
+from fedward.models.registry import GradSampleMode
 from fedward.plan.load import SCHEMA_VERSION, plan_hash
 from fedward.plan.schema import FEATURE_MEAN, Plan
 from fedward.protocol import EvaluateOutcome, RoundOrder, SiteFacts, TrainOutcome
@@ -49,7 +50,6 @@ from fedward_client.training.evaluate import Answers, evaluate
 from fedward_client.training.fit import Draws, Fit
 from fedward_client.training.losses import build_loss
 from fedward_client.training.optimizers import build_optimizer
-from fedward_client.training.private import Mode
 from fedward_client.training.runtime import Runtime
 from fedward_client.training.source import Source, digest_of
 
@@ -107,7 +107,7 @@ class Trainer:
 
     def _build(self) -> nn.Module:
         model = build_model(self.plan, seed=0)
-        self._mode: Mode = self.runtime.grad_sample_mode or best_mode(model)
+        self._mode: GradSampleMode = self.runtime.grad_sample_mode or best_mode(model)
         ours = self.plan.privacy.on and self._mode != "functorch"
         return sampled(model) if ours else model
 

@@ -15,7 +15,7 @@ from fedward.protocol import Refusal
 from fedward.rule_codes import RuleCode
 from fedward_client.config import config_from
 from fedward_client.policy.approvals import Approvals
-from fedward_client.trainer.admin import TrainerSilent, answer_for_silent
+from fedward_client.trainer.admin_client import TrainerSilent, answer_for_silent
 from fedward_client.trainer.watchdog import OrderKey, OrdersInHand
 
 ONE = {"study": "one", "plan_hash": "1" * 64}

@@ -16,15 +16,16 @@ from fedward.dp.accounting import Mechanism
 from fedward.dp.gaussian import SLACK, GaussianNoise
 from fedward.dp.keystream import Keystream, derive_key
 from fedward.models import build_model, sampled, to_arrays
+from fedward.models.registry import GradSampleMode
 from fedward.plan import Plan
 from fedward.protocol import RoundOrder
 from fedward_client.data.sample import PreparedSite
 from fedward_client.training.batches import PatientDraw, PatientSampler, chunks, patients_at_once
-from fedward_client.training.private import Mode, PrivateStep
+from fedward_client.training.private import PrivateStep
 from fedward_client.training.runtime import Runtime
 from fedward_client.training.trainer import Trainer
 
-MODES: tuple[Mode, ...] = ("hooks", "functorch", "bookkeeping")
+MODES: tuple[GradSampleMode, ...] = ("hooks", "functorch", "bookkeeping")
 
 
 def model(seed: int = 0) -> nn.Module:
@@ -33,7 +34,12 @@ def model(seed: int = 0) -> nn.Module:
 
 
 def step_for(
-    module: nn.Module, norm: float, noise: float, mode: Mode, patients: int = 10, rate: float = 1.0
+    module: nn.Module,
+    norm: float,
+    noise: float,
+    mode: GradSampleMode,
+    patients: int = 10,
+    rate: float = 1.0,
 ) -> PrivateStep:
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1.0)
     mechanism = Mechanism(noise_multiplier=noise, sampling_rate=rate, steps=1)
@@ -63,7 +69,7 @@ def by_hand(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_gradient_is_the_sum_of_clipped_patients(mode: Mode) -> None:
+def test_gradient_is_the_sum_of_clipped_patients(mode: GradSampleMode) -> None:
     images, labels = torch.randn(5, 1, 8, 8) * 3, torch.tensor([0, 1, 1, 0, 1])
     module, norm = model(), 0.7
     expected = by_hand(model(), images, labels, [0, 1, 2, 3, 4], norm)
@@ -75,7 +81,7 @@ def test_gradient_is_the_sum_of_clipped_patients(mode: Mode) -> None:
 
 
 @pytest.mark.parametrize("mode", ["hooks", "functorch", "bookkeeping"])
-def test_forty_slices_weigh_as_one_patient(mode: Mode) -> None:
+def test_forty_slices_weigh_as_one_patient(mode: GradSampleMode) -> None:
     images, labels = torch.randn(42, 1, 8, 8) * 3, torch.randint(0, 2, (42,))
     owners = [0] * 40 + [1, 2]
     module, norm = model(), 0.5
@@ -90,7 +96,7 @@ def test_forty_slices_weigh_as_one_patient(mode: Mode) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_virtual_steps_equal_one_large_step(mode: Mode) -> None:
+def test_virtual_steps_equal_one_large_step(mode: GradSampleMode) -> None:
     images, labels = torch.randn(6, 1, 8, 8), torch.randint(0, 2, (6,))
     whole, parts = model(), model()
     one, many = step_for(whole, 0.7, 0.0, mode), step_for(parts, 0.7, 0.0, mode)
@@ -106,7 +112,7 @@ def test_virtual_steps_equal_one_large_step(mode: Mode) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_noise_has_the_stated_variance_also_when_nobody_is_drawn(mode: Mode) -> None:
+def test_noise_has_the_stated_variance_also_when_nobody_is_drawn(mode: GradSampleMode) -> None:
     module = nn.Sequential(nn.Flatten(), nn.Linear(64, 400))
     private = step_for(module, norm=0.8, noise=1.5, mode=mode, patients=50, rate=0.2)
     samples = []
@@ -122,7 +128,7 @@ def test_noise_has_the_stated_variance_also_when_nobody_is_drawn(mode: Mode) -> 
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_each_mode_takes_the_same_noise(mode: Mode) -> None:
+def test_each_mode_takes_the_same_noise(mode: GradSampleMode) -> None:
     module = nn.Sequential(nn.Flatten(), nn.Linear(64, 400))
     private = step_for(module, norm=0.8, noise=1.5, mode=mode)
     private.accumulate_nobody()
@@ -203,7 +209,7 @@ def test_chunks_have_room_for_the_usual_draw_and_fit_in_memory(count: int, rate:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_fills_a_chunk_adds_nothing(mode: Mode) -> None:
+def test_what_fills_a_chunk_adds_nothing(mode: GradSampleMode) -> None:
     images, labels = torch.randn(3, 1, 8, 8) * 3, torch.tensor([0, 1, 1])
     room, owners = torch.zeros(8, 1, 8, 8), torch.arange(4).repeat_interleave(2)
     real = torch.tensor([True, False, True, True, False, False, False, False])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
+import fedward.dp.ghost_clipping  # noqa: F401  # registers the layers at Opacus
 from fedward.dp.layers import SampledConv2d, SampledGroupNorm, sampled
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
