@@ -172,19 +172,31 @@ def trainable_names(model: nn.Module, patterns: Sequence[str]) -> tuple[str, ...
 
 def site_names(model: nn.Module, plan: Plan) -> frozenset[str]:
     """Names of the parameters that the plan keeps at each site: they train and are never sent."""
-    method = plan.personal.method if plan.personal else ""
-    if method == "fedbn":
-        found = [
+    personal = plan.personal
+    if personal is None or personal.method not in ("fedbn", "fedper", "fedrep"):
+        return frozenset()
+    every = [name for name, _ in model.named_parameters()]
+    if personal.method == "fedbn":
+        found = {
             f"{prefix}.{name}" if prefix else name
             for prefix, module in model.named_modules()
             if isinstance(module, NORMS)
             for name, _ in module.named_parameters(recurse=False)
-        ]
-    elif method == "fedper":
-        head = MODELS[plan.model.name].head
-        found = [name for name, _ in model.named_parameters() if matches(name, head)]
+        }
     else:
-        return frozenset()
+        by_pattern = {
+            pattern: {name for name in every if matches(name, pattern)}
+            for pattern in personal.local or (MODELS[plan.model.name].head,)
+        }
+        for pattern, names in by_pattern.items():
+            if not names:
+                raise ModelError(
+                    RuleCode.NOTHING_OWN,
+                    value=pattern,
+                    fix=f"The names look like {every[0]} and {every[-1]}",
+                    where="personal.local",
+                )
+        found = set().union(*by_pattern.values())
     if not found:
         raise ModelError(
             RuleCode.NOTHING_OWN, fix="Choose another method, or another network", where="personal"
@@ -198,7 +210,8 @@ def shared_names(model: nn.Module, plan: Plan, round_: int) -> tuple[str, ...]:
     Raises
     ------
     ModelError
-        A pattern matches no parameter, or all that trains stays at the sites.
+        A pattern matches no parameter, all that trains stays at the sites, or nothing of it where
+        the method trains that first.
     """
     if round_ > plan.rounds:
         return ()
@@ -209,6 +222,13 @@ def shared_names(model: nn.Module, plan: Plan, round_: int) -> tuple[str, ...]:
         raise ModelError(
             RuleCode.NOTHING_SHARED,
             fix="Train more in this stage, or choose another method",
+            where="personal.method",
+        )
+    first = plan.personal is not None and plan.personal.method == "fedrep"
+    if first and len(names) == len(trained) and not plan.is_centering(round_):
+        raise ModelError(
+            RuleCode.NOTHING_OWN,
+            fix="Train some of them in each stage, or choose fedper",
             where="personal.method",
         )
     return names

@@ -251,13 +251,16 @@ def _own_models(plan: Plan) -> Iterator[tuple[str, str]]:
         )
     if personal.method is None:
         return
+    local = ", ".join(personal.local) or "its head"
     what = {
         "fine-tuning": "after the last round it trains the delivered model on by itself, for "
         f"{count(personal.rounds or 0, 'round')}",
         "ditto": "in each round it trains a second model, held near the shared one "
         f"(λ = {personal.weight or 0:g}); a round takes twice as long",
         "fedbn": "its normalisation layers train and are never sent",
-        "fedper": "its head trains and is never sent",
+        "fedper": f"what trains and is never sent: {local}",
+        "fedrep": f"what is never sent: {local}; in each round it trains first by itself, then the "
+        "rest; a round takes twice as long",
     }[personal.method]
     text = f"each site keeps a model of its own, which never leaves it: {what}"
     if plan.privacy.on:

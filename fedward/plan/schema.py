@@ -590,13 +590,20 @@ class Strategy(Section):
 class Personal(Section):
     """A model of its own for each site, beside the shared one; it never leaves the site."""
 
-    method: Literal["fine-tuning", "ditto", "fedbn", "fedper"] | None = Field(
+    method: Literal["fine-tuning", "ditto", "fedbn", "fedper", "fedrep"] | None = Field(
         default=None,
         description="`fine-tuning`: each site trains the delivered model on by itself "
         "(Yu et al., 2020, arXiv:2002.04758); `ditto`: a second model trains in each round and is "
         "held near the shared one (Li et al., 2021, arXiv:2012.04221); `fedbn`: normalisation "
         "layers stay at the site (Li et al., 2021, arXiv:2102.07623); `fedper`: the head stays at "
-        "the site (Arivazhagan et al., 2019, arXiv:1912.00818)",
+        "the site (Arivazhagan et al., 2019, arXiv:1912.00818); `fedrep`: so it does, and in each "
+        "round it trains first by itself, then the rest (Collins et al., 2021, arXiv:2102.07078)",
+    )
+    local: tuple[Pattern, ...] = Field(
+        default=(),
+        max_length=64,
+        description="`fedper`, `fedrep`: shell-style patterns over names of parameters; what they "
+        "match stays at the site, in place of the head",
     )
     rounds: int | None = Field(
         default=None,
@@ -629,6 +636,8 @@ class Personal(Section):
         needed = {"fine-tuning": "rounds", "ditto": "weight"}.get(self.method or "")
         if needed and getattr(self, needed) is None:
             yield f"personal.{needed}", f"method `{self.method}` needs {needed}; add it"
+        if self.local and self.method not in ("fedper", "fedrep"):
+            yield "personal.local", "local belongs to methods `fedper` and `fedrep`; remove it"
         owner = {"rounds": "fine-tuning", "learning_rate": "fine-tuning", "weight": "ditto"}
         for key, method in owner.items():
             if getattr(self, key) is not None and self.method != method:
@@ -855,7 +864,9 @@ class Plan(Section):
             return 1
         personal = self.personal
         if round_ <= self.rounds:
-            return 1 if personal is None else 1 + (personal.method == "ditto") + personal.alone
+            if personal is None:
+                return 1
+            return 1 + (personal.method in ("ditto", "fedrep")) + personal.alone
         return (personal.rounds or 0) if personal is not None and round_ == self.own_round else 0
 
     def passes_until(self, round_: int) -> int:

@@ -11,7 +11,7 @@ import random
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -173,7 +173,7 @@ class Trainer:
         else:
             fit = self._fit(arrays, order)
             centering = self.plan.is_centering(order.round)
-            loss, steps = self._measured(fit) if centering else self._run(fit)
+            loss, steps = self._measured(fit) if centering else self._in_turn(fit, order)
             values = to_arrays(self._model)
             update = {name: values[name] for name in self.shared}
             if self._site_names:
@@ -209,6 +209,24 @@ class Trainer:
     def _run(self, fit: Fit) -> tuple[float, int]:
         with fit.draws.in_layers(self.runtime.torch_device):
             return fit.run(self.optimizer(fit))
+
+    def _in_turn(self, fit: Fit, order: RoundOrder) -> tuple[float, int]:
+        """Train all at once; with FedRep what stays at the site first, and then what travels.
+
+        FedRep (Collins et al., 2021, arXiv:2102.07078, algorithm 1): while one part trains, the
+        other stands still. The strategy's hook is of what travels.
+        """
+        if self.plan.personal is None or self.plan.personal.method != "fedrep":
+            return self._run(fit)
+        draws = Draws.make(self.runtime, order.seed, self.site.name, order.round, "local")
+        try:
+            freeze(self._model, self._site_names & set(self.trained))
+            _, first = self._run(replace(fit, hook=None, draws=draws))
+            freeze(self._model, self.shared)
+            loss, steps = self._run(fit)
+        finally:
+            freeze(self._model, self.trained)
+        return loss, first + steps
 
     def _second(
         self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder, kind: str, weight: float

@@ -35,6 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ditto": {"method": "ditto", "weight": 0.5},
     "fedbn": {"method": "fedbn"},
     "fedper": {"method": "fedper"},
+    "fedrep": {"method": "fedrep"},
 }
 DP = {"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-3, "clipping_norm": 1.0}
 
@@ -95,6 +96,7 @@ def test_what_is_a_site_s_own_never_travels(
     assert list(update) == list(expected_arrays(plan, 1))
     stays = {
         "fedper": {"fc.weight", "fc.bias"},
+        "fedrep": {"fc.weight", "fc.bias"},
         "fedbn": {name for name in start if ".adn.N." in name},
     }.get(method, set())
     assert stays <= set(start) and set(update) == set(start) - stays
@@ -155,6 +157,61 @@ def test_ditto_pulls_its_own_model_to_the_shared_one(
         np.testing.assert_allclose(after[f"own/{name}"], before[name] - 0.1 * step, atol=2e-6)
 
 
+def test_fedrep_trains_what_stays_and_then_what_travels(
+    make_plan: Make, make_site: Make, make_order: Make
+) -> None:
+    """One full-batch step of SGD for each, written out; the second one sees the first one's."""
+    plan = make_plan(
+        training={**SGD, "local_epochs": None, "local_steps": 1, "batch_size": 4096},
+        strategy={"name": "fedprox", "settings": {"mu": 3.0}},
+        personal={"method": "fedrep"},
+    )
+    site, start = make_site(), to_arrays(build_model(plan, 0))
+    trainer = Trainer(plan, site, SEEDED)
+    trainer.train(start, make_order(plan))
+    head = {name[4:]: v for name, v in trainer.state.before(2).items()}
+    assert head.keys() == {"fc.weight", "fc.bias"}
+    moved = {name: value + 0.02 for name, value in start.items()}
+    update, outcome = trainer.train(moved, make_order(plan, round=2))
+    assert outcome.steps == 2
+    model, own = moved | head, site.split["train"]
+    for part in (head.keys(), start.keys() - head.keys()):
+        net = build_model(plan, 0)
+        from_arrays(net, model)
+        loss = torch.nn.functional.cross_entropy(
+            net(torch.from_numpy(site.images[own])), torch.from_numpy(site.targets[own])
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+        for name, parameter in net.named_parameters():
+            if name in part:
+                assert parameter.grad is not None
+                model[name] = model[name] - 0.1 * parameter.grad.numpy()
+    for name, value in update.items():  # one step from it: the proximal term is 0
+        np.testing.assert_allclose(value, model[name], atol=2e-6)
+    for name, value in trainer.state.before(3).items():
+        np.testing.assert_allclose(value, model[name[4:]], atol=2e-6)
+    assert all(parameter.requires_grad for parameter in trainer._model.parameters())
+
+
+@pytest.mark.parametrize("method", ["fedper", "fedrep"])
+def test_a_plan_names_the_parameters_that_stay(
+    make_plan: Make, make_site: Make, make_order: Make, method: str
+) -> None:
+    start = to_arrays(build_model(make_plan(), 0))
+    first = next(iter(start)).rpartition(".")[0]
+    plan = make_plan(training=SGD, personal={"method": method, "local": [f"{first}.*", "fc.bias"]})
+    update, _ = Trainer(plan, make_site(), SEEDED).train(start, make_order(plan))
+    stays = {name for name in start if name.startswith(f"{first}.")} | {"fc.bias"}
+    assert stays < start.keys() and update.keys() == start.keys() - stays
+    assert list(update) == list(expected_arrays(plan, 1))
+    nothing = make_plan(personal={"method": method, "local": ["fc.*", "none.*"]})
+    with pytest.raises(ModelError, match=r"personal\.local.*none"):
+        Trainer(nothing, make_site(), SEEDED)
+    everything = make_plan(personal={"method": method, "local": ["*"]})
+    with pytest.raises(ModelError, match="must train arrays that travel"):
+        Trainer(everything, make_site(), SEEDED).train(start, make_order(everything))
+
+
 def test_a_site_takes_the_shared_model_where_that_is_better_for_it(
     make_plan: Make, make_site: Make, make_order: Make
 ) -> None:
@@ -212,7 +269,7 @@ def test_the_own_training_is_inside_the_plan_s_epsilon(
         told = outcome.epsilon or 0.0
     mechanism = calibrate(plan, site.patients_in("train"))
     each = steps_per_round(plan, mechanism.sampling_rate)
-    passes = {"fine-tuning": 3 + 3, "ditto": 2 * 3}.get(method, 3)
+    passes = {"fine-tuning": 3 + 3, "ditto": 2 * 3, "fedrep": 2 * 3}.get(method, 3)
     assert taken == mechanism.steps == passes * each
     spent = epsilon_spent(mechanism.noise_multiplier, mechanism.sampling_rate, taken, 1e-3)
     assert told == pytest.approx(spent) and 7.5 < told <= 8.0
@@ -317,6 +374,7 @@ def test_alone_beside_an_own_model(
         ({"method": "ditto"}, "personal.weight"),
         ({"method": "fedbn", "rounds": 3}, "personal.rounds"),
         ({"method": "fedper", "weight": 1.0}, "personal.weight"),
+        ({"method": "fedbn", "local": ["fc.*"]}, "personal.local"),
     ],
 )
 def test_settings_that_a_method_lacks_or_does_not_know(
@@ -333,6 +391,16 @@ def test_a_stage_must_have_something_to_share(make_plan: Make, make_site: Make) 
         personal={"method": "fedper"},
     )
     with pytest.raises(ModelError, match="must train arrays that travel"):
+        Trainer(plan, make_site(), SEEDED).train(to_arrays(build_model(plan, 0)), _first(plan))
+
+
+def test_with_fedrep_a_stage_must_train_what_stays(make_plan: Make, make_site: Make) -> None:
+    plan = make_plan(
+        training={"rounds": None, "learning_rate": None},
+        stages=[{"name": "body", "rounds": 1, "learning_rate": 0.1, "train": ["[!f]*"]}],
+        personal={"method": "fedrep"},
+    )
+    with pytest.raises(ModelError, match="arrays that stay at the site"):
         Trainer(plan, make_site(), SEEDED).train(to_arrays(build_model(plan, 0)), _first(plan))
 
 

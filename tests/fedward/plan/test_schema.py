@@ -202,6 +202,13 @@ BROKEN: list[tuple[str, dict[str, Any], str, str, str]] = [
         "rounds belongs to method `fine-tuning`",
         "remove it",
     ),
+    (
+        "c",
+        {"personal": {"method": "fedbn", "local": ["fc.*"]}},
+        "personal.local",
+        "local belongs to methods `fedper` and `fedrep`",
+        "remove it",
+    ),
     ("c", {"strategy.name": "fedprox"}, "strategy.settings.mu", "needs mu", "add"),
     ("c", {"strategy.name": "krum"}, "strategy.settings.malicious", "needs malicious", "add"),
     ("c", {"strategy.name": "multikrum"}, "strategy.settings.malicious", "needs malicious", "add"),
