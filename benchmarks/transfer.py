@@ -252,7 +252,7 @@ def regression(case: Case, seed: int, data: Path, out: Path) -> float:
         state.update(value.numpy().tobytes())
     parts: dict[str, list[tuple[Array, Array]]] = {}
     for site in sites:
-        source = Source(site, runtime, prefix.eval(), state.hexdigest())
+        source = Source(plan, site, runtime, prefix.eval(), state.hexdigest())
         for part in ("train", "validation", "test"):
             x, y = source.plain(site.split[part])
             parts.setdefault(part, []).append((x.numpy(), y.numpy()))

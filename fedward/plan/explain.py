@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterator
 
 from fedward.networks import MODELS
 from fedward.plan.image_filter import ATTRIBUTES
 from fedward.plan.load import plan_hash, schema_needed
-from fedward.plan.schema import CENTERING_STEPS, Plan, Stage
+from fedward.plan.schema import CENTERING_STEPS, Patch, Plan, Stage
 from fedward.plan.versions import used
 
 _LABEL, _WIDTH = 15, 100
@@ -64,6 +65,8 @@ def _parts(plan: Plan, parameters: int | None) -> Iterator[tuple[str, str]]:
     if any(plan.images.model_dump().values()):
         yield "Takes", _images(plan)
     yield "Prepares", _preprocessing(plan)
+    if plan.preprocessing.patch is not None:
+        yield "Patches", _patches(plan)
     if plan.preprocessing.augmentation.active:
         yield "Augments", _augmentation(plan)
     yield "Model", _model(plan, parameters)
@@ -121,8 +124,11 @@ def _images(plan: Plan) -> str:
 def _preprocessing(plan: Plan) -> str:
     prep = plan.preprocessing
     size = " × ".join(map(str, prep.size))
-    if prep.spacing:
-        spacing = " × ".join(f"{step:g}" for step in prep.spacing)
+    spacing = " × ".join(f"{step:g}" for step in prep.spacing or ())
+    if prep.patch is not None:
+        shape = f"resampled to {spacing} mm" if spacing else "on the grid that they have"
+        shape += ", each at its own size"
+    elif spacing:
         shape = f"resampled to {spacing} mm, then centrally cropped or padded to {size}"
     else:
         shape = f"{'stretched' if prep.resize == 'stretch' else 'fitted and padded'} to {size}"
@@ -133,6 +139,23 @@ def _preprocessing(plan: Plan) -> str:
         low, high = prep.percentiles
         steps.append(f"percentiles {low:g} to {high:g} of each image kept")
     return "; ".join([*steps, _INTENSITY[prep.intensity]])
+
+
+def _patches(plan: Plan) -> str:
+    prep, patch = plan.preprocessing, plan.preprocessing.patch or Patch()
+    size = " × ".join(map(str, prep.size))
+    megabytes = _FLOAT32 * prep.channels * math.prod(prep.size) / 1e6
+    step = math.prod(max(1.0, side * (1 - patch.overlap)) for side in prep.size)
+    work = 2 ** len(patch.flips) * math.prod(prep.size) / step
+    mirrored = f", each also mirrored ({', '.join(patch.flips)})" if patch.flips else ""
+    drawn = count(patch.per_image, "random patch")
+    return (
+        f"trains on {drawn} of {size} ({megabytes:.3g} MB) of each image in a step, "
+        f"{patch.foreground:.0%} of them about a marked pixel; smaller images are padded. Whole "
+        f"images are answered by windows of that size that overlap by {patch.overlap:.0%}"
+        f"{mirrored}, weighted by a Gaussian: about {work:.3g} times the work of one look at each "
+        "pixel. Figures are of whole images on the grid of their files"
+    )
 
 
 def _augmentation(plan: Plan) -> str:

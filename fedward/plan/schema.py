@@ -62,6 +62,7 @@ def _task_rules(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "metrics.report", f"{task.kind} has no metric {', '.join(sorted(wrong))}; remove it"
     if "depth" in plan.preprocessing.augmentation.flip and task.dimensions == 2:
         yield "preprocessing.augmentation.flip", "a 2D task has no depth axis; remove `depth`"
+    yield from _patch_rules(plan)
     kind = spec.name(task)
     if plan.training.loss not in spec.losses[kind]:
         yield (
@@ -78,6 +79,23 @@ def _task_rules(plan: Plan) -> Iterator[tuple[str, str]]:
             f"the model has {task.outputs} outputs, but there are {len(weights)} weights; "
             "write one weight per output",
         )
+
+
+def _patch_rules(plan: Plan) -> Iterator[tuple[str, str]]:
+    patch, task = plan.preprocessing.patch, plan.task
+    if patch is None:
+        return
+    if not task.spec.dense:
+        yield (
+            "preprocessing.patch",
+            f"a patch of an image need not show what {task.kind} is about; remove it",
+        )
+    if "depth" in patch.flips and task.dimensions == 2:
+        yield "preprocessing.patch.flips", "a 2D task has no depth axis; remove `depth`"
+    if len(set(patch.flips)) != len(patch.flips):
+        yield "preprocessing.patch.flips", "its entries must differ; name each once"
+    if plan.privacy.audit:
+        yield "privacy.audit", "the audit attacks whole images, not patches; remove audit"
 
 
 def _model_rules(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -201,6 +219,8 @@ def _participation_rules(plan: Plan) -> Iterator[tuple[str, str]]:
         )
 
 
+FLIP_AXES = {"vertical": 0, "horizontal": 1, "depth": 2}
+"""Spatial axis that each word for mirroring stands for."""
 CENTERING = "feature-centering"
 """Name of the stage that measures the mean of the features."""
 CENTERING_STEPS = 4
@@ -350,6 +370,33 @@ class Augmentation(Section):
         )
 
 
+class Patch(Section):
+    """Images keep their own size; the model's input is a patch of them, as large as `size`."""
+
+    foreground: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.33,
+        description="share of training patches that have a marked pixel in their middle, its class "
+        "drawn first; the others lie anywhere",
+    )
+    per_image: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="patches of an image in a step; with privacy those of a patient are averaged "
+        "before clipping, as several images are",
+    )
+    overlap: Annotated[float, Field(ge=0, le=0.9)] = Field(
+        default=0.5,
+        description="share of a side that neighbouring windows have in common where the model "
+        "answers for a whole image; their answers are weighted by a Gaussian",
+    )
+    flips: tuple[Literal["horizontal", "vertical", "depth"], ...] = Field(
+        default=(),
+        description="axes along which each window is mirrored as well, in all combinations; the "
+        "answers are averaged",
+    )
+
+
 class Preprocessing(Section):
     """How an image becomes the model's input; the same at every site."""
 
@@ -358,10 +405,16 @@ class Preprocessing(Section):
         max_length=3,
         description="side lengths of the input, pixels (rows, columns[, slices])",
     )
+    patch: Annotated[Patch | None, Since(2)] = Field(
+        default=None,
+        description="segmentation: train on random patches of `size`, and answer for whole images "
+        "window by window; none: an image is brought to `size`",
+    )
     spacing: tuple[Positive, ...] | None = Field(
         default=None,
         description="resample to this spacing (mm, one per axis), then centre crop or pad to "
-        "`size`; without it the image is resized to `size`",
+        "`size`, without `patch`; without a spacing the image is resized to `size`, or with "
+        "`patch` left as it is",
     )
     resize: Literal["stretch", "fit"] = Field(
         default="stretch", description="without spacing: stretch to `size`, or fit and pad"
@@ -395,6 +448,8 @@ class Preprocessing(Section):
                 "preprocessing.spacing",
                 "spacing must have one entry per entry of size; make them equally long",
             )
+        if self.patch is not None and self.resize != "stretch":
+            yield "preprocessing.resize", "with patches an image keeps its size; remove resize"
         if self.window is not None and self.percentiles is not None:
             yield ("preprocessing.window", "window and percentiles exclude each other; keep one")
         for name, pair in (("window", self.window), ("percentiles", self.percentiles)):

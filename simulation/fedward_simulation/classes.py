@@ -9,6 +9,7 @@ import numpy as np
 from fedward.errors import DataError
 from fedward.plan.schema import Plan
 from fedward_client.data.sample import PreparedSite, Sample
+from fedward_client.data.volumes import let_go
 
 
 def check_labels(plan: Plan, samples: Iterable[Sample]) -> None:
@@ -36,6 +37,8 @@ def missing_classes(plan: Plan, sites: Sequence[PreparedSite]) -> dict[str, list
         No site has an image of a class.
     """
     there = {site.name: plan.task.spec.classes_seen(plan.task, site.targets) for site in sites}
+    for site in sites:
+        let_go(site.targets)
     _check(plan, set().union(*there.values()))
     lacking = {
         name: [one for place, one in enumerate(plan.task.classes) if place not in seen]

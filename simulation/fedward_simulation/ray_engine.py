@@ -20,6 +20,7 @@ from fedward.errors import DeviceError, ProtocolError
 from fedward.flower import identity
 from fedward_client.app import client_app
 from fedward_client.data.sample import SPLITS, PreparedSite
+from fedward_client.data.volumes import Volumes, load, save
 from fedward_client.link.messages import TrainerMessage
 from fedward_client.policy.settings import PolicySection
 from fedward_client.training.runtime import Runtime
@@ -87,11 +88,16 @@ def store_sites(sites: Sequence[PreparedSite], folder: Path) -> None:
     for place, site in enumerate(sites):
         target = folder / f"site-{place}"
         target.mkdir(parents=True, exist_ok=True)
-        np.save(target / "images.npy", site.images)
+        save(target / "images.npy", site.images)
+        volumes = site.volumes
+        if volumes is not None:
+            save(target / "targets.npy", site.targets)
+            save(target / "truth.npy", volumes.truth)
+            np.savez(target / "volumes.npz", sides=volumes.sides, marked=volumes.marked)
         facts: dict[str, Any] = {f"split_{part}": site.split[part] for part in SPLITS}
         np.savez(
             target / "rest.npz",
-            targets=site.targets,
+            targets=site.targets if volumes is None else np.empty(0),
             patients=site.patients,
             spacing=site.spacing,
             synthetic=np.array(site.synthetic),
@@ -105,17 +111,22 @@ def store_sites(sites: Sequence[PreparedSite], folder: Path) -> None:
 def load_site(folder: Path, name: str) -> PreparedSite:
     """Open a stored site; its images stay on disk until they are used."""
     rest: NpzFile
+    volumes = None
+    if (folder / "volumes.npz").exists():
+        with np.load(folder / "volumes.npz", allow_pickle=False) as rest:
+            volumes = Volumes(load(folder / "truth.npy"), rest["sides"], rest["marked"])
     with np.load(folder / "rest.npz", allow_pickle=False) as rest:
         return PreparedSite(
             name=name,
-            images=np.load(folder / "images.npy", mmap_mode="r"),
-            targets=rest["targets"],
+            images=load(folder / "images.npy"),
+            targets=rest["targets"] if volumes is None else load(folder / "targets.npy"),
             patients=rest["patients"],
             split={part: rest[f"split_{part}"] for part in SPLITS},
             spacing=rest["spacing"],
             left_out=dict(zip(rest["reasons"].tolist(), rest["counts"].tolist(), strict=True)),
             synthetic=bool(rest["synthetic"]),
             images_are_patients=bool(rest["images_are_patients"]),
+            volumes=volumes,
         )
 
 

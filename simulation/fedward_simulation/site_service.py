@@ -188,7 +188,7 @@ def facts_of_site(site: PreparedSite) -> DatasetFacts:
     """What a hospital's frozen cohort of these images would say of itself."""
     people, targets = site.patients, site.targets
     flags: list[NDArray[np.bool_]] = []  # masks name no class of an image
-    if targets.ndim == 1:
+    if targets.ndim == 1 and targets.dtype != object:
         flags = [targets == k for k in np.unique(targets)]
     elif targets.ndim == 2:
         flags = list(targets.T > 0)

@@ -17,6 +17,7 @@ from fedward.plan.schema import Plan
 from fedward.tasks.base import Counts
 from fedward.tasks.registry import counts_from_arrays
 from fedward_client.data.sample import SPLITS, PreparedSite
+from fedward_client.data.volumes import joined, let_go
 from fedward_client.egress.disclosure import release
 from fedward_client.egress.gate import Gate
 from fedward_client.link.messages import TrainerMessage
@@ -152,6 +153,7 @@ def pool_sites(sites: Sequence[PreparedSite], name: str = "pooled") -> PreparedS
         spacing=np.concatenate([site.spacing for site in sites]),
         synthetic=any(site.synthetic for site in sites),
         images_are_patients=any(site.images_are_patients for site in sites),
+        volumes=joined([site.volumes for site in sites if site.volumes is not None]),
     )
 
 
@@ -162,5 +164,7 @@ def digest_of_sites(sites: Sequence[PreparedSite]) -> str:
         total.update(f"{site.name}:{site.images.shape}".encode())
         parts = (site.images, site.targets, site.patients, *site.split.values())
         for array in parts:
-            total.update(np.ascontiguousarray(array).data)
+            for one in array if array.dtype == object else (array,):
+                total.update(np.ascontiguousarray(one).data)
+            let_go(array)
     return total.hexdigest()

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
-
 from fedward import rule_codes
 from fedward.plan.schema import Plan
 from fedward_client.cohort.records import files_of
@@ -17,6 +15,7 @@ from fedward_client.cohort.training import Preparers
 from fedward_client.data.readers.npz import ArrayImage
 from fedward_client.data.sample import PreparedSite, Sample
 from fedward_client.data.transforms import Job, Outcome, one_torch_thread, prepare_sample
+from fedward_client.data.volumes import file_of
 from fedward_client.worker_pool import WorkerPool
 from fedward_simulation.left_out import Missed
 
@@ -78,9 +77,8 @@ def unprepared(
 
 
 def _kept(site: PreparedSite) -> Path | None:
-    if not isinstance(site.images, np.memmap) or site.images.filename is None:
-        return None
-    return Path(site.images.filename).with_name("left-out.json")
+    file = file_of(site.images)
+    return None if file is None else file.with_name("left-out.json")
 
 
 def _read(path: Path | None) -> list[tuple[str, str]] | None:

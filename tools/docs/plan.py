@@ -19,6 +19,7 @@ _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("[task]", schema.Task),
     ("[images]", schema.Images),
     ("[preprocessing]", schema.Preprocessing),
+    ("[preprocessing.patch]", schema.Patch),
     ("[preprocessing.augmentation]", schema.Augmentation),
     ("[split]", schema.Split),
     ("[model]", schema.Model),
@@ -65,6 +66,9 @@ Task and preprocessing
 - `preprocessing.window` and `preprocessing.percentiles` exclude each other; each rises from low to
   high; percentiles lie within 0 and 100.
 - `preprocessing.intensity = "imagenet"` needs `channels = 3`.
+- `[preprocessing.patch]` is for segmentation, without `preprocessing.resize` and `privacy.audit`;
+  `preprocessing.size` is then the size of a patch. `flips` has `"depth"` only with
+  `task.dimensions = 3`.
 - `preprocessing.augmentation.flip` has `"depth"` only with `task.dimensions = 3`.
 - `split.validation` and `split.test` together are below 1.
 

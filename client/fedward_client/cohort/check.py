@@ -27,7 +27,7 @@ from fedward.errors import DataError, ModelError, PlanError, PrivacyError
 from fedward.models import build_model, describe, to_arrays, trainable_names
 from fedward.models.registry import outline
 from fedward.plan.load import canonical, plan_hash
-from fedward.plan.schema import Plan, Privacy, Stage, Task
+from fedward.plan.schema import Patch, Plan, Privacy, Stage, Task
 from fedward.protocol import RoundOrder
 from fedward_client.cohort.finding import Finding, Status, finding
 from fedward_client.cohort.freeze import is_tilted
@@ -95,7 +95,14 @@ class Room:
 
 
 def expect(
-    plan: Plan, images: int, training: int, patients: int, probe: Probe | None, room: Room
+    plan: Plan,
+    images: int,
+    training: int,
+    patients: int,
+    probe: Probe | None,
+    room: Room,
+    *,
+    measure: bool = True,
 ) -> Cost:
     """Estimate what a study takes.
 
@@ -107,23 +114,40 @@ def expect(
         To train on.
     probe : Probe or None
         Prepared images with which to time a step; None leaves the time out.
+    measure : bool
+        Whether to time it.
     """
     in_step = _images_in_step(plan, training, patients)
     per_round = steps_in_round(plan, training, patients)
-    seconds = _time(plan, probe, in_step, per_round, room) if probe and probe.prepared else None
+    seconds = None
+    if measure and probe and probe.prepared:
+        seconds = _time(plan, probe, in_step, per_round, room)
+    inputs = round(in_step * (plan.preprocessing.patch or Patch()).per_image)
     steps = per_round * (plan.passes_until(plan.last_round) - plan.is_centering(1))
     return Cost(
-        prepared_bytes=prepared_bytes(plan, images),
+        prepared_bytes=_prepared_bytes(plan, images, probe),
         parameters=describe(plan).parameters,
         free_disk_bytes=shutil.disk_usage(room.state).free,
-        training_bytes=training_bytes(plan, round(in_step)),
-        activation_bytes=activation_bytes(plan, round(in_step)),
+        training_bytes=training_bytes(plan, inputs),
+        activation_bytes=activation_bytes(plan, inputs),
         memory_bytes=room.memory(),
         device=str(choose_device(room.device)),
         steps=steps,
         seconds=seconds,
         seconds_per_step=None if seconds is None else seconds / steps,
     )
+
+
+def _prepared_bytes(plan: Plan, images: int, probe: Probe | None) -> int:
+    """Bytes of all prepared images; where each keeps its size, by those that were tried."""
+    if plan.preprocessing.patch is None or probe is None or not probe.prepared:
+        return prepared_bytes(plan, images)
+    each = [
+        one.pixels.nbytes + one.mask.nbytes + one.whole.truth.nbytes
+        for one in probe.prepared
+        if one.mask is not None and one.whole is not None
+    ]
+    return round(images * float(np.mean(each)))
 
 
 def training_bytes(plan: Plan, in_step: int) -> int:
@@ -508,13 +532,7 @@ def probe_findings(plan: Plan, probe: Probe) -> Iterator[Finding]:
     )
     if not probe.prepared:
         return
-    size = " x ".join(map(str, plan.preprocessing.size))
-    yield finding(
-        "image size",
-        "warn" if probe.enlarged else "pass",
-        f"{probe.enlarged} of {len(probe.prepared)} are smaller than {size} on some side",
-        "They are enlarged or padded; a smaller preprocessing.size would serve them better",
-    )
+    yield _size_finding(plan, probe)
     if plan.preprocessing.spacing is not None and probe.unmeasured:
         yield finding(
             "spacing",
@@ -541,6 +559,30 @@ def probe_findings(plan: Plan, probe: Probe) -> Iterator[Finding]:
             f"classes seen in {len(probe.prepared)} masks: {', '.join(names) or 'none'}",
             f"Look at the preview for {', '.join(missing)}",
         )
+
+
+def _size_finding(plan: Plan, probe: Probe) -> Finding:
+    """How many images have a side shorter than the model's input."""
+    of, size = len(probe.prepared), " x ".join(map(str, plan.preprocessing.size))
+    if plan.preprocessing.patch is None:
+        return finding(
+            "image size",
+            "warn" if probe.enlarged else "pass",
+            f"{probe.enlarged} of {of} are smaller than {size} on some side",
+            "They are enlarged or padded; a smaller preprocessing.size would serve them better",
+        )
+    within = sum(
+        all(n <= t for n, t in zip(sides, plan.preprocessing.size, strict=True))
+        for sides in probe.sides
+    )
+    return finding(
+        "image size",
+        "warn" if within == of else "pass",
+        f"{probe.enlarged} of {of} are smaller than a patch of {size} on some side, and padded; "
+        f"{within} fit into one patch",
+        "No image is larger than a patch, so patches cut nothing out: ask for a smaller "
+        "preprocessing.size, or a finer spacing",
+    )
 
 
 def _cut_finding(plan: Plan, probe: Probe) -> Finding:
@@ -648,8 +690,7 @@ def check_plan(
             findings.append(one)
             if budget or not plan.privacy.on:
                 images = round(len(taken) * training / sum(parts.values()))
-                timed = tried if measure else None
-                cost = expect(plan, len(taken), images, training, timed, room)
+                cost = expect(plan, len(taken), images, training, tried, room, measure=measure)
                 findings += cost_findings(cost)
     return PlanCheck(
         dataset=name,

@@ -15,6 +15,7 @@ from fedward.plan.schema import Plan
 from fedward_client.data.quiet import quiet
 from fedward_client.data.sample import Image, PreparedSite, Sample
 from fedward_client.data.transforms import Prepared, grid_for, prepare_image
+from fedward_client.data.volumes import Volumes, as_objects
 
 # A few samples that stand for all.
 
@@ -90,6 +91,9 @@ def probe(samples: Sequence[Sample], plan: Plan) -> Probe:
     most = max(2, min(_MOST, _PIXELS // size))
     with quiet():
         for sample in spread(samples, most):
+            # Whole images are as large as they are: two of them have to do where they are large.
+            if len(found.prepared) > 1 and sum(p.pixels.size for p in found.prepared) > _PIXELS:
+                break
             try:
                 _look(sample, plan, found)
             except Exception as error:
@@ -131,7 +135,15 @@ def as_site(found: Probe, plan: Plan) -> PreparedSite:
     count = len(found.prepared)
     labels = [sample.label for sample in found.samples]
     targets: NDArray[Any]
-    if plan.task.has_masks:
+    volumes = None
+    images = as_objects(one.pixels for one in found.prepared)
+    wholes = [one.whole for one in found.prepared if one.whole is not None]
+    if wholes:
+        targets = as_objects(one.mask for one in found.prepared if one.mask is not None)
+        sides = np.array([one.sides for one in wholes])
+        truth = as_objects(one.truth for one in wholes)
+        volumes = Volumes(truth, sides, np.stack([one.marked for one in wholes]))
+    elif plan.task.has_masks:
         targets = np.stack([one.mask for one in found.prepared if one.mask is not None])
     elif plan.task.multi_label:
         targets = np.array(labels, np.float32)
@@ -140,9 +152,10 @@ def as_site(found: Probe, plan: Plan) -> PreparedSite:
     none = np.empty(0, np.int64)
     return PreparedSite(
         name="check",
-        images=np.stack([one.pixels for one in found.prepared]),
+        images=images if wholes else np.stack(list(images)),
         targets=targets,
         patients=np.arange(count),
         spacing=np.array([one.spacing for one in found.prepared]),
         split={"train": np.arange(count), "validation": none, "test": none},
+        volumes=volumes,
     )

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedward.plan.schema import Augmentation
-
-_FLIP_AXES: Final = {"vertical": 0, "horizontal": 1, "depth": 2}
+from fedward.plan.schema import FLIP_AXES, Augmentation
 
 
 def augment(
@@ -67,7 +64,7 @@ def _matrices(n: int, size: tuple[int, ...], a: Augmentation, generator: torch.G
     turn = _rotation_2d(angle) if d == 2 else _rotation_3d(angle, draw[:, 2:4])
     linear = turn / zoom[:, None, None]
     for name in a.flip:
-        axis = _FLIP_AXES[name]
+        axis = FLIP_AXES[name]
         sign = torch.where(draw[:, 4 + axis] < 0, -1.0, 1.0)
         # Mirrored after the rotation, as seen from the output.
         linear[:, :, axis] = linear[:, :, axis] * sign[:, None]

@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,6 +172,8 @@ def _writing(folder: Path) -> int:
 
 
 _META: Final = "meta.json"
+FLAT: Final = frozenset({"voxels", "labels", "truth"})
+"""Arrays of an entry that hold images of different sizes, one after another."""
 
 
 class Rows(Protocol):
@@ -216,6 +218,7 @@ class FileRows:
     def __init__(self, path: Path, most: int = 0) -> None:
         self._path, self._count, self._most = path, 0, most
         self._file: IO[bytes] = path.open("w+b")
+        self._last: NDArray[Any] | np.generic
 
     def append(self, row: NDArray[Any]) -> None:
         """Add a row."""
@@ -244,7 +247,7 @@ class FileRows:
         """Let go of the file; what is unfinished stays so."""
         self._file.close()
 
-    def _write_header(self, row: NDArray[Any], count: int) -> None:
+    def _write_header(self, row: NDArray[Any] | np.generic, count: int) -> None:
         self._file.seek(0)
         header = {
             "descr": np.lib.format.dtype_to_descr(row.dtype),
@@ -252,6 +255,40 @@ class FileRows:
             "shape": (count, *row.shape),
         }
         np.lib.format.write_array_header_1_0(self._file, header)
+
+
+class FlatRows(FileRows):
+    """Rows of different shapes, one after another as ``(M,)``.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    room_for : callable, optional
+        Called with the bytes of a row before it is written: nobody knows them before.
+    """
+
+    def __init__(self, path: Path, room_for: Callable[[int], None] = lambda _: None) -> None:
+        super().__init__(path)
+        self._room_for = room_for
+
+    def append(self, row: NDArray[Any]) -> None:
+        """Add a row."""
+        self._room_for(row.nbytes)
+        if self._count == 0:
+            self._last = row.dtype.type(0)
+            self._write_header(self._last, 0)
+        self._reserve(self._file.tell() + row.nbytes)
+        self._file.write(np.ascontiguousarray(row).data)
+        self._count += row.size
+
+
+class FlatMemory(MemoryRows):
+    """The same in memory."""
+
+    def finish(self) -> NDArray[Any]:
+        """All rows as one array."""
+        return np.concatenate([row.ravel() for row in self._rows])
 
 
 @dataclass(frozen=True)
@@ -263,7 +300,10 @@ class Stored:
 
 
 def load(place: Path, names: tuple[str, ...]) -> Stored | None:
-    """Read an entry; None when it is not there or damaged (a damaged one is removed)."""
+    """Read an entry; None when it is not there or damaged (a damaged one is removed).
+
+    Its arrays are of one length, but for those of the names in :data:`FLAT`.
+    """
     if not place.is_dir():
         return None
     with together(place.parent):
@@ -274,7 +314,7 @@ def _load(place: Path, names: tuple[str, ...]) -> Stored | None:
     try:
         meta = json.loads((place / _META).read_text("utf-8"))
         arrays = {name: _map(place / f"{name}.npy") for name in names}
-        if len({len(array) for array in arrays.values()}) != 1:
+        if len({len(array) for name, array in arrays.items() if name not in FLAT}) != 1:
             raise ValueError("arrays of different length")
         with suppress(OSError):  # a cache that is only read is not bounded by who reads it
             os.utime(place)

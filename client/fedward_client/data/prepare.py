@@ -24,12 +24,20 @@ from fedward_client.data import cache as store
 from fedward_client.data.readers.npz import ArrayImage
 from fedward_client.data.sample import SPLITS, PreparedSite, Sample, unnamed
 from fedward_client.data.split import split_by_patient
-from fedward_client.data.transforms import Job, Outcome, one_torch_thread, prepare_sample
+from fedward_client.data.transforms import (
+    Job,
+    Outcome,
+    Prepared,
+    one_torch_thread,
+    prepare_sample,
+)
+from fedward_client.data.volumes import Volumes, apart
 from fedward_client.worker_pool import WorkerPool
 
 _VERSION: Final = 8  # raise it when the arithmetic changes, so that old entries are not used
 _FOR_SLICE: Final = 0.5  # seconds that a volume may take for each of its slices
 _ARRAYS: Final = ("images", "targets", "patients", "spacing", "part")
+_OF_VOLUMES: Final = (*sorted(store.FLAT), *_ARRAYS[2:], "shapes", "own", "sides", "marked")
 
 
 @dataclass(frozen=True)
@@ -95,12 +103,17 @@ def prepare(
     _known(samples)
     key = _key(samples, plan) if cache is not None else None
     if cache is None or key is None:
-        arrays, meta = _build(samples, plan, means, store.MemoryRows(), store.MemoryRows())
+        in_memory = store.MemoryRows if plan.preprocessing.patch is None else store.FlatMemory
+        arrays, meta = _build(samples, plan, means, lambda _: in_memory())
         return _site(name, arrays, meta, samples)
-    found = store.load(cache / key, _ARRAYS) or _fill(cache / key, samples, plan, means)
+    found = store.load(cache / key, _arrays(plan)) or _fill(cache / key, samples, plan, means)
     if found is None:
         raise DataError(RuleCode.CACHE_KEPT, fix="Start again")
     return _site(name, found.arrays, found.meta, samples)
+
+
+def _arrays(plan: Plan) -> tuple[str, ...]:
+    return _ARRAYS if plan.preprocessing.patch is None else _OF_VOLUMES
 
 
 def _known(samples: Sequence[Sample]) -> None:
@@ -109,10 +122,11 @@ def _known(samples: Sequence[Sample]) -> None:
 
 
 def _build(
-    samples: Sequence[Sample], plan: Plan, means: Means, images: store.Rows, masks: store.Rows
+    samples: Sequence[Sample], plan: Plan, means: Means, make: Callable[[str], store.Rows]
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    rows: dict[str, store.Rows] = {}
     kept: list[Sample] = []
-    spacing: list[tuple[float, ...]] = []
+    small: list[dict[str, NDArray[Any]]] = []
     left_out: Counter[str] = Counter()
     cut = 0
     for sample, item in zip(samples, _prepared(samples, plan, means), strict=True):
@@ -120,22 +134,44 @@ def _build(
             left_out[item] += 1
             continue
         kept.append(sample)
-        spacing.append(item.spacing)
         cut += item.lost == 1
-        images.append(item.pixels)
-        if item.mask is not None:
-            masks.append(item.mask)
+        small.append(_small(item))
+        for name, row in _large(item):
+            if name not in rows:
+                rows[name] = make(name)
+            rows[name].append(row)
     if not kept:
         raise _none_left(left_out)
     arrays = {
-        "images": images.finish(),
-        "targets": masks.finish() if plan.task.has_masks else _targets(kept, plan),
+        **({} if plan.task.has_masks else {"targets": _targets(kept, plan)}),
+        **{name: own.finish() for name, own in rows.items()},
+        **{name: np.stack([one[name] for one in small]) for name in small[0]},
         "patients": _numbers([sample.patient for sample in kept]),
-        "spacing": np.array(spacing, np.float32),
         "part": _parts(kept, plan),
     }
     synthetic = any(s.columns.get("synthetic", "").lower() in ("yes", "true", "1") for s in kept)
     return arrays, {"left_out": dict(left_out), "synthetic": synthetic, "cut": cut}
+
+
+def _large(item: Prepared) -> Iterator[tuple[str, NDArray[Any]]]:
+    """What is written image by image: the pixels and the masks."""
+    if item.whole is not None and item.mask is not None:
+        yield from (("voxels", item.pixels), ("labels", item.mask), ("truth", item.whole.truth))
+        return
+    yield "images", item.pixels
+    if item.mask is not None:
+        yield "targets", item.mask
+
+
+def _small(item: Prepared) -> dict[str, NDArray[Any]]:
+    """What stays in memory until all images are prepared."""
+    facts: dict[str, NDArray[Any]] = {"spacing": np.array(item.spacing, np.float32)}
+    if item.whole is not None:
+        facts["shapes"] = np.array(item.pixels.shape, np.int64)
+        facts["own"] = np.array(item.whole.truth.shape, np.int64)
+        facts["sides"] = np.array(item.whole.sides, np.int64)
+        facts["marked"] = item.whole.marked
+    return facts
 
 
 def _prepared(samples: Sequence[Sample], plan: Plan, means: Means) -> Iterator[Outcome]:
@@ -194,11 +230,19 @@ def _none_left(left_out: Counter[str]) -> DataError:
 
 
 def _site(name: str, arrays: Any, meta: Any, samples: Sequence[Sample]) -> PreparedSite:
-    part = np.asarray(arrays["part"])
+    part, volumes = np.asarray(arrays["part"]), None
+    if "voxels" in arrays:
+        shapes = np.asarray(arrays["shapes"])
+        images = apart(arrays["voxels"], shapes)
+        targets = apart(arrays["labels"], shapes[:, 1:])
+        truth = apart(arrays["truth"], np.asarray(arrays["own"]))
+        volumes = Volumes(truth, np.asarray(arrays["sides"]), arrays["marked"])
+    else:
+        images, targets = arrays["images"], arrays["targets"]
     return PreparedSite(
         name=name,
-        images=arrays["images"],
-        targets=arrays["targets"],
+        images=images,
+        targets=targets,
         patients=np.asarray(arrays["patients"]),
         split={s: np.flatnonzero(part == k).astype(np.int64) for k, s in enumerate(SPLITS)},
         spacing=np.asarray(arrays["spacing"]),
@@ -206,30 +250,37 @@ def _site(name: str, arrays: Any, meta: Any, samples: Sequence[Sample]) -> Prepa
         synthetic=meta["synthetic"],
         cut=meta["cut"],
         images_are_patients=unnamed(samples) > 0,
+        volumes=volumes,
     )
 
 
 def _fill(place: Path, samples: Sequence[Sample], plan: Plan, means: Means) -> store.Stored | None:
-    size = prepared_bytes(plan, len(samples))
+    # The sizes of whole volumes are known when they are prepared; until then they take no room.
+    flat = plan.preprocessing.patch is not None
+    size = 0 if flat else prepared_bytes(plan, len(samples))
+
+    def room_for(more: int) -> None:
+        with store.alone(place.parent):
+            store.make_room(place.parent, more, means.cache_bytes)
+
     with store.building(place, size, means.cache_bytes) as temporary, ExitStack() as stack:
-        if found := store.load(place, _ARRAYS):  # another process made it meanwhile
+        if found := store.load(place, _arrays(plan)):  # another process made it meanwhile
             return found
 
         def rows(name: str) -> store.FileRows:
-            return stack.enter_context(
-                closing(store.FileRows(temporary / f"{name}.npy", len(samples)))
-            )
+            path = temporary / f"{name}.npy"
+            made = store.FlatRows(path, room_for) if flat else store.FileRows(path, len(samples))
+            return stack.enter_context(closing(made))
 
-        masks: store.Rows = rows("targets") if plan.task.has_masks else store.MemoryRows()
-        arrays, meta = _build(samples, plan, means, rows("images"), masks)
+        arrays, meta = _build(samples, plan, means, rows)
         if means.verify is not None:
             means.verify()
         small = {k: a for k, a in arrays.items() if not isinstance(a, np.memmap)}
-        return store.publish(temporary, place, small, meta, _ARRAYS)
+        return store.publish(temporary, place, small, meta, _arrays(plan))
 
 
 def prepared_bytes(plan: Plan, images: int) -> int:
-    """Bytes of prepared images (float32) and their labels or masks."""
+    """Bytes of prepared images (float32) and their labels or masks, each of the plan's size."""
     pixels = int(np.prod(plan.preprocessing.size))
     target = plan.task.spec.target_bytes(plan.task, pixels)
     return images * (4 * plan.preprocessing.channels * pixels + target)
@@ -239,10 +290,14 @@ def _key(samples: Sequence[Sample], plan: Plan) -> str | None:
     """SHA-256 of all that the result depends on; None when a sample cannot tell what it is."""
     settings = {
         "version": _VERSION,
-        "preprocessing": plan.preprocessing.model_dump(mode="json", exclude={"augmentation"}),
+        "preprocessing": plan.preprocessing.model_dump(
+            mode="json", exclude={"augmentation", "patch"}
+        ),
         "task": plan.task.model_dump(mode="json"),
         "split": plan.split.model_dump(mode="json"),
     }
+    if plan.preprocessing.patch is not None:
+        settings["patch"] = True  # how patches are drawn changes no prepared image
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for sample in samples:
         identities = [_identity(part) for part in (sample.load, sample.mask) if part is not None]

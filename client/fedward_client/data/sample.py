@@ -9,6 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fedward_client.data.volumes import Volumes
+
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 
@@ -143,17 +145,19 @@ class PreparedSite:
     name : str
         The site.
     images : NDArray
-        ``(N, C, *size)`` float32; may be a read-only memory map.
+        ``(N, C, *size)`` float32; may be a read-only memory map. Where a plan asks for patches,
+        ``(N,)`` objects, each a whole image ``(C, *S)`` and at least as large as a patch.
     targets : NDArray
         Classification: ``(N,)`` int64 class index, or ``(N, K)`` float32 flags when multi-label.
-        Segmentation: ``(N, *size)`` uint8 label map, 0 being background.
+        Segmentation: ``(N, *size)`` uint8 label map, 0 being background; for patches ``(N,)``
+        objects ``(*S)``.
     patients : NDArray
         ``(N,)`` int64, a number per patient, without meaning outside this object.
     split : mapping
         "train", "validation", "test" to the ``(n,)`` int64 indices of their images; no patient is
         in two of them.
     spacing : NDArray
-        ``(N, D)`` float32, mm per axis after preprocessing.
+        ``(N, D)`` float32, mm per axis after preprocessing; for patches of the image's file.
     left_out : mapping
         Reason to count.
     synthetic : bool
@@ -164,6 +168,8 @@ class PreparedSite:
         SHA-256 of the frozen cohort that they are of; "" for what is not frozen.
     images_are_patients : bool
         Whether the data name no patients, so that an image counts as a patient.
+    volumes : Volumes or None
+        For patches: what else is known of the whole images.
     """
 
     name: str
@@ -177,6 +183,7 @@ class PreparedSite:
     cut: int = 0
     cohort: str = ""
     images_are_patients: bool = False
+    volumes: Volumes | None = None
 
     def patients_in(self, name: SplitName) -> int:
         """Patients of one part of the division."""

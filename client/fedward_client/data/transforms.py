@@ -18,6 +18,7 @@ from fedward import rule_codes
 from fedward.plan.schema import Preprocessing, Task
 from fedward_client.data.quiet import quiet
 from fedward_client.data.sample import Image, Sample
+from fedward_client.data.volumes import marked_pixels
 
 # Resampling, cropping and padding to the plan's size; smoothed where it shrinks.
 
@@ -51,6 +52,8 @@ def grid_for(shape: tuple[int, ...], spacing: tuple[float, ...], prep: Preproces
         if min(new) >= 1:
             return Grid(new, scale, prep.spacing)
         new = tuple(max(n, 1) for n in new)
+    elif prep.patch is not None:
+        return Grid(shape, None, spacing)
     elif prep.resize == "fit":
         factor = min(t / n for t, n in zip(prep.size, shape, strict=True))
         new = tuple(
@@ -84,6 +87,21 @@ def resample(array: NDArray[Any], grid: Grid, nearest: bool = False) -> NDArray[
     line = grid.scale and (1.0, grid.scale[2])
     lines = _smooth(lines, (lines.shape[2], grid.shape[2]), line)
     return lines.reshape(c, *grid.shape).numpy()
+
+
+def restored(layers: NDArray[Any], grid: Grid, shape: tuple[int, ...]) -> NDArray[Any]:
+    """What was found on `grid`, ``(C, *grid.shape)``, on the grid of `shape` that it was made of.
+
+    Linear, as :func:`resample`; a pixel of both has one place, to a fraction of a pixel.
+    """
+    if grid.scale is None:
+        return resample(layers, Grid(shape, None, grid.spacing))
+    # Resampling let the end of the image go that fills no pixel; the last one stands for it.
+    wider = np.pad(layers, ((0, 0), *((0, 2) for _ in shape)), mode="edge")
+    back = tuple(1 / factor for factor in grid.scale)
+    sides = tuple(math.floor(n * f) for n, f in zip(wider.shape[1:], back, strict=True))
+    out = resample(wider, Grid(sides, back, grid.spacing))
+    return out[(slice(None), *(slice(n) for n in shape))]
 
 
 def _smooth(layers: Tensor, shape: tuple[int, ...], scale: tuple[float, ...] | None) -> Tensor:
@@ -223,19 +241,41 @@ class Prepared:
     Attributes
     ----------
     pixels : NDArray
-        ``(C, *size)`` float32.
+        ``(C, *size)`` float32; for patches no side is shorter than in `size`.
     mask : NDArray or None
         ``(*size)`` uint8.
     spacing : tuple of float
-        mm per axis.
+        mm per axis, of the grid on which figures are measured.
     lost : float
         Share of the mask's foreground that lies outside the middle, and was cut off with it.
+    whole : Whole or None
+        For patches.
     """
 
     pixels: NDArray[np.float32]
     mask: NDArray[np.uint8] | None
     spacing: tuple[float, ...]
     lost: float = 0.0
+    whole: Whole | None = None
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What is kept of an image that patches are cut from.
+
+    Attributes
+    ----------
+    truth : NDArray
+        The mask before it was resampled.
+    sides : tuple of int
+        Of the image after resampling, without the border that pads it to a patch.
+    marked : NDArray
+        See :func:`fedward_client.data.volumes.marked_pixels`.
+    """
+
+    truth: NDArray[np.uint8]
+    sides: tuple[int, ...]
+    marked: NDArray[np.int32]
 
 
 def prepare_image(
@@ -264,16 +304,20 @@ def prepare_image(
     pixels, mapped = to_unit(image, prep)
     pixels = to_channels(pixels, prep.channels)
     grid = grid_for(shape, image.spacing, prep)
-    content = crop(resample(pixels, grid), prep.size)
+    size = prep.size if prep.patch is None else tuple(map(max, grid.shape, prep.size))
+    content = crop(resample(pixels, grid), size)
     content, black = finish(content, mapped, prep)
-    out = pad(content, prep.size, black).astype(np.float32)
+    out = pad(content, size, black).astype(np.float32, copy=False)
     lost = 0.0
     if labels is not None:
-        whole = resample(labels, grid, nearest=True)
-        labels = crop(whole, prep.size)
+        truth, whole = labels[0], resample(labels, grid, nearest=True)
+        labels = crop(whole, size)
         marked = int(np.count_nonzero(whole))
         lost = 1 - int(np.count_nonzero(labels)) / marked if marked else 0.0
-        labels = pad(labels, prep.size, np.zeros(1, np.uint8))[0]
+        labels = pad(labels, size, np.zeros(1, np.uint8))[0]
+        if prep.patch is not None:
+            kept = Whole(truth, grid.shape, marked_pixels(labels, len(task.classes)))
+            return Prepared(out, labels, image.spacing, lost, kept)
     return Prepared(out, labels, grid.spacing, lost)
 
 

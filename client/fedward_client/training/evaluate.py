@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, Final
 
 import numpy as np
 import torch
+from monai.inferers.utils import sliding_window_inference
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from fedward.plan.schema import Plan
+from fedward.plan.schema import FLIP_AXES, Patch, Plan
 from fedward.tasks.base import Counts
 from fedward.tasks.private_counts import NoisyTables, add_noise, patient_weights
 from fedward_client.data.sample import PreparedSite
+from fedward_client.data.transforms import crop, grid_for, restored
+from fedward_client.data.volumes import Volumes, let_go
 from fedward_client.training.batches import FILLER
 from fedward_client.training.device import autocast
 from fedward_client.training.runtime import Runtime
@@ -91,6 +96,8 @@ def evaluate(
         Segmentation: whether to measure HD95 too, which takes most of the time.
     """
     module.eval()
+    if site.volumes is not None:
+        return _of_volumes(plan, module, source, site.volumes, indices, runtime, surface=surface)
     spec, found = plan.task.spec, []
     # All batches have one size: kernels round by it, and an answer must not depend on how many
     # other images there are. Fewer where memory ran out.
@@ -111,3 +118,60 @@ def evaluate(
         raise ValueError("nothing to evaluate on")
     values = np.concatenate(found, axis=spec.answer_axis)
     return Answers(plan, values, np.asarray(site.targets[indices]), site.patients[indices])
+
+
+_WINDOW_PIXELS: Final = {"cpu": 1 << 19, "cuda": 1 << 23}  # of all windows at once, or one window
+
+
+def _of_volumes(
+    plan: Plan,
+    module: nn.Module,
+    source: Source,
+    volumes: Volumes,
+    indices: NDArray[np.int64],
+    runtime: Runtime,
+    *,
+    surface: bool,
+) -> Answers:
+    """The same where an image is larger than the model's input."""
+    site, found = source.site, []
+    for number, index in enumerate(indices, 1):
+        truth, spacing = volumes.truth[index], site.spacing[index]
+        likely = _answer(plan, module, source, index, runtime)
+        grid = grid_for(truth.shape, tuple(spacing.tolist()), plan.preprocessing)
+        likely = crop(likely, tuple(volumes.sides[index].tolist()))
+        whole = torch.from_numpy(restored(likely, grid, truth.shape))[None]
+        target, own = np.array(truth)[None], spacing[None]
+        let_go(volumes.truth)
+        found.append(plan.task.spec.answers(plan.task, whole, target, own, surface=surface))
+        if runtime.watch is not None:
+            runtime.watch(number, len(indices))
+    values = np.concatenate(found, axis=plan.task.spec.answer_axis)
+    return Answers(plan, values, np.zeros(0, np.uint8), site.patients[indices])
+
+
+def _answer(
+    plan: Plan, module: nn.Module, source: Source, index: int, runtime: Runtime
+) -> NDArray[np.float32]:
+    """Probabilities ``(K, *S)`` over a prepared image: the mean over windows and mirrored ones."""
+    prep, patch = plan.preprocessing, plan.preprocessing.patch or Patch()
+    axes = [2 + FLIP_AXES[name] for name in patch.flips]
+    ways = [list(some) for k in range(len(axes) + 1) for some in combinations(axes, k)]
+
+    def window(inputs: Tensor) -> Tensor:
+        with autocast(runtime.torch_device, private=False):
+            seen = (module(source.through(inputs.flip(way))).float().flip(way) for way in ways)
+            return torch.stack(list(seen)).mean(dim=0)
+
+    at_once = max(1, _WINDOW_PIXELS[runtime.torch_device.type] // math.prod(prep.size))
+    logits: Tensor = sliding_window_inference(
+        source.volume(index),
+        prep.size,
+        min(at_once, runtime.physical_batch),
+        window,
+        overlap=patch.overlap,
+        mode="gaussian",
+        sw_device=runtime.torch_device,
+        device="cpu",
+    )
+    return logits[0].softmax(dim=0).numpy()

@@ -196,11 +196,11 @@ class Fit:
 
     def _accumulate(self, batch: NDArray[np.int64]) -> Tensor:
         """The gradient of a batch's mean loss, with only so many of its images on their way."""
-        inputs, targets = self._inputs(batch)
+        inputs, targets = self._inputs(np.repeat(batch, self._patches))
         most, total = self._at_once(), torch.zeros((), device=inputs.device)
-        for start in range(0, len(batch), most):
+        for start in range(0, len(inputs), most):
             part = slice(start, start + most)
-            loss = self._loss_of(self.module, inputs[part], targets[part]).sum() / len(batch)
+            loss = self._loss_of(self.module, inputs[part], targets[part]).sum() / len(inputs)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
@@ -226,7 +226,8 @@ class Fit:
         )
         rate, sampler = self.mechanism.sampling_rate, self._sampler()
         steps = steps_per_round(self.plan, rate)
-        patients = patients_at_once(count, rate, sampler.per_patient, self._at_once())
+        each = sampler.per_patient * self._patches
+        patients = patients_at_once(count, rate, each, self._at_once())
         with warnings.catch_warnings():
             # Images need no gradient, which torch finds worth a warning at Opacus' hooks.
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
@@ -247,12 +248,20 @@ class Fit:
             return None
         total, parts = torch.zeros(()), chunks(draw, patients, each)
         for number, part in enumerate(parts, start=1):
-            losses = self._losses(private.module, part.ravel())
-            owners = torch.arange(patients, device=losses.device).repeat_interleave(each)
-            real = torch.from_numpy(part.ravel() != FILLER).to(losses.device)
+            rows = np.repeat(part.ravel(), self._patches)
+            losses = self._losses(private.module, rows)
+            owners = torch.arange(patients, device=losses.device)
+            owners = owners.repeat_interleave(each * self._patches)
+            real = torch.from_numpy(rows != FILLER).to(losses.device)
             total = total + losses.detach()[real].sum().cpu()
             private.accumulate(losses, owners, last=number == len(parts), real=real)
-        return total / len(draw.images)
+        return total / (len(draw.images) * self._patches)
+
+    @property
+    def _patches(self) -> int:
+        """Inputs that an image gives to a step."""
+        patch = self.plan.preprocessing.patch
+        return 1 if patch is None else patch.per_image
 
     def _at_once(self) -> int:
         """Images on the device at once: more where only a small end of the model runs."""
@@ -266,7 +275,7 @@ class Fit:
         return self._loss_of(module, *self._inputs(batch))
 
     def _inputs(self, batch: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        return self.source.augmented(batch, self.plan.preprocessing.augmentation, self.draws.change)
+        return self.source.augmented(batch, self.draws.change)
 
     def _loss_of(self, module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         with autocast(self.runtime.torch_device, private=self.mechanism is not None):

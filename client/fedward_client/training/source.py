@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedward.errors import OutputError
-from fedward.plan.schema import Augmentation
+from fedward.plan.schema import Plan
 from fedward_client.data.augment import augment
 from fedward_client.data.cache import Stored, building, load, publish
 from fedward_client.data.sample import PreparedSite
+from fedward_client.data.volumes import Volumes, corners, let_go
 from fedward_client.training.batches import FILLER
 from fedward_client.training.device import place_batch
 from fedward_client.training.runtime import Runtime
@@ -30,6 +31,8 @@ class Source:
 
     Parameters
     ----------
+    plan : Plan
+        ``preprocessing`` is used.
     site : PreparedSite
         The images.
     runtime : Runtime
@@ -42,8 +45,14 @@ class Source:
     """
 
     def __init__(
-        self, site: PreparedSite, runtime: Runtime, prefix: nn.Module | None, prefix_digest: str
+        self,
+        plan: Plan,
+        site: PreparedSite,
+        runtime: Runtime,
+        prefix: nn.Module | None,
+        prefix_digest: str,
     ) -> None:
+        self.plan = plan
         self.site, self.runtime, self.prefix = site, runtime, prefix
         self.device = runtime.torch_device
         self._digest = prefix_digest
@@ -60,16 +69,45 @@ class Source:
         return place_batch(features, self.device), self._targets(indices)
 
     def augmented(
-        self, indices: NDArray[np.int64], how: Augmentation, generator: torch.Generator
+        self, indices: NDArray[np.int64], generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of a training step."""
-        if not how.active:
+        """Inputs and targets of a training step; patches are drawn anew."""
+        how = self.plan.preprocessing.augmentation
+        if self.site.volumes is not None:
+            images, targets = self._patches(self.site.volumes, indices, generator)
+        elif how.active:
+            images, targets = self._images(indices), self._targets(indices)
+        else:
             return self.plain(indices)
-        images, targets = self._images(indices), self._targets(indices)
-        masks = targets if targets.ndim == images.ndim - 1 and images.ndim > 3 else None
-        masks = masks if self.site.targets.dtype == np.uint8 else None
+        masks = targets if self.plan.task.has_masks else None
         images, changed = augment(images, masks, how, generator)
-        return self._through(images), targets if changed is None else changed
+        return self.through(images), targets if changed is None else changed
+
+    def volume(self, index: int) -> Tensor:
+        """One whole image ``(1, C, *S)``, in this machine's memory."""
+        image = torch.from_numpy(np.array(self.site.images[index]))[None]
+        let_go(self.site.images)
+        return image
+
+    def _patches(
+        self, volumes: Volumes, indices: NDArray[np.int64], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        prep, site = self.plan.preprocessing, self.site
+        count = len(indices)
+        draws = torch.rand(count, 3 + len(prep.size), generator=generator, dtype=torch.float64)
+        images = np.zeros((count, prep.channels, *prep.size), np.float32)
+        masks = np.zeros((count, *prep.size), np.uint8)
+        for row, (index, draw) in enumerate(zip(indices, draws.numpy(), strict=True)):
+            if index == FILLER:
+                continue
+            mask = site.targets[index]
+            box = corners(volumes, int(index), mask.shape, prep, draw)
+            images[row] = site.images[index][(slice(None), *box)]
+            masks[row] = mask[box]
+        let_go(site.images, site.targets)
+        return place_batch(torch.from_numpy(images), self.device), torch.from_numpy(masks).to(
+            self.device
+        )
 
     def _images(self, indices: NDArray[np.int64]) -> Tensor:
         return place_batch(torch.from_numpy(_take(self.site.images, indices)), self.device)
@@ -78,7 +116,8 @@ class Source:
         return torch.from_numpy(_take(self.site.targets, indices)).to(self.device)
 
     @torch.no_grad()
-    def _through(self, images: Tensor) -> Tensor:
+    def through(self, images: Tensor) -> Tensor:
+        """What the frozen leading layers make of images."""
         return images if self.prefix is None else self.prefix(images)
 
     def _all_features(self) -> NDArray[Any]:
@@ -106,7 +145,7 @@ class Source:
         indices = np.full(-(-count // batch) * batch, FILLER)
         indices[:count] = np.arange(count)
         parts = [
-            self._through(self._images(part)).float().cpu().numpy()
+            self.through(self._images(part)).float().cpu().numpy()
             for part in np.split(indices, len(indices) // batch)
         ]
         return np.concatenate(parts)[:count]

@@ -592,7 +592,7 @@ class Trainer:
             prefix.eval()
         # What the prefix makes of an image depends on nothing behind it.
         leading = digest_of(arrays, [] if prefix is None else list(prefix.state_dict()))
-        source = Source(self.site, self.runtime, prefix, leading)
+        source = Source(self.plan, self.site, self.runtime, prefix, leading)
         self._prepared = _Prepared(names, module, source, frozen)
         return self._prepared
 

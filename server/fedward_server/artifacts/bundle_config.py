@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import Any, Final
 
 from fedward.plan.load import plan_hash
-from fedward.plan.schema import Plan
+from fedward.plan.schema import FLIP_AXES, Plan
 
 Config = dict[str, Any]
 _IMAGE: Final = "image"
@@ -42,7 +42,7 @@ def inference_config(plan: Plan) -> Config:
             "shuffle": False,
             "num_workers": 0,
         },
-        "inferer": {"_target_": "SimpleInferer"},
+        "inferer": _inferer(plan),
         "postprocessing": {"_target_": "Compose", "transforms": _postprocessing(plan)},
         "handlers": list(plan.task.spec.bundle.handlers),
         "evaluator": {
@@ -58,6 +58,22 @@ def inference_config(plan: Plan) -> Config:
     }
 
 
+def _inferer(plan: Plan) -> Config:
+    prep = plan.preprocessing
+    if prep.patch is None:
+        return {"_target_": "SimpleInferer"}
+    return {
+        "_target_": f"{_OWN}MirroredWindowInferer",
+        "axes": [FLIP_AXES[name] for name in prep.patch.flips],
+        "roi_size": list(prep.size),
+        "sw_batch_size": 1,
+        "overlap": prep.patch.overlap,
+        "mode": "gaussian",
+        "sw_device": "@device",
+        "device": "$torch.device('cpu')",
+    }
+
+
 def preprocessing(plan: Plan) -> list[Config]:
     """What makes of a file what the network takes, step by step."""
     prep, flat = plan.preprocessing, plan.task.dimensions == 2
@@ -70,6 +86,8 @@ def preprocessing(plan: Plan) -> list[Config]:
     steps += _window(plan)
     steps.append(_own("Channelsd", channels=prep.channels))
     grid = {"size": list(prep.size), "spacing": list(prep.spacing) if prep.spacing else None}
+    if prep.patch is not None:
+        grid["size"] = None
     steps.append(_own("Resampled", **grid, resize=prep.resize))
     return [*steps, _finish(plan), {"_target_": "EnsureTyped", "keys": _IMAGE}]
 
@@ -168,7 +186,8 @@ def metadata(plan: Plan) -> Metadata:
 def expected_input(plan: Plan) -> dict[str, Any]:
     """What the network takes for granted about its input, in the plan's words."""
     prep = plan.preprocessing
-    return prep.model_dump(mode="json", exclude={"augmentation"})
+    unused = {"augmentation"} if prep.patch is not None else {"augmentation", "patch"}
+    return prep.model_dump(mode="json", exclude=unused)
 
 
 def _input(plan: Plan) -> Metadata:
@@ -182,7 +201,7 @@ def _input(plan: Plan) -> Metadata:
         "spatial_shape": list(prep.size),
         "dtype": "float32",
         "value_range": [0, 1] if prep.intensity == "unit" else [],
-        "is_patch_data": False,
+        "is_patch_data": prep.patch is not None,
         "channel_def": {str(place): name for place, name in enumerate(names)},
     }
 
@@ -196,7 +215,7 @@ def _output(plan: Plan) -> Metadata:
         "spatial_shape": list(plan.preprocessing.size) if spec.dense else [1],
         "dtype": "float32",
         "value_range": [],
-        "is_patch_data": False,
+        "is_patch_data": plan.preprocessing.patch is not None,
         "channel_def": {str(place): name for place, name in enumerate(_channels(plan))},
     }
 
@@ -256,8 +275,16 @@ def _readme_window(plan: Plan) -> str:
 
 def _grid(plan: Plan) -> str:
     prep = plan.preprocessing
+    mm = " × ".join(f"{v:g}" for v in prep.spacing or ())
+    if prep.patch is not None:
+        own = f"{mm} mm ({_HOW})" if mm else "the image's own"
+        mirrored = f", each also mirrored ({', '.join(prep.patch.flips)})"
+        return (
+            f"{own}, of any size, padded with black up to one window; windows overlap by "
+            f"{prep.patch.overlap:.0%}, weighted by a Gaussian"
+            f"{mirrored if prep.patch.flips else ''}"
+        )
     if prep.spacing is not None:
-        mm = " × ".join(f"{v:g}" for v in prep.spacing)
         return f"{mm} mm ({_HOW}), the middle cropped or padded with black"
     if prep.resize == "fit":
         return f"fitted into the size ({_HOW}), the rest black"

@@ -11,7 +11,7 @@ from typing import Any, Final
 from numpy.typing import NDArray
 
 from fedward.console import Console
-from fedward.errors import FedwardError, Interrupted, ReleaseError
+from fedward.errors import FedwardError, Interrupted, PlanError, ReleaseError
 from fedward.files import write_text
 from fedward.models import load_model
 from fedward.plan.load import plan_hash
@@ -43,7 +43,15 @@ def audit_study(study: Study, sizes: Sizes, progress: AuditProgress, *, fresh: b
     ------
     Interrupted
         KeyboardInterrupt (see :func:`fedward.console.interruptible`); finished parts are kept.
+    PlanError
+        The plan trains on patches.
     """
+    if study.plan.preprocessing.patch is not None:
+        raise PlanError(
+            "an audit attacks whole images, not patches",
+            fix="Audit a plan without [preprocessing.patch]",
+            where="preprocessing.patch",
+        )
     out = study.options.out
     try:
         if fresh:

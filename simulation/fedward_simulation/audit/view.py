@@ -50,7 +50,7 @@ class SiteView:
             prefix, self.module = split_at_trainable(self._model, set(self.names))
             if prefix is not None:
                 prefix.eval()
-            self._source = Source(self.site, self.runtime, prefix, frozen)
+            self._source = Source(self.plan, self.site, self.runtime, prefix, frozen)
             self._key = (self.names, frozen)
         self.module.eval()
 

@@ -281,6 +281,35 @@ def test_foreground_that_the_plan_cuts_off_is_told_with_settings_that_keep_it(
     assert prepare("st-mary", corners(lesions), plan).cut == 2
 
 
+def test_a_patch_is_held_against_the_sizes_of_the_images(checked, tmp_path):
+    places = [(11, 11, 11), (3, 11, 11), (0, 0, 0), (11, 20, 2)]
+    dataset = DatasetSection(
+        root=tmp_path, task="segmentation", dimensions=3, classes=("lesion",), minimum_patients=1
+    )
+
+    def ask(side):
+        return checked(
+            corners(places),
+            dataset=dataset,
+            measure=side == 16,
+            task={"kind": "segmentation", "dimensions": 3, "classes": ["lesion"]},
+            model={"name": "unet", "channels": [4, 8]},
+            training={"loss": "dice_ce"},
+            metrics={"report": ["dice"], "primary": "dice"},
+            preprocessing={"size": [side] * 3, "patch": {}},
+        )
+
+    made, found = ask(16)
+    assert found["image size"].status == "pass"
+    assert "0 of 4 are smaller than a patch of 16 x 16 x 16" in found["image size"].found
+    assert made.cost.prepared_bytes == 4 * 24**3 * (4 + 1 + 1)  # pixels and two masks
+    assert made.cost.seconds is not None
+    _, found = ask(32)
+    assert found["image size"].status == "warn"
+    assert "4 fit into one patch" in found["image size"].found
+    assert "smaller preprocessing.size" in found["image size"].fix
+
+
 def test_what_a_step_keeps_of_its_images_is_what_autograd_keeps(make_plan):
     plan = make_plan(
         task={"kind": "segmentation", "dimensions": 3, "classes": ["lesion"]},

@@ -31,6 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "images.body_part": (),
     "images.intent": (),
     "images.kernel": (),
+    "preprocessing.patch": None,
     "preprocessing.spacing": None,
     "preprocessing.resize": "stretch",
     "preprocessing.channels": 1,
@@ -95,6 +96,7 @@ TIED = {
     "model.taps",
     "model.feature_centering",
     "preprocessing.gantry_tilt",
+    "preprocessing.patch",
     "version",
     *(f"task.{key}" for key in ("kind", "dimensions", "multi_label")),
     "model.name",
@@ -212,7 +214,7 @@ def _other(value: Any) -> list[Any]:
         return [["horizontal"], [{"name": "a", "rounds": 1, "learning_rate": 0.5}]]
     if isinstance(value, dict):
         return [{"mu": 0.5}]
-    tables = [{"file": "w", "sha256": "0" * 64}, {"method": "fedbn"}]
+    tables = [{"file": "w", "sha256": "0" * 64}, {"method": "fedbn"}, {"foreground": 0.5}]
     return [1, 0.5, [16, 32], [0.0, 1.0], [1.0, 1.0], *tables]
 
 

@@ -113,6 +113,22 @@ def test_stages_weights_and_settings_are_told(classification: str, change: Chang
         assert words in text
 
 
+def test_patches_and_their_cost_are_told(segmentation: str, change: Change) -> None:
+    patch = {"per_image": 2, "flips": ["vertical", "horizontal"], "overlap": 0.25}
+    changes = {"preprocessing.patch": patch, "preprocessing.spacing": [1.5, 1.5]}
+    text = _joined(explain(plan_from(change(segmentation, changes))))
+    for words in (
+        "resampled to 1.5 × 1.5 mm, each at its own size",
+        "2 random patches of 64 × 64 (0.0164 MB) of each image in a step, 33% of them about",
+        "overlap by 25%, each also mirrored (vertical, horizontal)",
+        "about 7.11 times the work",  # 4 ways / 0.75²
+        "plan schema 2 at every site: preprocessing.patch",
+    ):
+        assert words in text, words
+    plain = _joined(explain(plan_from(change(segmentation, {"preprocessing.patch": {}}))))
+    assert "on the grid that they have, each at its own size" in plain
+
+
 def test_a_plan_says_which_schema_it_needs(
     classification: str, change: Change, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,9 +15,14 @@ from monai.bundle import ConfigParser
 from monai.transforms import Compose
 from PIL import Image as Pillow
 
+from fedward_client.data.prepare import prepare
 from fedward_client.data.readers.images import Picture
 from fedward_client.data.readers.nifti import NiftiImage
+from fedward_client.data.sample import Sample
 from fedward_client.data.transforms import prepare_image
+from fedward_client.training.evaluate import evaluate
+from fedward_client.training.runtime import Runtime
+from fedward_client.training.source import Source
 from fedward_server.artifacts.bundle_config import inference_config
 
 # MONAI tells that it has no NVIDIA decoder; it needs none.
@@ -35,6 +40,43 @@ def transforms(plan: Any) -> Compose:
     text = json.dumps(inference_config(plan)).replace('"scripts.', f'"{OWN}scripts.')
     parser = ConfigParser(json.loads(text))
     return parser.get_parsed_content("preprocessing")
+
+
+def test_windows_over_a_whole_volume_give_what_the_trainer_gives(
+    plan_of: Make, trained: Make, tmp_path: Path
+) -> None:
+    """The mask of a bundle's steps is the one that a site's figures are of."""
+    patch = {"flips": ["vertical", "depth"]}
+    prep = {"size": [16, 16, 16], "spacing": [1.5, 1.1, 2.0], "patch": patch}
+    plan = plan_of("unet", 3, preprocessing=prep, model={"channels": [4, 8]})
+    values = np.random.default_rng(1).normal(0, 5, (21, 15, 31)).astype(np.float32)
+    path = tmp_path / "v.nii.gz"
+    nib.save(nib.Nifti1Image(values, np.diag([1.2, 0.9, 1.5, 1.0])), path)
+    net, image = trained(plan), NiftiImage(path, 3)
+    text = json.dumps(inference_config(plan)).replace('"scripts.', f'"{OWN}scripts.')
+    parser = ConfigParser({**json.loads(text), "device": "cpu"})
+    steps, inferer = map(parser.get_parsed_content, ("preprocessing", "inferer"))
+    data = steps({"image": str(path)})["image"]
+    mask = np.zeros(values.shape, np.uint8)
+    samples = [Sample(name, image, None, lambda: mask) for name in "pq"]
+    site = prepare("x", samples, plan)
+    np.testing.assert_allclose(data.numpy(), site.images[0], atol=TOLERANCE)
+    with torch.no_grad():
+        likely = inferer(data[None], net)[0].softmax(0)
+    found = steps.inverse({"image": data.clone().set_array(likely)})["image"].numpy()
+    assert found.shape == (2, *values.shape)
+    source, seen = Source(plan, site, Runtime(), None, ""), []
+    task = type(plan.task.spec)
+    kept = task.answers
+
+    def spied(self: Any, task: Any, logits: Any, *more: Any, **options: Any) -> Any:
+        seen.append(logits[0].numpy())
+        return kept(self, task, logits, *more, **options)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(task, "answers", spied)
+        evaluate(plan, net, source, site, np.arange(1), Runtime(), surface=False)
+    np.testing.assert_allclose(found, seen[0], atol=TOLERANCE)
 
 
 def picture(folder: Path, kind: str) -> Path:

@@ -7,12 +7,14 @@ Images are channel first, ``(C, H, W)`` or ``(C, H, W, D)``.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
+from monai.inferers import SlidingWindowInferer
 from monai.transforms import InvertibleTransform, MapTransform
 from torch import Tensor
 from torch.nn import functional as F
@@ -97,11 +99,13 @@ class Channelsd(MapTransform):  # type: ignore[misc]
 class Resampled(MapTransform, InvertibleTransform):  # type: ignore[misc]
     """To a spacing or a size, smoothed where it shrinks; then the middle is cropped out.
 
+    Without a size every image keeps its own, at the spacing if there is one.
+
     Parameters
     ----------
     keys : str or sequence of str
         Images.
-    size : sequence of int
+    size : sequence of int, optional
         Sides that the model takes.
     spacing : sequence of float, optional
         mm per axis; without it the image is resized.
@@ -112,12 +116,13 @@ class Resampled(MapTransform, InvertibleTransform):  # type: ignore[misc]
     def __init__(
         self,
         keys: KeysCollection,
-        size: Sequence[int],
+        size: Sequence[int] | None,
         spacing: Sequence[float] | None = None,
         resize: str = "stretch",
     ) -> None:
         super().__init__(keys)
-        self.size, self.spacing, self.resize = tuple(size), spacing, resize
+        self.size = None if size is None else tuple(size)
+        self.spacing, self.resize = spacing, resize
 
     def __call__(self, data: Data) -> dict[Hashable, Any]:
         """Change the images of the keys."""
@@ -137,14 +142,16 @@ class Resampled(MapTransform, InvertibleTransform):  # type: ignore[misc]
         before = tuple(image.shape[1:])
         after, scale = self._grid(before, image)
         out = _resample(image.as_tensor(), after, scale)
-        starts = [max((n - t) // 2, 0) for n, t in zip(after, self.size, strict=True)]
-        for axis, (start, side) in enumerate(zip(starts, self.size, strict=True), 1):
+        size = after if self.size is None else self.size
+        starts = [max((n - t) // 2, 0) for n, t in zip(after, size, strict=True)]
+        for axis, (start, side) in enumerate(zip(starts, size, strict=True), 1):
             out = out.narrow(axis, start, min(side, out.shape[axis]))
         ratio = [n / m for n, m in zip(before, after, strict=True)]
         ratio = ratio if scale is None else [1 / f for f in scale]
         made = MetaTensor(out, meta=dict(image.meta), applied_operations=image.applied_operations)
         made.affine = _moved(image.affine, ratio, starts)
         extra = {"after": after, "starts": starts, "affine": image.affine.tolist()}
+        extra["scale"] = scale
         self.push_transform(made, orig_size=before, extra_info=extra)
         return made
 
@@ -154,7 +161,7 @@ class Resampled(MapTransform, InvertibleTransform):  # type: ignore[misc]
         whole = image.new_zeros((len(image), *extra["after"]))
         places = [slice(s, s + n) for s, n in zip(extra["starts"], image.shape[1:], strict=True)]
         whole[(slice(None), *places)] = image
-        out = _resample(whole.as_tensor(), tuple(told["orig_size"]), None)
+        out = _restored(whole.as_tensor(), tuple(told["orig_size"]), extra["scale"])
         made = MetaTensor(out, meta=dict(image.meta), applied_operations=image.applied_operations)
         made.affine = torch.tensor(extra["affine"], dtype=torch.float64)
         return made
@@ -169,6 +176,8 @@ class Resampled(MapTransform, InvertibleTransform):  # type: ignore[misc]
             scale = [a / b * (1 + 1e-9) for a, b in zip(have, self.spacing, strict=True)]
             new = tuple(math.floor(n * f) for n, f in zip(shape, scale, strict=True))
             return (new, scale) if min(new) >= 1 else (tuple(max(n, 1) for n in new), None)
+        if self.size is None:
+            return shape, None
         if self.resize == "stretch":
             return self.size, None
         factor = min(t / n for t, n in zip(self.size, shape, strict=True))
@@ -184,7 +193,7 @@ class Finishd(MapTransform, InvertibleTransform):  # type: ignore[misc]
     keys : str or sequence of str
         Images.
     size : sequence of int
-        Sides that the model takes.
+        Sides that the model takes; a longer side stays.
     mapped : bool
         Whether 0 is black for certain; else what :class:`OwnRanged` found, or the lowest value is.
     mean, deviation : sequence of float, optional
@@ -233,8 +242,9 @@ class Finishd(MapTransform, InvertibleTransform):  # type: ignore[misc]
             pixels = (pixels - mean.reshape(each)) / deviation.reshape(each)
             filled = (filled - mean) / deviation
         sides = tuple(pixels.shape[1:])
-        starts = [(t - n) // 2 for t, n in zip(self.size, sides, strict=True)]
-        out = filled.reshape(-1, *[1] * len(sides)).repeat(1, *self.size)
+        size = [max(t, n) for t, n in zip(self.size, sides, strict=True)]
+        starts = [(t - n) // 2 for t, n in zip(size, sides, strict=True)]
+        out = filled.reshape(-1, *[1] * len(sides)).repeat(1, *size)
         inner = [slice(s, s + n) for s, n in zip(starts, sides, strict=True)]
         out[(slice(None), *inner)] = pixels
         made = MetaTensor(out, meta=dict(image.meta), applied_operations=image.applied_operations)
@@ -253,6 +263,44 @@ class Finishd(MapTransform, InvertibleTransform):  # type: ignore[misc]
             pixels.new_full((count,), float(exact.mean())),
             pixels.new_full((count,), spread if spread > rounding else 1.0),
         )
+
+
+class MirroredWindowInferer(SlidingWindowInferer):  # type: ignore[misc]
+    """MONAI's sliding window; each window also mirrored along all combinations of some axes.
+
+    Parameters
+    ----------
+    axes : sequence of int
+        Spatial axes, from 0.
+    **settings
+        As MONAI's inferer takes them.
+    """
+
+    def __init__(self, axes: Sequence[int], **settings: Any) -> None:
+        super().__init__(**settings)
+        found = [2 + axis for axis in axes]
+        self.ways = [list(way) for k in range(len(found) + 1) for way in combinations(found, k)]
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any) -> Any:
+        """The network's answer for whole images ``(N, C, *S)``."""
+
+        def mean(part: Tensor) -> Tensor:
+            seen = [network(part.flip(way)).float().flip(way) for way in self.ways]
+            return torch.stack(seen).mean(dim=0)
+
+        return super().__call__(inputs, mean)
+
+
+def _restored(image: Tensor, shape: tuple[int, ...], scale: list[float] | None) -> Tensor:
+    """A resampled image on the grid of `shape` that it was made of."""
+    if scale is None:
+        return _resample(image, shape, None)
+    # Resampling let the end of the image go that fills no pixel; the last one stands for it.
+    wider = F.pad(image[None], (0, 2) * len(shape), mode="replicate")[0]
+    back = [1 / factor for factor in scale]
+    sides = tuple(math.floor(n * f) for n, f in zip(wider.shape[1:], back, strict=True))
+    out = _resample(wider, sides, back)
+    return out[(slice(None), *(slice(n) for n in shape))]
 
 
 def _resample(image: Tensor, shape: tuple[int, ...], scale: list[float] | None) -> Tensor:
