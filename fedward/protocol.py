@@ -145,6 +145,10 @@ class RoundOrder(Record):
     sites : int
         How many sites are asked: in this round of training, those included whose update is there;
         in this evaluation; in the whole study where a site is to describe itself. 0: not told.
+    evaluate_only : bool or None
+        True where the site takes no part in training: it describes itself and evaluates the
+        delivered model on its test patients. A site of an earlier release ignores it, and holds
+        the order against what training would cost.
     study : str
         Between hospitals: the study's id; "" in a simulation, and so the next two.
     coordinator : str
@@ -168,6 +172,7 @@ class RoundOrder(Record):
     seed: Count = 0
     account: bool = True
     sites: Count = 0
+    evaluate_only: Annotated[Literal[True] | None, OPTIONAL] = None
     study: str = Field(default="", pattern=rf"^$|{STUDY_ID}")
     coordinator: str = Field(default="", max_length=64)
     signature: str = Field(default="", max_length=128)

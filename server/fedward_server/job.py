@@ -60,6 +60,8 @@ class Job:
         which says itself who it is.
     left_out : mapping
         Sites of the study that may take no part now, and why.
+    evaluate_only : frozenset of str
+        Sites that take no part in training and are asked to evaluate the delivered model.
     limits : mapping
         What the coordinator enrolled of each site's size.
     study : str
@@ -99,6 +101,7 @@ class Job:
     facts: dict[str, SiteFacts] = field(default_factory=dict)
     members: Mapping[int, str] | None = None
     left_out: Mapping[str, InvalidReply] = field(default_factory=dict)
+    evaluate_only: frozenset[str] = frozenset()
     limits: Mapping[str, SizeLimit] = field(default_factory=dict)
     held: dict[int, str] = field(default_factory=dict)
     bad_answers: dict[str, int] = field(default_factory=dict)

@@ -41,16 +41,25 @@ class Participants:
     grid : Grid
         Flower's grid with everybody on it.
     order : callable
-        Makes the record that asks a site to describe itself.
+        Makes the record that asks a site to describe itself; with ``evaluate_only=True`` one that
+        takes no part in training.
+
+    Attributes
+    ----------
+    nodes, evaluators : dict
+        Node ids and names of the sites that described themselves: those that train, and those
+        that only evaluate.
     """
 
-    def __init__(self, job: Job, grid: Grid, order: Callable[[], ConfigRecord]) -> None:
+    def __init__(self, job: Job, grid: Grid, order: Callable[..., ConfigRecord]) -> None:
         self._job, self._everyone, self._order = job, grid, order
         self._needs = job.plan.participation
         self._refused: dict[str, tuple[float, str, str]] = {}
         self._out: set[str] = set()
         self._asked: dict[str, int] = {}
-        self.nodes = {n: s for n, s in self._named.items() if s in job.facts}
+        known = {n: s for n, s in self._named.items() if s in job.facts}
+        self.nodes = {n: s for n, s in known.items() if s not in job.evaluate_only}
+        self.evaluators = {n: s for n, s in known.items() if s in job.evaluate_only}
 
     @property
     def _anyone(self) -> bool:
@@ -65,7 +74,18 @@ class Participants:
     @property
     def grid(self) -> StudyGrid:
         """A grid with the study's sites alone."""
-        return StudyGrid(self._everyone, self.nodes, self._job.stop)
+        return StudyGrid(self._everyone, self.everybody, self._job.stop)
+
+    @property
+    def everybody(self) -> dict[int, str]:
+        """All that described themselves, whatever they do."""
+        return {**self.nodes, **self.evaluators}
+
+    @property
+    def named_to_train(self) -> list[str]:
+        """Names of the sites that may take part in training now, present or not."""
+        names = (self.nodes if self._anyone else self._named).values()
+        return [name for name in names if name not in self._job.evaluate_only]
 
     def enrol(self) -> None:
         """Wait for the sites of the study and have them describe themselves.
@@ -120,8 +140,13 @@ class Participants:
             self._ask(grid, new)
 
     def _ask(self, grid: StudyGrid, nodes: list[int]) -> None:
-        record = RecordDict({"config": self._order()})
-        asked = [Message(record, node, MessageType.QUERY) for node in nodes]
+        only = self._job.evaluate_only & set(self._named.values())
+        trains = RecordDict({"config": self._order()})
+        tests = RecordDict({"config": self._order(evaluate_only=True)}) if only else trains
+        asked = [
+            Message(tests if self._named.get(node) in only else trains, node, MessageType.QUERY)
+            for node in nodes
+        ]
         for message in asked:
             message.metadata.ttl = max(1.0, self._job.patience)
         told = zip(grid.push_messages(asked), nodes, strict=True)
@@ -132,11 +157,14 @@ class Participants:
         if not self._anyone:
             members = self._named
             # An operator may lower what a site was enrolled with while the study runs.
-            self.nodes = {
-                node: site
-                for node, site in self.nodes.items()
-                if node in members and not self._overclaims(self._job.facts[site])
-            }
+            self.nodes, self.evaluators = (
+                {
+                    node: site
+                    for node, site in there.items()
+                    if node in members and not self._overclaims(self._job.facts[site])
+                }
+                for there in (self.nodes, self.evaluators)
+            )
             self._asked = {key: node for key, node in self._asked.items() if node in members}
             # Whom the registry keeps out needs no note here; it may release them.
             self._out &= set(members.values())
@@ -161,12 +189,17 @@ class Participants:
 
     def _quarantine(self, site: str, reason: str) -> None:
         self._out.add(site)
-        self.nodes = {n: s for n, s in self.nodes.items() if s != site}
+        self.nodes, self.evaluators = (
+            {n: s for n, s in there.items() if s != site} for there in (self.nodes, self.evaluators)
+        )
         self._job.listen(SiteQuarantined(self._job.arm.name, self._job.round, site, reason))
 
-    def absent(self) -> dict[str, InvalidReply]:
-        """Sites of the study that take no part now, and why: refused, put out, or not there."""
-        here = set(self.nodes.values())
+    def absent(self, *, training: bool = True) -> dict[str, InvalidReply]:
+        """Sites of the study that take no part now, and why: refused, put out, or not there.
+
+        Those that only evaluate are among them where it is not about training.
+        """
+        here = set(self.everybody.values()) | (self._job.evaluate_only if training else set())
         refused = {
             site: InvalidReply(reason, kind) for site, (_, reason, kind) in self._refused.items()
         }
@@ -177,20 +210,26 @@ class Participants:
 
     def cut_off(self) -> set[int]:
         """Nodes of sites that were removed meanwhile, or have another key."""
-        return set() if self._anyone else set(self.nodes) - set(self._named)
+        return set() if self._anyone else set(self.everybody) - set(self._named)
 
     def connected(self) -> int:
-        """How many of the study's sites are there now."""
-        return len(self.grid.get_node_ids())
+        """How many of the study's sites that train are there now."""
+        return len(self._connected())
+
+    def _connected(self) -> set[int]:
+        return self.nodes.keys() & set(self._everyone.get_node_ids())
 
     def _refused_for_good(self) -> int:
         """Sites that no waiting brings in; whom a person or a restart may, are waited for."""
-        return sum(kind not in PASSING for _, _, kind in self._refused.values())
+        return sum(
+            kind not in PASSING and site not in self._job.evaluate_only
+            for site, (_, _, kind) in self._refused.items()
+        )
 
     def _all_are_in(self) -> bool:
         if self._anyone:
             return len(self.nodes) >= self._needs.sites and not self._asked
-        return len(self.nodes) + self._refused_for_good() >= len(self._named)
+        return len(self.nodes) + self._refused_for_good() >= len(self.named_to_train)
 
     @property
     def _starts(self) -> bool:
@@ -220,7 +259,7 @@ class Participants:
         return [
             node
             for node in online
-            if node not in self.nodes
+            if node not in self.everybody
             and (site := named.get(node)) is not None
             and site not in self._out
             and node not in self._asked.values()
@@ -239,7 +278,8 @@ class Participants:
             self._refuse(known or f"a site ({len(self._refused) + 1})", kind, reason)
             return
         self._refused.pop(facts.site, None)
-        self.nodes[node] = facts.site
+        there = self.evaluators if facts.site in self._job.evaluate_only else self.nodes
+        there[node] = facts.site
         self._job.facts[facts.site] = facts
         if not self._anyone:
             self._job.listen(SiteJoined(self._job.arm.name, self._job.round, facts.site))
@@ -297,7 +337,7 @@ class Participants:
     def _objection(self, facts: SiteFacts, known: str) -> str:
         if known and facts.site != known:
             return "a site must have the name that it was enrolled with"
-        if facts.site in self.nodes.values():
+        if facts.site in self.everybody.values():
             return "two sites of one study cannot have the same name"
         if overclaims := self._overclaims(facts):
             return overclaims
@@ -315,7 +355,7 @@ class Participants:
                 fix="Bring more sites, or lower participation.sites",
                 where="participation.sites",
             )
-        here = set(self.grid.get_node_ids())
+        here = self._connected()
         gone = {site: NOT_HERE for node, site in self.nodes.items() if node not in here}
         return StudyError(
             "a study starts with the sites that its plan needs"

@@ -190,6 +190,11 @@ class TestFigures(Strict):
         )
 
 
+def left_out_name(site: str) -> str:
+    """The name of the arm of a model that a site took no part in."""
+    return f"without {site}"
+
+
 class Arm(Strict):
     """One way to train the same model on the same patients."""
 
@@ -218,6 +223,16 @@ class Arm(Strict):
         description="plans with `personal.alone`: the same of the model that each site trained "
         "alone in the meantime, on its own test patients",
     )
+    unseen: TestFigures | None = Field(
+        default=None,
+        description="the delivered model at the sites that took no part in training and only "
+        "evaluate it",
+    )
+    own_bytes_down: int = Field(
+        default=0,
+        description="bytes of tensors sent to the sites after the last round, for the training of "
+        "models of their own; no tensors come back",
+    )
     privacy: dict[str, SitePrivacy] = Field(default_factory=dict, description="per site")
     seconds: float = Field(default=0.0, description="wall seconds of the arm")
 
@@ -244,6 +259,22 @@ class Arm(Strict):
             Arm(
                 name=f"alone: {site}",
                 kind="alone",
+                site=site,
+                epsilon=self.epsilon,
+                delta=self.delta,
+                test=found.of_site(site),
+            )
+            for site in found.per_site
+        ]
+
+    @property
+    def left_out(self) -> list[Arm]:
+        """The model at each site that only evaluates as an arm of its own, for tables."""
+        found = self.unseen or TestFigures(per_site={}, pooled={})
+        return [
+            Arm(
+                name=left_out_name(site),
+                kind="left-out",
                 site=site,
                 epsilon=self.epsilon,
                 delta=self.delta,
@@ -309,7 +340,12 @@ class StudyResults(Strict):
         default_factory=dict, description="initial weights: matched, reshaped_head, missing, unused"
     )
     named: list[str] = Field(
-        default_factory=list, description="between hospitals: the sites that the study names"
+        default_factory=list,
+        description="between hospitals: the sites that the study names for its training",
+    )
+    evaluate_only: list[str] = Field(
+        default_factory=list,
+        description="sites that take no part in training and evaluate the delivered model",
     )
     unchecked: list[str] = Field(
         default_factory=list,

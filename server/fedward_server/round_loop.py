@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -61,6 +62,9 @@ _LOOK_AGAIN: Final = 0.5
 _LONGEST: Final = 300.0
 
 
+Measured = tuple[dict[str, AnyCounts], dict[str, InvalidReply]]
+
+
 @dataclass(frozen=True)
 class Frozen:
     """Arrays that do not train in a stage, and their digest; "" where they always travel."""
@@ -97,14 +101,15 @@ class StudyRun:
         self._strategy: tuple[str, Strategy] | None = None
         self._open: tuple[int, Aggregation] | None = None
         self._told_heavy: set[str] = set()
+        self._given_up: set[str] = set()
         self._bytes_down = 0
         self._started = time.perf_counter()
 
-    def _describe(self) -> ConfigRecord:
+    def _describe(self, **more: Any) -> ConfigRecord:
         # What a site is told before the study is how many may take part at most.
-        members = self.job.members
-        known = self._everyone.get_node_ids() if members is None else members
-        return self._order(0, "describe", {}, sites=len(list(known)))
+        everyone = self.job.members is None
+        known = self._everyone.get_node_ids() if everyone else self._members.named_to_train
+        return self._order(0, "describe", {}, sites=len(list(known)), **more)
 
     def run(self) -> None:
         """Enrol, train the rounds that are missing, test.
@@ -146,9 +151,9 @@ class StudyRun:
                     raise
                 reason = error.__str__
             if start:
-                self._wait(self._why_not, _LOOK_AGAIN, self._members.least)
+                self._wait(self._why_not, _LOOK_AGAIN, self._connected(self._members.least))
             else:
-                self._wait(reason, pause, self.job.needed)
+                self._wait(reason, pause, self._connected(self.job.needed))
             # Sites that are there and fail each time are asked less and less often.
             pause = min(2 * pause, _LONGEST)
 
@@ -156,10 +161,18 @@ class StudyRun:
         """Why the study cannot start as it is now: sites come, go and change their minds."""
         return str(self._members.too_few())
 
+    def _connected(self, sites: int) -> Callable[[], bool]:
+        """Whether so many of the sites that train are there."""
+        return lambda: self._members.connected() >= sites
+
     def _wait(
-        self, reason: Callable[[], str], pause: float, sites: int, end: float = math.inf
+        self,
+        reason: Callable[[], str],
+        pause: float,
+        ready: Callable[[], bool],
+        end: float = math.inf,
     ) -> None:
-        """Until so many sites are connected, an operator resumes the study, or the time is up."""
+        """Until it is worth a try, an operator resumes the study, or the time is up."""
         name, round_ = self.job.arm.name, self.job.round
         told = ""
         while (left := end - time.monotonic()) > 0:
@@ -168,7 +181,7 @@ class StudyRun:
             if self._rest(min(pause, left)):
                 return
             self._members.refresh()
-            if self._members.connected() >= sites:
+            if ready():
                 self.job.listen(StudyResumed(name, round_))
                 return
             pause = min(2 * pause, 10.0)
@@ -463,7 +476,7 @@ class StudyRun:
         node = next(iter(self._members.nodes), 0)
         if isinstance(strategy, RuleStrategy):
             strategy.contributions = gathered.contributions()
-            strategy.sites = len(self.job.members or self._members.nodes)
+            strategy.sites = len(self._members.named_to_train)
         try:
             arrays, _ = strategy.aggregate_train(place + 1, gathered.messages(node))
         except AppExitException as error:
@@ -510,7 +523,8 @@ class StudyRun:
         return spec if stage.name != CENTERING or spec.needs_all else STRATEGIES["fedavg"]
 
     def _validate(self, round_: int, result: Round) -> None:
-        sites = {s for s, facts in self.job.facts.items() if facts.validation_images}
+        facts = self.job.facts.items()
+        sites = {s for s, one in facts if one.validation_images} - self.job.evaluate_only
         if not sites:
             return
         counts, _ = self._measure(round_, "validation", sites)
@@ -524,56 +538,117 @@ class StudyRun:
     def _finish(self) -> None:
         """Measure the model on the test patients; then the study is complete, measured or not.
 
-        A patient job waits for sites that may come back as long as a round waits, and no longer.
+        A patient job waits for sites that may come back as long as a round waits, and no longer:
+        for one to be tested on, for each whose own model is still to be made, and for each that
+        only evaluates.
         """
-        end, pause = time.monotonic() + self.job.patience, _LOOK_AGAIN
-        facts = self.job.facts
+        facts, arm, plan = self.job.facts, self.job.arm, self.plan
         sizes = {site: (one.test_images, one.test_patients) for site, one in facts.items()}
-        sites = {site for site, (images, _) in sizes.items() if images}
-        while True:
-            counts, missing = self._measure(0, "test", sites) if sites else ({}, {})
-            if self.job.stop.is_set():
-                return
-            passing = any(bad.kind in PASSING for bad in missing.values())
-            if counts or not passing or not self.job.patient or time.monotonic() >= end:
-                break
-            reason = f"a study needs a site to be tested on; {named(missing)}"
-            self._wait(reason.__str__, pause, 1, end)
-            pause = min(2 * pause, _LONGEST)
-        failures = [
-            Failure(site=site, reason=bad.reason, kind=bad.kind)
-            for site, bad in sorted(missing.items())
-        ]
-        arm = self.job.arm
-        arm.test, arm.unmeasured = tested(self.plan, counts, sizes, failures, named(missing))
-        if self.plan.own_round is not None:
-            arm.own = self._own_models(self.plan.own_round, sizes)
-        if self.plan.alone_round is not None:
-            arm.alone = self._own_models(self.plan.alone_round, sizes)
+        unseen = {site: sizes.pop(site) for site in self.job.evaluate_only if site in sizes}
+        own = [one for one in plan.tests if one]
+        counts, missing = self._caught_up(
+            lambda sites: self._measure(0, "test", sites), _with_images(sizes), each=bool(own)
+        )
+        if self.job.stop.is_set():
+            return
+        failures = _failures(missing)
+        arm.test, arm.unmeasured = tested(plan, counts, sizes, failures, named(missing))
+        if plan.own_round is not None:
+            arm.own = self._own_models(plan.own_round, sizes)
+        if plan.alone_round is not None:
+            arm.alone = self._own_models(plan.alone_round, sizes)
+        if self.job.evaluate_only:
+            arm.unseen = self._unseen(unseen)
         if self.job.stop.is_set():
             return
         self.job.complete = True
         self._note_time()
         self.job.save(self.job)
 
+    def _caught_up(
+        self, step: Callable[[set[str]], Measured], sites: set[str], *, each: bool
+    ) -> Measured:
+        """Do a step at sites; where that can still come, also at those that are away at first.
+
+        Parameters
+        ----------
+        step : callable
+            Gives the counts of the sites that it is given, and why the others of them have none.
+        sites : set of str
+            Where.
+        each : bool
+            Whether a patient job waits for every site that may come back, once and for as long as
+            a round waits; otherwise only while there are no counts at all.
+
+        Returns
+        -------
+        counts, missing : dict
+            Of all sites.
+        """
+        counts: dict[str, AnyCounts] = {}
+        missing: dict[str, InvalidReply] = {}
+        end, pause, left = time.monotonic() + self.job.patience, _LOOK_AGAIN, set(sites)
+        while left and not self.job.stop.is_set():
+            found, without = step(left)
+            counts |= found
+            missing = {s: bad for s, bad in missing.items() if s not in left} | without
+            passing = {site for site, bad in without.items() if bad.kind in PASSING}
+            if counts or each:
+                here = set((self.job.members or {}).values())
+                passing = (passing & here - self._given_up) if each else set()
+            if not passing or not self.job.patient or time.monotonic() >= end:
+                self._given_up |= passing
+                break
+            left, rule = passing, "a site to be tested on"
+            if each:
+                rule = "at its end each site that may come back, for as long as a round waits"
+            reason = f"a study needs {rule}; {named({site: without[site] for site in left})}"
+            self._wait(reason.__str__, pause, partial(self._any_is_there, left), end)
+            pause = min(2 * pause, _LONGEST)
+        return counts, missing
+
+    def _any_is_there(self, sites: set[str]) -> bool:
+        known = self._members.everybody
+        return any(known[node] in sites for node in self._members.grid.get_node_ids())
+
     def _own_models(self, round_: int, sizes: Mapping[str, tuple[int, int]]) -> TestFigures | None:
         """Have each site make its own model where that is still to be done, and test it there."""
-        failed = self._fine_tune(round_) if self.plan.passes(round_) else {}
-        sites = {site for site, (images, _) in sizes.items() if images} - failed.keys()
-        counts, missing = self._measure(round_, "test", sites) if sites else ({}, {})
-        missing |= {site: bad for site, bad in failed.items() if sizes.get(site, (0, 0))[0]}
-        failures = [
-            Failure(site=site, reason=bad.reason, kind=bad.kind)
-            for site, bad in sorted(missing.items())
-        ]
+        made: set[str] = set()
+
+        def step(sites: set[str]) -> Measured:
+            still = sites - made if self.plan.passes(round_) else set[str]()
+            failed = self._fine_tune(round_, still) if still else {}
+            made.update(sites - failed.keys())
+            ready = (sites & _with_images(sizes)) - failed.keys()
+            counts, missing = self._measure(round_, "test", ready) if ready else ({}, {})
+            return counts, missing | failed
+
+        counts, missing = self._caught_up(step, set(sizes), each=True)
+        missing = {site: bad for site, bad in missing.items() if sizes[site][0]}
+        failures = _failures(missing)
         return tested(self.plan, counts, sizes, failures, named(missing), answers_by_site=False)[0]
 
-    def _fine_tune(self, round_: int) -> dict[str, InvalidReply]:
-        """Have each site train the delivered model on by itself; why some could not.
+    def _unseen(self, sizes: Mapping[str, tuple[int, int]]) -> TestFigures:
+        """Measure the delivered model at the sites that took no part in training."""
+        sites = set(self.job.evaluate_only) - (sizes.keys() - _with_images(sizes))
+        counts, missing = self._caught_up(
+            lambda these: self._measure(0, "test", these), sites, each=True
+        )
+        known = {
+            site: (one.test_images, one.test_patients)
+            for site, one in self.job.facts.items()
+            if site in self.job.evaluate_only
+        }
+        failures = _failures(missing)
+        found, _ = tested(self.plan, counts, known, failures, answers_by_site=False)
+        return found or TestFigures(per_site={}, pooled={}, not_measured=failures)
+
+    def _fine_tune(self, round_: int, sites: set[str]) -> dict[str, InvalidReply]:
+        """Have these sites train the delivered model on by themselves; why some could not.
 
         What comes back says how many steps there were. The arrays stay at the site.
         """
-        nodes = dict(self._members.nodes)
+        nodes = {node: site for node, site in self._members.nodes.items() if site in sites}
         members = [node for node in self._members.grid.get_node_ids() if node in nodes]
         train = trainable_names(self._model, self.plan.stage_of(round_)[0].train)
         frozen = self._frozen(self.job.average, train)
@@ -587,8 +662,9 @@ class StudyRun:
         for message in messages:
             message.metadata.ttl = self.job.patience * passes
         asked = {nodes[node] for node in members}
-        failed = {site: NO_ANSWER if site in asked else NOT_HERE for site in nodes.values()}
-        failed |= self._members.absent()
+        failed = {site: NO_ANSWER if site in asked else NOT_HERE for site in sorted(sites)}
+        failed |= {site: bad for site, bad in self._members.absent().items() if site in sites}
+        before = self._bytes_down
         try:
             for node, reply in self._replies(messages, frozen, passes):
                 site = nodes[node]
@@ -604,6 +680,7 @@ class StudyRun:
                 else:
                     failed.pop(site, None)
         finally:
+            self.job.arm.own_bytes_down += self._bytes_down - before
             for site in asked & self.job.facts.keys():
                 charge_ordered(self.job.arm, self.plan, self.job.facts[site], round_)
         return failed
@@ -612,14 +689,21 @@ class StudyRun:
         self, round_: int, part: str, sites: set[str]
     ) -> tuple[dict[str, AnyCounts], dict[str, InvalidReply]]:
         """The counts of these sites, and why each of them that sent none has none."""
-        nodes = dict(self._members.nodes)
+        nodes = self._members.everybody
         members = [node for node in self._members.grid.get_node_ids() if nodes[node] in sites]
+        only = {"evaluate_only": True} if sites <= self.job.evaluate_only else {}
         # Of the test: what trained last is what a site lacks.
         stage, _ = self.plan.stage_of(round_ or self.plan.rounds)
         train = trainable_names(self._model, stage.train)
         frozen = self._frozen(self.job.average, train)
         order = self._order(
-            round_, "evaluate", self.job.average, part=part, sites=len(members), frozen=frozen.mark
+            round_,
+            "evaluate",
+            self.job.average,
+            part=part,
+            sites=len(members),
+            frozen=frozen.mark,
+            **only,
         )
         fresh = record_of({name: self.job.average[name] for name in train})
         content = RecordDict({"arrays": fresh, "config": order})
@@ -630,7 +714,8 @@ class StudyRun:
         asked = {nodes[node] for node in members}
         counts: dict[str, AnyCounts] = {}
         missing = {site: NO_ANSWER if site in asked else NOT_HERE for site in sorted(sites)}
-        missing |= {site: bad for site, bad in self._members.absent().items() if site in sites}
+        absent = self._members.absent(training=False)
+        missing |= {site: bad for site, bad in absent.items() if site in sites}
         for node, reply in self._replies(messages, frozen):
             site = nodes[node]
             facts = self.job.facts.get(site)
@@ -671,3 +756,14 @@ class StudyRun:
 
     def _tell(self, round_: int, site: str, what: str) -> None:
         self.job.listen(SiteAnswered(self.job.arm.name, round_, site, what))
+
+
+def _with_images(sizes: Mapping[str, tuple[int, int]]) -> set[str]:
+    return {site for site, (images, _) in sizes.items() if images}
+
+
+def _failures(missing: Mapping[str, InvalidReply]) -> list[Failure]:
+    return [
+        Failure(site=site, reason=bad.reason, kind=bad.kind)
+        for site, bad in sorted(missing.items())
+    ]

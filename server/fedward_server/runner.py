@@ -82,6 +82,7 @@ class Runner:
         self.folder = self.config.study_folder(self.study.id)
         self.results = self._results()
         self.results.named = list(self.study.sites)
+        self.results.evaluate_only = list(self.study.evaluate_only)
         self.keeper = StudyPersistence(
             self.folder, self.registry, self.study, self.plan, self.results, self.stop
         )
@@ -128,7 +129,8 @@ class Runner:
         """A runner before this one may have ordered the next round, and not lived to count it."""
         if self.job.round <= self.plan.last_round and self.plan.passes(self.job.round):
             known = {one.site: one for one in self.results.sites} | self.job.facts
-            for facts in known.values():
+            for name in known.keys() - self.job.evaluate_only:
+                facts = known[name]
                 charge_ordered(self.job.arm, self.plan, facts, self.job.round)
 
     def _broke(self, error: Exception, pause: float) -> None:
@@ -169,7 +171,8 @@ class Runner:
         with self._looking:
             there = {one.name: one for one in self.registry.sites.list()}
             put_out = self.registry.studies.quarantined(self.study.id)
-            named = {name: there.get(name) for name in self.study.sites}
+            reached = (*self.study.sites, *self.study.evaluate_only)
+            named = {name: there.get(name) for name in reached}
             self.job.left_out = {
                 name: bad
                 for name, site in named.items()
@@ -205,6 +208,7 @@ class Runner:
             ask_again_seconds=5.0,
             quorum=self.study.quorum,
             deadline=self.study.deadline,
+            evaluate_only=frozenset(self.study.evaluate_only),
         )
 
     def _initial(self) -> Arrays:

@@ -26,7 +26,7 @@ from fedward_client.training.optimizers import build_optimizer
 from fedward_client.training.runtime import Runtime
 from fedward_client.training.trainer import Trainer
 from fedward_server.metrics_summary import tested
-from fedward_server.results import Arm, TestFigures
+from fedward_server.results import Arm, TestFigures, left_out_name
 from fedward_server.round_loop import Job, StudyRun
 from fedward_simulation.checkpoint import ArmFolder
 from fedward_simulation.local import LocalGrid, State
@@ -51,11 +51,6 @@ def without(plan: Plan, site: str, sites: int) -> tuple[Plan, Arm]:
     epsilon, delta = plan.privacy.epsilon, plan.privacy.delta
     arm = Arm(name=left_out_name(site), kind="left-out", site=site, epsilon=epsilon, delta=delta)
     return plan_from(content), arm
-
-
-def left_out_name(site: str) -> str:
-    """The name of the arm without a hospital."""
-    return f"without {site}"
 
 
 def test_everywhere(state: State, plan: Plan, arrays: Arrays) -> tuple[SiteAnswers, Tested]:

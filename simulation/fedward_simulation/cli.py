@@ -127,6 +127,14 @@ def run(
             help="Also run the study without each hospital in turn, and test it there.",
         ),
     ] = False,
+    evaluate_only: Annotated[
+        str,
+        typer.Option(
+            "--evaluate-only",
+            metavar="NAMES",
+            help="Hospitals, with commas between, that train nothing and test the finished model.",
+        ),
+    ] = "",
     epsilons: Annotated[
         str,
         typer.Option(
@@ -193,6 +201,7 @@ def run(
         device=device,
         baselines=baselines,
         leave_one_out=leave_one_out,
+        evaluate_only=tuple(one.strip() for one in evaluate_only.split(",") if one.strip()),
         epsilons=others,
         seed=seed,
         plan_folder=plan.parent,

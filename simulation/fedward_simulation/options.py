@@ -88,6 +88,8 @@ class Options:
         Whether each image of `data` is of another person, where the data name no patients.
     dataset : DatasetSection or None
         What a site's configuration says of `data`.
+    evaluate_only : tuple of str
+        Hospitals that take no part in training; the finished models are tested there.
     fresh : bool
         Whether to leave aside the state of an unfinished run in `out`.
     checkpoint_seconds : float
@@ -103,6 +105,7 @@ class Options:
     device: str = "auto"
     baselines: bool = False
     leave_one_out: bool = False
+    evaluate_only: tuple[str, ...] = ()
     epsilons: tuple[float, ...] = ()
     seed: int = 0
     plan_folder: Path | None = None

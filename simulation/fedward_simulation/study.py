@@ -14,7 +14,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from fedward.errors import FedwardError, Interrupted, OutputError, PlanError, StudyError
+from fedward.errors import DataError, FedwardError, Interrupted, OutputError, PlanError, StudyError
 from fedward.models import describe, to_arrays
 from fedward.plan.load import plan_from, plan_hash
 from fedward.plan.schema import Plan
@@ -26,11 +26,10 @@ from fedward_client.training.trainer import site_facts
 from fedward_client.worker_pool import Limits
 from fedward_server.app import server_app
 from fedward_server.events import Listener, ignore
-from fedward_server.results import Arm, StudyResults
+from fedward_server.results import Arm, StudyResults, left_out_name
 from fedward_server.round_loop import Job
 from fedward_simulation.baselines import (
     arm_name,
-    left_out_name,
     lone_arm,
     shares,
     test_everywhere,
@@ -102,6 +101,7 @@ class Study:
             parameters=describe(plan).parameters,
             versions=_versions(),
         )
+        self.results.evaluate_only = list(options.evaluate_only)
         self.checkpoints = RunCheckpoints(options.out, self._about(), options.checkpoint_seconds)
         self._arms: dict[str, ArmFolder] = {}
 
@@ -133,7 +133,10 @@ class Study:
         # What is wrong with the plan shows before an image is read.
         arrays, plans = self.initial(), self._plans()
         self.unfinished()
-        sites = self.sites = self.prepare()
+        everybody = self.prepare()
+        unseen = self._unseen(everybody)
+        names = {site.name for site in unseen}
+        sites = self.sites = [site for site in everybody if site.name not in names]
         if self.options.leave_one_out and len(sites) < 2:
             raise PlanError(
                 "a study without one of its hospitals needs two",
@@ -141,8 +144,8 @@ class Study:
                 fix="Bring more sites, or leave out --leave-one-out",
                 where="--leave-one-out",
             )
-        self._describe(sites)
-        self.resumed = self.checkpoints.begin(digest_of_sites(sites))
+        self._describe(everybody)
+        self.resumed = self.checkpoints.begin(digest_of_sites(everybody))
         self._arms = self._planned(plans, sites)
         if self.resumed:
             self.note(f"going on with an unfinished run; {self._stock()}")
@@ -150,7 +153,7 @@ class Study:
         pool = Pool(State(SimulatedSites(sites, runtime, self.policy)), workers)
         try:
             jobs = [self._job(plan, arrays) for plan in plans]
-            self._federated(pool, sites, runtime, jobs)
+            self._federated(pool, sites, unseen, runtime, jobs)
             self._note_withheld()
             answers = self._baselines(pool, sites, arrays) if self.options.baselines else {}
             if self.options.leave_one_out:
@@ -181,6 +184,7 @@ class Study:
             "device": results.device,
             "baselines": options.baselines,
             "leave_one_out": options.leave_one_out,
+            "evaluate_only": list(options.evaluate_only),
             "epsilons": list(options.epsilons),
             "policy": hashlib.sha256(self.policy.model_dump_json().encode()).hexdigest(),
             "patient_column": options.patient_column,
@@ -267,9 +271,28 @@ class Study:
         )
         return runtime, workers
 
+    def _unseen(self, sites: Sequence[PreparedSite]) -> list[PreparedSite]:
+        """The hospitals that only evaluate."""
+        known = {site.name: site for site in sites}
+        for name in self.options.evaluate_only:
+            if name not in known:
+                raise DataError(
+                    "a hospital that only evaluates must be one of the data",
+                    value=name,
+                    fix=f"Name one of {', '.join(known)}",
+                    where="--evaluate-only",
+                )
+        return [known[name] for name in dict.fromkeys(self.options.evaluate_only)]
+
     def _federated(
-        self, pool: Pool, sites: Sequence[PreparedSite], runtime: Runtime, jobs: Sequence[Job]
+        self,
+        pool: Pool,
+        sites: Sequence[PreparedSite],
+        unseen: Sequence[PreparedSite],
+        runtime: Runtime,
+        jobs: Sequence[Job],
     ) -> None:
+        elsewhere = State(SimulatedSites(unseen, runtime, self.policy))
         self.results.start_up_seconds = time.perf_counter() - self._began
         for job in jobs:
             kept = self._arms[job.arm.name].open(job)
@@ -285,6 +308,9 @@ class Study:
             try:
                 if not job.complete:
                     self._run(job, pool, sites, runtime)
+                if unseen and job.arm.unseen is None:
+                    _, (job.arm.unseen, _) = test_everywhere(elsewhere, job.plan, job.average)
+                    job.save(job)
             finally:
                 kept.flush()
                 self._stands(kept)

@@ -30,6 +30,7 @@ from fedward_server.runner import Runner
 from fedward_server.study_persistence import Checkpoints
 
 Make = Callable[..., Any]
+PRIVATE = {"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-3, "clipping_norm": 1.0}
 INVALID = InvalidReply("an update must be finite.")
 OTHERS = [
     InvalidReply("no answer in time", "silent"),
@@ -265,6 +266,30 @@ def test_who_is_put_out_or_gone_is_absent_with_the_reason(
     assert registry.studies.release("south", other.id) == []
     assert registry.studies.release("south") == [study.id]
     assert dict(runner._see_members()) == {1: "north", 2: "south"}
+
+
+def test_who_only_evaluates_is_reached_and_is_not_counted(
+    config: ServerConfig, registry: Registry, make_plan: Make
+) -> None:
+    for number, name in enumerate(("north", "south"), 1):
+        registry.sites.add(name, site_key(), number)
+    plan = make_plan(participation={"sites": 1})
+    runner = Runner(
+        config, registry, registry.studies.submit(plan, ["north"], evaluate_only=["south"])
+    )
+    assert dict(runner._see_members()) == {1: "north", 2: "south"}
+    ours = members(runner.job)
+    assert ours.named_to_train == ["north"]
+    assert list(ours.absent()) == ["north"] and set(ours.absent(training=False)) == {
+        "north",
+        "south",
+    }
+    assert (runner.results.named, runner.results.evaluate_only) == (["north"], ["south"])
+    # An order that a crash interrupted was not sent to who never trains.
+    runner.results.sites = [facts("north"), facts("south")]
+    runner.job.plan = runner.plan = make_plan(participation={"sites": 1}, privacy=PRIVATE)
+    runner._charge_what_was_open()
+    assert list(runner.job.arm.privacy) == ["north"]
 
 
 def test_a_claim_beyond_the_enrolled_size_is_refused_also_later(

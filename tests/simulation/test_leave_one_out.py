@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedward.errors import PlanError
+from fedward.errors import DataError, PlanError
 from fedward.plan import load_plan
 from fedward_server.report.page import render
 from fedward_server.report.summary import headline
@@ -64,6 +64,33 @@ def test_the_others_model_is_tested_where_nobody_took_part(
     text = headline(whole)
     assert "At a hospital that takes no part" in text and "west" in text
     assert "without west" in render([whole])
+
+
+def test_a_hospital_that_only_evaluates_is_told_as_one_that_took_no_part(
+    plan_file: Path, three: Path, tmp_path: Path
+) -> None:
+    told = run(plan_file, three, tmp_path / "three", evaluate_only=("west",), baselines=True)
+    shutil.rmtree(three / "west")
+    other = run(plan_file, three, tmp_path / "two", baselines=True)
+    # Of the two others everything is as if there were no third, pooled data included.
+    assert [arm.name for arm in told.arms] == [arm.name for arm in other.arms]
+    assert [arm.test for arm in told.arms] == [arm.test for arm in other.arms]
+    unseen = told.arms[0].unseen
+    assert unseen is not None and set(unseen.per_site) == {"west"}
+    low, high = unseen.site_intervals["west"]["auc"]
+    value = unseen.per_site["west"]["auc"]
+    assert value is not None and low < value <= high
+    text = headline(told)
+    assert f"{value:.3f} (95 % interval {low:.3f}–{high:.3f}) at west." in text
+    assert "west (evaluates only)" in render([told])
+    assert text.replace(text[text.index(" Where no hospital") :], "") == headline(other)
+
+
+def test_a_hospital_that_only_evaluates_must_be_there(
+    plan_file: Path, three: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"east.*Name one of north, south, west"):
+        run(plan_file, three, tmp_path / "out", evaluate_only=("east",))
 
 
 def test_a_study_of_one_hospital_has_none_to_leave_out(

@@ -26,8 +26,9 @@ def _facts(card: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         return
     yield "network", f"{card['network']}, {card['parameters']:,} parameters"
     yield "data", _data(card)
-    yield "rounds", card["rounds"]
-    yield "privacy", _privacy(card["privacy"])
+    only = card["evaluate_only"]
+    yield "rounds", "none at this site: it only evaluates" if only else card["rounds"]
+    yield "privacy", "nothing is trained" if only else _privacy(card["privacy"])
     yield "evaluations", _evaluations(card["privacy"])
     yield "leaves", card["leaves"]
     for place, one in enumerate(card["limits"]):

@@ -32,6 +32,8 @@ class Approval(BaseModel):
         What the approval is bound to: another plan or another coordinator needs its own.
     name : str
         The study's name in its plan.
+    evaluate_only : bool
+        Whether it is only about the evaluation of the delivered model; training needs another.
     state : str
         Where it stands; ``allowed`` is what went ahead within the policy, without a person.
     seen, settled : str
@@ -45,6 +47,7 @@ class Approval(BaseModel):
     plan_hash: str
     coordinator: str
     name: str
+    evaluate_only: bool = False
     state: State = "pending"
     seen: str
     settled: str = ""
@@ -116,7 +119,10 @@ class Approvals:
             key = (request.study, request.plan_hash, request.coordinator)
             wanted: State = "pending" if manual else "allowed"
             known = next((one for one in file.approvals if one.key == key), None)
-            if known is not None and known.state in ("approved", "denied", wanted):
+            # Who approved an evaluation has not approved training.
+            wider = known is not None and known.evaluate_only and not request.evaluate_only
+            settled = {"denied", *(() if wider else ("approved", wanted))}
+            if known is not None and known.state in settled:
                 self._keep(request, known.state)
                 return known
             # A denial is of the study, whatever plan its coordinator sends next.
@@ -131,6 +137,7 @@ class Approvals:
                 plan_hash=request.plan_hash,
                 coordinator=request.coordinator,
                 name=request.plan.study.name,
+                evaluate_only=request.evaluate_only,
                 state=wanted,
                 seen=self._time(),
             )

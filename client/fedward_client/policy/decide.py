@@ -60,6 +60,8 @@ class StudyRequest:
         Of the frozen cohort that would serve it; None while there is none.
     sites : int or None
         How many sites the signed order says are asked; None where no round depends on it.
+    evaluate_only : bool
+        Whether the site is to train nothing, and only to evaluate the delivered model.
     """
 
     study: str
@@ -69,6 +71,7 @@ class StudyRequest:
     parameters: int
     facts: DatasetFacts | None
     sites: int | None = None
+    evaluate_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,8 @@ def _model(policy: PolicySection, limits: Limits, request: StudyRequest) -> Iter
         yield Violation("model.name", RuleCode.MODEL, {"model": name})
     if count > (most := limits.max_parameters):
         yield Violation("model", RuleCode.PARAMETERS, {"asked": count, "limit": most})
+    if request.evaluate_only:
+        return  # no update leaves
     # A site counts what a strategy sends besides the update as well.
     sent = count * (1 + len(request.plan.strategy.spec.sent))
     if (upload := sent * _BYTES / _MIB) > (largest := policy.max_upload_mib):
@@ -195,6 +200,8 @@ def _model(policy: PolicySection, limits: Limits, request: StudyRequest) -> Iter
 
 def _privacy(policy: PolicySection, limits: Limits, request: StudyRequest) -> Iterator[Violation]:
     plan = request.plan
+    if request.evaluate_only:
+        return  # it is about updates
     if not plan.privacy.on:
         if limits.require_privacy:
             yield Violation("privacy.mechanism", RuleCode.PRIVATE)

@@ -145,16 +145,16 @@ class Executor:
     ) -> TrainerMessage:
         trainer = self._trainers.get(case)
         if case.limits.counts == "private":
-            # All validations cost a patient as much as all tests: the plan's ε of evaluations.
             test = order.model_copy(update={"part": "test"})
-            whole = replace(
-                self._evaluation(test, case, trainer), epsilon=case.plan.metrics.epsilon
-            )
+            whole = self._evaluation(test, case, trainer)
+            if not order.evaluate_only:
+                # All validations cost a patient as much as all tests: the plan's ε of evaluations.
+                whole = replace(whole, epsilon=case.plan.metrics.epsilon)
             self._ledger.evaluations.check_study(
                 whole,
                 self._contexts.policy.max_evaluation_epsilon_per_cohort,
             )
-        if case.plan.privacy.on:
+        if case.plan.privacy.on and not order.evaluate_only:
             request, total = self._request(order, case, trainer)
             self._ledger.check_study(request, total, self._caps(case))
         facts = self._contexts.gate(case).check_facts(trainer.describe())
@@ -163,6 +163,8 @@ class Executor:
     def _train(
         self, order: RoundOrder, case: StudyContext, packet: TrainerMessage
     ) -> TrainerMessage:
+        if order.evaluate_only:
+            raise ProtocolError(RuleCode.EVALUATE_ONLY, fix="Submit the study with the site")
         if not 1 <= order.round <= case.plan.last_round:
             raise ProtocolError(
                 RuleCode.ROUNDS,
@@ -236,7 +238,8 @@ class Executor:
             # Before the answer is kept: an evaluation that broke off here is done again.
             self._trainers.keep(case, order, packet.arrays)
         self._ledger.evaluations.commit(request, _kept(outcome, made))
-        if order.part == "test" and order.round == case.plan.tests[-1]:
+        last = 0 if order.evaluate_only else case.plan.tests[-1]
+        if order.part == "test" and order.round == last:
             self._trainers.end(order.study)  # the last evaluation of a study
         return TrainerMessage("counts", dict(outcome.to_flat()), made)
 

@@ -162,7 +162,8 @@ class OrderService(ABC):
             coordinator=coordinator,
             parameters=describe(plan).parameters,
             facts=case.facts,
-            sites=None if order.task == "evaluate" else order.sites,
+            sites=None if order.task == "evaluate" or order.evaluate_only else order.sites,
+            evaluate_only=bool(order.evaluate_only),
         )
         self._heard(request, order)
         decision = decide(self._contexts.policy, request)

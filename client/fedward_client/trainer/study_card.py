@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
 from fedward.dp.accounting import default_delta
 from fedward.errors import DataError
@@ -19,6 +19,21 @@ from fedward_client.ledger import Caps, Ledger
 from fedward_client.policy.approvals import Approval
 from fedward_client.policy.decide import DatasetFacts, facts_of
 from fedward_client.policy.settings import Limits
+
+# What the officer reads of a study in which the site trains nothing.
+_EVALUATES: Final = (
+    "counts of one evaluation of the finished model on test patients; nothing is trained here, and "
+    "no update leaves"
+)
+_OF_TRAINING: Final = frozenset(
+    {
+        "require_privacy",
+        "max_epsilon_per_study",
+        "max_epsilon_per_cohort",
+        "max_delta",
+        "minimum_sites",
+    }
+)
 
 
 def study_card(approval: Approval, plan: Plan | None, config: SiteConfig, ledger: Ledger) -> Any:
@@ -59,9 +74,13 @@ def study_card(approval: Approval, plan: Plan | None, config: SiteConfig, ledger
         "patients": facts.patients if facts else 0,
         "per_image": bool(facts and facts.per_image),
         "rounds": plan.rounds,
-        "privacy": _privacy(plan, config, ledger, cohort),
-        "leaves": exchange(plan, parameters),
-        "limits": list(_limits(plan, limits, config, facts, parameters)),
+        "privacy": _privacy(plan, config, ledger, cohort, approval.evaluate_only),
+        "leaves": _EVALUATES if approval.evaluate_only else exchange(plan, parameters),
+        "limits": [
+            one
+            for one in _limits(plan, limits, config, facts, parameters)
+            if not (approval.evaluate_only and one["limit"] in _OF_TRAINING)
+        ],
     }
 
 
@@ -73,7 +92,9 @@ def in_full(card: dict[str, Any], plan: Plan | None) -> dict[str, Any]:
     return card | {"words": words, "plan": plan.model_dump(mode="json"), "text": canonical(plan)}
 
 
-def _privacy(plan: Plan, config: SiteConfig, ledger: Ledger, cohort: str) -> dict[str, Any]:
+def _privacy(
+    plan: Plan, config: SiteConfig, ledger: Ledger, cohort: str, evaluate_only: bool
+) -> dict[str, Any]:
     """ε of training and of evaluations: asked, left now, and left at least after it."""
     policy = config.policy
     caps = Caps(policy.max_epsilon_per_study, policy.max_epsilon_per_cohort, policy.max_delta)
@@ -81,15 +102,16 @@ def _privacy(plan: Plan, config: SiteConfig, ledger: Ledger, cohort: str) -> dic
     left = ledger.standing(cohort, caps).left if known else caps.cohort
     spent = ledger.evaluations.epsilon_of_cohort(cohort) if known else 0.0
     evaluations = max(0.0, policy.max_evaluation_epsilon_per_cohort - spent)
-    asked = plan.privacy.epsilon
+    asked = 0.0 if evaluate_only else plan.privacy.epsilon
+    tests = plan.evaluation_epsilon("test") if evaluate_only else plan.metrics.epsilon
     return {
         "epsilon": asked,
         "delta": plan.privacy.delta,
         "left": round(left, 4),
         "left_after": round(max(0.0, left - asked), 4) if asked is not None else None,
-        "evaluation_epsilon": plan.metrics.epsilon,
+        "evaluation_epsilon": tests,
         "evaluation_left": round(evaluations, 4),
-        "evaluation_left_after": round(max(0.0, evaluations - plan.metrics.epsilon), 4),
+        "evaluation_left_after": round(max(0.0, evaluations - tests), 4),
     }
 
 

@@ -120,7 +120,7 @@ def _answer(registry: Registry, site: Site, nodes: dict[int, Node]) -> SiteAnswe
     running = [
         one
         for one in registry.studies.list("submitted", "running", "paused", "failed")
-        if site.name in one.sites
+        if site.name in (*one.sites, *one.evaluate_only)
     ]
     put_out = {one.id: registry.studies.quarantined(one.id) for one in running}
     return SiteAnswer(

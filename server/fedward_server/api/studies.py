@@ -41,7 +41,12 @@ class NewStudy(BaseModel):
 
     plan: dict[str, Any] = Field(description="the plan, as `study.toml` has it")
     sites: list[Name] = Field(
-        min_length=1, max_length=1000, description="the only sites it reaches"
+        min_length=1, max_length=1000, description="the only sites that train"
+    )
+    evaluate_only: list[Name] = Field(
+        default_factory=list,
+        max_length=1000,
+        description="sites besides that take no part in training and evaluate the delivered model",
     )
     quorum: int | None = Field(default=None, ge=1, description="updates that make a round count")
     deadline: float | None = Field(default=None, gt=0, description="seconds that a round waits")
@@ -74,9 +79,17 @@ def studies_router(config: ServerConfig, registry: Registry, access: Access) -> 
     def submit_study(new: NewStudy) -> Study:
         """Submit a plan to sites that are enrolled."""
         plan = plan_from(new.plan)
-        for name in new.sites:
+        for name in (*new.sites, *new.evaluate_only):
             registry.sites.get(name)
-        return studies.submit(plan, new.sites, new.quorum, new.deadline, new.seed, new.request)
+        return studies.submit(
+            plan,
+            new.sites,
+            new.quorum,
+            new.deadline,
+            new.seed,
+            new.request,
+            new.evaluate_only,
+        )
 
     @router.get("/{study}", dependencies=[Depends(viewer)])
     def show_study(study: str) -> StudyAnswer:

@@ -65,10 +65,12 @@ def _data(results: StudyResults, arm: Arm) -> Iterator[str]:
     yield "| site | patients | training | validation | test | rounds it took part in |"
     yield "|---|---|---|---|---|---|"
     for site in results.sites:
-        taken = sum(site.site in one.sites for one in arm.rounds)
+        taken = f"{sum(site.site in one.sites for one in arm.rounds)} of {len(arm.rounds)}"
+        if site.site in results.evaluate_only:
+            taken = "none, it only evaluates"
         yield (
             f"| {site.site} | {site.patients} | {site.train_patients} | "
-            f"{site.validation_patients} | {site.test_patients} | {taken} of {len(arm.rounds)} |"
+            f"{site.validation_patients} | {site.test_patients} | {taken} |"
         )
     for name in sorted(set(results.named) - {site.site for site in results.sites}):
         yield f"| {name} | – | – | – | – | 0 of {len(arm.rounds)} |"
@@ -119,6 +121,9 @@ def _figures(plan: Plan, arm: Arm, results: StudyResults) -> Iterator[str]:
     yield "|---|" + "---|" * len(names)
     for site in sorted(arm.test.per_site):
         yield f"| {site} |" + "|".join(_told(site_estimate(arm, site, n)) for n in names) + "|"
+    for unseen in arm.left_out:
+        told = "|".join(_told(site_estimate(unseen, str(unseen.site), n)) for n in names)
+        yield f"| {unseen.site}, not in the training |{told}|"
     yield "| spread between sites |" + "|".join(_spread(arm, n) for n in names) + "|"
     yield "| together |" + "|".join(_told(together_estimate(arm, n)) for n in names) + "|"
     errors = arm.test.standard_errors

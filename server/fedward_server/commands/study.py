@@ -29,6 +29,13 @@ Out = Annotated[Path, typer.Option("--out", help="where to write it")]
 def submit(
     plan: Annotated[Path, typer.Argument(help="the plan, study.toml")],
     sites: Annotated[str, typer.Option("--sites", help="names with commas between")],
+    evaluate_only: Annotated[
+        str,
+        typer.Option(
+            "--evaluate-only",
+            help="sites that take no part in training and test the finished model",
+        ),
+    ] = "",
     quorum: Annotated[int | None, typer.Option(help="updates that make a round count")] = None,
     deadline: Annotated[float | None, typer.Option(help="seconds that a round waits")] = None,
     seed: Annotated[int, typer.Option(help="of the first model and the division")] = 0,
@@ -41,7 +48,8 @@ def submit(
     """Submit a plan to sites; it begins at once."""
     body = {
         "plan": _read(plan),
-        "sites": [one.strip() for one in sites.split(",") if one.strip()],
+        "sites": _names(sites),
+        "evaluate_only": _names(evaluate_only),
         "quorum": quorum,
         "deadline": deadline,
         "seed": seed,
@@ -91,6 +99,8 @@ def show(
     one = found["study"]
     console = Console()
     console.print(f"{one['id']}: {one['state']} {one['reason']}", highlight=False)
+    if only := one.get("evaluate_only"):
+        console.print(f"{', '.join(only)} only evaluate the finished model", highlight=False)
     for site, reason in found["quarantined"].items():
         console.print(f"{site} is quarantined: {reason}", highlight=False)
     table = Table("round", "stage", "seconds", "loss", "validation", "sites", "without an update")
@@ -224,6 +234,10 @@ def export(
         f"from the network's by at most {made.difference:.1e}.",
         as_json=as_json,
     )
+
+
+def _names(text: str) -> list[str]:
+    return [one.strip() for one in text.split(",") if one.strip()]
 
 
 def _wish(client: ApiClient, study: str, wish: str, *, as_json: bool) -> None:

@@ -37,7 +37,10 @@ class Study(BaseModel):
     plan: str = Field(description="the plan in canonical form")
     plan_sha256: str
     coordinator: str = Field(description="base64 of the Ed25519 public key")
-    sites: tuple[str, ...] = Field(description="the only sites that it reaches")
+    sites: tuple[str, ...] = Field(description="the only sites that train")
+    evaluate_only: tuple[str, ...] = Field(
+        default=(), description="sites besides that only evaluate the delivered model"
+    )
     quorum: int = Field(description="updates that make a round count")
     deadline: float = Field(description="seconds that a round waits")
     seed: int

@@ -54,6 +54,7 @@ studies = Table(
     Column("coordinator", String(64), nullable=False),
     Column("signature", String(128), nullable=False),
     Column("sites", Text, nullable=False),
+    Column("evaluate_only", Text, nullable=False, server_default="[]"),
     Column("quorum", Integer, nullable=False),
     Column("deadline", Float, nullable=False),
     Column("seed", Integer, nullable=False),

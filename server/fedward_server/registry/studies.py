@@ -43,6 +43,7 @@ class StudyStore:
         deadline: float | None = None,
         seed: int = 0,
         request: str | None = None,
+        evaluate_only: Sequence[str] = (),
     ) -> Study:
         """Enter a study, signed, in state ``submitted``.
 
@@ -51,7 +52,7 @@ class StudyStore:
         plan : Plan
             What to do.
         sites : sequence of str
-            The only sites that it will ever reach.
+            The sites that train; with those of `evaluate_only` the only ones that it will reach.
         quorum : int, optional
             Updates that make a round count; none: as the plan says.
         deadline : float, optional
@@ -60,6 +61,8 @@ class StudyStore:
             Of the initial model and of the division of patients.
         request : str, optional
             The caller's own mark; with one that was used before, that study is given back.
+        evaluate_only : sequence of str
+            Sites that take no part in training and evaluate the delivered model.
 
         Raises
         ------
@@ -67,6 +70,15 @@ class StudyStore:
             Sites, quorum or deadline do not fit the plan.
         """
         values = self._values(plan, sorted(set(sites)), quorum, deadline, seed, request)
+        only = sorted(set(evaluate_only))
+        if both := sorted(set(only) & set(sites)):
+            raise PlanError(
+                "a site trains, or only evaluates",
+                value=", ".join(both),
+                fix="Name it in --sites or in --evaluate-only",
+                where="--evaluate-only",
+            )
+        values["evaluate_only"] = json.dumps(only)
         with self._engine.begin() as connection:
             same = studies.c.request == request
             if request and (row := connection.execute(select(studies).where(same)).one_or_none()):
@@ -366,7 +378,8 @@ def _unknown(study: str) -> StudyError:
 
 
 def _study(row: Row[Any]) -> Study:
-    return Study.model_validate({**row._mapping, "sites": tuple(json.loads(row.sites))})
+    named = {key: tuple(json.loads(getattr(row, key))) for key in ("sites", "evaluate_only")}
+    return Study.model_validate({**row._mapping, **named})
 
 
 def _event(row: Row[Any]) -> Event:

@@ -36,6 +36,7 @@ def ordered(arms: Sequence[Arm]) -> list[Arm]:
     every = [one for arm in arms for one in (arm, arm.personal) if one is not None]
     if not any(arm.kind == "alone" for arm in arms):
         every += [lone for arm in arms[:1] for lone in arm.lone]
+    every += [one for arm in arms[:1] for one in arm.left_out]
     return sorted(every, key=lambda arm: (_ORDER[arm.kind], _strictness(arm)))
 
 
@@ -49,13 +50,13 @@ def of_kind(results: StudyResults, kind: str) -> list[Arm]:
 
 
 def site_names(results: StudyResults) -> list[str]:
-    """Every site that the results speak of, those that never took part too; first as they said."""
+    """Every site of the training, those that never took part too; first as they said."""
     names = [*(facts.site for facts in results.sites), *results.named]
     for arm in results.arms:
         names.extend(arm.test.per_site if arm.test else ())
         names.extend(name for round_ in arm.rounds for name in round_.sites)
         names.extend(failure.site for round_ in arm.rounds for failure in round_.failures)
-    return list(dict.fromkeys(names))
+    return [name for name in dict.fromkeys(names) if name not in results.evaluate_only]
 
 
 def together(arm: Arm, metric: str) -> float | None:

@@ -264,12 +264,38 @@ def _left_out(results: StudyResults, lead: Arm) -> str:
         if without is not None and with_it is not None:
             both = f"{figure(without.value, metric)} against {figure(with_it.value, metric)}"
             told.append(f"{site} {both}")
-    if not told:
+    if told:
+        return (
+            "At a hospital that takes no part, the model of the others has, against the model of "
+            f"all: {', '.join(told)} {metric_name(metric)}."
+        )
+    return _unseen(results, lead)
+
+
+def _unseen(results: StudyResults, lead: Arm) -> str:
+    """What the model reaches at the hospitals that only evaluate, and why not at some."""
+    metric, found = results.primary, lead.unseen
+    if found is None:
         return ""
-    return (
-        "At a hospital that takes no part, the model of the others has, against the model of all: "
-        f"{', '.join(told)} {metric_name(metric)}."
+    values = {arm.site: site_estimate(arm, str(arm.site), metric) for arm in lead.left_out}
+    told = [
+        f"{figure(one.value, metric)}{_of(one, metric)} at {site}"
+        for site, one in values.items()
+        if one is not None
+    ]
+    why = {one.site: one.reason.rstrip(".") for one in found.not_measured}
+    missing = [
+        f"{site} ({why.get(site, f'no {metric_name(metric)} of its own patients')})"
+        for site in results.evaluate_only
+        if values.get(site) is None
+    ]
+    start = (
+        f"Where no hospital took part in its training, the model reaches ({metric_name(metric)})"
     )
+    sentences = [f"{start}: {', '.join(told)}."] if told else []
+    if missing:
+        sentences.append(f"Not known there: {', '.join(missing)}.")
+    return " ".join(sentences)
 
 
 def _private(results: StudyResults, lead: Arm, federated: list[Arm]) -> str:

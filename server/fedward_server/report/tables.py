@@ -93,7 +93,7 @@ def primary_table(results: StudyResults) -> Table | None:
 
     None where no arm has a figure.
     """
-    sites, metric = site_names(results), results.primary
+    sites, metric = [*site_names(results), *results.evaluate_only], results.primary
     arms = [arm for arm in ordered(results.arms) if arm.test]
     columns: list[Callable[[Arm], Estimate | None]] = [_site(site, metric) for site in sites]
     columns += [lambda arm: _mean_of_homes(arm, metric), lambda arm: together_estimate(arm, metric)]
@@ -309,7 +309,13 @@ def sites_table(results: StudyResults) -> Table | None:
     if not results.sites:
         return None
     classes = _class_names(results)
-    rows = [Row(facts.site, _site_cells(facts, len(classes))) for facts in results.sites]
+    rows = [
+        Row(
+            f"{facts.site} (evaluates only)" * (facts.site in results.evaluate_only) or facts.site,
+            _site_cells(facts, len(classes)),
+        )
+        for facts in results.sites
+    ]
     if len(rows) > 1:
         rows.append(_sum_row(results.sites, len(classes)))
     if results.left_out:
@@ -434,7 +440,7 @@ def _cost_cells(arm: Arm) -> list[Cell]:
         duration(max(seconds)),
         NOTHING if quiet else size(down / len(arm.rounds)),
         NOTHING if quiet else size(up / len(arm.rounds)),
-        NOTHING if quiet else size(down + up),
+        NOTHING if quiet else size(down + up + arm.own_bytes_down),
         duration(arm.seconds),
     )
     return [Cell(text) for text in texts]

@@ -24,7 +24,9 @@ from fedward.rule_codes import RuleCode
 from fedward.signing import encoded_public_key, sign_order
 from fedward_client.audit.log import audit_folder, audit_key
 from fedward_client.audit.verify import entries, verify
+from fedward_client.commands.study_card import card_lines
 from fedward_client.link.messages import TrainerMessage
+from fedward_client.trainer.admin import Admin
 
 Make = Callable[..., Any]
 pytestmark = pytest.mark.integration
@@ -122,6 +124,49 @@ def test_the_tests_of_own_models_share_the_budget_of_the_one_test(
     assert hospital.ask("evaluate", plan, 0, part="test", study="tiny-2").kind == "counts"
     # It would end at 12, though its first test alone would not: told before its first round.
     refused(hospital.ask("describe", personal, 0, study="tiny-3"), "budget", "budget for them")
+
+
+def test_a_hospital_that_only_evaluates_is_charged_for_its_one_test_alone(
+    make_hospital: Make, private_plan: Plan
+) -> None:
+    # The study's training is beyond the policy and the budget; its one test is not.
+    hospital = make_hospital(
+        "max_epsilon_per_study = 1.0\nmax_epsilon_per_cohort = 1.0\nminimum_sites = 2"
+        "\nmax_evaluation_epsilon_per_cohort = 4.0"
+    )
+    refused(
+        hospital.ask("describe", private_plan, 0, study="tiny-2"), "policy", "site allows a study"
+    )
+    only = {"evaluate_only": True}
+    assert hospital.ask("describe", private_plan, 0, **only).kind == "facts"
+    refused(hospital.ask("train", private_plan, 1, **only), "protocol", "only evaluates")
+    answer = hospital.ask("evaluate", private_plan, 0, part="test", **only)
+    assert EvaluateOutcome.from_flat(answer.record).epsilon == 4.0
+    assert hospital.ledger.epsilon_of_study("tiny-1", 1e-3) == 0.0
+    assert hospital.ledger.evaluations.epsilon_of_study("tiny-1") == 4.0
+    refused(hospital.ask("train", private_plan, 1), "policy", "site allows a study")
+
+
+def test_who_approved_an_evaluation_has_not_approved_training(
+    make_hospital: Make, private_plan: Plan
+) -> None:
+    hospital = make_hospital(
+        "max_epsilon_per_cohort = 100.0\nmax_delta = 0.01", rule='approval = "manual"'
+    )
+    only = {"evaluate_only": True}
+    refused(hospital.ask("describe", private_plan, 0, **only), "pending", "approved")
+    admin = Admin(
+        hospital.config, hospital.desk, hospital.approvals, hospital.ledger, hospital.audit
+    )
+    (card,) = admin.do("pending", {}, "officer")["pending"]
+    told = "\n".join(card_lines(card))
+    assert "none at this site: it only evaluates" in told and "nothing is trained here" in told
+    assert not {one["limit"] for one in card["limits"]} & {"require_privacy", "max_delta"}
+    admin.do("approve", {"study": "tiny-1"}, "officer")
+    assert hospital.ask("describe", private_plan, 0, **only).kind == "facts"
+    refused(hospital.ask("train", private_plan, 1), "pending", "approved")
+    (wider,) = hospital.approvals.pending()
+    assert not wider.evaluate_only
 
 
 def test_an_evaluation_that_breaks_off_is_tried_a_few_times(

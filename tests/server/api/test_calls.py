@@ -75,6 +75,19 @@ def test_a_site_from_its_key_to_its_end(api: Any, site_key: Key, make_plan: Make
     assert [one["name"] for one in api.call("GET", "/v1/sites").json()] == ["south"]
 
 
+def test_a_study_names_sites_that_only_evaluate(
+    api: Any, site_key: Key, make_plan: MakePlan
+) -> None:
+    enrol(api, site_key, "north", "south")
+    unknown = submit(api, make_plan(), evaluate_only=["east"])
+    assert unknown.status_code == 409 and "must be enrolled" in unknown.text
+    enrol(api, site_key, "east")
+    made = submit(api, make_plan(), evaluate_only=["east"]).json()
+    assert made["sites"] == ["north", "south"] and made["evaluate_only"] == ["east"]
+    known = {one["name"]: one["studies"] for one in api.call("GET", "/v1/sites").json()}
+    assert known["east"] == [made["id"]]
+
+
 def test_a_site_has_a_size_and_a_quarantine_in_one_study(
     api: Any, site_key: Key, make_plan: MakePlan
 ) -> None:

@@ -84,6 +84,14 @@ def test_a_study_reads_back_and_its_orders_are_signed(store: Registry, make_plan
     assert verify_order(signed, "train", {}) == fingerprint(public_bytes(KEY))
 
 
+def test_who_only_evaluates_stands_beside_those_who_train(
+    store: Registry, make_plan: MakePlan
+) -> None:
+    study = store.studies.submit(make_plan(), ["a", "b"], evaluate_only=["d", "c", "d"])
+    assert (study.sites, study.evaluate_only, study.quorum) == (("a", "b"), ("c", "d"), 1)
+    assert store.studies.get(study.id) == study and store.studies.list() == [study]
+
+
 def test_quorum_and_deadline_come_from_the_plan(store: Registry, make_plan: MakePlan) -> None:
     plan = make_plan(participation={"sites": 3, "deadline": 12.0})
     study = store.studies.submit(plan, ["a", "b", "c"])
@@ -98,6 +106,8 @@ def test_quorum_and_deadline_come_from_the_plan(store: Registry, make_plan: Make
         ({"quorum": 0}, "from 1 to the 2 sites"),
         ({"deadline": 0.0}, "seconds above 0"),
         ({"deadline": float("nan")}, "seconds above 0"),
+        ({"evaluate_only": ["c", "b"]}, r"trains, or only evaluates \(got b\)"),
+        ({"sites": ["a"], "evaluate_only": ["b"]}, "needs 2 sites"),
     ],
 )
 def test_what_does_not_fit_the_plan_is_refused(
