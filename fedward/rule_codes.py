@@ -475,6 +475,7 @@ class RuleCode(Enum):
     UPDATE_SHAPES = ("an update's arrays must have the model's shapes and dtypes",)
     UPDATE_FINITE = ("an update must be finite",)
     UPDATE_PLAIN = ("what is sent must be plain arrays of numbers",)
+    UPDATE_COMPRESSED = ("an update must be compressed as its plan says",)
     UPDATE_STEPS = ("an update must take the plan's steps",)
     UPDATE_COST = ("an update without privacy must not state its cost",)
     UPDATE_ACCOUNTABLE = ("what an update cost must be accountable",)

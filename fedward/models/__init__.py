@@ -7,11 +7,13 @@ from fedward.models.arrays import (
     freeze,
     from_arrays,
     load_model,
+    most_sent,
     save_model,
     shared_names,
     site_names,
     to_arrays,
     trainable_names,
+    upload_bytes,
 )
 from fedward.models.prefix import split_at_trainable
 from fedward.models.registry import best_mode, build_model
@@ -27,6 +29,7 @@ __all__ = [
     "from_arrays",
     "load_initial",
     "load_model",
+    "most_sent",
     "sampled",
     "save_model",
     "shared_names",
@@ -34,4 +37,5 @@ __all__ = [
     "split_at_trainable",
     "to_arrays",
     "trainable_names",
+    "upload_bytes",
 ]

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import nn
 
+from fedward.compression import compressed_size
 from fedward.errors import ModelError, OutputError
 from fedward.files import replace_file
 from fedward.integrity import check_model, unreadable
@@ -232,6 +234,29 @@ def shared_names(model: nn.Module, plan: Plan, round_: int) -> tuple[str, ...]:
             where="personal.method",
         )
     return names
+
+
+def upload_bytes(plan: Plan, round_: int) -> int:
+    """Bytes of tensors that a site sends in a round of training, compressed as the plan says.
+
+    Raises
+    ------
+    ModelError
+        As :func:`shared_names`.
+    """
+    model = outline(plan)
+    state, names = model.state_dict(), shared_names(model, plan, round_)
+    shapes = {name: tuple(state[name].shape) for name in names}
+    if (how := plan.compression_of(round_)) is not None:
+        return compressed_size(how, shapes)
+    numbers = sum(state[name].numel() for name in names)
+    return 4 * numbers * (1 + len(plan.strategy.spec.sent))
+
+
+def most_sent(plan: Plan) -> int:
+    """Most bytes of tensors that a site sends in one round of training, over all stages."""
+    starts = accumulate((stage.rounds for stage in plan.schedule[:-1]), initial=1)
+    return max(upload_bytes(plan, round_) for round_ in starts)
 
 
 def freeze(model: nn.Module, names: Iterable[str]) -> None:

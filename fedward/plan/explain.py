@@ -6,10 +6,11 @@ import math
 import textwrap
 from collections.abc import Iterator
 
+from fedward.compression import METHODS
 from fedward.networks import MODELS
 from fedward.plan.image_filter import ATTRIBUTES
 from fedward.plan.load import plan_hash, schema_needed
-from fedward.plan.schema import CENTERING_STEPS, Patch, Plan, Stage
+from fedward.plan.schema import CENTERING_STEPS, Compression, Patch, Plan, Stage
 from fedward.plan.versions import used
 
 _LABEL, _WIDTH = 15, 100
@@ -21,7 +22,7 @@ _INTENSITY = {
 }
 
 
-def explain(plan: Plan, parameters: int | None = None) -> str:
+def explain(plan: Plan, parameters: int | None = None, sent: int | None = None) -> str:
     """The plan in plain words, without markup.
 
     Parameters
@@ -30,6 +31,8 @@ def explain(plan: Plan, parameters: int | None = None) -> str:
         A valid plan.
     parameters : int, optional
         Parameters of its model; with it the model's size and the traffic are told.
+    sent : int, optional
+        Most bytes that a site sends in a round (see :func:`fedward.models.most_sent`).
 
     Returns
     -------
@@ -37,7 +40,7 @@ def explain(plan: Plan, parameters: int | None = None) -> str:
         Lines of at most 100 characters; the last one holds the plan's SHA-256.
     """
     return "\n".join(
-        line for label, text in _parts(plan, parameters) for line in _wrap(label, text)
+        line for label, text in _parts(plan, parameters, sent) for line in _wrap(label, text)
     )
 
 
@@ -53,7 +56,9 @@ def _wrap(label: str, text: str) -> list[str]:
     )
 
 
-def _parts(plan: Plan, parameters: int | None) -> Iterator[tuple[str, str]]:
+def _parts(
+    plan: Plan, parameters: int | None, sent: int | None = None
+) -> Iterator[tuple[str, str]]:
     title = f": {plan.study.title}" if plan.study.title else ""
     yield "Study", f"{plan.study.name}{title}"
     if plan.study.intended_use:
@@ -76,7 +81,9 @@ def _parts(plan: Plan, parameters: int | None) -> Iterator[tuple[str, str]]:
     yield "Each site", _site_work(plan)
     yield "Server", _server(plan)
     yield from _own_models(plan)
-    yield "Exchanges", exchange(plan, parameters)
+    if plan.compression is not None:
+        yield "Compresses", _compression(plan, plan.compression)
+    yield "Exchanges", exchange(plan, parameters, sent)
     yield "Privacy", _privacy(plan)
     yield "Sites", _participation(plan)
     yield "Measures", _metrics(plan)
@@ -294,7 +301,22 @@ def _own_models(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "Own models", text
 
 
-def exchange(plan: Plan, parameters: int | None) -> str:
+def _compression(plan: Plan, how: Compression) -> str:
+    text = f"what a site sends of an update: {how.method} ({METHODS[how.method].summary})"
+    if how.share is not None:
+        text += f", {how.share:.3g} of all"
+    if how.rounding == "stochastic":
+        text += ", rounded up and down by chance"
+    if how.error_feedback:
+        text += "; a site keeps what this leaves out and adds it to its next update"
+    else:
+        text += "; what this leaves out is lost"
+    if plan.privacy.on:
+        text += ". All of it has its noise before, so that compression costs no ε"
+    return text
+
+
+def exchange(plan: Plan, parameters: int | None, sent: int | None = None) -> str:
     """What a site sends, in words; with the parameters of the model how much."""
     spec = plan.strategy.spec
     besides = "".join(f", {meaning}" for meaning in spec.sent.values())
@@ -307,6 +329,11 @@ def exchange(plan: Plan, parameters: int | None) -> str:
     if parameters is None:
         return text
     size = parameters * _FLOAT32 / 1e6 * (1 + max(len(spec.received), len(spec.sent)))
+    if plan.compression is not None and sent is not None:
+        return (
+            f"{text}; a site sends at most {sent:,} bytes in a round and receives at most about "
+            f"{size:.2g} MB"
+        )
     return f"{text}; at most about {size:.2g} MB each way per site and round"
 
 

@@ -18,6 +18,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
+from fedward.compression import METHODS
 from fedward.networks import MODELS
 from fedward.plan.image_filter import HOW, Patterns
 from fedward.plan.messages import rule_error
@@ -35,6 +36,7 @@ def _broken(plan: Plan) -> Iterator[tuple[str, str]]:
     yield from _stage_rules(plan)
     yield from _centering_rules(plan)
     yield from _strategy_rules(plan)
+    yield from _compression_rules(plan)
     yield from _participation_rules(plan)
 
 
@@ -192,6 +194,24 @@ def _figure_rules(plan: Plan) -> Iterator[tuple[str, str]]:
         )
 
 
+def _compression_rules(plan: Plan) -> Iterator[tuple[str, str]]:
+    how, spec = plan.compression, plan.strategy.spec
+    if how is None:
+        return
+    if spec.sent:
+        yield (
+            "compression.method",
+            f"what {spec.name} sends besides an update must arrive as it is; choose another "
+            "strategy, or remove [compression]",
+        )
+    if METHODS[how.method].sparse and spec.by_parameter:
+        yield (
+            "compression.method",
+            f"{spec.name} compares single parameters, most of which {how.method} leaves out; "
+            "choose another method, or another strategy",
+        )
+
+
 def _participation_rules(plan: Plan) -> Iterator[tuple[str, str]]:
     part, name, given = plan.participation, plan.strategy.name, plan.strategy.settings
     malicious = int(given.get("malicious", 0))
@@ -256,8 +276,11 @@ if TYPE_CHECKING:
     TaskKind = str
     MetricName = str
     LossName = str
+    CompressionMethod = str
 else:  # the registry is the one place that lists them; pydantic checks values against it
-    TaskKind, MetricName, LossName = (Literal[*names] for names in (TASKS, METRICS, LOSSES))
+    TaskKind, MetricName, LossName, CompressionMethod = (
+        Literal[*names] for names in (TASKS, METRICS, LOSSES, METHODS)
+    )
 Modality = Literal["CR", "DX", "CT", "MR", "MG", "US", "PT", "OP", "OPT", "XC", "SM", "OT", "any"]
 
 
@@ -642,6 +665,39 @@ class Strategy(Section):
         return value if spec is None else spec.normal(value)
 
 
+class Compression(Section):
+    """Updates of fewer bytes: how what a site sends is compressed."""
+
+    method: CompressionMethod = Field(
+        description="; ".join(f"`{name}`: {one.summary}" for name, one in METHODS.items())
+    )
+    share: Annotated[float, Field(gt=0, le=0.5)] | None = Field(
+        default=None, description="`top-k`: share of the parameters that is sent"
+    )
+    rounding: Literal["nearest", "stochastic"] = Field(
+        default="nearest",
+        description="`int8`, `int4`: to the nearest whole number, or up and down by chance so that "
+        "the mean is right",
+    )
+    error_feedback: bool = Field(
+        default=True,
+        description="a site keeps what compression left out of an update and adds it to its next "
+        "one (Karimireddy et al., 2019, arXiv:1901.09847)",
+    )
+
+    def _broken(self) -> Iterator[tuple[str, str]]:
+        method = METHODS[self.method]
+        if method.sparse and self.share is None:
+            yield "compression.share", f"method `{self.method}` needs a share; add it"
+        if self.share is not None and not method.sparse:
+            yield "compression.share", f"share does not belong to `{self.method}`; remove it"
+        if self.rounding != "nearest" and not method.rounds:
+            yield (
+                "compression.rounding",
+                f"`{self.method}` rounds nothing by chance; remove rounding",
+            )
+
+
 class Personal(Section):
     """A model of its own for each site, beside the shared one; it never leaves the site."""
 
@@ -840,6 +896,9 @@ class Plan(Section):
     personal: Annotated[Personal | None, Since(2)] = Field(
         default=None, description="a model of each site's own; none: only the shared one"
     )
+    compression: Annotated[Compression | None, Since(2)] = Field(
+        default=None, description="how updates are compressed; none: they travel as they are"
+    )
     privacy: Privacy
     participation: Participation = Field(default=Participation())
     metrics: Metrics
@@ -887,10 +946,19 @@ class Plan(Section):
         """Whether a round measures the mean of the features, and trains nothing."""
         return self.model.feature_centering and round_ == 1
 
+    def compression_of(self, round_: int) -> Compression | None:
+        """How the updates of a round are compressed; none: they are not.
+
+        The mean of the features travels as it is, and of a site's own model nothing does.
+        """
+        first = self.first_training_round
+        return self.compression if first <= round_ <= self.rounds else None
+
     @property
     def keeps_state(self) -> bool:
         """Whether a site keeps arrays from round to round."""
-        return bool(self.strategy.spec.kept) or self.personal is not None
+        feedback = self.compression is not None and self.compression.error_feedback
+        return bool(self.strategy.spec.kept) or self.personal is not None or feedback
 
     @property
     def own_round(self) -> int | None:

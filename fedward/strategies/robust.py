@@ -15,6 +15,7 @@ SPECS = (
 The median of each parameter ([Yin et al., 2018](https://arxiv.org/abs/1803.01498)). Withstands
 damaged updates from fewer than half of the sites. Each site has one vote, whatever its size.""",
         weighted=False,
+        by_parameter=True,
         needs_all=True,
     ),
     StrategySpec(
@@ -27,6 +28,7 @@ The mean of each parameter without its largest and smallest values
 one vote.""",
         settings={"beta": Setting("share cut off at either end of the values", 0.2, below=0.5)},
         weighted=False,
+        by_parameter=True,
         needs_all=True,
     ),
     StrategySpec(
@@ -73,6 +75,7 @@ sites: it needs 4 f + 3 updates.""",
         settings={"malicious": _MALICIOUS},
         arguments={"malicious": "num_malicious_nodes"},
         weighted=False,
+        by_parameter=True,
         needs_all=True,
         updates_least=3,
         updates_per_malicious=4,

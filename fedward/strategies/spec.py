@@ -277,6 +277,8 @@ class StrategySpec:
         The server class's name of a setting, where it has another one.
     weighted : bool
         Whether a site's weight counts.
+    by_parameter : bool
+        Whether it compares the updates parameter by parameter.
     needs_all : bool
         Whether it compares the updates of a round; else their weighted mean is enough.
     server_optimizer : bool
@@ -316,6 +318,7 @@ class StrategySpec:
     settings: Mapping[str, Setting] = field(default_factory=dict)
     arguments: Mapping[str, str] = field(default_factory=dict)
     weighted: bool = True
+    by_parameter: bool = False
     needs_all: bool = False
     server_optimizer: bool = False
     updates_least: int = 1

@@ -11,9 +11,11 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Message
 from numpy.typing import NDArray
 
+from fedward.compression import decompress, moved
 from fedward.dp.accounting import steps_in_round
 from fedward.errors import FedwardError, ProtocolError
 from fedward.flower.errors import ErrorCode
+from fedward.flower.grid import SharedArray
 from fedward.plan.schema import Plan
 from fedward.protocol import EvaluateOutcome, Refusal, SiteFacts, TrainOutcome
 from fedward.rule_codes import RuleCode
@@ -159,16 +161,32 @@ def read_update(
         outcome = told
         besides = plan.strategy.spec.sent if plan else {}
         names = array_names(besides, expected)
+        size = _decompress(message, round_, expected, plan)
         record = _record(message, "arrays")
         norm, other = _check_arrays(record, expected, names, most_change)
         weight = _check_weight(message, outcome, plan.strategy.weighting if plan else None)
         if plan is not None:
             _check_steps(outcome, plan)
         _check_claims(outcome, facts)
-        size = sum(reference.nbytes for reference in expected.values()) * (1 + len(besides))
+        size = size or sum(value.nbytes for value in expected.values()) * (1 + len(besides))
         return Update(message, outcome, size, weight, norm, other)
     except FedwardError as error:
         return replace(_bad(error), outcome=outcome)
+
+
+def _decompress(message: Message, round_: int, expected: Shapes, plan: Plan | None) -> int:
+    """Put the arrays that a compressed update stands for in its place; gives its bytes, or 0."""
+    how = plan.compression_of(round_) if plan else None
+    if how is None:
+        return 0
+    sent = {name: _decoded(array) for name, array in _record(message, "arrays").items()}
+    shapes = {name: value.shape for name, value in expected.items()}
+    arrays = moved(expected, decompress(how, sent, shapes))
+    made = ArrayRecord()
+    for name, value in arrays.items():
+        made[name] = SharedArray(value)
+    message.content["arrays"] = made
+    return sum(value.nbytes for value in sent.values())
 
 
 def read_counts(

@@ -147,7 +147,7 @@ def lone_plan(plan: Plan, sites: int) -> Plan:
     """
     content, training = plan.model_dump(mode="python"), plan.training
     given, steps = content["training"], training.local_steps
-    content["personal"] = None
+    content["personal"] = content["compression"] = None
     if plan.strategy.spec.server_optimizer:
         given["batch_size"] = min(_MOST_IMAGES, training.batch_size * sites)
         if steps is not None:

@@ -400,12 +400,12 @@ def check(plan: PlanFile, as_json: AsJson = False) -> None:
     from fedward.plan.explain import explain
 
     loaded = load_plan(plan)
-    from fedward.models import describe
+    from fedward.models import describe, most_sent
     from fedward_simulation.feasible import check_privacy, start_model
 
     start_model(loaded, 0, plan.parent)
     check_privacy(loaded)
-    parameters = describe(loaded).parameters
+    parameters, sent = describe(loaded).parameters, most_sent(loaded)
     if as_json:
         print_json(
             {
@@ -413,12 +413,13 @@ def check(plan: PlanFile, as_json: AsJson = False) -> None:
                 "study": loaded.study.name,
                 "plan_sha256": plan_hash(loaded),
                 "parameters": parameters,
+                "bytes_up": sent,
                 "rounds": loaded.rounds,
                 "plan": loaded.model_dump(mode="json"),
             }
         )
     else:
-        say(explain(loaded, parameters))
+        say(explain(loaded, parameters, sent))
 
 
 @app.command()

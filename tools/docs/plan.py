@@ -28,6 +28,7 @@ _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("[[stages]]", schema.Stage),
     ("[strategy]", schema.Strategy),
     ("[personal]", schema.Personal),
+    ("[compression]", schema.Compression),
     ("[privacy]", schema.Privacy),
     ("[participation]", schema.Participation),
     ("[metrics]", schema.Metrics),
@@ -90,6 +91,13 @@ Privacy
 - `mechanism = "dp-sgd"` needs `epsilon`, `delta` and `clipping_norm`; `mechanism = "none"` takes
   none of them and no `sampling_rate`.
 - With `training.local_steps`, `dp-sgd` needs `sampling_rate`: what a step costs depends on it.
+
+Compression
+
+- `compression.share` belongs to `top-k`, which needs it; `compression.rounding` to `int8` and
+  `int4`.
+- `[compression]` does not go with a strategy that sends something besides the update, nor `top-k`
+  with one that compares single parameters.
 
 Participation and metrics
 

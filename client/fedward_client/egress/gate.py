@@ -10,6 +10,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fedward.compression import decompress
 from fedward.dp.accounting import (
     calibrate,
     epsilon_spent,
@@ -158,7 +159,7 @@ class Gate:
         Parameters
         ----------
         arrays : mapping
-            What was trained.
+            What was trained, as it travels.
         expected : mapping
             Name to shape and dtype, in order (see :func:`expected_arrays`).
         outcome : TrainOutcome
@@ -179,8 +180,19 @@ class Gate:
         PolicyError
             It is larger than the policy allows.
         """
-        self._arrays(arrays, expected)
+        self._arrays(self._decompressed(arrays, expected, round_), expected)
         return self._outcome(_again(outcome), round_)
+
+    def _decompressed(self, arrays: Arrays, expected: Expected, round_: int) -> Arrays:
+        """What the aggregator makes of a compressed update; any other as it is."""
+        how = self._known_plan().compression_of(round_)
+        if how is None:
+            return arrays
+        shapes = {name: shape for name, (shape, _) in expected.items()}
+        try:
+            return decompress(how, {n: _plain(one) for n, one in arrays.items()}, shapes)
+        except ProtocolError:
+            raise _not_so(RuleCode.UPDATE_COMPRESSED) from None
 
     def check_counts(
         self, arrays: Arrays, outcome: EvaluateOutcome, round_: int

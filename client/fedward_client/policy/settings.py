@@ -164,7 +164,9 @@ class PolicySection(Limits):
         default=False,
         description="tell coordinators the names of datasets; sizes are told for each study",
     )
-    max_upload_mib: Above = Field(default=512.0, description="largest reply, MiB of tensors")
+    max_upload_mib: Above = Field(
+        default=512.0, description="largest reply, MiB of tensors, as they are before compression"
+    )
 
     @field_validator("quiet_hours")
     @classmethod

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fedward.compression import RESIDUAL, compress
 from fedward.dp.accounting import Mechanism, calibrate, epsilon_spent, private_steps_until
 from fedward.errors import DataError, ModelError, PlanError, PrivacyError, ProtocolError
 from fedward.models import (
@@ -131,7 +132,7 @@ class Trainer:
         -------
         tuple
             The arrays that train in this round's stage, then those that the strategy declares to
-            be sent besides; and what they were made of.
+            be sent besides, compressed where the plan says so; and what they were made of.
 
         Raises
         ------
@@ -181,6 +182,8 @@ class Trainer:
             if fit.hook is not None:
                 more, besides = self._finish(fit.hook)
                 kept, update = kept | more, update | besides
+            update, left = self._compressed(arrays, update, order)
+            kept |= left
             personal = self.plan.personal
             if personal is not None and not centering:
                 if personal.method == "ditto":
@@ -565,6 +568,23 @@ class Trainer:
                 RuleCode.ARRAYS_FINITE, fix="Lower the learning rate, or leave the site out"
             )
         return kept, besides
+
+    def _compressed(
+        self, received: Mapping[str, NDArray[Any]], update: Arrays, order: RoundOrder
+    ) -> tuple[Arrays, Arrays]:
+        """The update as it travels, and what its compression left out for the next one."""
+        how = self.plan.compression_of(order.round)
+        if how is None:
+            return update, {}
+        before = self._kept_before(order.round) if how.error_feedback else {}
+        mark = f"{RESIDUAL}/"
+        left = {n.removeprefix(mark): v for n, v in before.items() if n.startswith(mark)}
+        # Chance that rounds what has its noise already needs no secrecy.
+        draw = np.random.default_rng(
+            seed_for(order.seed, self.site.name, order.round, "compression")
+        )
+        sent, left = compress(how, received, update, left, draw)
+        return sent, {f"{mark}{name}": value for name, value in left.items()}
 
     def _declared(self, made: Mapping[str, Mapping[str, Tensor]], kinds: Iterable[str]) -> Arrays:
         names = array_names(kinds, self.shared)

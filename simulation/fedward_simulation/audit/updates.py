@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedward.compression import decompress, moved
 from fedward.dp.accounting import private_steps_until
 from fedward.plan.schema import Plan
 from fedward.protocol import RoundOrder, TrainOutcome
@@ -93,8 +94,16 @@ class WatchedTrainer(Trainer):
         released, outcome = super().train(arrays, order, *more, **named)
         if order.round in self._rounds and not self.plan.is_centering(order.round):
             self._rounds.discard(order.round)
-            self._look(arrays, released, outcome)
+            self._look(arrays, self._decompressed(arrays, released, order.round), outcome)
         return released, outcome
+
+    def _decompressed(self, arrays: Arrays, released: Arrays, round_: int) -> Arrays:
+        """What the aggregator makes of an update."""
+        how = self.plan.compression_of(round_)
+        if how is None:
+            return released
+        shapes = {name: arrays[name].shape for name in self.shared}
+        return moved(arrays, decompress(how, released, shapes))
 
     def _look(self, arrays: Arrays, released: Arrays, outcome: TrainOutcome) -> None:
         self._view.load(arrays, outcome.round)

@@ -173,6 +173,33 @@ def test_killed_between_rounds_it_goes_on_from_the_state_before(
     assert Refusal.from_flat(refused.record).code is RuleCode.ARRAYS_KNOWN
 
 
+def test_killed_between_rounds_it_sends_the_same_compressed_bytes_and_counts_no_error_twice(
+    hospital: Hospital, make_plan: Make, key: Ed25519PrivateKey
+) -> None:
+    plan: Plan = make_plan(
+        task={"classes": ["clear", "opacity"]},
+        split={"given": None},
+        training={"rounds": 3, "local_epochs": 3},
+        compression={"method": "top-k", "share": 0.05},
+    )
+    model = to_arrays(build_model(plan, 0))
+
+    def ask(study: str, round_: int) -> bytes:
+        answer = hospital.client.ask("train", signed(key, plan, round_, study, model))
+        assert answer.kind == "update", answer.record
+        assert list(answer.arrays) == ["compressed"]
+        sent: bytes = answer.arrays["compressed"].tobytes()
+        return sent
+
+    whole = [ask("frugal", round_) for round_ in (1, 2, 3)]
+    assert len(set(whole)) == 3  # from the same model: what is left of a round is in the next
+    for round_, then_killed in ((1, True), (1, False), (2, True), (2, False), (3, False)):
+        assert ask("frugal-killed", round_) == whole[round_ - 1], round_
+        if then_killed:
+            hospital.kill()
+            hospital.start()
+
+
 def test_a_proximal_weight_that_the_plan_does_not_have_is_ignored(
     hospital: Hospital, make_plan: Make, key: Ed25519PrivateKey
 ) -> None:

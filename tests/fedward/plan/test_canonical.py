@@ -90,6 +90,7 @@ DEFAULTS: dict[str, Any] = {
     "metrics.epsilon": 4.0,
     "metrics.images_per_patient": 1,
     "personal": None,
+    "compression": None,
 }
 
 TIED = {
@@ -214,7 +215,12 @@ def _other(value: Any) -> list[Any]:
         return [["horizontal"], [{"name": "a", "rounds": 1, "learning_rate": 0.5}]]
     if isinstance(value, dict):
         return [{"mu": 0.5}]
-    tables = [{"file": "w", "sha256": "0" * 64}, {"method": "fedbn"}, {"foreground": 0.5}]
+    tables = [
+        {"file": "w", "sha256": "0" * 64},
+        {"method": "fedbn"},
+        {"method": "int8"},
+        {"foreground": 0.5},
+    ]
     return [1, 0.5, [16, 32], [0.0, 1.0], [1.0, 1.0], *tables]
 
 
