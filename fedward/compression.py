@@ -163,8 +163,8 @@ class Integers(Compressor):
         if self.bits == 4:
             pairs = np.append(numbers, np.int8(0))[: 2 * math.ceil(len(numbers) / 2)]
             halves = (pairs.view(np.uint8) & 0x0F).reshape(-1, 2)
-            return scales.tobytes() + (halves[:, 0] | halves[:, 1] << 4).tobytes()
-        return scales.tobytes() + numbers.tobytes()
+            numbers = (halves[:, 0] | halves[:, 1] << 4).view(np.int8)
+        return b"".join((scales.tobytes(), numbers.tobytes()))
 
     def unpack(self, content: bytes, sizes: Sequence[int], how: Settings) -> Vector:
         scales, numbers = self._read(content, sizes)
@@ -237,7 +237,7 @@ def to_bfloat16(values: Vector) -> NDArray[np.uint16]:
     bits = np.ascontiguousarray(values, "<f4").view(np.uint32)
     magnitude = bits & 0x7FFFFFFF
     rounded = (magnitude + 0x7FFF + ((magnitude >> 16) & 1)) >> 16
-    return (np.minimum(rounded, 0x7F7F) | (bits >> 16 & 0x8000)).astype("<u2")
+    return np.asarray(np.minimum(rounded, 0x7F7F) | (bits >> 16 & 0x8000), "<u2")
 
 
 def from_bfloat16(halves: NDArray[np.uint16]) -> Vector:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -246,10 +247,10 @@ def upload_bytes(plan: Plan, round_: int) -> int:
     """
     model = outline(plan)
     state, names = model.state_dict(), shared_names(model, plan, round_)
-    shapes = {name: tuple(state[name].shape) for name in names}
+    shapes: dict[str, tuple[int, ...]] = {name: tuple(state[name].shape) for name in names}
     if (how := plan.compression_of(round_)) is not None:
         return compressed_size(how, shapes)
-    numbers = sum(state[name].numel() for name in names)
+    numbers: int = sum(math.prod(shape) for shape in shapes.values())
     return 4 * numbers * (1 + len(plan.strategy.spec.sent))
 
 
