@@ -223,13 +223,18 @@ def _centering(plan: Plan) -> str:
 
 
 def _rate(plan: Plan, stage: Stage) -> str:
-    falls = ", falling along a cosine" if plan.training.schedule == "cosine" else ""
-    return f"learning rate {stage.learning_rate:g}{falls}"
+    how = {"cosine": ", falling along a cosine", "polynomial": ", falling as (1 − t)^0.9"}
+    text = f"learning rate {stage.learning_rate:g}{how.get(plan.training.schedule, '')}"
+    if warmup := plan.training.warmup_rounds:
+        text += f", after rising for {count(warmup, 'round')}"
+    return text
 
 
 def _site_work(plan: Plan) -> str:
     train = plan.training
     how = f"{train.optimizer} on {train.loss}"
+    if train.gradient_clipping is not None:
+        how += f", gradients clipped to {train.gradient_clipping:g}"
     if plan.privacy.on:
         return f"{_private_steps(plan)}, {how}"
     if train.local_steps is not None:

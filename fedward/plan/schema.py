@@ -118,8 +118,26 @@ def _stage_rules(plan: Plan) -> Iterator[tuple[str, str]]:
             "training.rounds",
             "a plan without [[stages]] needs rounds and learning_rate; add them",
         )
+    warmup = plan.training.warmup_rounds
+    if warmup and any(rounds <= warmup for rounds in _stage_rounds(plan)):
+        yield (
+            "training.warmup_rounds",
+            "a stage must have more rounds than warmup_rounds; lower them",
+        )
+    if plan.training.gradient_clipping is not None and plan.privacy.on:
+        yield (
+            "training.gradient_clipping",
+            "with privacy, privacy.clipping_norm bounds each patient's gradient; remove "
+            "gradient_clipping",
+        )
     if len({stage.name for stage in plan.stages}) != len(plan.stages):
         yield "stages", "stage names must differ; rename one"
+
+
+def _stage_rounds(plan: Plan) -> list[int]:
+    if plan.stages:
+        return [stage.rounds for stage in plan.stages]
+    return [] if plan.training.rounds is None else [plan.training.rounds]
 
 
 def _centering_rules(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -574,8 +592,21 @@ class Training(Section):
     )
     momentum: Fraction = Field(default=0.0, description="momentum of `sgd`")
     weight_decay: float = Field(default=0.0, ge=0, description="weight decay")
-    schedule: Literal["constant", "cosine"] = Field(
-        default="cosine", description="learning rate over a stage's rounds"
+    schedule: Annotated[Literal["constant", "cosine", "polynomial"], Since(2, "polynomial")] = (
+        Field(
+            default="cosine",
+            description="learning rate over a stage's rounds; `polynomial`: falls as (1 − t)^0.9",
+        )
+    )
+    warmup_rounds: Annotated[int, Since(2)] = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="rounds at the beginning of a stage in which the learning rate rises linearly",
+    )
+    gradient_clipping: Annotated[Positive | None, Since(2)] = Field(
+        default=None,
+        description="without privacy: largest L2 norm of a step's gradient of the loss",
     )
     loss: LossName = Field(
         description="; ".join(

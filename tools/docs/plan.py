@@ -84,6 +84,8 @@ Training
   a plan without has both. Stage names differ.
 - `training.loss`: LOSSES.
 - `training.class_weights` has one entry per model output (segmentation: the background first).
+- `training.warmup_rounds` are fewer than the rounds of each stage. `training.gradient_clipping`
+  goes without privacy only.
 - `training.momentum` belongs to `sgd`, `training.label_smoothing` to `cross_entropy`.
 
 Privacy

@@ -191,6 +191,8 @@ class Fit:
         for step, batch in enumerate(batches):
             optimizer.zero_grad(set_to_none=True)
             loss = self._accumulate(batch)
+            if training.gradient_clipping is not None:
+                nn.utils.clip_grad_norm_(self.module.parameters(), training.gradient_clipping)
             finish(step, steps, optimizer.step)
             yield loss
 

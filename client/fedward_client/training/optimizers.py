@@ -51,14 +51,21 @@ def rate_at(plan: Plan, round_: int, part: float) -> float:
     """Learning rate in a round (from 1), ``part`` (0 to 1) of whose steps are done.
 
     The cosine runs over the stage's rounds (Loshchilov and Hutter, 2017, arXiv:1608.03983) and
-    ends at a hundredth of the stage's rate. The round of the sites' own models is one of its own.
+    ends at a hundredth of the stage's rate; the polynomial falls as (1 - t)^0.9 (Chen et al., 2018,
+    arXiv:1606.00915; nnU-Net). A warm-up begins at a hundredth and rises linearly. The round of the
+    sites' own models is one of its own, without warm-up.
     """
     stage, place = plan.stage_of(round_)
     rate, progress = stage.learning_rate, (place + part) / stage.rounds
+    warmup = plan.training.warmup_rounds
     if plan.personal is not None and round_ == plan.own_round:
-        rate, progress = plan.personal.learning_rate or rate, part
+        rate, progress, warmup = plan.personal.learning_rate or rate, part, 0
+    if place < warmup:
+        rate *= 0.01 + 0.99 * (place + part) / warmup
     if plan.training.schedule == "constant":
         return rate
+    if plan.training.schedule == "polynomial":
+        return rate * math.pow(1.0 - progress, 0.9)
     return rate * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 

@@ -115,6 +115,8 @@ def one_patient_plan(plan: Plan, patients: int) -> Plan:
         "momentum": 0.0,
         "weight_decay": 0.0,
         "schedule": "constant",
+        "warmup_rounds": 0,
+        "gradient_clipping": None,
     }
     content["preprocessing"]["augmentation"] = {}
     content["participation"]["minimum_patients"] = 1

@@ -113,6 +113,16 @@ def test_stages_weights_and_settings_are_told(classification: str, change: Chang
         assert words in text
 
 
+def test_how_the_rate_moves_and_where_gradients_end_is_told(
+    classification: str, change: Change
+) -> None:
+    more = {"schedule": "polynomial", "warmup_rounds": 2, "gradient_clipping": 12.0}
+    changes = {f"training.{key}": value for key, value in more.items()}
+    text = _joined(explain(plan_from(change(classification, changes))))
+    assert "learning rate 0.001, falling as (1 − t)^0.9, after rising for 2 rounds" in text
+    assert "adamw on cross_entropy, gradients clipped to 12" in text
+
+
 def test_patches_and_their_cost_are_told(segmentation: str, change: Change) -> None:
     patch = {"per_image": 2, "flips": ["vertical", "horizontal"], "overlap": 0.25}
     changes = {"preprocessing.patch": patch, "preprocessing.spacing": [1.5, 1.5]}

@@ -48,6 +48,27 @@ BROKEN: list[tuple[str, dict[str, Any], str, str, str]] = [
         "no depth axis",
         "remove",
     ),
+    (
+        "c",
+        {"training.warmup_rounds": 3},
+        "training.warmup_rounds",
+        "more rounds than warmup_rounds",
+        "lower",
+    ),
+    (
+        "c",
+        {**NONE, "stages": [STAGE], "training.warmup_rounds": 2},
+        "training.warmup_rounds",
+        "more rounds than warmup_rounds",
+        "lower",
+    ),
+    (
+        "c",
+        {"training.gradient_clipping": 1.0, "privacy": DP},
+        "training.gradient_clipping",
+        "bounds each patient",
+        "remove",
+    ),
     ("c", {"preprocessing.patch": {}}, "preprocessing.patch", "need not show", "remove"),
     (
         "s",
