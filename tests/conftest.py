@@ -211,6 +211,8 @@ prepare()
 import fedward_client.cohort.training, fedward.models, fedward_server.report
 import fedward_simulation.output, fedward_simulation.study
 import fedward_client.cli, fedward_server.cli, fedward_simulation.cli
+# What a private plan and the outline of a network import late, and each command would anew.
+import fedward_client.training.private, opacus.accountants, torch.fx.experimental.symbolic_shapes
 for line in sys.stdin:
     if (child := os.fork()) == 0:
         module, words, folder, environment, out, err = json.loads(line)

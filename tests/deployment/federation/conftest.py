@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from fedward.flower.control_client import ControlClient
 from fedward.flower.server_session import RunSession
 from fedward.models import build_model, to_arrays
 from fedward.plan.schema import Plan, TaskKind
 from fedward.plan.text import toml_text
-from fedward_client.cli import app as client_cli
 from fedward_client.enrol import enrol
 from fedward_server.config import load_config
 from fedward_server.job import Job
@@ -278,10 +276,7 @@ class Federation:
         return daemon
 
     def _freeze(self, number: int, dataset: str) -> None:
-        config = str(self.daemons[number].config)
-        words = ["data", "freeze", dataset, "--config", config, "--json"]
-        done = CliRunner().invoke(client_cli, words)
-        assert done.exit_code == 0, done.output
+        self.daemons[number].freeze(dataset)
         self.frozen.add((number, dataset))
 
     def submit(self, plan: Plan, sites: str, folder: Path, *more: object) -> str:
