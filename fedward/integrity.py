@@ -1,13 +1,36 @@
-"""Check the digest of a delivered model; imports no torch."""
+"""What the file of a model says of itself, and its digest; imports no torch."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Literal
 
 from safetensors import SafetensorError, safe_open
 
 from fedward.errors import ModelError
+from fedward.plan.load import canonical, plan_hash
+from fedward.plan.schema import Plan
+
+
+def about_model(study: str, plan: Plan, which: Literal["shared", "own"]) -> dict[str, str]:
+    """The metadata with which a model's file can be used by itself.
+
+    Parameters
+    ----------
+    study : str
+        The study's id.
+    plan : Plan
+        How the model was made.
+    which : str
+        Whether it is the model of all hospitals, or one hospital's own.
+    """
+    return {
+        "study": study,
+        "which": which,
+        "plan": canonical(plan),
+        "plan_sha256": plan_hash(plan),
+    }
 
 
 def check_model(path: Path, sha256: str) -> str:

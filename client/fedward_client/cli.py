@@ -10,6 +10,7 @@ from fedward_client.commands.audit import audit_app
 from fedward_client.commands.daemon import add_to
 from fedward_client.commands.data import data_app
 from fedward_client.commands.model import model_app
+from fedward_client.commands.predict import predict
 
 app = typer.Typer(
     help="A hospital's images and its part in studies, at the hospital.",
@@ -22,6 +23,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(audit_app, name="audit")
 app.add_typer(model_app, name="model")
 add_to(app)
+app.command("predict")(predict)
 
 
 @app.callback()

@@ -17,8 +17,7 @@ from safetensors.numpy import save
 
 from fedward.errors import OutputError, StudyError
 from fedward.files import write_private
-from fedward.integrity import check_model
-from fedward.plan.load import canonical, plan_hash
+from fedward.integrity import about_model, check_model
 from fedward.plan.schema import Plan
 
 Which = Literal["shared", "own"]
@@ -74,12 +73,7 @@ class KeptModels:
         OutputError
             There is no room.
         """
-        about = {
-            "study": study,
-            "which": which,
-            "plan": canonical(plan),
-            "plan_sha256": plan_hash(plan),
-        }
+        about = about_model(study, plan, which)
         whole = {name: np.asarray(value, order="C") for name, value in arrays.items()}
         try:
             folder = self._of(study)
@@ -90,12 +84,43 @@ class KeptModels:
                 value=error.strerror,
                 fix="Check space and rights of the state folder",
             ) from None
-        write_private(folder / f"{which}.safetensors", save(whole, about))
+        write_private(self._path(study, which), save(whole, about))
 
     def all(self) -> list[KeptModel]:
         """Every model, in the order of the studies' ids."""
         paths = sorted(self._folder.glob("*/*.safetensors"))
         return [self._read(path) for path in paths if path.stem in WHICH]
+
+    def find(self, study: str, which: Which) -> KeptModel:
+        """The model of a study.
+
+        Raises
+        ------
+        StudyError
+            There is no such model.
+        """
+        found = {one.which: one for one in self.all() if one.study == study}
+        if which not in found:
+            told = ", ".join(sorted(found)) or "none"
+            raise StudyError(
+                "a model must be kept here",
+                value=f"{which} of {study}; kept of it: {told}",
+                fix="See fedward-client model list",
+            )
+        return found[which]
+
+    def path(self, study: str, which: Which | None) -> Path:
+        """The file of a study's model; of none named, the hospital's own where there is one.
+
+        Raises
+        ------
+        StudyError
+            There is no such model.
+        """
+        if which is None:
+            kept = {one.which for one in self.all() if one.study == study}
+            which = "own" if "own" in kept else "shared"
+        return self._path(study, self.find(study, which).which)
 
     def export(self, study: str, which: Which, out: Path) -> KeptModel:
         """Copy a model to a file.
@@ -107,22 +132,15 @@ class KeptModels:
         OutputError
             The file is there already, or cannot be written.
         """
-        found = {one.which: one for one in self.all() if one.study == study}
-        if which not in found:
-            told = ", ".join(sorted(found)) or "none"
-            raise StudyError(
-                "a model must be kept here",
-                value=f"{which} of {study}; kept of it: {told}",
-                fix="See fedward-client model list",
-            )
+        found = self.find(study, which)
         if out.exists():
             raise OutputError(
                 "an export replaces no file", value=out.name, fix="Choose another --out"
             )
         # Whole or not at all, and for its owner only: it was made of patients' images.
-        write_private(out, (self._of(study) / f"{which}.safetensors").read_bytes())
-        check_model(out, found[which].sha256)
-        return found[which]
+        write_private(out, self._path(study, which).read_bytes())
+        check_model(out, found.sha256)
+        return found
 
     def remove(self, study: str) -> int:
         """Remove all models of a study; gives how many there were.
@@ -139,6 +157,9 @@ class KeptModels:
             )
         shutil.rmtree(self._of(study))
         return len(found)
+
+    def _path(self, study: str, which: Which) -> Path:
+        return self._of(study) / f"{which}.safetensors"
 
     def _of(self, study: str) -> Path:
         # An id is checked by the protocol; here it comes from a command line too.

@@ -320,6 +320,13 @@ class TaskSpec(ABC):
     # Answers of a model and their counts.
 
     @abstractmethod
+    def probabilities(self, task: Task, logits: Tensor) -> Tensor:
+        """A model's output ``(n, *output_shape)`` as float64 probabilities of the same shape.
+
+        Not finite numbers are taken as all classes alike.
+        """
+
+    @abstractmethod
     def answers(
         self,
         task: Task,

@@ -888,6 +888,12 @@ class _Classification(TaskSpec):
             return set(np.flatnonzero(np.asarray(targets).any(axis=0)).tolist())
         return set(np.unique(targets).tolist())
 
+    def probabilities(self, task: Task, logits: Tensor) -> Tensor:
+        logits = logits.double()
+        finite = logits.isfinite().all(dim=1, keepdim=True)
+        logits = logits.where(finite, 0.0)
+        return logits.sigmoid() if task.multi_label else logits.softmax(dim=1)
+
     def answers(
         self,
         task: Task,
@@ -897,12 +903,8 @@ class _Classification(TaskSpec):
         *,
         surface: bool,
     ) -> Floats:
-        """``(n, K)`` probabilities; not finite numbers as all classes alike."""
-        logits = logits.double()
-        finite = logits.isfinite().all(dim=1, keepdim=True)
-        logits = logits.where(finite, 0.0)
-        scores = logits.sigmoid() if task.multi_label else logits.softmax(dim=1)
-        values: Floats = scores.cpu().numpy()
+        """``(n, K)`` probabilities."""
+        values: Floats = self.probabilities(task, logits).cpu().numpy()
         return values
 
     def confidence(self, task: Task, logits: Tensor, targets: Tensor, loss: Tensor) -> Tensor:

@@ -529,6 +529,11 @@ class _Segmentation(TaskSpec):
             found.update(np.flatnonzero(np.bincount(mask.ravel(), minlength=256)).tolist())
         return {value - 1 for value in found if value}
 
+    def probabilities(self, task: Task, logits: Tensor) -> Tensor:
+        logits = logits.double()
+        finite = logits.isfinite().all(dim=1, keepdim=True)
+        return logits.where(finite, 0.0).softmax(dim=1)
+
     def answers(
         self,
         task: Task,

@@ -20,6 +20,7 @@ from safetensors.numpy import load, save
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from fedward.errors import FedwardError, OutputError
+from fedward.integrity import about_model
 from fedward.models import save_model
 from fedward.plan.load import canonical
 from fedward.plan.schema import Plan
@@ -293,7 +294,7 @@ class StudyPersistence:
 
     def _deliver(self, job: Job) -> None:
         try:
-            about = {"study": self._study.id, "plan_sha256": self._study.plan_sha256}
+            about = about_model(self._study.id, self._plan, "shared")
             self._results.model_sha256 = save_model(
                 self._folder / "model.safetensors", job.average, about
             )

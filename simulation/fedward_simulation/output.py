@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fedward.errors import OutputError
 from fedward.files import write_text
+from fedward.integrity import about_model
 from fedward.models import load_model, save_model
 from fedward.plan.load import canonical, from_canonical, plan_hash
 from fedward.plan.schema import Plan
@@ -138,8 +139,7 @@ def _write_study(study: Study, folder: Path) -> None:
     audited = study.results.audit is not None or not study.plan.privacy.audit
     if study.model is not None and audited:
         facts = {
-            "study": study.plan.study.name,
-            "plan_sha256": plan_hash(study.plan),
+            **about_model(study.plan.study.name, study.plan, "shared"),
             "classes": ",".join(study.plan.task.classes),
             "model": study.plan.model.name,
             "synthetic": str(study.results.synthetic).lower(),

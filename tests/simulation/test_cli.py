@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from fedward.models.finished import open_finished
 from fedward.plan import load_plan, plan_hash
 from fedward_server.results import StudyResults
 
@@ -60,6 +61,7 @@ def check_model(out: Path, plan: Path, complete: bool) -> None:
         facts = file.metadata()
         assert all(file.get_tensor(name).size for name in file.keys())  # noqa: SIM118
     assert facts["plan_sha256"] == plan_hash(load_plan(plan))
+    assert open_finished(out / "model.safetensors").plan == load_plan(plan)
     assert facts["classes"] == "no,yes"
     assert facts["complete"] == str(complete).lower()
 

@@ -7,6 +7,7 @@ columns to the patient's left (or to the back, in a sagittal slice), which is ho
 
 from __future__ import annotations
 
+import gzip
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -205,6 +206,56 @@ def oriented_volume(
     """A volume turned to RAS, and its spacing in mm; `affine` maps voxels to RAS mm."""
     turned = nib.as_closest_canonical(nib.Nifti1Image(values, affine))
     return np.asanyarray(turned.dataobj), _voxel(turned.affine)
+
+
+def turned_back(values: NDArray[Any], affine: NDArray[np.float64]) -> NDArray[Any]:
+    """The inverse of :func:`oriented_volume`: a volume in RAS with the axes that `affine` is of."""
+    upright = np.array([[0, 1], [1, 1], [2, 1]])
+    turn = nib.orientations.ornt_transform(upright, nib.io_orientation(affine))
+    return np.asarray(nib.orientations.apply_orientation(values, turn))
+
+
+def save_mask(mask: NDArray[np.uint8], like: Path, dimensions: int) -> bytes:
+    """A label map on the decoded grid of an image, as the NIfTI file of the image's own grid.
+
+    Parameters
+    ----------
+    mask : NDArray
+        ``(x, y, z)`` in RAS, or of a 2D task ``(H, W)`` as :class:`NiftiImage` shows it.
+    like : Path
+        The image.
+    dimensions : int
+        Of the task.
+
+    Returns
+    -------
+    bytes
+        Compressed with gzip; the same for the same values.
+    """
+    file: Any = nib.load(like)
+    if dimensions == 2:
+        (thin,) = (axis for axis, n in enumerate(_canonical(like, True)[0].shape) if n == 1)
+        mask = np.expand_dims(mask[::-1, ::-1].T, thin)
+    own = np.array(file.affine, np.float64)
+    return nifti_bytes(turned_back(mask, own).reshape(file.shape), own, file.header)
+
+
+def nifti_bytes(
+    labels: NDArray[np.uint8], affine: NDArray[np.float64], header: Any = None
+) -> bytes:
+    """A label map as a compressed NIfTI-1 file; units and codes of the place are those of `header`,
+    else mm in the scanner's axes."""
+    made = nib.Nifti1Image(np.ascontiguousarray(labels), affine)
+    if header is None:
+        made.header.set_xyzt_units("mm")
+        made.set_sform(affine, 1)
+        made.set_qform(affine, 1)
+    else:
+        made.header.set_xyzt_units(*header.get_xyzt_units())
+        made.set_sform(affine, int(header["sform_code"]) or 1)
+        if int(header["qform_code"]):
+            made.set_qform(header.get_qform(), int(header["qform_code"]))
+    return gzip.compress(made.to_bytes(), 6, mtime=0)
 
 
 def _voxel(affine: NDArray[np.float64]) -> tuple[float, ...]:

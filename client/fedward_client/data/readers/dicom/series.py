@@ -19,7 +19,7 @@ from fedward.errors import DataError
 from fedward_client.data.quiet import quiet
 from fedward_client.data.readers.dicom.headers import TAKES, TIMES, Header
 from fedward_client.data.readers.dicom.pixels import Frame, Place, open_dicom, place_of
-from fedward_client.data.readers.nifti import oriented_volume
+from fedward_client.data.readers.nifti import oriented_volume, turned_back
 from fedward_client.data.sample import Image
 
 Vector = NDArray[np.float64]
@@ -82,6 +82,17 @@ class Geometry:
         turned = oriented_volume(np.stack(ordered, axis=-1), self.affine)
         return turned[0], turned[1]
 
+    def slices(self, labels: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+        """The inverse for labels: ``(x, y, z)`` in RAS to ``(H, W)`` of each frame, in its order.
+
+        Slices of a leaning gantry move back to where they were taken, by the nearest pixel.
+        """
+        ordered = list(np.moveaxis(turned_back(labels, self.affine), -1, 0))
+        if self.tilt:
+            ordered = [_moved_back(s, d) for s, d in zip(ordered, self.drift, strict=True)]
+        found = dict(zip(self.order, ordered, strict=True))
+        return [found[k] for k in range(len(ordered))]
+
 
 def stack(frames: Sequence[Frame]) -> Image:
     """Frames of one series as a volume ``(C, x, y, z)`` in RAS.
@@ -91,7 +102,19 @@ def stack(frames: Sequence[Frame]) -> Image:
     DataError
         As :func:`geometry` does; the same slice twice is dropped when its pixels are the same too.
     """
-    kept = _without_copies(frames)
+    return arranged(frames)[0]
+
+
+def arranged(frames: Sequence[Frame]) -> tuple[Image, tuple[int, ...], Geometry]:
+    """The volume of :func:`stack`, the numbers of the frames that make it, and how they do.
+
+    Raises
+    ------
+    DataError
+        As :func:`stack` does.
+    """
+    numbers = _without_copies(frames)
+    kept = [frames[k] for k in numbers]
     if not all(frame.image.pixels.shape == kept[0].image.pixels.shape for frame in kept):
         raise rule_codes.unusable(rule_codes.WRONG_SHAPE)
     place = geometry(kept, kept[0].image.spacing)
@@ -102,7 +125,8 @@ def stack(frames: Sequence[Frame]) -> Image:
     pixels = np.ascontiguousarray(np.stack([t[0] for t in turned]), np.float32)
     middle = kept[place.order[len(kept) // 2]]
     one = middle.image
-    return Image(pixels, turned[0][1], one.window, place.tilt, one.lookup, one.measured)
+    image = Image(pixels, turned[0][1], one.window, place.tilt, one.lookup, one.measured)
+    return image, tuple(numbers), place
 
 
 def geometry(frames: Sequence[Placed], spacing: tuple[float, ...]) -> Geometry:
@@ -177,14 +201,14 @@ def _filled(frames: Sequence[Frame]) -> list[NDArray[np.float32]]:
     ]
 
 
-def _without_copies(frames: Sequence[Frame]) -> list[Frame]:
+def _without_copies(frames: Sequence[Frame]) -> list[int]:
     seen: dict[tuple[float, ...], Frame] = {}
     kept = []
-    for frame in frames:
+    for number, frame in enumerate(frames):
         key = () if frame.position is None else tuple(np.round(frame.position, 3))
         known = seen.setdefault(key, frame) if key else frame
         if known is frame or not np.array_equal(known.image.pixels, frame.image.pixels):
-            kept.append(frame)
+            kept.append(number)
     return kept
 
 
@@ -222,6 +246,18 @@ def _moved(values: NDArray[Any], by: Vector, labels: bool) -> NDArray[Any]:
     low = 0 if labels else values.min()
     moved = ndimage.shift(values, by, order=0 if labels else 1, mode="constant", cval=float(low))
     return np.asarray(moved, values.dtype)
+
+
+def _moved_back(labels: NDArray[np.uint8], by: Vector) -> NDArray[np.uint8]:
+    """Labels of an upright slice where it was taken; whole pixels, so that no edge is lost."""
+    rows, columns = (int(v) for v in np.rint(by))
+    height, width = labels.shape
+    top, left = max(0, rows), max(0, columns)
+    part = labels[top : height + min(0, rows), left : width + min(0, columns)]
+    moved = np.zeros_like(labels)
+    down, right = max(0, -rows), max(0, -columns)
+    moved[down : down + part.shape[0], right : right + part.shape[1]] = part
+    return moved
 
 
 def _alike(frame: Placed, along: Vector) -> bool:

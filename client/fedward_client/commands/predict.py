@@ -1,0 +1,153 @@
+"""``fedward-client predict``: a finished study's model on images of the hospital."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import click
+import typer
+
+from fedward.console import interruptible, print_json, say
+from fedward.errors import DataError, Interrupted
+from fedward_client.commands.options import SITE, Config, Json
+from fedward_client.commands.work import busy
+from fedward_client.data.readers.registry import READERS
+
+if TYPE_CHECKING:
+    from fedward.models.finished import FinishedModel
+    from fedward_client.predict.inputs import Found
+    from fedward_client.predict.run import Outcome
+
+_AUTO = "auto"
+_FORMATS = [_AUTO, *(name for name, reader in READERS.items() if not reader.archive)]
+
+
+def predict(
+    model: Annotated[
+        str, typer.Argument(help="a model's file, or the id of a study whose model is kept here")
+    ],
+    images: Annotated[
+        str, typer.Argument(metavar="PATH", help="a file or folder of images, or a dataset's name")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="folder for the results", show_default=False)],
+    which: Annotated[
+        Literal["shared", "own"] | None,
+        typer.Option(
+            "--which", help="of a kept study; none: the hospital's own model where there is one"
+        ),
+    ] = None,
+    format: Annotated[
+        str,
+        typer.Option("--format", click_type=click.Choice(_FORMATS), help="what the files are"),
+    ] = _AUTO,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="predict what the model was not trained for, and mark it"),
+    ] = False,
+    dicom: Annotated[
+        bool, typer.Option("--dicom/--no-dicom", help="write SEG and SR for DICOM images")
+    ] = True,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:INDEX")] = "auto",
+    config: Config = SITE,
+    as_json: Json = False,
+) -> None:
+    """Apply a finished model to images; the results stay at the hospital.
+
+    Ends with code 11 when it could not predict every image; the others are done.
+    """
+    from fedward_client.predict.run import Wish
+    from fedward_client.predict.run import predict as run
+    from fedward_client.training.device import choose_device
+    from fedward_client.training.runtime import Runtime
+
+    chosen = str(choose_device(device))
+    with _kept_on_ctrl_c(out), interruptible(), busy("reading the model") as tell:
+        opened = _open(model, which, config)
+        tell("reading headers")
+        path, found = _inputs(images, opened, None if format == _AUTO else format, config)
+        runtime = Runtime(device=chosen, threads=os.cpu_count() or 1)
+        outcome = run(
+            Wish(opened, path, out, force=force, dicom=dicom),
+            found,
+            runtime,
+            lambda done, of, name: tell(f"{done} of {of} predicted, next {name}"),
+        )
+    refused = _told(outcome, opened, out, as_json=as_json)
+    if refused:
+        raise typer.Exit(DataError.exit_code)
+
+
+@contextmanager
+def _kept_on_ctrl_c(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "the command was interrupted; what was done is kept",
+            value=str(out),
+            fix="Give it again to go on",
+        ) from None
+
+
+def _open(model: str, which: Literal["shared", "own"] | None, config: Path) -> FinishedModel:
+    from fedward.models.finished import open_finished
+
+    path = Path(model)
+    if path.is_file() and which is None:
+        return open_finished(path)
+    from fedward_client.config import load_config
+    from fedward_client.kept_models import KeptModels
+
+    kept = KeptModels(load_config(config, datasets_here=False).site.state)
+    return open_finished(kept.path(model, which))
+
+
+def _inputs(
+    images: str, model: FinishedModel, format: str | None, config: Path
+) -> tuple[Path, Found]:
+    from fedward_client.predict.inputs import find_inputs
+
+    path, task = Path(images), model.plan.task
+    if path.exists() or not config.is_file():
+        return path, find_inputs(path, task, format)
+    from fedward_client.config import load_config
+
+    dataset = load_config(config, datasets_here=False).present(images)
+    options = dataset.image_options()
+    return dataset.root, find_inputs(dataset.root, task, format or dataset.format, options)
+
+
+def _told(outcome: Outcome, model: FinishedModel, out: Path, *, as_json: bool) -> int:
+    """Print what became of the inputs; how many were refused."""
+    counts = {state: outcome.count(state) for state in ("predicted", "marked", "refused")}
+    if as_json:
+        print_json(
+            {
+                "out": str(out),
+                **counts,
+                "model_sha256": model.sha256,
+                "plan_sha256": model.plan_sha256,
+                "refusals": {
+                    one["name"]: one["reason"]
+                    for one in outcome.records
+                    if one["state"] == "refused"
+                },
+            }
+        )
+        return counts["refused"]
+    for one in outcome.records:
+        if one["state"] == "refused":
+            say(f"refused: {one['name']}: {one['reason']}", err=True, fg="red")
+        for mark in one.get("marks", ()):
+            say(f"marked: {one['name']}: {mark}", err=True, fg="yellow")
+    say(
+        f"{counts['predicted']} predicted, {counts['marked']} marked, {counts['refused']} refused: "
+        f"{out / 'predictions.csv'}. Not for diagnosis."
+    )
+    if model.synthetic:
+        say("The model was trained on synthetic images: of no use for patients.")
+    return counts["refused"]

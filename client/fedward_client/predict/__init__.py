@@ -1,0 +1,1 @@
+"""Apply a finished study's model to images of the hospital."""

@@ -1,0 +1,368 @@
+"""Predictions as DICOM objects: masks as a segmentation (SEG), figures as a structured report.
+
+Both belong to the patient and the study of the images, in series of their own. Their UIDs are
+digests of model, release and images: the same prediction has the same UIDs, so that an archive
+that gets it twice keeps it once. The report is of template TID 1500 (PS3.16).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import highdicom as hd
+import numpy as np
+import pydicom
+from highdicom.coding_schemes import CodingSchemeIdentificationItem
+from highdicom.sr.coding import CodedConcept
+from pydicom.dataset import Dataset
+from pydicom.sr.codedict import codes
+
+from fedward.models.finished import FinishedModel
+from fedward.plan.schema import Plan
+from fedward_client.data.readers.dicom.pixels import open_dicom
+from fedward_client.predict.inputs import DicomSource
+from fedward_client.predict.run import NOT_FOR_DIAGNOSIS, Answer, measure
+
+_SCHEME: Final = "99FEDWARD"
+_NUMBERS: Final = {"seg": 9001, "sr": 9002}  # of the series
+_LONG: Final = 64  # characters of LO
+# Attributes that an image must have, if empty (type 2), for an object about it to have them.
+_NEEDED: Final = (
+    "PatientID",
+    "PatientName",
+    "PatientBirthDate",
+    "PatientSex",
+    "AccessionNumber",
+    "StudyID",
+    "StudyDate",
+    "StudyTime",
+    "ReferringPhysicianName",
+)
+_PLANE: Final = ("ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing")
+_UNITS: Final = {
+    "ml": CodedConcept("ml", "UCUM", "milliliter"),
+    "mm2": CodedConcept("mm2", "UCUM", "square millimeter"),
+}
+
+
+@dataclass(frozen=True)
+class Made:
+    """An object.
+
+    Attributes
+    ----------
+    kind : str
+        "seg" or "sr".
+    file : bytes
+        The whole file.
+    """
+
+    kind: str
+    file: bytes
+
+
+def make_objects(
+    model: FinishedModel, source: DicomSource, answers: Sequence[Answer], marks: tuple[str, ...]
+) -> tuple[list[Made], list[str]]:
+    """The objects of one input, and in words which one the image does not allow.
+
+    Parameters
+    ----------
+    model : FinishedModel
+        What predicted.
+    source : DicomSource
+        The images.
+    answers : sequence of Answer
+        Of each image.
+    marks : tuple of str
+        Why the prediction is doubtful.
+    """
+    made: list[Made] = []
+    wrong: list[str] = []
+    author = _Author(model, source, marks)
+    segmentation = None
+    if model.plan.task.spec.dense and source.header.frames > 1 and not author.placed:
+        wrong.append("no SEG can be made of the image: its frames do not say where they lie")
+    elif model.plan.task.spec.dense:
+        with _tried("SEG", wrong):
+            segmentation = _segmentation(author, source, answers)
+            made.append(Made("seg", _bytes(segmentation)))
+    with _tried("SR", wrong):
+        made.append(Made("sr", _bytes(_report(author, source, answers, segmentation))))
+    return made, wrong
+
+
+@contextmanager
+def _tried(kind: str, wrong: list[str]) -> Iterator[None]:
+    """Note that an object could not be made: highdicom asks for more than images may have."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        wrong.append(f"no {kind} can be made of the image ({type(error).__name__})")
+
+
+class _Author:
+    """What all objects of one input say of the model, and their UIDs."""
+
+    def __init__(self, model: FinishedModel, source: DicomSource, marks: tuple[str, ...]) -> None:
+        self.model, self.plan, self.marks = model, model.plan, marks
+        self.images = _headers(source)
+        self.first = next(iter(self.images.values()))
+        told = "PerFrameFunctionalGroupsSequence" in self.first or source.header.frames == 1
+        self.placed = told and "FrameOfReferenceUID" in self.first  # the images say where they lie
+        self.release = version("fedward")
+        self._of = [model.sha256, self.release, *marks]
+
+    def uid(self, *parts: str) -> str:
+        """A UID that follows from the model, the release, the marks and these parts."""
+        return str(pydicom.uid.generate_uid(entropy_srcs=[*self._of, *parts]))
+
+    def facts(self, kind: str) -> dict[str, Any]:
+        """What each object says of itself, as highdicom takes it."""
+        images = sorted(str(one.SOPInstanceUID) for one in self.images.values())
+        return {
+            "series_instance_uid": self.uid(kind, str(self.first.SeriesInstanceUID)),
+            "series_number": _NUMBERS[kind],
+            "sop_instance_uid": self.uid(kind, *images),
+            "instance_number": max(1, int(self.first.get("InstanceNumber") or 1)),
+            "manufacturer": "Fedward",
+            "manufacturer_model_name": self.plan.study.name[:_LONG],
+            "software_versions": self.release,
+            "device_serial_number": self.model.sha256,
+            "series_description": f"{NOT_FOR_DIAGNOSIS} {self.plan.study.name}"[:_LONG],
+            "content_qualification": hd.ContentQualificationValues.RESEARCH,
+            "coding_schemes": [
+                CodingSchemeIdentificationItem(_SCHEME, name="Classes of a Fedward study plan")
+            ],
+        }
+
+    def parameters(self) -> dict[str, str]:
+        """What an algorithm's identification says besides its name and version."""
+        told = {"Plan SHA-256": self.model.plan_sha256, "Use": NOT_FOR_DIAGNOSIS}
+        return told | ({"Remarks": "; ".join(self.marks)} if self.marks else {})
+
+    def concept(self, name: str) -> CodedConcept:
+        """A class of the plan as a code: its number, with which its name comes."""
+        number = self.plan.task.classes.index(name)
+        return CodedConcept(f"{self.model.plan_sha256[:12]}{number:04d}", _SCHEME, name[:_LONG])
+
+
+def _headers(source: DicomSource) -> dict[Path, Dataset]:
+    """The images' attributes without pixels, as highdicom takes them for one series.
+
+    What objects must have is there, if empty. Orientation and spacing are those of the first
+    image, from which writers let the others differ by a rounding.
+    """
+    found = {path: _header(path) for path in dict.fromkeys(path for path, _ in source.used)}
+    first = next(iter(found.values()))
+    if source.header.frames > 1:
+        _share(first, source.used[0][1])
+        return found
+    for header in found.values():
+        if not all(header.get(name) for name in _PLANE):  # in no space in which anything could lie
+            header.pop("FrameOfReferenceUID", None)
+            continue
+        header.ImageOrientationPatient = first.ImageOrientationPatient
+        header.PixelSpacing = first.PixelSpacing
+        header.SliceThickness = first.get("SliceThickness") or source.step
+    return found
+
+
+def _header(path: Path) -> Dataset:
+    opened = open_dicom(path).header
+    header = Dataset()
+    header.update(opened)
+    header.file_meta = opened.file_meta
+    for name in _NEEDED:
+        if name not in header:
+            setattr(header, name, None if name.endswith(("Date", "Time")) else "")
+    return header
+
+
+def _share(header: Dataset, frame: int) -> None:
+    """Tell plane and spacing of a multi-frame file for all frames, where each frame tells them."""
+    shared, each = Dataset(), header.get("PerFrameFunctionalGroupsSequence")
+    for one in header.get("SharedFunctionalGroupsSequence") or []:
+        shared.update(one)
+    for name in ("PlaneOrientationSequence", "PixelMeasuresSequence"):
+        if name not in shared and each and name in each[frame]:
+            shared[name] = each[frame][name]
+    if len(shared):
+        header.SharedFunctionalGroupsSequence = [shared]
+
+
+# Segmentation.
+
+
+def _segmentation(
+    author: _Author, source: DicomSource, answers: Sequence[Answer]
+) -> hd.seg.Segmentation:
+    planes = source.planes([one.labels for one in answers if one.labels is not None])
+    images = list(author.images.values())
+    if source.header.frames > 1:  # one object with all frames, of which the stack may be some
+        whole = np.zeros((source.header.frames, *planes.shape[1:]), np.uint8)
+        whole[[frame for _, frame in source.used]] = planes
+        planes = whole
+    facts = author.facts("seg")
+    tool = hd.AlgorithmIdentificationSequence(
+        name=author.plan.study.name[:_LONG],
+        family=codes.DCM.ArtificialIntelligence,
+        version=author.model.sha256,
+        source="Fedward",
+        parameters=author.parameters(),
+    )
+    segments = [
+        hd.seg.SegmentDescription(
+            segment_number=number,
+            segment_label=name[:_LONG],
+            segmented_property_category=codes.SCT.Tissue,
+            segmented_property_type=author.concept(name),
+            algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+            algorithm_identification=tool,
+            tracking_uid=author.uid("segment", facts["sop_instance_uid"], name),
+            tracking_id=name[:_LONG],
+        )
+        for number, name in enumerate(author.plan.task.classes, start=1)
+    ]
+    made = hd.seg.Segmentation(
+        source_images=images,
+        pixel_array=planes,
+        segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
+        segment_descriptions=segments,
+        content_label="NOT_DIAGNOSTIC",
+        content_description=f"{NOT_FOR_DIAGNOSIS} Plan {author.model.plan_sha256[:12]}",
+        omit_empty_frames=bool(planes.any()),
+        **facts,
+    )
+    if not author.placed:  # then a general image must have it, if empty (PS3.3, C.7.6.1)
+        made.PatientOrientation = author.first.get("PatientOrientation") or None
+    return made
+
+
+# Structured report.
+
+
+def _report(
+    author: _Author,
+    source: DicomSource,
+    answers: Sequence[Answer],
+    segmentation: hd.seg.Segmentation | None,
+) -> hd.sr.EnhancedSR:
+    facts = author.facts("sr")
+    device = hd.sr.DeviceObserverIdentifyingAttributes(
+        uid=author.uid("device"),
+        name=author.plan.study.name[:_LONG],
+        manufacturer_name="Fedward",
+        model_name=author.plan.study.name[:_LONG],
+        serial_number=author.model.sha256,
+    )
+    context = hd.sr.ObservationContext(
+        observer_device_context=hd.sr.ObserverContext(codes.DCM.Device, device)
+    )
+    groups = [
+        group
+        for number, answer in enumerate(answers)
+        for group in _groups(author, source, number, answer, segmentation)
+    ]
+    content = hd.sr.MeasurementReport(
+        observation_context=context,
+        procedure_reported=CodedConcept("363679005", "SCT", "Imaging"),
+        imaging_measurements=groups,
+    )
+    evidence = [*author.images.values(), *([segmentation] if segmentation else [])]
+    return hd.sr.EnhancedSR(
+        evidence=evidence,
+        content=content[0],
+        is_complete=True,
+        is_final=False,
+        is_verified=False,
+        **facts,
+    )
+
+
+def _groups(
+    author: _Author,
+    source: DicomSource,
+    number: int,
+    answer: Answer,
+    segmentation: hd.seg.Segmentation | None,
+) -> Iterator[Any]:
+    """A measurement group (TID 1501, or 1411 with a segment) for each class of an image."""
+    plan = author.plan
+    tool = hd.sr.AlgorithmIdentification(
+        name=plan.study.name,
+        version=author.model.sha256,
+        parameters=[f"{key}: {value}" for key, value in author.parameters().items()],
+    )
+    for place, name in enumerate(plan.task.classes):
+        identity = hd.sr.TrackingIdentifier(
+            uid=author.uid("group", *_instances(author, source, number), name), identifier=name
+        )
+        shared: Mapping[str, Any] = {
+            "tracking_identifier": identity,
+            "finding_type": author.concept(name),
+            "algorithm_id": tool,
+            "measurements": [_measurement(plan, answer, place)],
+            "qualitative_evaluations": [
+                hd.sr.QualitativeEvaluation(
+                    CodedConcept("USE", _SCHEME, "Intended use"),
+                    CodedConcept("NOTDIAGNOSTIC", _SCHEME, NOT_FOR_DIAGNOSIS),
+                )
+            ],
+        }
+        if segmentation is not None and source.volume and answer.voxels[place]:
+            segment = hd.sr.ReferencedSegment.from_segmentation(segmentation, place + 1)
+            yield hd.sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
+                **shared, referenced_segment=segment
+            )
+            continue
+        images = _references(author, source, number)
+        yield hd.sr.MeasurementsAndQualitativeEvaluations(**shared, source_images=images)
+
+
+def _measurement(plan: Plan, answer: Answer, place: int) -> hd.sr.Measurement:
+    if answer.labels is None:
+        value = float(answer.probabilities[place])
+        return hd.sr.Measurement(codes.DCM.Probability, value, codes.UCUM.NoUnits)
+    unit, factor = measure(plan)
+    kind = codes.SCT.Volume if plan.task.dimensions == 3 else codes.SCT.Area
+    if answer.size is None:
+        pixels = CodedConcept("{pixels}", "UCUM", "pixels")
+        return hd.sr.Measurement(kind, float(answer.voxels[place]), pixels)
+    return hd.sr.Measurement(kind, answer.voxels[place] * answer.size * factor, _UNITS[unit])
+
+
+def _instances(author: _Author, source: DicomSource, number: int) -> list[str]:
+    """Which image an answer is about."""
+    if source.volume:
+        return sorted(str(one.SOPInstanceUID) for one in author.images.values())
+    path, frame = source.used[number]
+    return [str(author.images[path].SOPInstanceUID), str(frame)]
+
+
+def _references(author: _Author, source: DicomSource, number: int) -> list[Any]:
+    used = source.used if source.volume else source.used[number : number + 1]
+    frames: dict[Path, list[int]] = {}
+    for path, frame in used:
+        frames.setdefault(path, []).append(frame + 1)
+    several = source.header.frames > 1
+    return [
+        hd.sr.SourceImageForMeasurementGroup(
+            referenced_sop_class_uid=author.images[path].SOPClassUID,
+            referenced_sop_instance_uid=author.images[path].SOPInstanceUID,
+            referenced_frame_numbers=numbers if several else None,
+        )
+        for path, numbers in frames.items()
+    ]
+
+
+def _bytes(made: Dataset) -> bytes:
+    file = io.BytesIO()
+    made.save_as(file)
+    return file.getvalue()

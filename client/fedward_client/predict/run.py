@@ -1,0 +1,416 @@
+"""Predict image by image: done as it goes, taken up again where it broke off."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedward import rule_codes
+from fedward.errors import DataError, OutputError
+from fedward.files import write_private
+from fedward.models.finished import FinishedModel
+from fedward.plan.schema import Plan, Preprocessing
+from fedward_client.data.quiet import quiet
+from fedward_client.data.restore import restore
+from fedward_client.data.sample import Image
+from fedward_client.data.transforms import one_torch_thread, prepare_image
+from fedward_client.predict.doubts import by_header, by_image
+from fedward_client.predict.inputs import DicomSource, Found, Source
+from fedward_client.training.device import place, place_batch
+from fedward_client.training.runtime import Runtime
+
+NOT_FOR_DIAGNOSIS: Final = "Not for diagnosis."
+_JOURNAL: Final = "progress.jsonl"
+_NOT_FINITE: Final = "the model gives no finite number"
+State = str  # "predicted", "marked" or "refused"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says of one image.
+
+    Attributes
+    ----------
+    probabilities : NDArray
+        ``(K,)`` float64 of the classes; of a model that answers for each pixel empty.
+    labels : NDArray or None
+        The label map on the decoded grid, uint8, where the model answers for each pixel.
+    voxels : tuple of int
+        Pixels of each class in it.
+    size : float or None
+        mm² of a pixel, mm³ of a voxel; None where the file does not state it.
+    """
+
+    probabilities: NDArray[np.float64]
+    labels: NDArray[np.uint8] | None = None
+    voxels: tuple[int, ...] = ()
+    size: float | None = None
+
+
+class Predictor:
+    """A model, ready to be asked.
+
+    One image at a time and in single precision on every device: an answer depends on nothing but
+    the image.
+
+    Parameters
+    ----------
+    model : FinishedModel
+        From a study.
+    runtime : Runtime
+        The machine.
+    """
+
+    def __init__(self, model: FinishedModel, runtime: Runtime) -> None:
+        runtime.enter()
+        self.plan = model.plan
+        self._device = runtime.torch_device
+        self._network = place(model.build(), self._device)
+
+    @torch.no_grad()
+    def __call__(self, image: Image, prep: Preprocessing) -> Answer:
+        """Predict one decoded image.
+
+        Raises
+        ------
+        DataError
+            It cannot be prepared, or the model gives no finite number on it.
+        """
+        task = self.plan.task
+        with one_torch_thread():
+            prepared = prepare_image(image, None, task, prep)
+        batch = place_batch(torch.from_numpy(prepared.pixels[None]), self._device)
+        logits = self._network(batch).float()
+        if not logits.isfinite().all():
+            raise DataError(_NOT_FINITE, fix="Do not use the model on such images")
+        probabilities = task.spec.probabilities(task, logits)[0].cpu()
+        if not task.spec.dense:
+            return Answer(probabilities.numpy())
+        labels = _on_image(probabilities, image, prep)
+        counts = np.bincount(labels.ravel(), minlength=task.outputs)[1:]
+        size = float(np.prod(image.spacing)) if image.measured else None
+        return Answer(np.empty(0), labels, tuple(int(n) for n in counts), size)
+
+
+def _on_image(probabilities: torch.Tensor, image: Image, prep: Preprocessing) -> NDArray[np.uint8]:
+    shape = image.pixels.shape[1:]
+    if image.region is None:
+        return restore(probabilities, shape, image.spacing, prep)
+    labels = np.zeros(shape, np.uint8)
+    inner = labels[image.region]
+    inner[...] = restore(probabilities, inner.shape, image.spacing, prep)
+    return labels
+
+
+@dataclass
+class Outcome:
+    """What became of the inputs, in their order.
+
+    Attributes
+    ----------
+    records : list of dict
+        As ``predictions.json`` has them under ``inputs``.
+    """
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    def count(self, state: State) -> int:
+        """Inputs of which that became."""
+        return sum(one["state"] == state for one in self.records)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is to be done.
+
+    Attributes
+    ----------
+    model : FinishedModel
+        With which.
+    path : Path
+        Of what.
+    out : Path
+        Where results go; made if it is not there.
+    force : bool
+        Whether to predict what the model was not trained for, marked, instead of refusing it.
+    dicom : bool
+        Whether to write DICOM objects for DICOM inputs.
+    """
+
+    model: FinishedModel
+    path: Path
+    out: Path
+    force: bool = False
+    dicom: bool = True
+
+
+def predict(
+    wish: Wish,
+    found: Found,
+    runtime: Runtime,
+    tell: Callable[[int, int, str], None] = lambda done, of, name: None,
+) -> Outcome:
+    """Predict every input, and write what comes of it.
+
+    Each input is written as soon as it is done. Whatever ends the work, the tables then hold what
+    was done, and the same call goes on with the rest.
+
+    Parameters
+    ----------
+    wish : Wish
+        Model, folder and choices.
+    found : Found
+        The inputs.
+    runtime : Runtime
+        The machine.
+    tell : callable
+        Hears how many are done, of how many, and which is next.
+
+    Raises
+    ------
+    OutputError
+        The folder cannot be written, or holds predictions of something else.
+    """
+    journal = _Journal(wish)
+    outcome = Outcome()
+    predictor: Predictor | None = None
+    try:
+        for number, source in enumerate(found.sources):
+            tell(number, len(found.sources), source.name)
+            key = source.identity()
+            record = journal.known(source.name, key)
+            if record is None:
+                predictor = predictor or Predictor(wish.model, runtime)
+                record = _predicted(wish, predictor, source)
+                journal.add(record | {"key": key})
+            outcome.records.append(record)
+    finally:
+        outcome.records += [_refused(one.name, one.reason) for one in found.left_out]
+        _write_tables(wish, outcome)
+    return outcome
+
+
+def _predicted(wish: Wish, predictor: Predictor, source: Source) -> dict[str, Any]:
+    """One input from its files to results on the disk; a bad one is refused by name."""
+    try:
+        with quiet():
+            return _results(wish, predictor, source)
+    except DataError as error:
+        reason = error.rule
+    except OutputError:
+        raise
+    except Exception as error:  # whatever a decoder raises on a broken file
+        reason = rule_codes.reason_of(error)
+    return _refused(source.name, reason, source.patient)
+
+
+def _refused(name: str, reason: str, patient: str = "") -> dict[str, Any]:
+    return {"name": name, "patient": patient, "state": "refused", "reason": reason, "images": []}
+
+
+def _results(wish: Wish, predictor: Predictor, source: Source) -> dict[str, Any]:
+    plan = wish.model.plan
+    marks: dict[str, None] = {}
+    _weigh(by_header(source, plan), wish.force, marks)
+    prep = plan.preprocessing
+    if wish.force:
+        prep = prep.model_copy(update={"gantry_tilt": "correct"})
+    answers = []
+    for image in source.images():
+        _weigh(by_image(image, plan), wish.force, marks)
+        answers.append(predictor(image, prep))
+        del image  # a volume: its pixels make room for what comes of it
+    files: dict[str, str] = {}
+    if plan.task.spec.dense:
+        content = source.mask([one.labels for one in answers if one.labels is not None])
+        files["mask"] = _write(wish.out, "masks", source.stem + source.mask_suffix, content)
+    more: dict[str, str] = {}
+    if isinstance(source, DicomSource):
+        more["study_instance_uid"] = source.header.keys.get("studyinstanceuid", "")
+        if wish.dicom:
+            from fedward_client.predict.objects import make_objects
+
+            made, wrong = make_objects(wish.model, source, answers, tuple(marks))
+            marks |= dict.fromkeys(wrong)
+            for one in made:
+                name = f"{source.stem}.{one.kind}.dcm"
+                files[one.kind] = _write(wish.out, "dicom", name, one.file)
+    return {
+        "name": source.name,
+        "patient": source.patient,
+        "state": "marked" if marks else "predicted",
+        "marks": list(marks),
+        "images": [_figures(plan, one) for one in answers],
+        "files": files,
+        **more,
+    }
+
+
+def _weigh(doubts: Iterator[tuple[str, bool]], force: bool, marks: dict[str, None]) -> None:
+    """Keep doubts as marks, or refuse the input for one.
+
+    Raises
+    ------
+    DataError
+        The model was not trained for it, and nobody said `force`.
+    """
+    for doubt, serious in doubts:
+        if serious and not force:
+            raise DataError(doubt, fix="See that this is the right model, or give --force")
+        marks[doubt] = None
+
+
+def _figures(plan: Plan, answer: Answer) -> dict[str, Any]:
+    """An answer in numbers, by class."""
+    classes = plan.task.classes
+    if answer.labels is None:
+        return {"probabilities": dict(zip(classes, answer.probabilities.tolist(), strict=True))}
+    made: dict[str, Any] = {"voxels": dict(zip(classes, answer.voxels, strict=True))}
+    if answer.size is not None:
+        unit = measure(plan)[0]
+        values = (n * answer.size * measure(plan)[1] for n in answer.voxels)
+        made[unit] = dict(zip(classes, values, strict=True))
+    return made
+
+
+def measure(plan: Plan) -> tuple[str, float]:
+    """The unit of what a mask covers, and how much of it a mm³ or a mm² is."""
+    return ("ml", 1e-3) if plan.task.dimensions == 3 else ("mm2", 1.0)
+
+
+def _write(out: Path, folder: str, name: str, content: bytes) -> str:
+    place_ = out / folder
+    try:
+        place_.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(error.strerror) from None
+    write_private(place_ / name, content)
+    return f"{folder}/{name}"
+
+
+def _unwritable(value: object) -> OutputError:
+    return OutputError(
+        "the folder of the predictions must be writable",
+        value=value,
+        fix="Choose another, or free some space",
+        where="--out",
+    )
+
+
+class _Journal:
+    """What is done, a line for each input, behind a line that says with what.
+
+    Parameters
+    ----------
+    wish : Wish
+        Model, input and choices: those of an earlier call must be the same.
+    """
+
+    def __init__(self, wish: Wish) -> None:
+        self._path = wish.out / _JOURNAL
+        self._out = wish.out
+        head = {
+            "model_sha256": wish.model.sha256,
+            "input": str(wish.path.resolve()),
+            "force": wish.force,
+            "dicom": wish.dicom,
+            "fedward": version("fedward"),
+        }
+        self._records: dict[str, dict[str, Any]] = {}
+        try:
+            wish.out.mkdir(mode=0o700, parents=True, exist_ok=True)
+            before, *lines = self._lines() or [head]
+            if before != head:
+                other = ", ".join(name for name in head if before.get(name) != head[name])
+                raise OutputError(
+                    "a folder of predictions is of one model, input and release",
+                    value=f"another {other}",
+                    fix="Choose another folder",
+                    where="--out",
+                )
+            self._records = {one["name"]: one for one in lines}
+            # Whole again, without the part of a line that a crash may have left.
+            text = "".join(json.dumps(one) + "\n" for one in (head, *lines))
+            write_private(self._path, text.encode())
+        except OSError as error:
+            raise _unwritable(error.strerror) from None
+
+    def known(self, name: str, key: str) -> dict[str, Any] | None:
+        """The record of an input that is done and has not changed; refused ones are tried again."""
+        record = self._records.get(name)
+        if record is None or record["key"] != key or record["state"] == "refused":
+            return None
+        if not all((self._out / file).is_file() for file in record["files"].values()):
+            return None
+        return {k: v for k, v in record.items() if k != "key"}
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Remember that an input is done."""
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise _unwritable(error.strerror) from None
+
+    def _lines(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        with suppress(FileNotFoundError, ValueError), self._path.open(encoding="utf-8") as file:
+            found += (json.loads(line) for line in file)
+        return found
+
+
+def _write_tables(wish: Wish, outcome: Outcome) -> None:
+    write_private(wish.out / "predictions.csv", _table(wish.model.plan, outcome.records).encode())
+    model = wish.model
+    told = {
+        "use": NOT_FOR_DIAGNOSIS,
+        "intended_use": model.plan.study.intended_use,
+        "model": {
+            "study": model.study,
+            "which": model.which,
+            "sha256": model.sha256,
+            "plan_sha256": model.plan_sha256,
+            "synthetic": model.synthetic,
+        },
+        "fedward": version("fedward"),
+        "task": model.plan.task.kind,
+        "classes": list(model.plan.task.classes),
+        "inputs": outcome.records,
+    }
+    text = json.dumps(told, indent=1, ensure_ascii=False) + "\n"
+    write_private(wish.out / "predictions.json", text.encode("utf-8", "surrogateescape"))
+
+
+def _table(plan: Plan, records: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each image; a refused input has one without numbers."""
+    figures = ("voxels", measure(plan)[0]) if plan.task.spec.dense else ("probabilities",)
+    cells = [(figure, name) for figure in figures for name in plan.task.classes]
+    file = io.StringIO()
+    rows = csv.writer(file, lineterminator="\n")
+    rows.writerow(["input", "frame", "patient", "state", *map(" ".join, cells), "remarks", "files"])
+    for one in records:
+        remarks = one.get("reason") or "; ".join(one.get("marks", ()))
+        files = " ".join(one.get("files", {}).values())
+        images = one["images"] or [{}]
+        for frame, image in enumerate(images, start=1):
+            numbers = [_number(image.get(figure, {}).get(name)) for figure, name in cells]
+            which = frame if len(images) > 1 else ""
+            rows.writerow(
+                [one["name"], which, one["patient"], one["state"], *numbers, remarks, files]
+            )
+    return file.getvalue()
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.8g}"
