@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import shutil
 import signal
 import stat
 import subprocess
@@ -304,7 +303,7 @@ def test_the_command_on_a_dataset_with_a_kept_model(
 def test_ctrl_c_keeps_what_is_done_and_the_next_call_goes_on(
     tmp_path: Path, dx: Any, chest: Path, environment: Any
 ) -> None:
-    folder = radiographs(tmp_path / "in", dx, 400)
+    folder = radiographs(tmp_path / "in", dx, 120)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "fedward_client.cli", "predict", str(chest), str(folder)]
     command += ["--out", str(out)]
@@ -319,10 +318,9 @@ def test_ctrl_c_keeps_what_is_done_and_the_next_call_goes_on(
     assert working.returncode == 130, printed
     assert "interrupted" in printed[1] and "Traceback" not in printed[1]
     done = json.loads((out / "predictions.json").read_text())["inputs"]
-    assert 4 <= len(done) < 400
-    for path in sorted(folder.iterdir())[40:]:
+    assert 4 <= len(done) < 120
+    for path in sorted(folder.iterdir())[10:]:
         path.unlink()
-    shutil.rmtree(tmp_path / "fresh", ignore_errors=True)
     again = run(chest, folder, out)["inputs"]
     fresh = run(chest, folder, tmp_path / "fresh")["inputs"]
-    assert again == fresh and len(again) == 40
+    assert again == fresh and len(again) == 10
