@@ -27,7 +27,8 @@ from fedward_client.data.sample import Image
 from fedward_client.data.transforms import one_torch_thread, prepare_image
 from fedward_client.predict.doubts import by_header, by_image
 from fedward_client.predict.inputs import DicomSource, Found, Source
-from fedward_client.training.device import place, place_batch
+from fedward_client.training.device import autocast, place, place_batch
+from fedward_client.training.evaluate import over_windows
 from fedward_client.training.runtime import Runtime
 
 NOT_FOR_DIAGNOSIS: Final = "Not for diagnosis."
@@ -61,8 +62,7 @@ class Answer:
 class Predictor:
     """A model, ready to be asked.
 
-    One image at a time and in single precision on every device: an answer depends on nothing but
-    the image.
+    One image at a time: an answer depends on the image, the model and the kind of device alone.
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ class Predictor:
     def __init__(self, model: FinishedModel, runtime: Runtime) -> None:
         runtime.enter()
         self.plan = model.plan
-        self._device = runtime.torch_device
+        self._runtime, self._device = runtime, runtime.torch_device
         self._network = place(model.build(), self._device)
 
     @torch.no_grad()
@@ -90,20 +90,30 @@ class Predictor:
         task = self.plan.task
         with one_torch_thread():
             prepared = prepare_image(image, None, task, prep)
-        batch = place_batch(torch.from_numpy(prepared.pixels[None]), self._device)
-        logits = self._network(batch).float()
-        if not logits.isfinite().all():
+        probabilities = self._probabilities(torch.from_numpy(prepared.pixels[None]))
+        del prepared  # as large as the image, where the plan has patches
+        if not np.isfinite(probabilities).all():
             raise DataError(_NOT_FINITE, fix="Do not use the model on such images")
-        probabilities = task.spec.probabilities(task, logits)[0].cpu()
         if not task.spec.dense:
-            return Answer(probabilities.numpy())
+            return Answer(probabilities)
         labels = _on_image(probabilities, image, prep)
         counts = np.bincount(labels.ravel(), minlength=task.outputs)[1:]
         size = float(np.prod(image.spacing)) if image.measured else None
         return Answer(np.empty(0), labels, tuple(int(n) for n in counts), size)
 
+    def _probabilities(self, images: torch.Tensor) -> NDArray[Any]:
+        """Of one prepared image, as an evaluation computes them; NaN where the network fails."""
+        task = self.plan.task
+        if self.plan.preprocessing.patch is not None:
+            return over_windows(self.plan, self._network, images, self._runtime)
+        with autocast(self._device, private=False):
+            logits = self._network(place_batch(images, self._device)).float()
+        if not logits.isfinite().all():
+            return np.full(1, np.nan)
+        return np.asarray(task.spec.probabilities(task, logits)[0].cpu().numpy())
 
-def _on_image(probabilities: torch.Tensor, image: Image, prep: Preprocessing) -> NDArray[np.uint8]:
+
+def _on_image(probabilities: NDArray[Any], image: Image, prep: Preprocessing) -> NDArray[np.uint8]:
     shape = image.pixels.shape[1:]
     if image.region is None:
         return restore(probabilities, shape, image.spacing, prep)

@@ -153,19 +153,45 @@ def _of_volumes(
 def _answer(
     plan: Plan, module: nn.Module, source: Source, index: int, runtime: Runtime
 ) -> NDArray[np.float32]:
-    """Probabilities ``(K, *S)`` over a prepared image: the mean over windows and mirrored ones."""
+    """Probabilities ``(K, *S)`` over a prepared image."""
+    return over_windows(
+        plan, lambda inputs: module(source.through(inputs)), source.volume(index), runtime
+    )
+
+
+def over_windows(
+    plan: Plan, network: Callable[[Tensor], Tensor], volume: Tensor, runtime: Runtime
+) -> NDArray[np.float32]:
+    """Probabilities over an image that is larger than a model's input.
+
+    Parameters
+    ----------
+    plan : Plan
+        With patches.
+    network : callable
+        From windows ``(n, C, *size)`` to logits ``(n, K, *size)``.
+    volume : Tensor
+        ``(1, C, *S)``, prepared.
+    runtime : Runtime
+        The machine.
+
+    Returns
+    -------
+    NDArray
+        ``(K, *S)``: the mean over windows, and over mirrored ones where the plan asks for them.
+    """
     prep, patch = plan.preprocessing, plan.preprocessing.patch or Patch()
     axes = [2 + FLIP_AXES[name] for name in patch.flips]
     ways = [list(some) for k in range(len(axes) + 1) for some in combinations(axes, k)]
 
     def window(inputs: Tensor) -> Tensor:
         with autocast(runtime.torch_device, private=False):
-            seen = (module(source.through(inputs.flip(way))).float().flip(way) for way in ways)
+            seen = (network(inputs.flip(way)).float().flip(way) for way in ways)
             return torch.stack(list(seen)).mean(dim=0)
 
     at_once = max(1, _WINDOW_PIXELS[runtime.torch_device.type] // math.prod(prep.size))
     logits: Tensor = sliding_window_inference(
-        source.volume(index),
+        volume,
         prep.size,
         min(at_once, runtime.physical_batch),
         window,

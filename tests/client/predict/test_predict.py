@@ -74,11 +74,16 @@ def test_probabilities_are_those_of_the_trainer_s_evaluation(
     assert max(values) - min(values) > 1e-3  # a model that tells images apart
 
 
+PATCHES = {"patch": {"overlap": 0.25}, "spacing": [1.3, 1.1, 1.7]}
+
+
+@pytest.mark.parametrize(("shape", "settings"), [((16,) * 3, {}), ((25, 18, 30), PATCHES)])
 def test_masks_are_those_of_the_trainer_s_evaluation(
-    tmp_path: Path, make_plan: Any, make_model: Any
+    tmp_path: Path, make_plan: Any, make_model: Any, shape: Any, settings: Any
 ) -> None:
     """NIfTI volumes of odd orientations: Dice of the written masks, against the trainer's."""
-    folder, plan = tmp_path / "in", make_plan("segmentation", (16, 16, 16), "CT", intensity="unit")
+    folder = tmp_path / "in"
+    plan = make_plan("segmentation", (16, 16, 16), "CT", intensity="unit", **settings)
     (folder / "images").mkdir(parents=True)
     (folder / "labels").mkdir()
     affines = [
@@ -87,8 +92,8 @@ def test_masks_are_those_of_the_trainer_s_evaluation(
         np.array([[-1.0, 0, 0, 5], [0, 0, 1.2, 9], [0, -2.0, 0, -4], [0, 0, 0, 1.0]]),
     ]
     for k in range(9):
-        values = RNG(k).random((16, 16, 16)).astype(np.float32)
-        truth = RNG(k + 90).integers(0, 3, (16, 16, 16)).astype(np.uint8)
+        values = RNG(k).random(shape).astype(np.float32)
+        truth = RNG(k + 90).integers(0, 3, shape).astype(np.uint8)
         for name, array in (("images", values), ("labels", truth)):
             nib.save(nib.Nifti1Image(array, affines[k % 3]), folder / name / f"{k}.nii.gz")
     model = open_finished(make_model(tmp_path / "m.safetensors", plan))
