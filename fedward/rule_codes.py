@@ -270,6 +270,7 @@ class RuleCode(Enum):
         "an update must not be larger than the site allows",
         "model {asked:figure} MiB (limit {limit:figure} MiB)",
     )
+    OWN_MODELS = ("a study must not have the site train models of its own", "personal")
     PRIVATE = ("updates must be differentially private", "privacy.mechanism none")
     EPSILON = (
         "ε must not be above what the site allows a study",
@@ -580,6 +581,7 @@ RULES: Final = (
     RuleCode.MODEL,
     RuleCode.PARAMETERS,
     RuleCode.UPLOAD,
+    RuleCode.OWN_MODELS,
     RuleCode.PRIVATE,
     RuleCode.EPSILON,
     RuleCode.COHORT_EPSILON,

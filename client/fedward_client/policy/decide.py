@@ -169,6 +169,7 @@ def decide(policy: PolicySection, request: StudyRequest) -> Decision:
     found = [
         *_whose(policy, request, known=rule is not None),
         *_model(policy, limits, request),
+        *_own_models(limits, request),
         *_privacy(policy, limits, request),
         *_evaluation(limits, request.plan),
         *_others(limits, request.sites),
@@ -196,6 +197,12 @@ def _model(policy: PolicySection, limits: Limits, request: StudyRequest) -> Iter
     sent = count * (1 + len(request.plan.strategy.spec.sent))
     if (upload := sent * _BYTES / _MIB) > (largest := policy.max_upload_mib):
         yield Violation("model", RuleCode.UPLOAD, {"asked": upload, "limit": largest})
+
+
+def _own_models(limits: Limits, request: StudyRequest) -> Iterator[Violation]:
+    trains = request.plan.personal is not None and not request.evaluate_only
+    if trains and not limits.own_models:
+        yield Violation("personal", RuleCode.OWN_MODELS)
 
 
 def _privacy(policy: PolicySection, limits: Limits, request: StudyRequest) -> Iterator[Violation]:

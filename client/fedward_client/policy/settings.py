@@ -51,6 +51,11 @@ class Limits(Section):
     require_privacy: bool = Field(
         default=True, description="whether updates must be differentially private"
     )
+    own_models: bool = Field(
+        default=True,
+        description="whether a study may have the site train models of its own, which stay here "
+        "(`[personal]` of a plan, `alone` included)",
+    )
     max_epsilon_per_study: Above = Field(
         default=8.0, description="largest ε of one study, at its own δ and at the site's"
     )
@@ -104,6 +109,7 @@ class StudyRule(Section):
     minimum_sites: int | None = Field(default=None, ge=1, description="the same")
     minimum_per_class: int | None = Field(default=None, ge=0, description="the same")
     require_privacy: bool | None = Field(default=None, description="the same")
+    own_models: bool | None = Field(default=None, description="the same")
     max_epsilon_per_study: Above | None = Field(default=None, description="the same")
     max_delta: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=None, description="the same"

@@ -27,6 +27,7 @@ _EVALUATES: Final = (
 )
 _OF_TRAINING: Final = frozenset(
     {
+        "own_models",
         "require_privacy",
         "max_epsilon_per_study",
         "max_epsilon_per_cohort",
@@ -137,6 +138,9 @@ def _limits(
         return {"limit": limit, "asked": asked, "allowed": allowed}
 
     yield row("max_parameters", parameters, limits.max_parameters)
+    if plan.personal is not None:
+        kinds = (plan.personal.method, "alone" if plan.personal.alone else None)
+        yield row("own_models", " and ".join(filter(None, kinds)), limits.own_models)
     if plan.privacy.on:
         yield row("max_epsilon_per_study", plan.privacy.epsilon, limits.max_epsilon_per_study)
         yield row("max_epsilon_per_cohort", plan.privacy.epsilon, policy.max_epsilon_per_cohort)

@@ -37,10 +37,14 @@ def policy_of(**changes: Any) -> PolicySection:
 @pytest.fixture
 def request_of(make_plan: Callable[..., Plan]) -> Callable[..., StudyRequest]:
     def build(
-        private: bool = True, facts: DatasetFacts | None = FACTS, **more: Any
+        private: bool = True,
+        facts: DatasetFacts | None = FACTS,
+        personal: dict[str, Any] | None = None,
+        **more: Any,
     ) -> StudyRequest:
         privacy = {"mechanism": "dp-sgd", "epsilon": 4.0, "delta": 1e-4, "clipping_norm": 1.0}
-        plan = make_plan(privacy=privacy if private else {"mechanism": "none"})
+        own = {} if personal is None else {"personal": personal}
+        plan = make_plan(privacy=privacy if private else {"mechanism": "none"}, **own)
         values = {
             "study": "tiny-1",
             "plan_hash": "f" * 64,
@@ -61,6 +65,12 @@ def request_of(make_plan: Callable[..., Plan]) -> Callable[..., StudyRequest]:
         ({"models": ["unet"]}, {}, RuleCode.MODEL.text),
         ({"max_parameters": 999}, {}, RuleCode.PARAMETERS.text),
         ({"max_upload_mib": 0.001}, {}, RuleCode.UPLOAD.text),
+        ({"own_models": False}, {"personal": {"method": "fedper"}}, RuleCode.OWN_MODELS.text),
+        (
+            {"studies": [{**RULE, "own_models": False}]},
+            {"personal": {"alone": True}},
+            RuleCode.OWN_MODELS.text,
+        ),
         ({}, {"private": False}, RuleCode.PRIVATE.text),
         ({"max_epsilon_per_study": 3.0}, {}, RuleCode.EPSILON.text),
         ({"max_epsilon_per_cohort": 3.0}, {}, RuleCode.COHORT_EPSILON.text),
@@ -222,6 +232,7 @@ TIGHTER: dict[str, tuple[Any, ...]] = {
     "minimum_patients": (2, 100, 101),
     "minimum_per_class": (0, 40, 41, 61),
     "minimum_sites": (1, 2, 3),
+    "own_models": (True, False),
     "require_privacy": (False, True),
     "max_epsilon_per_study": (8.0, 4.0, 3.9),
     "max_epsilon_per_cohort": (8.0, 4.0, 3.9),
@@ -231,14 +242,15 @@ TIGHTER: dict[str, tuple[Any, ...]] = {
 }
 
 
-@given(data=st.data(), private=st.booleans())
+@given(data=st.data(), private=st.booleans(), own=st.booleans())
 def test_tightening_any_key_refuses_whatever_was_refused(
-    data: st.DataObject, private: bool
+    data: st.DataObject, private: bool, own: bool
 ) -> None:
     places = {key: data.draw(st.integers(0, len(v) - 1), key) for key, v in TIGHTER.items()}
     if places["any_coordinator"] == 0:
         places["coordinators"] = len(TIGHTER["coordinators"]) - 1
     content = _plan() | ({} if private else {"privacy": {"mechanism": "none"}})
+    content |= {"personal": {"method": "fedper"}} if own else {}
     request = StudyRequest("tiny-1", plan_from(content), "f" * 64, COORDINATOR, 1000, FACTS, 2)
 
     def broken(at: dict[str, int]) -> set[str]:
@@ -249,6 +261,14 @@ def test_tightening_any_key_refuses_whatever_was_refused(
     for key, place in places.items():
         if place + 1 < len(TIGHTER[key]):
             assert before <= broken({**places, key: place + 1})
+
+
+def test_who_only_evaluates_trains_no_model_of_its_own(
+    request_of: Callable[..., StudyRequest],
+) -> None:
+    request = request_of(personal={"method": "fedper"}, evaluate_only=True)
+    assert decide(policy_of(own_models=False), request).allowed
+    assert decide(policy_of(), request_of(personal={"method": "fedper"})).allowed  # by default
 
 
 def test_a_policy_allows_nothing_until_it_says_so(

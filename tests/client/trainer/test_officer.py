@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fedward.plan.load import from_canonical, plan_hash
+from fedward.plan.load import from_canonical, plan_from, plan_hash
 from fedward.plan.schema import Plan
 from fedward_client.audit.log import audit_folder
 from fedward_client.audit.verify import entries
@@ -54,6 +54,18 @@ def test_pending_says_what_for_with_whom_on_what_and_at_which_price(
     assert "model parameters and the counts" in text and "never an image" in text
     # A coordinator writes the purpose: it cannot pass for another line of the card.
     assert sum(line.startswith("  limits") for line in lines) == 1
+
+
+def test_pending_says_that_the_site_would_train_models_of_its_own(
+    make_hospital: Make, plan: Plan
+) -> None:
+    hospital = make_hospital(rule=MANUAL)
+    content = plan.model_dump(mode="python")
+    content["personal"] = {"method": "fine-tuning", "rounds": 1, "alone": True}
+    hospital.ask("describe", plan_from(content), 0)
+    (card,) = admin_of(hospital).do("pending", {}, "officer")["pending"]
+    told = "\n".join(card_lines(card))
+    assert "own_models: fine-tuning and alone, policy true" in told
 
 
 def test_a_plan_is_kept_and_can_be_read_after_the_decision(
