@@ -12,10 +12,10 @@ import click
 import typer
 
 from fedward.console import Console, Version, interruptible, print_json, run_command, say
+from fedward.ready_studies import plan_file
 from fedward.startup import prepare
 from fedward.tasks.registry import TASKS
 from fedward_client.data.readers.registry import READERS
-from fedward_simulation.studies import plan_file
 
 app = typer.Typer(
     help="Run a federated study on this machine.",

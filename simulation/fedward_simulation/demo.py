@@ -10,10 +10,10 @@ from fedward.console import Console
 from fedward.errors import OutputError
 from fedward.plan.load import parse_plan
 from fedward.plan.schema import TaskKind
+from fedward.ready_studies import shipped_study
 from fedward.tasks.registry import TASKS
 from fedward_simulation.cohort import write_cohort
 from fedward_simulation.cohort.write import MARKER
-from fedward_simulation.studies import shipped_study
 from fedward_simulation.study import Options, Study
 
 _HOSPITALS = 4

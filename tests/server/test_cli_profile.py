@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fedward_server.cli import app
 from fedward_server.cli_profile import ApiClient, CliProfile, at
 from fedward_server.setup import SetupResult
 
+STUDIES = Path(__file__).parents[2] / "studies"
 URL = "https://aggregator.example.org"
 Answer = Callable[[httpx.Request], httpx.Response]
 
@@ -126,6 +128,24 @@ def test_a_plan_with_a_date_in_it_is_told(tmp_path: Path, asked: list[str], valu
     assert asked == []
 
 
+def test_a_ready_study_is_submitted_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[dict[str, Any]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        sent.append(json.loads(request.content))
+        return httpx.Response(201, json={"id": "pneumonia-1"})
+
+    connect(monkeypatch, answer)
+    words = ("study", "submit", "pneumonia", "--sites", "a, b,", "--evaluate-only", "c")
+    assert call(*words).exit_code == 0
+    (body,) = sent
+    assert body["plan"] == tomllib.loads((STUDIES / "pneumonia.toml").read_text("utf-8"))
+    assert (body["sites"], body["evaluate_only"]) == (["a", "b"], ["c"])
+    error = call("study", "submit", "pneumonja", "--sites", "a").exception
+    assert isinstance(error, PlanError) and "ready studies are covid-ct" in str(error)
+    assert len(sent) == 1
+
+
 def line(seq: int, kind: str = "joined", **payload: Any) -> bytes:
     told = {"seq": seq, "at": "2026-01-02T03:04:05", "kind": kind, "payload": payload}
     return json.dumps(told).encode() + b"\n"
@@ -163,6 +183,40 @@ def test_a_restart_of_the_service_ends_no_watch(monkeypatch: pytest.MonkeyPatch)
     assert done.exit_code == 0, done.exception
     assert [one.rpartition("=")[2] for one in queries] == ["0", "2", "2", "2"]
     assert [done.output.count(word) for word in ("north", "south", "finished")] == [1, 1, 1]
+
+
+def test_a_round_without_an_evaluation_shows_the_last_figure_with_its_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    figures: list[dict[str, float | None]] = [{}, {"accuracy": 0.5, "auc": 0.75}, {}, {"auc": None}]
+
+    def told(round_: int, validation: dict[str, float | None]) -> bytes:
+        rest = {
+            "stage": "all",
+            "seconds": 1.0,
+            "train_loss": 0.5,
+            "sites": {"a": {}},
+            "failures": [],
+        }
+        return line(round_, "round", round=round_, validation=validation, **rest)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if not request.url.path.endswith("/events"):
+            plan = json.dumps({"metrics": {"primary": "auc"}})
+            return httpx.Response(200, json={"study": {"plan": plan}})
+        rounds = [told(number, one) for number, one in enumerate(figures, 1)]
+        ended = line(9, "state", state="finished", reason="")
+        return httpx.Response(200, stream=Breaking([*rounds, ended], error=False))
+
+    connect(monkeypatch, answer)
+    lines = call("study", "watch", "tiny-1").output.splitlines()
+    shown = [one.partition("1.0 s: ")[2] for one in lines[:4]]
+    assert shown == [
+        "loss 0.500; a",
+        "auc 0.750, accuracy 0.500; a",
+        "loss 0.500, auc 0.750 in round 2; a",
+        "loss 0.500, auc 0.750 in round 2; a",
+    ]
 
 
 def test_a_watch_waits_neither_for_ever_nor_for_what_was_never_there(

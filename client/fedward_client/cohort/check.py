@@ -520,34 +520,35 @@ def _by_class(plan: Plan, samples: Sequence[Sample]) -> dict[str, int]:
 
 def probe_findings(plan: Plan, probe: Probe) -> Iterator[Finding]:
     """What a few real images say: whether they can be prepared, and how their size changes."""
-    tried = len(probe.prepared) + sum(probe.left_out.values())
+    rest = probe.of - probe.tried
+    unseen = f"; {rest:,} of {probe.of:,} were not tried, --all tries each" if rest else ""
     listed = ", ".join(f"{reason}: {n}" for reason, n in sorted(probe.left_out.items()))
-    status: Status = "pass" if not probe.left_out else "warn" if probe.prepared else "fail"
+    status: Status = "pass" if not probe.left_out else "warn" if probe.done else "fail"
     yield finding(
         "preprocessing",
         status,
-        f"{len(probe.prepared)} of {tried} images that were tried could "
-        f"be prepared{'; ' + listed if listed else ''}",
+        f"{probe.done:,} of {probe.tried:,} images that were tried could be prepared"
+        f"{'; ' + listed if listed else ''}{unseen}",
         "See the reasons on the data page",
     )
-    if not probe.prepared:
+    if not probe.done:
         return
     yield _size_finding(plan, probe)
     if plan.preprocessing.spacing is not None and probe.unmeasured:
         yield finding(
             "spacing",
             "warn",
-            f"{probe.unmeasured} of {len(probe.prepared)} images state no spacing, and count as 1 "
+            f"{probe.unmeasured} of {probe.done} images state no spacing, and count as 1 "
             "mm where the plan resamples to a spacing",
             "Ask for a plan without preprocessing.spacing, or export images that state it",
         )
-    if any(one.lost for one in probe.prepared):
+    if probe.lost:
         yield _cut_finding(plan, probe)
     if probe.outside:
         yield finding(
             "window",
             "warn",
-            f"{probe.outside} of {len(probe.prepared)} images lie wholly outside the plan's window",
+            f"{probe.outside} of {probe.done} images lie wholly outside the plan's window",
             "See that pixels and window have the same unit",
         )
     if plan.task.has_masks:
@@ -556,14 +557,14 @@ def probe_findings(plan: Plan, probe: Probe) -> Iterator[Finding]:
         yield finding(
             "masks",
             "warn" if missing else "pass",
-            f"classes seen in {len(probe.prepared)} masks: {', '.join(names) or 'none'}",
+            f"classes seen in {probe.done} masks: {', '.join(names) or 'none'}",
             f"Look at the preview for {', '.join(missing)}",
         )
 
 
 def _size_finding(plan: Plan, probe: Probe) -> Finding:
     """How many images have a side shorter than the model's input."""
-    of, size = len(probe.prepared), " x ".join(map(str, plan.preprocessing.size))
+    of, size = probe.done, " x ".join(map(str, plan.preprocessing.size))
     if plan.preprocessing.patch is None:
         return finding(
             "image size",
@@ -587,14 +588,14 @@ def _size_finding(plan: Plan, probe: Probe) -> Finding:
 
 def _cut_finding(plan: Plan, probe: Probe) -> Finding:
     """What the plan's crop of the middle costs, and settings that keep whole images."""
-    lost, size = [one.lost for one in probe.prepared if one.lost], plan.preprocessing.size
+    lost, size = probe.lost, plan.preprocessing.size
     whole = [max(sides) for sides in zip(*probe.sides, strict=True)]
     steps = plan.preprocessing.spacing or ()
     coarse = [step * max(1.0, n / t) for step, n, t in zip(steps, whole, size, strict=True)]
     return finding(
         "foreground",
         "warn",
-        f"{sum(one == 1 for one in lost)} of {len(probe.prepared)} masks lose all that they mark, "
+        f"{sum(one == 1 for one in lost)} of {probe.done} masks lose all that they mark, "
         f"since the plan keeps the middle of an image; {len(lost)} lose some",
         "Ask for settings that keep whole images: preprocessing.size = "
         f"[{', '.join(str(max(n, t)) for n, t in zip(whole, size, strict=True))}], or "
@@ -633,6 +634,7 @@ def check_plan(
     room: Room,
     *,
     measure: bool = True,
+    every: bool = False,
     left_out: Sequence[LeftOut] = (),
     stated: Counter[str] | None = None,
 ) -> PlanCheck:
@@ -650,6 +652,8 @@ def check_plan(
         The machine.
     measure : bool
         Whether to train a step or two to see how long it takes.
+    every : bool
+        Whether to prepare all images, not only some of each class.
     left_out : sequence of LeftOut
         What the reader did not take; counted by reason.
     stated : Counter, optional
@@ -682,7 +686,7 @@ def check_plan(
         people, parts, classes = patient_findings(dataset, plan, taken)
         findings += people
         training = parts.get("train", 0)
-        tried = probe(taken, plan)
+        tried = probe(taken, plan, every=every)
         findings += probe_findings(plan, tried)
         if training:
             per_image = unnamed(taken) > 0

@@ -56,10 +56,16 @@ class Probe:
 
     Attributes
     ----------
+    of : int
+        Images that there are.
+    tried, done : int
+        Those that were tried, and those of them that could be prepared.
     prepared : list of Prepared
-        Images as the model takes them.
+        Some of them as the model takes them.
     samples : list of Sample
-        Where they come from.
+        Where these come from.
+    lost : list of float
+        Of each mask, the share of what it marks that the plan's crop cuts off, where it does.
     left_out : Counter
         Images that cannot be prepared, by reason.
     enlarged : int
@@ -74,6 +80,10 @@ class Probe:
         The sides of each image after resampling, before anything is cut off.
     """
 
+    of: int = 0
+    tried: int = 0
+    done: int = 0
+    lost: list[float] = field(default_factory=list)
     prepared: list[Prepared] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -84,30 +94,37 @@ class Probe:
     sides: list[tuple[int, ...]] = field(default_factory=list)
 
 
-def probe(samples: Sequence[Sample], plan: Plan) -> Probe:
-    """Prepare some of the samples, evenly over the classes."""
-    found = Probe()
+def probe(samples: Sequence[Sample], plan: Plan, *, every: bool = False) -> Probe:
+    """Prepare some of the samples, evenly over the classes, or every one of them."""
+    found = Probe(of=len(samples))
     size = plan.preprocessing.channels * int(np.prod(plan.preprocessing.size))
     most = max(2, min(_MOST, _PIXELS // size))
     with quiet():
-        for sample in spread(samples, most):
+        for sample in samples if every else spread(samples, most):
             # Whole images are as large as they are: two of them have to do where they are large.
-            if len(found.prepared) > 1 and sum(p.pixels.size for p in found.prepared) > _PIXELS:
+            full = sum(p.pixels.size for p in found.prepared) > _PIXELS
+            enough = len(found.prepared) >= most or (len(found.prepared) > 1 and full)
+            if enough and not every:
                 break
+            found.tried += 1
             try:
-                _look(sample, plan, found)
+                _look(sample, plan, found, keep=not enough)
             except Exception as error:
                 # One bad file must not stop a check, whatever its decoder raises.
                 found.left_out[rule_codes.reason_of(error)] += 1
     return found
 
 
-def _look(sample: Sample, plan: Plan, found: Probe) -> None:
+def _look(sample: Sample, plan: Plan, found: Probe, *, keep: bool) -> None:
     image = sample.load()
     mask = sample.mask() if sample.mask is not None else None
     ready = prepare_image(image, mask, plan.task, plan.preprocessing)
-    found.prepared.append(ready)
-    found.samples.append(sample)
+    found.done += 1
+    if keep:
+        found.prepared.append(ready)
+        found.samples.append(sample)
+    if ready.lost:
+        found.lost.append(ready.lost)
     found.sides.append(_sides(image, plan))
     size = plan.preprocessing.size
     found.enlarged += any(n < t for n, t in zip(found.sides[-1], size, strict=True))

@@ -148,6 +148,9 @@ def check(
     device: Annotated[
         str, typer.Option("--device", help="auto, cpu, cuda or cuda:INDEX.")
     ] = "auto",
+    every: Annotated[
+        bool, typer.Option("--all", help="Prepare every image, not only some of each class.")
+    ] = False,
     measure: Annotated[
         bool, typer.Option("--time/--no-time", help="Train a few steps to tell how long it takes.")
     ] = True,
@@ -175,6 +178,7 @@ def check(
                 loaded,
                 Room(site.site.state, device),
                 measure=measure,
+                every=every,
                 left_out=found.left_out,
                 stated=stated(found.samples, work.index, work.extract),
             )

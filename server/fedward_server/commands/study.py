@@ -14,6 +14,7 @@ from fedward.console import Console, Table, moment, print_json, say
 from fedward.errors import OutputError, PlanError, StudyError
 from fedward.files import replace_file
 from fedward.plan.load import from_canonical
+from fedward.ready_studies import plan_file
 from fedward_server.cli_profile import ApiClient, at
 from fedward_server.commands.follow import follow
 from fedward_server.commands.options import SERVER, Ca, Config, Json, Token, Url, api
@@ -27,7 +28,15 @@ Out = Annotated[Path, typer.Option("--out", help="where to write it")]
     "submit", epilog="Example: fedward-server study submit study.toml --sites north,south"
 )
 def submit(
-    plan: Annotated[Path, typer.Argument(help="the plan, study.toml")],
+    plan: Annotated[
+        Path,
+        typer.Argument(
+            help="the plan (TOML), or the name of a ready study",
+            metavar="PLAN",
+            parser=plan_file,
+            show_default=False,
+        ),
+    ],
     sites: Annotated[str, typer.Option("--sites", help="names with commas between")],
     evaluate_only: Annotated[
         str,
@@ -120,12 +129,15 @@ def watch(
 ) -> None:
     """Follow a study as it runs; ends with it."""
     client, state = api(config, url, token, ca), ""
-    console, primary = Console(), ""
+    console, primary, last = Console(), "", ""
     for event in follow(client, at("studies", study, "events")):
         if as_json:
             print_json(event)
-        elif text := _telling(event, primary := primary or _primary(client, study, event)):
-            console.print(f"{moment(event['at'])}  {text}", highlight=False)
+        else:
+            primary = primary or _primary(client, study, event)
+            last = _last_figure(event, primary) or last
+            if text := _telling(event, primary, last):
+                console.print(f"{moment(event['at'])}  {text}", highlight=False)
         state = event["payload"].get("state", state) if event["kind"] == "state" else state
     if state == "failed":
         raise StudyError("the study must go on", value=study, fix="See `study show`")
@@ -284,13 +296,15 @@ def _write(path: Path, content: bytes) -> None:
         ) from None
 
 
-def _telling(event: dict[str, Any], primary: str) -> str:
+def _telling(event: dict[str, Any], primary: str, last: str = "") -> str:
     told: dict[str, Any] = event["payload"]
     match event["kind"]:
         case "round":
             number, stage, seconds, loss, figures, sites, missing = _round_cells(told, primary)
             without = f", without {missing}" if missing else ""
-            return f"round {number} ({stage}) in {seconds}: {figures or loss}; {sites}{without}"
+            # In a round without an evaluation the last figure says more than the loss.
+            shown = figures or ", ".join(filter(None, (loss, last)))
+            return f"round {number} ({stage}) in {seconds}: {shown}; {sites}{without}"
         case "state":
             return f"{told['state']} {told['reason']}".strip()
         case "started":
@@ -308,6 +322,14 @@ def _telling(event: dict[str, Any], primary: str) -> str:
         case "restored":
             return f"goes on after round {told['round']}"
     return ""
+
+
+def _last_figure(event: dict[str, Any], primary: str) -> str:
+    """The leading figure of a round that has one, with the round; "" of others."""
+    value = (
+        event["payload"].get("validation", {}).get(primary) if event["kind"] == "round" else None
+    )
+    return "" if value is None else f"{primary} {value:.3f} in round {event['payload']['round']}"
 
 
 def _primary(client: ApiClient, study: str, event: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -43,7 +45,9 @@ def dataset(tmp_path):
 
 @pytest.fixture
 def checked(tmp_path, dataset, make_plan):
-    def run(samples, dataset=dataset, modality="", measure=False, left_out=(), **changes):
+    def run(
+        samples, dataset=dataset, modality="", measure=False, left_out=(), every=False, **changes
+    ):
         plan = make_plan(**{"split": {"given": False}, **changes})
         words = [modality] * len(samples)
         made = check_plan(
@@ -55,6 +59,7 @@ def checked(tmp_path, dataset, make_plan):
             plan,
             Room(tmp_path, "cpu"),
             measure=measure,
+            every=every,
             left_out=left_out,
         )
         return made, {one.name: one for one in made.findings}
@@ -231,6 +236,23 @@ def test_masks_are_looked_at(checked, tmp_path):
     assert found["masks"].status == "warn" and "heart" in found["masks"].fix
     assert "shape of mask differs: 1" in found["preprocessing"].found
     assert made.cost.prepared_bytes == 20 * (256 * 4 + 256)
+
+
+def test_a_check_says_how_many_images_it_did_not_try_and_tries_all_where_asked(checked):
+    samples = chests()
+    spoilt = [place for place in range(len(samples)) if place % 5 == 4]
+    for place in spoilt:
+        samples[place] = Sample(f"p{place}", lambda: Image(np.full((1, 1, 1), np.nan)), (0,))
+    some = checked(samples)[1]["preprocessing"].found
+    assert some.endswith("; 24 of 40 were not tried, --all tries each")
+    assert " of 16 images that were tried could be prepared" in some
+    found = checked(samples, every=True)[1]
+    told = found["preprocessing"].found
+    assert told.startswith("32 of 40 images that were tried could be prepared; ")
+    assert "not tried" not in told and sum(map(int, re.findall(r": (\d+)", told))) == len(spoilt)
+    assert "of 32 are smaller" in found["image size"].found
+    few = checked(chests(patients=12))[1]["preprocessing"].found
+    assert few == "12 of 12 images that were tried could be prepared"
 
 
 def corners(lesions):

@@ -478,7 +478,7 @@ def test_white_may_be_0_in_a_tiff_of_16_bits(tmp_path):
 
 def png16(path, values):
     """A PNG of 16 bits a channel, every row with another filter."""
-    kind = {3: 2, 4: 6}[values.shape[2]]
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[values.shape[2]]
     rows = values.astype(">u2").reshape(len(values), -1).view(np.uint8)
     left = np.pad(rows, ((0, 0), (2 * values.shape[2], 0)))[:, : rows.shape[1]]
     raw = b""
@@ -498,6 +498,14 @@ def test_colours_of_16_bits_keep_them(tmp_path, channels):
     values = np.random.default_rng(1).integers(0, 65536, (6, 8, channels))
     image = Picture(png16(tmp_path / "a.png", values))()
     np.testing.assert_array_equal(image.pixels, np.moveaxis(values[..., :3], -1, 0))
+    assert image.window is None
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_grey_of_16_bits_keeps_them_with_an_alpha_channel_too(tmp_path, channels):
+    values = np.random.default_rng(1).integers(0, 65536, (6, 8, channels))
+    image = Picture(png16(tmp_path / "a.png", values))()
+    np.testing.assert_array_equal(image.pixels, values[None, ..., 0])
     assert image.window is None
 
 

@@ -33,7 +33,7 @@ STUDIES = Path(__file__).parents[3] / "studies"
 KNOWN = Path(__file__).with_name("schema_versions.json")
 # Hospitals have signed these off. A change here changes the studies.
 HASHES = {
-    "covid-ct-transfer.toml": "c7a194a8c92d180c35030abc7fbdf75641aa49ea5ae6e39d452af16069b3542b",
+    "covid-ct-transfer.toml": "39dcc977c9ffe2c9c409dfe6ef45aedfbb07205c21a9ec54ddec82911373e33b",
     "covid-ct.toml": "b1d744ea7d37a8cc51b8b66459b2e020d8f45990b0b3675bf57492bc04b813f0",
     "demo/classification.toml": "24ae18985b809b73c2d4406ff6119088d3fbd6a8985f6ad83b7e49c7172bf4f4",
     "demo/frozen.toml": "38ee7be88b986e2030c6dba54aa17e857f9b18ba8c63bf373d69a4a227bf1fc8",
@@ -43,7 +43,7 @@ HASHES = {
     "lungs-private.toml": "a6f442dcb05166668ccadcadb64dda89824cc67ab79ec4ca44fa7602909cf25e",
     "lungs-synthetic.toml": "0da60c20f19c8ec6a51b61223bc36e36feed4c890c99eb2ed097f5d2bb6b6cd2",
     "lungs.toml": "18dfe63b6bbc33b72904c9a0c72d38dc9dba369c2695a5b6e9c8c4df4cba862c",
-    "pneumonia-transfer.toml": "bb89e7703bab004738e3526e221719e46a458424cbe4c53fa5a8f09defc2e3a5",
+    "pneumonia-transfer.toml": "decc016c586b946014362a157df8cb736cc2a411dc50767996a8b7fed66499f2",
     "pneumonia.toml": "bc6354f77eb99ff5568d4fd78ea7cffad3372c316cb484cbb0d08e4db3450ea2",
 }
 

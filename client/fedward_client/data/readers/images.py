@@ -151,6 +151,7 @@ def people_of(
 
 SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"})
 _DEEP: Final = ("I", "F")  # 16 bits and more: I;16, I;16B, I, F
+_DEEP_GREY: Final = "LA;16B"
 _DEEP_COLOURS: Final = {"RGB;16B": "RGB;16L", "RGBA;16B": "RGBA;16L"}  # raw modes of Pillow
 _PHOTOMETRIC: Final = 262  # of TIFF
 _WHITE_IS_ZERO: Final = 0
@@ -176,6 +177,8 @@ class Picture:
 
     def __call__(self) -> Image:
         values = _open(self.path, _colours)
+        if values.ndim == 3 and (grey := _open(self.path, _grey_bytes)).size:
+            values = grey[..., 0] * np.float32(256) + grey[..., 1]
         if values.ndim == 3 and (low := _open(self.path, _low_bytes)).size:
             values = values * np.float32(256) + low
         window = (0.0, 255.0) if values.dtype == np.uint8 else None
@@ -209,7 +212,7 @@ def _open(path: Path, read: Callable[[Pillow.Image, bool], NDArray[Any]]) -> NDA
                 if getattr(file, "n_frames", 1) != 1:
                     raise rule_codes.unusable(rule_codes.WRONG_SHAPE)
                 lossy = file.format == "JPEG"
-                if read is _low_bytes and not _take_low_bytes(file):
+                if read in _DEEPER and not _DEEPER[read](file):
                     return np.empty(0)
                 file.info[_TURNED] = _is_turned(file)  # the copy below has no tags
                 return read(ImageOps.exif_transpose(file), lossy)
@@ -229,6 +232,25 @@ def _take_low_bytes(file: Pillow.Image) -> bool:
 
 def _low_bytes(image: Pillow.Image, lossy: bool) -> NDArray[Any]:
     return _colours(image, lossy)
+
+
+def _take_grey_bytes(file: Pillow.Image) -> bool:
+    """Have a PNG of 16 bits of grey with alpha, of which Pillow keeps the high bytes, give all.
+
+    Pillow reads it as colours with alpha; so its four bytes a pixel come as they are.
+    """
+    tile = getattr(file, "tile", [])
+    if file.format != "PNG" or len(tile) != 1 or tile[0].args != _DEEP_GREY:
+        return False
+    file.tile = [tile[0]._replace(args="RGBA")]  # type: ignore[attr-defined]
+    return True
+
+
+def _grey_bytes(image: Pillow.Image, lossy: bool) -> NDArray[Any]:
+    return np.asarray(image)
+
+
+_DEEPER: Final = {_low_bytes: _take_low_bytes, _grey_bytes: _take_grey_bytes}
 
 
 def _colours(image: Pillow.Image, lossy: bool) -> NDArray[Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from fedward.errors import PlanError
 
 # In a wheel they lie in the package, in a checkout in its top-level folder.
-_FOLDERS = (Path(__file__).parent / "studies", Path(__file__).parents[2] / "studies")
+_FOLDERS = (Path(__file__).parent / "studies", Path(__file__).parents[1] / "studies")
 
 
 def shipped_study(name: str) -> Path:
