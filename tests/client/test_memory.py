@@ -13,8 +13,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PAGE_FAULTS = """
 import resource, sys
-from fedward_client.worker_pool import tune_malloc
-from fedward_client.training.runtime import Runtime
 exec(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
@@ -22,6 +20,8 @@ for _ in range(20):
     del images
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
+TUNED = "from fedward_client.worker_pool import tune_malloc; tune_malloc(64 << 20)"
+TRAINER = "from fedward_client.training.runtime import Runtime; Runtime().enter()"
 
 
 def faults(before: str) -> int:
@@ -34,5 +34,5 @@ def faults(before: str) -> int:
 def test_pages_are_asked_for_once_also_by_a_trainer() -> None:
     pages = (48 << 20) // resource.getpagesize()
     assert faults("") > 10 * pages
-    assert faults("tune_malloc(64 << 20)") < 2 * pages
-    assert faults("Runtime().enter()") < 2 * pages
+    assert faults(TUNED) < 2 * pages
+    assert faults(TRAINER) < 2 * pages
