@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import ssl
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Protocol
 from urllib.request import getproxies, proxy_bypass
@@ -51,6 +52,31 @@ def tls_context(ca: bytes) -> ssl.SSLContext:
             where="server.ca",
         ) from None
     return context
+
+
+# X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED: what a wrong clock makes of a
+# certificate that is right.
+_BY_THE_CLOCK: Final = {9: "is not valid yet", 10: "has expired"}
+
+
+def why_untrusted(error: BaseException | None) -> tuple[str, str] | None:
+    """Why a certificate was not accepted, and what to do; None for errors of another kind.
+
+    Where validity in time was the reason, this machine's clock is told: it may be the one that is
+    wrong.
+    """
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    if error is None:
+        return None
+    if (found := _BY_THE_CLOCK.get(error.verify_code)) is None:
+        return error.verify_message, "Compare authority and address with the coordinator's"
+    clock = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    if error.verify_code == min(_BY_THE_CLOCK):
+        fix = "Set this machine's clock (NTP): it is behind, or the certificate was made ahead"
+    else:
+        fix = "Set this machine's clock (NTP) if it is ahead; else have the certificate renewed"
+    return f"it {found} by this machine's clock, {clock}", fix
 
 
 def read_ca(server: Endpoint) -> bytes:

@@ -61,7 +61,7 @@ from fedward.flower.framing import (
     object_frame,
     read_object,
 )
-from fedward.https import restrict_responses, tls_context
+from fedward.https import restrict_responses, tls_context, why_untrusted
 
 HEARTBEAT_SECONDS: Final = 10.0
 _ACTIVATION_FAILED: Final = 2004
@@ -473,26 +473,17 @@ def _translated() -> Iterator[None]:
         ValueError,
         RuntimeError,
     ) as error:
-        if why := _of_certificate(error):
+        if why := why_untrusted(error):
             raise LinkDown(
                 "the aggregator's certificate must be valid, for its name and by this clock",
-                value=why,
-                fix="Ask the coordinator to renew it; compare server.ca, server.address and clock",
+                value=why[0],
+                fix=why[1],
             ) from None
         raise LinkDown(
             "the aggregator must be reachable",
             value=type(error).__name__,
             fix="Check network, proxy and certificate with `fedward-client doctor`",
         ) from None
-
-
-def _of_certificate(error: BaseException | None) -> str:
-    """Why a certificate was not accepted, such as that it has expired; "" for other errors."""
-    while error is not None:
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return error.verify_message
-        error = error.__cause__ or error.__context__
-    return ""
 
 
 def _meaning(response: httpx.Response) -> FedwardError:

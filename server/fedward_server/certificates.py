@@ -32,13 +32,14 @@ class Facts:
     ----------
     hosts : tuple of str
         Names and addresses that it stands for.
-    expires : datetime
-        End of its life, UTC.
+    begins, expires : datetime
+        Start and end of its life, UTC.
     fingerprint : str
         SHA-256 of its DER form, hexadecimal.
     """
 
     hosts: tuple[str, ...]
+    begins: datetime
     expires: datetime
     fingerprint: str
 
@@ -119,6 +120,7 @@ def read_facts(path: Path) -> Facts:
         hosts = []
     return Facts(
         tuple(hosts),
+        certificate.not_valid_before_utc,
         certificate.not_valid_after_utc,
         certificate.fingerprint(hashes.SHA256()).hex(),
     )

@@ -244,7 +244,8 @@ def renew_certificate(
 
 
 def _print_certificate(facts: Facts, *, as_json: bool) -> None:
-    told = {**vars(facts), "hosts": list(facts.hosts), "expires": str(facts.expires)}
+    times = {"begins": str(facts.begins), "expires": str(facts.expires)}
+    told = {**vars(facts), "hosts": list(facts.hosts), **times}
     if as_json:
         print_json(told)
     else:

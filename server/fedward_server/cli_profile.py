@@ -16,6 +16,7 @@ import httpx
 
 from fedward import errors
 from fedward.errors import AccessError, ConfigError, FedwardError, ServiceError
+from fedward.https import why_untrusted
 from fedward_server.config import load_config
 
 
@@ -230,6 +231,13 @@ def _no_api(status: int | None = None) -> ServiceError:
 
 
 def _unreachable(error: httpx.HTTPError) -> ServiceError:
+    if why := why_untrusted(error):
+        return ServiceError(
+            "the aggregator's certificate must be valid, for its name and by this clock",
+            value=why[0],
+            fix=why[1],
+            where="--ca",
+        )
     return ServiceError(
         "the aggregator's service must be reachable",
         value=type(error).__name__,

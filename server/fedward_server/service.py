@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 import threading
@@ -96,6 +97,11 @@ def _tell_certificate(found: Health, stop: threading.Event) -> None:
     """Say once a day, weeks before, that the certificate ends."""
     while True:
         with suppress(FedwardError):  # health tells what is wrong with the file
+            if (hours := found.hours_to_certificate) > 0:
+                _LOG.warning(
+                    "by this machine's clock the certificate begins in %d hours; set the clock",
+                    math.ceil(hours),
+                )
             if (days := found.certificate_days) < _CERTIFICATE_DAYS:
                 _LOG.warning("the certificate ends in %d days; hospitals refuse it then", days)
         if stop.wait(_DAY):

@@ -8,7 +8,7 @@ import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,13 +18,15 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from live_federation import free_port, write_certificates
 
 from fedward.connections import host_and_port
-from fedward.errors import ConfigError
+from fedward.errors import ConfigError, ServiceError
 from fedward.flower.fleet_client import FleetClient, LinkDown
 from fedward_client.config import ServerSection, config_from
 from fedward_client.connector.connector import Connector
+from fedward_client.doctor.link import network
 from fedward_client.enrol import enrol
 from fedward_server import service
 from fedward_server.api.health import Health
+from fedward_server.cli_profile import ApiClient, CliProfile
 from fedward_server.config import ServerConfig, TlsSection, load_config
 from fedward_server.listen import serve_health
 from fedward_server.setup import SetupOptions, initialise
@@ -97,9 +99,9 @@ def test_quiet_hours_follow_the_time_zone_of_the_policy(monkeypatch: pytest.Monk
         site({"timezone": "Europe/Atlantis"})
 
 
-def at(server: ServerConfig, folder: Path, days: int) -> Health:
+def at(server: ServerConfig, folder: Path, days: int, begins: int = -3) -> Health:
     folder.mkdir()
-    write_certificates(folder, days)
+    write_certificates(folder, days, begins)
     tls = TlsSection(certificate=folder / "server.pem", key=folder / "server.key", ca=server.tls.ca)
     config = server.model_copy(update={"tls": tls})
     nobody: Any = SimpleNamespace(studies=SimpleNamespace(list=list), nodes=list)
@@ -121,6 +123,23 @@ def test_the_aggregator_tells_weeks_before_that_its_certificate_ends(
     assert "certificate" not in soon.find()
     ended = at(server, tmp_path / "ended", -1).find()["certificate"]
     assert ended.startswith("ended ") and "fedward-server certificate renew" in ended
+
+
+def test_an_aggregator_whose_clock_is_a_day_behind_tells_it(
+    server: ServerConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To such a clock a certificate that was made today begins tomorrow."""
+    stop = threading.Event()
+    stop.set()
+    behind = at(server, tmp_path / "behind", 90, 1)
+    with caplog.at_level(logging.WARNING, "fedward.server"):
+        logging.getLogger("fedward").propagate = True
+        service._tell_certificate(behind, stop)
+    assert (
+        "by this machine's clock the certificate begins in 24 hours; set the clock" in caplog.text
+    )
+    assert behind.find()["certificate"] == "begins in 24 hours by this clock; set it (NTP)"
+    assert not behind.ready
 
 
 def test_the_hospital_tells_weeks_before_too(tmp_path: Path) -> None:
@@ -149,6 +168,34 @@ def listening(folder: Path) -> Iterator[str]:
 
         threading.Thread(target=serve, daemon=True).start()
         yield f"127.0.0.1:{port.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("days", "begins", "found", "fix"),
+    [
+        (90, 1, "is not valid yet by this machine's clock, ", "it is behind"),
+        (-1, -3, "has expired by this machine's clock, ", "if it is ahead"),
+    ],
+    ids=["a day behind", "a day ahead"],
+)
+def test_a_clock_that_is_a_day_off_is_named_by_hospital_and_operator(
+    server: ServerConfig, tmp_path: Path, days: int, begins: int, found: str, fix: str
+) -> None:
+    """What such a clock makes of a certificate is what one of another day is to a right clock."""
+    write_certificates(tmp_path, days, begins)
+    ca, key = tmp_path / "ca.pem", ec.generate_private_key(ec.SECP384R1())
+    told = rf"valid, for its name.*{found}{datetime.now(UTC):%Y-%m}.*clock \(NTP\).*{fix}"
+    with listening(tmp_path) as address:
+        fleet = FleetClient(address, ca.read_bytes(), key, 1 << 20)
+        with pytest.raises(LinkDown, match=told):
+            fleet.activate()
+        fleet.drop()
+        section = ServerSection(address=address, ca=ca, state=tmp_path / "state")
+        (line,) = [one for one in network(section) if one.name == "certificate"]
+        assert line.status == "fail" and found in line.found and fix in line.fix
+        client = ApiClient(CliProfile(f"https://{address}", "t", ca))
+        with pytest.raises(ServiceError, match=told):
+            client.call("GET", "/v1/sites")
 
 
 def test_the_end_of_a_certificate_is_named_as_such(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from fedward_client.data.transforms import (
 from fedward_client.data.volumes import Volumes, apart
 from fedward_client.worker_pool import WorkerPool
 
-_VERSION: Final = 8  # raise it when the arithmetic changes, so that old entries are not used
+_VERSION: Final = 9  # raise it when the arithmetic changes, so that old entries are not used
 _FOR_SLICE: Final = 0.5  # seconds that a volume may take for each of its slices
 _ARRAYS: Final = ("images", "targets", "patients", "spacing", "part")
 _OF_VOLUMES: Final = (*sorted(store.FLAT), *_ARRAYS[2:], "shapes", "own", "sides", "marked")

@@ -19,7 +19,7 @@ from cryptography import x509
 
 from fedward.errors import FedwardError
 from fedward.flower.fleet_client import FleetClient, LeaseHeld, LinkDown, LinkRefused
-from fedward.https import proxy_of, read_ca, tls_context, use_proxy
+from fedward.https import proxy_of, read_ca, tls_context, use_proxy, why_untrusted
 from fedward_client.config import ServerSection
 from fedward_client.connector.process import KEY_NAME, read_key
 from fedward_client.doctor.line import Line
@@ -27,7 +27,6 @@ from fedward_client.link.state import CERTIFICATE_DAYS, link_file, read_state
 
 _SECONDS: Final = 10.0
 _CLOCK: Final = 30.0
-_EXPIRED: Final = 10  # X509_V_ERR_CERT_HAS_EXPIRED
 
 
 def network(server: ServerSection) -> Iterator[Line]:
@@ -106,10 +105,8 @@ def _certificate(
             given = x509.load_der_x509_certificate(link.getpeercert(binary_form=True) or b"")
             version = link.version() or ""
     except ssl.SSLCertVerificationError as error:
-        fix = "Compare server.ca and server.address with the coordinator's"
-        if error.verify_code == _EXPIRED:
-            fix = "Ask the coordinator to renew it, unless this clock is wrong"
-        return Line("certificate", "fail", error.verify_message, fix)
+        found, fix = why_untrusted(error) or (error.verify_message, "")
+        return Line("certificate", "fail", found, fix)
     except (OSError, ValueError):
         return Line(
             "certificate",

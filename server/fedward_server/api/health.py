@@ -8,6 +8,7 @@ import time
 from collections import Counter as Tally
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Any, Final, Generic, TypeVar
 
 from fastapi import APIRouter
@@ -103,10 +104,25 @@ class Health:
         tls = self._config.tls
         return min(read_facts(path).days_left for path in (tls.certificate, tls.ca))
 
+    @property
+    def hours_to_certificate(self) -> float:
+        """Hours until certificate and authority begin; above 0 where this clock is behind.
+
+        Raises
+        ------
+        ConfigError
+            They cannot be read.
+        """
+        tls = self._config.tls
+        begins = max(read_facts(path).begins for path in (tls.certificate, tls.ca))
+        return (begins - datetime.now(UTC)).total_seconds() / 3600
+
     def _certificate(self) -> dict[str, str]:
         """What is wrong with the certificate; nothing while it is valid."""
         try:
             days = self.certificate_days
+            if (hours := self.hours_to_certificate) > 0:
+                return {"certificate": f"begins in {hours:.0f} hours by this clock; set it (NTP)"}
         except FedwardError as error:
             return {"certificate": error.rule}
         if days >= 0:
