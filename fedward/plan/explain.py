@@ -175,6 +175,10 @@ def _augmentation(plan: Plan) -> str:
         (random.contrast, "contrast changed by up to {:.0%}"),
         (random.brightness, "brightness changed by up to {:g}"),
         (random.noise, "noise added with deviation {:g}"),
+        (random.gamma, "gamma changed by up to {:.0%}"),
+        (random.blur, "blurred by up to {:g} pixels"),
+        (random.low_resolution, "resolution lowered by up to {:.0%}"),
+        (random.bias_field, "multiplied with a smooth field of up to {:g}"),
     ):
         if value:
             parts.append(words.format(value))

@@ -402,13 +402,35 @@ class Augmentation(Section):
     noise: float = Field(
         default=0.0, ge=0, le=2, description="standard deviation of added noise, intensity units"
     )
+    gamma: Annotated[float, Since(2)] = Field(
+        default=0.0,
+        ge=0,
+        le=2,
+        description="largest change of gamma over the image's range: an exponent from 1 / (1 + "
+        "gamma) to 1 + gamma",
+    )
+    blur: Annotated[float, Since(2)] = Field(
+        default=0.0, ge=0, le=5, description="largest deviation of a Gaussian blur, pixels"
+    )
+    low_resolution: Annotated[float, Since(2)] = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="largest loss of resolution: the share of the pixels along a side that an "
+        "image loses before it is enlarged again",
+    )
+    bias_field: Annotated[float, Since(2)] = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="largest coefficient of a smooth field that brightness is multiplied with, as "
+        "coils of an MRI scanner have it",
+    )
 
     @property
     def active(self) -> bool:
         """Whether anything random is done at all."""
-        return bool(self.flip) or any(
-            (self.rotate, self.scale, self.shift, self.contrast, self.brightness, self.noise)
-        )
+        return any(self.model_dump().values())
 
 
 class Patch(Section):

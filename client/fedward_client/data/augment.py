@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -92,6 +93,8 @@ def _rotation_3d(angle: Tensor, draw: Tensor) -> Tensor:
 
 
 def _intensity(images: Tensor, a: Augmentation, generator: torch.Generator) -> Tensor:
+    if a.bias_field:
+        images = images * _bias_fields(images, a.bias_field, generator)
     if a.contrast or a.brightness:
         each = (len(images),) + (1,) * (images.dim() - 1)
         draw = (2 * torch.rand(2, len(images), generator=generator) - 1).to(images)
@@ -100,7 +103,75 @@ def _intensity(images: Tensor, a: Augmentation, generator: torch.Generator) -> T
             images = mean + (1 + a.contrast * draw[0].reshape(each)) * (images - mean)
         if a.brightness:
             images = images + a.brightness * draw[1].reshape(each)
+    if a.gamma:
+        exponents = math.log1p(a.gamma) * (2 * torch.rand(len(images), generator=generator) - 1)
+        images = with_gamma(images, exponents.exp())
+    if a.blur:
+        images = blurred(images, a.blur * torch.rand(len(images), generator=generator), a.blur)
+    if a.low_resolution:
+        kept = 1 - a.low_resolution * torch.rand(len(images), generator=generator)
+        images = torch.cat(
+            [_lowered(x[None], f) for x, f in zip(images, kept.tolist(), strict=True)]
+        )
     if a.noise:
         noise = torch.randn(images.shape, generator=generator)
         images = images + a.noise * noise.to(images)
     return images
+
+
+def with_gamma(images: Tensor, exponents: Tensor) -> Tensor:
+    """Each image's range raised to an exponent ``(N,)`` of its own, as MONAI's AdjustContrast."""
+    axes = tuple(range(1, images.dim()))
+    low = images.amin(dim=axes, keepdim=True)
+    span = images.amax(dim=axes, keepdim=True) - low
+    power = exponents.to(images).reshape(-1, *[1] * len(axes))
+    return ((images - low) / (span + 1e-7)) ** power * span + low
+
+
+def blurred(images: Tensor, deviations: Tensor, most: float) -> Tensor:
+    """Each image smoothed by a Gaussian of a deviation ``(N,)`` of its own, in pixels.
+
+    The weights are those of MONAI's GaussianFilter, the integrals over each pixel. The border is
+    repeated. Every image has a kernel wide enough for a deviation of `most`, so that the work does
+    not depend on the draw.
+    """
+    n, c, *sides = images.shape
+    reach = math.ceil(4 * most)
+    edges = torch.arange(-reach, reach + 2) - 0.5
+    scaled = edges / (math.sqrt(2) * deviations.clamp_min(1e-3)[:, None])
+    weights = 0.5 * torch.erf(scaled).diff(dim=1)
+    weights = (weights / weights.sum(1, keepdim=True)).to(images).repeat_interleave(c, dim=0)
+    convolve = F.conv2d if len(sides) == 2 else F.conv3d
+    out = images.reshape(1, n * c, *sides)
+    for axis in range(len(sides)):
+        pads, shape = [0, 0] * len(sides), [1] * len(sides)
+        pads[2 * (len(sides) - 1 - axis)] = pads[2 * (len(sides) - 1 - axis) + 1] = reach
+        shape[axis] = -1
+        kernel = weights.reshape(n * c, 1, *shape)
+        out = convolve(F.pad(out, pads, "replicate"), kernel, groups=n * c)
+    return out.reshape(images.shape)
+
+
+def _lowered(image: Tensor, kept: float) -> Tensor:
+    """One image ``(1, C, *S)`` with fewer pixels along each side, enlarged again (linear)."""
+    sides = image.shape[2:]
+    small = F.interpolate(image, [max(1, round(n * kept)) for n in sides], mode="nearest-exact")
+    mode = "bilinear" if len(sides) == 2 else "trilinear"
+    return F.interpolate(small, list(sides), mode=mode, align_corners=False)
+
+
+_DEGREE: Final = 3  # of the field's polynomials, as in MONAI's RandBiasField
+
+
+def _bias_fields(images: Tensor, most: float, generator: torch.Generator) -> Tensor:
+    """``(N, 1, *S)``: exp of a sum of products of Legendre polynomials, one along each side."""
+    n, sides = len(images), images.shape[2:]
+    shape = (_DEGREE + 1,) * len(sides)
+    coefficients = most * (2 * torch.rand(n, *shape, generator=generator) - 1)
+    order = sum(torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
+    field = (coefficients * (order <= _DEGREE)).to(images)
+    for side in sides:  # one side after another: its coefficients go, its pixels come last
+        x = torch.linspace(-1, 1, side, device=images.device, dtype=images.dtype)
+        rows = torch.stack([torch.ones_like(x), x, (3 * x**2 - 1) / 2, (5 * x**3 - 3 * x) / 2])
+        field = torch.tensordot(field, rows, dims=([1], [0]))
+    return field.exp()[:, None]

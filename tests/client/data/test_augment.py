@@ -8,10 +8,12 @@ import time
 import numpy as np
 import pytest
 import torch
+from monai.networks.layers import GaussianFilter
+from monai.transforms import AdjustContrast
 from scipy import ndimage
 
 from fedward.plan.schema import Augmentation
-from fedward_client.data.augment import augment
+from fedward_client.data.augment import augment, blurred, with_gamma
 
 
 def generator(seed=0):
@@ -192,3 +194,67 @@ def test_a_cuda_batch_changes_in_the_same_way():
     gpu, gpu_masks = augment(images.cuda(), masks.cuda(), ALL, generator())
     torch.testing.assert_close(gpu.cpu(), cpu, atol=1e-3, rtol=1e-3)
     assert (gpu_masks.cpu() == cpu_masks).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("size", [(20, 30), (12, 14, 16)])
+def test_gamma_is_monais_with_an_exponent_for_each_image(size):
+    images, exponents = blobs(size=size), torch.tensor([0.5, 1.0, 1.7, 3.0])
+    found = with_gamma(images, exponents)
+    for one, before, exponent in zip(found, images, exponents, strict=True):
+        wanted = AdjustContrast(float(exponent))(before)
+        torch.testing.assert_close(one, torch.as_tensor(wanted), rtol=1e-5, atol=1e-6)
+    out, _ = augment(images, None, Augmentation(gamma=0.5), generator())
+    flat, before = out.flatten(1), images.flatten(1)
+    torch.testing.assert_close(flat.amax(1), before.amax(1))
+    torch.testing.assert_close(flat.amin(1), before.amin(1))
+    assert (flat - before).abs().amax(1).min() > 1e-4
+
+
+@pytest.mark.parametrize("size", [(40, 44), (26, 28, 30)])
+def test_a_blur_is_a_gaussian_of_each_images_own_deviation(size):
+    images, deviations = blobs(size=size, channels=2), torch.tensor([0.0, 0.6, 1.0, 1.5])
+    found = blurred(images, deviations, 1.5)
+    torch.testing.assert_close(found[0], images[0])
+    inner = (slice(None), *(slice(7, -7) for _ in size))
+    for one, before, sigma in zip(found[1:], images[1:], deviations[1:], strict=True):
+        wanted = GaussianFilter(len(size), float(sigma), truncated=6.0, approx="erf")(before[None])
+        torch.testing.assert_close(one[inner], wanted[0][inner], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(20, 30), (12, 14, 16)])
+def test_a_bias_field_is_a_polynomial_of_third_degree(size):
+    images = torch.ones(3, 2, *size)
+    out, _ = augment(images, None, Augmentation(bias_field=0.3), generator())
+    assert torch.equal(out[:, 0], out[:, 1])
+    assert not torch.allclose(out[0], out[1])
+    # Its logarithm is in the span of the products of powers up to the third degree, and no more.
+    axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in size), indexing="ij")
+    powers = [p for p in np.ndindex(*[4] * len(size)) if sum(p) <= 3]
+    basis = np.stack(
+        [np.prod([x**k for x, k in zip(axes, p, strict=True)], axis=0).ravel() for p in powers], 1
+    )
+    for field in out[:, 0].log().double().numpy():
+        fit, *_ = np.linalg.lstsq(basis, field.ravel(), rcond=None)
+        assert np.abs(basis @ fit - field.ravel()).max() < 1e-5
+        assert 0.05 < np.abs(field).max() < 0.3 * len(powers)
+
+
+def test_low_resolution_loses_what_is_fine_and_keeps_the_place():
+    rows, columns = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    fine, ramp = ((rows + columns) % 2)[None, None], (rows + 2 * columns)[None, None]
+    many = Augmentation(low_resolution=0.6)
+    out, _ = augment(torch.cat([fine] * 40), None, many, generator())
+    assert out.shape == (40, 1, 32, 32)
+    assert (out.std(dim=(1, 2, 3)) < 0.45).float().mean() > 0.7
+    out, _ = augment(torch.cat([ramp] * 40), None, many, generator())
+    assert (out - ramp).abs()[..., 4:-4, 4:-4].max() < 6
+
+
+def test_changes_of_brightness_leave_masks_alone_and_follow_the_generator():
+    images, masks = blobs(), torch.randint(0, 3, (4, 20, 30), dtype=torch.uint8)
+    more = {"gamma": 0.5, "blur": 1.0, "low_resolution": 0.5, "bias_field": 0.2}
+    out, same = augment(images, masks, Augmentation(**more), generator())
+    assert torch.equal(same, masks)
+    assert not torch.allclose(out, images)
+    again, _ = augment(images, masks, Augmentation(**more), generator())
+    assert torch.equal(out, again)
