@@ -35,13 +35,13 @@ REPOSITORY = HERE.parent
 NONE = "none"
 SETTINGS: dict[str, dict[str, Any] | None] = {
     NONE: None,
-    "bfloat16": {"method": "bfloat16"},
     "int8": {"method": "int8"},
     "int4": {"method": "int4"},
-    "int4, no error feedback": {"method": "int4", "error_feedback": False},
-    "top-k, 5 %": {"method": "top-k", "share": 0.05},
-    "top-k, 1 %": {"method": "top-k", "share": 0.01},
-    "top-k, 1 %, no error feedback": {"method": "top-k", "share": 0.01, "error_feedback": False},
+    "top-k 5 %": {"method": "top-k", "share": 0.05},
+    "top-k 1 %": {"method": "top-k", "share": 0.01},
+    "top-k 1 %, no error feedback": {"method": "top-k", "share": 0.01, "error_feedback": False},
+    "top-k 2 %, download int6": {"method": "top-k", "share": 0.02, "download": "int6"},
+    "int4, download int6": {"method": "int4", "download": "int6"},
 }
 MOST_LOST = 0.0025  # on validation patients
 

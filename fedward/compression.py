@@ -1,4 +1,4 @@
-r"""Updates of fewer bytes: a site sends its update compressed, and keeps what that leaves out.
+r"""Fewer bytes: a site sends its update compressed, and keeps what that leaves out for later.
 
 With the received model x, the site's model y, a compressor Q and the error e of earlier rounds, 0
 at first (error feedback: Seide et al., 2014, doi:10.21437/Interspeech.2014-274; Karimireddy et al.,
@@ -9,9 +9,12 @@ at first (error feedback: Seide et al., 2014, doi:10.21437/Interspeech.2014-274;
     e ← p − Q(p)
     the aggregator goes on with x + Q(p)
 
-All arrays of an update travel as one array of bytes. Its length follows from the plan and the
-model's shapes, so that no sender can make a receiver allocate more than these. With differential
-privacy y has its noise before anything here sees it: compression is post-processing.
+The model may travel down compressed too. Sites train from Q(x), and the aggregator, which has x,
+moves it by what the strategy makes of the updates: it forgets nothing that Q rounds away.
+
+All arrays of an update, or of a model, travel as one array of bytes. Its length follows from the
+plan and the model's shapes, so that no sender can make a receiver allocate more than these. With
+differential privacy y has its noise before anything here sees it: compression is post-processing.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from fedward.errors import ModelError, ProtocolError
 from fedward.rule_codes import RuleCode
 
 COMPRESSED: Final = "compressed"
-"""Name of the one array that an update travels as."""
+"""Name of the one array that an update, or a model, travels as."""
 RESIDUAL: Final = "residual"
 """Kind of what a site keeps of the error feedback: one array for each array that trains."""
 
@@ -55,6 +58,10 @@ class Settings(Protocol):
     @property
     def share(self) -> float | None:
         """Share of the numbers that ``top-k`` sends."""
+
+    @property
+    def download(self) -> str | None:
+        """Which one the model travels down with."""
 
 
 class Compressor(ABC):
@@ -135,7 +142,7 @@ class Integers(Compressor):
     Parameters
     ----------
     bits : int
-        8 or 4 for each number.
+        2 to 8 for each number.
     """
 
     rounds = True
@@ -160,10 +167,9 @@ class Integers(Compressor):
         else:
             rounded = np.rint(exact)
         numbers = np.clip(rounded, -self.most, self.most).astype(np.int8)
-        if self.bits == 4:
-            pairs = np.append(numbers, np.int8(0))[: 2 * math.ceil(len(numbers) / 2)]
-            halves = (pairs.view(np.uint8) & 0x0F).reshape(-1, 2)
-            numbers = (halves[:, 0] | halves[:, 1] << 4).view(np.int8)
+        if self.bits < 8:
+            single = np.unpackbits(numbers.view(np.uint8)[:, None], axis=1, bitorder="little")
+            numbers = np.packbits(single[:, : self.bits], bitorder="little").view(np.int8)
         return b"".join((scales.tobytes(), numbers.tobytes()))
 
     def unpack(self, content: bytes, sizes: Sequence[int], how: Settings) -> Vector:
@@ -180,12 +186,13 @@ class Integers(Compressor):
         packed = np.frombuffer(content[head:], np.uint8)
         if self.bits == 8:
             return _Scaled(scales, packed.view(np.int8))
-        halves = np.stack([packed & 0x0F, packed >> 4], axis=1).ravel()
-        # Of four bits those from 8 on are below 0; the last half may be there to fill a byte.
-        numbers = (halves << 4).view(np.int8) >> 4
-        if numbers[sum(sizes) :].any():
+        single, used = np.unpackbits(packed, bitorder="little"), sum(sizes) * self.bits
+        if single[used:].any():  # the last byte is filled with zeros
             raise _broken()
-        return _Scaled(scales, numbers[: sum(sizes)])
+        whole = np.zeros((sum(sizes), 8), np.uint8)
+        whole[:, 8 - self.bits :] = single[:used].reshape(-1, self.bits)
+        numbers = np.packbits(whole, axis=1, bitorder="little").ravel().view(np.int8)
+        return _Scaled(scales, numbers >> (8 - self.bits))  # which brings the sign down
 
 
 class TopK(Compressor):
@@ -227,6 +234,7 @@ class TopK(Compressor):
 METHODS: Final[dict[str, Compressor]] = {
     "bfloat16": Bfloat16(),
     "int8": Integers(8),
+    "int6": Integers(6),
     "int4": Integers(4),
     "top-k": TopK(),
 }
@@ -326,6 +334,39 @@ def decompress(how: Settings, sent: Mapping[str, NDArray[Any]], shapes: Shapes) 
     if len(sent) != 1 or content is None or content.dtype != np.uint8 or content.shape != (size,):
         raise _broken()
     return _divided(METHODS[how.method].unpack(content.tobytes(), _sizes(shapes), how), shapes)
+
+
+def compress_model(how: Settings, model: Mapping[str, NDArray[Any]]) -> Arrays:
+    """What travels down of the arrays that train: ``{"compressed": (bytes,) uint8}``."""
+    values = np.concatenate([one.ravel() for one in model.values()]).astype(np.float32)
+    sizes = [value.size for value in model.values()]
+    content = METHODS[how.download or ""].pack(values, sizes, how, None)
+    return {COMPRESSED: np.frombuffer(content, np.uint8)}
+
+
+def model_size(how: Settings, shapes: Shapes) -> int:
+    """Bytes of :func:`compress_model`."""
+    return METHODS[how.download or ""].size(_sizes(shapes), how)
+
+
+def decompress_model(how: Settings, content: NDArray[Any], shapes: Shapes) -> Arrays:
+    """The arrays that a site trains from.
+
+    Raises
+    ------
+    ProtocolError
+        They are none of these shapes, compressed as the plan says.
+    """
+    size = model_size(how, shapes)
+    try:
+        if content.dtype != np.uint8 or content.shape != (size,):
+            raise _broken()
+        values = METHODS[how.download or ""].unpack(content.tobytes(), _sizes(shapes), how)
+    except ProtocolError:
+        raise ProtocolError(
+            RuleCode.MODEL_COMPRESSED, fix="Run the same Fedward release on both ends"
+        ) from None
+    return _divided(values, shapes)
 
 
 def moved(model: Mapping[str, NDArray[Any]], differences: Arrays) -> Arrays:

@@ -443,6 +443,7 @@ class RuleCode(Enum):
     ARRAYS_SHAPE = ("the arrays must have the model's shapes",)
     ARRAYS_FLOAT32 = ("arrays must be float32",)
     ARRAYS_FINITE = ("arrays must be finite",)
+    MODEL_COMPRESSED = ("a model must be compressed as its plan says",)
     ARRAYS_FLOATING = ("every exchanged tensor must be of floating point",)
     PARAMETER_KNOWN = ("the model has no such parameter",)
     PATTERN = (

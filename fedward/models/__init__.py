@@ -7,13 +7,13 @@ from fedward.models.arrays import (
     freeze,
     from_arrays,
     load_model,
-    most_sent,
+    most_traffic,
     save_model,
     shared_names,
     site_names,
     to_arrays,
+    traffic,
     trainable_names,
-    upload_bytes,
 )
 from fedward.models.prefix import split_at_trainable
 from fedward.models.registry import best_mode, build_model
@@ -29,13 +29,13 @@ __all__ = [
     "from_arrays",
     "load_initial",
     "load_model",
-    "most_sent",
+    "most_traffic",
     "sampled",
     "save_model",
     "shared_names",
     "site_names",
     "split_at_trainable",
     "to_arrays",
+    "traffic",
     "trainable_names",
-    "upload_bytes",
 ]

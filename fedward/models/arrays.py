@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import nn
 
-from fedward.compression import compressed_size
+from fedward.compression import compressed_size, model_size
 from fedward.errors import ModelError, OutputError
 from fedward.files import replace_file
 from fedward.integrity import check_model, unreadable
@@ -237,8 +237,10 @@ def shared_names(model: nn.Module, plan: Plan, round_: int) -> tuple[str, ...]:
     return names
 
 
-def upload_bytes(plan: Plan, round_: int) -> int:
-    """Bytes of tensors that a site sends in a round of training, compressed as the plan says.
+def traffic(plan: Plan, round_: int) -> tuple[int, int]:
+    """Bytes of tensors that a site sends and receives in a round of training.
+
+    Received are the arrays that train, compressed as the plan says; those that do not come once.
 
     Raises
     ------
@@ -248,16 +250,21 @@ def upload_bytes(plan: Plan, round_: int) -> int:
     model = outline(plan)
     state, names = model.state_dict(), shared_names(model, plan, round_)
     shapes: dict[str, tuple[int, ...]] = {name: tuple(state[name].shape) for name in names}
-    if (how := plan.compression_of(round_)) is not None:
-        return compressed_size(how, shapes)
-    numbers: int = sum(math.prod(shape) for shape in shapes.values())
-    return 4 * numbers * (1 + len(plan.strategy.spec.sent))
+    spec, how = plan.strategy.spec, plan.compression_of(round_)
+    size: int = 4 * sum(math.prod(shape) for shape in shapes.values())
+    up, down = size * (1 + len(spec.sent)), size * (1 + len(spec.received))
+    if how is not None:
+        up = compressed_size(how, shapes)
+    if how is not None and how.download is not None:
+        down = model_size(how, shapes)
+    return up, down
 
 
-def most_sent(plan: Plan) -> int:
-    """Most bytes of tensors that a site sends in one round of training, over all stages."""
+def most_traffic(plan: Plan) -> tuple[int, int]:
+    """The most of :func:`traffic` over all stages."""
     starts = accumulate((stage.rounds for stage in plan.schedule[:-1]), initial=1)
-    return max(upload_bytes(plan, round_) for round_ in starts)
+    up, down = zip(*(traffic(plan, round_) for round_ in starts), strict=True)
+    return max(up), max(down)
 
 
 def freeze(model: nn.Module, names: Iterable[str]) -> None:

@@ -22,7 +22,9 @@ _INTENSITY = {
 }
 
 
-def explain(plan: Plan, parameters: int | None = None, sent: int | None = None) -> str:
+def explain(
+    plan: Plan, parameters: int | None = None, traffic: tuple[int, int] | None = None
+) -> str:
     """The plan in plain words, without markup.
 
     Parameters
@@ -31,8 +33,9 @@ def explain(plan: Plan, parameters: int | None = None, sent: int | None = None) 
         A valid plan.
     parameters : int, optional
         Parameters of its model; with it the model's size and the traffic are told.
-    sent : int, optional
-        Most bytes that a site sends in a round (see :func:`fedward.models.most_sent`).
+    traffic : tuple of int, optional
+        Most bytes that a site sends and receives in a round (see
+        :func:`fedward.models.most_traffic`).
 
     Returns
     -------
@@ -40,7 +43,7 @@ def explain(plan: Plan, parameters: int | None = None, sent: int | None = None) 
         Lines of at most 100 characters; the last one holds the plan's SHA-256.
     """
     return "\n".join(
-        line for label, text in _parts(plan, parameters, sent) for line in _wrap(label, text)
+        line for label, text in _parts(plan, parameters, traffic) for line in _wrap(label, text)
     )
 
 
@@ -57,7 +60,7 @@ def _wrap(label: str, text: str) -> list[str]:
 
 
 def _parts(
-    plan: Plan, parameters: int | None, sent: int | None = None
+    plan: Plan, parameters: int | None, traffic: tuple[int, int] | None = None
 ) -> Iterator[tuple[str, str]]:
     title = f": {plan.study.title}" if plan.study.title else ""
     yield "Study", f"{plan.study.name}{title}"
@@ -83,7 +86,7 @@ def _parts(
     yield from _own_models(plan)
     if plan.compression is not None:
         yield "Compresses", _compression(plan, plan.compression)
-    yield "Exchanges", exchange(plan, parameters, sent)
+    yield "Exchanges", exchange(plan, parameters, traffic)
     yield "Privacy", _privacy(plan)
     yield "Sites", _participation(plan)
     yield "Measures", _metrics(plan)
@@ -320,12 +323,14 @@ def _compression(plan: Plan, how: Compression) -> str:
         text += "; a site keeps what this leaves out and adds it to its next update"
     else:
         text += "; what this leaves out is lost"
+    if how.download is not None:
+        text += f"; the model travels to training as {how.download}"
     if plan.privacy.on:
         text += ". All of it has its noise before, so that compression costs no ε"
     return text
 
 
-def exchange(plan: Plan, parameters: int | None, sent: int | None = None) -> str:
+def exchange(plan: Plan, parameters: int | None, traffic: tuple[int, int] | None = None) -> str:
     """What a site sends, in words; with the parameters of the model how much."""
     spec = plan.strategy.spec
     besides = "".join(f", {meaning}" for meaning in spec.sent.values())
@@ -338,10 +343,12 @@ def exchange(plan: Plan, parameters: int | None, sent: int | None = None) -> str
     if parameters is None:
         return text
     size = parameters * _FLOAT32 / 1e6 * (1 + max(len(spec.received), len(spec.sent)))
-    if plan.compression is not None and sent is not None:
+    if plan.compression is not None and traffic is not None:
+        up, down = traffic
         return (
-            f"{text}; a site sends at most {sent:,} bytes in a round and receives at most about "
-            f"{size:.2g} MB"
+            f"{text}; in a round of training a site sends at most {up:,} bytes and receives at "
+            f"most {down:,}; what does not train, and models to be measured, come as they are: at "
+            f"most about {size:.2g} MB"
         )
     return f"{text}; at most about {size:.2g} MB each way per site and round"
 

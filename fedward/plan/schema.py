@@ -295,10 +295,13 @@ if TYPE_CHECKING:
     MetricName = str
     LossName = str
     CompressionMethod = str
+    DownloadMethod = str
 else:  # the registry is the one place that lists them; pydantic checks values against it
     TaskKind, MetricName, LossName, CompressionMethod = (
         Literal[*names] for names in (TASKS, METRICS, LOSSES, METHODS)
     )
+    # A model without most of its numbers is none.
+    DownloadMethod = Literal[*(name for name, one in METHODS.items() if not one.sparse)]
 Modality = Literal["CR", "DX", "CT", "MR", "MG", "US", "PT", "OP", "OPT", "XC", "SM", "OT", "any"]
 
 
@@ -723,6 +726,11 @@ class Compression(Section):
 
     method: CompressionMethod = Field(
         description="; ".join(f"`{name}`: {one.summary}" for name, one in METHODS.items())
+    )
+    download: DownloadMethod | None = Field(
+        default=None,
+        description="how the model travels down to the sites for training, which start from it as "
+        "it arrives; none: as it is",
     )
     share: Annotated[float, Field(gt=0, le=0.5)] | None = Field(
         default=None, description="`top-k`: share of the parameters that is sent"

@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
+from fedward.compression import COMPRESSED, compress_model, decompress_model
 from fedward.errors import DivergenceError, ModelError, PlanError, StudyError
 from fedward.flower.errors import AppExitException
 from fedward.flower.study_grid import GridSnapshot
@@ -208,7 +209,7 @@ class StudyRun:
         if self.job.stop.is_set():
             return
         self._open = None
-        self._aggregate(stage, place, gathered, names)
+        self._aggregate(stage, place, gathered, self._as_received(round_, names))
         if self.plan.is_evaluated(round_, "validation"):
             self._validate(round_, result)
         result.seconds = time.perf_counter() - started
@@ -220,7 +221,7 @@ class StudyRun:
     def _updates(
         self, round_: int, stage: Stage, place: int, names: Iterable[str], result: Round
     ) -> Aggregation:
-        expected = {name: self.job.arrays[name] for name in names}
+        expected = self._as_received(round_, names)
         gathered, needed = self._gathered_so_far(round_, stage), self.job.needed
         for _ in range(self.plan.participation.retries + 1):
             self._ask(round_, stage, place, expected, gathered, result)
@@ -308,14 +309,32 @@ class StudyRun:
         account = self.plan.is_evaluated(round_, "validation")
         asked = len(there.updates.keys() | {nodes[node] for node in grid.get_node_ids()})
         besides = self._besides(stage, expected)
-        sent = {**self.job.arrays, **besides}
+        model: Mapping[str, NDArray[Any]] = expected
+        how = self.plan.compression_of(round_)
+        if how is not None and how.download is not None:
+            model = compress_model(how, {name: self.job.arrays[name] for name in expected})
+        still = {name: one for name, one in self.job.arrays.items() if name not in expected}
+        sent = {**still, **model, **besides}
         order = self._order(round_, "train", sent, account=account, sites=asked, frozen=frozen.mark)
         record = record_of({**expected, **besides})
         messages = list(self._strategy_of(stage).configure_train(place + 1, record, order, grid))
+        # The strategy is told of the model as the sites have it.
+        travels = record if model is expected else record_of({**model, **besides})
         for message in messages:
+            message.content["arrays"] = travels
             # Nobody shall train for a round that is over.
             message.metadata.ttl = self.job.patience
         return messages
+
+    def _as_received(self, round_: int, names: Iterable[str]) -> Arrays:
+        """The arrays that train, as the sites have them before a round."""
+        arrays = {name: self.job.arrays[name] for name in names}
+        how = self.plan.compression_of(round_)
+        if how is None or how.download is None:
+            return arrays
+        shapes = {name: value.shape for name, value in arrays.items()}
+        content = compress_model(how, arrays)[COMPRESSED]
+        return decompress_model(how, content, shapes)
 
     def _besides(self, stage: Stage, expected: Mapping[str, NDArray[Any]]) -> Arrays:
         """What the strategy has the sites receive beside the model; zeros before there is any."""
@@ -470,7 +489,11 @@ class StudyRun:
             self.job.listen(SiteWarned(self.job.arm.name, self.job.round, site, reason))
 
     def _aggregate(
-        self, stage: Stage, place: int, gathered: Aggregation, names: Iterable[str]
+        self,
+        stage: Stage,
+        place: int,
+        gathered: Aggregation,
+        received: Mapping[str, NDArray[Any]],
     ) -> None:
         strategy = self._strategy_of(stage)
         node = next(iter(self._members.nodes), 0)
@@ -496,10 +519,12 @@ class StudyRun:
         new = dict(self.job.arrays)
         for name, array in arrays.items():
             new[name] = array.numpy().astype(self.job.arrays[name].dtype)
+            if received[name] is not self.job.arrays[name]:
+                new[name] += self.job.arrays[name] - received[name]
             if not np.isfinite(new[name]).all():
                 raise self._divergence(f"the model after round {self.job.round}, {name}")
         self.job.arrays = new
-        memory = memory_of(strategy, self._spec_of(stage), tuple(names))
+        memory = memory_of(strategy, self._spec_of(stage), tuple(received))
         self.job.memory, self.job.memory_stage = memory, stage.name
         decay = decay_at(self.job.round, self.plan.strategy.averaging)
         self.job.average = blend(self.job.average, new, decay)

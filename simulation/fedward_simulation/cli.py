@@ -400,12 +400,12 @@ def check(plan: PlanFile, as_json: AsJson = False) -> None:
     from fedward.plan.explain import explain
 
     loaded = load_plan(plan)
-    from fedward.models import describe, most_sent
+    from fedward.models import describe, most_traffic
     from fedward_simulation.feasible import check_privacy, start_model
 
     start_model(loaded, 0, plan.parent)
     check_privacy(loaded)
-    parameters, sent = describe(loaded).parameters, most_sent(loaded)
+    parameters, moved = describe(loaded).parameters, most_traffic(loaded)
     if as_json:
         print_json(
             {
@@ -413,13 +413,14 @@ def check(plan: PlanFile, as_json: AsJson = False) -> None:
                 "study": loaded.study.name,
                 "plan_sha256": plan_hash(loaded),
                 "parameters": parameters,
-                "bytes_up": sent,
+                "bytes_up": moved[0],
+                "bytes_down": moved[1],
                 "rounds": loaded.rounds,
                 "plan": loaded.model_dump(mode="json"),
             }
         )
     else:
-        say(explain(loaded, parameters, sent))
+        say(explain(loaded, parameters, moved))
 
 
 @app.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedward.flower.control_client import ControlClient
 from fedward.flower.server_session import RunSession
-from fedward.models import build_model, describe, to_arrays, upload_bytes
+from fedward.models import build_model, describe, to_arrays, traffic
 from fedward.plan.load import plan_from
 from fedward.plan.schema import Plan
 from fedward.signing import fingerprint, public_bytes, sign_order
@@ -127,15 +126,16 @@ def test_a_study_between_hospitals_is_the_simulation_bit_for_bit(
         {"name": "all", "rounds": 1, "learning_rate": 0.01},
     ]
     content["personal"] = {"method": "fine-tuning", "rounds": 2, "alone": True}
-    content["compression"] = {"method": "int4", "rounding": "stochastic"}
+    content["compression"] = {"method": "int4", "rounding": "stochastic", "download": "int6"}
     plan = plan_from(content)
     job = aggregator.run(aggregator.job(plan, seed=3))
     assert job.complete
     down = [one.bytes_down for one in job.arm.rounds]
     assert down[1] < down[0] / 2
-    up, sizes = [one.bytes_up for one in job.arm.rounds], describe(plan).arrays
-    assert up == [2 * upload_bytes(plan, round_) for round_ in (1, 2, 3)]
-    assert up[2] < 2 * 4 * sum(math.prod(shape) for shape, _ in sizes.values()) / 6
+    moved = [traffic(plan, round_) for round_ in (1, 2, 3)]
+    assert [one.bytes_up for one in job.arm.rounds] == [2 * up for up, _ in moved]
+    assert down[2] == 2 * (moved[2][1] + 128)  # an array's header
+    assert sum(moved[2]) < 2 * describe(plan).bytes / 5
     kept = [list((daemon.folder / "connector" / "spool" / "frozen").iterdir()) for daemon in two]
     assert [len(files) for files in kept] == [1, 1]
     assert all(sorted(r.sites) == ["hospital 1", "hospital 2"] for r in job.arm.rounds)

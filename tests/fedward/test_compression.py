@@ -11,7 +11,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from fedward.compression import COMPRESSED, compress, compressed_size, decompress, moved
+from fedward.compression import (
+    COMPRESSED,
+    compress,
+    compress_model,
+    compressed_size,
+    decompress,
+    decompress_model,
+    model_size,
+    moved,
+)
 from fedward.errors import ModelError, ProtocolError
 from fedward.plan.schema import Compression
 
@@ -22,11 +31,13 @@ Arrays = dict[str, NDArray[Any]]
 METHODS = [
     Compression(method="bfloat16"),
     Compression(method="int8"),
+    Compression(method="int6"),
     Compression(method="int4"),
     Compression(method="int4", rounding="stochastic"),
     Compression(method="top-k", share=0.1),
 ]
-IDS = ["bfloat16", "int8", "int4", "int4 stochastic", "top-k"]
+IDS = ["bfloat16", "int8", "int6", "int4", "int4 stochastic", "top-k"]
+BFLOAT16, INT8, INT6, INT4, _, TOPK = METHODS
 each = pytest.mark.parametrize("how", METHODS, ids=IDS)
 
 
@@ -57,7 +68,7 @@ def expected(how: Compression, values: NDArray[np.float32]) -> NDArray[np.float6
         first = sorted(range(TOTAL), key=lambda i: -abs(values[i]))[: math.ceil(0.1 * TOTAL)]
         kept = torch.from_numpy(values).bfloat16().double().numpy()
         return np.array([kept[i] if i in first else 0.0 for i in range(TOTAL)])
-    most = 127 if how.method == "int8" else 7
+    most = {"int8": 127, "int6": 31, "int4": 7}[how.method]
     found: list[float] = []
     for part in np.split(values.astype(np.float64), np.cumsum(SIZES)[:-1]):
         step = float(np.float32(max(abs(part)) / most))
@@ -91,7 +102,9 @@ def test_extreme_numbers_stay_finite(how: Compression, value: float) -> None:
 def test_the_bytes_are_counted_before_there_are_any_and_are_the_same_again(
     how: Compression,
 ) -> None:
-    size = {"bfloat16": 102, "int8": 12 + 51, "int4": 12 + 26, "top-k": 6 * 6}[how.method]
+    size = {"bfloat16": 102, "int8": 12 + 51, "int6": 12 + 39, "int4": 12 + 26, "top-k": 6 * 6}[
+        how.method
+    ]
     one, other = (sent(how, arrays(0))[COMPRESSED] for _ in range(2))
     assert one.nbytes == compressed_size(how, SHAPES) == size
     assert one.tobytes() == other.tobytes()
@@ -157,16 +170,18 @@ def places(*numbers: int, values: int = 6) -> bytes:
 @pytest.mark.parametrize(
     ("how", "content"),
     [
-        (METHODS[1], struct.pack("<3f", math.nan, 1, 1) + bytes(51)),
-        (METHODS[1], struct.pack("<3f", 1, math.inf, 1) + bytes(51)),
-        (METHODS[1], struct.pack("<3f", 1, 1, -1) + bytes(51)),
-        (METHODS[1], struct.pack("<3f", 1, 1, 1) + b"\x80" + bytes(50)),
-        (METHODS[2], struct.pack("<3f", 1, 1, 1) + b"\x08" + bytes(25)),
-        (METHODS[2], struct.pack("<3f", 1, 1, 1) + bytes(25) + b"\x10"),
-        (METHODS[4], places(0, 1, 2, 3, 4, 4)),
-        (METHODS[4], places(0, 1, 3, 2, 4, 5)),
-        (METHODS[4], places(0, 1, 2, 3, 4, TOTAL)),
-        (METHODS[4], places(0, 1, 2, 3, 4, 2**32 - 1)),
+        (INT8, struct.pack("<3f", math.nan, 1, 1) + bytes(51)),
+        (INT8, struct.pack("<3f", 1, math.inf, 1) + bytes(51)),
+        (INT8, struct.pack("<3f", 1, 1, -1) + bytes(51)),
+        (INT8, struct.pack("<3f", 1, 1, 1) + b"\x80" + bytes(50)),
+        (INT4, struct.pack("<3f", 1, 1, 1) + b"\x08" + bytes(25)),
+        (INT4, struct.pack("<3f", 1, 1, 1) + bytes(25) + b"\x10"),
+        (INT6, struct.pack("<3f", 1, 1, 1) + b"\x20" + bytes(38)),
+        (INT6, struct.pack("<3f", 1, 1, 1) + bytes(38) + b"\x80"),
+        (TOPK, places(0, 1, 2, 3, 4, 4)),
+        (TOPK, places(0, 1, 3, 2, 4, 5)),
+        (TOPK, places(0, 1, 2, 3, 4, TOTAL)),
+        (TOPK, places(0, 1, 2, 3, 4, 2**32 - 1)),
     ],
     ids=[
         "scale not a number",
@@ -175,6 +190,8 @@ def places(*numbers: int, values: int = 6) -> bytes:
         "int8 out of range",
         "int4 out of range",
         "int4 filling",
+        "int6 out of range",
+        "int6 filling",
         "place twice",
         "places that fall",
         "place beyond the end",
@@ -187,7 +204,24 @@ def test_bytes_that_no_site_makes_are_refused(how: Compression, content: bytes) 
 
 
 def test_numbers_that_overflow_arrive_as_infinite_and_are_left_to_the_check_of_values() -> None:
-    found = got(METHODS[1], struct.pack("<3f", 3e38, 0, 0) + b"\x7f" + bytes(50))
+    found = got(INT8, struct.pack("<3f", 3e38, 0, 0) + b"\x7f" + bytes(50))
     assert np.isinf(flat(found)[0]) and not flat(found)[1:].any()
-    found = got(METHODS[0], b"\xc0\x7f" + bytes(100))
+    found = got(BFLOAT16, b"\xc0\x7f" + bytes(100))
     assert np.isnan(flat(found)[0]) and np.isnan(flat(moved(arrays(0), found))[0])
+
+
+@pytest.mark.parametrize("download", ["bfloat16", "int8", "int6", "int4"])
+def test_a_model_travels_down_as_the_method_says(download: str) -> None:
+    how, model = Compression(method="top-k", share=0.1, download=download), arrays(4)
+    content = compress_model(how, model)[COMPRESSED]
+    assert (
+        content.nbytes
+        == model_size(how, SHAPES)
+        == compressed_size(Compression(method=download), SHAPES)
+    )
+    found = decompress_model(how, content, SHAPES)
+    as_update = expected(Compression(method=download), flat(model))
+    np.testing.assert_allclose(flat(found), as_update, rtol=1e-6)
+    for wrong in (content[:-1], content.view(np.int8), content[None], np.zeros(0, np.float32)):
+        with pytest.raises(ProtocolError, match="a model must be compressed as its plan says"):
+            decompress_model(how, wrong, SHAPES)

@@ -9,9 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedward.compression import compress, decompress, moved
+from fedward.compression import (
+    compress,
+    compress_model,
+    decompress,
+    decompress_model,
+    moved,
+)
 from fedward.flower import identity
-from fedward.models import build_model, to_arrays
+from fedward.models import build_model, to_arrays, traffic
 from fedward.plan import Plan, plan_hash
 from fedward.strategies import STRATEGIES
 from fedward_client.data.sample import PreparedSite
@@ -31,6 +37,7 @@ SEEDED = Runtime(randomness="seeded")
 SETTINGS = {
     "fedprox": {"mu": 0.1},
     "feddyn": {"alpha": 0.1},
+    "q-fedavg": {"q": 1.0, "lipschitz": 100.0},
     **{key: {"malicious": 0} for key in ("krum", "multikrum", "bulyan")},
 }
 
@@ -55,8 +62,12 @@ def run(job: Job, sites: list[PreparedSite], workers: int = 0) -> Job:
 
 @pytest.mark.parametrize(
     ("compression", "size"),
-    [({"method": "int8"}, lambda n, tensors: n + 4 * tensors), (None, lambda n, tensors: 4 * n)],
-    ids=["int8", "none"],
+    [
+        ({"method": "int8"}, lambda n, tensors: n + 4 * tensors),
+        ({"method": "int8", "download": "int6"}, lambda n, tensors: n + 4 * tensors),
+        (None, lambda n, tensors: 4 * n),
+    ],
+    ids=["up", "up and down", "none"],
 )
 def test_the_model_is_the_mean_of_what_arrived_and_its_bytes_are_counted(
     make_plan: Make, make_site: Make, make_order: Make, compression: Any, size: Any
@@ -68,24 +79,37 @@ def test_the_model_is_the_mean_of_what_arrived_and_its_bytes_are_counted(
     model = to_arrays(build_model(plan, 0))
     shapes = {name: value.shape for name, value in model.items()}
     left: list[dict[str, Any]] = [{}, {}]
+    how = plan.compression
     for round_ in (1, 2):
+        whole = model
+        if how is not None and how.download:
+            content = compress_model(how, whole)["compressed"]
+            model = decompress_model(how, content, shapes)
         mean = {name: np.zeros(shape) for name, shape in shapes.items()}
         weights = [len(site.split["train"]) for site in sites]
         for place, site in enumerate(sites):
             update, _ = Trainer(plain, site, SEEDED).train(
                 model, make_order(plain, round=round_, seed=3)
             )
-            if plan.compression is not None:
+            if how is not None:
                 rng = np.random.default_rng(0)
-                sent, left[place] = compress(plan.compression, model, update, left[place], rng)
-                update = moved(model, decompress(plan.compression, sent, shapes))
+                sent, left[place] = compress(how, model, update, left[place], rng)
+                update = moved(model, decompress(how, sent, shapes))
             for name, value in update.items():
                 mean[name] += weights[place] / sum(weights) * value.astype(np.float64)
-        model = {name: value.astype(np.float32) for name, value in mean.items()}
+        # What was rounded away of the model on its way down stays with the aggregator.
+        model = {
+            name: (value + whole[name] - model[name]).astype(np.float32)
+            for name, value in mean.items()
+        }
     for name, value in model.items():
         np.testing.assert_allclose(job.arrays[name], value, rtol=1e-6, atol=1e-7)
     numbers = sum(value.size for value in model.values())
     assert [one.bytes_up for one in job.arm.rounds] == [2 * size(numbers, len(model))] * 2
+    assert [traffic(plan, round_)[0] for round_ in (1, 2)] == [size(numbers, len(model))] * 2
+    headers = 128 * (1 if how is not None and how.download else len(model))
+    down = traffic(plan, 1)[1] + headers
+    assert [one.bytes_down for one in job.arm.rounds] == [2 * down] * 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -96,7 +120,7 @@ def test_a_study_broken_off_after_each_round_ends_as_one_that_was_not(
     plan = make_plan(
         training={"rounds": 3},
         personal={"method": "ditto", "weight": 0.1},
-        compression={"method": "top-k", "share": 0.05},
+        compression={"method": "top-k", "share": 0.05, "download": "int6"},
     )
     whole = run(job_of(plan, seed=5), sites)
     for _ in range(6):
@@ -133,7 +157,7 @@ def test_every_strategy_goes_on_with_what_arrived(
     start = to_arrays(build_model(make_plan(**base), 0))
     plain, fine, coarse = (
         run(job_of(make_plan(**base, compression=one), seed=2), sites).arrays
-        for one in (None, {"method": "int8"}, {"method": "int4"})
+        for one in (None, {"method": "int8", "download": "bfloat16"}, {"method": "int4"})
     )
 
     def distance(one: Any, other: Any) -> float:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from fedward.dp.accounting import default_delta
 from fedward.errors import DataError, ModelError
-from fedward.models import describe, most_sent
+from fedward.models import describe, most_traffic
 from fedward.plan.explain import exchange, explain
 from fedward.plan.load import canonical
 from fedward.plan.schema import Plan
@@ -76,7 +76,9 @@ def study_card(approval: Approval, plan: Plan | None, config: SiteConfig, ledger
         "per_image": bool(facts and facts.per_image),
         "rounds": plan.rounds,
         "privacy": _privacy(plan, config, ledger, cohort, approval.evaluate_only),
-        "leaves": _EVALUATES if approval.evaluate_only else exchange(plan, parameters, _sent(plan)),
+        "leaves": _EVALUATES
+        if approval.evaluate_only
+        else exchange(plan, parameters, _traffic(plan)),
         "limits": [
             one
             for one in _limits(plan, limits, config, facts, parameters)
@@ -89,14 +91,14 @@ def in_full(card: dict[str, Any], plan: Plan | None) -> dict[str, Any]:
     """The same with the plan itself, and in words."""
     if plan is None:
         return card
-    words = explain(plan, card.get("parameters"), _sent(plan))
+    words = explain(plan, card.get("parameters"), _traffic(plan))
     return card | {"words": words, "plan": plan.model_dump(mode="json"), "text": canonical(plan)}
 
 
-def _sent(plan: Plan) -> int | None:
-    """Most bytes that leave in a round; none where the plan asks for what its network lacks."""
+def _traffic(plan: Plan) -> tuple[int, int] | None:
+    """Most bytes that leave and come in a round; none where the plan names what no network has."""
     try:
-        return most_sent(plan)
+        return most_traffic(plan)
     except ModelError:
         return None
 

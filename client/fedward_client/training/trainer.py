@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fedward.compression import RESIDUAL, compress
+from fedward.compression import COMPRESSED, RESIDUAL, compress, decompress_model
 from fedward.dp.accounting import Mechanism, calibrate, epsilon_spent, private_steps_until
 from fedward.errors import DataError, ModelError, PlanError, PrivacyError, ProtocolError
 from fedward.models import (
@@ -165,6 +165,7 @@ class Trainer:
         started, cpu = time.perf_counter(), time.process_time()
         self.runtime.enter()
         self._state_read = None
+        arrays = self.opened(arrays, order.round)
         update: Arrays = {}
         kept: Arrays = {}
         loss: float | None
@@ -568,6 +569,26 @@ class Trainer:
                 RuleCode.ARRAYS_FINITE, fix="Lower the learning rate, or leave the site out"
             )
         return kept, besides
+
+    def opened(self, arrays: Mapping[str, NDArray[Any]], round_: int) -> Mapping[str, NDArray[Any]]:
+        """The arrays of a training order, decompressed where the plan has them compressed.
+
+        Raises
+        ------
+        ProtocolError
+            They are not compressed as the plan says.
+        """
+        how = self.plan.compression_of(round_)
+        if how is None or how.download is None:
+            return arrays
+        parameters = dict(self._model.named_parameters())
+        shapes = {
+            name: tuple(parameters[name].shape)
+            for name in shared_names(self._model, self.plan, round_)
+        }
+        content = arrays.get(COMPRESSED, np.zeros(0, np.float32))
+        others = {name: value for name, value in arrays.items() if name != COMPRESSED}
+        return others | decompress_model(how, content, shapes)
 
     def _compressed(
         self, received: Mapping[str, NDArray[Any]], update: Arrays, order: RoundOrder

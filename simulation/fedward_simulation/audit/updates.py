@@ -94,7 +94,8 @@ class WatchedTrainer(Trainer):
         released, outcome = super().train(arrays, order, *more, **named)
         if order.round in self._rounds and not self.plan.is_centering(order.round):
             self._rounds.discard(order.round)
-            self._look(arrays, self._decompressed(arrays, released, order.round), outcome)
+            start = self.opened(arrays, order.round)
+            self._look(start, self._decompressed(start, released, order.round), outcome)
         return released, outcome
 
     def _decompressed(self, arrays: Arrays, released: Arrays, round_: int) -> Arrays:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedward.compression import COMPRESSED, RESIDUAL, decompress
-from fedward.errors import EgressError, PolicyError
+from fedward.compression import COMPRESSED, RESIDUAL, compress_model, decompress
+from fedward.errors import EgressError, PolicyError, ProtocolError
 from fedward.models import build_model, to_arrays
 from fedward.plan import Plan, plan_hash
 from fedward_client.egress.gate import Gate, expected_arrays
@@ -152,3 +152,26 @@ def test_the_gate_looks_at_the_numbers_that_the_bytes_stand_for(
     ):
         with pytest.raises(EgressError, match=rule):
             check(bad)
+
+
+def test_a_site_takes_the_model_only_as_its_plan_has_it_travel(
+    make_plan: Make, make_site: Make, make_order: Make
+) -> None:
+    plan = make_plan(compression={"method": "int8", "download": "int6"})
+    model, how = to_arrays(build_model(plan, 0)), plan.compression
+    assert how is not None
+    right = compress_model(how, model)
+    trainer = Trainer(plan, make_site(), SEEDED)
+    sent, _ = trainer.train(right, make_order(plan))
+    assert set(arrived(plan, sent)) == set(model)
+    head = right[COMPRESSED].copy()
+    head[:4] = np.array([np.nan], "<f4").view(np.uint8)
+    for wrong in (
+        model,
+        {},
+        {COMPRESSED: right[COMPRESSED][:-1]},
+        {COMPRESSED: np.zeros(10**6, np.uint8)},
+        {COMPRESSED: head},
+    ):
+        with pytest.raises(ProtocolError, match="a model must be compressed as its plan says"):
+            trainer.train(wrong, make_order(plan))

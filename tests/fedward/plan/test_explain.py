@@ -141,21 +141,29 @@ def test_patches_and_their_cost_are_told(segmentation: str, change: Change) -> N
 
 def test_compression_and_its_bytes_are_told(classification: str, change: Change) -> None:
     topk = {"compression": {"method": "top-k", "share": 0.01}}
-    text = _joined(explain(plan_from(change(classification, topk)), 1_000_000, 60_000))
+    text = _joined(explain(plan_from(change(classification, topk)), 1_000_000, (60_000, 4_000_000)))
     for words in (
         "Compresses what a site sends of an update: top-k (only the numbers of the largest",
         "0.01 of all; a site keeps what this leaves out and adds it to its next update",
-        "a site sends at most 60,000 bytes in a round and receives at most about 4 MB",
+        "a site sends at most 60,000 bytes and receives at most 4,000,000; what does not train",
         "plan schema 2 at every site: compression",
     ):
         assert words in text, text
     assert "each way" not in text and "costs no ε" not in text
     private = {
-        "compression": {"method": "int4", "rounding": "stochastic", "error_feedback": False},
+        "compression": {
+            "method": "int4",
+            "rounding": "stochastic",
+            "error_feedback": False,
+            "download": "int8",
+        },
         "privacy": {"mechanism": "dp-sgd", "epsilon": 3.0, "delta": 1e-4, "clipping_norm": 1.0},
     }
     text = _joined(explain(plan_from(change(classification, private))))
-    assert "rounded up and down by chance; what this leaves out is lost. All of it has its" in text
+    assert (
+        "rounded up and down by chance; what this leaves out is lost; the model travels to" in text
+    )
+    assert "training as int8. All of it has its" in text
     assert "noise before, so that compression costs no ε" in text
 
 
