@@ -163,9 +163,13 @@ class SitePast(NamedTuple):
     shortfalls : tuple of float or None
         One for each evaluation so far, at every site: how far its primary figure on its validation
         patients was from perfect, as the evaluation released it; None where it released none.
+    agreements : tuple of float or None
+        One for each round so far: the cosine of its update with the others', from -1 to 1; None
+        where it took no part, or took it alone.
     """
 
     shortfalls: tuple[float | None, ...] = ()
+    agreements: tuple[float | None, ...] = ()
 
 
 Pasts = Mapping[str, SitePast]

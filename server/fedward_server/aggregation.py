@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fedward.strategies import Contribution
 from fedward_server.reply_validation import InvalidReply, Update
+from fedward_strategies.contribution import Added, added
 from fedward_strategies.fold import Fold
 from fedward_strategies.robust import NormBound, capped_weights, most_capped
 
@@ -132,6 +133,19 @@ class Aggregation:
         return capped_weights(
             {site: one.weight for site, one in sorted(self.updates.items())}, self._max_share
         )
+
+    def added(self, *, weighted: bool) -> dict[str, Added]:
+        """What each site adds to the round; nothing where its updates were not sketched.
+
+        Parameters
+        ----------
+        weighted : bool
+            Whether the strategy looks at weights; else each site counts once.
+        """
+        sketches = {s: one.sketch for s, one in self.updates.items() if one.sketch is not None}
+        weights = self.weights() if weighted else dict.fromkeys(self.updates, 1.0)
+        total = sum(weights.values())
+        return added(sketches, {site: weight / total for site, weight in weights.items()})
 
     def contributions(self) -> list[Contribution]:
         """What the round is made of, in the order of the sites' names."""

@@ -34,7 +34,8 @@ def pasts(plan: Plan, rounds: Sequence[Round]) -> dict[str, SitePast]:
             tuple(
                 shortfall(plan, one.sites[site].validation) if site in one.sites else None
                 for one in evaluated
-            )
+            ),
+            tuple(one.sites[site].agreement if site in one.sites else None for one in rounds),
         )
         for site in sorted({name for one in rounds for name in one.sites})
     }

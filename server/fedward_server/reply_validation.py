@@ -28,6 +28,7 @@ from fedward.tasks.private_counts import (
     noise_scale,
 )
 from fedward.tasks.registry import counts_from_arrays
+from fedward_strategies.contribution import Sketch
 
 Shapes = Mapping[str, NDArray[Any]]
 _PARTS: Final = ("train", "validation", "test")
@@ -38,7 +39,8 @@ class Update:
     """A valid update of one site; ``message`` is None once its arrays are folded in.
 
     ``size`` is in bytes, ``norm`` the L2 norm of the difference to the model that was sent, and
-    ``besides`` that of what the strategy has a site send besides the update.
+    ``besides`` that of what the strategy has a site send besides the update. ``sketch`` is what is
+    kept of that difference (see :mod:`fedward_strategies.contribution`), where it is asked for.
     """
 
     message: Message | None
@@ -47,6 +49,7 @@ class Update:
     weight: float
     norm: float = 0.0
     besides: float = 0.0
+    sketch: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ def read_update(
     plan: Plan | None = None,
     facts: SiteFacts | None = None,
     most_change: float = math.inf,
+    sketch: Sketch | None = None,
 ) -> Update | InvalidReply:
     """Check an update.
 
@@ -153,6 +157,8 @@ def read_update(
         What the site said of itself.
     most_change : float
         Largest L2 norm of the change, in units of the model's own (at least 1).
+    sketch : Sketch or None
+        Takes the change in.
     """
     outcome = None
     try:
@@ -163,13 +169,14 @@ def read_update(
         names = array_names(besides, expected)
         size = _decompress(message, round_, expected, plan)
         record = _record(message, "arrays")
-        norm, other = _check_arrays(record, expected, names, most_change)
+        norm, other = _check_arrays(record, expected, names, most_change, sketch)
         weight = _check_weight(message, outcome, plan.strategy.weighting if plan else None)
         if plan is not None:
             _check_steps(outcome, plan)
         _check_claims(outcome, facts)
         size = size or sum(value.nbytes for value in expected.values()) * (1 + len(besides))
-        return Update(message, outcome, size, weight, norm, other)
+        kept = None if sketch is None else sketch.kept()
+        return Update(message, outcome, size, weight, norm, other, kept)
     except FedwardError as error:
         return replace(_bad(error), outcome=outcome)
 
@@ -365,6 +372,7 @@ def _check_arrays(
     expected: Shapes,
     besides: Mapping[str, tuple[str, str]],
     most_change: float,
+    sketch: Sketch | None,
 ) -> tuple[float, float]:
     if list(record.keys()) != [*expected, *besides]:
         raise ProtocolError("an update must hold exactly the arrays that train, in their order")
@@ -381,7 +389,10 @@ def _check_arrays(
         if name in besides:
             other += _square(value.astype(np.float64))
             continue
-        change += _square(np.subtract(value, reference, dtype=np.float64))
+        moved = np.subtract(value, reference, dtype=np.float64)
+        change += _square(moved)
+        if sketch is not None:
+            sketch.add(moved)
         size += _square(reference.astype(np.float64))
     if math.sqrt(change) > most_change * max(1.0, math.sqrt(size)):
         raise ProtocolError(

@@ -48,6 +48,16 @@ class SiteRound(Strict):
     cpu_seconds: float = Field(default=0.0, description="CPU seconds of training at the site")
     epsilon: float | None = Field(default=None, description="ε spent so far at δ")
     share: float | None = Field(default=None, description="share of the round's weight, 0 to 1")
+    pull: float | None = Field(
+        default=None,
+        description="what its update added to the round's step together with the others': the "
+        "inner product of its weighted update with the sum of theirs; none where it was alone",
+    )
+    agreement: float | None = Field(
+        default=None,
+        description="cosine between its update and the others', each of these as of one length, -1 "
+        "to 1",
+    )
     validation: Figures = Field(
         default_factory=dict, description="figures on its validation patients"
     )

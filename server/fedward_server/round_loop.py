@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ from fedward_server.reply_validation import (
 )
 from fedward_server.results import Failure, Round, SiteRound, TestFigures
 from fedward_strategies.averaging import blend, decay_at
+from fedward_strategies.contribution import Sketch
 from fedward_strategies.memory import memory_of, remember
 from fedward_strategies.registry import build_strategy
 from fedward_strategies.robust import dominates
@@ -104,6 +106,8 @@ class StudyRun:
         self._told_heavy: set[str] = set()
         self._given_up: set[str] = set()
         self._bytes_down = 0
+        # Whoever could foresee how updates are sketched could make one that looks like another.
+        self._secret = job.seed if job.members is None else secrets.randbits(64)
         self._started = time.perf_counter()
 
     def _describe(self, **more: Any) -> ConfigRecord:
@@ -359,6 +363,9 @@ class StudyRun:
         silent = {site: NO_ANSWER if site in asked else NOT_HERE for site in nodes.values()}
         failures = self._members.absent() | silent | gathered.refused
         diverged: dict[str, InvalidReply] = {}
+        parameters = sum(array.size for array in expected.values())
+        seed = (self._secret, round_)
+        trains = not self.plan.is_centering(round_)
         for site in gathered.updates:
             failures.pop(site, None)
         try:
@@ -372,6 +379,7 @@ class StudyRun:
                     self.plan,
                     self.job.facts.get(site),
                     self.job.most_change,
+                    Sketch(seed, parameters) if trains else None,
                 )
                 if isinstance(update, Update):
                     update = gathered.too_far(update, self._size_of(site)) or update
@@ -458,8 +466,10 @@ class StudyRun:
             settle(self.job.arm)
         weights = gathered.weights()
         total = sum(weights.values())
+        contributed = gathered.added(weighted=self.plan.strategy.spec.weighted)
         for update in gathered.ordered():
             out = update.outcome
+            own = contributed.get(out.site)
             share = weights[out.site] / total
             result.bytes_up += update.size
             spent = self.job.arm.privacy.get(out.site)
@@ -472,6 +482,8 @@ class StudyRun:
                 cpu_seconds=out.cpu_seconds,
                 epsilon=spent.epsilon if spent and looked else None,
                 share=share,
+                pull=own.pull if own else None,
+                agreement=own.agreement if own else None,
             )
             if dominates(share, len(weights)):
                 self._warn_heavy(out.site, share)

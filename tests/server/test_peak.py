@@ -22,6 +22,7 @@ from fedward.protocol import TrainOutcome
 from fedward.flower.grid import _unpacked
 from fedward_server.aggregation import Aggregation
 from fedward_server.reply_validation import Update, read_update
+from fedward_strategies.contribution import Sketch
 def take_in(fold, sites):
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     expected = {"w": np.zeros(1 << 21, np.float32)}
@@ -35,7 +36,7 @@ def take_in(fold, sites):
             "metrics": MetricRecord({"num-examples": 9.0}),
             "outcome": ConfigRecord(outcome.to_flat()),
         }), dst_node_id=site + 1, message_type="train"))
-        read = read_update(message, name, 1, expected)
+        read = read_update(message, name, 1, expected, sketch=Sketch((0, 1), 1 << 21))
         assert isinstance(read, Update), read
         aggregation.add(name, read)
         del message, read, update

@@ -32,6 +32,7 @@ STEPS, ABSENT = [1, 2, 1, 4, 2, 3, 3], 2
 NAMES = [f"site-{place}" for place in range(SITES)]
 # How far each site was from perfect in two evaluations; the third site withheld the second one.
 SHORT = np.array([[0.1, 0.2, 0.3, 0.2, 0.6, 0.1, 0.4], [0.2, 0.1, np.nan, 0.3, 0.5, 0.2, 0.3]])
+AGREED = np.array([[0.5, -0.2, 0.1, -0.7, 0.0, 0.3, -0.1]])
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +84,10 @@ def run(name: str, settings: dict[str, float]) -> list[tuple[Model, list[Model],
         if isinstance(strategy, RuleStrategy):
             strategy.sites = SITES + ABSENT
             pasts = {
-                name: SitePast(tuple(None if np.isnan(v) else v for v in SHORT[: round_ - 1, at]))
+                name: SitePast(
+                    tuple(None if np.isnan(v) else v for v in SHORT[: round_ - 1, at]),
+                    tuple(AGREED[: round_ - 1, at]),
+                )
                 for at, name in enumerate(NAMES)
             }
             favour = strategy.rule.favour(pasts)
@@ -188,6 +192,12 @@ class Agnostic:
         return np.asarray(self.mixture @ stacked(updates))
 
 
+def consistent(before: Values, updates: list[Model], round_: int) -> Values:
+    """Weights fall with disagreement beyond the allowance of 0.05; none is known at first."""
+    agreed = AGREED[0] if round_ == 2 else np.zeros(SITES)
+    return mean(updates, WEIGHTS * np.exp(-3.0 * np.maximum(0.0, -agreed - 0.05)))
+
+
 class Averaged:
     """Weighted mean."""
 
@@ -274,6 +284,7 @@ CASES: dict[str, tuple[dict[str, float], Callable[[], Callable[..., Values]]]] =
     "fednova": ({}, lambda: normalised),
     "q-fedavg": ({"q": 2.0, "lipschitz": 3.0}, lambda: fair),
     "afl": ({"eta": 0.7}, Agnostic),
+    "consistency": ({"rate": 3.0, "allowance": 0.05}, lambda: consistent),
     "rfa": ({"iterations": 200}, lambda: geometric),
     "norm-clipping": ({"factor": 1.5}, lambda: clipped),
     "fedmedian": ({}, lambda: median),

@@ -97,6 +97,7 @@ class StudyPage:
     participation: tables.Table | None
     participation_words: str
     participation_charts: Sequence[Chart]
+    contribution: tables.Table | None
     cost: tables.Table | None
     rounds: Sequence[tables.Table]
     weights: Sequence[tuple[str, str]]
@@ -190,6 +191,7 @@ def _study(name: str, results: StudyResults) -> StudyPage:
         participation=tables.participation_table(results),
         participation_words=_participation_words(results),
         participation_charts=_participation(name, results),
+        contribution=tables.contribution_table(results),
         cost=tables.cost_table(results),
         rounds=[tables.rounds_table(results, arm) for arm in _with_rounds(results)],
         weights=_weights(results),

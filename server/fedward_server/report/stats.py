@@ -77,6 +77,46 @@ def own(arm: Arm, metric: str) -> dict[str, float | None]:
 
 
 @dataclass(frozen=True)
+class Contributed:
+    """What a site added to the training of an arm.
+
+    Attributes
+    ----------
+    share : float or None
+        Its part of what all sites' updates added to each other's steps; all parts sum to 1, and one
+        may be negative. None where together they added nothing.
+    agreement : float
+        Mean cosine of its updates with the others'.
+    rounds : int
+        In how many rounds others took part with it.
+    """
+
+    share: float | None
+    agreement: float
+    rounds: int
+
+
+def contributed(arm: Arm) -> dict[str, Contributed]:
+    """By site; a round without a site adds nothing to it."""
+    pulls: dict[str, list[float]] = {}
+    agreements: dict[str, list[float]] = {}
+    for round_ in arm.rounds:
+        for name, site in sorted(round_.sites.items()):
+            if site.pull is not None and site.agreement is not None:
+                pulls.setdefault(name, []).append(site.pull)
+                agreements.setdefault(name, []).append(site.agreement)
+    total = math.fsum(one for every in pulls.values() for one in every)
+    return {
+        name: Contributed(
+            share=math.fsum(own) / total if total > 0 else None,
+            agreement=mean(agreements[name]) or 0.0,
+            rounds=len(own),
+        )
+        for name, own in pulls.items()
+    }
+
+
+@dataclass(frozen=True)
 class Estimate:
     """A figure; its interval of 95 % where one is known."""
 

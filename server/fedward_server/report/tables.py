@@ -24,6 +24,7 @@ from fedward_server.report.stats import (
     OF_ONE_SITE,
     Estimate,
     clear_best,
+    contributed,
     finite,
     mean,
     ordered,
@@ -412,6 +413,27 @@ def _site_record(arm: Arm, site: str) -> list[Cell]:
 
 def _in_rounds(numbers: Sequence[int]) -> str:
     return f"{'round' if len(set(numbers)) == 1 else 'rounds'} {runs(numbers)}"
+
+
+def contribution_table(results: StudyResults) -> Table | None:
+    """For federated arms: by site, what its updates added to those of the others."""
+    rows = [
+        Row(
+            arm.name,
+            [
+                Cell(site),
+                Cell(NOTHING if own.share is None else f"{own.share:.1%}"),
+                Cell(f"{own.agreement:+.2f}"),
+                Cell(f"{own.rounds} of {len(arm.rounds)}"),
+            ],
+        )
+        for arm in ordered(results.arms)
+        if arm.kind == "federated"
+        for site, own in sorted(contributed(arm).items())
+    ]
+    columns = ["site", "contribution", "agreement", "rounds"]
+    caption = "What each site's updates added to the others'"
+    return Table(caption, "trained", columns, rows, frozenset({0})) if rows else None
 
 
 def cost_table(results: StudyResults) -> Table | None:

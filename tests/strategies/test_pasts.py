@@ -1,4 +1,4 @@
-"""Strategies that weigh sites by released figures: whole studies, broken off, and with privacy."""
+"""Strategies that weigh sites by what earlier rounds told: whole, broken off, and with privacy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from fedward_client.training.trainer import Trainer
 from fedward_server.events import Event, RoundEnded
 from fedward_server.job import Job
 from fedward_server.pasts import pasts
-from fedward_server.results import Arm, Round, SiteRound
+from fedward_server.report.page import render
+from fedward_server.report.stats import contributed
+from fedward_server.report.tables import contribution_table
+from fedward_server.results import Arm, Round, SiteRound, StudyResults
 from fedward_server.round_loop import StudyRun
 from fedward_server.study_persistence import Checkpoints
 from fedward_simulation.local import LocalGrid, State
@@ -43,6 +46,7 @@ def plan_of(make_plan: Make, name: str, rounds: int = 3, **more: Any) -> Plan:
         training={"rounds": rounds, "learning_rate": 0.2, "optimizer": "sgd"},
         strategy={"name": name, "settings": CASES.get(name, {}), "max_share": 1.0},
         metrics={"report": ["auc", "loss"], "primary": "loss"},
+        participation={"sites": 3},
         **more,
     )
     return made
@@ -113,7 +117,7 @@ def test_a_study_weighs_by_the_figures_of_the_rounds_before(
     assert shares[0] == pytest.approx(1 / 3) and min(shares[1:]) > 0.335  # it is served worst
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, "consistency"])
 def test_a_study_broken_off_after_each_round_weighs_as_one_that_was_not(
     make_plan: Make, make_site: Make, tmp_path: Path, name: str
 ) -> None:
@@ -132,7 +136,7 @@ def test_a_study_broken_off_after_each_round_weighs_as_one_that_was_not(
 
         job.listen = stop_after_a_round
         run(job, sites)
-    assert job.complete and len(job.arm.rounds) == 3
+    assert job.complete and contributed(job.arm) == contributed(whole.arm)
     for n, value in whole.arrays.items():
         np.testing.assert_array_equal(job.arrays[n], value)
 
@@ -182,6 +186,85 @@ def test_a_claim_to_be_served_badly_gains_no_more_than_the_largest_share(
     made = run(job_of(plan), unlike(make_site))
     shares = [one.sites["site-2"].share or 0.0 for one in made.arm.rounds]
     assert shares[0] < 0.4 and shares[1:] == pytest.approx([0.5, 0.5])
+
+
+def flipping(monkeypatch: pytest.MonkeyPatch, site: str) -> None:
+    """Have a site send the opposite of its update."""
+    train = Trainer.train
+
+    def hostile(self: Trainer, arrays: Any, order: Any) -> Any:
+        update, outcome = train(self, arrays, order)
+        if self.site.name == site:
+            update = {n: 2 * arrays[n] - value for n, value in update.items()}
+        return update, outcome
+
+    monkeypatch.setattr(Trainer, "train", hostile)
+
+
+def test_the_report_tells_what_each_site_contributed(
+    make_plan: Make, make_site: Make, make_order: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the sites' own training; also of a strategy that adds updates up as they come."""
+    flipping(monkeypatch, "site-2")
+    sites, plan = unlike(make_site), make_plan(training={"rounds": 2, "optimizer": "sgd"})
+    sites[1].split["train"] = sites[1].split["train"][:18]
+    made = run(job_of(plan, seed=5), sites)
+    model, pulls = to_arrays(build_model(plan, 0)), dict.fromkeys((s.name for s in sites), 0.0)
+    for round_ in (1, 2):
+        order = make_order(plan, round=round_, seed=5)
+        updates = [Trainer(plan, site, SEEDED).train(model, order)[0] for site in sites]
+        images = np.array([len(site.split["train"]) for site in sites])
+        moved = [np.concatenate([(u[n] - model[n]).ravel() for n in model]) for u in updates]
+        steps = (images / images.sum())[:, None] * np.stack(moved)
+        for site, step in zip(sites, steps, strict=True):
+            pulls[site.name] += float(step @ (steps.sum(axis=0) - step))
+        model = {
+            n: np.average([u[n] for u in updates], axis=0, weights=images).astype(np.float32)
+            for n in model
+        }
+    total = sum(pulls.values())
+    found = contributed(made.arm)
+    told = {site: one.share for site, one in found.items()}
+    assert told == pytest.approx({s: pull / total for s, pull in pulls.items()}, rel=1e-3)
+    assert found["site-2"].agreement < 0 < found["site-1"].agreement
+    results = StudyResults(
+        study="s",
+        plan=plan.model_dump(),
+        plan_sha256="0" * 64,
+        seed=0,
+        engine="local",
+        device="cpu",
+        primary="auc",
+        parameters=1,
+        arms=[made.arm],
+    )
+    table = contribution_table(results)
+    assert table is not None
+    rows = {row.cells[0].text: [cell.text for cell in row.cells[1:]] for row in table.rows}
+    share, agreement, rounds = rows["site-2"]
+    assert share == f"{told['site-2']:.1%}" and agreement.startswith("-") and rounds == "2 of 2"
+    assert "What each site&#39;s updates added to the others&#39;" in render([results])
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_a_site_that_keeps_disagreeing_loses_its_weight(
+    make_plan: Make, make_site: Make, monkeypatch: pytest.MonkeyPatch, private: bool
+) -> None:
+    flipping(monkeypatch, "site-3")
+    sites = [make_site(f"site-{i}", patients=60, seed=i) for i in (1, 2, 3, 4)]
+    plan = make_plan(
+        training={"rounds": 4, "learning_rate": 0.1, "optimizer": "sgd", "local_epochs": 2},
+        strategy={"name": "consistency"},
+        participation={"sites": 4},
+        # So few patients at a small epsilon give updates that are noise, and all cosines are 0.
+        **({"privacy": PRIVATE | {"epsilon": 100.0}} if private else {}),
+    )
+    arm = run(job_of(plan, seed=1), sites).arm
+    shares = [one.sites["site-3"].share or 0.0 for one in arm.rounds]
+    assert shares[0] == pytest.approx(0.25) and shares[-1] < (0.1 if private else 0.02)
+    others = [one.share or 0.0 for s, one in arm.rounds[-1].sites.items() if s != "site-3"]
+    assert min(others) > 0.2
+    assert not any(one.failures for one in arm.rounds)
 
 
 @pytest.mark.parametrize("name", CASES)
