@@ -447,6 +447,66 @@ def export(
     say(f"Outputs differ from the network's by at most {made.difference:.1e}.")
 
 
+@app.command(epilog="Example: fedward-simulate evaluate runs/latest/model.safetensors --data chest")
+def evaluate(
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL", help="A finished model's file.", show_default=False),
+    ],
+    data: Annotated[
+        Path, typer.Option("--data", help="Folder or file of images.", show_default=False)
+    ],
+    format: FormatName = _AUTO,
+    folders: Annotated[
+        bool, typer.Option("--folders", help="Each sub-folder of the data is a hospital.")
+    ] = False,
+    patient_column: PatientColumn = "",
+    by: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--by",
+            metavar="COLUMN",
+            help="Repeated: also figures for each value of this column of the labels.",
+            show_default=False,
+        ),
+    ] = None,
+    minimum: Annotated[
+        int, typer.Option("--minimum", min=1, help="Patients of a group whose figures are told.")
+    ] = 10,
+    device: Device = "auto",
+    out: Out = Path("runs/evaluation"),
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a finished model on data that took no part in its study."""
+    from fedward.models.finished import open_finished
+    from fedward_client.training.device import choose_device
+    from fedward_simulation import evaluate as evaluation
+    from fedward_simulation.options import Options
+    from fedward_simulation.output import check_out
+
+    options = Options(
+        data=data,
+        out=out,
+        format=None if format == _AUTO else format,
+        partition="folders" if folders else "iid",
+        device=str(choose_device(device)),
+        patient_column=patient_column,
+    )
+    check_out(out, data)
+    opened, console = open_finished(model), _console(as_json)
+    with interruptible(), console.status("reading the model") as status:
+        found = evaluation.evaluate_model(opened, options, by or (), minimum, status.update)
+    told = evaluation.as_json(opened, found, minimum)
+    path = evaluation.write_evaluation(told, out)
+    if as_json:
+        print_json({"out": str(out), "evaluation": told})
+        return
+    console.print(evaluation.table(opened.plan, found))
+    for reason, count in sorted(found.left_out.items()):
+        console.print(f"left out: {count}: {reason}")
+    console.print(f"Evaluation: {path}", highlight=False, soft_wrap=True)
+
+
 def _run_studies(studies: list[Any], out: Path, as_json: bool) -> None:
     from fedward.flower import identity
     from fedward_server.report import headline, summary_table

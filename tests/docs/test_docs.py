@@ -55,7 +55,16 @@ def sections(text: str, level: str = "##") -> dict[str, str]:
 
 
 def test_the_commands_are_found() -> None:
-    assert set(ALL) == {"run", "audit", "demo", "init", "cohort", "export", "plan check"}
+    assert set(ALL) == {
+        "run",
+        "audit",
+        "demo",
+        "init",
+        "cohort",
+        "evaluate",
+        "export",
+        "plan check",
+    }
 
 
 @pytest.mark.parametrize("name", ALL)
