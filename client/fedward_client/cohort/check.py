@@ -29,6 +29,7 @@ from fedward.models.registry import outline
 from fedward.plan.load import canonical, plan_hash
 from fedward.plan.schema import Patch, Plan, Privacy, Stage, Task
 from fedward.protocol import RoundOrder
+from fedward.rule_codes import MASK_SHAPE
 from fedward_client.cohort.finding import Finding, Status, finding
 from fedward_client.cohort.freeze import is_tilted
 from fedward_client.cohort.patient_key import patient_key_finding
@@ -518,6 +519,12 @@ def _by_class(plan: Plan, samples: Sequence[Sample]) -> dict[str, int]:
     return {name: counts[k] for k, name in enumerate(plan.task.classes)}
 
 
+_RESIZE: Final = (
+    "Export masks at the size of their images; or, where masks are pictures of the same "
+    "proportions, have them resized: resize = true in [datasets.NAME.masks], then freeze again"
+)
+
+
 def probe_findings(plan: Plan, probe: Probe) -> Iterator[Finding]:
     """What a few real images say: whether they can be prepared, and how their size changes."""
     rest = probe.of - probe.tried
@@ -529,7 +536,7 @@ def probe_findings(plan: Plan, probe: Probe) -> Iterator[Finding]:
         status,
         f"{probe.done:,} of {probe.tried:,} images that were tried could be prepared"
         f"{'; ' + listed if listed else ''}{unseen}",
-        "See the reasons on the data page",
+        _RESIZE if MASK_SHAPE in probe.left_out else "See the reasons on the data page",
     )
     if not probe.done:
         return

@@ -110,7 +110,7 @@ class Restorer:
                     fix="Freeze the dataset again",
                 )
             return NiftiMask(frames[0][0], self.dimensions, self.paths[source.beside])
-        return PictureMask(frames[0][0])
+        return PictureMask(frames[0][0], self.paths[source.beside] if source.beside else None)
 
     def _series(self, number: int) -> SegmentedSeries:
         # One object for all slices of a series: each holds the places of every one of them.

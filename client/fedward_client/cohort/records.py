@@ -74,7 +74,9 @@ class Source(Record):
     )
     series: int | None = Field(default=None, description="place in the cohort's list of series")
     beside: str = Field(
-        default="", description="NIfTI masks of NIfTI images: the image in whose place they lie"
+        default="",
+        description="NIfTI masks of NIfTI images: the image in whose place they lie; masks in "
+        "pictures: the image whose size they are resized to",
     )
 
 
@@ -121,7 +123,9 @@ def _files(part: Load, root: Path) -> list[Path]:
             return [part.path, *(path for path, _ in part.frames)]
         case NiftiMask():
             return [part.path, *([part.image] if part.image else [])]
-        case DicomFrame() | NiftiImage() | Picture() | PictureMask():
+        case PictureMask():
+            return [part.path, *([part.image] if part.image else [])]
+        case DicomFrame() | NiftiImage() | Picture():
             return [part.path]
     raise TypeError("a loader of no known kind")
 
@@ -173,7 +177,10 @@ class Recorder:
                 return Source(kind="nifti", pieces=(self._piece(part.path),), beside=beside)
             case NiftiImage():
                 return Source(kind="nifti", pieces=(self._piece(part.path),))
-            case Picture() | PictureMask():
+            case PictureMask():
+                beside = self.name(part.image) if part.image else ""
+                return Source(kind="picture", pieces=(self._piece(part.path),), beside=beside)
+            case Picture():
                 return Source(kind="picture", pieces=(self._piece(part.path),))
         raise TypeError("a loader of no known kind")
 

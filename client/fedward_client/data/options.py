@@ -42,6 +42,8 @@ class MaskOptions:
         Patterns for the name of who drew a file; those of others do not count. None: all do.
     several : str
         What becomes of series of which several readers drew one class: "leave-out" or "merge".
+    resize : bool
+        Whether a mask in a picture is resized to its image, where both have the same proportions.
     """
 
     segments: Mapping[str, str] = field(default_factory=dict)
@@ -49,6 +51,7 @@ class MaskOptions:
     background: tuple[str, ...] = ("background",)
     readers: tuple[str, ...] = ()
     several: Literal["leave-out", "merge"] = "leave-out"
+    resize: bool = False
 
     def labels(self, found: Sequence[tuple[int, str]], classes: Sequence[str]) -> Labels:
         """Pairs of a segment's number and its label, 1 being the first class.
@@ -460,7 +463,8 @@ class LabelSection(Section):
 
 
 class MaskSection(Section):
-    """What the segments of DICOM segmentations and the regions of structure sets mean."""
+    """What segments of DICOM segmentations and regions of structure sets mean, and what may be
+    done to masks."""
 
     segments: dict[Word, str] = Field(
         default={},
@@ -488,6 +492,11 @@ class MaskSection(Section):
         default="leave-out",
         description="series of which several of these readers drew the same class: leave them out, "
         "or merge what they drew",
+    )
+    resize: bool = Field(
+        default=False,
+        description="masks in pictures (PNG and the like) of another size than their image, but of "
+        "its proportions, are resized to it by the nearest pixel; otherwise they are left out",
     )
 
     def options(self) -> MaskOptions:

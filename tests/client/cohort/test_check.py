@@ -235,6 +235,7 @@ def test_masks_are_looked_at(checked, tmp_path):
     )
     assert found["masks"].status == "warn" and "heart" in found["masks"].fix
     assert "shape of mask differs: 1" in found["preprocessing"].found
+    assert "resize = true in [datasets.NAME.masks]" in found["preprocessing"].fix
     assert made.cost.prepared_bytes == 20 * (256 * 4 + 256)
 
 

@@ -18,6 +18,7 @@ from fedward.errors import DataError
 from fedward_client.cohort.freeze import make_cohort, save, usable
 from fedward_client.cohort.open import open_cohort
 from fedward_client.cohort.report import make_report
+from fedward_client.data.prepare import prepare
 from fedward_client.secret import site_secret
 
 SITE = """
@@ -338,6 +339,47 @@ def test_a_mask_that_cannot_be_read_is_told_for_each_of_its_images(tmp_path, wor
         report = make_report("one", work.dataset, work.index, work.extract)
     assert report.samples == 4
     assert report.left_out == {"not readable": 1, "no mask": 4}
+
+
+def half_masks(root: Path) -> None:
+    """Masks of half the size of their images."""
+    for kind, shape in (("images", (8, 12)), ("masks", (4, 6))):
+        (root / kind).mkdir(parents=True)
+        for k in range(3):
+            values = grey(*shape) % (255 if kind == "images" else 2)
+            Pillow.fromarray(values.astype(np.uint8)).save(root / kind / f"D{k}.png")
+
+
+@pytest.mark.integration
+def test_a_cohort_keeps_whether_masks_are_resized(tmp_path, working, make_plan):
+    half_masks(tmp_path / "data-doe")
+    site = write_site(tmp_path, "folders", "segmentation", 2)
+    plain = site.read_text()
+    site.write_text(plain.replace("[datasets.one.masks]", "[datasets.one.masks]\nresize = true"))
+    with working(site, "one") as work:
+        found = usable(work.dataset, work.index, work.extract)
+        cohort = make_cohort("one", work.dataset, found, work.index, work.extract)
+        text = save(cohort, work.site.site.state).read_text()
+    site.write_text(plain)
+    with working(site, "one") as work:
+        before = usable(work.dataset, work.index, work.extract)
+        other = make_cohort("one", work.dataset, before, work.index, work.extract)
+        secret = site_secret(work.site.site.state)
+        opened = open_cohort(work.site, "one", secret=secret).dataset
+    assert other.sha256 != cohort.sha256 and "data-doe" not in text
+    plan = make_plan(
+        task={"kind": "segmentation", "classes": ["lung"]},
+        model={"name": "unet", "channels": [4, 8]},
+        preprocessing={"size": [8, 12]},
+        training={"loss": "dice_ce"},
+        metrics={"report": ["dice"], "primary": "dice"},
+        split={"given": False, "validation": 0.0, "test": 0.0},
+    )
+    site_ = prepare("north", opened.samples, plan)
+    wanted = [one.mask().repeat(2, 0).repeat(2, 1) for one in before.samples]
+    assert sorted(m.tobytes() for m in wanted) == sorted(m.tobytes() for m in site_.targets)
+    with pytest.raises(DataError, match="image"):
+        prepare("north", before.samples, plan)
 
 
 @pytest.mark.integration

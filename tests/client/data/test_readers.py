@@ -509,6 +509,36 @@ def test_grey_of_16_bits_keeps_them_with_an_alpha_channel_too(tmp_path, channels
     assert image.window is None
 
 
+@pytest.mark.parametrize("shape", [(12, 16), (24, 32), (7, 9), (50, 67)])
+def test_a_mask_of_the_proportions_of_its_image_is_resized_where_it_is_asked_for(tmp_path, shape):
+    labels = np.random.default_rng(2).integers(0, 4, (25, 33)).astype(np.uint8)
+    mask = picture(tmp_path / "mask.png", labels)
+    image = picture(tmp_path / "image.png", np.zeros(shape, np.uint8))
+    sides = zip(shape, labels.shape, strict=True)
+    rows, columns = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in sides)
+    np.testing.assert_array_equal(PictureMask(mask, image)(), labels[np.ix_(rows, columns)])
+    assert PictureMask(mask)().shape == (25, 33)
+    assert PictureMask(mask, image).identity() != PictureMask(mask).identity()
+
+
+def test_a_mask_is_resized_to_the_image_as_it_is_shown_and_never_out_of_proportion(
+    tmp_path, make_dicom
+):
+    labels = np.random.default_rng(2).integers(0, 2, (20, 10)).astype(np.uint8)
+    mask = picture(tmp_path / "mask.png", labels)
+    lying, exif = Pillow.fromarray(np.zeros((20, 40), np.uint8)), Pillow.Exif()
+    exif[274] = 6  # shown upright, with 40 rows
+    lying.save(tmp_path / "turned.jpg", exif=exif)
+    expected = labels.repeat(2, 0).repeat(2, 1)
+    np.testing.assert_array_equal(PictureMask(mask, tmp_path / "turned.jpg")(), expected)
+    make_dicom(tmp_path / "a.dcm", np.zeros((40, 20), np.int16))
+    np.testing.assert_array_equal(PictureMask(mask, tmp_path / "a.dcm")(), expected)
+    for shape in ((20, 20), (10, 20), (40, 22)):
+        other = picture(tmp_path / "other.png", np.zeros(shape, np.uint8))
+        with pytest.raises(DataError, match="shape of mask differs"):
+            PictureMask(mask, other)()
+
+
 @pytest.mark.parametrize(
     ("unit", "step", "mm"),
     [

@@ -20,8 +20,8 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import ExifTags, ImageOps
 from PIL import Image as Pillow
-from PIL import ImageOps
 
 from fedward import rule_codes
 from fedward.errors import DataError
@@ -30,7 +30,7 @@ from fedward_client.data import labels
 from fedward_client.data.files import file_identity, folders, stem, table_keys, walk
 from fedward_client.data.label_tables import SPLIT_NAMES, Entry, Table, read_table
 from fedward_client.data.masks import label_map
-from fedward_client.data.options import TABLES, LabelOptions, PatientOptions, low
+from fedward_client.data.options import TABLES, LabelOptions, MaskOptions, PatientOptions, low
 from fedward_client.data.quiet import quiet
 from fedward_client.data.sample import Dataset, Image, LeftOut, Sample, SplitName
 
@@ -156,6 +156,7 @@ _DEEP_COLOURS: Final = {"RGB;16B": "RGB;16L", "RGBA;16B": "RGBA;16L"}  # raw mod
 _PHOTOMETRIC: Final = 262  # of TIFF
 _WHITE_IS_ZERO: Final = 0
 _TURNED: Final = "white is zero"
+_ON_ITS_SIDE: Final = 5  # orientations of EXIF from which on rows and columns are exchanged
 _WHITE: Final = np.float32((1 << 16) - 1)
 
 
@@ -193,16 +194,50 @@ class Picture:
 
 @dataclass(frozen=True)
 class PictureMask:
-    """Reads a label map: grey levels, or the indices of a palette."""
+    """Reads a label map: grey levels, or the indices of a palette.
+
+    Attributes
+    ----------
+    path : Path
+        The mask.
+    image : Path or None
+        The image (picture or DICOM) whose size it is resized to, by the nearest pixel, where both
+        have the same proportions; None: a mask of another size is left as it is.
+    """
 
     path: Path
+    image: Path | None = None
 
     def __call__(self) -> NDArray[np.uint8]:
-        return label_map(_open(self.path, _levels))
+        values = label_map(_open(self.path, _levels))
+        if self.image is None or values.shape == (shape := _shape_of(self.image)):
+            return values
+        sides = np.array([values.shape, shape])
+        # Whole pixels round the proportions, by half of one.
+        if 2 * abs(sides[0, 0] * sides[1, 1] - sides[0, 1] * sides[1, 0]) > sides.max():
+            raise rule_codes.unusable(rule_codes.MASK_SHAPE)
+        turned = Pillow.fromarray(values).resize(shape[::-1], Pillow.Resampling.NEAREST)
+        return np.asarray(turned)
 
     def identity(self) -> str:
-        """A digest of place, size and time of change."""
-        return file_identity(self.path)
+        """A digest of place, size and time of change; with the image, where it matters."""
+        beside = () if self.image is None else (file_identity(self.image),)
+        return file_identity(self.path, *beside)
+
+
+def _shape_of(path: Path) -> tuple[int, int]:
+    """Rows and columns of a picture or a DICOM file, from its header alone."""
+    if not is_picture(path):
+        from fedward_client.data.readers.dicom.headers import rows_and_columns
+
+        return rows_and_columns(path)
+    with quiet():
+        try:
+            with Pillow.open(path) as file:
+                turned = file.getexif().get(ExifTags.Base.Orientation, 1) >= _ON_ITS_SIDE
+                return file.size if turned else file.size[::-1]
+        except Exception as error:
+            raise rule_codes.unusable(rule_codes.reason_of(error)) from None
 
 
 def _open(path: Path, read: Callable[[Pillow.Image, bool], NDArray[Any]]) -> NDArray[Any]:
@@ -297,6 +332,7 @@ def read(
     task: Task,
     options: LabelOptions | None = None,
     patients: PatientOptions | None = None,
+    masks: MaskOptions | None = None,
 ) -> Dataset:
     """Read a picture folder.
 
@@ -310,6 +346,8 @@ def read(
         Where the table of labels lies, and what its words mean.
     patients : PatientOptions, optional
         What missing and shared patient ids of a table mean.
+    masks : MaskOptions, optional
+        Whether masks of another size are resized.
 
     Raises
     ------
@@ -320,7 +358,7 @@ def read(
     people = people_of(root, patients, options)
     if task.has_masks:
         people.check()
-        return collect(root, _pairs(root, people))
+        return collect(root, _pairs(root, people, masks or MaskOptions()))
     if options.table(root) is not None:
         return labelled(root, root, is_picture, Picture, people, task, options)
     people.check()
@@ -458,7 +496,7 @@ def _pair(
     )
 
 
-def _pairs(root: Path, people: People) -> Iterator[Item]:
+def _pairs(root: Path, people: People, options: MaskOptions) -> Iterator[Item]:
     if not ((root / "images").is_dir() and (root / "masks").is_dir()):
         raise DataError(
             "a segmentation folder must hold images/ and masks/",
@@ -469,7 +507,7 @@ def _pairs(root: Path, people: People) -> Iterator[Item]:
         root / "images",
         root / "masks",
         is_picture,
-        lambda image, mask: (Picture(image), PictureMask(mask)),
+        lambda image, mask: (Picture(image), PictureMask(mask, image if options.resize else None)),
         people,
         is_mask,
     )

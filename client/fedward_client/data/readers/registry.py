@@ -77,7 +77,7 @@ def _folders() -> Reader:
 
     return Reader(
         images.is_picture,
-        lambda root, task, spec: images.read(root, task, spec.labels, spec.patients),
+        lambda root, task, spec: images.read(root, task, spec.labels, spec.patients, spec.masks),
     )
 
 

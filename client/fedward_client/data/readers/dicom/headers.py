@@ -279,6 +279,22 @@ def _read(path: Path) -> tuple[pydicom.FileDataset, bool]:
     return tags, pixels_next
 
 
+def rows_and_columns(path: Path) -> tuple[int, int]:
+    """Rows and columns of a file's frames.
+
+    Raises
+    ------
+    DataError
+        "not readable".
+    """
+    with quiet():
+        try:
+            tags = pydicom.dcmread(path, force=True, specific_tags=["Rows", "Columns"])
+            return int(tags.Rows), int(tags.Columns)
+        except Exception as error:
+            raise rule_codes.unusable(rule_codes.reason_of(error)) from None
+
+
 def _place(tags: pydicom.FileDataset) -> Place | None:
     try:
         return place_of(tags, 0)

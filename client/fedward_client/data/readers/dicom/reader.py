@@ -146,12 +146,13 @@ class Options:
 
 @dataclass(frozen=True)
 class _Masks:
-    """Masks by image file (or why a name tells none), segmentations by their series, and series of
-    which several readers drew one class."""
+    """Masks by image file (or why a name tells none), segmentations by their series, series of
+    which several readers drew one class, and whether pictures are resized to their image."""
 
     named: Mapping[Path, Path | str]
     segmented: dict[str, tuple[MaskFile, ...]]
     several: frozenset[str] = frozenset()
+    resize: bool = False
 
 
 def _items(
@@ -248,7 +249,7 @@ def _masks(
     left_out += [LeftOut(rule_codes.NO_IMAGE, f.path.relative_to(root).as_posix()) for f in idle]
     merge = options.masks.several == "merge"
     several = frozenset() if merge else of_several_readers(read, segmented)
-    return _Masks(matched.of, segmented, several)
+    return _Masks(matched.of, segmented, several, options.masks.resize)
 
 
 def _loads(group: Stack, task: Task) -> Iterator[DicomFrame | DicomVolume]:
@@ -340,7 +341,7 @@ def _named(group: Stack, masks: _Masks, task: Task) -> Iterator[Sample | str]:
         read_mask = (
             PlacedNiftiMask(mask, group.frames, task.dimensions)
             if is_nifti(mask)
-            else PictureMask(mask)
+            else PictureMask(mask, header.path if masks.resize else None)
         )
         load = next(_loads(group, task))
         yield Sample(header.patient, load, mask=read_mask, columns=_columns(group))
