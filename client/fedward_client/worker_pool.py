@@ -83,16 +83,19 @@ class ForkedProcess:
 
     pid: int
     handle: int
+    _ending: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def kill(self) -> None:
         """End it, and wait until it is gone."""
-        if self.handle < 0:
-            return
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.handle, signal.SIGKILL)
-        self.wait(_GONE)
-        os.close(self.handle)
-        self.handle = -1
+        # Whoever closes the pool and whoever works with it may both end a process.
+        with self._ending:
+            if self.handle < 0:
+                return
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.handle, signal.SIGKILL)
+            self.wait(_GONE)
+            os.close(self.handle)
+            self.handle = -1
 
     def seconds(self) -> float:
         """Of the processor that it has used; 0 when it is gone."""
@@ -496,7 +499,8 @@ class WorkerPool(Generic[Item, Result]):
         finally:
             for worker in [w for w in self.workers if w.item is not None]:
                 worker.end()
-                self.workers.remove(worker)
+                with suppress(ValueError):  # the pool was closed meanwhile
+                    self.workers.remove(worker)
 
     def __enter__(self) -> Self:
         return self

@@ -101,6 +101,27 @@ def test_it_has_its_pipe_and_nothing_else_of_this_process(told: Any, tmp_path: P
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
+def test_several_threads_may_end_it_at_once(told: Any) -> None:
+    """Was: a trainer that was stopped while it prepared images sometimes ended with a traceback."""
+    made, _connection = start(told)
+    at_once, failed = threading.Barrier(8), list[OSError]()
+
+    def end() -> None:
+        at_once.wait()
+        try:
+            made.kill()
+        except OSError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=end) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert not Path(f"/proc/{made.pid}").exists()
+
+
 def test_another_takes_the_place_of_a_template_that_was_killed(told: Any) -> None:
     made, connection = start(told)
     assert worker_pool._template is not None
