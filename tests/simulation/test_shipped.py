@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fedward.models import shared_names, to_arrays
 from fedward.plan import load_plan
 from fedward.plan.load import plan_from
 from fedward_simulation.cohort import write_cohort
@@ -24,6 +25,19 @@ def test_every_shipped_plan_can_start(path: Path) -> None:
     _, report = start_model(plan, 0, STUDIES)
     if path.stem == "lungs-private":
         assert report.matched and not (report.missing + report.reshaped_head + report.unused)
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*-wan.toml")), ids=lambda path: path.stem)
+def test_a_plan_for_a_wan_takes_few_exchanges_and_bytes(path: Path) -> None:
+    """At most 60 orders to each hospital, and 200 MB both ways; frozen arrays go once."""
+    plan = load_plan(path)
+    model, _ = start_model(plan, 0, STUDIES)
+    sizes = {name: value.nbytes for name, value in to_arrays(model).items()}
+    evaluations = plan.rounds // plan.metrics.evaluate_every + len(plan.tests)
+    trainings = plan.rounds + (plan.own_round is not None)
+    assert 1 + trainings + evaluations <= 60
+    each = sum(sizes[name] for name in shared_names(model, plan, plan.rounds))
+    assert sum(sizes.values()) + (2 * trainings + evaluations) * each <= 200e6
 
 
 def test_the_shipped_start_outlines_lungs_of_patients_it_never_saw(tmp_path: Path) -> None:

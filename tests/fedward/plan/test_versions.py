@@ -34,14 +34,19 @@ KNOWN = Path(__file__).with_name("schema_versions.json")
 # Hospitals have signed these off. A change here changes the studies.
 HASHES = {
     "covid-ct-transfer.toml": "39dcc977c9ffe2c9c409dfe6ef45aedfbb07205c21a9ec54ddec82911373e33b",
+    "covid-ct-wan.toml": "78aae1391bdf164cf2a87116e337642a4f2f6af1ee1f17eb0bbd88b51bd147a3",
     "covid-ct.toml": "b1d744ea7d37a8cc51b8b66459b2e020d8f45990b0b3675bf57492bc04b813f0",
     "demo/classification.toml": "24ae18985b809b73c2d4406ff6119088d3fbd6a8985f6ad83b7e49c7172bf4f4",
     "demo/frozen.toml": "38ee7be88b986e2030c6dba54aa17e857f9b18ba8c63bf373d69a4a227bf1fc8",
     "demo/private.toml": "1951d1058517154810f91a5fde3593d289851a559500d89d3fd2939939404275",
     "demo/segmentation.toml": "a8f7271850ce997edc2ad193d2b182284abf8ea9c44ce17d767e709310116899",
+    "ham10000-wan.toml": "71981386986e0a23dc653e2b78611c0ba53480794523dc1af705965207beb33f",
+    "hippocampus-wan.toml": "e81633225f9a7a830385df2a1b9f8e18a940fcac2ddf93b759c1f0211a83ffce",
     "hippocampus.toml": "6e3daf33ea7d0389d7993a8b6550d2ca8fe109d5be1d3a5a511837ef636016e4",
+    "lgg-mri-wan.toml": "6eb4f4c46346893c7a38a3374b3cd1216c60b79dcf696043b5403498001cb72b",
     "lungs-private.toml": "a6f442dcb05166668ccadcadb64dda89824cc67ab79ec4ca44fa7602909cf25e",
     "lungs-synthetic.toml": "0da60c20f19c8ec6a51b61223bc36e36feed4c890c99eb2ed097f5d2bb6b6cd2",
+    "lungs-wan.toml": "d9dd3cefe5759c3af50f63ea057e5dbeacc0a0cec5fd7763333d0c0d79831d53",
     "lungs.toml": "18dfe63b6bbc33b72904c9a0c72d38dc9dba369c2695a5b6e9c8c4df4cba862c",
     "pneumonia-transfer.toml": "decc016c586b946014362a157df8cb736cc2a411dc50767996a8b7fed66499f2",
     "pneumonia.toml": "bc6354f77eb99ff5568d4fd78ea7cffad3372c316cb484cbb0d08e4db3450ea2",
@@ -72,6 +77,8 @@ def later(section: type[BaseModel]) -> type[BaseModel]:
         annotation = _later_annotation(field.annotation)
         if annotation is field.annotation:
             continue
+        if field.metadata:  # such as the version that a table came with
+            annotation = Annotated[(annotation, *field.metadata)]
         if isinstance(field.default, BaseModel):
             default: Any = later(type(field.default)).model_validate(field.default.model_dump())
             fields[name] = (annotation, default)
