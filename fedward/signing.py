@@ -1,4 +1,4 @@
-"""The coordinator's Ed25519 signature (RFC 8032) over each order.
+"""The coordinator's Ed25519 signature (RFC 8032) over each order and each delivered model.
 
 The connector between aggregator and hospital is not trusted with the data, and not with the
 questions either. A signature covers every field of an order, the digest of the model that comes
@@ -19,12 +19,14 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from numpy.typing import NDArray
 
-from fedward.errors import ProtocolError
+from fedward.errors import ModelError, ProtocolError
 from fedward.protocol import RoundOrder
 from fedward.rule_codes import RuleCode
 from fedward.tensors import digest
 
 _ORDER: Final = b"fedward order 1\n"
+_MODEL: Final = b"fedward model 1\n"  # no signature of one kind passes for the other
+_COORDINATOR, _SIGNATURE = "coordinator", "signature"
 
 
 def fingerprint(public: bytes) -> str:
@@ -90,6 +92,58 @@ def verify_order(order: RoundOrder, task: str, arrays: Mapping[str, NDArray[Any]
             fix="Ask the coordinator to send it again",
         )
     return fingerprint(public)
+
+
+def sign_model(
+    key: Ed25519PrivateKey, about: Mapping[str, str], arrays: Mapping[str, NDArray[Any]]
+) -> dict[str, str]:
+    """What a delivered model's file says of itself, with the coordinator's key and signature.
+
+    Parameters
+    ----------
+    key : Ed25519PrivateKey
+        The coordinator's.
+    about : mapping
+        Names the study and the hash of its plan (:func:`fedward.integrity.about_model`).
+    arrays : mapping
+        The model.
+    """
+    named = {**about, _COORDINATOR: encoded_public_key(key)}
+    signature = key.sign(_model_bytes(named, arrays))
+    return {**named, _SIGNATURE: base64.b64encode(signature).decode()}
+
+
+def verify_model(about: Mapping[str, str], arrays: Mapping[str, NDArray[Any]]) -> str:
+    """Check that a model is the one that a coordinator delivered.
+
+    Returns
+    -------
+    str
+        The fingerprint of the coordinator.
+
+    Raises
+    ------
+    ModelError
+        There is no signature, or it is not over this study, plan and model.
+    """
+    try:
+        public = base64.b64decode(about[_COORDINATOR], validate=True)
+        signature = base64.b64decode(about[_SIGNATURE], validate=True)
+        key = Ed25519PublicKey.from_public_bytes(public)
+        key.verify(signature, _model_bytes(about, arrays))
+    except (KeyError, ValueError, binascii.Error, InvalidSignature):
+        raise ModelError(
+            "a delivered model must be signed by its coordinator",
+            value="no signature" if _SIGNATURE not in about else "another signature",
+            fix="Have the coordinator deliver it again, with this release or a later one",
+        ) from None
+    return fingerprint(public)
+
+
+def _model_bytes(about: Mapping[str, str], arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    content = {name: about[name] for name in ("study", "which", "plan_sha256", _COORDINATOR)}
+    content["arrays"] = digest(arrays)
+    return _MODEL + json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
 
 def signed_bytes(order: RoundOrder) -> bytes:

@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from fedward.errors import OutputError, StudyError
+from fedward.errors import OutputError, PolicyError, StudyError
 from fedward.files import write_private
 from fedward.integrity import about_model, check_model
 from fedward.plan.schema import Plan
+from fedward.signing import verify_model
+from fedward.tensors import digest
+from fedward_client.policy.settings import PolicySection
 
 Which = Literal["shared", "own"]
 WHICH: Final[tuple[Which, ...]] = ("shared", "own")
@@ -75,16 +78,54 @@ class KeptModels:
         """
         about = about_model(study, plan, which)
         whole = {name: np.asarray(value, order="C") for name, value in arrays.items()}
-        try:
-            folder = self._of(study)
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                "the state folder must be writable",
-                value=error.strerror,
-                fix="Check space and rights of the state folder",
-            ) from None
-        write_private(self._path(study, which), save(whole, about))
+        self._write(study, which, save(whole, about))
+
+    def add(self, model: Path, policy: PolicySection) -> KeptModel:
+        """Keep a model that somebody brought, after it was verified as one of a study.
+
+        Parameters
+        ----------
+        model : Path
+            The file that the aggregator delivered.
+        policy : PolicySection
+            Knows which coordinators the site accepts.
+
+        Raises
+        ------
+        ModelError
+            It is not signed, or is none of the plan's network.
+        PolicyError
+            The site does not accept its coordinator.
+        StudyError
+            Another model of the study is kept here.
+        OutputError
+            There is no room.
+        """
+        from fedward.models.finished import open_finished  # brings torch
+
+        opened = open_finished(model)
+        coordinator = verify_model(opened.about, opened.arrays)
+        if not policy.accepts(coordinator):
+            raise PolicyError(
+                "a model must come from a coordinator that policy.coordinators accepts",
+                value=coordinator,
+                fix="Compare the fingerprint with the coordinator's, and add it",
+                where="policy.coordinators",
+            )
+        opened.build()  # its arrays are the network's
+        for one in self.all():
+            if (one.study, one.which) == (opened.study, "shared"):
+                kept = open_finished(self._path(one.study, "shared"))
+                if digest(kept.arrays) != digest(opened.arrays):
+                    raise StudyError(
+                        "a study has one shared model",
+                        value=f"another one of {one.study} is kept",
+                        fix="Ask the coordinator which is right, and remove the kept one first",
+                    )
+        # The very bytes, whose SHA-256 the study's model card names.
+        self._write(opened.study, "shared", model.read_bytes())
+        check_model(self._path(opened.study, "shared"), opened.sha256)
+        return self.find(opened.study, "shared")
 
     def all(self) -> list[KeptModel]:
         """Every model, in the order of the studies' ids."""
@@ -157,6 +198,18 @@ class KeptModels:
             )
         shutil.rmtree(self._of(study))
         return len(found)
+
+    def _write(self, study: str, which: Which, content: bytes) -> None:
+        try:
+            folder = self._of(study)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                "the state folder must be writable",
+                value=error.strerror,
+                fix="Check space and rights of the state folder",
+            ) from None
+        write_private(self._path(study, which), content)
 
     def _path(self, study: str, which: Which) -> Path:
         return self._of(study) / f"{which}.safetensors"

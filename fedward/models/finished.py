@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +33,8 @@ class FinishedModel:
         Of the plan, and of the file.
     arrays : mapping
         Its arrays by name.
-    synthetic : bool
-        Whether the file says that it was trained on synthetic images.
+    about : mapping
+        All that the file says of itself.
     """
 
     study: str
@@ -42,7 +43,12 @@ class FinishedModel:
     plan_sha256: str
     sha256: str
     arrays: Arrays
-    synthetic: bool = False
+    about: Mapping[str, str]
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether the file says that it was trained on synthetic images."""
+        return self.about.get("synthetic") == "true"
 
     def build(self) -> nn.Module:
         """The network with its weights, in evaluation mode, on the CPU.
@@ -96,7 +102,7 @@ def open_finished(path: Path) -> FinishedModel:
         plan_sha256=found,
         sha256=sha256,
         arrays=arrays,
-        synthetic=about.get("synthetic") == "true",
+        about=about,
     )
 
 

@@ -295,6 +295,7 @@ class StudyPersistence:
     def _deliver(self, job: Job) -> None:
         try:
             about = about_model(self._study.id, self._plan, "shared")
+            about = self._registry.sign_model(about, job.average)
             self._results.model_sha256 = save_model(
                 self._folder / "model.safetensors", job.average, about
             )

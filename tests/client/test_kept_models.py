@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.numpy import load_file
 
-from fedward.errors import OutputError, StudyError
-from fedward.models import build_model, to_arrays
+from fedward.errors import ModelError, OutputError, PolicyError, StudyError
+from fedward.integrity import about_model
+from fedward.models import build_model, load_model, save_model, to_arrays
 from fedward.plan import plan_hash
+from fedward.signing import fingerprint, public_bytes, sign_model
 from fedward_client.kept_models import KeptModels
+from fedward_client.policy.settings import PolicySection
 
 Make = Callable[..., Any]
 
@@ -55,6 +60,58 @@ def test_an_export_replaces_nothing_and_leaves_no_part(kept: KeptModels, tmp_pat
     assert not missing.parent.exists()
     with pytest.raises(StudyError, match=r"own of other; kept of it: none.*model list"):
         kept.export("other", "own", tmp_path / "x.safetensors")
+
+
+@pytest.fixture
+def delivered(tmp_path: Path, make_plan: Make) -> Callable[..., Path]:
+    """Writes a model's file as an aggregator delivers it."""
+
+    def write(key: Ed25519PrivateKey, seed: int = 0, **changed: str) -> Path:
+        plan, path = make_plan(), tmp_path / f"{seed}.safetensors"
+        arrays = to_arrays(build_model(plan, seed))
+        about = sign_model(key, about_model("study-7", plan, "shared"), arrays)
+        save_model(path, arrays, about | changed)
+        return path
+
+    return write
+
+
+def test_a_delivered_model_is_kept_if_an_accepted_coordinator_signed_it(
+    delivered: Make, tmp_path: Path
+) -> None:
+    key, kept = Ed25519PrivateKey.generate(), KeptModels(tmp_path / "state")
+    policy = PolicySection(coordinators=(fingerprint(public_bytes(key)),))
+    path = delivered(key)
+    found = kept.add(path, policy)
+    assert (found.study, found.which) == ("study-7", "shared")
+    assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert kept.add(path, policy) == found  # again changes nothing
+    other = delivered(key, 1)
+    with pytest.raises(StudyError, match="a study has one shared model"):
+        kept.add(other, policy)
+    assert kept.all() == [found]
+
+
+def test_a_model_that_nobody_accepted_signed_is_refused(delivered: Make, tmp_path: Path) -> None:
+    key, kept = Ed25519PrivateKey.generate(), KeptModels(tmp_path / "state")
+    with pytest.raises(PolicyError, match=r"coordinator that policy\.coordinators accepts"):
+        kept.add(delivered(key), PolicySection())
+    everybody = PolicySection(any_coordinator=True)
+    for changed in ({"signature": ""}, {"study": "study-8"}, {"which": "own"}):
+        with pytest.raises(ModelError, match="must be signed by its coordinator"):
+            kept.add(delivered(key, **changed), everybody)
+    arrays, about = load_model(delivered(key))
+    name = next(iter(arrays))
+    arrays[name] = arrays[name] + 1
+    save_model(tmp_path / "changed.safetensors", arrays, about)
+    with pytest.raises(ModelError, match="another signature"):
+        kept.add(tmp_path / "changed.safetensors", everybody)
+    del about["signature"]
+    save_model(tmp_path / "unsigned.safetensors", arrays, about)
+    with pytest.raises(ModelError, match="no signature"):
+        kept.add(tmp_path / "unsigned.safetensors", everybody)
+    assert kept.all() == []
+    assert kept.add(delivered(key), everybody).study == "study-7"
 
 
 def test_a_model_is_removed_once(kept: KeptModels) -> None:

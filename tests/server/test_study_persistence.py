@@ -12,6 +12,7 @@ import pytest
 
 from fedward.models import build_model, load_model, to_arrays
 from fedward.plan.schema import Plan
+from fedward.signing import verify_model
 from fedward_server.artifacts.card import model_card
 from fedward_server.job import Job
 from fedward_server.registry import Registry
@@ -107,7 +108,8 @@ def test_a_model_that_could_not_be_measured_is_delivered_with_the_reason(
     told = "Not measured on test patients, because no site has test patients (split.test is 0)."
     found = registry.studies.get(study.id)
     assert (found.state, found.reason) == ("finished", told)
-    arrays, _ = load_model(tmp_path / "model.safetensors")
+    arrays, about = load_model(tmp_path / "model.safetensors")
+    assert about["study"] == study.id and verify_model(about, arrays)
     for name, value in job.average.items():
         np.testing.assert_array_equal(arrays[name], value)
     results = registry.studies.results(study.id)

@@ -30,6 +30,24 @@ def list_models(config: Config = SITE, as_json: Json = False) -> None:
         say("No model is kept here. A study leaves its model when it is tested here.")
 
 
+@model_app.command("fetch")
+def fetch(
+    model: Annotated[Path, typer.Argument(help="the file that the aggregator delivered")],
+    config: Config = SITE,
+    as_json: Json = False,
+) -> None:
+    """Keep a delivered model here, if a coordinator that this hospital accepts signed it."""
+    from fedward_client.config import load_config
+    from fedward_client.kept_models import KeptModels
+
+    site = load_config(config, datasets_here=False)
+    kept = KeptModels(site.site.state).add(model, site.policy)
+    if as_json:
+        print_json(asdict(kept))
+        return
+    say(f"Kept the model of {kept.name} ({kept.study}), SHA-256 {kept.sha256}.")
+
+
 @model_app.command("export")
 def export(
     study: Annotated[str, typer.Argument(help="id of the study")],

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from numpy.typing import NDArray
 from sqlalchemy import Engine
 
 from fedward.errors import ConfigError
 from fedward.protocol import RoundOrder
-from fedward.signing import encoded_public_key, sign_order
+from fedward.signing import encoded_public_key, sign_model, sign_order
 from fedward_server.config import ServerConfig
 from fedward_server.registry.audit import AuditStore
 from fedward_server.registry.database import open_database
@@ -42,6 +45,12 @@ class Registry:
     def sign(self, order: RoundOrder) -> RoundOrder:
         """The order as hospitals accept it."""
         return sign_order(self._key, order)
+
+    def sign_model(
+        self, about: Mapping[str, str], arrays: Mapping[str, NDArray[Any]]
+    ) -> dict[str, str]:
+        """What a delivered model's file says, as hospitals accept it from whoever brings it."""
+        return sign_model(self._key, about, arrays)
 
     def close(self) -> None:
         """Let go of the database."""

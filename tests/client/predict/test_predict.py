@@ -17,6 +17,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from PIL import Image as Pillow
 
 from fedward.errors import ModelError, OutputError, StudyError
@@ -24,6 +25,7 @@ from fedward.models import build_model, save_model, to_arrays
 from fedward.models.finished import open_finished
 from fedward.plan.load import canonical, plan_hash
 from fedward.protocol import RoundOrder
+from fedward.signing import sign_model
 from fedward_client.data.dataset import DatasetSpec, read_dataset
 from fedward_client.data.prepare import prepare
 from fedward_client.kept_models import KeptModels
@@ -284,10 +286,14 @@ def test_the_command_on_a_dataset_with_a_kept_model(
     tmp_path: Path, site: Path, chest: Path, commands: Any
 ) -> None:
     """The export of a hospital with all that lies beside the images, by the dataset's name."""
-    model = open_finished(chest)
+    model, delivered = open_finished(chest), tmp_path / "delivered.safetensors"
+    about = sign_model(Ed25519PrivateKey.generate(), model.about, model.arrays)
+    save_model(delivered, model.arrays, about)
     state = tmp_path / "state"
-    KeptModels(state).keep("study-1", model.plan, "shared", model.arrays)
-    site.write_text(site.read_text().replace("[site]", f'[site]\nstate = "{state}"'))
+    text = site.read_text().replace("[site]", f'[site]\nstate = "{state}"')
+    site.write_text(text + "[policy]\nany_coordinator = true\n")
+    done = commands("fedward_client.cli", "model", "fetch", delivered, cwd=tmp_path)
+    assert done.stdout.startswith("Kept the model of lungs (study-1)"), done.stderr
     words = ("predict", "study-1", "chest", "--out", "out", "--json")
     done = commands("fedward_client.cli", *words, cwd=tmp_path)
     assert done.returncode == 11, done.stderr
