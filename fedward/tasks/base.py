@@ -352,6 +352,18 @@ class TaskSpec(ABC):
             Whether to measure distances between surfaces, which take most of the time.
         """
 
+    def answers_of_masks(
+        self,
+        task: Task,
+        masks: NDArray[np.uint8],
+        targets: NDArray[Any],
+        spacing: NDArray[Any],
+        *,
+        surface: bool,
+    ) -> Floats:
+        """The same of ``(n, *S)`` label maps; of a dense task alone."""
+        raise NotImplementedError(self.kind)
+
     @abstractmethod
     def confidence(self, task: Task, logits: Tensor, targets: Tensor, loss: Tensor) -> Tensor:
         """``(n,)`` how sure the model is of the true answer: what membership attacks score."""

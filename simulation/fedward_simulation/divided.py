@@ -18,7 +18,7 @@ from fedward_client.cohort.training import Preparers
 from fedward_client.data.dataset import DatasetSpec, hints, read_dataset
 from fedward_client.data.files import folders
 from fedward_client.data.options import LabelOptions
-from fedward_client.data.prepare import Means, prepare
+from fedward_client.data.prepare import Means, doubts, prepare
 from fedward_client.data.sample import Dataset, PreparedSite, Sample, unnamed
 from fedward_simulation.classes import check_labels
 from fedward_simulation.left_out import Missed, by_site, summary, with_missed
@@ -224,6 +224,8 @@ def divided_sites(plan: Plan, options: Options, crew: Preparers, note: Note) -> 
     for name, samples in parts.items():
         note(f"preparing {name}: {len(samples)} images")
         _prepare(found, name, samples, plan, options, crew)
+        for one in doubts(found.sites[-1], plan):
+            note(f"{name}: {one}")
     if found.missed:
         note(summary(found.missed))
     for one in hints(_spec(options.data or Path(), options, how), plan.task, dataset.left_out):

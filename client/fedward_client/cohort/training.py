@@ -18,7 +18,7 @@ from fedward_client.cohort.patient_key import check_patient_key
 from fedward_client.cohort.records import files_of
 from fedward_client.cohort.selection import Kinds, deidentified, selected
 from fedward_client.config import SiteConfig
-from fedward_client.data.prepare import Means, prepare
+from fedward_client.data.prepare import Means, doubts, prepare
 from fedward_client.data.quiet import quiet
 from fedward_client.data.readers.dicom.kinds import ImageOptions
 from fedward_client.data.readers.dicom.sniff import is_dicom
@@ -98,10 +98,8 @@ def prepare_cohort(
             site = _prepare(config, cohort, samples, plan, cache, own)
     else:
         site = _prepare(config, cohort, samples, plan, cache, crew)
-    if site.cut:
-        note(
-            f"{config.site.name}: {site.cut} masks lost all that they mark, as the plan cuts it off"
-        )
+    for one in doubts(site, plan):
+        note(f"{config.site.name}: {one}")
     return site
 
 

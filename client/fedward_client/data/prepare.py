@@ -279,6 +279,16 @@ def _fill(place: Path, samples: Sequence[Sample], plan: Plan, means: Means) -> s
         return store.publish(temporary, place, small, meta, _arrays(plan))
 
 
+def doubts(site: PreparedSite, plan: Plan) -> Iterator[str]:
+    """What the plan's sizes do to a site's images that its authors hardly meant."""
+    if site.cut:
+        yield f"{site.cut} masks lost all that they mark, as the plan cuts it off"
+    size, volumes = plan.preprocessing.size, site.volumes
+    if volumes is not None and bool((volumes.sides <= np.array(size)).all()):
+        sides = " x ".join(map(str, size))
+        yield f"all {len(site.images)} images fit into one patch of {sides}, which cuts nothing out"
+
+
 def prepared_bytes(plan: Plan, images: int) -> int:
     """Bytes of prepared images (float32) and their labels or masks, each of the plan's size."""
     pixels = int(np.prod(plan.preprocessing.size))

@@ -136,18 +136,37 @@ def _of_volumes(
     """The same where an image is larger than the model's input."""
     site, found = source.site, []
     for number, index in enumerate(indices, 1):
-        truth, spacing = volumes.truth[index], site.spacing[index]
-        likely = _answer(plan, module, source, index, runtime)
-        grid = grid_for(truth.shape, tuple(spacing.tolist()), plan.preprocessing)
-        likely = crop(likely, tuple(volumes.sides[index].tolist()))
-        whole = torch.from_numpy(restored(likely, grid, truth.shape))[None]
-        target, own = np.array(truth)[None], spacing[None]
+        mask = _mask(plan, module, source, volumes, index, runtime)[None]
+        truth, spacing = np.array(volumes.truth[index])[None], site.spacing[index][None]
         let_go(volumes.truth)
-        found.append(plan.task.spec.answers(plan.task, whole, target, own, surface=surface))
+        answers = plan.task.spec.answers_of_masks
+        found.append(answers(plan.task, mask, truth, spacing, surface=surface))
         if runtime.watch is not None:
             runtime.watch(number, len(indices))
     values = np.concatenate(found, axis=plan.task.spec.answer_axis)
     return Answers(plan, values, np.zeros(0, np.uint8), site.patients[indices])
+
+
+def _mask(
+    plan: Plan,
+    module: nn.Module,
+    source: Source,
+    volumes: Volumes,
+    index: int,
+    runtime: Runtime,
+) -> NDArray[np.uint8]:
+    """The most likely class of each pixel of an image, on the grid of its file."""
+    shape, spacing = volumes.truth[index].shape, tuple(source.site.spacing[index].tolist())
+    grid = grid_for(shape, spacing, plan.preprocessing)
+    likely = _answer(plan, module, source, index, runtime)
+    likely = crop(likely, tuple(volumes.sides[index].tolist()))
+    # One class after another: all of them on a fine grid may be larger than the memory.
+    best, mask = restored(likely[:1], grid, shape)[0], np.zeros(shape, np.uint8)
+    for k in range(1, len(likely)):
+        one = restored(likely[k : k + 1], grid, shape)[0]
+        mask[one > best] = k
+        best = np.maximum(best, one)
+    return mask
 
 
 def _answer(

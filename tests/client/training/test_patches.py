@@ -19,7 +19,7 @@ from fedward.dp.accounting import Mechanism
 from fedward.errors import OutputError
 from fedward.models import build_model, to_arrays
 from fedward.plan import Plan
-from fedward_client.data.prepare import Means, prepare
+from fedward_client.data.prepare import Means, doubts, prepare
 from fedward_client.data.sample import Image, PreparedSite, Sample
 from fedward_client.data.volumes import file_of, let_go, marked_pixels
 from fedward_client.training import source as source_module
@@ -113,6 +113,16 @@ def test_volumes_keep_their_own_size_and_small_ones_are_padded(
             np.testing.assert_array_equal(one[k], other[k])
     np.testing.assert_allclose(plain.spacing, [SPACING] * 6)
     assert digest_of_sites([plain]) == digest_of_sites([kept])
+
+
+def test_a_patch_larger_than_every_image_is_told(patch_plan: Make) -> None:
+    some, all_ = (
+        patch_plan(preprocessing={"size": [side] * 3, "window": [0.0, 2000.0]}) for side in (32, 40)
+    )
+    assert not list(doubts(prepare("x", cohort(), some), some))
+    assert list(doubts(prepare("x", cohort(), all_), all_)) == [
+        "all 6 images fit into one patch of 40 x 40 x 40, which cuts nothing out"
+    ]
 
 
 @pytest.mark.parametrize("foreground", [0.0, 1.0])
