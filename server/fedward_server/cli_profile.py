@@ -138,6 +138,10 @@ class ApiClient:
         except httpx.InvalidURL:
             raise _no_api() from None
 
+    def close(self) -> None:
+        """Close its connections."""
+        self._http.close()
+
     def call(self, method: str, path: str, body: Any = None) -> Any:
         """A call and its JSON answer."""
         answer = self._send(method, path, body)

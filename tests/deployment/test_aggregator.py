@@ -57,9 +57,11 @@ def plan_path(tmp_path: Path, plan_file: Path) -> Path:
     return plan_file
 
 
+SITES = ("--sites", "hospital 1,hospital 2")
+
+
 def submit(service: Any, plan: Path, *more: object) -> str:
-    sites = "hospital 1,hospital 2"
-    return str(service.call("study", "submit", plan, "--sites", sites, *more)["id"])
+    return str(service.ask("study", "submit", plan, *SITES, *more)["id"])
 
 
 def events(service: Any, study: str) -> list[dict[str, Any]]:
@@ -70,7 +72,7 @@ def events(service: Any, study: str) -> list[dict[str, Any]]:
 def test_a_study_from_the_laptop_to_the_model(
     service: Any, hospitals: list[Any], plan_path: Path, tmp_path: Path
 ) -> None:
-    study = submit(service, plan_path, "--seed", 4)
+    study = service.call("study", "submit", plan_path, *SITES, "--seed", 4)["id"]
     kinds = [event["kind"] for event in events(service, study)]
     assert kinds[0] == "submitted"
     assert kinds.count("round") == 3
@@ -134,8 +136,8 @@ def test_a_plan_that_diverges_fails_and_the_next_study_has_every_hospital(
     good = plan_path.read_text()
     plan_path.write_text(good.replace("learning_rate = 0.01", "learning_rate = 1e6"))
     diverging = submit(service, plan_path)
-    until(lambda: service.call("study", "show", diverging)["study"]["state"] == "failed")
-    shown = service.call("study", "show", diverging)
+    until(lambda: service.ask("study", "show", diverging)["study"]["state"] == "failed")
+    shown = service.ask("study", "show", diverging)
     assert "training diverges (got 2 of 2 sites in round 1" in shown["study"]["reason"]
     assert "Lower the learning rate" in shown["study"]["reason"]
     assert shown["quarantined"] == {}
@@ -147,20 +149,20 @@ def test_a_plan_that_diverges_fails_and_the_next_study_has_every_hospital(
     warned = [e["payload"] for e in told if e["kind"] == "warned"]
     assert sorted(one["site"] for one in warned) == ["hospital 1", "hospital 2"]
     assert all("no enrolled size" in one["reason"] for one in warned)
-    assert service.call("site", "limit", "hospital 1", "--max-patients", 5)["max_patients"] == 5
+    assert service.ask("site", "limit", "hospital 1", "--max-patients", 5)["max_patients"] == 5
     plan_path.write_text(good.replace("given = false", "given = false\ntest = 0.0"))
     small = submit(service, plan_path, "--quorum", 1, "--deadline", 30)
 
     def shown_small() -> Any:
-        return service.call("study", "show", small)["study"]
+        return service.ask("study", "show", small)["study"]
 
     # The quorum does not start a study whose plan needs two hospitals.
     until(lambda: shown_small()["state"] == "paused")
-    for one in (shown_small(), service.call("study", "list")["studies"][-1]):
+    for one in (shown_small(), service.ask("study", "list")["studies"][-1]):
         assert "(got 1 of 2; hospital 1 (invalid): " in one["reason"]
         assert "(got 20 of 5)" in one["reason"] and one["round"] == 0
-    service.call("site", "limit", "hospital 1", "--max-patients", 0)
-    assert service.call("study", "resume", small)["state"] == "submitted"
+    service.ask("site", "limit", "hospital 1", "--max-patients", 0)
+    assert service.ask("study", "resume", small)["state"] == "submitted"
     told = events(service, small)
     (refused,) = (e["payload"] for e in told if e["kind"] == "refused")
     assert refused["site"] == "hospital 1"
@@ -175,7 +177,7 @@ def test_a_plan_that_diverges_fails_and_the_next_study_has_every_hospital(
         "Not measured on test patients, because no site has test patients (split.test is 0)."
     )
     model = tmp_path / "untested.safetensors"
-    service.call("study", "model", small, "--out", model)
+    service.ask("study", "model", small, "--out", model)
     assert "Not measured on test patients, because" in model.with_suffix(".md").read_text("utf-8")
 
 
@@ -189,12 +191,12 @@ def test_pause_resume_and_stop(
         return service.get(f"/v1/studies/{study}", service.token).json()["study"]
 
     until(lambda: state()["round"] >= 1)
-    assert service.call("study", "pause", study)["state"] == "paused"
+    assert service.ask("study", "pause", study)["state"] == "paused"
     until(lambda: "fedward_server.runner" not in service.processes())
     reached = state()["round"]
-    assert service.call("study", "resume", study)["state"] == "submitted"
+    assert service.ask("study", "resume", study)["state"] == "submitted"
     until(lambda: state()["round"] > reached)
-    assert service.call("study", "stop", study)["state"] == "stopped"
+    assert service.ask("study", "stop", study)["state"] == "stopped"
     until(lambda: "fedward_server.runner" not in service.processes())
     refused = service.call("study", "resume", study, code=17)
     assert "stays so" in refused["message"]
@@ -251,7 +253,7 @@ def test_a_removed_site_is_cut_off_in_the_middle_of_a_study(
     plan_path.write_text(plan_path.read_text().replace("rounds = 3", "rounds = 6"))
     study = submit(service, plan_path, "--quorum", 1, "--deadline", 20)
     until(lambda: service.get(f"/v1/studies/{study}", service.token).json()["study"]["round"] >= 1)
-    service.call("site", "remove", "hospital 2")
+    service.ask("site", "remove", "hospital 2")
     until(
         lambda: (
             json.loads((hospitals[1].folder / "connector" / "link.json").read_text())["state"]
@@ -290,15 +292,15 @@ def test_site_calls_that_failed_with_the_superlink_down_are_done_again(
     keys = [tmp_path / f"{number}.pub" for number in range(3)]
     for path in keys:
         path.write_bytes(new_key()[1])
-    service.call("site", "add", "third", keys[0])
+    service.ask("site", "add", "third", keys[0])
     with without_superlink(service, until):
         assert "reachable" in service.call("site", "add", "fourth", keys[1], code=17)["message"]
         service.call("site", "rotate", "third", keys[2], code=17)
-    service.call("site", "add", "fourth", keys[1])
-    service.call("site", "rotate", "third", keys[2])
+    service.ask("site", "add", "fourth", keys[1])
+    service.ask("site", "rotate", "third", keys[2])
     with without_superlink(service, until):
         for name in ("third", "fourth"):
-            assert service.call("site", "remove", name)["state"] == "removed"
+            assert service.ask("site", "remove", name)["state"] == "removed"
 
     config = load_config(service.config)
     secret = config.control_secret.read_bytes()

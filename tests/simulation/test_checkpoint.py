@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import random
 import resource
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,10 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from forked_command import ForkedCommand
 
-import fedward_simulation.audit.study
-import fedward_simulation.cli
-import fedward_simulation.progress
 from fedward.errors import OutputError
 from fedward.models import build_model, to_arrays
 from fedward.plan import load_plan, plan_hash
@@ -35,47 +31,6 @@ PRIVATE = 'mechanism = "dp-sgd"\nepsilon = 8\ndelta = 1e-3\nclipping_norm = 1.0'
 ADAM = '[strategy]\nname = "fedadam"\nsettings = { eta = 0.01 }\naveraging = 0.5\n[participation]'
 WORDS = ("--partition", "iid", "--sites", "2", "--device", "cpu", "--baselines", "--json")
 Make = Callable[..., Any]
-
-
-class Command:
-    """``fedward-simulate run`` in a process of its own, forked so that it need not import."""
-
-    def __init__(self, folder: Path, *words: object, ignore: signal.Signals | None = None) -> None:
-        self.err = folder / "stderr.txt"
-        self.err.write_text("", "utf-8")
-        if (pid := os.fork()) == 0:
-            code = 70
-            try:
-                os.setsid()
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-                if ignore is not None:  # as a shell starts a background job, or nohup a command
-                    signal.signal(ignore, signal.SIG_IGN)
-                os.chdir(folder)
-                for stream, name in ((1, "stdout.txt"), (2, "stderr.txt")):
-                    os.dup2(os.open(folder / name, os.O_CREAT | os.O_RDWR | os.O_TRUNC), stream)
-                sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
-                sys.argv = ["fedward-simulate", "run", *map(str, words)]
-                logging.disable(logging.NOTSET)
-                fedward_simulation.cli.main()
-                code = 0
-            except SystemExit as ended:
-                code = int(ended.code or 0)
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        self.pid, self.code = pid, None
-
-    def end(self, how: signal.Signals | None = None, *, group: bool = False) -> int:
-        """Send a signal, to its workers too where it says so, and wait; the exit code."""
-        if how is not None:
-            os.killpg(self.pid, how) if group else os.kill(self.pid, how)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-    def runs(self) -> bool:
-        """Whether it is still at work."""
-        status = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        return status is None
 
 
 @pytest.fixture(params=["plain", "private"])
@@ -138,7 +93,7 @@ def written(out: Path) -> set[str]:
     return {f"{one.parent.name}/{one.name}" for one in out.glob("checkpoints/*/round-*")}
 
 
-def wait_for_new(command: Command, out: Path, count: int) -> None:
+def wait_for_new(command: ForkedCommand, out: Path, count: int) -> None:
     """Until the run has written so many more checkpoints, or has ended."""
     seen, before = set[str](), written(out)
     while command.runs() and len(seen) < count:
@@ -150,12 +105,12 @@ def wait_for_new(command: Command, out: Path, count: int) -> None:
 def test_a_run_killed_at_random_rounds_ends_as_one_that_was_not(
     plan: Path, npz_data: Path, tmp_path: Path
 ) -> None:
-    run = (plan, "--data", npz_data, *WORDS, "--checkpoint-seconds", "0")
-    assert Command(tmp_path, *run, "--out", "whole").end() == 0
+    run = ("run", plan, "--data", npz_data, *WORDS, "--checkpoint-seconds", "0")
+    assert ForkedCommand(tmp_path, *run, "--out", "whole").end() == 0
     out, kills, chance = tmp_path / "out", 0, random.Random(os.environ.get("FEDWARD_SEED"))
     rounds: list[int] = []
     while True:
-        command = Command(tmp_path, *run, "--out", "out")
+        command = ForkedCommand(tmp_path, *run, "--out", "out")
         wait_for_new(command, out, chance.randint(2, 6) if kills < 2 else 1000)
         if not command.runs():
             assert command.end() == 0, command.err.read_text()
@@ -199,8 +154,8 @@ def test_a_signal_ends_a_run_with_all_complete_rounds_kept(
 ) -> None:
     text = plan.read_text("utf-8").replace("rounds = 4", "rounds = 500")
     plan.write_text(text, "utf-8")
-    run = (plan, "--data", npz_data, *WORDS, "--out", "out", "--checkpoint-seconds", "3600")
-    command, out = Command(tmp_path, *run, ignore=ignored), tmp_path / "out"
+    run = ("run", plan, "--data", npz_data, *WORDS, "--out", "out", "--checkpoint-seconds", "3600")
+    command, out = ForkedCommand(tmp_path, *run, ignore=ignored), tmp_path / "out"
     while "federated: round 3 of 500" not in command.err.read_text("utf-8"):
         assert command.runs()
         time.sleep(0.01)

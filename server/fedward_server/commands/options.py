@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 
 from fedward_server.cli_profile import ApiClient, CliProfile
@@ -24,5 +25,7 @@ SERVER = Path("server.toml")
 
 
 def api(config: Path, url: str, token: str, ca: Path | None) -> ApiClient:
-    """The API that the options mean."""
-    return ApiClient(CliProfile.find(config, url, token, ca))
+    """The API that the options mean; its connections close with the command."""
+    client = ApiClient(CliProfile.find(config, url, token, ca))
+    click.get_current_context().call_on_close(client.close)
+    return client

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,8 +92,10 @@ class Apart:
         assert done.returncode == (0 if told["healthy"] else 1)
         return bool(told["healthy"]), str(told["found"])
 
-    def is_healthy(self, which: str) -> bool:
-        return self.health(which)[0]
+    def well(self) -> bool:
+        """Whether both are healthy; asked now and then, since each question is a process."""
+        time.sleep(0.5)
+        return self.health("trainer")[0] and self.health("connector")[0]
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +155,7 @@ def test_two_users_work_together_and_neither_has_what_is_the_others(
 ) -> None:
     apart.start("connector")
     apart.start("trainer")
-    until(lambda: apart.is_healthy("trainer") and apart.is_healthy("connector"), 90)
+    until(apart.well, 90)
     assert apart.health("connector")[1] == "link online; trainer attached"
     status = json.loads(apart.call(TRAINER, "status").stdout)
     assert status["trainer"]["walls"] is True
@@ -201,7 +204,7 @@ def test_each_may_be_killed_and_comes_back_to_the_other(apart: Apart, until: Mak
         if which == "trainer":
             until(lambda: apart.health("connector")[1].endswith("trainer gone"))
         apart.start(which)
-        until(lambda: apart.is_healthy("trainer") and apart.is_healthy("connector"), 90)
+        until(apart.well, 90)
     for which, process in apart.running.items():
         process.terminate()
         assert process.wait(30) == 0, which

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_command import ForkedCommand
 
 from fedward_server.memorisation import Audit
 from fedward_server.report import read_metrics
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = "fedward_simulation.cli"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "FLWR_TELEMETRY_ENABLED": "0"}
 WORDS = ("--partition", "iid", "--device", "cpu", "--shadows", "3", "--canaries", "4")
 pytestmark = pytest.mark.integration
 
@@ -65,25 +62,10 @@ def test_the_documented_command_adds_a_section_to_an_earlier_report(
 
 def stop_after(line: str, how: signal.Signals, folder: Path) -> tuple[int, str]:
     """Start an audit, send it a signal once it printed a line; its exit code and errors."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", PROGRAM, "audit", "plan.toml", "--data", "data.npz", *WORDS],
-        cwd=folder,
-        env=ENVIRONMENT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    try:
-        assert process.stdout is not None
-        assert any(line in told for told in process.stdout), f"never said: {line}"
-        process.send_signal(how)
-        _, errors = process.communicate(timeout=120)
-        return process.returncode, errors
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+    command = ForkedCommand(folder, "audit", "plan.toml", "--data", "data.npz", *WORDS)
+    command.wait_for(line)
+    code = command.end(how)
+    return code, command.err.read_text("utf-8")
 
 
 def test_an_audit_that_was_ended_and_killed_goes_on_where_it_was(
