@@ -11,6 +11,7 @@ from fedward.plan.schema import FLIP_AXES, Plan
 Config = dict[str, Any]
 _IMAGE: Final = "image"
 _OWN: Final = "scripts.preprocessing."
+_DICOM: Final = f"{_OWN}DicomReader"
 _MEAN, _DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 _UPRIGHT: Final = {"_target_": "PIL.ImageOps.exif_transpose", "_mode_": "callable"}
 
@@ -95,9 +96,9 @@ def preprocessing(plan: Plan) -> list[Config]:
 def _readers(flat: bool) -> list[Config]:
     # The last one is tried first. MONAI would give columns before rows.
     if not flat:
-        return [{"_target_": "PydicomReader"}, {"_target_": "NibabelReader"}]
+        return [{"_target_": _DICOM}, {"_target_": "NibabelReader"}]
     return [
-        {"_target_": "PydicomReader", "swap_ij": False},
+        {"_target_": _DICOM, "swap_ij": False},
         {"_target_": "PILReader", "reverse_indexing": False, "converter": _UPRIGHT},
     ]
 
@@ -255,7 +256,9 @@ def _readme_input(plan: Plan) -> tuple[str, ...]:
         "`configs/inference.json` does all that. A test of Fedward holds these transforms against "
         "its own preprocessing: values differ by less than 0.0001. Before them, MONAI reads the "
         "file. It does not turn over inverted greys (MONOCHROME1) and applies no display window "
-        "that a DICOM file proposes; a hospital's client does. Convert such files first.",
+        "that a DICOM file proposes; a hospital's client does. Convert such files first. An "
+        "ultrasound image in DICOM that names regions is refused: training saw the region alone, "
+        "so save that as a picture.",
         "",
     )
 

@@ -14,8 +14,11 @@ import torch
 from monai.bundle import ConfigParser
 from monai.transforms import Compose
 from PIL import Image as Pillow
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, UltrasoundImageStorage, generate_uid
 
 from fedward_client.data.prepare import prepare
+from fedward_client.data.readers.dicom.reader import DicomFrame
 from fedward_client.data.readers.images import Picture
 from fedward_client.data.readers.nifti import NiftiImage
 from fedward_client.data.sample import Sample
@@ -163,3 +166,47 @@ def test_what_is_marked_on_the_models_grid_comes_back_to_its_place(
     wanted = (grid @ stored.affine[:3, :3].T + stored.affine[:3, 3])[..., 0]
     inner = (slice(4, -4),) * 3
     np.testing.assert_allclose(back[0].numpy()[inner], wanted[inner], atol=0.8)
+
+
+def ultrasound(path: Path, values: np.ndarray, *regions: Dataset) -> Path:
+    """An 8-bit image in DICOM."""
+    file = Dataset()
+    file.SOPClassUID, file.SOPInstanceUID = UltrasoundImageStorage, generate_uid()
+    file.Modality, file.PatientID = "US", "p"
+    file.Rows, file.Columns = values.shape
+    file.SamplesPerPixel, file.PhotometricInterpretation = 1, "MONOCHROME2"
+    file.BitsAllocated = file.BitsStored = 8
+    file.HighBit, file.PixelRepresentation = 7, 0
+    file.PixelData = values.tobytes()
+    if regions:
+        file.SequenceOfUltrasoundRegions = list(regions)
+    file.file_meta = FileMetaDataset()
+    file.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    file.save_as(path, enforce_file_format=True)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:PydicomReader")  # that a flat image has no place in space
+def test_an_ultrasound_image_is_never_taken_with_what_training_cut_off(
+    plan_of: Make, tmp_path: Path
+) -> None:
+    plan = plan_of("cnn", preprocessing={"size": [24, 32], "window": [0.0, 255.0]})
+    values = np.random.default_rng(0).integers(0, 255, (40, 56)).astype(np.uint8)
+    place = {"MinX0": 8, "MinY0": 5, "MaxX1": 45, "MaxY1": 30}
+    region = Dataset()
+    region.RegionSpatialFormat = 1
+    for name, value in place.items():
+        setattr(region, f"RegionLocation{name}", value)
+    path = ultrasound(tmp_path / "us.dcm", values, region)
+    plain = ultrasound(tmp_path / "other.dcm", values)
+    wanted = prepare_image(DicomFrame(path, 0)(), None, plan.task, plan.preprocessing).pixels
+    whole = prepare_image(DicomFrame(plain, 0)(), None, plan.task, plan.preprocessing).pixels
+    steps = transforms(plan)
+    np.testing.assert_allclose(steps({"image": str(plain)})["image"], whole, atol=TOLERANCE)
+    with pytest.raises(RuntimeError) as refused:
+        steps({"image": str(path)})
+    assert "ultrasound image must be cut to its regions" in str(refused.value.__cause__)
+    # What the message advises gives what training saw.
+    Pillow.fromarray(values[5:31, 8:46]).save(tmp_path / "us.png")
+    found = steps({"image": str(tmp_path / "us.png")})["image"]
+    np.testing.assert_allclose(found, wanted, atol=TOLERANCE)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor
+from monai.data import MetaTensor, PydicomReader
 from monai.inferers import SlidingWindowInferer
 from monai.transforms import InvertibleTransform, MapTransform
 from torch import Tensor
@@ -22,6 +22,27 @@ from torch.nn import functional as F
 Data = Mapping[Hashable, Any]
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _MAPPED = "black_is_zero"
+
+
+class DicomReader(PydicomReader):  # type: ignore[misc]
+    """MONAI's reader of DICOM; it refuses what training took apart and it would take whole.
+
+    Training cuts ultrasound to the regions that the file names: text, scales and traces lie outside
+    of them, and the spacing is that of the region.
+    """
+
+    def get_data(self, data: Any) -> Any:
+        """Pixels and facts; ValueError for an ultrasound image with regions.
+
+        Not in ``read``: where that fails, MONAI tries its own readers, which take the whole image.
+        """
+        for one in data if isinstance(data, list | tuple) else [data]:
+            if "SequenceOfUltrasoundRegions" in one:
+                raise ValueError(
+                    "an ultrasound image must be cut to its regions (SequenceOfUltrasoundRegions) "
+                    "as in training; save the region alone as a picture, and give that"
+                )
+        return super().get_data(data)
 
 
 class Finited(MapTransform):  # type: ignore[misc]
