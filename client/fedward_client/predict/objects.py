@@ -8,7 +8,7 @@ that gets it twice keeps it once. The report is of template TID 1500 (PS3.16).
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,6 +22,7 @@ from highdicom.coding_schemes import CodingSchemeIdentificationItem
 from highdicom.sr.coding import CodedConcept
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
+from pydicom.valuerep import DA, TM
 
 from fedward.models.finished import FinishedModel
 from fedward.plan.schema import Plan
@@ -44,6 +45,7 @@ _NEEDED: Final = (
     "StudyTime",
     "ReferringPhysicianName",
 )
+_MOMENTS: Final = {"PatientBirthDate": DA, "StudyDate": DA, "StudyTime": TM}
 _PLANE: Final = ("ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing")
 _UNITS: Final = {
     "ml": CodedConcept("ml", "UCUM", "milliliter"),
@@ -180,9 +182,19 @@ def _header(path: Path) -> Dataset:
     header.update(opened)
     header.file_meta = opened.file_meta
     for name in _NEEDED:
+        known = _MOMENTS.get(name)
         if name not in header:
-            setattr(header, name, None if name.endswith(("Date", "Time")) else "")
+            setattr(header, name, None if known else "")
+        elif known and not _is_moment(known, header.get(name)):
+            setattr(header, name, None)  # of another form than the standard's: as if not stated
     return header
+
+
+def _is_moment(kind: Callable[[str], object], value: object) -> bool:
+    try:
+        return bool(kind(str(value or "")))
+    except ValueError:
+        return False
 
 
 def _share(header: Dataset, frame: int) -> None:

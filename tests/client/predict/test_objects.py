@@ -211,6 +211,18 @@ def test_objects_of_single_images_break_no_rule_of_dicom(
         assert "Error" not in said and "Abort" not in said, said
 
 
+def test_a_time_of_another_form_costs_no_object(tmp_path: Path, dx: Any, chest: Path) -> None:
+    path = dx(
+        tmp_path / "in" / "a.dcm",
+        np.random.default_rng(0).integers(0, 4096, (20, 24)),
+        StudyTime="140438.0",
+    )
+    path.write_bytes(path.read_bytes().replace(b"140438.0", b"14:04:38"))
+    told = run(chest, tmp_path / "in", tmp_path / "out")
+    report = pydicom.dcmread(tmp_path / "out" / told["files"]["sr"])
+    assert not report.StudyTime and report.StudyDate == "19550712"
+
+
 def test_the_report_says_what_the_model_said(tmp_path: Path, dx: Any, chest: Path) -> None:
     """As dcmtk prints it; without dcmtk, as pydicom reads it."""
     dx(tmp_path / "in" / "a.dcm", np.random.default_rng(0).integers(0, 4096, (20, 24)))
