@@ -39,6 +39,7 @@ SETTINGS: dict[str, dict[str, Any] | None] = {
     "int4": {"method": "int4"},
     "top-k 5 %": {"method": "top-k", "share": 0.05},
     "top-k 1 %": {"method": "top-k", "share": 0.01},
+    "int3, download int5": {"method": "int3", "download": "int5"},
     "top-k 1 %, no error feedback": {"method": "top-k", "share": 0.01, "error_feedback": False},
     "top-k 2 %, download int6": {"method": "top-k", "share": 0.02, "download": "int6"},
     "int4, download int6": {"method": "int4", "download": "int6"},

@@ -142,7 +142,7 @@ class Integers(Compressor):
     Parameters
     ----------
     bits : int
-        2 to 8 for each number.
+        For each number, at most 8.
     """
 
     rounds = True
@@ -233,9 +233,7 @@ class TopK(Compressor):
 
 METHODS: Final[dict[str, Compressor]] = {
     "bfloat16": Bfloat16(),
-    "int8": Integers(8),
-    "int6": Integers(6),
-    "int4": Integers(4),
+    **{f"int{bits}": Integers(bits) for bits in (8, 6, 5, 4, 3)},
     "top-k": TopK(),
 }
 

@@ -737,8 +737,8 @@ class Compression(Section):
     )
     rounding: Literal["nearest", "stochastic"] = Field(
         default="nearest",
-        description="`int8`, `int4`: to the nearest whole number, or up and down by chance so that "
-        "the mean is right",
+        description="`int8` to `int3`: to the nearest whole number, or up and down by chance so "
+        "that the mean is right",
     )
     error_feedback: bool = Field(
         default=True,

@@ -32,12 +32,14 @@ METHODS = [
     Compression(method="bfloat16"),
     Compression(method="int8"),
     Compression(method="int6"),
+    Compression(method="int5"),
+    Compression(method="int3"),
     Compression(method="int4"),
     Compression(method="int4", rounding="stochastic"),
     Compression(method="top-k", share=0.1),
 ]
-IDS = ["bfloat16", "int8", "int6", "int4", "int4 stochastic", "top-k"]
-BFLOAT16, INT8, INT6, INT4, _, TOPK = METHODS
+IDS = ["bfloat16", "int8", "int6", "int5", "int3", "int4", "int4 stochastic", "top-k"]
+BFLOAT16, INT8, INT6, INT5, INT3, INT4, _, TOPK = METHODS
 each = pytest.mark.parametrize("how", METHODS, ids=IDS)
 
 
@@ -68,7 +70,7 @@ def expected(how: Compression, values: NDArray[np.float32]) -> NDArray[np.float6
         first = sorted(range(TOTAL), key=lambda i: -abs(values[i]))[: math.ceil(0.1 * TOTAL)]
         kept = torch.from_numpy(values).bfloat16().double().numpy()
         return np.array([kept[i] if i in first else 0.0 for i in range(TOTAL)])
-    most = {"int8": 127, "int6": 31, "int4": 7}[how.method]
+    most = {"int8": 127, "int6": 31, "int5": 15, "int4": 7, "int3": 3}[how.method]
     found: list[float] = []
     for part in np.split(values.astype(np.float64), np.cumsum(SIZES)[:-1]):
         step = float(np.float32(max(abs(part)) / most))
@@ -102,9 +104,9 @@ def test_extreme_numbers_stay_finite(how: Compression, value: float) -> None:
 def test_the_bytes_are_counted_before_there_are_any_and_are_the_same_again(
     how: Compression,
 ) -> None:
-    size = {"bfloat16": 102, "int8": 12 + 51, "int6": 12 + 39, "int4": 12 + 26, "top-k": 6 * 6}[
-        how.method
-    ]
+    numbers = {"int8": 51, "int6": 39, "int5": 32, "int4": 26, "int3": 20}
+    whole = {name: 12 + size for name, size in numbers.items()}
+    size = {"bfloat16": 102, "top-k": 6 * 6, **whole}[how.method]
     one, other = (sent(how, arrays(0))[COMPRESSED] for _ in range(2))
     assert one.nbytes == compressed_size(how, SHAPES) == size
     assert one.tobytes() == other.tobytes()
@@ -210,7 +212,7 @@ def test_numbers_that_overflow_arrive_as_infinite_and_are_left_to_the_check_of_v
     assert np.isnan(flat(found)[0]) and np.isnan(flat(moved(arrays(0), found))[0])
 
 
-@pytest.mark.parametrize("download", ["bfloat16", "int8", "int6", "int4"])
+@pytest.mark.parametrize("download", ["bfloat16", "int8", "int5", "int3"])
 def test_a_model_travels_down_as_the_method_says(download: str) -> None:
     how, model = Compression(method="top-k", share=0.1, download=download), arrays(4)
     content = compress_model(how, model)[COMPRESSED]

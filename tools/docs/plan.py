@@ -96,8 +96,8 @@ Privacy
 
 Compression
 
-- `compression.share` belongs to `top-k`, which needs it; `compression.rounding` to `int8` and
-  `int4`.
+- `compression.share` belongs to `top-k`, which needs it; `compression.rounding` to
+  `int8` to `int3`.
 - `[compression]` does not go with a strategy that sends something besides the update, nor `top-k`
   with one that compares single parameters.
 
