@@ -161,20 +161,31 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared" / "data")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "runs" / "frugal")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", action="append", choices=[*SETTINGS], help="`none` first")
     parser.add_argument("--rounds", type=int, default=250)
     parser.add_argument("--side", type=int, default=128)
     options = parser.parse_args()
     if not options.data.is_dir():
         raise SystemExit("the images are not here; name their folder with --data")
     identity.quiet()
+    runs: dict[str, list[StudyResults]] = {}
     with interruptible():
-        runs = {setting: [run_one(setting, 0, options)] for setting in SETTINGS}
+        for setting in options.only or SETTINGS:
+            runs[setting] = [run_one(setting, 0, options)]
+            write(runs, options)
         best = chosen({setting: done[0] for setting, done in runs.items()})
         for setting in dict.fromkeys((NONE, best)):
-            runs[setting] += [run_one(setting, seed, options) for seed in range(1, options.seeds)]
-        page = HERE / "frugal.md"
-        _, _, notes = (page.read_text("utf-8") if page.exists() else "").partition("<!-- notes -->")
-        page.write_text(page_of(runs, best, options, notes or "\n"), encoding="utf-8")
+            for seed in range(1, options.seeds):
+                runs[setting].append(run_one(setting, seed, options))
+        write(runs, options)
+
+
+def write(runs: dict[str, list[StudyResults]], options: argparse.Namespace) -> None:
+    """Write the page of what is there."""
+    page = HERE / "frugal.md"
+    best = chosen({setting: done[0] for setting, done in runs.items()})
+    _, _, notes = (page.read_text("utf-8") if page.exists() else "").partition("<!-- notes -->")
+    page.write_text(page_of(runs, best, options, notes or "\n"), encoding="utf-8")
 
 
 if __name__ == "__main__":
