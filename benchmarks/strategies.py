@@ -38,6 +38,7 @@ import numpy as np
 from fedward.console import interruptible
 from fedward.errors import FedwardError
 from fedward.flower import identity
+from fedward.models import to_arrays
 from fedward.plan import Plan, load_plan, plan_from, plan_hash
 from fedward.plan.load import canonical
 from fedward.protocol import RoundOrder
@@ -49,6 +50,7 @@ from fedward_server.job import Job
 from fedward_server.metrics_summary import figures
 from fedward_server.results import Arm
 from fedward_simulation.baselines import lone_arm, test_everywhere, without
+from fedward_simulation.feasible import start_model
 from fedward_simulation.local import State, run_local
 from fedward_simulation.paired import SiteAnswers, answers_on_test, difference_at_home
 from fedward_simulation.pool import Pool
@@ -326,7 +328,8 @@ class Bench:
 
     def train(self, plan: Plan, arm: Arm, nodes: Sequence[int] | None = None) -> Job:
         """Run a study over all sites, or over some."""
-        job = Job(plan, dict(self.arrays), arm, self.seed)
+        start, _ = start_model(plan, self.seed, REPOSITORY / "studies")  # not all are centred
+        job = Job(plan, to_arrays(start), arm, self.seed)
         places = list(range(len(self.sites))) if nodes is None else list(nodes)
         run_local(server_app(job), self.pool, places, job.site_states)
         if job.error is not None:

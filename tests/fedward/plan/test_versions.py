@@ -34,13 +34,13 @@ KNOWN = Path(__file__).with_name("schema_versions.json")
 # Hospitals have signed these off. A change here changes the studies.
 HASHES = {
     "covid-ct-transfer.toml": "39dcc977c9ffe2c9c409dfe6ef45aedfbb07205c21a9ec54ddec82911373e33b",
-    "covid-ct-wan.toml": "78aae1391bdf164cf2a87116e337642a4f2f6af1ee1f17eb0bbd88b51bd147a3",
+    "covid-ct-wan.toml": "ce066343421d716497cbd411da3f4487c653a286b330ac18a3df8d983a2e27ad",
     "covid-ct.toml": "b1d744ea7d37a8cc51b8b66459b2e020d8f45990b0b3675bf57492bc04b813f0",
     "demo/classification.toml": "24ae18985b809b73c2d4406ff6119088d3fbd6a8985f6ad83b7e49c7172bf4f4",
     "demo/frozen.toml": "38ee7be88b986e2030c6dba54aa17e857f9b18ba8c63bf373d69a4a227bf1fc8",
     "demo/private.toml": "1951d1058517154810f91a5fde3593d289851a559500d89d3fd2939939404275",
     "demo/segmentation.toml": "a8f7271850ce997edc2ad193d2b182284abf8ea9c44ce17d767e709310116899",
-    "ham10000-wan.toml": "71981386986e0a23dc653e2b78611c0ba53480794523dc1af705965207beb33f",
+    "ham10000-wan.toml": "9ad5244200f9f8296fa27ed2ddcd4034bfe55d56b7cbac14a7db05e824dfcc71",
     "hippocampus-wan.toml": "e81633225f9a7a830385df2a1b9f8e18a940fcac2ddf93b759c1f0211a83ffce",
     "hippocampus.toml": "6e3daf33ea7d0389d7993a8b6550d2ca8fe109d5be1d3a5a511837ef636016e4",
     "lgg-mri-wan.toml": "6eb4f4c46346893c7a38a3374b3cd1216c60b79dcf696043b5403498001cb72b",
