@@ -199,14 +199,16 @@ class Study:
         federated = [(_arm(plan).name, plan) for plan in plans]
         open_plan = with_privacy(self.plan, None)
         alone = [(arm_name(site.name), open_plan) for site in sites] + [(arm_name(None), open_plan)]
-        names = [site.name for site in sites] if len(sites) > 1 else []
+        # Not where it is not asked for: a strategy may need every site that the plan has.
+        left = sites if self.options.leave_one_out else ()
         left_out = [
-            (left_out_name(name), without(self.plan, name, len(sites))[0]) for name in names
+            (left_out_name(site.name), without(self.plan, site.name, len(sites))[0])
+            for site in left
         ]
         return {
             name: self.checkpoints.arm(f"arm-{place}", plan_hash(plan))
             for place, (name, plan) in enumerate(
-                federated + alone * self.options.baselines + left_out * self.options.leave_one_out
+                federated + alone * self.options.baselines + left_out
             )
         }
 

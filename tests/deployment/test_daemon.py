@@ -24,6 +24,7 @@ from fedward_client.audit.verify import verify
 from fedward_client.kept_models import KeptModels
 from fedward_server.events import Event, RoundEnded, SiteRefused
 from fedward_server.job import Job
+from fedward_server.report.stats import contributed
 from fedward_server.results import Arm
 from fedward_server.round_loop import StudyRun
 from fedward_simulation.options import Hospital, Options
@@ -126,6 +127,7 @@ def test_a_study_between_hospitals_is_the_simulation_bit_for_bit(
         {"name": "all", "rounds": 1, "learning_rate": 0.01},
     ]
     content["personal"] = {"method": "fine-tuning", "rounds": 2, "alone": True}
+    content["strategy"] = {"name": "afl", "settings": {"eta": 3.0}}  # weights follow the figures
     content["compression"] = {"method": "int4", "rounding": "stochastic", "download": "int6"}
     plan = plan_from(content)
     job = aggregator.run(aggregator.job(plan, seed=3))
@@ -158,6 +160,14 @@ def test_a_study_between_hospitals_is_the_simulation_bit_for_bit(
     assert alone is not None
     assert job.arm.test is not None
     assert job.arm.test.pooled == alone.pooled
+    shares = [sorted(one.share or 0.0 for one in r.sites.values()) for r in job.arm.rounds]
+    assert shares[0] != shares[-1]
+    # What each contributed was worked out from the same updates, and is in the report.
+    here, there = contributed(job.arm), contributed(study.results.arms[0])
+    assert len(here) == 2 and all(one.rounds == 3 for one in here.values())
+    for one, other in zip(here.values(), there.values(), strict=True):
+        assert one.share == pytest.approx(other.share, abs=0.02)
+        assert one.agreement == pytest.approx(other.agreement, abs=0.02)
     # So are the models of the hospitals' own, which never left them.
     for kind in ("own", "alone"):
         here, there = getattr(job.arm, kind), getattr(study.results.arms[0], kind)
