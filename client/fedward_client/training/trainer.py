@@ -537,7 +537,7 @@ class Trainer:
     def _hook(self, received: Arrays, round_: int) -> SiteHook | None:
         """The strategy's part in a round, by the signed plan alone."""
         spec = self.plan.strategy.spec
-        if spec.site is None:
+        if spec.site is None or self.plan.is_centering(round_):  # nothing trains there
             return None
         trained = dict(self._model.named_parameters())
         parameters = {name: trained[name] for name in self.shared}

@@ -121,10 +121,12 @@ def features_of(plan: Plan, arrays: dict[str, Any], images: Any) -> Tensor:
     raise AssertionError("there is no such block")
 
 
+@pytest.mark.parametrize("strategy", [{}, {"name": "fedprox", "settings": {"mu": 0.1}}])
 def test_without_privacy_it_is_the_mean_over_patients(
-    make_plan: Make, make_site: Make, make_order: Make
+    make_plan: Make, make_site: Make, make_order: Make, strategy: dict[str, Any]
 ) -> None:
-    plan, site = make_plan(**HEAD), make_site(images_per_patient=3)
+    plan = make_plan(**HEAD, strategy=strategy)
+    site = make_site(images_per_patient=3)
     arrays = to_arrays(build_model(plan, 0))
     update, outcome = Trainer(plan, site, SEEDED).train(arrays, make_order(plan, 1))
     train = site.split["train"]
