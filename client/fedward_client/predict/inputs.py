@@ -252,7 +252,11 @@ def find_inputs(
     found, left_out = _dicom(dicom, root, task, images, listen)
     names = sorted([*sources, *found], key=lambda source: source.name)
     if not names and not left_out:
-        raise DataError(RuleCode.DATASET_IMAGES, values={"task": task.kind}, value="no images")
+        raise DataError(
+            RuleCode.DATASET_IMAGES,
+            values={"task": task.kind, "reasons": ()},
+            where=path.name,
+        )
     return Found(tuple(names), tuple(left_out))
 
 

@@ -20,7 +20,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from PIL import Image as Pillow
 
-from fedward.errors import ModelError, OutputError, StudyError
+from fedward.errors import DataError, ModelError, OutputError, StudyError
 from fedward.models import build_model, save_model, to_arrays
 from fedward.models.finished import open_finished
 from fedward.plan.load import canonical, plan_hash
@@ -308,6 +308,12 @@ def test_the_command_on_a_dataset_with_a_kept_model(
     assert done.stdout == (
         "12 predicted, 0 marked, 0 refused: out/predictions.csv. Not for diagnosis.\n"
     )
+
+
+def test_a_folder_without_an_image_is_an_error(tmp_path: Path, chest: Path) -> None:
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(DataError, match="must hold images.*no images"):
+        find_inputs(tmp_path / "nothing", open_finished(chest).plan.task)
 
 
 @pytest.mark.integration

@@ -58,6 +58,7 @@ TRAINER = (
 )
 # Rules of commands and of a trainer that does not start: no order meets them.
 ELSEWHERE = {
+    "a delivered model must be signed by its coordinator",
     'a cohort is named by "latest" or the start of its hash',
     "a hash must mean one cohort",
     "the device must be auto, cpu, cuda or cuda:INDEX",
