@@ -312,7 +312,7 @@ def test_the_command_on_a_dataset_with_a_kept_model(
 
 def test_a_folder_without_an_image_is_an_error(tmp_path: Path, chest: Path) -> None:
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(DataError, match="must hold images.*no images"):
+    with pytest.raises(DataError, match=r"must hold images.*no images"):
         find_inputs(tmp_path / "nothing", open_finished(chest).plan.task)
 
 
