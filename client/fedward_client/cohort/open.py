@@ -72,11 +72,11 @@ class Restorer:
 
     def image(self, source: Source) -> FrozenLoad:
         """What reads an image."""
-        return FrozenLoad(self._image(source), self._content(source))
+        return FrozenLoad(self._image(source), self.content(source))
 
     def mask(self, source: Source) -> FrozenLoad:
         """What reads a mask."""
-        return FrozenLoad(self._mask(source), self._content(source))
+        return FrozenLoad(self._mask(source), self.content(source))
 
     def _image(self, source: Source) -> Load:
         frames = self._frames(source.pieces)
@@ -130,7 +130,8 @@ class Restorer:
     def _frames(self, pieces: Sequence[Piece]) -> tuple[tuple[Path, int], ...]:
         return tuple((self.paths[piece.file], piece.frame) for piece in pieces)
 
-    def _content(self, source: Source) -> str:
+    def content(self, source: Source) -> str:
+        """Digest of the files' content and of how they are read, wherever they lie."""
         series = None if source.series is None else self.series[source.series]
         pieces = [*source.pieces, *(series.slices if series else ())]
         parts: list[object] = [source.kind, self.dimensions, self.digests.get(source.beside)]

@@ -86,14 +86,16 @@ def report(
 @data_app.command("freeze")
 def freeze(name: Name, config: Config = SITE, as_json: AsJson = False) -> None:
     """Keep the dataset as it is now as a cohort with a content hash."""
+    from fedward_client.cohort.changes import since_last
     from fedward_client.cohort.freeze import counts, make_cohort, save, usable
 
     with work_on(load_site(config), name) as work:
         with reading(name) as listen:
             found = usable(work.dataset, work.index, work.extract, listen)
             cohort = make_cohort(name, work.dataset, found, work.index, work.extract)
-        save(cohort, work.site.site.state)
         made = counts(cohort, work.dataset)
+        made["changes"] = since_last(cohort, work.site, work.extract.secret)
+        save(cohort, work.site.site.state)
     if as_json:
         print_json(made)
     else:

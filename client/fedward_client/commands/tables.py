@@ -89,6 +89,11 @@ def cohort_table(counts: dict[str, Any]) -> Table:
     rows = {key: counts[key] for key in ("sha256", "patients", "images", "files", "bytes")}
     rows["patients"] = people(rows["patients"], counts["images_are_patients"])
     rows |= {f"images of {name}": n for name, n in counts["images_by_class"].items()}
+    if changes := counts.get("changes"):
+        told = ("added", "gone", "relabelled")
+        rows[f"patients since {changes['since']}"] = ", ".join(
+            f"{changes[one]} {one}" for one in told
+        )
     if counts["tilted"]:
         rows["volumes of a leaning gantry"] = f"{counts['tilted']}; most plans leave them out"
     if counts["images_are_patients"]:
