@@ -31,7 +31,7 @@ from fedward.plan.schema import Patch, Plan, Privacy, Stage, Task
 from fedward.protocol import RoundOrder
 from fedward.rule_codes import MASK_SHAPE
 from fedward_client.cohort.finding import Finding, Status, finding
-from fedward_client.cohort.freeze import is_tilted
+from fedward_client.cohort.freeze import is_tilted, is_uneven
 from fedward_client.cohort.patient_key import patient_key_finding
 from fedward_client.cohort.probe import Probe, as_site, probe
 from fedward_client.cohort.selection import Kinds, selected
@@ -451,6 +451,12 @@ def tilt_finding(leaning: int, of: int) -> Finding:
     return finding("gantry tilt", "warn" if leaning < of else "fail", found, fix)
 
 
+def uneven_finding(uneven: int, of: int) -> Finding:
+    """Volumes whose slices are unevenly apart."""
+    found = f"{uneven} of {of} volumes have slices unevenly apart; they are resampled to even ones"
+    return finding("slices", "warn", found, "Where slices are missing, export the series again")
+
+
 def patient_findings(
     dataset: DatasetSection, plan: Plan, samples: Sequence[Sample]
 ) -> tuple[list[Finding], dict[str, int], dict[str, int]]:
@@ -683,6 +689,8 @@ def check_plan(
     if leaning := sum(is_refused(sample, plan) for sample in taken):
         findings.append(tilt_finding(leaning, len(taken)))
         taken = [sample for sample in taken if not is_refused(sample, plan)]
+    if uneven := sum(map(is_uneven, taken)):
+        findings.append(uneven_finding(uneven, len(taken)))
     parts: dict[str, int] = {}
     classes: dict[str, int] = {}
     cost: Cost | None = None

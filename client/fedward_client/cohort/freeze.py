@@ -281,6 +281,7 @@ class Item(Record):
     split: SplitName | None
     synthetic: bool
     tilted: bool = Field(default=False, description="whether the volume is of a leaning gantry")
+    uneven: bool = Field(default=False, description="whether its slices are resampled to even ones")
     image: Source
     mask: Source | None
 
@@ -327,8 +328,9 @@ def content_hash(cohort: CohortFile) -> str:
     if not cohort.images_are_patients:  # so that cohorts of older releases keep their hash
         del content["images_are_patients"]
     for item in content["items"]:
-        if not item["tilted"]:
-            del item["tilted"]
+        for name in ("tilted", "uneven"):
+            if not item[name]:
+                del item[name]
     content["files"] = {name: record.sha256 for name, record in cohort.files.items()}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -389,6 +391,7 @@ def _item(sample: Sample, place: int, recorder: Recorder, format: Format) -> Ite
         split=sample.split,
         synthetic=sample.columns.get("synthetic", "").lower() in ("yes", "true", "1"),
         tilted=is_tilted(sample),
+        uneven=is_uneven(sample),
         image=recorder.source(sample.load, place),
         mask=recorder.source(sample.mask, place) if sample.mask is not None else None,
     )
@@ -397,6 +400,11 @@ def _item(sample: Sample, place: int, recorder: Recorder, format: Format) -> Ite
 def is_tilted(sample: Sample) -> bool:
     """Whether a sample is a volume of a leaning gantry, which most plans leave out."""
     return sample.columns.get("tilted") == "yes"
+
+
+def is_uneven(sample: Sample) -> bool:
+    """Whether a sample is a volume whose slices are unevenly apart, and are resampled."""
+    return sample.columns.get("uneven") == "yes"
 
 
 def _record(index: Index, extract: Extractor, path: Path) -> FileRecord:
@@ -469,4 +477,5 @@ def counts(cohort: CohortFile, dataset: DatasetSection) -> dict[str, Any]:
         "images_by_class": {name: by_class[k] for k, name in enumerate(names)},
         "images_are_patients": cohort.per_image,
         "tilted": sum(item.tilted for item in cohort.items),
+        "uneven": sum(item.uneven for item in cohort.items),
     }

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fedward import rule_codes
 from fedward.errors import DataError
-from fedward_client.cohort.freeze import classes_of, is_tilted
+from fedward_client.cohort.freeze import classes_of, is_tilted, is_uneven
 from fedward_client.cohort.patient_key import FIX, PER_IMAGE
 from fedward_client.cohort.records import files_of
 from fedward_client.config import DatasetSection
@@ -222,6 +222,13 @@ def _of_series(found: Dataset, index: Index) -> list[Risk]:
             count=tilted,
             severity="low",
             fix="A plan leaves them out, or sets them upright (preprocessing.gantry_tilt)",
+        ),
+        Risk(
+            rule="the slices of a volume are evenly apart",
+            count=sum(map(is_uneven, found.samples)),
+            severity="low",
+            fix="They are resampled to their smallest distance; where slices are missing, "
+            "export the series again",
         ),
     ]
 

@@ -96,6 +96,8 @@ def cohort_table(counts: dict[str, Any]) -> Table:
         )
     if counts["tilted"]:
         rows["volumes of a leaning gantry"] = f"{counts['tilted']}; most plans leave them out"
+    if counts["uneven"]:
+        rows["volumes of uneven slices"] = f"{counts['uneven']}; resampled to even ones"
     if counts["images_are_patients"]:
         rows["high risk"] = "the data do not name the patient of every image; see the report"
     if empty := [name for name, n in counts["images_by_class"].items() if not n]:

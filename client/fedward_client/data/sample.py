@@ -62,6 +62,9 @@ class Image:
     region : tuple of slice or None
         Rows and columns of a 2D image that show the patient (DICOM ultrasound regions); what is
         around them is text and scales. The mask has the size of the whole image.
+    gap : float
+        The largest distance, mm, of slices that were unevenly apart; the volume has been resampled
+        to even ones already. Else 0.
     """
 
     pixels: NDArray[np.float32]
@@ -71,6 +74,7 @@ class Image:
     lookup: Lookup | None = None
     measured: bool = True
     region: tuple[slice, slice] | None = None
+    gap: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -71,5 +71,7 @@ def by_image(image: Image, plan: Plan) -> Iterator[tuple[str, bool]]:
         yield "the image is grey; the model is for ones in colour", False
     if image.tilt and prep.gantry_tilt == "refuse":
         yield f"a gantry tilt of {image.tilt:.3g}°; the plan takes upright volumes", True
+    if image.gap:
+        yield f"slices up to {image.gap:.3g} mm apart were resampled to even ones", False
     if len(shape) == plan.task.dimensions and (share := seen(shape, image.spacing, prep)) < _MIDDLE:
         yield f"the model sees the middle {share:.0%} of the image", False

@@ -34,7 +34,13 @@ from fedward_client.data.readers.dicom.series import (
     stacks,
 )
 from fedward_client.data.readers.images import Picture, is_picture
-from fedward_client.data.readers.nifti import NiftiImage, is_nifti, nifti_bytes, save_mask
+from fedward_client.data.readers.nifti import (
+    NiftiImage,
+    is_nifti,
+    nifti_bytes,
+    save_mask,
+    turned_back,
+)
 from fedward_client.data.sample import Image, LeftOut
 
 Mask = NDArray[np.uint8]
@@ -188,10 +194,12 @@ class DicomSource(Source):
         return np.stack(labels)
 
     def mask(self, labels: Sequence[Mask]) -> bytes:
+        made = self._geometry
+        if made is not None and made.gap:  # uneven slices have no affine; the resampled ones do
+            return nifti_bytes(turned_back(labels[0], made.affine), made.affine)
         planes = self.planes(labels)
-        if self._geometry is not None:
-            order = list(self._geometry.order)
-            return nifti_bytes(np.moveaxis(planes[order], 0, -1), self._geometry.scanned)
+        if made is not None:
+            return nifti_bytes(np.moveaxis(planes[list(made.order)], 0, -1), made.scanned)
         place = read_place(*self.used[0])
         affine = frame_affine(place)
         if affine is None:

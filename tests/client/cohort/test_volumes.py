@@ -109,6 +109,36 @@ def test_volumes_of_a_leaning_gantry_are_told_before_the_study(
     assert "gantry tilt" not in by_name and sum(made.patients.values()) == 4
 
 
+def test_volumes_of_uneven_slices_are_counted_and_kept(tmp_path, series, reading, make_plan):
+    series("P1", [0, 2, 4, 6])
+    series("P2", [0, 2, 4, 8])
+    series("P3", [0, 2, 4, 9.5])
+    label(tmp_path, "P1", "P2", "P3")
+    with reading(tmp_path / "site.toml") as work:
+        found = usable(work.dataset, work.index, work.extract)
+        report = make_report("chest", work.dataset, work.index, work.extract)
+        cohort = make_cohort("chest", work.dataset, found, work.index, work.extract)
+        told = counts(cohort, work.dataset)
+        state = work.site.site.state
+        assert load(save(cohort, state)).sha256 == cohort.sha256
+        frozen = open_cohort(work.site, "chest", secret=site_secret(state)).dataset.samples
+    assert report.left_out == {"slices uneven": 1}
+    (risk,) = [risk for risk in report.risks if "evenly" in risk.rule]
+    assert (risk.count, risk.severity) == (1, "low")
+    assert (told["images"], told["uneven"]) == (2, 1)
+    assert sorted(one.load().pixels.shape[-1] for one in frozen) == [4, 5]
+    one = make_plan(
+        task={"dimensions": 3, "classes": ["well", "sick"]},
+        preprocessing={"size": [8, 8, 8]},
+        split={"given": False},
+    )
+    made = check_plan(
+        "chest", "", work.dataset, frozen, [""] * 2, one, Room(tmp_path, "cpu"), measure=False
+    )
+    (slices,) = [f for f in made.findings if f.name == "slices"]
+    assert slices.found.startswith("1 of 2 volumes") and slices.status == "warn"
+
+
 @pytest.mark.parametrize("value", [0, 812])
 def test_empty_slices_are_no_pixels_that_patients_share(tmp_path, series, reading, value):
     empty = np.full((9, 8), value)

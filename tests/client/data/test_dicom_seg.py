@@ -215,6 +215,23 @@ def test_a_leaning_stack_and_its_segmentation_move_together(tmp_path, make_dicom
     np.testing.assert_array_equal(sample.mask(), expected_volume(moved))
 
 
+def test_a_segmentation_is_resampled_as_its_uneven_slices_are(tmp_path, make_dicom, volume_of):
+    heights = [0, 1, 2, 5, 9]
+    images, masks = write_ct(tmp_path / "ct", make_dicom), blobs()
+    write_seg(tmp_path / "s.dcm", images, masks, ["front", "back"])
+    for file in (*(tmp_path / "ct").glob("*"), tmp_path / "s.dcm"):
+        data = pydicom.dcmread(file)
+        groups = data.get("PerFrameFunctionalGroupsSequence")
+        for place in [group.PlanePositionSequence[0] for group in groups] if groups else [data]:
+            k = round((float(place.ImagePositionPatient[2]) - 40) / 2.5)
+            place.ImagePositionPatient[2] = 40 + heights[k]
+        data.save_as(file)
+    (sample,) = volume_of(tmp_path).samples
+    nearest = [0, 1, 2, 2, 3, 3, 3, 3, 4, 4]  # of 0 to 9 mm; the middle (7) falls to the lower one
+    np.testing.assert_array_equal(sample.mask(), expected_volume(masks[nearest]))
+    assert sample.load().pixels.shape[1:] == sample.mask().shape
+
+
 # --- wrong places and cut pixels: never an empty or made-up mask --------------------------------
 
 

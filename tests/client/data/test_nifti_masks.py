@@ -165,6 +165,29 @@ def test_the_mask_of_a_leaning_gantry_moves_with_the_slices(tmp_path, make_dicom
     assert refusal(sample) == "position of mask differs"
 
 
+def test_the_mask_of_uneven_slices_lies_on_their_resampled_volume(tmp_path, make_dicom, make_plan):
+    write(tmp_path / "images" / "s", make_dicom, "oblique")
+    (tmp_path / "images" / "s" / "2.dcm").unlink()  # heights of 0, 2.5, 7.5 and 10 mm
+    along, down = (np.array(v, float) for v in PLANES["oblique"])
+    place = np.eye(4)
+    place[:3, 0], place[:3, 1], place[:3, 2] = along * 0.75, down * 0.5, np.cross(along, down) * 2.5
+    place[:3, 3] = [-20, 15, 40]
+    place = np.diag([-1, -1, 1, 1.0]) @ place
+    drawn = np.random.default_rng(1).integers(0, 2, SHAPE[::-1], np.uint8)
+    (tmp_path / "masks").mkdir()
+    path = tmp_path / "masks" / "s.nii.gz"
+    nib.save(nib.Nifti1Image(drawn, place), path)
+    (sample,) = samples(tmp_path, make_plan, 3)
+    expected = np.asarray(nib.as_closest_canonical(nib.Nifti1Image(drawn, place)).dataobj)
+    np.testing.assert_array_equal(sample.mask(), expected)
+    assert sample.load().pixels.shape[1:] == expected.shape
+    # A slice of the mask for each of the images, evenly apart, lies nowhere near them.
+    place[:3, 2] *= 4 / 3
+    nib.save(nib.Nifti1Image(drawn[..., [0, 1, 3, 4]], place), path)
+    (sample,) = samples(tmp_path, make_plan, 3)
+    assert refusal(sample) == "shape of mask differs"
+
+
 def test_voxels_of_another_size_are_no_place_of_a_nifti_image(tmp_path, make_plan):
     """The same rule for NIfTI images: over forty voxels a fortieth more is a whole voxel."""
     for folder, size in (("images", 1.0), ("labels", 1.04)):

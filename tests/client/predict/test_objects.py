@@ -174,6 +174,35 @@ def test_a_mask_of_a_leaning_gantry_lies_in_the_slices_as_they_were_taken(
     np.testing.assert_array_equal(values, expected.transpose(1, 2, 0))
 
 
+def test_a_mask_of_uneven_slices_lies_on_even_ones_and_in_the_slices_as_they_were_taken(
+    tmp_path: Path, make_plan: Any, make_model: Any, ct: Any
+) -> None:
+    values = blobs()
+    folder = ct(tmp_path / "in", values)
+    for path in folder.iterdir():
+        if pydicom.dcmread(path).ImagePositionPatient[2] == 40 + 2.5 * 3:
+            path.unlink()
+    plan = make_plan("segmentation", (W, H, D), "CT", window=[-1024.0, 400.0], intensity="unit")
+    model = make_model(tmp_path / "m.safetensors", plan)
+    even = values - 1024.0
+    even[3] = (even[2] + even[4]) / 2
+    choice = prepared_choice(plan, model, even.transpose(2, 1, 0)[::-1, ::-1].copy())
+    choice = choice[::-1, ::-1].transpose(2, 1, 0)
+    told = run(model, folder, tmp_path / "out")
+    assert any("5 mm apart" in doubt for doubt in told["marks"])
+    mask = nib.load(tmp_path / "out" / told["files"]["mask"])
+    np.testing.assert_array_equal(np.asarray(mask.dataobj), choice.transpose(1, 2, 0))
+    np.testing.assert_allclose(mask.affine @ [3, 5, 3, 1], [20 - 0.9 * 5, -15 - 2.1, 47.5, 1])
+    seg = pydicom.dcmread(tmp_path / "out" / told["files"]["seg"])
+    for number in (1, 2):
+        places: Counter[tuple[float, ...]] = Counter()
+        for k, row, column in np.argwhere(choice == number):
+            if k != 3:
+                place = [-20 + 0.9 * column, 15 + 0.7 * row, 40 + 2.5 * k]
+                places[tuple(np.round(place, 2) + 0.0)] += 1
+        assert places and near(marked_places(seg, number), places)
+
+
 def dciodvfy(path: Path) -> str:
     program = shutil.which("dciodvfy")
     if program is None:

@@ -60,9 +60,9 @@ class PlacedNiftiMask:
     def _volume(self, places: Sequence[Place]) -> NDArray[np.uint8]:
         kept = apart(places)
         layout = geometry(kept, kept[0].spacing)
-        shape = (*kept[0].shape, len(kept))
+        shape = (*kept[0].shape, layout.depth)
         mask = Turned.to(self.path, layout.affine)
-        if not layout.tilt:
+        if not layout.tilt or layout.gap:  # no affine tells where uneven slices were scanned
             return self._upright(mask, layout, shape)
         try:  # as it was scanned; or on the volume that was set upright already
             values = mask.within(layout.scanned, shape)

@@ -179,7 +179,8 @@ def _laid_out(items: Iterator[Sample | str], group: Stack, task: Task) -> Iterat
             yield item
             continue
         found = layout(group)
-        more = {"tilted": "yes"} if found.tilt else {}
+        flags = {"tilted": found.tilt, "uneven": found.gap}
+        more = {name: "yes" for name, value in flags.items() if value}
         if found.step:
             more["slice_distance"] = f"{found.step:.3g}"
         load = DicomVolume(group.frames, found.repeated)

@@ -1,4 +1,4 @@
-"""Frames of a DICOM series as one volume: sorted, tilt-corrected, turned to RAS."""
+"""Frames of a DICOM series as one volume: sorted, tilt-corrected, evenly apart, turned to RAS."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ from fedward_client.data.sample import Image
 
 Vector = NDArray[np.float64]
 _UNEVEN: Final = 0.1  # of the usual distance of two slices
+_GAP: Final = (
+    5.0  # mm across which slices are interpolated: the thickness of a usual clinical slice
+)
+_STRETCHED: Final = 5  # times the smallest distance of two slices; likewise
+_HAIR: Final = 1e-3  # mm
+_PART: Final = 2  # digits of a step to which a slice's place between resampled ones counts
 _DECIMAL: Final = 0.1  # mm to which some scanners and exports write positions
 _FITTED: Final = 2.4  # of a rounding error that even heights may be off a line through them
 _ROUNDED: Final = 0.5  # of the usual distance of two slices is more than rounding
@@ -57,7 +63,11 @@ class Geometry:
     tilt : float
         Degrees between the stack of slices and their normal; 0 for an upright one.
     step : float
-        mm between slices along their normal.
+        mm between slices of the volume along their normal.
+    at : NDArray
+        ``(D,)`` each slice's place in the volume, in steps from the first.
+    gap : float
+        The largest distance, mm, of slices that are unevenly apart and so are resampled; else 0.
     """
 
     order: tuple[int, ...]
@@ -65,13 +75,20 @@ class Geometry:
     drift: Vector
     tilt: float
     step: float
+    at: Vector
+    gap: float = 0.0
+
+    @property
+    def depth(self) -> int:
+        """Slices of the volume."""
+        return round(float(self.at[-1])) + 1
 
     @property
     def scanned(self) -> Vector:
         """``(4, 4)``, voxel to RAS mm of the slices where the scanner took them, tilt included."""
         pushed = np.eye(4)
         pushed[:2, 3] = self.drift[0]
-        pushed[:2, 2] = (self.drift[-1] - self.drift[0]) / (len(self.drift) - 1)
+        pushed[:2, 2] = (self.drift[-1] - self.drift[0]) / (self.depth - 1)
         return np.asarray(self.affine @ pushed, np.float64)
 
     def volume(self, slices: Sequence[NDArray[Any]], *, labels: bool) -> tuple[Any, Any]:
@@ -79,15 +96,19 @@ class Geometry:
         ordered = [slices[k] for k in self.order]
         if self.tilt:
             ordered = [_moved(s, d, labels) for s, d in zip(ordered, self.drift, strict=True)]
+        if self.gap:
+            ordered = _even(ordered, self.at, labels)
         turned = oriented_volume(np.stack(ordered, axis=-1), self.affine)
         return turned[0], turned[1]
 
     def slices(self, labels: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
         """The inverse for labels: ``(x, y, z)`` in RAS to ``(H, W)`` of each frame, in its order.
 
-        Slices of a leaning gantry move back to where they were taken, by the nearest pixel.
+        Slices of a leaning gantry move back to where they were taken, by the nearest pixel; one of
+        a resampled volume is the nearest of that volume.
         """
-        ordered = list(np.moveaxis(turned_back(labels, self.affine), -1, 0))
+        turned = np.moveaxis(turned_back(labels, self.affine), -1, 0)
+        ordered = [turned[k] for k in np.rint(self.at).astype(int)]
         if self.tilt:
             ordered = [_moved_back(s, d) for s, d in zip(ordered, self.drift, strict=True)]
         found = dict(zip(self.order, ordered, strict=True))
@@ -125,12 +146,17 @@ def arranged(frames: Sequence[Frame]) -> tuple[Image, tuple[int, ...], Geometry]
     pixels = np.ascontiguousarray(np.stack([t[0] for t in turned]), np.float32)
     middle = kept[place.order[len(kept) // 2]]
     one = middle.image
-    image = Image(pixels, turned[0][1], one.window, place.tilt, one.lookup, one.measured)
+    image = Image(
+        pixels, turned[0][1], one.window, place.tilt, one.lookup, one.measured, gap=place.gap
+    )
     return image, tuple(numbers), place
 
 
 def geometry(frames: Sequence[Placed], spacing: tuple[float, ...]) -> Geometry:
     """Order slices by their position along the normal, never by instance number.
+
+    Slices that are unevenly apart (by more than 10 %, or than what one decimal leaves out) are to
+    be resampled to their smallest distance, unless a gap is too wide to be interpolated.
 
     Parameters
     ----------
@@ -144,7 +170,8 @@ def geometry(frames: Sequence[Placed], spacing: tuple[float, ...]) -> Geometry:
     DataError
         "shape does not fit the task": fewer than two slices, or some that do not say where they
         lie or lie in another plane; "duplicate slices": two in one place; "slices missing": a gap
-        of whole slices; "slices uneven": any other distance (10 %, or what one decimal leaves out).
+        of whole slices that is wider than 5 mm, or than five times the smallest distance; "slices
+        uneven": any other such gap.
     """
     along, corners = frames[0].orientation, [f.position for f in frames]
     if len(frames) < 2 or along is None or not all(_alike(f, along) for f in frames):
@@ -154,15 +181,20 @@ def geometry(frames: Sequence[Placed], spacing: tuple[float, ...]) -> Geometry:
     heights = places @ normal
     order = np.argsort(heights, kind="stable")
     steps = np.diff(heights[order])
-    _check_steps(steps, _rounding(places, normal))
+    even = _are_even(steps, _rounding(places, normal))
     aside = (places[order] - places[order].mean(axis=0)) @ np.stack([along[1], along[0]]).T
     tilt = _tilt(aside, steps, spacing)
     corner = places[order[0]]
     if tilt:  # the upright stack stands over the middle of the tilted one
         corner = corner - aside[0] @ np.stack([along[1], along[0]])
-    step = float(np.mean(steps))
+    count = len(steps) if even else round(float(steps.sum() / steps.min()))
+    step = float(steps.sum() / count)
+    at = np.arange(len(order), dtype=np.float64)
+    if not even:
+        at = np.round((heights[order] - heights[order[0]]) / step, _PART)
     affine, drift = _affine(corner, along, normal, step, spacing), aside / np.array(spacing[:2])
-    return Geometry(tuple(int(k) for k in order), affine, drift, tilt, step)
+    gap = 0.0 if even else float(steps.max())
+    return Geometry(tuple(int(k) for k in order), affine, drift, tilt, step, at, gap)
 
 
 def frame_affine(place: Place) -> Vector | None:
@@ -219,17 +251,20 @@ def _rounding(places: Vector, normal: Vector) -> float:
     return float(_DECIMAL / 2 * np.abs(normal).sum()) if written else 0.0
 
 
-def _check_steps(steps: Vector, rounding: float) -> None:
+def _are_even(steps: Vector, rounding: float) -> bool:
+    """Whether slices are evenly apart; a gap that is too wide to be interpolated is refused."""
     usual = float(np.median(steps))
     if steps.min() <= 0.01 * max(usual, 1e-3):
         raise rule_codes.unusable(rule_codes.DUPLICATE_SLICES)
     parts = steps / steps.min()
     if np.ptp(steps) <= _UNEVEN * usual:
-        return
+        return True
     heights, numbers = np.concatenate([[0.0], np.cumsum(steps)]), np.arange(len(steps) + 1.0)
     off = np.ptp(heights - np.polyval(np.polyfit(numbers, heights, 1), numbers))
     if off <= _FITTED * rounding and 2 * rounding <= _ROUNDED * usual:
-        return
+        return True
+    if steps.max() <= min(_GAP, _STRETCHED * steps.min()) + _HAIR:
+        return False
     whole = np.abs(parts - np.round(parts)).max() <= _UNEVEN
     raise rule_codes.unusable(rule_codes.INCOMPLETE if whole else rule_codes.UNEVEN)
 
@@ -240,6 +275,21 @@ def _tilt(aside: Vector, steps: Vector, spacing: tuple[float, ...]) -> float:
     if np.abs(way / np.array(spacing[:2])).max() <= _TILT:
         return 0.0
     return float(np.degrees(np.arctan2(np.linalg.norm(way), steps.sum())))
+
+
+def _even(slices: Sequence[NDArray[Any]], at: Vector, labels: bool) -> list[NDArray[Any]]:
+    """Slices at whole steps: between their two neighbours linearly, labels those of the nearer."""
+    made = []
+    for k in range(round(float(at[-1])) + 1):
+        after = int(np.searchsorted(at, k))
+        if at[after] == k:
+            made.append(slices[after])
+            continue
+        share = float((k - at[after - 1]) / (at[after] - at[after - 1]))
+        below, above = slices[after - 1], slices[after]
+        near = below if share <= 0.5 else above
+        made.append(near if labels else (1 - share) * below + share * above)
+    return made
 
 
 def _moved(values: NDArray[Any], by: Vector, labels: bool) -> NDArray[Any]:
@@ -549,7 +599,9 @@ class Layout:
     tilt : float
         Degrees; 0 for an upright one.
     step : float
-        mm between slices; 0 where headers do not tell.
+        mm between slices of the volume; 0 where headers do not tell.
+    gap : float
+        As in :class:`Geometry`.
     repeated : tuple
         Frames that lie in one place, place by place; a volume they make only if they are the same.
     """
@@ -557,6 +609,7 @@ class Layout:
     reason: str = ""
     tilt: float = 0.0
     step: float = 0.0
+    gap: float = 0.0
     repeated: tuple[Frames, ...] = ()
 
 
@@ -583,7 +636,7 @@ def layout(stack: Stack) -> Layout:
         if len(at) == 1 < len(places):
             return Layout(repeated=found)
         made = geometry([places[numbers[0]] for numbers in at], places[0].spacing)
-        return Layout(tilt=made.tilt, step=made.step, repeated=found)
+        return Layout(tilt=made.tilt, step=made.step, gap=made.gap, repeated=found)
     except DataError as error:
         return Layout(rule_codes.reason_of(error))
 
