@@ -52,6 +52,9 @@ LINKED: Final = "linked folder"
 HIDDEN: Final = "hidden"
 DECODER_FAILED: Final = "decoder failed"
 OTHER_FORMAT: Final = "other format"
+VALUE_MISSING: Final = "value missing in table"
+VALUE_RANGE: Final = "value outside the plan's range"
+VALUE_UNKNOWN: Final = "unknown value in table"
 
 REASONS: Final = frozenset(
     {
@@ -95,6 +98,9 @@ REASONS: Final = frozenset(
         HIDDEN,
         DECODER_FAILED,
         OTHER_FORMAT,
+        VALUE_MISSING,
+        VALUE_RANGE,
+        VALUE_UNKNOWN,
     }
 )
 
@@ -457,6 +463,12 @@ class RuleCode(Enum):
         "feature_centering needs a chain of layers that ends in a linear one",
         "model.feature_centering",
     )
+    TABLE_HEAD = ("a table needs a chain of layers that ends in a linear one", "table")
+    TABLE_COLUMN = (
+        "the table of labels must have the plan's columns",
+        "table, column {column:count}",
+    )
+    TABLE_UNIT = ("a column must have the plan's unit", "table, column {column:count}")
 
     # measuring
     PROBABILITIES = ("probabilities must lie in 0 to 1",)

@@ -16,12 +16,14 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from fedward.config_section import DatasetName, Place, Section, validate_config
 from fedward.errors import ConfigError, FedwardError, together
 from fedward.plan.messages import lines, schema_errors, validated
-from fedward.plan.schema import Task, TaskKind
+from fedward.plan.schema import ColumnName, Task, TaskKind
 from fedward.protocol import SITE_NAME
 from fedward.tasks.registry import TASKS, kinds_of
 from fedward_client.data.options import (
+    ColumnSection,
     DeidentificationSection,
     ImageSection,
+    LabelOptions,
     LabelSection,
     MaskSection,
     PatientSection,
@@ -190,7 +192,16 @@ class DatasetSection(Section):
         default=DeidentificationSection(), description="DICOM images that are not de-identified"
     )
     labels: LabelSection = Field(default=LabelSection(), description="the table of labels")
+    table: dict[ColumnName, ColumnSection] = Field(
+        default={},
+        description="columns of the table of labels that studies may read beside the images, by "
+        "the plan's name for each; a frozen cohort keeps their values, which stay at the site",
+    )
     masks: MaskSection = Field(default=MaskSection(), description="segments and regions")
+
+    def label_options(self) -> LabelOptions:
+        """How the table of labels is read, for a reader."""
+        return self.labels.options(self.table)
 
     def image_options(self) -> ImageOptions:
         """Which DICOM images are taken, for a reader."""
@@ -418,6 +429,10 @@ def _broken(dataset: DatasetSection) -> Iterator[tuple[str, str, str]]:
     named = LabelSection(patient_column=dataset.labels.patient_column)  # serves `patients.csv`
     if spec.target != "labels" and dataset.labels != named:
         yield "labels", f"labels belong to {kinds_of('labels')}", "Remove the section"
+    if spec.target != "labels" and dataset.table:
+        yield "table", f"columns belong to {kinds_of('labels')}", "Remove the section"
+    if len({name.casefold() for name in dataset.table}) != len(dataset.table):
+        yield "table", "a column must be listed once, in whatever case", "Remove one"
     yield from dataset.labels.broken(dataset.classes, dataset.multi_label)
     yield from dataset.masks.broken(dataset.classes)
     if "any" in dataset.modality and len(dataset.modality) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+import torch
 from monai.networks.nets import DenseNet, EfficientNet, ResNet
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -35,6 +36,25 @@ class Chain(nn.Module):
         return x
 
 
+class TableJoin(nn.Module):
+    """Puts the row of a table behind each image's features."""
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        """``(N, d)`` and ``(N, t)`` to ``(N, d + t)``."""
+        return torch.cat((x, table.to(x.dtype)), dim=1)
+
+
+class TableChain(Chain):
+    """A chain with a :class:`TableJoin` among its blocks, which takes a table beside the images."""
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:  # type: ignore[override]
+        """``(N, C, *S)`` and ``(N, t)`` to what the last block makes of them."""
+        for path in self.order:
+            block = self.get_submodule(path)
+            x = block(x, table) if isinstance(block, TableJoin) else block(x)
+        return x
+
+
 def _place(root: nn.Module, path: str, module: nn.Module) -> None:
     *parents, name = path.split(".")
     for parent in parents:
@@ -63,7 +83,8 @@ def split_at_trainable(
         under ``torch.no_grad()``. None where there is none, or where the model does not divide
         (the U-Nets: their skips reach over any cut).
     suffix : nn.Module
-        The rest, with ``suffix(prefix(x)) == model(x)``. It shares its parameters with the model
+        The rest, with ``suffix(prefix(x)) == model(x)``, and with the same table where the model
+        takes one. It shares its parameters with the model
         and names them alike; the model itself where there is no prefix.
     """
     # The mean of the features is measured once; what lies before it is the same in all rounds.
@@ -73,13 +94,16 @@ def split_at_trainable(
     useful = any(True for _, block in steps[:cut] for _ in block.parameters())
     if not useful or cut == len(steps):
         return None, model
-    prefix, suffix = Chain(steps[:cut]), Chain(steps[cut:])
+    rest = TableChain if isinstance(model, TableChain) else Chain
+    prefix, suffix = Chain(steps[:cut]), rest(steps[cut:])
     prefix.train(model.training)
     return prefix, suffix.train(model.training)
 
 
 def _alive(step: tuple[str, nn.Module], trainable: set[str]) -> bool:
     path, block = step
+    if isinstance(block, TableJoin):  # what lies behind it depends on more than the image
+        return True
     if any(f"{path}.{name}" in trainable for name in block.state_dict()):
         return True
     return any(isinstance(m, _DropoutNd) and m.p > 0 for m in block.modules())

@@ -11,6 +11,7 @@ from torch import nn
 from fedward.dp.layers import unknown_layers
 from fedward.errors import PlanError
 from fedward.models.centering import with_centering
+from fedward.models.table_head import with_table
 from fedward.networks import MODELS
 from fedward.plan.schema import Plan
 from fedward.rule_codes import RuleCode
@@ -61,9 +62,25 @@ def _outline(plan_json: str) -> nn.Module:
         return _built(plan)
 
 
+def example_inputs(plan: Plan, count: int, device: str = "cpu") -> tuple[torch.Tensor, ...]:
+    """Empty inputs of the plan's network.
+
+    Returns
+    -------
+    tuple of Tensor
+        Images ``(count, C, *size)``, and the rows ``(count, width)`` of a table where it reads one.
+    """
+    prep = plan.preprocessing
+    images = torch.empty((count, prep.channels, *prep.size), device=device)
+    if plan.table is None:
+        return (images,)
+    return images, torch.empty((count, plan.table.width), device=device)
+
+
 def _built(plan: Plan) -> nn.Module:
     model = MODELS[plan.model.name].build(plan)
-    return with_centering(model) if plan.model.feature_centering else model
+    model = with_centering(model) if plan.model.feature_centering else model
+    return with_table(model, plan.table) if plan.table is not None else model
 
 
 def _check_size(plan: Plan) -> None:
@@ -82,9 +99,8 @@ def _check_size(plan: Plan) -> None:
 @lru_cache(maxsize=64)  # a simulation builds one plan's model for every site
 def _output_shape(plan_json: str) -> tuple[int, ...] | None:
     plan = Plan.model_validate_json(plan_json)
-    shape = (2, plan.preprocessing.channels, *plan.preprocessing.size)
     try:
-        return tuple(outline(plan)(torch.empty(shape, device="meta")).shape)
+        return tuple(outline(plan)(*example_inputs(plan, 2, "meta")).shape)
     except (RuntimeError, ValueError):
         return None
 

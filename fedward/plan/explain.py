@@ -10,7 +10,15 @@ from fedward.compression import METHODS
 from fedward.networks import MODELS
 from fedward.plan.image_filter import ATTRIBUTES
 from fedward.plan.load import plan_hash, schema_needed
-from fedward.plan.schema import CENTERING_STEPS, Compression, Patch, Plan, Stage
+from fedward.plan.schema import (
+    CENTERING_STEPS,
+    Column,
+    Compression,
+    Patch,
+    Plan,
+    Stage,
+    TableInput,
+)
 from fedward.plan.versions import used
 
 _LABEL, _WIDTH = 15, 100
@@ -75,6 +83,8 @@ def _parts(
     yield "Prepares", _preprocessing(plan)
     if plan.preprocessing.patch is not None:
         yield "Patches", _patches(plan)
+    if plan.table is not None:
+        yield "Reads", _table(plan.table)
     if plan.preprocessing.augmentation.active:
         yield "Augments", _augmentation(plan)
     yield "Model", _model(plan, parameters)
@@ -149,6 +159,28 @@ def _preprocessing(plan: Plan) -> str:
         low, high = prep.percentiles
         steps.append(f"percentiles {low:g} to {high:g} of each image kept")
     return "; ".join([*steps, _INTENSITY[prep.intensity]])
+
+
+def column_words(column: Column) -> str:
+    """A column of the table beside the images, in words."""
+    if column.range is not None:
+        unit = f" {column.unit}" if column.unit else ""
+        what = f"{column.range[0]:g} to {column.range[1]:g}{unit}"
+    else:
+        what = f"one of {_listed(column.values)}"
+    return f"{column.name} ({what}{', may be missing' if column.missing else ''})"
+
+
+def _table(table: TableInput) -> str:
+    hidden = "the last layer reads"
+    if table.hidden is not None:
+        hidden = f"a layer of {table.hidden} with a ReLU reads"
+    columns = "; ".join(map(column_words, table.column))
+    return (
+        f"beside each image from the site's table: {columns}; {hidden} these with the image's "
+        "features. An image with another value, or without one that may not be missing, is left "
+        "out. The values stay at the site"
+    )
 
 
 def _patches(plan: Plan) -> str:

@@ -35,6 +35,7 @@ def _broken(plan: Plan) -> Iterator[tuple[str, str]]:
     yield from _model_rules(plan)
     yield from _stage_rules(plan)
     yield from _centering_rules(plan)
+    yield from _table_rules(plan)
     yield from _strategy_rules(plan)
     yield from _compression_rules(plan)
     yield from _participation_rules(plan)
@@ -167,6 +168,17 @@ def _centering_rules(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "stages", f"the round that measures the mean is called {CENTERING}; rename the stage"
 
 
+def _table_rules(plan: Plan) -> Iterator[tuple[str, str]]:
+    if plan.table is None:
+        return
+    if plan.task.spec.dense:
+        yield (
+            "table",
+            f"a table joins the one feature vector of an image, which {plan.task.kind} has not; "
+            "remove it",
+        )
+
+
 def _strategy_rules(plan: Plan) -> Iterator[tuple[str, str]]:
     spec = plan.strategy.spec
     yield from spec.broken(plan.strategy.settings)
@@ -272,6 +284,7 @@ LearningRate = Annotated[float, Field(gt=0, le=1e6)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Pattern = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.*?!\[\]-]+$")]
+ColumnName = Annotated[str, Field(pattern=r"^[^\s|;,]{1}(?:[^|;,\r\n\t]{0,62}[^\s|;,]{1})?$")]
 ClassName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _+/-]{0,63}$")]
 
 if TYPE_CHECKING:
@@ -534,6 +547,88 @@ class Preprocessing(Section):
                 "preprocessing.channels",
                 "intensity `imagenet` needs three channels; set channels = 3",
             )
+
+
+class Column(Section):
+    """One column of the table beside the images."""
+
+    name: ColumnName = Field(description="what the site's table of labels calls it, in any case")
+    kind: Literal["number", "category"] = Field(
+        description="`number`: the middle of `range` becomes 0, its ends −1 and 1; `category`: an "
+        "input for each of `values`, 1 where it is the value and 0 elsewhere"
+    )
+    unit: str = Field(
+        default="", max_length=32, description="of a `number`; a site whose unit differs is refused"
+    )
+    range: tuple[float, float] | None = Field(
+        default=None,
+        description="`number`: lowest and highest value; an image whose value lies outside is left "
+        "out, and counted",
+    )
+    values: tuple[ColumnName, ...] = Field(
+        default=(),
+        max_length=256,
+        description="`category`: what may stand there, in any case; an image with another value is "
+        "left out, and counted",
+    )
+    missing: bool = Field(
+        default=False,
+        description="whether the value may be missing: then the column has one more input, which "
+        "is 1 where it is missing, and the others are 0; without it the image is left out",
+    )
+
+    @property
+    def width(self) -> int:
+        """Inputs of the network that it becomes."""
+        return (len(self.values) or 1) + self.missing
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        """Rules between its keys that are broken, as :meth:`Section._broken` tells them."""
+        number = self.kind == "number"
+        if number and self.range is None:
+            yield "range", "a number needs a range; add it"
+        if self.range is not None and not self.range[0] < self.range[1]:
+            yield "range", "range must rise from low to high; swap its two values"
+        if number and self.values:
+            yield "values", "values belong to a category; remove them"
+        if not number and len(self.values) < 2:
+            yield "values", "a category needs two values or more; add them"
+        if not number and self.range is not None:
+            yield "range", "a range belongs to a number; remove it"
+        if not number and self.unit:
+            yield "unit", "a unit belongs to a number; remove it"
+        if len({one.casefold() for one in self.values}) != len(self.values):
+            yield "values", "values must differ, in whatever case; name each once"
+
+
+class TableInput(Section):
+    """A table beside the images: what is known of each, as a second input of the network.
+
+    The head reads the pooled features of the image and the columns, in the order in which they
+    stand here.
+    """
+
+    hidden: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="width of a layer with a ReLU before the last one, which lets columns and "
+        "features act on each other; none: the last layer reads both",
+    )
+    column: tuple[Column, ...] = Field(
+        min_length=1, max_length=64, description="the columns, `[[table.column]]`"
+    )
+
+    @property
+    def width(self) -> int:
+        """Inputs of the network that the columns become."""
+        return sum(one.width for one in self.column)
+
+    def _broken(self) -> Iterator[tuple[str, str]]:
+        for place, column in enumerate(self.column):
+            yield from ((f"table.column.{place}.{key}", rule) for key, rule in column.rules())
+        if len({one.name.casefold() for one in self.column}) != len(self.column):
+            yield "table.column", "names must differ, in whatever case; rename one"
 
 
 class Split(Section):
@@ -949,6 +1044,9 @@ class Plan(Section):
     task: Task
     images: Annotated[Images, Since(2)] = Field(default=Images())
     preprocessing: Preprocessing
+    table: Annotated[TableInput | None, Since(2)] = Field(
+        default=None, description="what a table says of each image; none: the image alone"
+    )
     split: Split = Field(default=Split())
     model: Model
     training: Training

@@ -68,7 +68,7 @@ def read(options: Options, how: Partition, task: Task) -> Dataset:
 def _spec(data: Path, options: Options, how: Partition) -> DatasetSpec:
     sites: Literal["none", "folders"] = "folders" if how.kind == "folders" else "none"
     own = options.dataset
-    labels = own.labels.options() if own else LabelOptions()
+    labels = own.label_options() if own else LabelOptions()
     if options.patient_column:
         labels = replace(labels, patient_column=options.patient_column)
     if own is None:

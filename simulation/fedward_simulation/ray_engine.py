@@ -95,6 +95,8 @@ def store_sites(sites: Sequence[PreparedSite], folder: Path) -> None:
             save(target / "truth.npy", volumes.truth)
             np.savez(target / "volumes.npz", sides=volumes.sides, marked=volumes.marked)
         facts: dict[str, Any] = {f"split_{part}": site.split[part] for part in SPLITS}
+        if site.table is not None:
+            facts["table"] = site.table
         np.savez(
             target / "rest.npz",
             targets=site.targets if volumes is None else np.empty(0),
@@ -127,6 +129,7 @@ def load_site(folder: Path, name: str) -> PreparedSite:
             synthetic=bool(rest["synthetic"]),
             images_are_patients=bool(rest["images_are_patients"]),
             volumes=volumes,
+            table=rest.get("table"),
         )
 
 

@@ -16,7 +16,7 @@ from fedward.plan.load import plan_hash
 from fedward.plan.schema import Plan
 from fedward.tasks.base import Counts
 from fedward.tasks.registry import counts_from_arrays
-from fedward_client.data.sample import SPLITS, PreparedSite
+from fedward_client.data.sample import SPLITS, PreparedSite, joined_tables
 from fedward_client.data.volumes import joined, let_go
 from fedward_client.egress.disclosure import release
 from fedward_client.egress.gate import Gate
@@ -153,17 +153,20 @@ def pool_sites(sites: Sequence[PreparedSite], name: str = "pooled") -> PreparedS
         spacing=np.concatenate([site.spacing for site in sites]),
         synthetic=any(site.synthetic for site in sites),
         images_are_patients=any(site.images_are_patients for site in sites),
+        table=joined_tables([site.table for site in sites]),
         volumes=joined([site.volumes for site in sites if site.volumes is not None]),
     )
 
 
 def digest_of_sites(sites: Sequence[PreparedSite]) -> str:
-    """SHA-256 over the sites' images, targets, patients and divisions."""
+    """SHA-256 over the sites' images, targets, patients, divisions and tables."""
     total = hashlib.sha256()
     for site in sites:
         total.update(f"{site.name}:{site.images.shape}".encode())
-        parts = (site.images, site.targets, site.patients, *site.split.values())
+        parts = (site.images, site.targets, site.patients, *site.split.values(), site.table)
         for array in parts:
+            if array is None:
+                continue
             for one in array if array.dtype == object else (array,):
                 total.update(np.ascontiguousarray(one).data)
             let_go(array)

@@ -21,6 +21,8 @@ _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("[preprocessing]", schema.Preprocessing),
     ("[preprocessing.patch]", schema.Patch),
     ("[preprocessing.augmentation]", schema.Augmentation),
+    ("[table]", schema.TableInput),
+    ("[[table.column]]", schema.Column),
     ("[split]", schema.Split),
     ("[model]", schema.Model),
     ("[model.initial_weights]", schema.InitialWeights),
@@ -71,6 +73,10 @@ Task and preprocessing
   `preprocessing.size` is then the size of a patch. `flips` has `"depth"` only with
   `task.dimensions = 3`.
 - `preprocessing.augmentation.flip` has `"depth"` only with `task.dimensions = 3`.
+- `[table]` is for classification, with a network whose last layer is a linear one. A `number` has
+  a `range`, a `category` two `values` or more. Names of columns differ, and so do values, in
+  whatever case. `?`, `-`, `na`, `n/a`, `nan`, `null`, `none`, `unknown` and an empty cell mean that
+  the value is missing, unless `values` list them.
 - `split.validation` and `split.test` together are below 1.
 
 Model

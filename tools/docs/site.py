@@ -10,6 +10,7 @@ from fedward_client.config import (
     TrainerSection,
 )
 from fedward_client.data.options import (
+    ColumnSection,
     DeidentificationSection,
     ImageSection,
     LabelSection,
@@ -56,6 +57,7 @@ def page() -> str:
             DeidentificationSection,
         ),
         ("Label section", "[datasets.NAME.labels]", LabelSection),
+        ("Column section", "[datasets.NAME.table.COLUMN]", ColumnSection),
         ("Mask section", "[datasets.NAME.masks]", MaskSection),
         ("Server section", "[server]", ServerSection),
         ("Trainer section", "[trainer]", TrainerSection),

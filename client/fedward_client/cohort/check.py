@@ -25,9 +25,9 @@ from fedward.dp.accounting import (
 )
 from fedward.errors import DataError, ModelError, PlanError, PrivacyError
 from fedward.models import build_model, describe, to_arrays, trainable_names
-from fedward.models.registry import outline
+from fedward.models.registry import example_inputs, outline
 from fedward.plan.load import canonical, plan_hash
-from fedward.plan.schema import Patch, Plan, Privacy, Stage, Task
+from fedward.plan.schema import Column, Patch, Plan, Privacy, Stage, TableInput, Task
 from fedward.protocol import RoundOrder
 from fedward.rule_codes import MASK_SHAPE
 from fedward_client.cohort.finding import Finding, Status, finding
@@ -39,6 +39,7 @@ from fedward_client.config import DatasetSection
 from fedward_client.data.prepare import prepared_bytes
 from fedward_client.data.sample import LeftOut, Sample, unnamed
 from fedward_client.data.split import split_by_patient
+from fedward_client.data.table_rows import Cells, absent_columns, outcomes
 from fedward_client.training.device import choose_device
 from fedward_client.training.runtime import Runtime
 from fedward_client.training.trainer import Trainer
@@ -178,11 +179,11 @@ def activation_bytes(plan: Plan, in_step: int) -> int:
         trained = trainable_names(model, stage.train)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
-        kept = max(kept, _kept(model, (2, plan.preprocessing.channels, *plan.preprocessing.size)))
+        kept = max(kept, _kept(model, example_inputs(plan, 2, "meta")))
     return (2 if plan.privacy.on else 1) * at_once * kept // 2
 
 
-def _kept(model: nn.Module, shape: tuple[int, ...]) -> int:
+def _kept(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> int:
     """Bytes of the tensors that a forward pass of a model on the ``meta`` device keeps."""
     sizes: dict[int, int] = {}
     storages = []  # else the next tensor may be told by the number of one that is gone
@@ -193,7 +194,7 @@ def _kept(model: nn.Module, shape: tuple[int, ...]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(torch.empty(shape, device="meta"))
+        model(*inputs)
     for parameter in model.parameters():
         sizes.pop(parameter.untyped_storage()._cdata, None)
     return sum(sizes.values())
@@ -375,6 +376,43 @@ def task_findings(ours: Task, plan: Plan) -> Iterator[Finding]:
         fix = "Put the classes in site.toml into the plan's order"
     found = f"the dataset has {', '.join(ours.classes)}; the plan {', '.join(theirs.classes)}"
     yield finding("classes", "pass" if names[0] == names[1] else "fail", found, fix)
+
+
+def table_findings(
+    table: TableInput, dataset: DatasetSection, samples: Sequence[Sample]
+) -> Iterator[Finding]:
+    """What the site's table says in each of the plan's columns."""
+    cells = [sample.columns for sample in samples]
+    declared = {name.casefold(): one for name, one in dataset.table.items()}
+    for column in table.column:
+        name = f"column {column.name}"
+        own = declared.get(column.name.casefold())
+        if own is None:
+            fix = f"Add [datasets.NAME.table.{column.name}] to site.toml, then freeze again"
+            yield finding(name, "fail", "the dataset does not give it to studies", fix)
+        elif own.unit and own.unit != column.unit:
+            found = f"here it is in {own.unit}; the plan wants {column.unit or 'no unit'}"
+            fix = "Convert the column, correct its unit in site.toml, or ask for another plan"
+            yield finding(name, "fail", found, fix)
+        elif absent_columns(TableInput(column=(column,)), cells):
+            yield finding(name, "fail", "the frozen cohort has none", "Freeze the dataset again")
+        else:
+            yield _column_finding(name, column, own.unit, cells)
+
+
+def _column_finding(name: str, column: Column, unit: str, cells: Sequence[Cells]) -> Finding:
+    counts = outcomes(column, cells)
+    used = counts["given"] + counts["missing"]
+    lost = len(cells) - used
+    listed = ", ".join(f"{word}: {n}" for word, n in sorted(counts.items()))
+    if not used:
+        return finding(name, "fail", listed, "Compare words, unit and range with the plan's")
+    if lost:
+        return finding(name, "warn", listed, f"{lost} images are left out; see words and range")
+    if column.unit and not unit:
+        fix = f"State the unit of the column in site.toml; the plan's is {column.unit}"
+        return finding(name, "warn", f"{listed}; the site states no unit", fix)
+    return finding(name, "pass", listed, "")
 
 
 def model_finding(plan: Plan) -> Finding:
@@ -673,6 +711,8 @@ def check_plan(
         Samples that say of themselves what identifies a patient, by reason.
     """
     findings = [*task_findings(dataset.as_task(), plan), model_finding(plan)]
+    if plan.table is not None:
+        findings += table_findings(plan.table, dataset, samples)
     fits = all(one.status != "fail" for one in findings)
     taken = _of_modality(samples, modalities, plan)
     findings.append(sample_finding(len(samples)))

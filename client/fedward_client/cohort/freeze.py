@@ -202,7 +202,7 @@ def _rows_without_image(dataset: DatasetSection, index: Index, extract: Extracto
     """Rows of a DICOM label table whose key no indexed image has; other readers tell themselves."""
     if extract.format != "dicom" or dataset.as_task().has_masks:
         return 0
-    rows = label_table(dataset.root, dataset.as_task(), dataset.labels.options())
+    rows = label_table(dataset.root, dataset.as_task(), dataset.label_options())
     if rows is None:
         return 0
     column = _COLUMNS.get(rows.column)
@@ -222,7 +222,7 @@ def _read(dataset: DatasetSection, listen: Listen) -> Dataset:
         dataset.format,
         masks=dataset.masks.options(),
         patients=dataset.patients.options(),
-        labels=dataset.labels.options(),
+        labels=dataset.label_options(),
         images=dataset.image_options(),
         listen=listen,
     )
@@ -282,6 +282,9 @@ class Item(Record):
     synthetic: bool
     tilted: bool = Field(default=False, description="whether the volume is of a leaning gantry")
     uneven: bool = Field(default=False, description="whether its slices are resampled to even ones")
+    columns: dict[str, str] = Field(
+        default={}, description="what the site lets studies read beside the image"
+    )
     image: Source
     mask: Source | None
 
@@ -328,7 +331,7 @@ def content_hash(cohort: CohortFile) -> str:
     if not cohort.images_are_patients:  # so that cohorts of older releases keep their hash
         del content["images_are_patients"]
     for item in content["items"]:
-        for name in ("tilted", "uneven"):
+        for name in ("tilted", "uneven", "columns"):
             if not item[name]:
                 del item[name]
     content["files"] = {name: record.sha256 for name, record in cohort.files.items()}
@@ -365,7 +368,8 @@ def make_cohort(
     hashed = Pseudonyms(extract.secret)
     recorder = Recorder(extract.name, extract.root, hashed)
     items = [
-        _item(sample, place, recorder, extract.format) for place, sample in enumerate(found.samples)
+        _item(sample, place, recorder, extract.format, tuple(dataset.table))
+        for place, sample in enumerate(found.samples)
     ]
     paths = sorted({path for s in found.samples for path in files_of(s, extract.root)})
     cohort = CohortFile(
@@ -382,7 +386,9 @@ def make_cohort(
     return cohort.model_copy(update={"sha256": content_hash(cohort)})
 
 
-def _item(sample: Sample, place: int, recorder: Recorder, format: Format) -> Item:
+def _item(
+    sample: Sample, place: int, recorder: Recorder, format: Format, beside: Sequence[str]
+) -> Item:
     # As the index hashes them: issuer and id apart.
     parts = sample.patient.split("\\", 1) if READERS[format].issuers else [sample.patient]
     return Item(
@@ -392,6 +398,7 @@ def _item(sample: Sample, place: int, recorder: Recorder, format: Format) -> Ite
         synthetic=sample.columns.get("synthetic", "").lower() in ("yes", "true", "1"),
         tilted=is_tilted(sample),
         uneven=is_uneven(sample),
+        columns={name: sample.columns.get(name, "") for name in beside},
         image=recorder.source(sample.load, place),
         mask=recorder.source(sample.mask, place) if sample.mask is not None else None,
     )

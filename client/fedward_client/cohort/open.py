@@ -357,6 +357,7 @@ def _sample(item: Item, restorer: Restorer, patient_known: bool) -> Sample:
         item.label,
         mask=restorer.mask(item.mask) if item.mask is not None else None,
         split=item.split,
-        columns={name: "yes" for name in ("synthetic", "tilted", "uneven") if getattr(item, name)},
+        columns=item.columns
+        | {name: "yes" for name in ("synthetic", "tilted", "uneven") if getattr(item, name)},
         patient_known=patient_known,
     )

@@ -14,6 +14,7 @@ from fedward import rule_codes
 from fedward.plan.schema import Plan
 from fedward_client.data.quiet import quiet
 from fedward_client.data.sample import Image, PreparedSite, Sample
+from fedward_client.data.table_rows import rows_of
 from fedward_client.data.transforms import Prepared, grid_for, prepare_image
 from fedward_client.data.volumes import Volumes, as_objects
 
@@ -175,4 +176,14 @@ def as_site(found: Probe, plan: Plan) -> PreparedSite:
         spacing=np.array([one.spacing for one in found.prepared]),
         split={"train": np.arange(count), "validation": none, "test": none},
         volumes=volumes,
+        table=_rows(found.samples, plan),
     )
+
+
+def _rows(samples: Sequence[Sample], plan: Plan) -> NDArray[np.float32] | None:
+    if plan.table is None:
+        return None
+    # Rows that the plan leaves out are told by the finding of their column; the time is the same.
+    rows = rows_of(plan.table, [sample.columns for sample in samples])
+    none = np.zeros(plan.table.width, np.float32)
+    return np.stack([none if isinstance(row, str) else row for row in rows])

@@ -327,7 +327,7 @@ def make_report(
             dataset.root,
             extract.format,
             dataset.as_task(),
-            dataset.labels.options(),
+            dataset.label_options(),
             left_out,
         ),
     )

@@ -17,7 +17,7 @@ from fedward_client.cohort.open import FrozenCohort, open_cohort
 from fedward_client.cohort.patient_key import check_patient_key
 from fedward_client.cohort.records import files_of
 from fedward_client.cohort.selection import Kinds, deidentified, selected
-from fedward_client.config import SiteConfig
+from fedward_client.config import DatasetSection, SiteConfig
 from fedward_client.data.prepare import Means, doubts, prepare
 from fedward_client.data.quiet import quiet
 from fedward_client.data.readers.dicom.kinds import ImageOptions
@@ -89,6 +89,7 @@ def prepare_cohort(
     note(f"{config.site.name}: verifying the frozen cohort of {name}")
     cohort = open_cohort(config, name, which, secret=secret)
     dataset = config.dataset(name)
+    check_units(plan, dataset, cohort.name)
     samples = fitting(cohort, plan, dataset.image_options())
     allowed = dataset.images_are_patients
     check_patient_key(samples, plan, allowed, where=cohort.name)
@@ -101,6 +102,27 @@ def prepare_cohort(
     for one in doubts(site, plan):
         note(f"{config.site.name}: {one}")
     return site
+
+
+def check_units(plan: Plan, dataset: DatasetSection, where: str) -> None:
+    """Hold the units of the plan's columns against those that the site states.
+
+    Raises
+    ------
+    DataError
+        One differs.
+    """
+    units = {name.casefold(): one.unit for name, one in dataset.table.items()}
+    for number, column in enumerate(plan.table.column if plan.table else (), start=1):
+        own = units.get(column.name.casefold(), "")
+        if own and own != column.unit:
+            raise DataError(
+                RuleCode.TABLE_UNIT,
+                values={"column": number},
+                value=f"{own} for {column.name}",
+                fix="Convert the column, correct its unit in site.toml, or ask for another plan",
+                where=where,
+            )
 
 
 def _prepare(

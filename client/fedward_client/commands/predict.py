@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -19,6 +19,8 @@ from fedward_client.data.readers.registry import READERS
 
 if TYPE_CHECKING:
     from fedward.models.finished import FinishedModel
+    from fedward_client.data.options import LabelOptions
+    from fedward_client.data.table_rows import Row
     from fedward_client.predict.inputs import Found
     from fedward_client.predict.run import Outcome
 
@@ -51,6 +53,15 @@ def predict(
     dicom: Annotated[
         bool, typer.Option("--dicom/--no-dicom", help="write SEG and SR for DICOM images")
     ] = True,
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            "--table",
+            help="CSV or XLSX of what is known beside each image, for a model that reads it; none: "
+            "the dataset's table of labels, or labels.csv beside the images",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:INDEX")] = "auto",
     config: Config = SITE,
     as_json: Json = False,
@@ -68,10 +79,11 @@ def predict(
     with _kept_on_ctrl_c(out), interruptible(), busy("reading the model") as tell:
         opened = _open(model, which, config)
         tell("reading headers")
-        path, found = _inputs(images, opened, None if format == _AUTO else format, config)
+        path, found, options = _inputs(images, opened, None if format == _AUTO else format, config)
+        rows = _rows(opened, found, path, table, options)
         runtime = Runtime(device=chosen, threads=os.cpu_count() or 1)
         outcome = run(
-            Wish(opened, path, out, force=force, dicom=dicom),
+            Wish(opened, path, out, force=force, dicom=dicom, rows=rows),
             found,
             runtime,
             lambda done, of, name: tell(f"{done} of {of} predicted, next {name}"),
@@ -108,17 +120,39 @@ def _open(model: str, which: Literal["shared", "own"] | None, config: Path) -> F
 
 def _inputs(
     images: str, model: FinishedModel, format: str | None, config: Path
-) -> tuple[Path, Found]:
+) -> tuple[Path, Found, LabelOptions]:
+    from fedward_client.data.options import LabelOptions
     from fedward_client.predict.inputs import find_inputs
 
     path, task = Path(images), model.plan.task
     if path.exists() or not config.is_file():
-        return path, find_inputs(path, task, format)
+        return path, find_inputs(path, task, format), LabelOptions()
     from fedward_client.config import load_config
 
     dataset = load_config(config, datasets_here=False).present(images)
     options = dataset.image_options()
-    return dataset.root, find_inputs(dataset.root, task, format or dataset.format, options)
+    found = find_inputs(dataset.root, task, format or dataset.format, options)
+    return dataset.root, found, dataset.label_options()
+
+
+def _rows(
+    model: FinishedModel, found: Found, path: Path, table: Path | None, options: LabelOptions
+) -> Mapping[str, Row | str]:
+    """What the table says that the model reads; nothing where it reads none."""
+    if model.plan.table is None:
+        if table is not None:
+            raise DataError(
+                "the model must read a table for one to be given",
+                fix="Leave --table out",
+                where="--table",
+            )
+        return {}
+    from fedward_client.data.options import LabelOptions
+    from fedward_client.predict.beside import rows_beside
+
+    if table is not None:
+        options = LabelOptions(file=table)
+    return rows_beside(model.plan.table, found, path, options)
 
 
 def _told(outcome: Outcome, model: FinishedModel, out: Path, *, as_json: bool) -> int:

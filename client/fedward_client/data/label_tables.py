@@ -156,13 +156,14 @@ def _key(
 
 def _check_columns(path: Path, lower: Sequence[str], options: LabelOptions) -> None:
     """Columns that a site names must be there: a misspelt one would leave all images out."""
-    named = [*options.columns, *([options.column] if options.column != "label" else [])]
+    beside = [one.column or name for name, one in options.beside.items()]
+    named = [*options.columns, *([options.column] if options.column != "label" else []), *beside]
     if missing := [name for name in named if low(name) not in lower]:
         raise DataError(
             "the table must have the columns that site.toml names",
             value=missing[0],
             where=path.name,
-            fix="Correct labels.column or labels.columns",
+            fix="Correct labels.column, labels.columns or [datasets.NAME.table]",
         )
     used = {low(name) for name in (*named, options.key, options.column, options.patient_column)}
     used -= {""}
@@ -268,6 +269,8 @@ def _entry(
         for name, low, value in zip(header, lower, padded, strict=False)
         if low not in taken
     }
+    for name, one in options.beside.items():
+        further[name] = one.of(row.get(low(one.column or name), ""))
     split = SPLIT_NAMES.get(row.get("split", "").lower())
     whose = "" if patient is None else padded[patient]
     place = lower.index(column)
@@ -296,6 +299,9 @@ def _label(
 
 def _merged(known: Entry, entry: Entry, options: LabelOptions) -> Entry:
     same = (known.patient, known.split) == (entry.patient, entry.split)
+    # What is known beside the image must be said once: two rows that differ say nothing.
+    both = {k: v if entry.columns.get(k) == v else "" for k, v in known.columns.items()}
+    known = replace(known, columns=both)
     if same and options.rows == "add" and known.label is not None and entry.label is not None:
         return replace(known, label=tuple(map(max, known.label, entry.label)))
     # The same row twice is harmless; two rows that disagree are not.

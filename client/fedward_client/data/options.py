@@ -102,6 +102,26 @@ def plain(text: str) -> str:
     return text.strip().casefold()
 
 
+@dataclass(frozen=True)
+class ColumnOptions:
+    """How a column of the table of labels serves as one of a plan's.
+
+    Attributes
+    ----------
+    column : str
+        Its name in the table; "": the same.
+    words : mapping
+        Word of the table (any case) to a value of the plan's.
+    """
+
+    column: str = ""
+    words: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, text: str) -> str:
+        """What a cell says in the plan's words."""
+        return {plain(word): to for word, to in self.words.items()}.get(plain(text), text)
+
+
 TABLES: Final = ("labels.csv", "labels.xlsx")
 SEPARATORS: Final = re.compile(r"[|;]")
 
@@ -136,6 +156,8 @@ class LabelOptions:
     yes, no : tuple of str
         Words (any case; "" is an empty cell) of a class's own column beside 1 and 0, yes and no,
         true and false.
+    beside : mapping
+        A plan's column of what is known beside the image, to the column here.
     rows : str
         "agree": rows of one image must say the same; "add": multi-label, their classes add up.
     """
@@ -153,6 +175,7 @@ class LabelOptions:
     unlabelled: tuple[str, ...] = ()
     yes: tuple[str, ...] = ()
     no: tuple[str, ...] = ()
+    beside: Mapping[str, ColumnOptions] = field(default_factory=dict)
     rows: Literal["agree", "add"] = "agree"
 
     def label_of_row(self, row: Mapping[str, str], task: Task) -> tuple[int, ...]:
@@ -421,11 +444,12 @@ class LabelSection(Section):
         "the image is left out; `add`: their classes add up (`multi_label`)",
     )
 
-    def options(self) -> LabelOptions:
-        """The same for a reader."""
+    def options(self, beside: Mapping[str, ColumnSection] | None = None) -> LabelOptions:
+        """The same for a reader, with the columns that studies may read beside the images."""
         means = low(self.means) if self.means else ""
         values = self.model_dump(exclude={"means"})
-        return LabelOptions(**{**values, "means": means})
+        columns = {name: one.options() for name, one in (beside or {}).items()}
+        return LabelOptions(**{**values, "means": means, "beside": columns})
 
     def broken(self, classes: tuple[str, ...], multi_label: bool) -> Broken:
         """Key, rule and next step of what does not fit together."""
@@ -460,6 +484,29 @@ class LabelSection(Section):
     def placed(self, folder: Path) -> LabelSection:
         """With the table's path relative to no folder any more."""
         return self.model_copy(update={"file": folder / self.file}) if self.file else self
+
+
+class ColumnSection(Section):
+    """A column of the table of labels that studies may read beside the images; its values stay
+    at the site."""
+
+    column: MaybeWord = Field(
+        default="", description="its name in the table of labels; none: that of the section"
+    )
+    unit: str = Field(
+        default="",
+        max_length=32,
+        description="of its numbers; a study whose plan states another one is refused",
+    )
+    words: dict[MaybeWord, str] = Field(
+        default={},
+        description="word of the table (any case) to a value of the plan's; others count as they "
+        "are",
+    )
+
+    def options(self) -> ColumnOptions:
+        """The same for a reader."""
+        return ColumnOptions(self.column, self.words)
 
 
 class MaskSection(Section):

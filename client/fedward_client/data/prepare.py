@@ -24,6 +24,7 @@ from fedward_client.data import cache as store
 from fedward_client.data.readers.npz import ArrayImage
 from fedward_client.data.sample import SPLITS, PreparedSite, Sample, unnamed
 from fedward_client.data.split import split_by_patient
+from fedward_client.data.table_rows import Row, rows_of
 from fedward_client.data.transforms import (
     Job,
     Outcome,
@@ -37,6 +38,7 @@ from fedward_client.worker_pool import WorkerPool
 _VERSION: Final = 9  # raise it when the arithmetic changes, so that old entries are not used
 _FOR_SLICE: Final = 0.5  # seconds that a volume may take for each of its slices
 _ARRAYS: Final = ("images", "targets", "patients", "spacing", "part")
+_TABLE: Final = "table"
 _OF_VOLUMES: Final = (*sorted(store.FLAT), *_ARRAYS[2:], "shapes", "own", "sides", "marked")
 
 
@@ -92,7 +94,8 @@ def prepare(
     Raises
     ------
     DataError
-        No image could be used, or too few patients are left to divide.
+        No image could be used, too few patients are left to divide, or the table of labels lacks a
+        column of the plan's.
     OutputError
         The cache cannot be written, or has no room.
 
@@ -113,7 +116,15 @@ def prepare(
 
 
 def _arrays(plan: Plan) -> tuple[str, ...]:
-    return _ARRAYS if plan.preprocessing.patch is None else _OF_VOLUMES
+    names = _ARRAYS if plan.preprocessing.patch is None else _OF_VOLUMES
+    return names if plan.table is None else (*names, _TABLE)
+
+
+def _rows(samples: Sequence[Sample], plan: Plan) -> Sequence[Row | str]:
+    """What the plan's table says of each sample, or why it is left out; empty without a table."""
+    if plan.table is None:
+        return [np.zeros(0, np.float32)] * len(samples)
+    return rows_of(plan.table, [sample.columns for sample in samples])
 
 
 def _known(samples: Sequence[Sample]) -> None:
@@ -129,11 +140,20 @@ def _build(
     small: list[dict[str, NDArray[Any]]] = []
     left_out: Counter[str] = Counter()
     cut = 0
-    for sample, item in zip(samples, _prepared(samples, plan, means), strict=True):
+    beside: list[Row] = []
+    pairs: list[tuple[Sample, Row]] = []
+    for sample, row in zip(samples, _rows(samples, plan), strict=True):
+        if isinstance(row, str):
+            left_out[row] += 1
+        else:
+            pairs.append((sample, row))
+    prepared = _prepared([sample for sample, _ in pairs], plan, means)
+    for (sample, row), item in zip(pairs, prepared, strict=True):
         if isinstance(item, str):
             left_out[item] += 1
             continue
         kept.append(sample)
+        beside.append(row)
         cut += item.lost == 1
         small.append(_small(item))
         for name, row in _large(item):
@@ -146,6 +166,7 @@ def _build(
         **({} if plan.task.has_masks else {"targets": _targets(kept, plan)}),
         **{name: own.finish() for name, own in rows.items()},
         **{name: np.stack([one[name] for one in small]) for name in small[0]},
+        **({} if plan.table is None else {_TABLE: np.stack(beside)}),
         "patients": _numbers([sample.patient for sample in kept]),
         "part": _parts(kept, plan),
     }
@@ -176,6 +197,8 @@ def _small(item: Prepared) -> dict[str, NDArray[Any]]:
 
 def _prepared(samples: Sequence[Sample], plan: Plan, means: Means) -> Iterator[Outcome]:
     jobs = (Job(sample, plan.task, plan.preprocessing) for sample in samples)
+    if not samples:
+        return
     if means.crew is not None and not _in_memory(samples[0]):
         for outcome in means.crew.in_order(jobs, _patience):
             yield rule_codes.DECODER_FAILED if outcome is None else outcome
@@ -251,6 +274,7 @@ def _site(name: str, arrays: Any, meta: Any, samples: Sequence[Sample]) -> Prepa
         cut=meta["cut"],
         images_are_patients=unnamed(samples) > 0,
         volumes=volumes,
+        table=np.asarray(arrays[_TABLE]) if _TABLE in arrays else None,
     )
 
 
@@ -308,14 +332,17 @@ def _key(samples: Sequence[Sample], plan: Plan) -> str | None:
     }
     if plan.preprocessing.patch is not None:
         settings["patch"] = True  # how patches are drawn changes no prepared image
+    if plan.table is not None:
+        settings["table"] = plan.table.model_dump(mode="json")
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for sample in samples:
+    for sample, row in zip(samples, _rows(samples, plan), strict=True):
         identities = [_identity(part) for part in (sample.load, sample.mask) if part is not None]
         if None in identities:
             return None
         synthetic = sample.columns.get("synthetic", "")
         facts = (sample.patient, sample.label, sample.site, sample.split, synthetic, *identities)
         digest.update(repr(facts).encode("utf-8", "surrogateescape"))
+        digest.update(row.encode() if isinstance(row, str) else row.tobytes())
     return digest.hexdigest()
 
 

@@ -98,7 +98,8 @@ class Sample:
     patient_known : bool
         Whether `patient` is a patient's id; False where the image stands for its patient.
     columns : mapping
-        Further columns of the label table, for ``--partition column:NAME``.
+        Further columns of the label table, for a plan's ``[table]`` and ``--partition
+        column:NAME``.
     """
 
     patient: str
@@ -174,6 +175,9 @@ class PreparedSite:
         Whether the data name no patients, so that an image counts as a patient.
     volumes : Volumes or None
         For patches: what else is known of the whole images.
+    table : NDArray or None
+        ``(N, T)`` float32, what the plan's table says of each image (see
+        :func:`fedward_client.data.table_rows.encoded`).
     """
 
     name: str
@@ -188,7 +192,14 @@ class PreparedSite:
     cohort: str = ""
     images_are_patients: bool = False
     volumes: Volumes | None = None
+    table: NDArray[np.float32] | None = None
 
     def patients_in(self, name: SplitName) -> int:
         """Patients of one part of the division."""
         return len(np.unique(self.patients[self.split[name]]))
+
+
+def joined_tables(tables: Iterable[NDArray[np.float32] | None]) -> NDArray[np.float32] | None:
+    """Rows of several sites one after another; None where they have none."""
+    rows = [one for one in tables if one is not None]
+    return np.concatenate(rows) if rows else None

@@ -244,7 +244,7 @@ def find_inputs(
     """
     if not path.exists():
         raise DataError(RuleCode.DATASET, fix="Check the path and the mount", where=path.name)
-    base = next((path / name for name in _FOLDERS if (path / name).is_dir()), path)
+    base = base_of(path)
     root = path if path.is_dir() else path.parent
     inside = walk(base, without=_MASKS) if base.is_dir() else [path]
     files = [file for file in inside if file.name not in _TABLES]
@@ -266,6 +266,11 @@ def find_inputs(
             where=path.name,
         )
     return Found(tuple(names), tuple(left_out))
+
+
+def base_of(path: Path) -> Path:
+    """Where the images of a path lie: in its sub-folder ``images``, where it has one."""
+    return next((path / name for name in _FOLDERS if (path / name).is_dir()), path)
 
 
 def _kind(file: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from fedward.plan.schema import Plan, Preprocessing
 from fedward_client.data.quiet import quiet
 from fedward_client.data.restore import restore
 from fedward_client.data.sample import Image
+from fedward_client.data.table_rows import Row
 from fedward_client.data.transforms import one_torch_thread, prepare_image
 from fedward_client.predict.doubts import by_header, by_image
 from fedward_client.predict.inputs import DicomSource, Found, Source
@@ -79,8 +81,8 @@ class Predictor:
         self._network = place(model.build(), self._device)
 
     @torch.no_grad()
-    def __call__(self, image: Image, prep: Preprocessing) -> Answer:
-        """Predict one decoded image.
+    def __call__(self, image: Image, prep: Preprocessing, row: Row | None = None) -> Answer:
+        """Predict one decoded image, with its row of the table that the model reads, if any.
 
         Raises
         ------
@@ -90,7 +92,8 @@ class Predictor:
         task = self.plan.task
         with one_torch_thread():
             prepared = prepare_image(image, None, task, prep)
-        probabilities = self._probabilities(torch.from_numpy(prepared.pixels[None]))
+        beside = () if row is None else (torch.from_numpy(row[None]).to(self._device),)
+        probabilities = self._probabilities(torch.from_numpy(prepared.pixels[None]), *beside)
         del prepared  # as large as the image, where the plan has patches
         if not np.isfinite(probabilities).all():
             raise DataError(_NOT_FINITE, fix="Do not use the model on such images")
@@ -101,13 +104,13 @@ class Predictor:
         size = float(np.prod(image.spacing)) if image.measured else None
         return Answer(np.empty(0), labels, tuple(int(n) for n in counts), size)
 
-    def _probabilities(self, images: torch.Tensor) -> NDArray[Any]:
+    def _probabilities(self, images: torch.Tensor, *beside: torch.Tensor) -> NDArray[Any]:
         """Of one prepared image, as an evaluation computes them; NaN where the network fails."""
         task = self.plan.task
         if self.plan.preprocessing.patch is not None:
             return over_windows(self.plan, self._network, images, self._runtime)
         with autocast(self._device, private=False):
-            logits = self._network(place_batch(images, self._device)).float()
+            logits = self._network(place_batch(images, self._device), *beside).float()
         if not logits.isfinite().all():
             return np.full(1, np.nan)
         return np.asarray(task.spec.probabilities(task, logits)[0].cpu().numpy())
@@ -156,6 +159,9 @@ class Wish:
         Whether to predict what the model was not trained for, marked, instead of refusing it.
     dicom : bool
         Whether to write DICOM objects for DICOM inputs.
+    rows : mapping
+        Of each input by its name what the table says that the model reads, or why it says nothing
+        (see :func:`fedward_client.predict.beside.rows_beside`).
     """
 
     model: FinishedModel
@@ -163,6 +169,29 @@ class Wish:
     out: Path
     force: bool = False
     dicom: bool = True
+    rows: Mapping[str, Row | str] = field(default_factory=dict)
+
+    def row(self, source: Source) -> Row | None:
+        """What the table says of an input; None where the model reads none.
+
+        Raises
+        ------
+        DataError
+            It says nothing that the model can read.
+        """
+        if self.model.plan.table is None:
+            return None
+        row = self.rows.get(source.name, rule_codes.VALUE_MISSING)
+        if isinstance(row, str):
+            raise rule_codes.unusable(row)
+        return row
+
+    def identity(self, source: Source) -> str:
+        """A digest that changes when an input or its row does."""
+        row = self.rows.get(source.name)
+        if row is None or isinstance(row, str):
+            return source.identity()
+        return hashlib.sha256(source.identity().encode() + row.tobytes()).hexdigest()
 
 
 def predict(
@@ -198,7 +227,7 @@ def predict(
     try:
         for number, source in enumerate(found.sources):
             tell(number, len(found.sources), source.name)
-            key = source.identity()
+            key = wish.identity(source)
             record = journal.known(source.name, key)
             if record is None:
                 predictor = predictor or Predictor(wish.model, runtime)
@@ -236,10 +265,10 @@ def _results(wish: Wish, predictor: Predictor, source: Source) -> dict[str, Any]
     prep = plan.preprocessing
     if wish.force:
         prep = prep.model_copy(update={"gantry_tilt": "correct"})
-    answers = []
+    answers, row = [], wish.row(source)
     for image in source.images():
         _weigh(by_image(image, plan), wish.force, marks)
-        answers.append(predictor(image, prep))
+        answers.append(predictor(image, prep, row))
         del image  # a volume: its pixels make room for what comes of it
     files: dict[str, str] = {}
     if plan.task.spec.dense:

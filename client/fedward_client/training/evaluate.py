@@ -109,7 +109,7 @@ def evaluate(
         filled[: len(batch)] = batch
         inputs, _ = source.plain(filled)
         with autocast(runtime.torch_device, private=False):
-            logits = module(inputs).float()[: len(batch)]
+            logits = module(*inputs).float()[: len(batch)]
         targets, spacing = np.asarray(site.targets[batch]), site.spacing[batch]
         found.append(spec.answers(plan.task, logits, targets, spacing, surface=surface))
         if runtime.watch is not None:

@@ -33,7 +33,7 @@ from fedward_client.training.feature_mean import exact_mean, private_mean
 from fedward_client.training.losses import Loss
 from fedward_client.training.optimizers import build_optimizer, rate_at, set_rate
 from fedward_client.training.runtime import Runtime
-from fedward_client.training.source import Source
+from fedward_client.training.source import Inputs, Source
 
 if TYPE_CHECKING:
     from fedward_client.training.private import PrivateStep
@@ -167,7 +167,7 @@ class Fit:
         sampler, draws, mechanism = self._sampler(), self.draws, self.mechanism
 
         def features(indices: NDArray[np.int64]) -> Tensor:
-            return self.source.plain(indices)[0]
+            return self.source.plain(indices)[0][0]
 
         if mechanism is None:
             return exact_mean(features, sampler.everyone()), 1
@@ -199,10 +199,11 @@ class Fit:
     def _accumulate(self, batch: NDArray[np.int64]) -> Tensor:
         """The gradient of a batch's mean loss, with only so many of its images on their way."""
         inputs, targets = self._inputs(np.repeat(batch, self._patches))
-        most, total = self._at_once(), torch.zeros((), device=inputs.device)
-        for start in range(0, len(inputs), most):
+        most, total = self._at_once(), torch.zeros((), device=targets.device)
+        for start in range(0, len(targets), most):
             part = slice(start, start + most)
-            loss = self._loss_of(self.module, inputs[part], targets[part]).sum() / len(inputs)
+            some = tuple(one[part] for one in inputs)
+            loss = self._loss_of(self.module, some, targets[part]).sum() / len(targets)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
@@ -276,10 +277,10 @@ class Fit:
     def _losses(self, module: nn.Module, batch: NDArray[np.int64]) -> Tensor:
         return self._loss_of(module, *self._inputs(batch))
 
-    def _inputs(self, batch: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    def _inputs(self, batch: NDArray[np.int64]) -> tuple[Inputs, Tensor]:
         return self.source.augmented(batch, self.draws.change)
 
-    def _loss_of(self, module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _loss_of(self, module: nn.Module, inputs: Inputs, targets: Tensor) -> Tensor:
         with autocast(self.runtime.torch_device, private=self.mechanism is not None):
-            logits = module(inputs)
+            logits = module(*inputs)
         return self.loss(logits.float(), targets)

@@ -22,6 +22,8 @@ from fedward_client.training.batches import FILLER
 from fedward_client.training.device import place_batch
 from fedward_client.training.runtime import Runtime
 
+Inputs = tuple[Tensor, ...]
+"""What a network takes: images or features, and the rows of a table where the plan has one."""
 _FEATURES: Final = "features"
 _HEADER: Final = 4096  # of a .npy file and of the entry's description, at most
 
@@ -58,19 +60,19 @@ class Source:
         self._digest = prefix_digest
         self._features: NDArray[Any] | None = None
 
-    def plain(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    def plain(self, indices: NDArray[np.int64]) -> tuple[Inputs, Tensor]:
         """Inputs ``(n, ...)`` and targets ``(n, ...)``, without augmentation.
 
         An index of :data:`~fedward_client.training.batches.FILLER` stands for zeros.
         """
         if self.prefix is None:
-            return self._images(indices), self._targets(indices)
+            return self._beside(self._images(indices), indices), self._targets(indices)
         features = torch.from_numpy(_take(self._all_features(), indices))
-        return place_batch(features, self.device), self._targets(indices)
+        return self._beside(place_batch(features, self.device), indices), self._targets(indices)
 
     def augmented(
         self, indices: NDArray[np.int64], generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Inputs, Tensor]:
         """Inputs and targets of a training step; patches are drawn anew."""
         how = self.plan.preprocessing.augmentation
         if self.site.volumes is not None:
@@ -81,7 +83,8 @@ class Source:
             return self.plain(indices)
         masks = targets if self.plan.task.has_masks else None
         images, changed = augment(images, masks, how, generator)
-        return self.through(images), targets if changed is None else changed
+        inputs = self._beside(self.through(images), indices)
+        return inputs, targets if changed is None else changed
 
     def volume(self, index: int) -> Tensor:
         """One whole image ``(1, C, *S)``, in this machine's memory."""
@@ -108,6 +111,11 @@ class Source:
         return place_batch(torch.from_numpy(images), self.device), torch.from_numpy(masks).to(
             self.device
         )
+
+    def _beside(self, images: Tensor, indices: NDArray[np.int64]) -> Inputs:
+        if self.site.table is None:
+            return (images,)
+        return images, torch.from_numpy(_take(self.site.table, indices)).to(self.device)
 
     def _images(self, indices: NDArray[np.int64]) -> Tensor:
         return place_batch(torch.from_numpy(_take(self.site.images, indices)), self.device)

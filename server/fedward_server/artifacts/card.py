@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 
+from fedward.plan.explain import column_words
 from fedward.plan.schema import Plan
 from fedward.printable import printable
 from fedward_server.report.coverage import contributing, missing_words, whom
@@ -49,6 +50,9 @@ def _head(study: str, plan: Plan, results: StudyResults) -> Iterator[str]:
     yield f"- Study: `{study}` ({state}), {len(results.arms[0].rounds)} of {plan.rounds} rounds"
     yield f"- Plan: SHA-256 `{results.plan_sha256}`"
     yield f"- Task: {plan.task.kind}, {plan.task.dimensions}D, {', '.join(plan.task.classes)}"
+    if plan.table is not None:
+        columns = "; ".join(map(column_words, plan.table.column))
+        yield f"- Reads beside the image: {columns}"
     yield f"- Network: {plan.model.name}, {results.parameters:,} parameters"
     if results.model_sha256:
         yield f"- Model file: SHA-256 `{results.model_sha256}`"

@@ -213,12 +213,17 @@ def export_bundle(given: Delivered, target: Path) -> Exported:
     Raises
     ------
     ConfigError
-        A package that this needs is missing.
+        A package that this needs is missing, or the model reads a table.
     ModelError
         The arrays do not fit the plan, or a file gives another output than the network.
     OutputError
         The folder is there already, or cannot be written.
     """
+    if given.plan.table is not None:
+        raise ConfigError(
+            "an export takes an image alone, and this model reads a table beside it",
+            fix="Deliver the safetensors file; fedward-client predict applies it with its table",
+        )
     if target.exists():
         raise OutputError(
             "the export's folder must be new",

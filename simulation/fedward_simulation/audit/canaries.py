@@ -14,7 +14,7 @@ from scipy.linalg import qr
 from scipy.ndimage import gaussian_filter
 
 from fedward.plan.schema import Plan
-from fedward_client.data.sample import PreparedSite
+from fedward_client.data.sample import PreparedSite, joined_tables
 from fedward_client.training.runtime import Runtime
 from fedward_simulation.audit.view import Arrays, SiteView
 
@@ -56,6 +56,7 @@ def with_canaries(
         images=np.concatenate([site.images, pool.images[taken]]),
         targets=np.concatenate([site.targets, pool.targets[taken]]),
         spacing=np.concatenate([site.spacing, pool.spacing[taken]]),
+        table=joined_tables([site.table, None if pool.table is None else pool.table[taken]]),
         patients=np.concatenate([site.patients, int(site.patients.max()) + 1 + np.arange(count)]),
     )
     return chosen, np.arange(first, first + count)
@@ -88,6 +89,8 @@ def _candidates(
         targets=_labels(plan, site, textures, rng),
         patients=np.arange(count),
         spacing=np.repeat(site.spacing[:1], count, axis=0),
+        # Rows of real patients: only the images are out of the ordinary.
+        table=None if site.table is None else rng.choice(site.table, count),
     )
 
 

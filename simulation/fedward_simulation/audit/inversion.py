@@ -86,6 +86,7 @@ def invert(
         targets=np.array(site.targets[image : image + 1]),
         patients=np.zeros(1, np.int64),
         spacing=site.spacing[image : image + 1],
+        table=None if site.table is None else site.table[image : image + 1],
         split={"train": np.zeros(1, np.int64), "validation": _NOBODY, "test": _NOBODY},
     )
     worst = one_patient_plan(plan, site.patients_in("train"))
@@ -156,6 +157,8 @@ def _search(
     wanted = [torch.from_numpy(np.asarray(arrays[n] - released[n])).to(device) for n in names]
     loss = build_loss(plan, device)
     target = torch.from_numpy(np.array(site.targets)).to(device)
+    # The attacker is given what a table says of the image.
+    known = () if site.table is None else (torch.from_numpy(np.array(site.table)).to(device),)
     shape = (1, *site.images.shape[1:])
     guess = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
     guess.requires_grad_(True)
@@ -165,7 +168,7 @@ def _search(
     )
     for _ in range(steps):
         found = torch.autograd.grad(
-            loss(model(guess).float(), target).mean(), parameters, create_graph=True
+            loss(model(guess, *known).float(), target).mean(), parameters, create_graph=True
         )
         distance = _distance(found, wanted) + _SMOOTHNESS * _variation(guess)
         (guess.grad,) = torch.autograd.grad(distance, [guess])

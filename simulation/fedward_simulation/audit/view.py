@@ -63,7 +63,7 @@ class SiteView:
         task, losses, confidences = self.plan.task, [], []
         for start in range(0, len(indices), _BATCH):
             inputs, targets = self._source.plain(indices[start : start + _BATCH])
-            logits = self.module(inputs).float()
+            logits = self.module(*inputs).float()
             loss = self._loss(logits, targets)
             losses.append(loss.double().cpu().numpy())
             sure = task.spec.confidence(task, logits.double(), targets, loss)
@@ -80,7 +80,7 @@ class SiteView:
         rows = []
         for group in groups:
             inputs, targets = self._source.plain(group)
-            loss = self._loss(self.module(inputs).float(), targets).mean()
+            loss = self._loss(self.module(*inputs).float(), targets).mean()
             found = torch.autograd.grad(loss, parameters)
             rows.append(torch.cat([one.flatten() for one in found]).cpu().numpy())
         return np.stack(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -365,3 +366,31 @@ def test_images_without_a_spacing_are_told_where_the_plan_resamples(checked):
     found = checked(samples, preprocessing={"spacing": [1.0, 1.0]})[1]["spacing"]
     assert found.status == "warn" and found.found.startswith("6 of 12 images state no spacing")
     assert "spacing" not in checked(samples)[1]
+
+
+AGE = {"name": "age", "kind": "number", "unit": "years", "range": [0, 100], "missing": True}
+
+
+@pytest.mark.parametrize(
+    ("own", "ages", "status", "words"),
+    [
+        ({"age": {"unit": "years"}}, ["50", "", "60", "70"], "pass", "given: 30, missing: 10"),
+        ({"AGE": {}}, ["50"] * 4, "warn", "states no unit"),
+        ({"age": {"unit": "years"}}, ["500", "50", "50", "50"], "warn", "plan's range: 10"),
+        ({"age": {"unit": "years"}}, ["600"] * 4, "fail", "plan's range: 40"),
+        ({"age": {"unit": "months"}}, ["600"] * 4, "fail", "here it is in months"),
+        ({"age": {"unit": "years"}}, None, "fail", "the frozen cohort has none"),
+        ({}, ["50"] * 4, "fail", "does not give it"),
+    ],
+)
+def test_each_column_of_the_plan_s_table_is_looked_at(checked, dataset, own, ages, status, words):
+    samples = [
+        replace(sample, columns={"age": ages[k % 4]} if ages else {})
+        for k, sample in enumerate(chests())
+    ]
+    dataset = dataset.model_validate({**dataset.model_dump(exclude_defaults=True), "table": own})
+    made, found = checked(samples, dataset, table={"column": [AGE]}, measure=status == "pass")
+    assert found["column age"].status == status
+    assert words in found["column age"].found
+    assert made.can_serve == (status != "fail")
+    assert not made.can_serve or made.cost.training_bytes

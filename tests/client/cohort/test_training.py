@@ -11,6 +11,7 @@ import pytest
 
 from fedward.errors import DataError
 from fedward.models import build_model, to_arrays
+from fedward.plan import plan_from
 from fedward_client.cohort.freeze import make_cohort, save, usable
 from fedward_client.cohort.training import cache_folder, prepare_cohort, preparers
 from fedward_client.config import load_config
@@ -167,3 +168,32 @@ def test_nothing_of_flower_is_loaded():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+def test_a_cohort_keeps_the_columns_that_the_site_gives_to_studies(frozen, plan, site, export):
+    """By the plan's names and words; the others stay out of the file, and a unit must agree."""
+    lines = (export / "labels.csv").read_text("utf-8").splitlines()
+    cells = [f"{line},{20 + k},{'mw'[k % 2]},SECRET" for k, line in enumerate(lines[1:])]
+    (export / "labels.csv").write_text("\n".join([f"{lines[0]},Alter,m/w,note", *cells]))
+    text = site.read_text("utf-8")
+    given = '[datasets.chest.table.sex]\ncolumn = "m/w"\nwords = { m = "male", w = "female" }\n'
+    given += '[datasets.chest.table.age]\ncolumn = "alter"\nunit = "years"\n'
+    site.write_text(text + given, "utf-8")
+    config = frozen()
+    (path,) = (config.site.state / "cohorts").glob("*.json")
+    assert "SECRET" not in path.read_text() and '"sex":"female"' in path.read_text()
+    age = {"name": "Age", "kind": "number", "unit": "years", "range": [0, 100]}
+    sex = {"name": "sex", "kind": "category", "values": ["female", "male"]}
+    wanted = plan_from({**plan.model_dump(exclude_defaults=True), "table": {"column": [age, sex]}})
+    prepared, _ = ready(config, wanted)
+    assert prepared.table.shape == (12, 3) and prepared.left_out == {}
+    years = (prepared.table[:, 0] + 1) * 50
+    np.testing.assert_allclose(prepared.table[:, 2], 1 - (np.round(years) % 2), atol=1e-6)
+    for name, change, rule in (
+        ("age", {"unit": "months"}, "must have the plan's unit"),
+        ("ward", {}, "must have the plan's columns"),
+    ):
+        columns = [{**age, "name": name, **change}, sex]
+        other = plan_from({**plan.model_dump(exclude_defaults=True), "table": {"column": columns}})
+        with pytest.raises(DataError, match=rule):
+            ready(config, other)

@@ -17,18 +17,23 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from PIL import Image as Pillow
 
+from fedward import rule_codes
 from fedward.errors import DataError, ModelError, OutputError, StudyError
 from fedward.models import build_model, save_model, to_arrays
 from fedward.models.finished import open_finished
-from fedward.plan.load import canonical, plan_hash
+from fedward.plan.load import canonical, plan_from, plan_hash
 from fedward.protocol import RoundOrder
 from fedward.signing import sign_model
 from fedward_client.data.dataset import DatasetSpec, read_dataset
+from fedward_client.data.options import LabelOptions
 from fedward_client.data.prepare import prepare
+from fedward_client.data.transforms import prepare_image
 from fedward_client.kept_models import KeptModels
+from fedward_client.predict.beside import rows_beside
 from fedward_client.predict.inputs import find_inputs
 from fedward_client.predict.run import Wish, predict
 from fedward_client.training.runtime import Runtime
@@ -74,6 +79,46 @@ def test_probabilities_are_those_of_the_trainer_s_evaluation(
         assert list(found.values()) == pytest.approx(answers.values[row], abs=1e-5)
     values = [one["images"][0]["probabilities"]["sick"] for one in told.values()]
     assert max(values) - min(values) > 1e-3  # a model that tells images apart
+
+
+def test_a_model_that_reads_a_table_takes_each_image_s_row(
+    tmp_path: Path, dx: Any, make_plan: Any, make_model: Any
+) -> None:
+    """DICOM by patient, pictures by name; without a usable row an image is refused by name."""
+    plain = make_plan("classification", (16, 16), "DX")
+    age = {"name": "age", "kind": "number", "range": [0, 100]}
+    content = plain.model_dump(exclude_defaults=True) | {"table": {"column": [age], "hidden": 3}}
+    plan = plan_from(content)
+    model = make_model(tmp_path / "m.safetensors", plan)
+    scans, pictures = radiographs(tmp_path / "dicom", dx), tmp_path / "png"
+    pictures.mkdir()
+    for k in range(4):
+        Pillow.fromarray(np.full((16, 16), 40 * k, np.uint8)).save(pictures / f"{k}.png")
+    ages = [10, 90, "", 990]
+    rows = "".join(f"P{k},{age}\n" for k, age in enumerate(ages))
+    (tmp_path / "t.csv").write_text("PatientID,Age\n" + rows)
+    (pictures / "labels.csv").write_text("image,age\n" + rows.replace("P", ""))
+    network = open_finished(model).build().eval()
+    for folder, options in (
+        (scans, LabelOptions(file=tmp_path / "t.csv")),
+        (pictures, LabelOptions()),
+    ):
+        found = find_inputs(folder, plan.task)
+        beside = rows_beside(plan.table, found, folder, options)
+        told = run(model, folder, tmp_path / f"out-{folder.name}", rows=beside, force=True)
+        told = told["inputs"]
+        assert [one["state"] != "refused" for one in told] == [True, True, False, False]
+        assert told[2]["reason"] == rule_codes.VALUE_MISSING
+        assert told[3]["reason"] == rule_codes.VALUE_RANGE
+        for k, one in enumerate(told[:2]):
+            (image,) = found.sources[k].images()
+            pixels = prepare_image(image, None, plan.task, plan.preprocessing).pixels
+            row = torch.tensor([[2 * ages[k] / 100 - 1]])
+            expected = network(torch.from_numpy(pixels[None]), row).softmax(1)[0].tolist()
+            found_now = list(one["images"][0]["probabilities"].values())
+            assert found_now == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(DataError, match="reads a table beside"):
+        rows_beside(plan.table, find_inputs(scans, plan.task), scans, LabelOptions())
 
 
 PATCHES = {"patch": {"overlap": 0.25}, "spacing": [1.3, 1.1, 1.7]}

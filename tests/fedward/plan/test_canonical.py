@@ -50,6 +50,7 @@ DEFAULTS: dict[str, Any] = {
     "preprocessing.augmentation.blur": 0.0,
     "preprocessing.augmentation.low_resolution": 0.0,
     "preprocessing.augmentation.bias_field": 0.0,
+    "table": None,
     "split.validation": 0.1,
     "split.test": 0.2,
     "split.seed": 0,
@@ -101,6 +102,7 @@ DEFAULTS: dict[str, Any] = {
 
 TIED = {
     "model.taps",
+    "table",
     "model.feature_centering",
     "preprocessing.gantry_tilt",
     "preprocessing.patch",

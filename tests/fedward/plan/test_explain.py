@@ -123,6 +123,21 @@ def test_how_the_rate_moves_and_where_gradients_end_is_told(
     assert "adamw on cross_entropy, gradients clipped to 12" in text
 
 
+def test_a_table_beside_the_images_is_told(classification: str, change: Change) -> None:
+    age = {"name": "age", "kind": "number", "range": [0, 100], "unit": "years", "missing": True}
+    sex = {"name": "sex", "kind": "category", "values": ["f", "m"]}
+    text = " ".join(
+        explain(plan_from(change(classification, {"table": {"column": [age, sex]}}))).split()
+    )
+    assert (
+        "beside each image from the site's table: age (0 to 100 years, may be missing); sex (one "
+        "of f, m); the last layer reads these with the image's features."
+    ) in text
+    assert "plan schema 2 at every site: table" in text
+    hidden = explain(plan_from(change(classification, {"table": {"column": [age], "hidden": 8}})))
+    assert "a layer of 8 with a ReLU reads" in " ".join(hidden.split())
+
+
 def test_patches_and_their_cost_are_told(segmentation: str, change: Change) -> None:
     patch = {"per_image": 2, "flips": ["vertical", "horizontal"], "overlap": 0.25}
     changes = {"preprocessing.patch": patch, "preprocessing.spacing": [1.5, 1.5]}

@@ -24,6 +24,9 @@ LITE = {"model.name": "efficientnet-lite0"}
 WEIGHTS = {"file": "w.pth", "sha256": "0" * 64}
 
 # base plan, changes, key that the error must name, words of the rule, words of the next step
+AGE = {"name": "age", "kind": "number", "range": [0, 100]}
+FIRST = "table.column.0"
+SEX = {"name": "sex", "kind": "category", "values": ["f", "m"]}
 BROKEN: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("c", {"task.classes": ["a", "a"]}, "task.classes", "must differ", "rename"),
     ("c", {"task.classes": ["a"]}, "task.classes", "at least two classes", "name the other"),
@@ -472,6 +475,15 @@ BROKEN: list[tuple[str, dict[str, Any], str, str, str]] = [
         "the round that measures the mean is called feature-centering",
         "rename",
     ),
+    ("s", {"table": {"column": [AGE]}}, "table", "one feature vector of an image", "remove it"),
+    ("c", {"table": {"column": [AGE, {**AGE, "name": "AGE"}]}}, "table.column", "differ", "rename"),
+    ("c", {"table": {"column": [{**AGE, "range": [9, 9]}]}}, f"{FIRST}.range", "rise", "swap"),
+    ("c", {"table": {"column": [{**AGE, "values": ["a", "b"]}]}}, f"{FIRST}.values", "cat", "r"),
+    ("c", {"table": {"column": [{**AGE, "range": None}]}}, f"{FIRST}.range", "needs", "add"),
+    ("c", {"table": {"column": [{**SEX, "values": ["m"]}]}}, f"{FIRST}.values", "two", "add"),
+    ("c", {"table": {"column": [{**SEX, "values": ["m", "M"]}]}}, f"{FIRST}.values", "differ", "n"),
+    ("c", {"table": {"column": [{**SEX, "unit": "y"}]}}, f"{FIRST}.unit", "number", "remove"),
+    ("c", {"table": {"column": [{**SEX, "range": [0, 1]}]}}, f"{FIRST}.range", "number", "remove"),
     ("c", {"metrics.primary": "f1"}, "metrics.primary", "one of the metrics in report", "add it"),
     (
         "c",

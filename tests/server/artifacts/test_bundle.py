@@ -19,7 +19,8 @@ import pytest
 import torch
 from PIL import Image as Pillow
 
-from fedward.errors import ModelError, OutputError
+from fedward.errors import ConfigError, ModelError, OutputError
+from fedward.models import build_model
 from fedward_server.artifacts import export as exporting
 from fedward_server.artifacts.export import export_bundle
 
@@ -219,6 +220,16 @@ def test_only_the_card_speaks_of_sites(made: tuple[Any, Any, Path]) -> None:
         assert str(here).encode() not in content, path
         assert str(folder).encode() not in content or path.name == "predictions.csv", path
         assert b"two sites" not in content or path.name == "README.md", path
+
+
+def test_a_model_that_reads_a_table_is_not_exported(
+    plan_of: Make, trained: Make, delivered: Make, tmp_path: Path
+) -> None:
+    age = {"name": "age", "kind": "number", "range": [0, 100]}
+    plan = plan_of("cnn", table={"column": [age]}, model={"channels": [4, 8]})
+    with pytest.raises(ConfigError, match="reads a table beside it"):
+        export_bundle(delivered(plan, build_model(plan, 0)), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_folder_that_is_there_is_left_alone(

@@ -159,14 +159,14 @@ def _items(
     root: Path, base: Path, headers: list[Header], masks: _Masks, task: Task, table: Table | None
 ) -> Iterator[tuple[str, Sample | str]]:
     keys = table_keys([h.path for h in headers], (root, base))
-    alike = _alike(headers, table)
+    numbers = alike(headers, table)
     found = stacks(headers) if task.dimensions == 3 or masks.segmented else []
     series = _segmented_series(found, masks)
     groups = [single(h) for h in headers] if task.dimensions == 2 else found
     for group in groups:
         name = group.headers[0].path.relative_to(root).as_posix()
         if table is not None:
-            items = _labelled(group, keys, table, task, alike)
+            items = _labelled(group, keys, table, task, numbers)
         else:
             items = _masked(group, masks, series, task)
         yield from ((name, item) for item in _laid_out(items, group, task))
@@ -265,9 +265,9 @@ def _labelled(
     keys: dict[Path, tuple[str, ...]],
     table: Table,
     task: Task,
-    alike: Mapping[str, int],
+    numbers: Mapping[str, int],
 ) -> Iterator[Sample | str]:
-    entries = [_entry(header, keys[header.path], table, alike) for header in group.headers]
+    entries = [entry_of(header, keys[header.path], table, numbers) for header in group.headers]
     found = [e for e in entries if e is not None]
     distinct = {(e.label, e.reason) for e in found}
     if not found:
@@ -283,18 +283,19 @@ def _labelled(
             yield Sample(patient, load, entry.label, split=entry.split, columns=columns)
 
 
-def _entry(
-    header: Header, files: tuple[str, ...], table: Table, alike: Mapping[str, int]
+def entry_of(
+    header: Header, files: tuple[str, ...], table: Table, numbers: Mapping[str, int]
 ) -> Entry | None:
+    """What a table says of a file, known as `files`; `numbers` is of :func:`alike`."""
     if table.column == "file":
         return table.find(files)
     value = header.keys[table.column]
     found = table.find([value]) if value else None
     # 000123, 123 and 1.23E2 are one number, and a workbook does not tell whose row it is.
-    return None if found and found.number and alike[found.key] > 1 else found
+    return None if found and found.number and numbers[found.key] > 1 else found
 
 
-def _alike(headers: list[Header], table: Table | None) -> Mapping[str, int]:
+def alike(headers: list[Header], table: Table | None) -> Mapping[str, int]:
     """How many of the keys that images have a workbook would keep as the same number."""
     if table is None or table.column == "file":
         return Counter()
