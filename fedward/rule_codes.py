@@ -346,7 +346,7 @@ class RuleCode(Enum):
     )
     PLAN_KEY = ("a plan must keep the rules of its keys", "{key:key}")
     ROUNDS = ("the plan has rounds 1 to {rounds:count}", "{round:count}")
-    EVALUATE_ONLY = ("a site that only evaluates must not be ordered to train",)
+    EVALUATE_ONLY = ("a site that only evaluates answers the test of the shared model alone",)
     EVALUATED_ROUNDS = ("a study is evaluated in the rounds that its plan names", "{round:count}")
     PACKET = ("a packet on the trainer's socket must be whole",)
     TENSORS = ("packed arrays must be in the safetensors format with their names",)

@@ -1136,6 +1136,15 @@ class Plan(Section):
         return self.alone_round or self.own_round or self.rounds
 
     @property
+    def last_trained_round(self) -> int:
+        """The last round that trains: for `fine-tuning` that of the sites' own models.
+
+        Later ones are only tested. A site that trained in one would take steps that nobody counted.
+        """
+        own = self.own_round
+        return own if own is not None and self.passes(own) else self.rounds
+
+    @property
     def tests(self) -> tuple[int, ...]:
         """The rounds that are tested, in their order: 0 stands for the shared model."""
         return (0, *(one for one in (self.own_round, self.alone_round) if one is not None))

@@ -127,7 +127,7 @@ class Runner:
 
     def _charge_what_was_open(self) -> None:
         """A runner before this one may have ordered the next round, and not lived to count it."""
-        if self.job.round <= self.plan.last_round and self.plan.passes(self.job.round):
+        if self.job.round <= self.plan.last_trained_round:
             known = {one.site: one for one in self.results.sites} | self.job.facts
             for name in known.keys() - self.job.evaluate_only:
                 facts = known[name]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 import pydicom
 
-from fedward.errors import DataError
+from fedward.errors import DataError, PolicyError
 from fedward.plan.schema import Plan
-from fedward.rule_codes import RuleCode
+from fedward.rule_codes import FIX, RuleCode
 from fedward_client.cohort.check import is_refused, task_findings
 from fedward_client.cohort.open import FrozenCohort, open_cohort
 from fedward_client.cohort.patient_key import check_patient_key
@@ -49,6 +49,7 @@ def prepare_cohort(
     secret: bytes,
     cache: Path,
     crew: Preparers | None = None,
+    least: int = 0,
     note: Callable[[str], None] = lambda _: None,
 ) -> PreparedSite:
     """Open a frozen cohort, make sure that it is unchanged and fits a plan, and prepare it.
@@ -70,6 +71,8 @@ def prepare_cohort(
         Folder for prepared images (see :func:`cache_folder`), bounded by the site's `cache_gib`.
     crew : Crew, optional
         Of :func:`preparers`, to be used for several cohorts; without it there is one of its own.
+    least : int
+        Patients that the site's policy asks for, of those whose images the plan takes.
     note : callable, optional
         Hears of the progress, in words that name nobody.
 
@@ -83,6 +86,8 @@ def prepare_cohort(
     DataError
         There is no such cohort, a byte of it has changed, it cannot serve the plan, or the plan is
         private and the images name no patients (see ``images_are_patients`` in ``site.toml``).
+    PolicyError
+        The plan takes images of fewer patients than the site's policy asks for.
     OutputError
         The cache cannot be written, or has no room.
     """
@@ -90,7 +95,7 @@ def prepare_cohort(
     cohort = open_cohort(config, name, which, secret=secret)
     dataset = config.dataset(name)
     check_units(plan, dataset, cohort.name)
-    samples = fitting(cohort, plan, dataset.image_options())
+    samples = fitting(cohort, plan, dataset.image_options(), least)
     allowed = dataset.images_are_patients
     check_patient_key(samples, plan, allowed, where=cohort.name)
     note(f"{config.site.name}: preparing {len(samples)} images of {cohort.name}")
@@ -99,6 +104,7 @@ def prepare_cohort(
             site = _prepare(config, cohort, samples, plan, cache, own)
     else:
         site = _prepare(config, cohort, samples, plan, cache, crew)
+    _enough(site.patients.tolist(), least)  # of what could be prepared
     for one in doubts(site, plan):
         note(f"{config.site.name}: {one}")
     return site
@@ -143,13 +149,24 @@ def _prepare(
 _FITS: Final = {"task": RuleCode.COHORT_TASK, "classes": RuleCode.COHORT_CLASSES}
 
 
+def _enough(patients: Iterable[str | int], least: int) -> None:
+    """Hold the policy's number against the patients that a plan takes, not the frozen ones alone.
+
+    A plan's patterns could leave one of them, and all that a study does would be about her.
+    """
+    if len(set(patients)) < least:
+        raise PolicyError(RuleCode.PATIENTS, values={"limit": least}, fix=FIX)
+
+
 def fitting(
-    cohort: FrozenCohort, plan: Plan, options: ImageOptions | None = None
+    cohort: FrozenCohort, plan: Plan, options: ImageOptions | None = None, policy_least: int = 0
 ) -> tuple[Sample, ...]:
     """The samples of a cohort that a plan accepts, and the site's options let through.
 
     Raises
     ------
+    PolicyError
+        They are of fewer patients than the site's policy asks for.
     DataError
         Task or classes are not the plan's, none is of its modalities, or there are fewer patients
         than it wants; or the site refuses what is not de-identified.
@@ -174,6 +191,8 @@ def fitting(
     kinds = Kinds()
     samples = deidentified(samples, options or ImageOptions(), kinds, cohort.name)
     samples = selected(samples, plan, kinds)
+    # First, so that none and one are refused alike.
+    _enough((s.patient for s in samples), policy_least)
     if not samples:
         raise DataError(
             RuleCode.COHORT_SELECTED,

@@ -37,7 +37,10 @@ class Limits(Section):
         default=100_000_000, ge=1, description="largest number of parameters of a network"
     )
     minimum_patients: int = Field(
-        default=20, ge=2, description="patients that the frozen cohort must have"
+        default=20,
+        ge=2,
+        description="patients that the frozen cohort must have, and those whose images a plan "
+        "takes",
     )
     minimum_sites: int = Field(
         default=1,

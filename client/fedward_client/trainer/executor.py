@@ -165,10 +165,10 @@ class Executor:
     ) -> TrainerMessage:
         if order.evaluate_only:
             raise ProtocolError(RuleCode.EVALUATE_ONLY, fix="Submit the study with the site")
-        if not 1 <= order.round <= case.plan.last_round:
+        if not 1 <= order.round <= case.plan.last_trained_round:
             raise ProtocolError(
                 RuleCode.ROUNDS,
-                values={"rounds": case.plan.last_round, "round": order.round},
+                values={"rounds": case.plan.last_trained_round, "round": order.round},
                 fix="Order one of these",
             )
         trainer = self._trainers.get(case)
@@ -215,6 +215,9 @@ class Executor:
         self, order: RoundOrder, case: StudyContext, packet: TrainerMessage
     ) -> TrainerMessage:
         """Answer one of the plan's evaluations, once; a repeated order gets the kept answer."""
+        if order.evaluate_only and (order.round, order.part) != (0, "test"):
+            # That one test is what policy, budget and officer were asked about.
+            raise ProtocolError(RuleCode.EVALUATE_ONLY, fix="Submit the study with the site")
         if not case.plan.is_evaluated(order.round, order.part):
             raise ProtocolError(
                 RuleCode.EVALUATED_ROUNDS,

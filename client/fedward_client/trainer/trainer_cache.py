@@ -146,6 +146,8 @@ class TrainerCache:
             while len(self._kept) > _MOST:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
+        # By the policy as it is now: it may have been edited since the last order.
+        self._kept[key].may_choose = case.limits.counts != "private"
         return self._kept[key]
 
     def _open(self, case: StudyContext) -> Trainer:
@@ -162,15 +164,14 @@ class TrainerCache:
             secret=self._secret,
             cache=cache_folder(self._config),
             crew=self._crew,
+            least=case.limits.minimum_patients,
         )
         # A hospital's noise and sampling come from the system; what needs no secrecy follows the
         # study's seed, so that a study can be told apart from a simulation of it by nothing else.
         private = case.plan.privacy.on
         runtime = replace(self._runtime, randomness="system" if private else "seeded")
         state = self._states.of(case.study, case.plan_hash, cohort.sha256)
-        made = Trainer(case.plan, site, runtime, state)
-        made.may_choose = case.limits.counts != "private"
-        return made
+        return Trainer(case.plan, site, runtime, state)
 
 
 def _key(case: StudyContext) -> tuple[str, str]:

@@ -139,14 +139,14 @@ class Trainer:
         DataError
             The site has too few training patients for the plan.
         ProtocolError
-            The plan has no such round.
+            The plan trains in no such round.
         PrivacyError
             A private round before the last one; the last one again gives the same update again.
         """
-        if not 1 <= order.round <= self.plan.last_round:
+        if not 1 <= order.round <= self.plan.last_trained_round:
             raise ProtocolError(
                 RuleCode.ROUNDS,
-                values={"rounds": self.plan.last_round, "round": order.round},
+                values={"rounds": self.plan.last_trained_round, "round": order.round},
                 fix="Order one of these",
             )
         if not self.plan.privacy.on:
@@ -600,10 +600,11 @@ class Trainer:
         before = self._kept_before(order.round) if how.error_feedback else {}
         mark = f"{RESIDUAL}/"
         left = {n.removeprefix(mark): v for n, v in before.items() if n.startswith(mark)}
-        # Chance that rounds what has its noise already needs no secrecy.
-        draw = np.random.default_rng(
-            seed_for(order.seed, self.site.name, order.round, "compression")
-        )
+        # Chance that rounds what has its noise already needs no secrecy; but a private round at a
+        # hospital ignores the order's seed altogether.
+        parts = (order.seed, self.site.name, order.round, "compression")
+        seeded = self.runtime.randomness == "seeded"
+        draw = np.random.default_rng(seed_for(*parts) if seeded else None)
         sent, left = compress(how, received, update, left, draw)
         return sent, {f"{mark}{name}": value for name, value in left.items()}
 

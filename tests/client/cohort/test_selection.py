@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedward.errors import DataError
+from fedward.errors import DataError, PolicyError
 from fedward.plan.explain import explain
 from fedward.plan.load import plan_hash
 from fedward_client.cohort.check import Room, check_plan
@@ -151,7 +151,13 @@ def test_a_plan_selects_by_headers(tmp_path, site, reading, make_plan):
     (told,) = [one for one in made.findings if one.name == "images"]
     assert (told.status, told.found) == ("warn", "3 of 6 samples fit what the plan selects")
     assert sum(made.patients.values()) == 3
+    # A site's policy is about the patients that a study takes; none and one are refused alike.
     none = make_plan(images={"kernel": ["b*"]}, participation={"minimum_patients": 1})
+    assert len(fitting(cohort, plan, None, 3)) == 3
+    for few, least in ((plan, 4), (none, 1)):
+        with pytest.raises(PolicyError, match="as many patients as its policy") as caught:
+            fitting(cohort, few, None, least)
+        assert caught.value.values == {"limit": least}
     with pytest.raises(DataError, match="that the plan selects"):
         fitting(cohort, none)
     root = site.parent / "export"

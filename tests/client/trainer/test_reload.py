@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -93,3 +94,12 @@ def test_a_trainer_that_is_not_there_yet_is_no_error(tmp_path: Any) -> None:
     assert session.state.state == "waiting for the trainer" and session.state.last_error == ""
     session.tell("down", TrainerGone("it does not come", fix="Start it"))
     assert session.state.last_error and session.state.last_error_at > time.time() - 60
+
+
+def test_a_trainer_that_is_warm_follows_an_edited_policy(make_hospital: Make, plan: Plan) -> None:
+    hospital = make_hospital('counts = "minimum-cells"')
+    case = hospital.desk._contexts.of("tiny-1", plan)
+    assert hospital.trainers.get(case).may_choose
+    # From now on only noisy counts leave, and no ε covers a choice by exact ones.
+    private = replace(case, limits=case.limits.model_copy(update={"counts": "private"}))
+    assert not hospital.trainers.get(private).may_choose

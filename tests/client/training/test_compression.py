@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedward.compression import COMPRESSED, RESIDUAL, compress_model, decompress
+from fedward.compression import COMPRESSED, RESIDUAL, compress, compress_model, decompress
 from fedward.errors import EgressError, PolicyError, ProtocolError
 from fedward.models import build_model, to_arrays
 from fedward.plan import Plan, plan_hash
@@ -91,6 +91,23 @@ def test_a_round_that_is_asked_again_after_a_crash_sends_the_same_bytes(
     states = SiteStates(tmp_path)
     states.forget("s")
     assert not states.of("s", plan_hash(plan), "c").to_arrays().keys() - {"first"}
+
+
+@pytest.mark.parametrize("randomness", ["seeded", "system"])
+def test_chance_of_rounding_follows_no_order_at_a_hospital(
+    make_plan: Make, make_site: Make, make_order: Make, monkeypatch: Any, randomness: Any
+) -> None:
+    plan, states = make_plan(privacy=PRIVATE, compression=INT4), []
+
+    def heard(*given: Any) -> Any:
+        states.append(given[-1].bit_generator.state["state"])
+        return compress(*given)
+
+    monkeypatch.setattr("fedward_client.training.trainer.compress", heard)
+    for _ in range(2):
+        trainer = Trainer(plan, make_site(), Runtime(randomness=randomness))
+        trainer.train(to_arrays(build_model(plan, 0)), make_order(plan, seed=7))
+    assert (states[0] == states[1]) == (randomness == "seeded")
 
 
 def test_a_stage_takes_over_what_is_left_of_its_own_arrays_alone(
