@@ -254,7 +254,7 @@ def regression(case: Case, seed: int, data: Path, out: Path) -> float:
     for site in sites:
         source = Source(plan, site, runtime, prefix.eval(), state.hexdigest())
         for part in ("train", "validation", "test"):
-            x, y = source.plain(site.split[part])
+            (x, *_), y = source.plain(site.split[part])
             parts.setdefault(part, []).append((x.numpy(), y.numpy()))
     of = {
         part: [np.concatenate(two) for two in zip(*found, strict=True)]

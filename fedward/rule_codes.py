@@ -52,6 +52,7 @@ LINKED: Final = "linked folder"
 HIDDEN: Final = "hidden"
 DECODER_FAILED: Final = "decoder failed"
 OTHER_FORMAT: Final = "other format"
+CHANNEL_MISSING: Final = "channel missing"
 VALUE_MISSING: Final = "value missing in table"
 VALUE_RANGE: Final = "value outside the plan's range"
 VALUE_UNKNOWN: Final = "unknown value in table"
@@ -98,6 +99,7 @@ REASONS: Final = frozenset(
         HIDDEN,
         DECODER_FAILED,
         OTHER_FORMAT,
+        CHANNEL_MISSING,
         VALUE_MISSING,
         VALUE_RANGE,
         VALUE_UNKNOWN,

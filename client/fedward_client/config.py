@@ -19,7 +19,9 @@ from fedward.plan.messages import lines, schema_errors, validated
 from fedward.plan.schema import ColumnName, Task, TaskKind
 from fedward.protocol import SITE_NAME
 from fedward.tasks.registry import TASKS, kinds_of
+from fedward_client.data.channels import ChannelOptions
 from fedward_client.data.options import (
+    ChannelSection,
     ColumnSection,
     DeidentificationSection,
     ImageSection,
@@ -198,6 +200,16 @@ class DatasetSection(Section):
         "the plan's name for each; a frozen cohort keeps their values, which stay at the site",
     )
     masks: MaskSection = Field(default=MaskSection(), description="segments and regions")
+    channels: dict[ColumnName, ChannelSection] = Field(
+        default={},
+        max_length=16,
+        description="named channels of the images, by the plan's name for each; without any an "
+        "image serves a plan that names as many as it has planes",
+    )
+
+    def channel_options(self) -> dict[str, ChannelOptions]:
+        """Where the channels of an image are, for a reader."""
+        return {name: one.options() for name, one in self.channels.items()}
 
     def label_options(self) -> LabelOptions:
         """How the table of labels is read, for a reader."""

@@ -120,7 +120,8 @@ class ModelSpec:
                 f"{name} keeps the public statistics of its weights frozen, so it needs "
                 "initial_weights; name the file and its SHA-256",
             )
-        if plan.preprocessing.channels not in self.colours:
+        # A network that takes grey and colours takes any number of channels.
+        if len(self.colours) == 1 and plan.preprocessing.channels not in self.colours:
             (only,) = self.colours
             yield "preprocessing.channels", f"{name} takes {only} channels; set channels = {only}"
         if model.taps is not None and not self.taps:

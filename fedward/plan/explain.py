@@ -12,6 +12,7 @@ from fedward.plan.image_filter import ATTRIBUTES
 from fedward.plan.load import plan_hash, schema_needed
 from fedward.plan.schema import (
     CENTERING_STEPS,
+    Channel,
     Column,
     Compression,
     Patch,
@@ -153,12 +154,22 @@ def _preprocessing(plan: Plan) -> str:
     else:
         shape = f"{'stretched' if prep.resize == 'stretch' else 'fitted and padded'} to {size}"
     steps = [shape, "grey" if prep.channels == 1 else "three channels"]
+    if prep.channel:
+        steps[1] = f"channels {', '.join(map(_channel, prep.channel))}, each scaled by itself"
     if prep.window:
         steps.append(f"intensities {prep.window[0]:g} to {prep.window[1]:g} kept")
     if prep.percentiles:
         low, high = prep.percentiles
         steps.append(f"percentiles {low:g} to {high:g} of each image kept")
     return "; ".join([*steps, _INTENSITY[prep.intensity]])
+
+
+def _channel(channel: Channel) -> str:
+    window = f" from {channel.window[0]:g} to {channel.window[1]:g}" if channel.window else ""
+    lacking = "zeros where it is missing"
+    if channel.missing == "leave-out":
+        lacking = "images without it are left out"
+    return f"{channel.name}{window} ({lacking})"
 
 
 def column_words(column: Column) -> str:
@@ -213,6 +224,7 @@ def _augmentation(plan: Plan) -> str:
         (random.gamma, "gamma changed by up to {:.0%}"),
         (random.blur, "blurred by up to {:g} pixels"),
         (random.low_resolution, "resolution lowered by up to {:.0%}"),
+        (random.drop_channel, "each channel dropped with a chance of {:.0%}"),
         (random.bias_field, "multiplied with a smooth field of up to {:g}"),
     ):
         if value:

@@ -435,6 +435,13 @@ class Augmentation(Section):
         description="largest loss of resolution: the share of the pixels along a side that an "
         "image loses before it is enlarged again",
     )
+    drop_channel: Annotated[float, Since(2)] = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="chance of each named channel to be zeros, as in an image that lacks it; one "
+        "that the image has stays",
+    )
     bias_field: Annotated[float, Since(2)] = Field(
         default=0.0,
         ge=0,
@@ -476,6 +483,22 @@ class Patch(Section):
     )
 
 
+class Channel(Section):
+    """One of several images of a patient that make one input, such as a sequence of an MRI."""
+
+    name: ColumnName = Field(description="what sites call it; a site says where it is")
+    missing: Literal["leave-out", "drop"] = Field(
+        default="leave-out",
+        description="an image that lacks it: `leave-out` counts it; `drop` has zeros in its place, "
+        "which is the mean of a channel with intensity `zscore`",
+    )
+    window: tuple[float, float] | None = Field(
+        default=None,
+        description="lowest and highest intensity kept of this channel, instead of those of the "
+        "section",
+    )
+
+
 class Preprocessing(Section):
     """How an image becomes the model's input; the same at every site."""
 
@@ -498,8 +521,19 @@ class Preprocessing(Section):
     resize: Literal["stretch", "fit"] = Field(
         default="stretch", description="without spacing: stretch to `size`, or fit and pad"
     )
-    channels: Annotated[Literal[1, 3], BeforeValidator(_whole)] = Field(
-        default=1, description="1 (grey) or 3 (colour, or grey repeated)"
+    channels: Annotated[int, BeforeValidator(_whole)] = Field(
+        default=1,
+        ge=1,
+        le=16,
+        description="1 (grey) or 3 (colour, or grey repeated); with `[[preprocessing.channel]]` as "
+        "many as there are",
+    )
+    channel: Annotated[tuple[Channel, ...], Since(2)] = Field(
+        default=(),
+        max_length=16,
+        description="named channels, `[[preprocessing.channel]]`, in the order in which the model "
+        "takes them; each has its intensities scaled by itself. An image that names none is taken "
+        "if it has as many planes",
     )
     window: tuple[float, float] | None = Field(
         default=None, description="lowest and highest intensity kept (HU for CT), mapped to 0 and 1"
@@ -527,6 +561,7 @@ class Preprocessing(Section):
                 "preprocessing.spacing",
                 "spacing must have one entry per entry of size; make them equally long",
             )
+        yield from self._broken_channels()
         if self.patch is not None and self.resize != "stretch":
             yield "preprocessing.resize", "with patches an image keeps its size; remove resize"
         if self.window is not None and self.percentiles is not None:
@@ -546,6 +581,37 @@ class Preprocessing(Section):
             yield (
                 "preprocessing.channels",
                 "intensity `imagenet` needs three channels; set channels = 3",
+            )
+
+    def _broken_channels(self) -> Iterator[tuple[str, str]]:
+        named = self.channel
+        if named and len(named) != self.channels:
+            yield (
+                "preprocessing.channels",
+                f"there are {len(named)} named channels; set channels = {len(named)}",
+            )
+        if not named and self.channels not in (1, 3):
+            yield (
+                "preprocessing.channels",
+                "without [[preprocessing.channel]] it must be 1 or 3; name the channels",
+            )
+        if len({one.name for one in named}) != len(named):
+            yield "preprocessing.channel", "names of channels must differ; rename one"
+        for place, one in enumerate(named):
+            if one.window is not None and not one.window[0] < one.window[1]:
+                yield (
+                    f"preprocessing.channel.{place}.window",
+                    "window must rise from low to high; swap its two values",
+                )
+        if named and self.intensity == "imagenet":
+            yield (
+                "preprocessing.intensity",
+                "imagenet is of colours, not of channels; choose zscore",
+            )
+        if self.augmentation.drop_channel and len(named) < 2:
+            yield (
+                "preprocessing.augmentation.drop_channel",
+                "drop_channel is for two named channels or more; remove it",
             )
 
 

@@ -15,6 +15,7 @@ from fedward.protocol import SITE_NAME
 from fedward_client.cohort.patient_key import check_patient_key
 from fedward_client.cohort.selection import only_selected
 from fedward_client.cohort.training import Preparers
+from fedward_client.data.channels import drops
 from fedward_client.data.dataset import DatasetSpec, hints, read_dataset
 from fedward_client.data.files import folders
 from fedward_client.data.options import LabelOptions
@@ -81,6 +82,7 @@ def _spec(data: Path, options: Options, how: Partition) -> DatasetSpec:
         patients=own.patients.options(),
         labels=labels,
         images=own.image_options(),
+        channels=own.channel_options(),
     )
 
 
@@ -224,7 +226,7 @@ def divided_sites(plan: Plan, options: Options, crew: Preparers, note: Note) -> 
     for name, samples in parts.items():
         note(f"preparing {name}: {len(samples)} images")
         _prepare(found, name, samples, plan, options, crew)
-        for one in doubts(found.sites[-1], plan):
+        for one in (*doubts(found.sites[-1], plan), *drops(samples, plan.preprocessing)):
             note(f"{name}: {one}")
     if found.missed:
         note(summary(found.missed))

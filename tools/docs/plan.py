@@ -19,6 +19,7 @@ _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("[task]", schema.Task),
     ("[images]", schema.Images),
     ("[preprocessing]", schema.Preprocessing),
+    ("[[preprocessing.channel]]", schema.Channel),
     ("[preprocessing.patch]", schema.Patch),
     ("[preprocessing.augmentation]", schema.Augmentation),
     ("[table]", schema.TableInput),
@@ -69,6 +70,9 @@ Task and preprocessing
 - `preprocessing.window` and `preprocessing.percentiles` exclude each other; each rises from low to
   high; percentiles lie within 0 and 100.
 - `preprocessing.intensity = "imagenet"` needs `channels = 3`.
+- `preprocessing.channels` is 1 or 3, or the number of `[[preprocessing.channel]]`, whose names
+  differ; they go without `intensity = "imagenet"`. `preprocessing.augmentation.drop_channel` is for
+  two of them or more.
 - `[preprocessing.patch]` is for segmentation, without `preprocessing.resize` and `privacy.audit`;
   `preprocessing.size` is then the size of a patch. `flips` has `"depth"` only with
   `task.dimensions = 3`.

@@ -10,6 +10,7 @@ from fedward_client.config import (
     TrainerSection,
 )
 from fedward_client.data.options import (
+    ChannelSection,
     ColumnSection,
     DeidentificationSection,
     ImageSection,
@@ -59,6 +60,7 @@ def page() -> str:
         ("Label section", "[datasets.NAME.labels]", LabelSection),
         ("Column section", "[datasets.NAME.table.COLUMN]", ColumnSection),
         ("Mask section", "[datasets.NAME.masks]", MaskSection),
+        ("Channel section", "[datasets.NAME.channels.CHANNEL]", ChannelSection),
         ("Server section", "[server]", ServerSection),
         ("Trainer section", "[trainer]", TrainerSection),
         ("Policy section", "[policy]", PolicySection),

@@ -27,7 +27,16 @@ from fedward.errors import DataError, ModelError, PlanError, PrivacyError
 from fedward.models import build_model, describe, to_arrays, trainable_names
 from fedward.models.registry import example_inputs, outline
 from fedward.plan.load import canonical, plan_hash
-from fedward.plan.schema import Column, Patch, Plan, Privacy, Stage, TableInput, Task
+from fedward.plan.schema import (
+    Column,
+    Patch,
+    Plan,
+    Preprocessing,
+    Privacy,
+    Stage,
+    TableInput,
+    Task,
+)
 from fedward.protocol import RoundOrder
 from fedward.rule_codes import MASK_SHAPE
 from fedward_client.cohort.finding import Finding, Status, finding
@@ -36,10 +45,12 @@ from fedward_client.cohort.patient_key import patient_key_finding
 from fedward_client.cohort.probe import Probe, as_site, probe
 from fedward_client.cohort.selection import Kinds, selected
 from fedward_client.config import DatasetSection
+from fedward_client.data.channels import names_of
 from fedward_client.data.prepare import prepared_bytes
 from fedward_client.data.sample import LeftOut, Sample, unnamed
 from fedward_client.data.split import split_by_patient
 from fedward_client.data.table_rows import Cells, absent_columns, outcomes
+from fedward_client.data.transforms import lacks_too_much
 from fedward_client.training.device import choose_device
 from fedward_client.training.runtime import Runtime
 from fedward_client.training.trainer import Trainer
@@ -482,6 +493,36 @@ def is_refused(sample: Sample, plan: Plan) -> bool:
     return is_tilted(sample) and plan.preprocessing.gantry_tilt == "refuse"
 
 
+def is_lacking(sample: Sample, prep: Preprocessing) -> bool:
+    """Whether the plan leaves an image out for the channels that it lacks."""
+    names = names_of(sample)
+    return bool(names) and lacks_too_much(names, prep)
+
+
+def channel_finding(
+    prep: Preprocessing, dataset: DatasetSection, samples: Sequence[Sample]
+) -> Finding:
+    """How many samples have each of the plan's channels."""
+    unknown = [one.name for one in prep.channel if one.name not in dataset.channels]
+    if dataset.channels and unknown:
+        found = f"the dataset names {', '.join(dataset.channels)}; the plan {', '.join(unknown)}"
+        fix = "Add [datasets.NAME.channels.CHANNEL] to site.toml, then freeze again"
+        return finding("channels", "fail", found, fix)
+    if not dataset.channels:
+        listed = ", ".join(one.name for one in prep.channel)
+        fix = "See that the planes of a file are these, or name them in site.toml"
+        return finding("channels", "warn", f"planes are taken for {listed}, in this order", fix)
+    have = Counter(name for sample in samples for name in names_of(sample))
+    out = sum(is_lacking(sample, prep) for sample in samples)
+    listed = ", ".join(f"{one.name}: {have[one.name]}" for one in prep.channel)
+    lacking = any(have[one.name] < len(samples) for one in prep.channel)
+    status: Status = "fail" if out == len(samples) else "warn" if lacking else "pass"
+    found = f"of {len(samples)} samples have {listed}; {out} are left out"
+    return finding(
+        "channels", status, found, "Others have zeros there, or see the plan's `missing`"
+    )
+
+
 def tilt_finding(leaning: int, of: int) -> Finding:
     """Volumes that the plan leaves out since the scanner's gantry leant."""
     found = f"{leaning} of {of} volumes are of a leaning gantry, and the plan leaves them out"
@@ -731,6 +772,10 @@ def check_plan(
         taken = [sample for sample in taken if not is_refused(sample, plan)]
     if uneven := sum(map(is_uneven, taken)):
         findings.append(uneven_finding(uneven, len(taken)))
+    if plan.preprocessing.channel and taken:
+        findings.append(channel_finding(plan.preprocessing, dataset, taken))
+        taken = [one for one in taken if not is_lacking(one, plan.preprocessing)]
+        fits = fits and findings[-1].status != "fail"
     parts: dict[str, int] = {}
     classes: dict[str, int] = {}
     cost: Cost | None = None

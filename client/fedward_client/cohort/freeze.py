@@ -224,6 +224,7 @@ def _read(dataset: DatasetSection, listen: Listen) -> Dataset:
         patients=dataset.patients.options(),
         labels=dataset.label_options(),
         images=dataset.image_options(),
+        channels=dataset.channel_options(),
         listen=listen,
     )
     return read_dataset(spec, dataset.as_task(), empty=True)  # an empty one is worth a report too
@@ -334,6 +335,9 @@ def content_hash(cohort: CohortFile) -> str:
         for name in ("tilted", "uneven", "columns"):
             if not item[name]:
                 del item[name]
+        for source in (item["image"], item["mask"]):
+            if source is not None and not source["parts"]:
+                del source["parts"]
     content["files"] = {name: record.sha256 for name, record in cohort.files.items()}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()

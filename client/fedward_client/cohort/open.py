@@ -17,6 +17,7 @@ from fedward.rule_codes import RuleCode
 from fedward_client.cohort.freeze import CohortFile, FileRecord, Item, cohorts_folder, load, save
 from fedward_client.cohort.records import INSTANCE, FrozenLoad, Load, Piece, Series, Source
 from fedward_client.config import SiteConfig
+from fedward_client.data.channels import ChannelImage, Part
 from fedward_client.data.dataset import DatasetSpec, read_dataset
 from fedward_client.data.files import find
 from fedward_client.data.readers.dicom.mask_references import MaskFile
@@ -81,6 +82,9 @@ class Restorer:
     def _image(self, source: Source) -> Load:
         frames = self._frames(source.pieces)
         match source.kind:
+            case "channels":
+                parts = (Part(one.name, self._image(one.source), one.plane) for one in source.parts)
+                return ChannelImage(tuple(parts))
             case "volume":
                 return DicomVolume(frames)
             case "frame":
@@ -136,6 +140,7 @@ class Restorer:
         pieces = [*source.pieces, *(series.slices if series else ())]
         parts: list[object] = [source.kind, self.dimensions, self.digests.get(source.beside)]
         parts += [(self.digests[piece.file], piece.frame) for piece in pieces]
+        parts += [(one.name, one.plane, self.content(one.source)) for one in source.parts]
         if series is not None:
             parts += [
                 (self.digests[s.file], s.kind, s.labels, s.threshold) for s in series.segmentations

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedward_client.data.channels import ChannelImage
 from fedward_client.data.readers.dicom.masks import (
     SegmentedFrame,
     SegmentedSeries,
@@ -68,16 +69,26 @@ class Source(Record):
         "array",
         "segmented-frame",
         "segmented-volume",
+        "channels",
     ]
     pieces: tuple[Piece, ...] = Field(
         default=(), description="a NIfTI mask of a DICOM image: the mask, then the image's frames"
     )
     series: int | None = Field(default=None, description="place in the cohort's list of series")
+    parts: tuple[ChannelRecord, ...] = Field(default=(), description="of named channels")
     beside: str = Field(
         default="",
         description="NIfTI masks of NIfTI images: the image in whose place they lie; masks in "
         "pictures: the image whose size they are resized to",
     )
+
+
+class ChannelRecord(Record):
+    """A named channel, and the plane of what it is read from."""
+
+    name: str
+    plane: int = Field(ge=0)
+    source: Source
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,8 @@ def _files(part: Load, root: Path) -> list[Path]:
     match part:
         case FrozenLoad():
             return _files(part.load, root)
+        case ChannelImage():
+            return [path for one in part.parts for path in _files(one.load, root)]
         case ArrayImage() | ArrayMask():
             return [_archive(root)]
         case DicomVolume():
@@ -158,6 +171,14 @@ class Recorder:
     def source(self, part: Load, place: int) -> Source:
         """How one image or mask is read; `place` is the sample's in an archive."""
         match part:
+            case ChannelImage():
+                records = (
+                    ChannelRecord(
+                        name=one.name, plane=one.plane, source=self.source(one.load, place)
+                    )
+                    for one in part.parts
+                )
+                return Source(kind="channels", parts=tuple(records))
             case ArrayImage() | ArrayMask():
                 return Source(kind="array", pieces=(self._piece(_archive(self.root), place),))
             case DicomVolume():

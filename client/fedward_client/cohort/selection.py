@@ -16,6 +16,7 @@ from fedward.plan.image_filter import accepts
 from fedward.plan.schema import Plan
 from fedward.rule_codes import RuleCode
 from fedward_client.cohort.records import FrozenLoad, files_of
+from fedward_client.data.channels import ChannelImage
 from fedward_client.data.readers.dicom.kinds import ImageOptions, Kind, read_kind
 from fedward_client.data.readers.dicom.reader import DicomFrame, DicomVolume
 from fedward_client.data.sample import Dataset, LeftOut, Sample
@@ -39,6 +40,8 @@ def _dicom_file(load: Callable[[], Any]) -> Path | None:
     match load:
         case FrozenLoad():
             return _dicom_file(load.load)
+        case ChannelImage():
+            return _dicom_file(load.parts[0].load)
         case DicomFrame():
             return load.path
         case DicomVolume():

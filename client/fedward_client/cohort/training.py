@@ -18,6 +18,7 @@ from fedward_client.cohort.patient_key import check_patient_key
 from fedward_client.cohort.records import files_of
 from fedward_client.cohort.selection import Kinds, deidentified, selected
 from fedward_client.config import DatasetSection, SiteConfig
+from fedward_client.data.channels import drops
 from fedward_client.data.prepare import Means, doubts, prepare
 from fedward_client.data.quiet import quiet
 from fedward_client.data.readers.dicom.kinds import ImageOptions
@@ -105,7 +106,7 @@ def prepare_cohort(
     else:
         site = _prepare(config, cohort, samples, plan, cache, crew)
     _enough(site.patients.tolist(), least)  # of what could be prepared
-    for one in doubts(site, plan):
+    for one in (*doubts(site, plan), *drops(samples, plan.preprocessing)):
         note(f"{config.site.name}: {one}")
     return site
 

@@ -19,6 +19,7 @@ from fedward_client.data.readers.registry import READERS
 
 if TYPE_CHECKING:
     from fedward.models.finished import FinishedModel
+    from fedward_client.config import DatasetSection
     from fedward_client.data.options import LabelOptions
     from fedward_client.data.table_rows import Row
     from fedward_client.predict.inputs import Found
@@ -70,6 +71,8 @@ def predict(
 
     Ends with code 11 when it could not predict every image; the others are done.
     """
+    from fedward_client.data.options import LabelOptions
+    from fedward_client.predict.beside import channels_beside
     from fedward_client.predict.run import Wish
     from fedward_client.predict.run import predict as run
     from fedward_client.training.device import choose_device
@@ -79,11 +82,15 @@ def predict(
     with _kept_on_ctrl_c(out), interruptible(), busy("reading the model") as tell:
         opened = _open(model, which, config)
         tell("reading headers")
-        path, found, options = _inputs(images, opened, None if format == _AUTO else format, config)
+        kind = None if format == _AUTO else format
+        path, found, dataset = _inputs(images, opened, kind, config)
+        options = dataset.label_options() if dataset else LabelOptions()
         rows = _rows(opened, found, path, table, options)
+        channels = dataset.channel_options() if dataset else {}
+        beside = channels_beside(channels, found, path, options) if channels else {}
         runtime = Runtime(device=chosen, threads=os.cpu_count() or 1)
         outcome = run(
-            Wish(opened, path, out, force=force, dicom=dicom, rows=rows),
+            Wish(opened, path, out, force=force, dicom=dicom, rows=rows, channels=beside),
             found,
             runtime,
             lambda done, of, name: tell(f"{done} of {of} predicted, next {name}"),
@@ -120,19 +127,18 @@ def _open(model: str, which: Literal["shared", "own"] | None, config: Path) -> F
 
 def _inputs(
     images: str, model: FinishedModel, format: str | None, config: Path
-) -> tuple[Path, Found, LabelOptions]:
-    from fedward_client.data.options import LabelOptions
+) -> tuple[Path, Found, DatasetSection | None]:
     from fedward_client.predict.inputs import find_inputs
 
     path, task = Path(images), model.plan.task
     if path.exists() or not config.is_file():
-        return path, find_inputs(path, task, format), LabelOptions()
+        return path, find_inputs(path, task, format), None
     from fedward_client.config import load_config
 
     dataset = load_config(config, datasets_here=False).present(images)
     options = dataset.image_options()
     found = find_inputs(dataset.root, task, format or dataset.format, options)
-    return dataset.root, found, dataset.label_options()
+    return dataset.root, found, dataset
 
 
 def _rows(

@@ -53,6 +53,31 @@ def augment(
     return _intensity(images, augmentation, generator), masks
 
 
+def with_channels_as_in(
+    before: Tensor, images: Tensor, chance: float, generator: torch.Generator
+) -> Tensor:
+    """Changed images whose missing channels are zeros again, and some others are too.
+
+    Parameters
+    ----------
+    before, images : Tensor
+        ``(N, C, *S)`` before they were changed, and after.
+    chance : float
+        Of each channel to be dropped. An image of which that would leave nothing keeps all.
+    generator : torch.Generator
+        A CPU generator.
+
+    Returns
+    -------
+    Tensor
+        ``(N, C, *S)``. What becomes of an image depends on no other one.
+    """
+    there = before.flatten(2).any(2)
+    kept = there & (torch.rand(there.shape, generator=generator) >= chance).to(there.device)
+    kept = torch.where(kept.any(1, keepdim=True), kept, there)
+    return images * kept.reshape(*kept.shape, *[1] * (images.dim() - 2)).to(images)
+
+
 def _is_geometric(a: Augmentation) -> bool:
     return bool(a.flip) or any((a.rotate, a.scale, a.shift))
 

@@ -12,6 +12,7 @@ from typing import Literal
 from fedward.errors import DataError
 from fedward.plan.schema import Task
 from fedward.rule_codes import RuleCode
+from fedward_client.data.channels import Channels, with_channels
 from fedward_client.data.files import folders, walk
 from fedward_client.data.hints import label_hints
 from fedward_client.data.options import LabelOptions, MaskOptions, PatientOptions
@@ -43,6 +44,8 @@ class DatasetSpec:
         Where the table of labels lies, and what its words mean.
     images : ImageOptions
         DICOM: which images are taken.
+    channels : mapping
+        Name of each channel of the images to where it is; without any they have no names.
     listen : callable
         DICOM: hears how many headers are read, and of how many.
     """
@@ -54,6 +57,7 @@ class DatasetSpec:
     patients: PatientOptions = field(default_factory=PatientOptions)
     labels: LabelOptions = field(default_factory=LabelOptions)
     images: ImageOptions = field(default_factory=ImageOptions)
+    channels: Channels = field(default_factory=dict)
     listen: Listen = field(default=unheard, compare=False, repr=False)
 
 
@@ -83,6 +87,8 @@ def read_dataset(spec: DatasetSpec, task: Task, *, empty: bool = False) -> Datas
         raise DataError(RuleCode.DATASET, fix="Check the path and the mount", where="root")
     by_site = spec.sites == "folders"
     dataset = _by_site(spec, task) if by_site else _read(spec.root, task, spec)
+    if spec.channels:
+        dataset = with_channels(dataset, spec.channels)
     if not (dataset.samples or empty):
         raise _nothing(dataset.left_out, task, spec)
     return dataset

@@ -17,6 +17,7 @@ from fedward.errors import ConfigError
 from fedward.plan.image_filter import HOW, Patterns
 from fedward.plan.schema import Task
 from fedward_client.data import labels
+from fedward_client.data.channels import ChannelOptions
 from fedward_client.data.readers.dicom.kinds import IdentityRule, ImageOptions
 
 # What the segments of a mask mean, as a site says it.
@@ -507,6 +508,21 @@ class ColumnSection(Section):
     def options(self) -> ColumnOptions:
         """The same for a reader."""
         return ColumnOptions(self.column, self.words)
+
+
+class ChannelSection(Section):
+    """One named channel of the dataset's images, such as a sequence of an MRI."""
+
+    plane: int = Field(ge=0, le=15, description="of the image's file, from 0: the red one is 0")
+    missing: MaybeWord = Field(
+        default="",
+        description="column of the table of labels or of `patients.csv` that says, with 1, yes or "
+        "true, that an image lacks the channel, whatever its file holds there",
+    )
+
+    def options(self) -> ChannelOptions:
+        """The same for a reader."""
+        return ChannelOptions(self.plane, self.missing)
 
 
 class MaskSection(Section):

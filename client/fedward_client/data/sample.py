@@ -59,6 +59,8 @@ class Image:
         Degrees by which the scanner's gantry leant; the volume has been made upright already.
     measured : bool
         Whether the file states the spacing; False where 1 mm stands for it.
+    names : tuple of str
+        Of named channels, the planes of `pixels` in their order; () where they have none.
     region : tuple of slice or None
         Rows and columns of a 2D image that show the patient (DICOM ultrasound regions); what is
         around them is text and scales. The mask has the size of the whole image.
@@ -74,6 +76,7 @@ class Image:
     lookup: Lookup | None = None
     measured: bool = True
     region: tuple[slice, slice] | None = None
+    names: tuple[str, ...] = ()
     gap: float = 0.0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -289,7 +289,8 @@ def prepare_image(
         The image is left out; the rule is one of :data:`fedward.rule_codes.REASONS`.
     """
     shape = image.pixels.shape[1:]
-    if len(shape) != task.dimensions or len(image.pixels) not in (1, 3) or 0 in shape:
+    planes = range(1, 17) if prep.channel else (1, 3)
+    if len(shape) != task.dimensions or len(image.pixels) not in planes or 0 in shape:
         raise rule_codes.unusable(rule_codes.WRONG_SHAPE)
     if mask is not None and mask.shape != shape:
         raise rule_codes.unusable(rule_codes.MASK_SHAPE)
@@ -301,13 +302,9 @@ def prepare_image(
         shape = image.pixels.shape[1:]
     labels = None if mask is None else _labels(mask, task)[None]
     image = replace(image, pixels=finite(image.pixels))
-    pixels, mapped = to_unit(image, prep)
-    pixels = to_channels(pixels, prep.channels)
     grid = grid_for(shape, image.spacing, prep)
     size = prep.size if prep.patch is None else tuple(map(max, grid.shape, prep.size))
-    content = crop(resample(pixels, grid), size)
-    content, black = finish(content, mapped, prep)
-    out = pad(content, size, black).astype(np.float32, copy=False)
+    out = (_named if prep.channel else _on_grid)(image, grid, size, prep)
     lost = 0.0
     if labels is not None:
         truth, whole = labels[0], resample(labels, grid, nearest=True)
@@ -319,6 +316,43 @@ def prepare_image(
             kept = Whole(truth, grid.shape, marked_pixels(labels, len(task.classes)))
             return Prepared(out, labels, image.spacing, lost, kept)
     return Prepared(out, labels, grid.spacing, lost)
+
+
+def _on_grid(image: Image, grid: Grid, size: tuple[int, ...], prep: Preprocessing) -> Array:
+    pixels, mapped = to_unit(image, prep)
+    pixels = to_channels(pixels, prep.channels)
+    content = crop(resample(pixels, grid), size)
+    content, black = finish(content, mapped, prep)
+    return pad(content, size, black).astype(np.float32, copy=False)
+
+
+def _named(image: Image, grid: Grid, size: tuple[int, ...], prep: Preprocessing) -> Array:
+    """The plan's channels, each by itself; zeros for one that the image lacks."""
+    names = image.names
+    if not names:
+        if len(image.pixels) != len(prep.channel):
+            raise rule_codes.unusable(rule_codes.WRONG_SHAPE)
+        names = tuple(one.name for one in prep.channel)
+    if lacks_too_much(names, prep):
+        raise rule_codes.unusable(rule_codes.CHANNEL_MISSING)
+    out = np.zeros((len(prep.channel), *size), np.float32)
+    for plane, channel in zip(out, prep.channel, strict=True):
+        if channel.name not in names:
+            continue
+        changes: dict[str, Any] = {"channels": 1, "channel": ()}
+        if channel.window is not None:
+            changes |= {"window": channel.window, "percentiles": None}
+        own = image.pixels[names.index(channel.name)][None]
+        alone = replace(image, pixels=own, names=())
+        plane[...] = _on_grid(alone, grid, size, prep.model_copy(update=changes))[0]
+    return out
+
+
+def lacks_too_much(names: Sequence[str], prep: Preprocessing) -> bool:
+    """Whether an image with these channels is left out: it lacks one that it must have, or all."""
+    if any(one.missing == "leave-out" and one.name not in names for one in prep.channel):
+        return True
+    return not any(one.name in names for one in prep.channel)
 
 
 def _labels(mask: NDArray[np.uint8], task: Task) -> NDArray[np.uint8]:

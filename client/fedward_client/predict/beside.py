@@ -8,6 +8,7 @@ from pathlib import Path
 from fedward import rule_codes
 from fedward.errors import DataError
 from fedward.plan.schema import TableInput
+from fedward_client.data.channels import Channels, there
 from fedward_client.data.files import table_keys
 from fedward_client.data.label_tables import Entry, read_table
 from fedward_client.data.options import LabelOptions
@@ -54,6 +55,32 @@ def rows_beside(
     names = [name for name, entry in entries.items() if entry is not None]
     rows = rows_of(table, [entry.columns for entry in entries.values() if entry is not None])
     return dict.fromkeys(entries, rule_codes.VALUE_MISSING) | dict(zip(names, rows, strict=True))
+
+
+def channels_beside(
+    channels: Channels, found: Found, path: Path, options: LabelOptions
+) -> dict[str, Channels]:
+    """The channels that each input has, by its name: all of a dataset, but for what a table says.
+
+    Parameters
+    ----------
+    channels : mapping
+        Of the dataset.
+    found, path, options
+        As for :func:`rows_beside`; ``patients.csv`` beside the images serves as well.
+
+    Raises
+    ------
+    DataError
+        No table has a column that tells which images lack a channel.
+    """
+    root = path if path.is_dir() else path.parent
+    own = root / "patients.csv"
+    place = options.table(root) or (own if own.is_file() else None)
+    entries = dict.fromkeys((one.name for one in found.sources), None)
+    told = entries if place is None else entries | dict(_entries(found, place, path, options))
+    rows = [{} if entry is None else entry.columns for entry in told.values()]
+    return dict(zip(told, there(channels, rows), strict=True))
 
 
 def _entries(

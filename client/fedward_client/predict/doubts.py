@@ -65,7 +65,11 @@ def by_image(image: Image, plan: Plan) -> Iterator[tuple[str, bool]]:
             yield "no pixel lies inside the plan's window", True
     if image.pixels.max() == image.pixels.min():
         yield "all pixels have one value", True
-    if len(image.pixels) > prep.channels:
+    if prep.channel:
+        there = image.names or tuple(one.name for one in prep.channel)
+        if lacking := [one.name for one in prep.channel if one.name not in there]:
+            yield f"the image lacks {', '.join(lacking)}", False
+    elif len(image.pixels) > prep.channels:
         yield "the image is in colour; the model is for grey ones", False
     elif len(image.pixels) < prep.channels and _COLOURED.issuperset(plan.task.modality):
         yield "the image is grey; the model is for ones in colour", False

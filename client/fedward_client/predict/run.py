@@ -22,6 +22,7 @@ from fedward.errors import DataError, OutputError
 from fedward.files import write_private
 from fedward.models.finished import FinishedModel
 from fedward.plan.schema import Plan, Preprocessing
+from fedward_client.data.channels import Channels, planes_of
 from fedward_client.data.quiet import quiet
 from fedward_client.data.restore import restore
 from fedward_client.data.sample import Image
@@ -162,6 +163,9 @@ class Wish:
     rows : mapping
         Of each input by its name what the table says that the model reads, or why it says nothing
         (see :func:`fedward_client.predict.beside.rows_beside`).
+    channels : mapping
+        Of each input by its name the channels that it has, where they have names; without it the
+        planes of a file are the model's channels in their order.
     """
 
     model: FinishedModel
@@ -170,6 +174,7 @@ class Wish:
     force: bool = False
     dicom: bool = True
     rows: Mapping[str, Row | str] = field(default_factory=dict)
+    channels: Mapping[str, Channels] = field(default_factory=dict)
 
     def row(self, source: Source) -> Row | None:
         """What the table says of an input; None where the model reads none.
@@ -188,10 +193,12 @@ class Wish:
 
     def identity(self, source: Source) -> str:
         """A digest that changes when an input or its row does."""
-        row = self.rows.get(source.name)
-        if row is None or isinstance(row, str):
+        row, channels = self.rows.get(source.name), self.channels.get(source.name)
+        if (row is None or isinstance(row, str)) and channels is None:
             return source.identity()
-        return hashlib.sha256(source.identity().encode() + row.tobytes()).hexdigest()
+        told = repr(sorted(channels.items())) if channels else ""
+        own = row.tobytes() if isinstance(row, np.ndarray) else b""
+        return hashlib.sha256(f"{source.identity()}{told}".encode() + own).hexdigest()
 
 
 def predict(
@@ -267,6 +274,8 @@ def _results(wish: Wish, predictor: Predictor, source: Source) -> dict[str, Any]
         prep = prep.model_copy(update={"gantry_tilt": "correct"})
     answers, row = [], wish.row(source)
     for image in source.images():
+        if plan.preprocessing.channel and source.name in wish.channels:
+            image = planes_of(image, wish.channels[source.name])
         _weigh(by_image(image, plan), wish.force, marks)
         answers.append(predictor(image, prep, row))
         del image  # a volume: its pixels make room for what comes of it

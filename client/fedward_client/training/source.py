@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedward.errors import OutputError
 from fedward.plan.schema import Plan
-from fedward_client.data.augment import augment
+from fedward_client.data.augment import augment, with_channels_as_in
 from fedward_client.data.cache import Stored, building, load, publish
 from fedward_client.data.sample import PreparedSite
 from fedward_client.data.volumes import Volumes, corners, let_go
@@ -82,7 +82,10 @@ class Source:
         else:
             return self.plain(indices)
         masks = targets if self.plan.task.has_masks else None
+        named = images if self.plan.preprocessing.channel else None
         images, changed = augment(images, masks, how, generator)
+        if named is not None:
+            images = with_channels_as_in(named, images, how.drop_channel, generator)
         inputs = self._beside(self.through(images), indices)
         return inputs, targets if changed is None else changed
 

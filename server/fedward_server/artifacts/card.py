@@ -50,6 +50,8 @@ def _head(study: str, plan: Plan, results: StudyResults) -> Iterator[str]:
     yield f"- Study: `{study}` ({state}), {len(results.arms[0].rounds)} of {plan.rounds} rounds"
     yield f"- Plan: SHA-256 `{results.plan_sha256}`"
     yield f"- Task: {plan.task.kind}, {plan.task.dimensions}D, {', '.join(plan.task.classes)}"
+    if plan.preprocessing.channel:
+        yield f"- Channels: {', '.join(one.name for one in plan.preprocessing.channel)}"
     if plan.table is not None:
         columns = "; ".join(map(column_words, plan.table.column))
         yield f"- Reads beside the image: {columns}"

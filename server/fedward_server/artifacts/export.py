@@ -213,7 +213,7 @@ def export_bundle(given: Delivered, target: Path) -> Exported:
     Raises
     ------
     ConfigError
-        A package that this needs is missing, or the model reads a table.
+        A package that this needs is missing, or the model reads a table or named channels.
     ModelError
         The arrays do not fit the plan, or a file gives another output than the network.
     OutputError
@@ -223,6 +223,11 @@ def export_bundle(given: Delivered, target: Path) -> Exported:
         raise ConfigError(
             "an export takes an image alone, and this model reads a table beside it",
             fix="Deliver the safetensors file; fedward-client predict applies it with its table",
+        )
+    if given.plan.preprocessing.channel:
+        raise ConfigError(
+            "an export reads one file, and this model takes channels that it names",
+            fix="Deliver the safetensors file; fedward-client predict applies it",
         )
     if target.exists():
         raise OutputError(

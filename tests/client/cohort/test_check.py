@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from fedward_client.cohort.check import (
     training_bytes,
 )
 from fedward_client.config import DatasetSection
+from fedward_client.data.channels import ChannelImage, Part
 from fedward_client.data.prepare import prepare
 from fedward_client.data.sample import Image, LeftOut, Sample
 
@@ -394,3 +395,46 @@ def test_each_column_of_the_plan_s_table_is_looked_at(checked, dataset, own, age
     assert words in found["column age"].found
     assert made.can_serve == (status != "fail")
     assert not made.can_serve or made.cost.training_bytes
+
+
+FLAIR, POST = {"name": "flair"}, {"name": "post", "missing": "drop"}
+OWN = {"flair": {"plane": 0}, "post": {"plane": 1, "missing": "gone"}}
+
+
+@pytest.mark.parametrize(
+    ("own", "lacking", "channels", "status", "words"),
+    [
+        (OWN, (), [FLAIR, POST], "pass", "flair: 40, post: 40; 0 are left out"),
+        (OWN, ("post",), [FLAIR, POST], "warn", "flair: 40, post: 30; 0 are left out"),
+        (OWN, ("flair",), [FLAIR, POST], "warn", "flair: 30, post: 40; 10 are left out"),
+        (OWN, ("flair", "post"), [FLAIR, {"name": "t2"}], "fail", "the plan t2"),
+        ({}, (), [FLAIR, POST], "warn", "taken for flair, post, in this order"),
+    ],
+)
+def test_the_channels_of_a_dataset_are_counted(
+    checked, dataset, own, lacking, channels, status, words
+):
+    samples = []
+    for k, sample in enumerate(chests()):
+        values = RNG.random((2, 20, 20)).astype(np.float32)
+        read = KnownImage(values.tobytes())
+        names = [n for n in ("flair", "post") if k % 4 or n not in lacking]
+        parts = tuple(Part(name, read, OWN[name]["plane"]) for name in names)
+        load = ChannelImage(parts) if own else read
+        samples += [replace(sample, load=load)] if parts else []
+    dataset = dataset.model_validate({**dataset.model_dump(exclude_defaults=True), "channels": own})
+    made, found = checked(
+        samples, dataset, preprocessing={"channels": 2, "channel": channels}, measure=True
+    )
+    assert found["channels"].status == status
+    assert words in found["channels"].found
+    assert made.can_serve == (status != "fail")
+    assert not made.can_serve or made.cost.seconds > 0
+
+
+@dataclass(frozen=True)
+class KnownImage:
+    content: bytes
+
+    def __call__(self):
+        return Image(np.frombuffer(self.content, np.float32).reshape(2, 20, 20), (1.0, 1.0))

@@ -18,6 +18,7 @@ from fedward.errors import DataError
 from fedward_client.cohort.freeze import make_cohort, save, usable
 from fedward_client.cohort.open import open_cohort
 from fedward_client.cohort.report import make_report
+from fedward_client.data.channels import names_of
 from fedward_client.data.prepare import prepare
 from fedward_client.secret import site_secret
 
@@ -426,3 +427,30 @@ def test_contours_through_the_commands(tmp_path, make_structures, commands):
     assert answers["report"]["samples"] == answers["preview"]["shown"] == 2
     assert answers["report"]["left_out"] == {}
     assert not any(word in json.dumps(answers) for word in ("DOE", "MRN4711", "1.2.826.0.99"))
+
+
+@pytest.mark.integration
+def test_a_cohort_keeps_which_channels_an_image_has(tmp_path, working):
+    root = tmp_path / "data-doe"
+    masked_folders(root)
+    for k in range(3):
+        Pillow.fromarray(grey(9, 8, 3)).save(root / "images" / f"D{k}.png")
+    (root / "patients.csv").write_text("image,patient,gone\nD0,DOE,1\nD1,b,0\nD2,c,\n")
+    site = write_site(tmp_path, "folders", "segmentation", 2)
+    with site.open("a") as file:
+        file.write('[datasets.one.channels.t1]\nplane = 2\nmissing = "gone"\n')
+        file.write("[datasets.one.channels.flair]\nplane = 0\n")
+    with working(site, "one") as work:
+        found = usable(work.dataset, work.index, work.extract)
+        cohort = make_cohort("one", work.dataset, found, work.index, work.extract)
+        path = save(cohort, work.site.site.state)
+        opened = open_cohort(work.site, "one", secret=site_secret(work.site.site.state))
+    assert (
+        sorted(names_of(s) for s in opened.dataset.samples) == [("flair",)] + [("t1", "flair")] * 2
+    )
+    for one, other in zip(opened.dataset.samples, found.samples, strict=True):
+        image, wanted = one.load(), other.load()
+        assert image.names == wanted.names == names_of(one)
+        np.testing.assert_array_equal(image.pixels, wanted.pixels)
+    assert len({one.load.identity() for one in opened.dataset.samples}) == 3
+    assert "DOE" not in path.read_text()

@@ -28,12 +28,13 @@ from fedward.models.finished import open_finished
 from fedward.plan.load import canonical, plan_from, plan_hash
 from fedward.protocol import RoundOrder
 from fedward.signing import sign_model
+from fedward_client.data.channels import ChannelOptions
 from fedward_client.data.dataset import DatasetSpec, read_dataset
 from fedward_client.data.options import LabelOptions
 from fedward_client.data.prepare import prepare
 from fedward_client.data.transforms import prepare_image
 from fedward_client.kept_models import KeptModels
-from fedward_client.predict.beside import rows_beside
+from fedward_client.predict.beside import channels_beside, rows_beside
 from fedward_client.predict.inputs import find_inputs
 from fedward_client.predict.run import Wish, predict
 from fedward_client.training.runtime import Runtime
@@ -119,6 +120,42 @@ def test_a_model_that_reads_a_table_takes_each_image_s_row(
             assert found_now == pytest.approx(expected, abs=1e-5)
     with pytest.raises(DataError, match="reads a table beside"):
         rows_beside(plan.table, find_inputs(scans, plan.task), scans, LabelOptions())
+
+
+def test_named_channels_are_those_that_an_image_has(
+    tmp_path: Path, make_plan: Any, make_model: Any
+) -> None:
+    plain = make_plan("segmentation", (16, 16), "any", intensity="zscore")
+    content = plain.model_dump(exclude_defaults=True)
+    names = [{"name": "flair"}, {"name": "t1", "missing": "drop"}]
+    content["preprocessing"] |= {"channels": 2, "channel": names}
+    plan = plan_from(content)
+    folder = tmp_path / "in"
+    (folder / "images").mkdir(parents=True)
+    for k in range(3):
+        values = RNG(k).integers(0, 255, (16, 16, 3)).astype(np.uint8)
+        Pillow.fromarray(values).save(folder / "images" / f"{k}.png")
+    (folder / "patients.csv").write_text(
+        "image,patient,no t1,no flair\n0,a,0,0\n1,b,1,0\n2,c,0,1\n"
+    )
+    channels = {"t1": ChannelOptions(0, "no t1"), "flair": ChannelOptions(2, "no flair")}
+    found = find_inputs(folder, plan.task)
+    beside = channels_beside(channels, found, folder, LabelOptions())
+    model = make_model(tmp_path / "m.safetensors", plan)
+    told = run(model, folder, tmp_path / "out", channels=beside)["inputs"]
+    assert [one["state"] for one in told] == ["predicted", "marked", "refused"]
+    assert told[1]["marks"] == ["the image lacks t1"]
+    assert told[2]["reason"] == rule_codes.CHANNEL_MISSING
+    network = open_finished(model).build().eval()
+    for k in range(2):
+        colours = np.asarray(Pillow.open(folder / "images" / f"{k}.png"), np.float32)
+        planes = [
+            (colours[..., p] - colours[..., p].mean()) / colours[..., p].std() for p in (2, 0)
+        ]
+        planes[1] *= k == 0
+        expected = network(torch.from_numpy(np.stack(planes)[None].astype(np.float32))).argmax(1)[0]
+        made = np.asarray(Pillow.open(tmp_path / "out" / told[k]["files"]["mask"]))
+        assert (made == expected.numpy()).mean() > 0.99
 
 
 PATCHES = {"patch": {"overlap": 0.25}, "spacing": [1.3, 1.1, 1.7]}

@@ -132,7 +132,7 @@ def test_a_patch_is_a_piece_of_its_image_and_has_a_class_in_its_middle_as_often_
     plan = patch_plan({"foreground": foreground})
     site, size, starts = prepare("x", cohort(), plan), 16, []
     indices = np.repeat(np.arange(1, 6), 40)
-    images, masks = source_of(plan, site).augmented(indices, torch.Generator().manual_seed(3))
+    (images,), masks = source_of(plan, site).augmented(indices, torch.Generator().manual_seed(3))
     for k, image, mask in zip(indices, images[:, 0].numpy(), masks.numpy(), strict=True):
         whole = site.images[k][0]
         # Each value is there once.
@@ -172,7 +172,7 @@ def test_every_patch_takes_as_many_random_numbers(patch_plan: Make) -> None:
     made = []
     for one, indices in ((site, [1, 2, 3]), (mixed, [1, 2, 3]), (site, [1, FILLER, 3])):
         generator = torch.Generator().manual_seed(11)
-        images, _ = source_of(plan, one).augmented(np.array(indices), generator)
+        (images,), _ = source_of(plan, one).augmented(np.array(indices), generator)
         made.append((images[0], images[2], generator.get_state()))
     for found in made[1:]:
         assert all(torch.equal(a, b) for a, b in zip(made[0], found, strict=True))

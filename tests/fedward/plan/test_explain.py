@@ -138,6 +138,21 @@ def test_a_table_beside_the_images_is_told(classification: str, change: Change) 
     assert "a layer of 8 with a ReLU reads" in " ".join(hidden.split())
 
 
+def test_named_channels_are_told(segmentation: str, change: Change) -> None:
+    channels = [{"name": "pet", "window": [0, 10]}, {"name": "ct", "missing": "drop"}]
+    changes = {
+        "preprocessing.channels": 2,
+        "preprocessing.channel": channels,
+        "preprocessing.augmentation.drop_channel": 0.2,
+    }
+    text = " ".join(explain(plan_from(change(segmentation, changes))).split())
+    assert (
+        "channels pet from 0 to 10 (images without it are left out), ct (zeros where it is "
+        "missing), each scaled by itself"
+    ) in text
+    assert "each channel dropped with a chance of 20%" in text
+
+
 def test_patches_and_their_cost_are_told(segmentation: str, change: Change) -> None:
     patch = {"per_image": 2, "flips": ["vertical", "horizontal"], "overlap": 0.25}
     changes = {"preprocessing.patch": patch, "preprocessing.spacing": [1.5, 1.5]}

@@ -21,6 +21,7 @@ from PIL import Image as Pillow
 
 from fedward.errors import ConfigError, ModelError, OutputError
 from fedward.models import build_model
+from fedward.plan import plan_from
 from fedward_server.artifacts import export as exporting
 from fedward_server.artifacts.export import export_bundle
 
@@ -222,13 +223,20 @@ def test_only_the_card_speaks_of_sites(made: tuple[Any, Any, Path]) -> None:
         assert b"two sites" not in content or path.name == "README.md", path
 
 
-def test_a_model_that_reads_a_table_is_not_exported(
+def test_a_model_that_takes_more_than_an_image_is_not_exported(
     plan_of: Make, trained: Make, delivered: Make, tmp_path: Path
 ) -> None:
     age = {"name": "age", "kind": "number", "range": [0, 100]}
-    plan = plan_of("cnn", table={"column": [age]}, model={"channels": [4, 8]})
-    with pytest.raises(ConfigError, match="reads a table beside it"):
-        export_bundle(delivered(plan, build_model(plan, 0)), tmp_path / "x")
+    plain = plan_of("cnn", model={"channels": [4, 8]}).model_dump(exclude_defaults=True)
+    names = [{"name": "t1"}, {"name": "t2"}]
+    prep = plain["preprocessing"] | {"channels": 2, "channel": names}
+    for more, rule in (
+        ({"table": {"column": [age]}}, "reads a table beside it"),
+        ({"preprocessing": prep}, "takes channels that it names"),
+    ):
+        plan = plan_from(plain | more)
+        with pytest.raises(ConfigError, match=rule):
+            export_bundle(delivered(plan, build_model(plan, 0)), tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
