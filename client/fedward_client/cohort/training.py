@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -24,6 +24,7 @@ from fedward_client.data.quiet import quiet
 from fedward_client.data.readers.dicom.kinds import ImageOptions
 from fedward_client.data.readers.dicom.sniff import is_dicom
 from fedward_client.data.sample import PreparedSite, Sample
+from fedward_client.data.table_rows import rows_of
 from fedward_client.data.transforms import Job, Outcome, prepare_in_worker
 from fedward_client.worker_pool import Limits, WorkerPool
 
@@ -153,10 +154,19 @@ _FITS: Final = {"task": RuleCode.COHORT_TASK, "classes": RuleCode.COHORT_CLASSES
 def _enough(patients: Iterable[str | int], least: int) -> None:
     """Hold the policy's number against the patients that a plan takes, not the frozen ones alone.
 
-    A plan's patterns could leave one of them, and all that a study does would be about her.
+    A plan's patterns, or what its table takes, could leave one of them, and all that a study does
+    would be about her.
     """
     if len(set(patients)) < least:
         raise PolicyError(RuleCode.PATIENTS, values={"limit": least}, fix=FIX)
+
+
+def _taken(samples: Sequence[Sample], plan: Plan) -> list[str]:
+    """The patients of samples, without those whose row the plan's table does not take."""
+    if plan.table is None:
+        return [sample.patient for sample in samples]
+    rows = rows_of(plan.table, [sample.columns for sample in samples])
+    return [s.patient for s, row in zip(samples, rows, strict=True) if not isinstance(row, str)]
 
 
 def fitting(
@@ -192,8 +202,8 @@ def fitting(
     kinds = Kinds()
     samples = deidentified(samples, options or ImageOptions(), kinds, cohort.name)
     samples = selected(samples, plan, kinds)
-    # First, so that none and one are refused alike.
-    _enough((s.patient for s in samples), policy_least)
+    if policy_least:  # first, so that none and one are refused alike
+        _enough(_taken(samples, plan), policy_least)
     if not samples:
         raise DataError(
             RuleCode.COHORT_SELECTED,

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedward.errors import DataError
+from fedward.errors import DataError, PolicyError
 from fedward.models import build_model, to_arrays
 from fedward.plan import plan_from
 from fedward_client.cohort.freeze import make_cohort, save, usable
@@ -197,3 +197,9 @@ def test_a_cohort_keeps_the_columns_that_the_site_gives_to_studies(frozen, plan,
         other = plan_from({**plan.model_dump(exclude_defaults=True), "table": {"column": columns}})
         with pytest.raises(DataError, match=rule):
             ready(config, other)
+    # A policy's number of patients counts those whose row is taken; none and one are refused alike.
+    for range_ in ([0, 19], [19, 20]):
+        columns = [{**age, "range": range_}, sex]
+        few = plan_from({**plan.model_dump(exclude_defaults=True), "table": {"column": columns}})
+        with pytest.raises(PolicyError, match="as many patients as its policy"):
+            ready(config, few, least=2)
