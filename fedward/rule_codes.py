@@ -52,6 +52,8 @@ LINKED: Final = "linked folder"
 HIDDEN: Final = "hidden"
 DECODER_FAILED: Final = "decoder failed"
 OTHER_FORMAT: Final = "other format"
+CHANNEL_SHAPE: Final = "channels of different size"
+CHANNEL_POSITION: Final = "channels of different places"
 CHANNEL_MISSING: Final = "channel missing"
 VALUE_MISSING: Final = "value missing in table"
 VALUE_RANGE: Final = "value outside the plan's range"
@@ -99,6 +101,8 @@ REASONS: Final = frozenset(
         HIDDEN,
         DECODER_FAILED,
         OTHER_FORMAT,
+        CHANNEL_SHAPE,
+        CHANNEL_POSITION,
         CHANNEL_MISSING,
         VALUE_MISSING,
         VALUE_RANGE,

@@ -443,6 +443,11 @@ def _broken(dataset: DatasetSection) -> Iterator[tuple[str, str, str]]:
         yield "labels", f"labels belong to {kinds_of('labels')}", "Remove the section"
     if spec.target != "labels" and dataset.table:
         yield "table", f"columns belong to {kinds_of('labels')}", "Remove the section"
+    own = [name for name, one in dataset.channels.items() if one.options().by_file]
+    if own and len(own) < len(dataset.channels):
+        yield "channels", "either all channels have files of their own, or none", "Give each one"
+    if own and dataset.format == "dicom":
+        yield "channels", "files of channels are pictures or NIfTI files", "Convert the dataset"
     if len({name.casefold() for name in dataset.table}) != len(dataset.table):
         yield "table", "a column must be listed once, in whatever case", "Remove one"
     yield from dataset.labels.broken(dataset.classes, dataset.multi_label)

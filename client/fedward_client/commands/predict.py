@@ -137,7 +137,13 @@ def _inputs(
 
     dataset = load_config(config, datasets_here=False).present(images)
     options = dataset.image_options()
-    found = find_inputs(dataset.root, task, format or dataset.format, options)
+    found = find_inputs(
+        dataset.root,
+        task,
+        format or dataset.format,
+        options,
+        channels=dataset.channel_options(),
+    )
     return dataset.root, found, dataset
 
 

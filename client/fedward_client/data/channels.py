@@ -5,18 +5,23 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
 from typing import Final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from fedward import rule_codes
 from fedward.errors import DataError
 from fedward.plan.schema import Preprocessing
+from fedward_client.data.files import stem
 from fedward_client.data.sample import Dataset, Image, LeftOut, Sample
 from fedward_client.data.transforms import lacks_too_much
 
+_SAME: Final = 1e-4  # mm between two grids that are one
 _YES: Final = frozenset({"1", "1.0", "yes", "true"})
 
 
@@ -28,13 +33,32 @@ class ChannelOptions:
     ----------
     plane : int
         Of the image's file, from 0.
+    suffix, folder : str
+        What the file of the channel ends in before its format, and a folder on the way to it; both
+        "": all channels are in one file.
     missing : str
         Column of a table that says, with 1, yes or true, that an image lacks the channel, whatever
         its file holds in its place; "": no image does.
     """
 
-    plane: int
+    plane: int = 0
     missing: str = ""
+    suffix: str = ""
+    folder: str = ""
+
+    @property
+    def by_file(self) -> bool:
+        """Whether it has files of its own."""
+        return bool(self.suffix or self.folder)
+
+    def place(self, path: Path) -> Path | None:
+        """The case that a file is of, by its path within the dataset; None: of another channel."""
+        name, parents = stem(path), list(path.parent.parts)
+        if not name.endswith(self.suffix) or (self.folder and self.folder not in parents):
+            return None
+        if self.folder:
+            parents.remove(self.folder)
+        return Path(*parents, name.removesuffix(self.suffix))
 
     def lacking(self, cells: Mapping[str, str]) -> bool:
         """Whether a table says that an image lacks it; `cells` by name in lower case."""
@@ -61,17 +85,21 @@ class ChannelImage:
     Attributes
     ----------
     parts : tuple of Part
-        Without those that are missing; of one grid.
+        Without those that are missing. The grid is that of the first.
     """
 
     parts: tuple[Part, ...]
 
     def __call__(self) -> Image:
-        read = {part.load: part.load() for part in self.parts}
-        first = read[self.parts[0].load]
+        first = self.parts[0].load()
+        read = {self.parts[0].load: first}
+        for part in self.parts[1:]:
+            if part.load not in read:
+                read[part.load] = registered(part.load(), first)
         planes = [_plane(read[part.load], part.plane) for part in self.parts]
-        names = tuple(part.name for part in self.parts)
-        return replace(first, pixels=np.stack(planes), names=names)
+        if len(read) > 1:  # one window is not another's
+            first = replace(first, window=None, lookup=None)
+        return replace(first, pixels=np.stack(planes), names=self.names)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -82,6 +110,43 @@ class ChannelImage:
         """A digest that changes when a file, or what is taken of it, does."""
         told = [(part.name, part.plane, _identity(part.load)) for part in self.parts]
         return hashlib.sha256(repr(told).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def registered(image: Image, to: Image) -> Image:
+    """An image on another one's grid: linear, its border repeated where it does not reach.
+
+    Raises
+    ------
+    DataError
+        "channels of different size", where the files do not say where they lie; "channels of
+        different places": volumes have nothing in common.
+    """
+    shape, wanted = image.pixels.shape[1:], to.pixels.shape[1:]
+    if image.affine is None or to.affine is None:
+        if shape != wanted:
+            raise rule_codes.unusable(rule_codes.CHANNEL_SHAPE)
+        return image
+    if shape == wanted and np.allclose(image.affine, to.affine, atol=_SAME):
+        return image
+    ends = [_box(one, sides) for one, sides in ((image.affine, shape), (to.affine, wanted))]
+    if (ends[0][1] < ends[1][0]).any() or (ends[1][1] < ends[0][0]).any():
+        raise rule_codes.unusable(rule_codes.CHANNEL_POSITION)
+    from monai.data.meta_tensor import MetaTensor
+    from monai.transforms.spatial.array import SpatialResample
+
+    own = MetaTensor(torch.from_numpy(image.pixels), affine=torch.from_numpy(image.affine))
+    resample = SpatialResample(mode="bilinear", padding_mode="border", align_corners=True)
+    moved = resample(own, dst_affine=torch.from_numpy(to.affine), spatial_size=wanted)
+    return replace(to, pixels=np.asarray(moved.numpy(), np.float32), window=image.window)
+
+
+def _box(
+    affine: NDArray[np.float64], shape: tuple[int, ...]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Lowest and highest corner of a volume, RAS mm."""
+    corners = np.array([(*c, 1.0) for c in product(*((-0.5, n - 0.5) for n in shape))])
+    found = (corners @ affine.T)[:, :3]
+    return found.min(0), found.max(0)
 
 
 def _identity(load: Callable[[], Image]) -> str:
@@ -96,6 +161,89 @@ def _plane(image: Image, number: int) -> NDArray[np.float32]:
     return plane
 
 
+@dataclass(frozen=True)
+class Cases:
+    """Files of which several are channels of one image.
+
+    Attributes
+    ----------
+    files : mapping
+        The file that stands for each case, that of its first channel, to its channels by name; to
+        nothing where channels have no files of their own.
+    places : mapping
+        The case of each: its path within the dataset, without what tells the channel.
+    others : tuple of Path
+        Files of no channel.
+    """
+
+    files: Mapping[Path, Mapping[str, Path]]
+    places: Mapping[Path, Path] = field(default_factory=dict)
+    others: tuple[Path, ...] = ()
+    channels: Channels = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, files: Sequence[Path], root: Path, channels: Channels | None) -> Cases:
+        """Put together which files of a folder are of one case.
+
+        A file whose name two channels claim is of the one with the longer suffix.
+        """
+        own = {name: one for name, one in (channels or {}).items() if one.by_file}
+        if not own:
+            return cls({file: {} for file in files})
+        cases: dict[Path, dict[str, Path]] = {}
+        others = []
+        longest = sorted(own.items(), key=lambda item: -len(item[1].suffix))
+        for file in files:
+            found = ((name, one.place(file.relative_to(root))) for name, one in longest)
+            name, place = next(((n, p) for n, p in found if p is not None), ("", None))
+            if place is None or name in cases.get(place, {}):
+                others.append(file)
+            else:
+                cases.setdefault(place, {})[name] = file
+        made = {
+            place: {name: some[name] for name in own if name in some}
+            for place, some in cases.items()
+        }
+        first = {next(iter(some.values())): (place, some) for place, some in made.items()}
+        return cls(
+            {file: some for file, (_, some) in first.items()},
+            {file: place for file, (place, _) in first.items()},
+            tuple(others),
+            own,
+        )
+
+    def keys(self, names: Mapping[Path, tuple[str, ...]]) -> dict[Path, tuple[str, ...]]:
+        """What tables may call each image: its case, where it has several files, then its file."""
+        alike = Counter(place.name for place in self.places.values())
+        made = {}
+        for file, own in names.items():
+            place = self.places.get(file)
+            case = () if place is None else (place.as_posix(),)
+            loose = (place.name,) if place is not None and alike[place.name] == 1 else ()
+            made[file] = tuple(dict.fromkeys((*case, *loose, *own)))
+        return made
+
+    def with_files(
+        self, file: Path, made: Sample | str, load: Callable[[Path], Callable[[], Image]]
+    ) -> Sample | str:
+        """The sample of a case, which reads all of its files."""
+        image = self.image(file, load)
+        return made if isinstance(made, str) or image is None else replace(made, load=image)
+
+    def image(self, file: Path, load: Callable[[Path], Callable[[], Image]]) -> ChannelImage | None:
+        """What reads the channels of a case; None where they have no files of their own."""
+        some = self.files[file]
+        if not some:
+            return None
+        parts = (Part(name, load(path), self.channels[name].plane) for name, path in some.items())
+        return ChannelImage(tuple(parts))
+
+    def left_out(self, root: Path) -> tuple[LeftOut, ...]:
+        """The files of no channel."""
+        names = (path.relative_to(root).as_posix() for path in self.others)
+        return tuple(LeftOut(rule_codes.NOT_SELECTED, name) for name in names)
+
+
 def with_channels(dataset: Dataset, channels: Channels) -> Dataset:
     """A dataset whose images have named channels; what has none of them is left out.
 
@@ -108,8 +256,10 @@ def with_channels(dataset: Dataset, channels: Channels) -> Dataset:
     left_out = list(dataset.left_out)
     own = there(channels, [sample.columns for sample in dataset.samples])
     for sample, some in zip(dataset.samples, own, strict=True):
-        if some:
-            parts = tuple(Part(name, sample.load, one.plane) for name, one in some.items())
+        parts = tuple(Part(name, sample.load, one.plane) for name, one in some.items())
+        if isinstance(sample.load, ChannelImage):  # of several files
+            parts = tuple(part for part in sample.load.parts if part.name in some)
+        if parts:
             samples.append(replace(sample, load=ChannelImage(parts)))
         else:
             left_out.append(LeftOut(rule_codes.CHANNEL_MISSING, sample.patient))
@@ -138,7 +288,19 @@ def there(channels: Channels, cells: Sequence[Mapping[str, str]]) -> list[Channe
 
 
 def planes_of(image: Image, channels: Channels) -> Image:
-    """An image with the channels that it has, by name."""
+    """An image with the channels that it has, by name.
+
+    Raises
+    ------
+    DataError
+        "channel missing": it has none; "shape does not fit the task": it has no such plane.
+    """
+    if image.names:  # of several files
+        kept = tuple(name for name in image.names if name in channels)
+        if not kept:
+            raise rule_codes.unusable(rule_codes.CHANNEL_MISSING)
+        pixels = image.pixels[[image.names.index(name) for name in kept]]
+        return replace(image, pixels=pixels, names=kept)
     planes = [_plane(image, one.plane) for one in channels.values()]
     if not planes:
         raise rule_codes.unusable(rule_codes.CHANNEL_MISSING)

@@ -513,7 +513,17 @@ class ColumnSection(Section):
 class ChannelSection(Section):
     """One named channel of the dataset's images, such as a sequence of an MRI."""
 
-    plane: int = Field(ge=0, le=15, description="of the image's file, from 0: the red one is 0")
+    plane: int = Field(
+        default=0, ge=0, le=15, description="of the image's file, from 0: the red one is 0"
+    )
+    suffix: MaybeWord = Field(
+        default="",
+        description="what the name of the channel's own file ends in before its format: with `_t1` "
+        "`P7_t1.nii.gz` is a channel of the image `P7`",
+    )
+    folder: MaybeWord = Field(
+        default="", description="or: the folder in which the channel's own files lie"
+    )
     missing: MaybeWord = Field(
         default="",
         description="column of the table of labels or of `patients.csv` that says, with 1, yes or "
@@ -522,7 +532,7 @@ class ChannelSection(Section):
 
     def options(self) -> ChannelOptions:
         """The same for a reader."""
-        return ChannelOptions(self.plane, self.missing)
+        return ChannelOptions(**dict(self))
 
 
 class MaskSection(Section):

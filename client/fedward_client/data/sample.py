@@ -61,6 +61,8 @@ class Image:
         Whether the file states the spacing; False where 1 mm stands for it.
     names : tuple of str
         Of named channels, the planes of `pixels` in their order; () where they have none.
+    affine : NDArray or None
+        ``(4, 4)``, voxel of a NIfTI volume to RAS mm, by which its channels are registered.
     region : tuple of slice or None
         Rows and columns of a 2D image that show the patient (DICOM ultrasound regions); what is
         around them is text and scales. The mask has the size of the whole image.
@@ -77,6 +79,7 @@ class Image:
     measured: bool = True
     region: tuple[slice, slice] | None = None
     names: tuple[str, ...] = ()
+    affine: NDArray[np.float64] | None = None
     gap: float = 0.0
 
 

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -19,6 +20,7 @@ from fedward import rule_codes
 from fedward.errors import DataError
 from fedward.plan.schema import Task
 from fedward.rule_codes import RuleCode
+from fedward_client.data.channels import Cases, ChannelImage, Channels
 from fedward_client.data.files import file_identity, stem, walk
 from fedward_client.data.options import TABLES, PatientOptions
 from fedward_client.data.readers.dicom.headers import Header, Listen, read_headers, unheard
@@ -98,13 +100,14 @@ class PictureSource(Source):
     name: str
     path: Path
     patient: str = ""
+    channels: ChannelImage | None = None
     mask_suffix: ClassVar[str] = ".png"
 
     def identity(self) -> str:
-        return file_identity(self.path)
+        return self.channels.identity() if self.channels else file_identity(self.path)
 
     def images(self) -> Iterator[Image]:
-        yield Picture(self.path)()
+        yield (self.channels or Picture(self.path))()
 
     def mask(self, labels: Sequence[Mask]) -> bytes:
         file = io.BytesIO()
@@ -120,12 +123,13 @@ class NiftiSource(Source):
     path: Path
     dimensions: int
     patient: str = ""
+    channels: ChannelImage | None = None
 
     def identity(self) -> str:
-        return file_identity(self.path)
+        return self.channels.identity() if self.channels else file_identity(self.path)
 
     def images(self) -> Iterator[Image]:
-        yield NiftiImage(self.path, self.dimensions)()
+        yield (self.channels or NiftiImage(self.path, self.dimensions))()
 
     def mask(self, labels: Sequence[Mask]) -> bytes:
         return save_mask(labels[0], self.path, self.dimensions)
@@ -221,6 +225,7 @@ def find_inputs(
     format: str | None = None,
     images: ImageOptions | None = None,
     listen: Listen = unheard,
+    channels: Channels | None = None,
 ) -> Found:
     """The images of a file or a folder, of every modality; masks and tables are not among them.
 
@@ -236,6 +241,8 @@ def find_inputs(
         Which DICOM images the site takes.
     listen : callable, optional
         Hears how many DICOM headers are read, and of how many.
+    channels : mapping, optional
+        Of a dataset, where they have files of their own: the files of a case are one image.
 
     Raises
     ------
@@ -250,12 +257,17 @@ def find_inputs(
     files = [file for file in inside if file.name not in _TABLES]
     kinds = {file: format or _kind(file) for file in files}
     sources: list[Source] = []
-    for file in files:
+    cases = Cases.of(
+        [file for file in files if kinds[file] in ("folders", "nifti")], base, channels
+    )
+    for file in cases.files:
         name = file.relative_to(root).as_posix()
         if kinds[file] == "folders":
-            sources.append(PictureSource(name, file))
-        elif kinds[file] == "nifti":
-            sources.append(NiftiSource(name, file, task.dimensions))
+            sources.append(PictureSource(name, file, channels=cases.image(file, Picture)))
+        else:
+            load = partial(NiftiImage, dimensions=task.dimensions)
+            made = cases.image(file, load)
+            sources.append(NiftiSource(name, file, task.dimensions, channels=made))
     dicom = [file for file in files if kinds[file] == "dicom"]
     found, left_out = _dicom(dicom, root, task, images, listen)
     names = sorted([*sources, *found], key=lambda source: source.name)

@@ -454,3 +454,30 @@ def test_a_cohort_keeps_which_channels_an_image_has(tmp_path, working):
         np.testing.assert_array_equal(image.pixels, wanted.pixels)
     assert len({one.load.identity() for one in opened.dataset.samples}) == 3
     assert "DOE" not in path.read_text()
+
+
+@pytest.mark.integration
+def test_a_cohort_keeps_the_files_of_each_channel(tmp_path, working):
+    root = tmp_path / "data-doe"
+    nifti(root)
+    for k in range(2):  # the third lacks it
+        volume = nib.Nifti1Image(grey(4, 4, 4).astype(np.int16), np.diag([-2, 3, 4, 1]))
+        nib.save(volume, root / "images" / f"D{k}_pet.nii.gz")
+    for k in range(3):
+        (root / "images" / f"D{k}.nii.gz").rename(root / "images" / f"D{k}_ct.nii.gz")
+    site = write_site(tmp_path, "nifti", "segmentation", 3)
+    with site.open("a") as file:
+        for name in ("ct", "pet"):
+            file.write(f'[datasets.one.channels.{name}]\nsuffix = "_{name}"\n')
+    with working(site, "one") as work:
+        found = usable(work.dataset, work.index, work.extract)
+        cohort = make_cohort("one", work.dataset, found, work.index, work.extract)
+        save(cohort, work.site.site.state)
+        opened = open_cohort(work.site, "one", secret=site_secret(work.site.site.state))
+        (root / "images" / "D1_pet.nii.gz").write_bytes(b"changed")
+        with pytest.raises(DataError, match="1 changed"):
+            open_cohort(work.site, "one", secret=site_secret(work.site.site.state))
+    names = [names_of(sample) for sample in opened.dataset.samples]
+    assert names == [("ct", "pet"), ("ct", "pet"), ("ct",)] and len(cohort.files) == 8
+    for one, other in zip(opened.dataset.samples[::2], found.samples[::2], strict=True):
+        np.testing.assert_array_equal(one.load().pixels, other.load().pixels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -143,3 +144,80 @@ def test_training_drops_channels_and_evaluation_does_not(folder: Path, make_plan
     assert torch.equal(inputs[0], again[0])
     plain, _ = source.plain(everyone)
     assert torch.equal(plain[0], torch.from_numpy(site.images))
+
+
+AFFINE = np.diag([1.0, 1.2, 2.0, 1.0])
+COARSE = np.array([[0, -2.1, 0, 15.0], [1.6, 0, 0, 1.0], [0, 0, 2.5, -1.0], [0, 0, 0, 1.0]])
+FILES = {"t1": ChannelOptions(suffix="_0000"), "t2": ChannelOptions(suffix="_0001")}
+
+
+def smooth(shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+    """A field that is linear in mm, which linear interpolation gives back."""
+    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+    x, y, z = np.moveaxis(grid @ affine[:3, :3].T + affine[:3, 3], -1, 0)
+    return (3 * x - 2 * y + 5 * z + 100).astype(np.float32)
+
+
+def volumes(folder: Path, *names: str, far: bool = False) -> Path:
+    """Named as nnU-Net does; the second sequence lies on another grid, in other axes."""
+    for part in ("images", "labels"):
+        (folder / part).mkdir(exist_ok=True)
+    moved = COARSE.copy()
+    moved[0, 3] += 500 if far else 0
+    for name in names:
+        for number, (shape, affine) in enumerate((((12, 10, 8), AFFINE), ((9, 9, 8), moved))):
+            values = smooth(shape, affine)
+            nib.save(nib.Nifti1Image(values, affine), folder / f"images/{name}_000{number}.nii.gz")
+        mask = np.zeros((12, 10, 8), np.uint8)
+        mask[3:6, 2:7, 2:5] = 1
+        nib.save(nib.Nifti1Image(mask, AFFINE), folder / f"labels/{name}.nii.gz")
+    return folder
+
+
+def test_files_of_a_case_are_brought_to_the_grid_of_the_first(
+    tmp_path: Path, make_plan: Any
+) -> None:
+    root = volumes(tmp_path, "a", "b", "c")
+    (root / "images" / "b_0001.nii.gz").unlink()
+    (root / "patients.csv").write_text("image,patient\na,P1\nb,P2\nc,P3\n")
+    nib.save(nib.Nifti1Image(np.ones((2, 2, 2)), AFFINE), root / "images" / "scout.nii.gz")
+    task = make_plan("segmentation", size=(16, 16, 16)).task
+    dataset = read_dataset(DatasetSpec(root, "nifti", channels=FILES), task)
+    assert [item.reason for item in dataset.left_out] == [rule_codes.NOT_SELECTED]
+    assert [sample.patient for sample in dataset.samples] == ["P1", "P2", "P3"]
+    first, second, _ = (sample.load() for sample in dataset.samples)
+    assert (first.names, second.names) == (("t1", "t2"), ("t1",))
+    assert first.pixels.shape == (2, 12, 10, 8) and first.spacing == pytest.approx((1, 1.2, 2))
+    expected = smooth((12, 10, 8), AFFINE)
+    np.testing.assert_allclose(first.pixels[0], expected)
+    # Where the second one reaches, worked out here from where its outermost voxels lie.
+    corner, end = (COARSE @ [0, 0, 0, 1])[:3], (COARSE @ [8, 8, 7, 1])[:3]
+    low, high = np.minimum(corner, end), np.maximum(corner, end)
+    grid = np.stack(np.meshgrid(*map(np.arange, (12, 10, 8)), indexing="ij"), -1)
+    place = grid * [1, 1.2, 2]
+    inside = ((place >= low) & (place <= high)).all(-1)
+    assert 200 < inside.sum() < inside.size
+    np.testing.assert_allclose(first.pixels[1][inside], expected[inside], atol=2e-2)
+    assert np.isfinite(first.pixels).all() and dataset.samples[0].mask().sum() == 3 * 5 * 3
+
+
+def test_sequences_of_other_places_or_sizes_are_left_out(tmp_path: Path, make_plan: Any) -> None:
+    names = [{"name": "t1"}, {"name": "t2"}]
+    content = make_plan("segmentation", size=(16, 16, 16)).model_dump(exclude_defaults=True)
+    prep = content["preprocessing"] | {"channels": 2, "channel": names}
+    plan = plan_from(content | {"preprocessing": prep})
+    (tmp_path / "far").mkdir()
+    root = volumes(tmp_path / "far", "a", far=True)
+    dataset = read_dataset(DatasetSpec(root, "nifti", channels=FILES), plan.task)
+    with pytest.raises(DataError, match=f"{rule_codes.CHANNEL_POSITION}: 1"):
+        prepare("site", dataset.samples, plan)
+    flat = tmp_path / "flat"
+    for k, part in enumerate(("images/t1", "images/t2", "masks")):
+        (flat / part).mkdir(parents=True)
+        side = 20 if k == 1 else 16
+        Pillow.fromarray(np.eye(side, dtype=np.uint8)).save(flat / part / "x.png")
+    channels = {name: ChannelOptions(folder=name) for name in ("t1", "t2")}
+    plan = plan_with(make_plan, *names)
+    dataset = read_dataset(DatasetSpec(flat, "folders", channels=channels), plan.task)
+    with pytest.raises(DataError, match=f"{rule_codes.CHANNEL_SHAPE}: 1"):
+        prepare("site", dataset.samples, plan)

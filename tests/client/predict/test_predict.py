@@ -158,6 +158,29 @@ def test_named_channels_are_those_that_an_image_has(
         assert (made == expected.numpy()).mean() > 0.99
 
 
+def test_a_dataset_s_files_of_one_case_are_one_image(
+    tmp_path: Path, make_plan: Any, make_model: Any
+) -> None:
+    content = make_plan("segmentation", (16, 16, 16), "any").model_dump(exclude_defaults=True)
+    content["preprocessing"] |= {"channels": 2, "channel": [{"name": "ct"}, {"name": "pet"}]}
+    plan = plan_from(content)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    affine = np.diag([1.0, 1.2, 2.0, 1.0])
+    for name in ("a_ct", "a_pet", "b_ct"):
+        nib.save(nib.Nifti1Image(RNG(1).random((12, 10, 8)), affine), folder / f"{name}.nii.gz")
+    channels = {name: ChannelOptions(suffix=f"_{name}") for name in ("ct", "pet")}
+    found = find_inputs(tmp_path, plan.task, channels=channels)
+    assert [one.name for one in found.sources] == ["images/a_ct.nii.gz", "images/b_ct.nii.gz"]
+    beside = channels_beside(channels, found, tmp_path, LabelOptions())
+    model, out = make_model(tmp_path / "m.safetensors", plan), tmp_path / "out"
+    predict(Wish(open_finished(model), tmp_path, out, channels=beside), found, Runtime())
+    told = json.loads((out / "predictions.json").read_text("utf-8"))["inputs"]
+    assert [one["state"] for one in told] == ["predicted", "refused"]
+    assert told[1]["reason"] == rule_codes.CHANNEL_MISSING
+    assert nib.load(out / told[0]["files"]["mask"]).shape == (12, 10, 8)
+
+
 PATCHES = {"patch": {"overlap": 0.25}, "spacing": [1.3, 1.1, 1.7]}
 
 

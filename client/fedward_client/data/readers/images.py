@@ -27,6 +27,7 @@ from fedward import rule_codes
 from fedward.errors import DataError
 from fedward.plan.schema import Task
 from fedward_client.data import labels
+from fedward_client.data.channels import Cases, Channels
 from fedward_client.data.files import file_identity, folders, stem, table_keys, walk
 from fedward_client.data.label_tables import SPLIT_NAMES, Entry, Table, read_table
 from fedward_client.data.masks import label_map
@@ -333,6 +334,7 @@ def read(
     options: LabelOptions | None = None,
     patients: PatientOptions | None = None,
     masks: MaskOptions | None = None,
+    channels: Channels | None = None,
 ) -> Dataset:
     """Read a picture folder.
 
@@ -348,6 +350,8 @@ def read(
         What missing and shared patient ids of a table mean.
     masks : MaskOptions, optional
         Whether masks of another size are resized.
+    channels : mapping, optional
+        Named channels, some of which may have files of their own.
 
     Raises
     ------
@@ -358,9 +362,9 @@ def read(
     people = people_of(root, patients, options)
     if task.has_masks:
         people.check()
-        return collect(root, _pairs(root, people, masks or MaskOptions()))
+        return collect(root, _pairs(root, people, masks or MaskOptions(), channels))
     if options.table(root) is not None:
-        return labelled(root, root, is_picture, Picture, people, task, options)
+        return labelled(root, root, is_picture, Picture, people, task, options, channels)
     people.check()
     return collect(root, _classes(root, people, task, options))
 
@@ -385,21 +389,25 @@ def labelled(
     people: People,
     task: Task,
     options: LabelOptions,
+    channels: Channels | None = None,
 ) -> Dataset:
     """Images under `base` with the labels of a table (of `root`, unless the site names one)."""
     table = read_table(options.table(root) or root / TABLES[0], KEYS, task, options)
     people = people.beside(table)
-    files = [f for f in walk(base, without=("masks",)) if wanted(f)]
-    keys = table_keys(files, (root, base))
+    cases = Cases.of([f for f in walk(base, without=("masks",)) if wanted(f)], base, channels)
+    files = list(cases.files)
+    keys = cases.keys(table_keys(files, (root, base)))
     used: set[str] = set()
 
     def items() -> Iterator[Item]:
         for file in files:
             entry = table.find(keys[file])
             used.add(entry.key if entry else "")
-            yield file, _labelled(file, keys[file], entry, loader, people)
+            made = _labelled(file, keys[file], entry, loader, people)
+            yield file, cases.with_files(file, made, loader)
 
     taken = collect(root, items())
+    taken = replace(taken, left_out=taken.left_out + cases.left_out(root))
     idle = tuple(LeftOut(rule_codes.NO_IMAGE, key) for key in table.entries if key not in used)
     return Dataset(taken.samples, taken.left_out + idle)
 
@@ -434,27 +442,36 @@ def pairs(
     build: Callable[[Path, Path], tuple[Callable[[], Image], Callable[[], NDArray[np.uint8]]]],
     people: People,
     mask_wanted: Callable[[Path], bool] | None = None,
+    channels: Channels | None = None,
 ) -> Iterator[Item]:
     """Images with the mask of the same place and stem.
 
     Where no mask has the stem of an image, masks may share an ending: ``IM1_mask`` is of ``IM1``.
     """
-    files = [f for f in walk(images) if wanted(f)]
-    keys = table_keys(files, (images.parent, images))
-    names = Counter(_place(f, images) for f in files)
+    cases = Cases.of([f for f in walk(images) if wanted(f)], images, channels)
+    files = list(cases.files)
+    keys = cases.keys(table_keys(files, (images.parent, images)))
+    places = {f: cases.places.get(f, _place(f, images)) for f in files}
+    names = Counter(places.values())
     marks = {mask: _place(mask, masks) for mask in walk(masks) if (mask_wanted or wanted)(mask)}
     suffix = _mask_suffix(set(names), set(marks.values()))
     by_name: dict[Path, list[Path]] = {}
     for mask, place in marks.items():
         by_name.setdefault(place.with_name(place.name.removesuffix(suffix)), []).append(mask)
     for file in files:
-        found = by_name.get(_place(file, images), [])
+        found = by_name.get(places[file], [])
         if not found:
             yield file, rule_codes.NO_MASK
-        elif len(found) > 1 or names[_place(file, images)] > 1:
+        elif len(found) > 1 or names[places[file]] > 1:
             yield file, rule_codes.DUPLICATE
         else:
-            yield file, _pair(file, keys[file], build(file, found[0]), people)
+            made = _pair(file, keys[file], build(file, found[0]), people)
+
+            def load(one: Path, mask: Path = found[0]) -> Callable[[], Image]:
+                return build(one, mask)[0]
+
+            yield file, cases.with_files(file, made, load)
+    yield from ((file, rule_codes.NOT_SELECTED) for file in cases.others)
     for name in sorted(set(by_name) - set(names)):
         yield by_name[name][0], rule_codes.NO_IMAGE
 
@@ -496,7 +513,9 @@ def _pair(
     )
 
 
-def _pairs(root: Path, people: People, options: MaskOptions) -> Iterator[Item]:
+def _pairs(
+    root: Path, people: People, options: MaskOptions, channels: Channels | None
+) -> Iterator[Item]:
     if not ((root / "images").is_dir() and (root / "masks").is_dir()):
         raise DataError(
             "a segmentation folder must hold images/ and masks/",
@@ -510,6 +529,7 @@ def _pairs(root: Path, people: People, options: MaskOptions) -> Iterator[Item]:
         lambda image, mask: (Picture(image), PictureMask(mask, image if options.resize else None)),
         people,
         is_mask,
+        channels,
     )
 
 

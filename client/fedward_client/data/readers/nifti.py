@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from fedward import rule_codes
 from fedward.errors import DataError
 from fedward.plan.schema import Task
+from fedward_client.data.channels import Channels
 from fedward_client.data.files import file_identity
 from fedward_client.data.masks import label_map
 from fedward_client.data.options import LabelOptions, PatientOptions
@@ -48,9 +49,10 @@ class NiftiImage:
     dimensions: int
 
     def __call__(self) -> Image:
-        volume, spacing, _ = _canonical(self.path)
+        volume, spacing, affine = _canonical(self.path)
         values, spacing = _oriented(volume, spacing, self.dimensions)
-        return Image(np.ascontiguousarray(values[None], np.float32), spacing)
+        place = affine if self.dimensions == 3 else None
+        return Image(np.ascontiguousarray(values[None], np.float32), spacing, affine=place)
 
     def identity(self) -> str:
         """A digest of place, size and time of change."""
@@ -155,6 +157,7 @@ def read(
     task: Task,
     options: LabelOptions | None = None,
     patients: PatientOptions | None = None,
+    channels: Channels | None = None,
 ) -> Dataset:
     """Read a NIfTI folder.
 
@@ -168,6 +171,8 @@ def read(
         Where the table of labels lies, and what its words mean.
     patients : PatientOptions, optional
         What missing and shared patient ids of a table mean.
+    channels : mapping, optional
+        Named channels, some of which may have files of their own.
 
     Raises
     ------
@@ -180,7 +185,14 @@ def read(
     d = task.dimensions
     if not task.has_masks and options.table(root) is not None:
         return folders.labelled(
-            root, images or root, is_nifti, lambda f: NiftiImage(f, d), people, task, options
+            root,
+            images or root,
+            is_nifti,
+            lambda f: NiftiImage(f, d),
+            people,
+            task,
+            options,
+            channels,
         )
     if not task.has_masks or images is None or masks is None:
         needs = "images/ and labels/" if task.has_masks else "labels.csv"
@@ -191,7 +203,12 @@ def read(
         )
     people.check()
     items = folders.pairs(
-        images, masks, is_nifti, lambda i, m: (NiftiImage(i, d), NiftiMask(m, d, i)), people
+        images,
+        masks,
+        is_nifti,
+        lambda i, m: (NiftiImage(i, d), NiftiMask(m, d, i)),
+        people,
+        channels=channels,
     )
     return folders.collect(root, items)
 

@@ -77,7 +77,9 @@ def _folders() -> Reader:
 
     return Reader(
         images.is_picture,
-        lambda root, task, spec: images.read(root, task, spec.labels, spec.patients, spec.masks),
+        lambda root, task, spec: images.read(
+            root, task, spec.labels, spec.patients, spec.masks, spec.channels
+        ),
     )
 
 
@@ -86,7 +88,7 @@ def _nifti() -> Reader:
 
     return Reader(
         nifti.is_nifti,
-        lambda root, task, spec: nifti.read(root, task, spec.labels, spec.patients),
+        lambda root, task, spec: nifti.read(root, task, spec.labels, spec.patients, spec.channels),
     )
 
 
