@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from live_federation import ENVIRONMENT, free_port, wait_until
 
 from fedward_server.results import StudyResults
 from fedward_simulation.cohort import write_cohort
@@ -20,8 +25,16 @@ PROGRAMS = {
     ".venv/bin/fedward-client": "fedward_client.cli",
     ".venv/bin/fedward-server": "fedward_server.cli",
 }
-BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-LINES = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
+BLOCKS = re.findall(r"```(sh|)\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+LINES = [line for kind, block in BLOCKS if kind for line in block.splitlines() if line.strip()]
+# What needs an aggregator that runs. The daemon needs a policy too: docs/joining.md, in journeys.
+LIVE = [
+    line
+    for kind, block in BLOCKS
+    if not kind
+    for line in block.splitlines()
+    if line.startswith(".venv/") and not re.search(r"fedward-client (run|status) ", line)
+]
 # The hospital's part is told first, and needs what the aggregator made.
 LINES.sort(key=lambda line: " init " not in line)
 pytestmark = pytest.mark.integration
@@ -71,12 +84,79 @@ def test_the_commands_of_the_readme_work(checkout: Path, commands: Any) -> None:
         elif " enrol " in line:
             assert "BEGIN PUBLIC KEY" in printed and "PRIVATE" not in printed
             assert (checkout / "runs" / "north" / "site.toml").is_file()
+        elif " predict " in line:
+            told = json.loads((checkout / "runs" / "predictions" / "predictions.json").read_text())
+            answers = [one["images"][0] for one in told["inputs"] if one["images"]]
+            assert len(answers) >= 20
+            assert all(sum(one["probabilities"].values()) > 0.999 for one in answers)
         elif " data report " in line:
             assert "20" in printed and "opacity" in printed and "left out" in printed
         elif " data freeze " in line:
             assert "chest-" in printed and "frozen" in printed and "opacity" in printed
         else:
             assert "SHA-256" in printed
+
+
+def test_the_commands_of_a_federation_work(tmp_path: Path, commands: Any) -> None:
+    """As they stand there, but for the ports, which another test may have."""
+    shutil.copytree(ROOT / "studies" / "demo", tmp_path / "studies" / "demo")
+    words = {str(port): str(free_port()) for port in (9443, 9444, 9445)}
+
+    def here(text: str) -> str:
+        for word, value in words.items():
+            text = text.replace(word, value)
+        return text
+
+    for line in LINES:
+        if " init " in line or " enrol " in line:
+            run(commands, here(line), tmp_path)
+        if " init " in line:
+            config = tmp_path / "runs" / "aggregator" / "server.toml"
+            config.write_text(here(config.read_text("utf-8")), "utf-8")
+    assert sum(" site add " in line for line in LIVE) == 2
+    running = []
+    try:
+        # The hospital's part is told first, and needs the aggregator, and its enrolment.
+        for line in sorted(LIVE, key=lambda line: (not line.endswith("&"), " add " not in line)):
+            if line.endswith("&"):
+                running.append(Started(line.rstrip(" &"), tmp_path))
+                running[-1].wait_for("ready: hospitals connect to port")
+            elif " watch " in line:
+                running.append(Started(here(line), tmp_path))
+                running[-1].wait_for("north (silent): not connected; south (silent)")
+            else:
+                printed = run(commands, line, tmp_path)
+                if " doctor " in line:
+                    assert "the aggregator knows this site's key" in printed
+                elif " submit " in line:
+                    words["STUDY"] = printed.split()[0]
+    finally:
+        for one in reversed(running):
+            one.process.send_signal(signal.SIGINT)
+        for one in running:
+            assert one.process.wait(60) in (0, 130)
+
+
+class Started:
+    """A command of the README that goes on."""
+
+    def __init__(self, line: str, folder: Path) -> None:
+        program, *arguments = shlex.split(line)
+        command = [sys.executable, "-m", PROGRAMS[program], *arguments]
+        self.log = folder / f"{len(list(folder.glob('*.log')))}.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, cwd=folder, env=ENVIRONMENT, stdout=log, stderr=log
+            )
+
+    def wait_for(self, text: str) -> None:
+        """Until it has said something; lines are wrapped."""
+
+        def told() -> bool:
+            assert self.process.poll() is None, self.log.read_text("utf-8")
+            return text in " ".join(self.log.read_text("utf-8").split())
+
+        wait_until(told)
 
 
 def test_the_make_targets_of_the_readme_exist() -> None:

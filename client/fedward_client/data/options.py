@@ -369,7 +369,7 @@ class ImageSection(Section):
     keep: tuple[Literal["slide-labels", "captures"], ...] = Field(
         default=(),
         description="what is taken although it shows no patient: photographs of a slide's label, "
-        "overview and thumbnail; screen captures and dose reports",
+        "overview and thumbnail; screen captures, dose reports and scanned documents",
     )
 
 

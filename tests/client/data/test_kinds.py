@@ -41,10 +41,12 @@ def test_labels_and_overviews_of_slides_show_no_tissue_but_names(tmp_path, make_
             Modality="SM",
             ImageType=["ORIGINAL", "PRIMARY", kind, "NONE"],
         )
-    make_dicom(tmp_path / "photo.dcm", SLIDE, ImageType=["ORIGINAL", "PRIMARY", "LABEL"])
-    assert taken() == ({"VOLUME", "photo"}, {"slide label or overview": 3})
+    labelled = ["ORIGINAL", "PRIMARY", "LABEL"]
+    make_dicom(tmp_path / "photo.dcm", SLIDE, ImageType=labelled)
+    make_dicom(tmp_path / "converted.dcm", SLIDE, ImageType=labelled, Modality="SM")
+    assert taken() == ({"VOLUME", "photo"}, {"slide label or overview": 4})
     kept = ImageOptions(keep=frozenset({"slide-labels"}))
-    assert len(taken(kept)[0]) == 5
+    assert len(taken(kept)[0]) == 6
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,7 @@ def test_labels_and_overviews_of_slides_show_no_tissue_but_names(tmp_path, make_
         {"SeriesDescription": "Dose Report"},
         {"SeriesDescription": "Patient Protocol"},
         {"SeriesDescription": "1_Screen Captures"},
+        {"ConversionType": "SD", "Modality": "OT"},
     ],
 )
 def test_screens_and_dose_reports_are_no_images(tmp_path, make_dicom, taken, tags):

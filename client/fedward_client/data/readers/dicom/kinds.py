@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 TAGS: Final = (
     *ATTRIBUTES.values(),
     "SOPClassUID",
+    "Modality",
+    "ConversionType",
     "BurnedInAnnotation",
     "PatientIdentityRemoved",
     "RecognizableVisualFeatures",
@@ -29,6 +31,8 @@ PRESENTATION: Final = "FOR PRESENTATION"
 _SCOUTS: Final = frozenset({"LOCALIZER", "SCOUT"})
 _MOSAIC: Final = "MOSAIC"  # Siemens: the slices of a volume as tiles of one picture
 _SLIDES: Final = "1.2.840.10008.5.1.4.1.1.77.1.6"  # VL Whole Slide Microscopy (PS3.3, C.8.12.4.1.1)
+_MICROSCOPY: Final = "SM"  # modality; converters write slides as secondary captures too
+_SCANNED: Final = "SD"  # conversion type (PS3.3, C.8.6.1): a document of paper
 _LABELS: Final = frozenset({"LABEL", "OVERVIEW", "THUMBNAIL"})
 # Code strings of ImageType, of vendors too, without blanks and marks.
 _CAPTURES: Final = frozenset(
@@ -87,14 +91,16 @@ class Kind:
     ----------
     values : mapping
         Of :data:`fedward.plan.image_filter.ATTRIBUTES`.
-    object : str
-        SOP class UID.
+    object, modality, conversion : str
+        SOP class UID; modality; how a secondary capture was made.
     burned_in, identity_removed, visual_features : str
         "YES", "NO" or what else stands there; "" where nothing does.
     """
 
     values: Mapping[str, tuple[str, ...]]
     object: str
+    modality: str
+    conversion: str
     burned_in: str
     identity_removed: str
     visual_features: str
@@ -102,7 +108,7 @@ class Kind:
     @classmethod
     def of(cls, header: pydicom.Dataset) -> Self:
         """Of the file with this header."""
-        flags = (str(header.get(name) or "").strip().upper() for name in TAGS[-3:])
+        flags = (str(header.get(name) or "").strip().upper() for name in TAGS[-5:])
         values = {key: _values(header, name) for key, name in ATTRIBUTES.items()}
         return cls(values, str(header.get("SOPClassUID") or ""), *flags)
 
@@ -138,10 +144,12 @@ class Kind:
             return rule_codes.SCOUT
         if _MOSAIC in words:
             return rule_codes.MOSAIC
-        if self.object == _SLIDES and words & _LABELS and "slide-labels" not in keep:
+        slide = self.object == _SLIDES or self.modality == _MICROSCOPY
+        if slide and words & _LABELS and "slide-labels" not in keep:
             return rule_codes.SLIDE_LABEL
         plain = {"".join(filter(str.isalnum, word)) for word in words}
         report = plain & _CAPTURES or any(map(_REPORTS.search, self.values["series_description"]))
+        report = report or self.conversion == _SCANNED
         return rule_codes.CAPTURE if report and "captures" not in keep else ""
 
 
