@@ -30,7 +30,7 @@ class Limits(Section):
     approval: Approval = Field(
         default="manual",
         description="`manual`: each plan waits for `fedward-client approve`; `within-policy`: what "
-        "keeps all limits goes ahead",
+        "keeps all limits goes ahead, unless the plan selects images by `[images]` or `[table]`",
     )
     models: tuple[ModelName, ...] = Field(default=MODELS, description="networks that may be used")
     max_parameters: int = Field(

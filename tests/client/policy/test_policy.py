@@ -136,6 +136,25 @@ def test_a_rule_overrides_the_policy_for_its_studies(
     assert decision.dataset == "chest"
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"images": {"series_description": ["lung*"]}},
+        {"table": {"column": [{"name": "age", "kind": "number", "range": [0, 64]}]}},
+    ],
+)
+def test_a_plan_that_selects_images_needs_a_person(
+    make_plan: Callable[..., Plan], request_of: Callable[..., StudyRequest], more: dict[str, Any]
+) -> None:
+    """Sizes under two plans that differ a little tell how many patients lie between them."""
+    policy = policy_of(approval="within-policy")
+    request = request_of()
+    assert decide(policy, request).approval == "within-policy"
+    selecting = replace(request, plan=make_plan(privacy=request.plan.privacy.model_dump(), **more))
+    assert decide(policy, selecting).allowed
+    assert decide(policy, selecting).approval == "manual"
+
+
 @given(
     epsilon=st.floats(0.5, 20),
     delta=st.floats(1e-6, 0.01),
