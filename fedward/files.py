@@ -114,23 +114,48 @@ def _sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-# One process at a time, among those of a site.
+# Locks of flock(2): they end with the processes that hold them, however those end.
 
 
-@contextmanager
-def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold a lock beside a file; a process that dies lets go of it.
+def hold(path: Path, *, shared: bool = False, wait: bool = True) -> int:
+    """Take the lock of a file, which is made where it is missing.
 
     Parameters
     ----------
     path : Path
-        What is guarded; the lock is ``PATH.lock``.
+        The file; nobody else writes or removes it.
     shared : bool
         For readers: several may hold it at once.
+    wait : bool
+        Whether to wait until nobody else holds it.
+
+    Returns
+    -------
+    int
+        A handle; closing it gives the lock back.
+
+    Raises
+    ------
+    BlockingIOError
+        Another process holds it, and this one does not wait.
+    OSError
+        The file cannot be opened.
     """
-    handle = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
+@contextmanager
+def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold a lock beside a file, ``PATH.lock``; see :func:`hold`."""
+    handle = hold(path.with_name(f"{path.name}.lock"), shared=shared)
+    try:
         yield
     finally:
         os.close(handle)
@@ -162,35 +187,28 @@ def alone(state: Path, holder: Holder, patience: float = 0.0) -> Iterator[None]:
     OutputError
         The folder cannot be written.
     """
-    try:
-        file = (state / f"{holder}.lock").open("ab")
-    except OSError as error:
-        raise OutputError(
-            "the state folder must be writable",
-            value=error.strerror,
-            where="server.state",
-            fix="See its owner, and free some space",
-        ) from None
-    with file:
-        _take(file.fileno(), state.name, time.monotonic() + patience)
-        yield
-
-
-def _take(handle: int, name: str, end: float) -> None:
+    end = time.monotonic() + patience
     while True:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
+            handle = hold(state / f"{holder}.lock", wait=False)
+            break
         except BlockingIOError:
             if time.monotonic() >= end:
-                raise _taken(name) from None
+                raise ServiceError(
+                    "one aggregator at a time may use a state folder",
+                    value=state.name,
+                    where="server.state",
+                    fix="Stop the `fedward-server run` that uses it",
+                ) from None
+        except OSError as error:
+            raise OutputError(
+                "the state folder must be writable",
+                value=error.strerror,
+                where="server.state",
+                fix="See its owner, and free some space",
+            ) from None
         time.sleep(_LOOK)
-
-
-def _taken(name: str) -> ServiceError:
-    return ServiceError(
-        "one aggregator at a time may use a state folder",
-        value=name,
-        where="server.state",
-        fix="Stop the `fedward-server run` that uses it",
-    )
+    try:
+        yield
+    finally:
+        os.close(handle)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +29,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedward.errors import StudyError
+from fedward.files import locked
 from fedward.flower.control_client import ControlClient
 from fedward.flower.grid import PackedGrid
 from fedward.flower.runtime_client import RuntimeClient
@@ -49,12 +48,12 @@ class RunSession:
     secret : bytes
         This machine's runtime secret.
     lock : Path
-        File that lets one process at a time claim what it started.
+        What to guard so that one process at a time claims what it started; ``LOCK.lock`` is made.
     """
 
     def __init__(self, link: ControlClient, secret: bytes, lock: Path) -> None:
         self._link, self._stopped = link, threading.Event()
-        with _alone(lock):
+        with locked(lock):
             self.run_id, token = self._start(secret)
         self._http = HttpGrid(link.address, root_certificates=link.ca, token=token)
         known = [RuntimeTokenHttpInterceptor(token=token)]
@@ -125,11 +124,3 @@ class RunSession:
         while not self._stopped.wait(_HEARTBEAT_SECONDS):
             with suppress(httpx.HTTPError):
                 self._client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold a lock that a killed process lets go."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import logging
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -27,50 +26,10 @@ from fedward.connections import BoundedServer, ConnectionLimits, bounded_config
 from fedward.console import log_to_stderr
 from fedward.errors import ServiceError
 from fedward.flower.guard import Guard
+from fedward.flower.link_settings import LinkSettings
 
 # Longer than a hospital's pauses: a connection that is kept costs no new handshake.
 _KEEP_ALIVE_SECONDS: Final = 75
-
-
-@dataclass(frozen=True)
-class LinkSettings:
-    """What a SuperLink process needs to know.
-
-    Attributes
-    ----------
-    host, port : str, int
-        Where it listens for hospitals.
-    certificate, key, ca : Path
-        PEM files.
-    database : Path
-        Flower's own database.
-    control_secret, runtime_secret : Path
-        Files with this machine's secrets, readable by the service only.
-    unauthenticated_connections, unauthenticated_connections_per_network : int
-        See ``limits`` in ``server.toml``.
-    unauthenticated_seconds : float
-        The same.
-    """
-
-    host: str
-    port: int
-    certificate: Path
-    key: Path
-    ca: Path
-    database: Path
-    control_secret: Path
-    runtime_secret: Path
-    unauthenticated_connections: int = 256
-    unauthenticated_connections_per_network: int = 64
-    unauthenticated_seconds: float = 20.0
-
-    def command(self) -> list[str]:
-        """Arguments of the process."""
-        return [
-            part
-            for name, value in vars(self).items()
-            for part in (f"--{name.replace('_', '-')}", str(value))
-        ]
 
 
 class _Server(BoundedServer):

@@ -104,7 +104,7 @@ def run(config: Config = SERVER) -> None:
     """Run the SuperLink, the studies and the operator API, and keep them running."""
     from fedward.files import alone
     from fedward_server.config import load_config
-    from fedward_server.supervise import supervise
+    from fedward_server.supervise import run_aggregator
 
     settings = load_config(config)
     log_to_stderr(settings.server.log_level)
@@ -112,7 +112,7 @@ def run(config: Config = SERVER) -> None:
     stop = threading.Event()
     stop_on_signals(stop)
     with alone(settings.server.state, "run"):
-        raise typer.Exit(supervise(settings, config.absolute(), stop))
+        raise typer.Exit(run_aggregator(settings, config.absolute(), stop))
 
 
 @app.command()

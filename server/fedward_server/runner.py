@@ -149,7 +149,7 @@ class Runner:
             if not self._see_members():
                 raise StudyError("a study needs sites that are enrolled", fix="Enrol them")
             runtime = self.config.runtime_secret.read_bytes().strip()
-            session = RunSession(link, runtime, self.config.server.state / "runs.lock")
+            session = RunSession(link, runtime, self.config.server.state / "runs")
             (self.folder / "run").write_text(str(session.run_id))
             try:
                 StudyRun(self.job, session.grid).run()

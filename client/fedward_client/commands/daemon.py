@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import logging
+import sys
 import threading
 from datetime import datetime
 from enum import StrEnum
@@ -44,8 +45,8 @@ class Process(StrEnum):
 
 def run(config: Config = SITE) -> None:
     """Run trainer and connector, and keep them running."""
+    from fedward.child_process import supervise
     from fedward_client.config import load_config
-    from fedward_client.daemon.supervise import Supervisor
 
     log_to_stderr()
     private_files()
@@ -54,7 +55,9 @@ def run(config: Config = SITE) -> None:
             _LOG.warning("dataset %s is not there; studies that need it are refused", name)
     stop = threading.Event()
     stop_on_signals(stop)
-    raise typer.Exit(Supervisor(config.absolute(), stop).run())
+    launch = [sys.executable, "-m", "fedward_client.daemon.launch"]
+    commands = {str(one): [*launch, one, str(config.absolute())] for one in Process}
+    raise typer.Exit(supervise(commands, stop, _LOG))
 
 
 def trainer(config: Config = SITE) -> None:

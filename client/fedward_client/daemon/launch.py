@@ -14,11 +14,10 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from fedward.console import run_command
 from fedward.errors import ConfigError
-from fedward_client.config import SiteConfig, hidden_places, load_config
 from fedward_client.daemon.isolation import (
     READ_OTHERS,
     cover,
@@ -26,6 +25,9 @@ from fedward_client.daemon.isolation import (
     enter_no_network,
     keep_from_writing,
 )
+
+if TYPE_CHECKING:
+    from fedward_client.config import SiteConfig
 
 NO_WALLS: Final = "FEDWARD_NO_WALLS"
 
@@ -46,6 +48,8 @@ def main(arguments: Sequence[str]) -> None:
         if which == "trainer":
             enter_no_network()
         else:
+            from fedward_client.config import load_config
+
             _wall_off(load_config(config_path, datasets_here=False))
     except OSError as error:
         os.environ[NO_WALLS] = os.strerror(error.errno or 0)
@@ -56,6 +60,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def _wall_off(config: SiteConfig) -> None:
     """Hide the images from what becomes the connector, and let it change its own folder alone."""
+    from fedward_client.config import hidden_places
+
     server = config.server
     cover(hidden_places(config))
     with suppress(OSError):  # an older kernel; the connector finds out, and says so

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from fedward.errors import BudgetError, OutputError
-from fedward.files import write_private
+from fedward.files import hold, write_private
 from fedward.rule_codes import RuleCode
 from fedward_client.secret import Pseudonyms
 
@@ -128,7 +127,7 @@ class Store:
         try:
             if not read_only:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self._lock = _lock(folder / "ledger.lock")
+                self._lock = hold(folder / "ledger.lock", wait=False)
                 if (folder / "ledger.anchor").exists() and not path.exists():
                     raise _damaged("the file is gone")
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -143,6 +142,10 @@ class Store:
             self._open(read_only=read_only)
         except BaseException as error:
             self.close()
+            if isinstance(error, BlockingIOError):
+                raise BudgetError(
+                    "one trainer at a time uses the privacy ledger", fix="End the other trainer"
+                ) from None
             if isinstance(error, (OSError, sqlite3.OperationalError, OutputError)):
                 raise _unwritable(error) from None
             if isinstance(error, sqlite3.Error):
@@ -348,18 +351,6 @@ def _read(anchor: Path) -> _State | None:
         return None
     except (OSError, ValueError, LookupError, TypeError):
         raise _damaged("its anchor") from None
-
-
-def _lock(path: Path) -> int:
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        raise BudgetError(
-            "one trainer at a time uses the privacy ledger", fix="End the other trainer"
-        ) from None
-    return handle
 
 
 def _unwritable(error: Exception) -> BudgetError:
