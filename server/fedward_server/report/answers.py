@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from fedward_server.report.charts import INK, LINE, MUTED, VARIABLES, draw
+from fedward_server.report.charts import INK, LINE, MUTED, VARIABLES, Curve, draw
 from fedward_server.report.coverage import contributing
 from fedward_server.report.formatting import NOTHING, counted, figure, interval
 from fedward_server.report.stats import of_kind, site_estimate, together_estimate
@@ -16,7 +17,6 @@ from fedward_server.results import Answers, Arm, OperatingPoint, StudyResults
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Points = list[tuple[float, float]]
 _SHADES = ("--federated", "--private-1", "--private-2", "--private-3", "--private-4", "--pooled")
 TOGETHER = "all together"
 
@@ -36,35 +36,35 @@ def answering(results: StudyResults) -> Arm | None:
 def roc(arm: Arm, name: str) -> str | None:
     """True over false positives, for each hospital and together; with several classes by class."""
 
-    def points(curve: list[tuple[float, float, float]]) -> Points:
+    def points(curve: list[tuple[float, float, float]]) -> Curve:
         negatives, positives = curve[-1][1:]
-        return [(0.0, 0.0)] + [(false / negatives, true / positives) for _, false, true in curve]
+        drawn = ((false / negatives, true / positives) for _, false, true in curve)
+        return ((0.0, 0.0), *drawn)
 
     labels = ("1 − specificity (false positives)", "sensitivity (true positives)")
-    return _square(arm, name, "ROC", points, labels, diagonal=True)
+    return _square(tuple(_lines(arm, points)), name, "ROC", labels, diagonal=True)
 
 
 def precision_recall(arm: Arm, name: str) -> str | None:
     """Precision over recall, for each hospital and together; with several classes by class."""
 
-    def points(curve: list[tuple[float, float, float]]) -> Points:
+    def points(curve: list[tuple[float, float, float]]) -> Curve:
         positives = curve[-1][2]
-        return [(true / positives, true / (true + false)) for _, false, true in curve if true]
+        return tuple((true / positives, true / (true + false)) for _, false, true in curve if true)
 
     labels = ("recall (sensitivity)", "precision (positive predictive value)")
-    return _square(arm, name, "Precision and recall", points, labels, diagonal=False)
+    return _square(tuple(_lines(arm, points)), name, "Precision and recall", labels, diagonal=False)
 
 
+@functools.lru_cache(64)
 def _square(
-    arm: Arm,
+    lines: tuple[tuple[str, Curve, str, float], ...],
     name: str,
     what: str,
-    points: Callable[[list[tuple[float, float, float]]], Points],
     labels: tuple[str, str],
     *,
     diagonal: bool,
 ) -> str | None:
-    lines = list(_lines(arm, points))
     if not lines:
         return None
 
@@ -85,12 +85,13 @@ def _square(
             axes.legend(fontsize=7.5, frameon=False, labelcolor=INK)
 
     told = ", ".join(label for label, *_ in lines)
-    return draw(plot, name=name, words=f"{what}: {told}.", width=3.9, height=3.7)
+    words = f"{what}: {told}."
+    return draw(plot, name=name, words=words, width=3.9, height=3.7, numbers=True)
 
 
 def _lines(
-    arm: Arm, points: Callable[[list[tuple[float, float, float]]], Points]
-) -> Iterator[tuple[str, Points, str, float]]:
+    arm: Arm, points: Callable[[list[tuple[float, float, float]]], Curve]
+) -> Iterator[tuple[str, Curve, str, float]]:
     if arm.test is None:
         return
     whole = arm.test.answers.curves if arm.test.answers else {}
@@ -120,12 +121,18 @@ def calibration(arm: Arm, name: str) -> str | None:
     if arm.test is None or answers is None or not answers.calibration:
         return None
     lines = [
-        (site, one.calibration, _SHADES[1 + place % (len(_SHADES) - 1)], 0.9)
+        (site, tuple(one.calibration), _SHADES[1 + place % (len(_SHADES) - 1)], 0.9)
         for place, (site, one) in enumerate(arm.test.site_answers.items())
         if one.calibration
     ]
-    lines.append((TOGETHER, answers.calibration, "--federated", 2.2))
-    most = max(n for *_, n in answers.calibration)
+    return _drawn_bins((*lines, (TOGETHER, tuple(answers.calibration), "--federated", 2.2)), name)
+
+
+@functools.lru_cache(64)
+def _drawn_bins(
+    lines: tuple[tuple[str, tuple[tuple[float, float, float], ...], str, float], ...], name: str
+) -> str:
+    most = max(n for *_, n in lines[-1][1])
 
     def plot(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
@@ -143,7 +150,7 @@ def calibration(arm: Arm, name: str) -> str | None:
         f"{label}: {'; '.join(f'{a:.2f} {b:.2f}' for a, b, _ in bins)}" for label, bins, *_ in lines
     )
     words = f"Share of right answers by confidence. {told}."
-    return draw(plot, name=name, words=words, width=3.9, height=3.7)
+    return draw(plot, name=name, words=words, width=3.9, height=3.7, numbers=True)
 
 
 def ece(answers: Answers) -> float | None:

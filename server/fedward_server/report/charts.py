@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 import warnings
@@ -29,6 +30,8 @@ from fedward_server.results import Arm, StudyResults
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+Curve = tuple[tuple[float, float], ...]
 
 # How each arm looks, in every chart and legend of a study.
 
@@ -134,6 +137,9 @@ _STYLE = {
     "lines.linewidth": 1.8,
     "lines.solid_capstyle": "round",
 }
+# Inches beside axes with numbers: of seven digits and a label, of digits and a label, of half a
+# number, and of a title.
+_ROOM = (0.72, 0.48, 0.16, 0.3)
 _XML = re.compile(
     r"<\?xml.*?\?>|<!DOCTYPE.*?>|<metadata>.*?</metadata>|<style.*?</style>", re.DOTALL
 )
@@ -141,7 +147,13 @@ _OPEN = re.compile(r"<svg\b[^>]*?viewBox=\"([^\"]+)\"[^>]*>", re.DOTALL)
 
 
 def draw(
-    plot: Callable[[Axes], None], *, name: str, words: str, width: float = 4.8, height: float = 2.7
+    plot: Callable[[Axes], None],
+    *,
+    name: str,
+    words: str,
+    width: float = 4.8,
+    height: float = 2.7,
+    numbers: bool = False,
 ) -> str:
     """Draw into fresh axes and give the SVG element.
 
@@ -155,6 +167,9 @@ def draw(
         What a reader who does not see the picture is told.
     width, height : float
         Inches; the page scales the picture to the room there is.
+    numbers : bool
+        Both axes have numbers, whose room is known; other labels are measured, which takes as long
+        as the drawing.
     """
     # Imported here: loading matplotlib takes longer than a run's start may.
     from matplotlib import rc_context
@@ -162,8 +177,17 @@ def draw(
     from matplotlib.figure import Figure
 
     with rc_context(_STYLE), _unknown_glyphs():
-        figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
+        figure = Figure(
+            figsize=(width, height),
+            layout=None if numbers else "constrained",
+            facecolor="none",
+        )
         canvas, axes = FigureCanvasSVG(figure), figure.add_subplot(facecolor="none")
+        if numbers:
+            left, bottom, right, top = _ROOM
+            figure.subplots_adjust(
+                left / width, bottom / height, 1 - right / width, 1 - top / height
+            )
         plot(axes)
         buffer = io.StringIO()
         canvas.print_svg(buffer, metadata={"Date": None, "Creator": None})
@@ -331,7 +355,8 @@ def privacy_curve(results: StudyResults, name: str) -> str | None:
 
     told = [f"{epsilon(x)} {_told(one, metric)}" for x, one in points]
     told += [f"{label} {figure(value, metric)}" for label, value, *_ in levels]
-    return draw(plot, name=name, words=f"{metric_name(metric)} over ε: {'; '.join(told)}.")
+    words = f"{metric_name(metric)} over ε: {'; '.join(told)}."
+    return draw(plot, name=name, words=words, numbers=True)
 
 
 def _plain(arms: Sequence[Arm], metric: str) -> Estimate | None:
@@ -420,29 +445,46 @@ def losses(results: StudyResults, name: str) -> str | None:
 def _curves(
     results: StudyResults, curves: dict[str, list[tuple[int, float | None]]], what: str, name: str
 ) -> str | None:
-    points = {
-        arm: [(x, y) for x, y in curve if y is not None]
+    look = looks(results)
+    points = tuple(
+        (arm, tuple((x, y) for x, y in curve if y is not None), look[arm])
         for arm, curve in curves.items()
         if any(y is not None for _, y in curve)
-    }
-    if not points:
-        return None
-    look = looks(results)
+    )
+    return _drawn_curves(points, _stages(results), what, name) if points else None
 
+
+@functools.lru_cache(64)  # a run writes its report many times, and most of it is as before
+def _drawn_curves(
+    points: tuple[tuple[str, Curve, Look], ...],
+    stages: tuple[tuple[float, str], ...],
+    what: str,
+    name: str,
+) -> str:
     def plot(axes: Axes) -> None:
-        _stages(axes, results)
-        for arm, curve in points.items():
-            _line(axes, curve, look[arm])
+        for begins, stage in stages:
+            axes.axvline(begins, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
+            axes.annotate(
+                stage,
+                (begins, 0.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(3, 3),
+                textcoords="offset points",
+                fontsize=8,
+                color=MUTED,
+            )
+        for _, curve, look in points:
+            _line(axes, curve, look)
         axes.grid(axis="y")
         axes.locator_params(axis="x", integer=True)
         axes.set_xlabel("round")
         axes.set_title(what, loc="left", fontsize=9.5, color=INK)
 
-    ends = "; ".join(f"{arm} ends at {curve[-1][1]:.3f}" for arm, curve in points.items())
-    return draw(plot, name=name, words=f"{what}, by round: {ends}.")
+    ends = "; ".join(f"{arm} ends at {curve[-1][1]:.3f}" for arm, curve, _ in points)
+    return draw(plot, name=name, words=f"{what}, by round: {ends}.", numbers=True)
 
 
-def _line(axes: Axes, curve: list[tuple[int, float]], look: Look) -> None:
+def _line(axes: Axes, curve: Curve, look: Look) -> None:
     axes.plot(
         *zip(*curve, strict=True),
         color=look.colour,
@@ -455,18 +497,11 @@ def _line(axes: Axes, curve: list[tuple[int, float]], look: Look) -> None:
     )
 
 
-def _stages(axes: Axes, results: StudyResults) -> None:
-    """A line where a stage of the schedule begins, from the longest arm."""
+def _stages(results: StudyResults) -> tuple[tuple[float, str], ...]:
+    """Where a stage of the schedule begins, and its name, from the longest arm."""
     rounds = max((arm.rounds for arm in results.arms), key=len, default=[])
-    for before, after in pairwise(rounds):
-        if before.stage != after.stage:
-            axes.axvline(after.round - 0.5, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
-            axes.annotate(
-                after.stage,
-                (after.round - 0.5, 0.0),
-                xycoords=("data", "axes fraction"),
-                xytext=(3, 3),
-                textcoords="offset points",
-                fontsize=8,
-                color=MUTED,
-            )
+    return tuple(
+        (after.round - 0.5, after.stage)
+        for before, after in pairwise(rounds)
+        if before.stage != after.stage
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from fedward.files import write_text
@@ -131,20 +132,9 @@ def write_report(
 
 def render(results: Sequence[StudyResults], *, extra_notes: Sequence[str] = ()) -> str:
     """The page's HTML; the same results give the same text."""
-    environment = Environment(
-        loader=PackageLoader("fedward_server.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    style = (
-        resources.files("fedward_server.report")
-        .joinpath("templates", "report.css")
-        .read_text("utf-8")
-    )
-    page = environment.get_template("report.html.jinja").render(
-        style=Markup(style),
+    template, style = _template()
+    page = template.render(
+        style=style,
         studies=[_study(f"study-{place}", one) for place, one in enumerate(results, 1)],
         synthetic=[one.title or one.study for one in results if one.synthetic],
         notes=list(extra_notes),
@@ -152,6 +142,21 @@ def render(results: Sequence[StudyResults], *, extra_notes: Sequence[str] = ()) 
         memorisation=memorisation,
     )
     return printable(page)
+
+
+@functools.cache
+def _template() -> tuple[Template, Markup]:
+    """The page and its style sheet, compiled once: a run writes its report many times."""
+    environment = Environment(
+        loader=PackageLoader("fedward_server.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    files = resources.files("fedward_server.report")
+    style = files.joinpath("templates", "report.css").read_text("utf-8")
+    return environment.get_template("report.html.jinja"), Markup(style)
 
 
 def _study(name: str, results: StudyResults) -> StudyPage:
