@@ -211,8 +211,11 @@ prepare()
 import fedward_client.cohort.training, fedward.models, fedward_server.report
 import fedward_simulation.output, fedward_simulation.study
 import fedward_client.cli, fedward_server.cli, fedward_simulation.cli
-# What a private plan and the outline of a network import late, and each command would anew.
+# What a private plan, the outline of a network and a report need late, and each command anew.
 import fedward_client.training.private, opacus.accountants, torch.fx.experimental.symbolic_shapes
+import fedward_simulation.audit.study, fedward_simulation.progress
+from fedward_server.report import charts, page
+page._template(), charts.draw(lambda axes: None, name="first", words="")
 for line in sys.stdin:
     if (child := os.fork()) == 0:
         module, words, folder, environment, out, err = json.loads(line)

@@ -119,6 +119,7 @@ def target(make_service: Callable[..., Any], tmp_path_factory: Any) -> Iterator[
     fleet.activate()
     yield Target(service, fleet)
     fleet._client.close()
+    service.stop()
 
 
 def head(method: str, path: str, *more: str) -> bytes:

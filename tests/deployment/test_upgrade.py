@@ -99,3 +99,4 @@ def test_a_running_study_survives_an_upgrade_and_a_newer_plan_waits_for_it(
         facts = site["facts"]
         told = (facts["release"], facts["plan_schema"], facts["cores"])
         assert told == (NEXT, NEXT_SCHEMA, 2)
+    assert service.stop() == 0

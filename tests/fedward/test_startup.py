@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 from fedward.startup import defer_compiler
 
+Ask = Callable[[str], Any]
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN = """
 import json, sys
@@ -25,6 +27,20 @@ PREPARED = (
     + """
 from fedward.startup import prepare
 prepare()
+"""
+)
+# Runs each code that it is given in a process of its own, forked after torch and MONAI are there.
+FORKING = (
+    PREPARED
+    + """
+import os, torch, fedward.models
+for line in sys.stdin:
+    if (child := os.fork()) == 0:
+        exec(json.loads(line))
+        raise SystemExit(0)
+    if os.waitpid(child, 0)[1]:
+        raise SystemExit("the code failed")
+    print(flush=True)
 """
 )
 PACKAGES = """
@@ -154,7 +170,7 @@ optimizer.step()
 say(early, weight.tolist(), "torch._dynamo" in sys.modules)
 """
 STEP = """
-import torch
+import json, torch
 from opacus.grad_sample import GradSampleModule
 from opacus.optimizers import DPOptimizer
 torch.manual_seed(0)
@@ -168,18 +184,57 @@ print(json.dumps([one.tolist() for one in model.parameters()]))
 """
 
 
-def told(*code: str, words: tuple[str, ...] = ()) -> Any:
-    named = ("LOGNAME", "USER", "LNAME", "USERNAME", "FLWR_TELEMETRY_ENABLED")
-    done = subprocess.run(
+NAMED = ("LOGNAME", "USER", "LNAME", "USERNAME", "FLWR_TELEMETRY_ENABLED")
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in NAMED}
+
+
+def started(*code: str, words: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", "\n".join(code), *words],
         cwd=ROOT,
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
-        env={key: value for key, value in os.environ.items() if key not in named},
+        env=ENVIRONMENT,
     )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+
+
+def lines_of(*code: str, words: tuple[str, ...] = ()) -> list[Any]:
+    process = started(*code, words=words)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def told(*code: str, words: tuple[str, ...] = ()) -> Any:
+    return lines_of(*code, words=words)[-1]
+
+
+@pytest.fixture(scope="module")
+def prepared() -> Iterator[Ask]:
+    """Runs a code in a prepared process of its own, and gives what it says last."""
+    process = started(FORKING)
+
+    def ask(code: str) -> Any:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdin.write(json.dumps(code) + "\n")
+        process.stdin.flush()
+        said = []
+        while (line := process.stdout.readline()) != "\n":
+            assert line, process.stderr.read()
+            said.append(line)
+        return json.loads(said[-1])
+
+    yield ask
+    process.communicate()
+    assert process.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def plain() -> list[Any]:
+    """What a process says that only imports our packages, and what a private step gives there."""
+    return lines_of(BEGIN, PACKAGES, STEP)
 
 
 LIGHT = ("health", "trainer.admin_client", "policy.approvals", "doctor", "daemon.launch")
@@ -198,31 +253,31 @@ def test_a_hospital_imports_what_it_needs_and_no_more(modules: list[str], slow: 
     assert told(PREPARED, SLOW, words=tuple(f"fedward_client.{one}" for one in modules)) == [slow]
 
 
-def test_an_import_changes_nothing_in_the_process() -> None:
+def test_an_import_changes_nothing_in_the_process(plain: list[Any]) -> None:
     expected = [True, False, [], [], "torch._compile", True, True, True]
-    assert told(BEGIN, PACKAGES) == expected
+    assert plain[0] == expected
 
 
 @pytest.mark.integration
-def test_every_model_trains_without_the_compiler() -> None:
-    assert told(PREPARED, BUILD) == [False, []]
+def test_every_model_trains_without_the_compiler(prepared: Ask) -> None:
+    assert prepared(BUILD) == [False, []]
 
 
-def test_who_compiles_has_the_compiler() -> None:
-    assert told(PREPARED, COMPILED) == [False, [0.5, 0.5], True]
+def test_who_compiles_has_the_compiler(prepared: Ask) -> None:
+    assert prepared(COMPILED) == [False, [0.5, 0.5], True]
 
 
-def test_plots_metrics_and_sharding_are_whole_in_a_prepared_process() -> None:
-    assert told(PREPARED, VISUALIZE) == [[1, 1, 8, 8], "Figure", True, 1.0, True, True]
+def test_plots_metrics_and_sharding_are_whole_in_a_prepared_process(prepared: Ask) -> None:
+    assert prepared(VISUALIZE) == [[1, 1, 8, 8], "Figure", True, 1.0, True, True]
 
 
-def test_another_thread_imports_the_real_sympy_while_a_model_is_built() -> None:
+def test_another_thread_imports_the_real_sympy_while_a_model_is_built(prepared: Ask) -> None:
     module = "torch.fx.experimental.symbolic_shapes"
-    assert told(PREPARED, THREAD) == [["sympy.core.basic", False, module]]
+    assert prepared(THREAD) == [["sympy.core.basic", False, module]]
 
 
-def test_opacus_steps_as_it_does_alone() -> None:
-    assert told(PREPARED, STEP) == told("import json", STEP)
+def test_opacus_steps_as_it_does_alone(prepared: Ask, plain: list[Any]) -> None:
+    assert prepared(STEP) == plain[1]
 
 
 @pytest.mark.parametrize(

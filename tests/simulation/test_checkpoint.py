@@ -105,12 +105,13 @@ def wait_for_new(command: ForkedCommand, out: Path, count: int) -> None:
 def test_a_run_killed_at_random_rounds_ends_as_one_that_was_not(
     plan: Path, npz_data: Path, tmp_path: Path
 ) -> None:
-    run = ("run", plan, "--data", npz_data, *WORDS, "--checkpoint-seconds", "0")
+    run = ("run", plan, "--data", npz_data, *WORDS)
     assert ForkedCommand(tmp_path, *run, "--out", "whole").end() == 0
     out, kills, chance = tmp_path / "out", 0, random.Random(os.environ.get("FEDWARD_SEED"))
     rounds: list[int] = []
     while True:
-        command = ForkedCommand(tmp_path, *run, "--out", "out")
+        seldom = () if kills == 2 else ("--checkpoint-seconds", "0")
+        command = ForkedCommand(tmp_path, *run, "--out", "out", *seldom)
         wait_for_new(command, out, chance.randint(2, 6) if kills < 2 else 1000)
         if not command.runs():
             assert command.end() == 0, command.err.read_text()

@@ -185,6 +185,7 @@ def test_data_may_be_a_dataset_of_a_site(spreadsheet: Path, tmp_path: Path, comm
     assert done.returncode == 0, done.stderr
     done = commands(SIMULATE, "run", "plan.toml", "--data", "site.toml:nothing", cwd=tmp_path)
     assert done.returncode == 19 and "must be one of images" in done.stderr
-    done = commands(SIMULATE, "run", "plan.toml", "--data", "export", "--partition", "iid",
-                    cwd=tmp_path)  # fmt: skip
+    done = commands(
+        SIMULATE, "run", "plan.toml", "--data", "export", "--partition", "iid", cwd=tmp_path
+    )
     assert done.returncode == DataError.exit_code

@@ -84,9 +84,13 @@ def test_rules_between_keys_are_told_beside_unknown_keys() -> None:
     assert not any("learning_rate go together" in line for line in lines)
     keys = {re.sub(r"line \d+, |[:].*", "", line) for line in lines}
     assert keys == {
-        "rounds", "study.titel", "training.lr",
-        "task.classes", "preprocessing.size", "training.loss",
-    }  # fmt: skip
+        "rounds",
+        "study.titel",
+        "training.lr",
+        "task.classes",
+        "preprocessing.size",
+        "training.loss",
+    }
 
 
 def test_a_missing_key_is_told_at_its_table() -> None:
