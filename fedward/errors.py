@@ -21,6 +21,7 @@
     ├── EgressError            23   something was about to leave a site that may not
     ├── AccessError            24   a token is missing, invalid, or not enough
     ├── ServiceError           25   the aggregator's service cannot be reached or is not ready
+    ├── PacsError              29   the PACS cannot be reached, refuses, or sends what is wrong
     ├── ReleaseError           26   an audit found more than the plan promises
     └── Interrupted           130   Ctrl-C or SIGTERM; what was finished is kept
 
@@ -249,6 +250,12 @@ class ServiceError(FedwardError):
     """The aggregator's service cannot be reached, or is not ready."""
 
     exit_code = 25
+
+
+class PacsError(FedwardError):
+    """The PACS cannot be reached, refuses, or sends something else than was asked for."""
+
+    exit_code = 29
 
 
 class ReleaseError(FedwardError):

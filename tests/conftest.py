@@ -27,7 +27,7 @@ from fedward.strategies import STRATEGIES, StrategySpec
 from fedward_client.data.sample import PreparedSite
 
 # Real processes (a SuperLink, hospitals, an aggregator) that several folders of tests start.
-pytest_plugins = ("live_federation", "live_hospital", "wheel")
+pytest_plugins = ("live_federation", "live_hospital", "orthanc", "wheel")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BASE: dict[str, Any] = {

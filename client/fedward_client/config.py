@@ -32,6 +32,7 @@ from fedward_client.data.options import (
 )
 from fedward_client.data.readers.dicom.kinds import ImageOptions
 from fedward_client.data.readers.registry import Format, formats
+from fedward_client.importer.settings import FetchSection, ImporterSection, PacsSection
 from fedward_client.policy.settings import PolicySection
 
 # The parts of ``site.toml`` that the daemon needs: the aggregator, and the two processes.
@@ -206,6 +207,9 @@ class DatasetSection(Section):
         description="named channels of the images, by the plan's name for each; without any an "
         "image serves a plan that names as many as it has planes",
     )
+    fetch: FetchSection | None = Field(
+        default=None, description="what is fetched from a PACS into `root`"
+    )
 
     def channel_options(self) -> dict[str, ChannelOptions]:
         """Where the channels of an image are, for a reader."""
@@ -250,6 +254,12 @@ class SiteConfig(Section):
     )
     policy: PolicySection = Field(
         default=PolicySection(), description="what studies may do here; without it: nothing"
+    )
+    pacs: dict[DatasetName, PacsSection] = Field(
+        default={}, description="one table per PACS that images are fetched from, `[pacs.NAME]`"
+    )
+    importer: ImporterSection = Field(
+        default=ImporterSection(), description="the process that talks to the PACS"
     )
 
     def dataset(self, name: str) -> DatasetSection:
@@ -299,13 +309,26 @@ class SiteConfig(Section):
 
 
 def hidden_places(config: SiteConfig) -> list[Path]:
-    """What the connector must not see: the site's state, the datasets, their tables of labels."""
-    tables = (one.labels.file for one in config.datasets.values())
+    """What the connector must not see: the site's state, the datasets, their tables of labels.
+
+    And what the importer knows of the PACS.
+    """
+    sets = config.datasets.values()
+    tables = [one.labels.file for one in sets]
+    tables += [one.fetch.worklist for one in sets if one.fetch]
+    tables += [file for one in config.pacs.values() for file in (one.token, one.key)]
     return [
         config.site.state,
-        *(one.root for one in config.datasets.values()),
+        *(one.root for one in sets),
         *(table for table in tables if table is not None),
+        *([config.importer.state] if config.pacs else []),
     ]
+
+
+def importer_hidden_places(config: SiteConfig) -> list[Path]:
+    """What the importer must not see: ledger, audit log, the trainer's socket, the site's key."""
+    connector = [config.server.state] if config.server else []
+    return [config.site.state, config.trainer.socket.parent, *connector]
 
 
 def trusted_places(config: SiteConfig) -> list[Path]:
@@ -365,6 +388,8 @@ def config_from(
             "datasets": placed,
             "server": raw.server and _placed_server(raw.server, folder),
             "trainer": raw.trainer.model_copy(update={"socket": folder / raw.trainer.socket}),
+            "pacs": {name: one.placed(folder) for name, one in raw.pacs.items()},
+            "importer": raw.importer.model_copy(update={"state": folder / raw.importer.state}),
         }
     )
     if wrong := list(_wrong(made, datasets_here)):
@@ -384,7 +409,15 @@ def _wrong(config: SiteConfig, datasets_here: bool) -> Iterator[FedwardError]:
             )
         if datasets_here:
             yield from config.missing(name)
+        if one.fetch is not None and one.fetch.pacs not in config.pacs:
+            yield ConfigError(
+                "the PACS must be one of those in site.toml",
+                value=one.fetch.pacs,
+                fix=f"Add [pacs.{one.fetch.pacs}], or name another",
+                where=f"datasets.{name}.fetch.pacs",
+            )
     yield from _wrong_places(config)
+    yield from _wrong_importer(config)
     for place, rule in enumerate(config.policy.studies):
         if rule.dataset not in config.datasets:
             yield ConfigError(
@@ -414,9 +447,26 @@ def _wrong_places(config: SiteConfig) -> Iterator[FedwardError]:
             )
 
 
+def _wrong_importer(config: SiteConfig) -> Iterator[FedwardError]:
+    for name, pacs in config.pacs.items():
+        for key, rule, fix in pacs.broken():
+            yield ConfigError(rule, fix=fix, where=f"pacs.{name}.{key}")
+    roots = [one.root for one in config.datasets.values()]
+    apart = [*importer_hidden_places(config), *roots] if config.pacs else []
+    state = config.importer.state.resolve()
+    if any(state.is_relative_to(place.resolve()) for place in apart):
+        yield ConfigError(
+            "the importer's folder must lie outside datasets and what the other processes keep",
+            fix="Put it elsewhere",
+            where="importer.state",
+        )
+
+
 def _placed(dataset: DatasetSection, folder: Path) -> DatasetSection:
     labels = dataset.labels.placed(folder)
-    return dataset.model_copy(update={"root": folder / dataset.root, "labels": labels})
+    fetch = dataset.fetch and dataset.fetch.placed(folder)
+    own = {"root": folder / dataset.root, "labels": labels, "fetch": fetch}
+    return dataset.model_copy(update=own)
 
 
 def _wrong_dataset(name: str, dataset: DatasetSection) -> Iterator[FedwardError]:
@@ -452,5 +502,7 @@ def _broken(dataset: DatasetSection) -> Iterator[tuple[str, str, str]]:
         yield "table", "a column must be listed once, in whatever case", "Remove one"
     yield from dataset.labels.broken(dataset.classes, dataset.multi_label)
     yield from dataset.masks.broken(dataset.classes)
+    for key, rule, fix in dataset.fetch.broken() if dataset.fetch else ():
+        yield f"fetch.{key}", rule, fix
     if "any" in dataset.modality and len(dataset.modality) > 1:
         yield "modality", "`any` stands alone", "List modalities, or only `any`"

@@ -27,6 +27,7 @@ _TOOLS = ("gcc", "cc", "c++", "make", "ld", "pip", "pip3", "uv", "git", "curl", 
 _ABSENT = {
     "server": ("pydicom", "highdicom", "nibabel", "ray", "pip", "uv"),
     "connector": ("torch", "monai", "opacus", "pydicom", "PIL", "nibabel", "ray", "pip", "uv"),
+    "importer": ("torch", "monai", "flwr", "PIL", "pylibjpeg", "pip", "uv"),
     "trainer": ("flwr", "fastapi", "httpx", "uvicorn", "ray", "pip", "uv"),
 }
 _LOOK = """

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-ROLES: Final = ("server", "connector", "trainer")
+ROLES: Final = ("server", "connector", "importer", "trainer")
 BASE: Final = "python:3.11-slim"
 _PATH: Final = "PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 # Debian 12 has Python 3.11; these are what the Dockerfiles need of their base.

@@ -56,7 +56,7 @@ def test_every_service_is_sealed(service: Service) -> None:
 
 @every
 def test_every_image_is_pinned_to_this_release(service: Service) -> None:
-    assert re.fullmatch(rf"fedward-(server|connector|trainer):{VERSION}", service["image"])
+    assert re.fullmatch(rf"fedward-(server|connector|trainer|importer):{VERSION}", service["image"])
 
 
 @every
@@ -80,6 +80,21 @@ def test_a_trainer_has_no_network_and_a_connector_no_data(service: Service) -> N
         assert set(places) == {"/etc/fedward", "/var/lib/fedward/connector", "/run/fedward"}
         assert places["/run/fedward"][1] == places["/etc/fedward"][1] == "ro"
         assert "ports" not in service and "deploy" not in service
+
+
+def test_the_importer_has_the_pacs_and_the_images_and_nothing_of_the_others() -> None:
+    content = yaml.safe_load((DOCKER / "hospital.yaml").read_text())
+    importer = content["services"]["importer"]
+    places = targets(importer)
+    assert set(places) == {"/etc/fedward", "/data/images", "/var/lib/fedward/importer"}
+    assert places["/etc/fedward"][1] == "ro" and places["/data/images"][1] == "rw"
+    others = {n: one for n, one in content["services"].items() if n != "importer"}
+    assert all(importer["networks"] != one.get("networks") for one in others.values())
+    own = {source for source, _ in places.values()} - {places["/etc/fedward"][0]}
+    shared = {source for one in others.values() for source, _ in targets(one).values()}
+    assert own & shared == {places["/data/images"][0]}
+    assert importer["profiles"] == ["pacs"] and "ports" not in importer
+    assert content["networks"]["pacs"]["external"] is True
 
 
 @pytest.mark.parametrize("prefix", ["hospital:", "federation:north", "federation:south"])
@@ -110,7 +125,7 @@ def test_a_hospital_has_a_gpu_and_keeps_its_state_in_volumes() -> None:
     content = yaml.safe_load((DOCKER / "hospital.yaml").read_text())
     (device,) = content["services"]["trainer"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["driver"] == "nvidia" and device["capabilities"] == ["gpu"]
-    assert set(content["volumes"]) == {"trainer", "connector", "socket"}
+    assert set(content["volumes"]) == {"trainer", "connector", "importer", "socket"}
 
 
 def test_only_the_hospitals_port_of_the_aggregator_is_open() -> None:
@@ -139,6 +154,7 @@ def test_the_example_configurations_are_valid_and_have_the_places_of_the_images(
     connector = targets(services("hospital")["connector"])
     assert str(config.site.state) in trainer and str(config.server.state) in connector
     assert str(config.trainer.socket.parent) in {*trainer} & {*connector}
+    assert str(config.importer.state) in targets(services("hospital")["importer"])
     assert str(config.datasets["images"].root) in trainer
 
 

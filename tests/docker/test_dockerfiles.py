@@ -15,7 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
-ROLES = ("server", "connector", "trainer")
+ROLES = ("server", "connector", "importer", "trainer")
 OURS = {"fedward", "fedward_client", "fedward_server", "fedward_strategies", "fedward_simulation"}
 role = pytest.mark.parametrize("role", ROLES)
 # Where each process and the commands of its people begin.
@@ -33,6 +33,14 @@ BEGIN = {
         "fedward/tensors.py",
         "fedward/signing.py",
         "fedward/protocol.py",
+    ),
+    "importer": (
+        "client/fedward_client/importer",
+        "client/fedward_client/commands/fetch.py",
+        "client/fedward_client/commands/data.py",
+        "client/fedward_client/doctor/pacs.py",
+        "client/fedward_client/cli.py",
+        "client/fedward_client/config.py",
     ),
     "trainer": (
         "client/fedward_client/trainer",
@@ -55,7 +63,12 @@ BEGIN = {
 # The network's side of the shared package: an import contract keeps the trainer from it.
 NETWORK = {"fedward/flower", "fedward/connections.py", "fedward/https.py"}
 # Asked for in another image only, and told so where it is missing.
-ELSEWHERE: dict[str, set[str]] = {"server": set(), "connector": set(), "trainer": {"flwr", "httpx"}}
+ELSEWHERE: dict[str, set[str]] = {
+    "server": set(),
+    "connector": set(),
+    "importer": set(),
+    "trainer": {"flwr", "httpx"},
+}
 
 
 def text(role: str) -> str:
@@ -85,8 +98,11 @@ def test_the_last_stage_is_not_root_and_is_looked_after(role: str) -> None:
     (user,) = re.findall(r"(?m)^USER (.+)$", last)
     number, _, group = user.partition(":")
     assert int(number) >= 10000 and int(group) >= 10000
-    (check,) = re.findall(r"HEALTHCHECK (?:.*\\\n)*.*CMD \[(.+)\]", last)
-    assert "health" in check
+    if role == "importer":  # it ends, and says how
+        assert "\nHEALTHCHECK NONE\n" in last
+    else:
+        (check,) = re.findall(r"HEALTHCHECK (?:.*\\\n)*.*CMD \[(.+)\]", last)
+        assert "health" in check
     (entry,) = re.findall(r'(?m)^ENTRYPOINT \["(.+)"\]$', last)
     assert entry in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 
@@ -174,6 +190,8 @@ def test_what_a_role_imports_is_in_its_image(role: str, known: Mapping[str, list
 def test_no_image_holds_what_it_must_not() -> None:
     assert not names("connector") & {"torch", "monai", "opacus", "pydicom", "pillow", "nibabel"}
     assert not names("trainer") & {"flwr", "httpx", "fastapi", "uvicorn"}
+    assert not names("importer") & {"torch", "flwr", "pylibjpeg", "pillow"}
+    assert not names("trainer") & {"pynetdicom", "dicomweb-client", "requests"}
     assert not names("server") & {"pydicom", "highdicom", "nibabel", "pylibjpeg"}
 
 

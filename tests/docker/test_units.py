@@ -13,7 +13,7 @@ from fedward_client.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = ROOT / "docker" / "systemd"
-ROLES = ("trainer", "connector", "server")
+ROLES = ("trainer", "connector", "importer@", "server")
 role = pytest.mark.parametrize("role", ROLES)
 HARD = (
     "NoNewPrivileges=yes",
@@ -63,6 +63,12 @@ def test_the_trainer_has_no_network_and_the_connector_no_image() -> None:
         "MemoryDenyWriteExecute=yes",
         "InaccessiblePaths=-/var/lib/fedward/trainer",
     } <= set(lines("connector"))
+    assert {
+        "InaccessiblePaths=-/var/lib/fedward/trainer -/var/lib/fedward/connector -/run/fedward",
+        "IPAddressDeny=any",
+        "SocketBindDeny=any",
+        "MemoryDenyWriteExecute=yes",
+    } <= set(lines("importer@"))
     users = [[one for one in lines(which) if one.startswith("User=")] for which in ROLES]
     assert len({user for (user,) in users}) == len(ROLES)
 
@@ -75,13 +81,20 @@ def test_units_and_example_configuration_name_the_same_places() -> None:
     assert f"RuntimeDirectory={config.trainer.socket.parent.relative_to('/run')}" in lines(
         "trainer"
     )
+    assert f"StateDirectory={config.importer.state.relative_to('/var/lib')}" in lines("importer@")
     for which in ("trainer", "connector"):
         assert f"Group={config.trainer.group}" in lines(which)
     root = config.datasets["images"].root
     hidden = " ".join(one for one in lines("connector") if one.startswith("InaccessiblePaths="))
     assert any(root.is_relative_to(place) for place in re.findall(r"-(/[\w/]+)", hidden))
     text = (UNITS / "sysusers.conf").read_text()
-    for name in ("fedward-link", "fedward-trainer", "fedward-connector", "fedward-server"):
+    for name in (
+        "fedward-link",
+        "fedward-trainer",
+        "fedward-connector",
+        "fedward-importer",
+        "fedward-server",
+    ):
         assert re.search(rf"(?m)^[gu] {name}\b", text)
 
 
@@ -114,7 +127,7 @@ def test_systemd_takes_the_unit_as_it_stands(role: str, analyze: str, tmp_path: 
 def test_the_page_tells_the_exposure_that_systemd_finds(
     role: str, analyze: str, tmp_path: Path
 ) -> None:
-    figures = {role: exposure(analyze, tmp_path / f"fedward-{role}.service")}
+    figures = {role.strip("@"): exposure(analyze, tmp_path / f"fedward-{role}.service")}
     if role == "trainer":
         shutil.copytree(UNITS / "fedward-trainer.service.d", tmp_path / "fedward-trainer.service.d")
         figures["trainer, with a GPU"] = exposure(analyze, tmp_path / "fedward-trainer.service")

@@ -18,6 +18,7 @@ from fedward_client.data.options import (
     MaskSection,
     PatientSection,
 )
+from fedward_client.importer.settings import FetchSection, ImporterSection, PacsSection
 from fedward_client.policy.settings import PolicySection, StudyRule
 from tools.docs.schema_tables import fields_table
 
@@ -61,6 +62,9 @@ def page() -> str:
         ("Column section", "[datasets.NAME.table.COLUMN]", ColumnSection),
         ("Mask section", "[datasets.NAME.masks]", MaskSection),
         ("Channel section", "[datasets.NAME.channels.CHANNEL]", ChannelSection),
+        ("Fetch section", "[datasets.NAME.fetch]", FetchSection),
+        ("Pacs section", "[pacs.NAME]", PacsSection),
+        ("Importer section", "[importer]", ImporterSection),
         ("Server section", "[server]", ServerSection),
         ("Trainer section", "[trainer]", TrainerSection),
         ("Policy section", "[policy]", PolicySection),

@@ -37,10 +37,18 @@ _LOG = logging.getLogger("fedward.daemon")
 
 
 class Process(StrEnum):
-    """The two processes of a hospital."""
+    """The two processes of a hospital that run all the time."""
 
     trainer = "trainer"
     connector = "connector"
+
+
+class Examined(StrEnum):
+    """Whose view the doctor takes."""
+
+    trainer = "trainer"
+    connector = "connector"
+    importer = "importer"
 
 
 def run(config: Config = SITE) -> None:
@@ -257,12 +265,12 @@ def budget(
 def doctor(
     config: Config = SITE,
     process: Annotated[
-        Process | None,
+        Examined | None,
         typer.Option("--process", help="only what this process sees, within walls that are there"),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Look at network, key, disk, device, walls, datasets and policy; say the next step."""
+    """Look at network, PACS, key, disk, device, walls, datasets, policy; say the next step."""
     from fedward_client.config import load_config
     from fedward_client.doctor import examine, worst
 

@@ -10,6 +10,7 @@ import typer
 
 from fedward.console import Console, print_json, say
 from fedward.errors import ConfigError, DataError, FedwardError
+from fedward_client.commands.fetch import fetch
 from fedward_client.commands.options import SITE, Config
 from fedward_client.commands.tables import check_table, cohort_table, report_tables, scan_table
 from fedward_client.commands.work import busy, load_site, reading, scan_dataset, work_on
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 data_app = typer.Typer(
     help="Find out what a dataset holds and what it can be used for.", no_args_is_help=True
 )
+data_app.command("fetch")(fetch)
 Name = Annotated[str, typer.Argument(help="The dataset.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Cohort = Annotated[

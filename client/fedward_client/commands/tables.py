@@ -107,6 +107,22 @@ def cohort_table(counts: dict[str, Any]) -> Table:
     return _table(f"{counts['cohort']}: frozen", rows, ("", ""))
 
 
+def fetch_table(made: dict[str, Any]) -> Table:
+    """What a PACS has for a dataset, and what came of it."""
+    rows = {one: made[one] for one in ("patients", "studies", "series", "objects")}
+    rows |= {"here before": made["here"], "refused before": made["refused_before"]}
+    if made["misfits"]:
+        rows["answers that do not fit the query"] = made["misfits"]
+    if made["dry_run"]:
+        rows["to fetch"] = made["to_fetch"]
+    else:
+        rows["fetched"] = f"{made['fetched']} ({made['bytes'] / 2**20:.1f} MiB)"
+        rows |= {f"refused: {reason}": n for reason, n in sorted(made["refused"].items())}
+        if made["missing"]:
+            rows["did not come"] = made["missing"]
+    return _table(f"{made['dataset']}: {made['seconds']:.1f} s", rows, ("", ""))
+
+
 def check_table(made: PlanCheck) -> Table:
     """Each question with its answer, and what to do."""
     answer = "can serve" if made.can_serve else "cannot serve"

@@ -1,6 +1,7 @@
-"""Start one of the two processes within its walls.
+"""Start a process of a hospital within its walls.
 
-Usage: ``python -m fedward_client.daemon.launch WHICH …``.
+Usage: ``python -m fedward_client.daemon.launch WHICH CONFIG …``; the importer is given the words of
+its command.
 
 A step of its own between the supervisor and the process: capabilities fall away when the program
 is replaced, and what the supervisor is stays out of it.
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from fedward_client.config import SiteConfig
 
 NO_WALLS: Final = "FEDWARD_NO_WALLS"
+WALLED: Final = "FEDWARD_WALLED"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -50,12 +52,15 @@ def main(arguments: Sequence[str]) -> None:
         else:
             from fedward_client.config import load_config
 
-            _wall_off(load_config(config_path, datasets_here=False))
+            wall_off = _wall_off_importer if which == "importer" else _wall_off
+            wall_off(load_config(config_path, datasets_here=False))
     except OSError as error:
         os.environ[NO_WALLS] = os.strerror(error.errno or 0)
-    drop_privileges(READ_OTHERS if which == "trainer" else frozenset())
-    command = [sys.executable, "-m", "fedward_client.cli", which, "--config", str(config_path)]
-    os.execv(command[0], command)
+    drop_privileges(frozenset() if which == "connector" else READ_OTHERS)
+    words = [which, "--config", str(config_path)]
+    if which == "importer":
+        words, os.environ[WALLED] = list(arguments[2:]), "importer"
+    os.execv(sys.executable, [sys.executable, "-m", "fedward_client.cli", *words])
 
 
 def _wall_off(config: SiteConfig) -> None:
@@ -69,6 +74,18 @@ def _wall_off(config: SiteConfig) -> None:
             server.state.mkdir(mode=0o700, parents=True, exist_ok=True)
             keep_from_writing([server.state])
     _become(server.user if server else "")
+
+
+def _wall_off_importer(config: SiteConfig) -> None:
+    """Hide all but the datasets, and let it change what it fetches into and its own folder."""
+    from fedward_client.config import importer_hidden_places
+
+    cover(importer_hidden_places(config))
+    places = [config.importer.state, *(one.root for one in config.datasets.values() if one.fetch)]
+    with suppress(OSError):  # an older kernel
+        for place in places:
+            place.mkdir(mode=0o750, parents=True, exist_ok=True)
+        keep_from_writing(places)
 
 
 def _become(user: str) -> None:

@@ -7,7 +7,10 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
+QUARANTINE: Final = ".quarantine"
+"""Where the importer keeps what the PACS sends until it is checked; nobody reads images there."""
 _DOUBLE = (".nii.gz",)
 
 
@@ -32,7 +35,7 @@ def find(root: Path, *, without: Sequence[str] = (), skipped: bool = False) -> I
         folder = waiting.pop()
         try:
             with os.scandir(folder) as entries:
-                found = sorted((e.name, _kind(e)) for e in entries)
+                found = sorted((e.name, _kind(e)) for e in entries if e.name != QUARANTINE)
         except OSError:
             yield folder
             continue

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
-from fedward_client.config import SiteConfig, hidden_places, trusted_places
+from fedward_client.config import (
+    SiteConfig,
+    hidden_places,
+    importer_hidden_places,
+    trusted_places,
+)
 from fedward_client.daemon.isolation import find_network, find_readable, find_writable
 from fedward_client.doctor.line import Line, Status
 from fedward_client.doctor.machine import (
@@ -20,7 +25,7 @@ from fedward_client.doctor.machine import (
 )
 
 __all__ = ["Line", "Process", "Status", "examine", "worst"]
-Process = Literal["trainer", "connector"]
+Process = Literal["trainer", "connector", "importer"]
 
 
 def examine(config: SiteConfig, process: Process | None = None) -> Iterator[Line]:
@@ -31,9 +36,16 @@ def examine(config: SiteConfig, process: Process | None = None) -> Iterator[Line
     config : SiteConfig
         The site.
     process : str or None
-        Look only at what the trainer or the connector needs, from within walls that are there
-        already: in its container, or as its user. None: at all of it, and build the walls.
+        Look only at what this one needs, from within walls that are there already: in its
+        container, or as its user. None: at all of it, and build the walls.
     """
+    if process in (None, "importer"):
+        yield from _inwards(config)
+    if process == "importer":
+        found = find_readable(importer_hidden_places(config))
+        allowed = config.importer.allow_unconfined
+        yield wall_line("importer and ledger", found, allowed=allowed)
+        return
     if process != "trainer":
         yield from _outwards(config)
     if process == "connector":
@@ -67,6 +79,15 @@ def _outwards(config: SiteConfig) -> Iterator[Line]:
         return
     yield from network(config.server)
     yield from enrolment(config.server)
+
+
+def _inwards(config: SiteConfig) -> Iterator[Line]:
+    if not config.pacs:
+        return
+    from fedward_client.doctor.pacs import examine_pacs
+
+    for name, one in config.pacs.items():
+        yield from examine_pacs(f"PACS {name}", one)
 
 
 def worst(lines: Iterable[Line]) -> Status:

@@ -1,0 +1,1 @@
+"""The importer: fetches images from the PACS into a dataset's folder, and does nothing else."""
