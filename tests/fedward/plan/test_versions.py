@@ -34,7 +34,7 @@ KNOWN = Path(__file__).with_name("schema_versions.json")
 # Hospitals have signed these off. A change here changes the studies.
 HASHES = {
     "covid-ct-transfer.toml": "39dcc977c9ffe2c9c409dfe6ef45aedfbb07205c21a9ec54ddec82911373e33b",
-    "covid-ct-wan.toml": "ce066343421d716497cbd411da3f4487c653a286b330ac18a3df8d983a2e27ad",
+    "covid-ct-wan.toml": "78aae1391bdf164cf2a87116e337642a4f2f6af1ee1f17eb0bbd88b51bd147a3",
     "covid-ct.toml": "b1d744ea7d37a8cc51b8b66459b2e020d8f45990b0b3675bf57492bc04b813f0",
     "demo/classification.toml": "24ae18985b809b73c2d4406ff6119088d3fbd6a8985f6ad83b7e49c7172bf4f4",
     "demo/frozen.toml": "38ee7be88b986e2030c6dba54aa17e857f9b18ba8c63bf373d69a4a227bf1fc8",
