@@ -19,8 +19,8 @@ from fedward.plan.messages import lines, schema_errors, validated
 from fedward.plan.schema import ColumnName, Task, TaskKind
 from fedward.protocol import SITE_NAME
 from fedward.tasks.registry import TASKS, kinds_of
-from fedward_client.data.channels import ChannelOptions
 from fedward_client.data.options import (
+    ChannelOptions,
     ChannelSection,
     ColumnSection,
     DeidentificationSection,

@@ -45,12 +45,11 @@ from fedward_client.cohort.patient_key import patient_key_finding
 from fedward_client.cohort.probe import Probe, as_site, probe
 from fedward_client.cohort.selection import Kinds, selected
 from fedward_client.config import DatasetSection
-from fedward_client.data.channels import names_of
+from fedward_client.data.channels import lacks_too_much, names_of
 from fedward_client.data.prepare import prepared_bytes
 from fedward_client.data.sample import LeftOut, Sample, unnamed
 from fedward_client.data.split import split_by_patient
 from fedward_client.data.table_rows import Cells, absent_columns, outcomes
-from fedward_client.data.transforms import lacks_too_much
 from fedward_client.training.device import choose_device
 from fedward_client.training.runtime import Runtime
 from fedward_client.training.trainer import Trainer

@@ -11,59 +11,15 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from fedward import rule_codes
 from fedward.errors import DataError
 from fedward.plan.schema import Preprocessing
-from fedward_client.data.files import stem
+from fedward_client.data.options import ChannelOptions
 from fedward_client.data.sample import Dataset, Image, LeftOut, Sample
-from fedward_client.data.transforms import lacks_too_much
 
 _SAME: Final = 1e-4  # mm between two grids that are one
-_YES: Final = frozenset({"1", "1.0", "yes", "true"})
-
-
-@dataclass(frozen=True)
-class ChannelOptions:
-    """Where a channel of a dataset's images is.
-
-    Attributes
-    ----------
-    plane : int
-        Of the image's file, from 0.
-    suffix, folder : str
-        What the file of the channel ends in before its format, and a folder on the way to it; both
-        "": all channels are in one file.
-    missing : str
-        Column of a table that says, with 1, yes or true, that an image lacks the channel, whatever
-        its file holds in its place; "": no image does.
-    """
-
-    plane: int = 0
-    missing: str = ""
-    suffix: str = ""
-    folder: str = ""
-
-    @property
-    def by_file(self) -> bool:
-        """Whether it has files of its own."""
-        return bool(self.suffix or self.folder)
-
-    def place(self, path: Path) -> Path | None:
-        """The case that a file is of, by its path within the dataset; None: of another channel."""
-        name, parents = stem(path), list(path.parent.parts)
-        if not name.endswith(self.suffix) or (self.folder and self.folder not in parents):
-            return None
-        if self.folder:
-            parents.remove(self.folder)
-        return Path(*parents, name.removesuffix(self.suffix))
-
-    def lacking(self, cells: Mapping[str, str]) -> bool:
-        """Whether a table says that an image lacks it; `cells` by name in lower case."""
-        text = cells.get(self.missing.strip().casefold(), "")
-        return bool(self.missing) and text.strip().casefold() in _YES
 
 
 Channels = Mapping[str, ChannelOptions]
@@ -131,6 +87,8 @@ def registered(image: Image, to: Image) -> Image:
     ends = [_box(one, sides) for one, sides in ((image.affine, shape), (to.affine, wanted))]
     if (ends[0][1] < ends[1][0]).any() or (ends[1][1] < ends[0][0]).any():
         raise rule_codes.unusable(rule_codes.CHANNEL_POSITION)
+    # Workers that read headers import this module, and need neither.
+    import torch
     from monai.data.meta_tensor import MetaTensor
     from monai.transforms.spatial.array import SpatialResample
 
@@ -311,6 +269,13 @@ def names_of(sample: Sample) -> tuple[str, ...]:
     """The channels that an image has by its cohort; () for one whose channels have no names."""
     load = getattr(sample.load, "load", sample.load)
     return load.names if isinstance(load, ChannelImage) else ()
+
+
+def lacks_too_much(names: Sequence[str], prep: Preprocessing) -> bool:
+    """Whether an image with these channels is left out: it lacks one that it must have, or all."""
+    if any(one.missing == "leave-out" and one.name not in names for one in prep.channel):
+        return True
+    return not any(one.name in names for one in prep.channel)
 
 
 def missing_in(sample: Sample, prep: Preprocessing) -> tuple[str, ...]:

@@ -17,12 +17,14 @@ from fedward.errors import ConfigError
 from fedward.plan.image_filter import HOW, Patterns
 from fedward.plan.schema import Task
 from fedward_client.data import labels
-from fedward_client.data.channels import ChannelOptions
+from fedward_client.data.files import stem
 from fedward_client.data.readers.dicom.kinds import IdentityRule, ImageOptions
 
 # What the segments of a mask mean, as a site says it.
 
 Labels = tuple[tuple[int, int], ...]
+
+_YES: Final = frozenset({"1", "1.0", "yes", "true"})
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,47 @@ def low(text: str) -> str:
 Rule = Literal["leave-out", "refuse", "study", "series"]
 SharedRule = Literal["leave-out", "refuse", "study", "series", "keep"]
 _OF: Final = {"study": "studyinstanceuid", "series": "seriesinstanceuid"}
+
+
+@dataclass(frozen=True)
+class ChannelOptions:
+    """Where a channel of a dataset's images is.
+
+    Attributes
+    ----------
+    plane : int
+        Of the image's file, from 0.
+    suffix, folder : str
+        What the file of the channel ends in before its format, and a folder on the way to it; both
+        "": all channels are in one file.
+    missing : str
+        Column of a table that says, with 1, yes or true, that an image lacks the channel, whatever
+        its file holds in its place; "": no image does.
+    """
+
+    plane: int = 0
+    missing: str = ""
+    suffix: str = ""
+    folder: str = ""
+
+    @property
+    def by_file(self) -> bool:
+        """Whether it has files of its own."""
+        return bool(self.suffix or self.folder)
+
+    def place(self, path: Path) -> Path | None:
+        """The case that a file is of, by its path within the dataset; None: of another channel."""
+        name, parents = stem(path), list(path.parent.parts)
+        if not name.endswith(self.suffix) or (self.folder and self.folder not in parents):
+            return None
+        if self.folder:
+            parents.remove(self.folder)
+        return Path(*parents, name.removesuffix(self.suffix))
+
+    def lacking(self, cells: Mapping[str, str]) -> bool:
+        """Whether a table says that an image lacks it; `cells` by name in lower case."""
+        text = cells.get(self.missing.strip().casefold(), "")
+        return bool(self.missing) and text.strip().casefold() in _YES
 
 
 @dataclass(frozen=True)

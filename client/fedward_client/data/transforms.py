@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from fedward import rule_codes
 from fedward.plan.schema import Preprocessing, Task
+from fedward_client.data.channels import lacks_too_much
 from fedward_client.data.quiet import quiet
 from fedward_client.data.sample import Image, Sample
 from fedward_client.data.volumes import marked_pixels
@@ -346,13 +347,6 @@ def _named(image: Image, grid: Grid, size: tuple[int, ...], prep: Preprocessing)
         alone = replace(image, pixels=own, names=())
         plane[...] = _on_grid(alone, grid, size, prep.model_copy(update=changes))[0]
     return out
-
-
-def lacks_too_much(names: Sequence[str], prep: Preprocessing) -> bool:
-    """Whether an image with these channels is left out: it lacks one that it must have, or all."""
-    if any(one.missing == "leave-out" and one.name not in names for one in prep.channel):
-        return True
-    return not any(one.name in names for one in prep.channel)
 
 
 def _labels(mask: NDArray[np.uint8], task: Task) -> NDArray[np.uint8]:

@@ -209,7 +209,7 @@ def test_a_slice_that_cannot_be_read_costs_its_volume_and_is_told(tmp_path, read
                 patient,
                 patient[1],
                 Modality="CT",
-                ImagePositionPatient=[0, 0, 2.0 * k + (patient == "P3") * 2 * (k == 3)],
+                ImagePositionPatient=[0, 0, 2.0 * k + (patient == "P3") * 10 * (k == 3)],
                 ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
             )
     cut = root / "P2" / "1.dcm"

@@ -15,8 +15,9 @@ from fedward import rule_codes
 from fedward.errors import DataError
 from fedward.plan import Plan, plan_from
 from fedward_client.data.augment import with_channels_as_in
-from fedward_client.data.channels import ChannelOptions, drops, missing_in
+from fedward_client.data.channels import drops, missing_in
 from fedward_client.data.dataset import DatasetSpec, read_dataset
+from fedward_client.data.options import ChannelOptions
 from fedward_client.data.prepare import prepare
 from fedward_client.training.runtime import Runtime
 from fedward_client.training.source import Source

@@ -28,9 +28,8 @@ from fedward.models.finished import open_finished
 from fedward.plan.load import canonical, plan_from, plan_hash
 from fedward.protocol import RoundOrder
 from fedward.signing import sign_model
-from fedward_client.data.channels import ChannelOptions
 from fedward_client.data.dataset import DatasetSpec, read_dataset
-from fedward_client.data.options import LabelOptions
+from fedward_client.data.options import ChannelOptions, LabelOptions
 from fedward_client.data.prepare import prepare
 from fedward_client.data.transforms import prepare_image
 from fedward_client.kept_models import KeptModels
