@@ -1,4 +1,4 @@
-"""What to change where labels do not fit: columns and words that are there, and those sought.
+"""What to change where labels or masks do not fit: what is there, and what is sought.
 
 Names of columns and words of labels stay at the hospital; no key of an image is told.
 """
@@ -14,12 +14,13 @@ from fedward import rule_codes
 from fedward.errors import DataError
 from fedward.plan.schema import Task
 from fedward.suggest import nearest
-from fedward_client.data.files import folders
+from fedward_client.data.files import folders, stem, walk
 from fedward_client.data.label_tables import read_rows
+from fedward_client.data.mask_suffix import endings
 from fedward_client.data.options import LabelOptions, low
 from fedward_client.data.patient_columns import cell
 from fedward_client.data.readers.registry import Format
-from fedward_client.data.survey import key_column, label_column
+from fedward_client.data.survey import IMAGES, MASKS, key_column, label_column
 
 _MOST: Final = 12  # words that are told one by one
 _SUBFOLDERS: Final = 20  # beyond which they are no classes, and may be named after patients
@@ -32,28 +33,78 @@ def label_hints(
     options: LabelOptions,
     left_out: Mapping[str, int],
 ) -> list[str]:
-    """Sentences about labels that do not fit; none where nothing was left out for its label.
+    """Sentences about labels or masks that do not fit; none where nothing was left out for them.
 
     Parameters
     ----------
     root, format : Path, str
         The dataset.
     task : Task
-        What the labels are for.
+        What the labels or masks are for.
     options : LabelOptions
-        How its table is read.
+        How a table of labels is read.
     left_out : mapping
         Counts by reason.
     """
     reasons = {rule_codes.NO_LABEL, rule_codes.UNKNOWN_CLASS, rule_codes.NO_IMAGE}
-    if task.has_masks or not reasons & {*left_out} or not root.is_dir():
+    reasons |= {rule_codes.NO_MASK, rule_codes.AMBIGUOUS}
+    if not reasons & {*left_out} or not root.is_dir():
         return []
+    if task.has_masks:
+        return list(_of_masks(root, format, task, left_out))
     table = options.table(root)
     try:
         found = _of_table(table, root, format, task, options) if table else _of_folders(root, task)
         return list(found)
     except DataError:
         return []  # it has been told what is wrong with the table
+
+
+def _of_masks(root: Path, format: Format, task: Task, left_out: Mapping[str, int]) -> Iterator[str]:
+    """Endings that many masks have beyond their image's name, or images beyond their mask's."""
+    if format == "dicom" and rule_codes.AMBIGUOUS in left_out:
+        yield (
+            "a mask whose name several images have is nobody's: lay masks/ out as the images are, "
+            "or name each mask by the UID of its image"
+        )
+    folders_of = [
+        next((root / name for name in names if (root / name).is_dir()), root)
+        for names in (MASKS, IMAGES)
+    ]
+    folder, base = folders_of
+    if folder == root or rule_codes.NO_IMAGE not in left_out:
+        return
+    files = walk(base, without=(folder.name,))
+    if format == "dicom" and task.dimensions == 3:
+        files = sorted({path.parent for path in files})
+    masks = [_named(path, folder, format) for path in walk(folder)]
+    images = [_named(path, base, format) for path in files]
+    if told := _endings(masks, images, left_out[rule_codes.NO_IMAGE]):
+        word = told[0][0]
+        yield (
+            f"names of masks end in {_counted(told)} beyond their image's: set masks.suffix = "
+            f'"{word}"' + (", or the one that is meant" if len(told) > 1 else "")
+        )
+    if format != "dicom" and (told := _endings(images, masks, left_out.get(rule_codes.NO_MASK, 0))):
+        yield (
+            f"names of images end in {_counted(told)} beyond their mask's: make each a channel, "
+            "[datasets.NAME.channels.CHANNEL] with that suffix"
+        )
+
+
+def _named(path: Path, base: Path, format: Format) -> Path:
+    """Where a file lies and its name; of DICOM the name alone, as trees differ."""
+    return Path(stem(path)) if format == "dicom" else path.relative_to(base).with_name(stem(path))
+
+
+def _endings(names: list[Path], others: list[Path], idle: int) -> list[tuple[str, int]]:
+    """The commonest; not of names that fit as they are, nor of a single one: that may be a name."""
+    found = endings(names, others).most_common(3)
+    return [(word, count) for word, count in found if 1 < count <= idle]
+
+
+def _counted(words: list[tuple[str, int]]) -> str:
+    return ", ".join(f"{word} ({count})" for word, count in words)
 
 
 def _of_folders(root: Path, task: Task) -> Iterator[str]:

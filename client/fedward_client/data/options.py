@@ -47,6 +47,9 @@ class MaskOptions:
         What becomes of series of which several readers drew one class: "leave-out" or "merge".
     resize : bool
         Whether a mask in a picture is resized to its image, where both have the same proportions.
+    suffix : str
+        What the name of a mask file ends in before its format, beyond its image's; "": nothing, or
+        what all of them have in common.
     """
 
     segments: Mapping[str, str] = field(default_factory=dict)
@@ -55,6 +58,7 @@ class MaskOptions:
     readers: tuple[str, ...] = ()
     several: Literal["leave-out", "merge"] = "leave-out"
     resize: bool = False
+    suffix: str = ""
 
     def labels(self, found: Sequence[tuple[int, str]], classes: Sequence[str]) -> Labels:
         """Pairs of a segment's number and its label, 1 being the first class.
@@ -613,6 +617,12 @@ class MaskSection(Section):
         default=False,
         description="masks in pictures (PNG and the like) of another size than their image, but of "
         "its proportions, are resized to it by the nearest pixel; otherwise they are left out",
+    )
+    suffix: MaybeWord = Field(
+        default="",
+        description="what the name of a mask (picture or NIfTI) ends in before its format: with "
+        "`_seg` `P7_seg.nii.gz` is of the image `P7`, and files that do not end so are left out; "
+        "without it an ending that all masks share and that can be told apart is found",
     )
 
     def options(self) -> MaskOptions:

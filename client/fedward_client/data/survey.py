@@ -24,8 +24,8 @@ _LABELLED, _MASKED = (
     for target in ("labels", "masks")
 )
 _TABLE_SUFFIXES: Final = (".csv", ".tsv", ".xlsx", ".xlsm")
-_MASKS: Final = ("masks", "labels", "labelsTr")
-_IMAGES: Final = ("images", "imagesTr")
+MASKS: Final = ("masks", "labels", "labelsTr")
+IMAGES: Final = ("images", "imagesTr")
 _OTHER_TABLES: Final = ("patients.csv",)
 _LABEL_NAMES: Final = ("label", "class", "diagnosis", "dx", "finding", "findinglabels", "category")
 _NEGATIVE: Final = (
@@ -131,7 +131,7 @@ def survey(root: Path, format: Format | None = None, column: str = "") -> Survey
 def _hospitals(root: Path) -> tuple[str, ...]:
     """The sub-folders, where each is a dataset by itself and the folder is none."""
     subs = folders(root)
-    if len(subs) < 2 or _table(root) or any((root / name).is_dir() for name in _IMAGES):
+    if len(subs) < 2 or _table(root) or any((root / name).is_dir() for name in IMAGES):
         return ()
     if {sub.name.lower() for sub in subs} <= set(SPLIT_NAMES):
         return ()
@@ -144,7 +144,7 @@ def _hospitals(root: Path) -> tuple[str, ...]:
 
 def _is_dataset(folder: Path) -> bool:
     """Whether a folder has labels of its own."""
-    masks = any((folder / name).is_dir() for name in _MASKS)
+    masks = any((folder / name).is_dir() for name in MASKS)
     return _table(folder) is not None or masks
 
 
@@ -164,8 +164,8 @@ def _table(folder: Path) -> Path | None:
 def _one(found: Survey, column: str) -> Survey:
     """One dataset: with masks, with a table, or with a folder for each class."""
     root = found.root
-    base = next((root / name for name in _IMAGES if (root / name).is_dir()), None)
-    masks = next((root / name for name in _MASKS if (root / name).is_dir()), None)
+    base = next((root / name for name in IMAGES if (root / name).is_dir()), None)
+    masks = next((root / name for name in MASKS if (root / name).is_dir()), None)
     found = replace(found, dimensions=_dimensions(base or root, found.format))
     table = _table(root)
     if masks is not None and (base is not None or found.format == "dicom"):
@@ -282,7 +282,7 @@ def key_column(root: Path, format: Format, columns: Mapping[str, Sequence[str]])
     if format == "dicom":
         return next((name for name in _DICOM_KEYS if name in columns), "")
     files = walk(root)
-    base = next((root / n for n in _IMAGES if (root / n).is_dir()), root)
+    base = next((root / n for n in IMAGES if (root / n).is_dir()), root)
     known = {key for keys in table_keys(files, (root, base)).values() for key in keys}
     hits = Counter({name: sum(v in known for v in values) for name, values in columns.items()})
     best = hits.most_common(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from fedward_client.data.dataset import DatasetSpec, read_dataset
+from fedward.plan.schema import Task
+from fedward_client.data.dataset import DatasetSpec, hints, read_dataset
+from fedward_client.data.options import MaskOptions
 
 AMBIGUOUS, NO_MASK, NO_IMAGE = "ambiguous name of mask", "no mask", "no image"
 
@@ -173,3 +176,106 @@ def test_a_picture_is_no_mask_of_a_volume_and_is_told(tmp_path, make_dicom, make
     Pillow.fromarray(np.zeros((6, 5), np.uint8)).save(tmp_path / "masks" / "A.png")
     marked, left_out = read_volumes(tmp_path, make_plan)
     assert marked == {"A": 10} and left_out == {"shape does not fit the task": 1}
+
+
+# --- endings of names --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("images", "masks", "marked", "left_out"),
+    [
+        (TWO, {"A/IM0001_mask.png": 4, "B/IM0001_mask.png": 9}, {"A": 4, "B": 9}, {}),
+        (["A/a.dcm", "B/b.dcm"], {"a_mask.png": 4, "b_mask.nii.gz": 9}, {"A": 4, "B": 9}, {}),
+        (TWO, {"IM0001_mask.png": 4}, {}, {AMBIGUOUS: 2}),  # one mask, two patients
+        (["A/P1.dcm", "B/P12.dcm"], {"P12_mask.png": 4}, {"B": 4}, {NO_MASK: 1}),
+        # Another patient's or another scan's mask, or nobody can tell whose.
+        (["A/P1.dcm"], {"P12.png": 4}, {}, {NO_MASK: 1, NO_IMAGE: 1}),
+        (["A/P1.dcm"], {"P1_2.png": 4}, {}, {NO_MASK: 1, NO_IMAGE: 1}),
+        (["A/Smith.dcm"], {"Smith_Anna.png": 4}, {}, {NO_MASK: 1, NO_IMAGE: 1}),
+        (["A/Smith.dcm"], {"Smithers.png": 4}, {}, {NO_MASK: 1, NO_IMAGE: 1}),
+        (["A/P.dcm", "B/P_L.dcm"], {"P_L_mask.png": 4}, {}, {NO_MASK: 2, NO_IMAGE: 1}),
+        (TWO, {"A/IM0001_mask.png": 4, "B/IM0001.png": 9}, {"B": 9}, {NO_MASK: 1, NO_IMAGE: 1}),
+    ],
+)
+def test_an_ending_of_all_masks_in_a_dicom_tree(tree, images, masks, marked, left_out):
+    assert tree(images, masks) == (marked, left_out)
+
+
+def test_an_ending_of_masks_of_volumes(tmp_path, make_dicom, make_plan):
+    volume(tmp_path / "images" / "A", make_dicom, "A", "1.2.1")
+    volume(tmp_path / "images" / "B", make_dicom, "B", "1.2.2")
+    volume_mask(tmp_path / "masks" / "A_seg.nii.gz", 10)
+    volume_mask(tmp_path / "masks" / "1.2.2_seg.nii.gz", 30)
+    assert read_volumes(tmp_path, make_plan) == ({"A": 10, "B": 30}, {})
+
+
+def files(root: Path, images: list[str], masks: dict[str, int], suffix: str = "") -> Any:
+    """Marked pixels by patient, the hints, and what is left out, of pictures or NIfTI slices."""
+    volumes = images[0].endswith(".nii.gz")
+    for name, count in [*((f"images/{name}", 0) for name in images), *masks.items()]:
+        values = np.zeros((8, 8), np.uint8)
+        values.flat[:count] = 1
+        path = root / name if name.startswith("images/") else root / "masks" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if volumes:
+            nib.save(nib.Nifti1Image(values[..., None], np.eye(4)), path)
+        else:
+            Pillow.fromarray(values).save(path)
+    spec = DatasetSpec(root, masks=MaskOptions(suffix=suffix))
+    task = Task(kind="segmentation", classes=("lesion",))
+    found = read_dataset(spec, task, empty=True)
+    marked = {sample.patient: int(sample.mask().sum()) for sample in found.samples if sample.mask}
+    told = hints(spec, task, found.left_out)
+    return marked, told, Counter(item.reason for item in found.left_out)
+
+
+@pytest.mark.parametrize("format", ["png", "nii.gz"])
+def test_only_an_ending_that_can_be_told_apart_is_found(tmp_path, format):
+    def look(folder: str, images: list[str], masks: list[str], suffix: str = "") -> Any:
+        counted = {f"{name}.{format}": k for k, name in enumerate(masks, start=1)}
+        names = [f"{name}.{format}" for name in images]
+        marked, told, left_out = files(tmp_path / folder, names, counted, suffix)
+        return {Path(name).name.split(".")[0]: n for name, n in marked.items()}, told, left_out
+
+    assert look("a", ["P1", "P12"], ["P12_seg", "P1_seg"])[0] == {"P12": 1, "P1": 2}
+    assert look("b", ["P1", "P2"], ["P1_lesion", "P2_lesion"])[0] == {"P1": 1, "P2": 2}
+    marked, told, left_out = look("c", ["P1", "P2"], ["P10", "P20"])
+    assert marked == {} and left_out == {NO_MASK: 2, NO_IMAGE: 2}
+    assert look("d", ["P", "P_L"], ["P_L_mask"])[0] == {}
+    # Of nnU-Net: a label map has the name without the number of the channel.
+    assert look("e", ["P1_0000", "P12_0000"], ["P12", "P1"])[0] == {"P12": 1, "P1": 2}
+    marked, told, _ = look("f", ["P1_0000", "P1_0001", "P2_0000", "P2_0001"], ["P1", "P2"])
+    assert marked == {} and "end in _0000 (2), _0001 (2) beyond their mask's" in told[0]
+    # What is told ends the search; another reader's masks are left out.
+    names = ["P1_1stHO", "P1_2ndHO", "P2_1stHO", "P2_2ndHO"]
+    marked, told, _ = look("g", ["P1", "P2"], names)
+    assert marked == {} and 'set masks.suffix = "_1stHO", or the one that is meant' in told[0]
+    marked, told, left_out = look("g", ["P1", "P2"], names, "_2ndHO")
+    assert marked == {"P1": 2, "P2": 4} and told == [] and left_out == {"not selected": 2}
+
+
+def test_tables_call_an_image_of_nnunet_as_its_label_map(tmp_path):
+    images = ["P1_0000.nii.gz", "P2_0000.nii.gz"]
+    (tmp_path / "patients.csv").write_text("image,patient\nP1,anna\nP2,berta\n")
+    masks = {"P1.nii.gz": 3, "P2.nii.gz": 5}
+    assert files(tmp_path, images, masks) == ({"anna": 3, "berta": 5}, [], {})
+
+
+def test_an_ending_that_is_told_counts_in_a_dicom_tree_too(tmp_path, make_dicom, make_plan):
+    for name in ("A", "B"):
+        make_dicom(
+            tmp_path / "images" / name / "IM1.dcm", np.zeros((8, 8), np.uint8), PatientID=name
+        )
+        (tmp_path / "masks" / name).mkdir(parents=True)
+        for count, suffix in ((4, "_m1"), (9, "_m2")):
+            mask = np.zeros((8, 8), np.uint8)
+            mask.flat[:count] = 1
+            Pillow.fromarray(mask).save(tmp_path / "masks" / name / f"IM1{suffix}.png")
+    task = make_plan("segmentation").task
+    spec = DatasetSpec(tmp_path, "dicom")
+    found = read_dataset(spec, task, empty=True)
+    assert not found.samples
+    (told,) = hints(spec, task, found.left_out)
+    assert "end in _m1 (2), _m2 (2)" in told and 'masks.suffix = "_m1"' in told
+    found = read_dataset(replace(spec, masks=MaskOptions(suffix="_m2")), task)
+    assert [int(sample.mask().sum()) for sample in found.samples] == [9, 9]

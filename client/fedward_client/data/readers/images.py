@@ -30,6 +30,7 @@ from fedward_client.data import labels
 from fedward_client.data.channels import Cases, Channels
 from fedward_client.data.files import file_identity, folders, stem, table_keys, walk
 from fedward_client.data.label_tables import SPLIT_NAMES, Entry, Table, read_table
+from fedward_client.data.mask_suffix import common_suffix, image_suffix, without
 from fedward_client.data.masks import label_map
 from fedward_client.data.options import TABLES, LabelOptions, MaskOptions, PatientOptions, low
 from fedward_client.data.quiet import quiet
@@ -349,7 +350,7 @@ def read(
     patients : PatientOptions, optional
         What missing and shared patient ids of a table mean.
     masks : MaskOptions, optional
-        Whether masks of another size are resized.
+        What their names end in, and whether those of another size are resized.
     channels : mapping, optional
         Named channels, some of which may have files of their own.
 
@@ -443,21 +444,28 @@ def pairs(
     people: People,
     mask_wanted: Callable[[Path], bool] | None = None,
     channels: Channels | None = None,
+    suffix: str = "",
 ) -> Iterator[Item]:
-    """Images with the mask of the same place and stem.
+    """Images with the mask of the same place and stem, or of the stem and `suffix`.
 
     Where no mask has the stem of an image, masks may share an ending: ``IM1_mask`` is of ``IM1``.
     """
     cases = Cases.of([f for f in walk(images) if wanted(f)], images, channels)
     files = list(cases.files)
-    keys = cases.keys(table_keys(files, (images.parent, images)))
     places = {f: cases.places.get(f, _place(f, images)) for f in files}
+    found_masks = [mask for mask in walk(masks) if (mask_wanted or wanted)(mask)]
+    kept = [mask for mask in found_masks if stem(mask).endswith(suffix)]
+    yield from ((mask, rule_codes.NOT_SELECTED) for mask in sorted({*found_masks} - {*kept}))
+    marks = {mask: _place(mask, masks) for mask in kept}
+    if not suffix and (ending := image_suffix(places.values(), marks.values())):
+        places = {file: without(place, ending) for file, place in places.items()}
+        cases = replace(cases, places=places)
+    keys = cases.keys(table_keys(files, (images.parent, images)))
     names = Counter(places.values())
-    marks = {mask: _place(mask, masks) for mask in walk(masks) if (mask_wanted or wanted)(mask)}
-    suffix = _mask_suffix(set(names), set(marks.values()))
+    suffix = suffix or common_suffix(names, marks.values())
     by_name: dict[Path, list[Path]] = {}
     for mask, place in marks.items():
-        by_name.setdefault(place.with_name(place.name.removesuffix(suffix)), []).append(mask)
+        by_name.setdefault(without(place, suffix), []).append(mask)
     for file in files:
         found = by_name.get(places[file], [])
         if not found:
@@ -474,21 +482,6 @@ def pairs(
     yield from ((file, rule_codes.NOT_SELECTED) for file in cases.others)
     for name in sorted(set(by_name) - set(names)):
         yield by_name[name][0], rule_codes.NO_IMAGE
-
-
-def _mask_suffix(images: set[Path], masks: set[Path]) -> str:
-    """What every mask's name has beyond the name of its image; "" where they are not all alike."""
-    if not masks or masks & images:
-        return ""
-    first = min(masks)
-    for image in sorted(images, key=lambda one: len(one.name), reverse=True):
-        suffix = first.name.removeprefix(image.name)
-        if image.parent != first.parent or suffix in ("", first.name):
-            continue
-        bare = {one.with_name(one.name.removesuffix(suffix)) for one in masks}
-        if all(one.name.endswith(suffix) for one in masks) and bare <= images:
-            return suffix
-    return ""
 
 
 def _place(file: Path, root: Path) -> Path:
@@ -530,6 +523,7 @@ def _pairs(
         people,
         is_mask,
         channels,
+        options.suffix,
     )
 
 

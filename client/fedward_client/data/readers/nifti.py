@@ -158,6 +158,7 @@ def read(
     options: LabelOptions | None = None,
     patients: PatientOptions | None = None,
     channels: Channels | None = None,
+    suffix: str = "",
 ) -> Dataset:
     """Read a NIfTI folder.
 
@@ -173,6 +174,8 @@ def read(
         What missing and shared patient ids of a table mean.
     channels : mapping, optional
         Named channels, some of which may have files of their own.
+    suffix : str
+        What the names of masks end in.
 
     Raises
     ------
@@ -209,6 +212,7 @@ def read(
         lambda i, m: (NiftiImage(i, d), NiftiMask(m, d, i)),
         people,
         channels=channels,
+        suffix=suffix,
     )
     return folders.collect(root, items)
 

@@ -88,7 +88,9 @@ def _nifti() -> Reader:
 
     return Reader(
         nifti.is_nifti,
-        lambda root, task, spec: nifti.read(root, task, spec.labels, spec.patients, spec.channels),
+        lambda root, task, spec: nifti.read(
+            root, task, spec.labels, spec.patients, spec.channels, spec.masks.suffix
+        ),
     )
 
 

@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 
 from fedward import rule_codes
 from fedward_client.data.files import stem
+from fedward_client.data.mask_suffix import common_suffix
 from fedward_client.data.readers.dicom.headers import Header
 from fedward_client.data.readers.nifti import is_nifti
 
@@ -55,6 +56,7 @@ def by_name(
     left_out: Iterable[Path],
     base: Path,
     dimensions: int,
+    suffix: str = "",
 ) -> NamedMasks:
     """Find the image of each mask.
 
@@ -69,16 +71,21 @@ def by_name(
     dimensions : int
         2: a mask is of a file, by SOPInstanceUID, place or stem; 3: of a series, by its UID or by
         place or name of its folder.
+    suffix : str
+        What the names of masks end in beyond that; "": nothing, or what all of them share.
     """
     found = NamedMasks()
     usable = [mask for mask in masks if dimensions == 2 or is_nifti(mask)]
     found.idle += [(mask, rule_codes.WRONG_SHAPE) for mask in sorted({*masks} - {*usable})]
+    found.idle += [(one, rule_codes.NOT_SELECTED) for one in usable if not _ends(one, suffix)]
+    usable = [mask for mask in usable if _ends(mask, suffix)]
     if not usable:
         return found
     images = list(_images(headers, base, dimensions))
     known = {place for image in images for place in image.places}
     others = {_place(path, base, dimensions) for path in left_out} - known
-    names = _Names(usable, folder, [*images, *(_Image("", "", (), frozenset({p})) for p in others)])
+    named = [*images, *(_Image("", "", (), frozenset({p})) for p in others)]
+    names = _Names(usable, folder, named, suffix or _common(usable, named))
     used: set[Path] = set()
     for image in images:
         of = names.of(image)
@@ -88,6 +95,16 @@ def by_name(
             found.of |= dict.fromkeys(image.files, mask)
     found.idle += [(mask, rule_codes.NO_IMAGE) for mask in usable if mask not in used]
     return found
+
+
+def _ends(mask: Path, suffix: str) -> bool:
+    return stem(mask).endswith(suffix)
+
+
+def _common(masks: Sequence[Path], images: Sequence[_Image]) -> str:
+    """The ending that all masks share beyond a name of an image, wherever it lies."""
+    names = {place[-1] for one in images for place in one.places} | {one.uid for one in images}
+    return common_suffix([Path(name) for name in names if name], [Path(stem(m)) for m in masks])
 
 
 def _images(headers: Sequence[Header], base: Path, dimensions: int) -> Iterator[_Image]:
@@ -116,8 +133,11 @@ def _place(path: Path, base: Path, dimensions: int) -> Parts:
 class _Names:
     """Masks and images by all that they may be called."""
 
-    def __init__(self, masks: Sequence[Path], folder: Path, images: Sequence[_Image]) -> None:
-        places = {mask: _place(mask, folder, 2) for mask in masks}
+    def __init__(
+        self, masks: Sequence[Path], folder: Path, images: Sequence[_Image], suffix: str
+    ) -> None:
+        whole = {mask: _place(mask, folder, 2) for mask in masks}
+        places = {mask: (*of[:-1], of[-1].removesuffix(suffix)) for mask, of in whole.items()}
         self._masks = _Tree({mask: [place] for mask, place in places.items()})
         self._images = _Tree({image: image.places for image in images})
         self._place = places

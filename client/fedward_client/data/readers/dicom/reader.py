@@ -238,7 +238,9 @@ def _masks(
             where=rule_codes.NO_MASKS,
         )
     others = [root / one.name for one in left_out if one.reason not in _NAMELESS]
-    matched = by_name(named, root / "masks", headers, others, base, task.dimensions)
+    matched = by_name(
+        named, root / "masks", headers, others, base, task.dimensions, options.masks.suffix
+    )
     left_out += [LeftOut(why, path.relative_to(root).as_posix()) for path, why in matched.idle]
     read = []
     for path in objects:
