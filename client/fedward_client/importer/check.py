@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pydicom.uid import (
     JPEG2000,
     UID,
     DeflatedExplicitVRLittleEndian,
+    EnhancedUSVolumeStorage,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     HTJ2KLossless,
@@ -26,12 +28,13 @@ from pydicom.uid import (
     JPEGLosslessSV1,
     JPEGLSLossless,
     JPEGLSNearLossless,
+    ParametricMapStorage,
     RLELossless,
 )
 
 from fedward.errors import DataError
 from fedward_client.data.quiet import quiet
-from fedward_client.data.readers.dicom.sniff import Watched, check_inflated, is_dicom
+from fedward_client.data.readers.dicom.sniff import SEGMENTATIONS, Watched, check_inflated, is_dicom
 
 # What the dataset's readers decode, and therefore all that is asked for.
 COMPRESSED: Final = (
@@ -76,11 +79,12 @@ _TAGS: Final = [
 ]
 _ITEM, _ITEM_END, _END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 _PIXELS: Final = frozenset({0x7FE00008, 0x7FE00009, 0x7FE00010})
+# Images by their name: those that have none of "Image" in it.
+_IMAGES: Final = SEGMENTATIONS | {EnhancedUSVolumeStorage, ParametricMapStorage}
 _UNKNOWN: Final = 0xFFFFFFFF
 _LONG: Final = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # VRs
 _DEEP: Final = 32
 _ELEMENTS: Final = 2_000_000  # of one object; a few seconds
-_CHUNK: Final = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -140,10 +144,12 @@ def _examine(path: Path, wanted: Mapping[str, Expected]) -> tuple[str, str]:
         )
     uid = str(tags.get("SOPInstanceUID") or "")
     syntax = tags.file_meta.get("TransferSyntaxUID")
+    start = _after_meta(path)
+    if syntax is None or start is None:
+        return uid, CUT
     if syntax not in SYNTAXES:
         return uid, SYNTAX
-    named = "StudyInstanceUID" in tags and "SeriesInstanceUID" in tags
-    if not uid or not named or not _is_whole(path, tags, syntax):
+    if not uid or not _is_whole(path, start, tags, syntax):
         return uid, CUT
     expected = wanted.get(uid)
     if expected is None:
@@ -160,103 +166,148 @@ def _plain(tags: pydicom.Dataset, name: str) -> str:
     return str(tags.get(name) or "").strip()
 
 
-def _is_whole(path: Path, tags: pydicom.FileDataset, syntax: UID) -> bool:
-    """Whether every element ends within the file, and an image has its pixels."""
-    size = path.stat().st_size
+def _after_meta(path: Path) -> int | None:
+    """Where the file meta group ends (PS3.10, 7.1); None when the file ends before."""
     with path.open("rb") as file:
+        walk = _Walk(file, ExplicitVRLittleEndian)
         file.seek(132)
-        # The group's length is its first element (PS3.10, 7.1).
-        meta = file.read(12)
-        if meta[:8] != b"\x02\x00\x00\x00UL\x04\x00":
+        return file.tell() if walk.group(2) else None
+
+
+def _is_whole(path: Path, start: int, tags: pydicom.FileDataset, syntax: UID) -> bool:
+    """Whether every element ends within the file, and an image has its pixels."""
+    with path.open("rb") as file:
+        file.seek(start)
+        data: BinaryIO = file
+        if syntax == DeflatedExplicitVRLittleEndian:  # of a size that was checked before
+            inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+            data = io.BytesIO(inflate.decompress(file.read()))
+            if not inflate.eof:
+                return False
+        walk = _Walk(data, syntax)
+        if not walk.dataset():
             return False
-        file.seek(144 + int.from_bytes(meta[8:], "little"))
-        if syntax == DeflatedExplicitVRLittleEndian:
-            return _inflates(file)
-        walk = _Walk(file, size, syntax)
-        if not walk.elements(size, 0):
-            return False
-    if not tags.get("Rows"):
-        return True
+    if not _is_image(tags):
+        return "StudyInstanceUID" in tags and "SeriesInstanceUID" in tags
     return walk.pixels is not None and walk.pixels >= _least(tags, syntax)
 
 
+def _is_image(tags: pydicom.FileDataset) -> bool:
+    """By its class too: an image that was cut may have lost its Rows."""
+    named = tags.get("SOPClassUID") or tags.file_meta.get("MediaStorageSOPClassUID") or ""
+    return bool(tags.get("Rows")) or named in _IMAGES or "Image" in UID(named).name
+
+
 def _least(tags: pydicom.FileDataset, syntax: UID) -> int:
+    """Bytes of the pixels; fragments of compressed ones, of which each frame has its own."""
     if syntax in COMPRESSED:
-        return 0
+        return int(tags.get("NumberOfFrames") or 1)
     names = ("Rows", "Columns", "SamplesPerPixel", "NumberOfFrames", "BitsAllocated")
     bits = 1
     for name in names:
         bits *= int(tags.get(name) or 1)
     # Two pixels share their colours (PS3.3, C.7.6.3.1.2): four samples instead of six.
     halved = tags.get("PhotometricInterpretation") == "YBR_FULL_422"
-    return bits // 8 * 2 // 3 if halved else bits // 8
-
-
-def _inflates(file: BinaryIO) -> bool:
-    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
-    while not inflate.eof and (data := file.read(_CHUNK)):
-        while data and not inflate.eof:
-            inflate.decompress(data, _CHUNK)
-            data = inflate.unconsumed_tail
-    return inflate.eof
+    return bits // 8 * 2 // 3 if halved else (bits + 7) // 8
 
 
 class _Walk:
-    """Steps from element to element (PS3.5, 7.1) without reading a value."""
+    """Steps from element to element (PS3.5, 7.1) without reading a value.
 
-    def __init__(self, file: BinaryIO, size: int, syntax: UID) -> None:
-        self._file, self._size, self._implicit = file, size, syntax.is_implicit_VR
-        self._little, self._unknown, self._left = syntax.is_little_endian, False, _ELEMENTS
+    It is as lenient as pydicom, which reads what is taken: where the VRs are not those of the
+    transfer syntax (implicit ones in a file that says explicit, or in single items and elements),
+    their bytes say so.
+    """
+
+    def __init__(self, file: BinaryIO, syntax: UID) -> None:
+        self._file, self._implicit = file, syntax.is_implicit_VR
+        self._little, self._left = syntax.is_little_endian, _ELEMENTS
+        start = file.tell()
+        self._size = file.seek(0, 2)
+        file.seek(start)
         self.pixels: int | None = None
 
-    def elements(self, end: int | None, deep: int) -> bool:
-        """To a place, or past the end of an item without a length; False for a broken one."""
-        while end is None or self._file.tell() < end:
+    def group(self, number: int) -> bool:
+        """Past the elements of a group; False when the file ends within them."""
+        while (start := self._file.tell()) < self._size:
+            found = self._next()
+            if found is not None and found[0] >> 16 != number:
+                self._file.seek(start)
+                return True
+            if found is None or not self._value(*found, deep=_DEEP):
+                return False
+        return True
+
+    def dataset(self) -> bool:
+        """Past all elements; False when the file ends within one."""
+        self._implicit = self._looks_implicit()
+        while self._file.tell() < self._size:
+            start = self._file.tell()
             found = self._next()
             if found is None:
+                self._file.seek(start)
+                rest = self._file.read(8)
+                # Some writers fill the file up after the pixels.
+                return self.pixels is not None and len(rest) < 8 and not any(rest)
+            if not self._value(*found, deep=0):
                 return False
-            tag, length = found
-            if tag == _ITEM_END and end is None:
-                return True
-            if not self._value(tag, length, deep):
-                return False
-        return self._file.tell() == end
+        return True
+
+    def _item(self, deep: int) -> bool:
+        """Past the end of an item without a length."""
+        outside = self._implicit
+        self._implicit = outside or self._looks_implicit()  # PS3.5, 6.2.2
+        whole = False
+        while (found := self._next()) is not None:
+            if found[0] == _ITEM_END:
+                whole = True
+                break
+            if not self._value(*found, deep=deep):
+                break
+        self._implicit = outside
+        return whole
+
+    def _looks_implicit(self) -> bool:
+        """Whether the first element has no VR where an explicit one would be."""
+        start = self._file.tell()
+        head = self._file.read(6)
+        self._file.seek(start)
+        return not _is_vr(head[4:]) if len(head) == 6 else self._implicit
 
     def _value(self, tag: int, length: int, deep: int) -> bool:
         start = self._file.tell()
+        count = length
         if length != _UNKNOWN:
             if start + length > self._size:
                 return False
             self._file.seek(length, 1)
-        elif deep >= _DEEP or not self._inside(deep + 1):
+        elif deep >= _DEEP or (count := self._items(deep + 1)) < 0:
             return False
         if tag in _PIXELS and not deep:
-            self.pixels = self._file.tell() - start
+            self.pixels = count
         return True
 
-    def _inside(self, deep: int) -> bool:
-        # A sequence that somebody did not know has implicit VRs inside (PS3.5, 6.2.2).
-        outside, self._implicit = self._implicit, self._implicit or self._unknown
-        whole = self._items(deep)
-        self._implicit = outside
-        return whole
+    def _items(self, deep: int) -> int:
+        """Past a value without a length: how many items or fragments it has; -1 when broken.
 
-    def _items(self, deep: int) -> bool:
-        """Past the items, or the fragments, of a value without a length."""
+        The table of offsets before the fragments of pixels (PS3.5, A.4) is not one of them.
+        """
+        count = -1
         while (found := self._next()) is not None:
             tag, length = found
             if tag == _END:
-                return True
+                return max(0, count)
             if tag != _ITEM:
-                return False
+                return -1
+            count += 1
             if length == _UNKNOWN:
-                if not self.elements(None, deep):
-                    return False
+                if not self._item(deep):
+                    return -1
             elif self._file.tell() + length > self._size:
-                return False
+                return -1
             else:
                 self._file.seek(length, 1)
-        return False
+        return -1
 
     def _next(self) -> tuple[int, int] | None:
         head = self._file.read(8)
@@ -264,9 +315,8 @@ class _Walk:
         if len(head) < 8 or self._left < 0:
             return None
         tag = self._number(head[:2]) << 16 | self._number(head[2:4])
-        if self._implicit or tag >> 16 == 0xFFFE:
+        if self._implicit or tag >> 16 == 0xFFFE or not _is_vr(head[4:6]):
             return tag, self._number(head[4:])
-        self._unknown = head[4:6] == b"UN"
         if head[4:6] not in _LONG:
             return tag, self._number(head[6:])
         more = self._file.read(4)
@@ -274,3 +324,7 @@ class _Walk:
 
     def _number(self, data: bytes) -> int:
         return int.from_bytes(data, "little" if self._little else "big")
+
+
+def _is_vr(two: bytes) -> bool:
+    return all(0x41 <= one <= 0x5A for one in two)
