@@ -200,15 +200,16 @@ def started(*code: str, words: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     )
 
 
-def lines_of(*code: str, words: tuple[str, ...] = ()) -> list[Any]:
+def lines_of(*code: str, words: tuple[str, ...] = ()) -> list[str]:
     process = started(*code, words=words)
     out, err = process.communicate()
     assert process.returncode == 0, err
-    return [json.loads(line) for line in out.splitlines()]
+    return out.splitlines()
 
 
 def told(*code: str, words: tuple[str, ...] = ()) -> Any:
-    return lines_of(*code, words=words)[-1]
+    """What a code says last: before that a command may print its help."""
+    return json.loads(lines_of(*code, words=words)[-1])
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +235,7 @@ def prepared() -> Iterator[Ask]:
 @pytest.fixture(scope="module")
 def plain() -> list[Any]:
     """What a process says that only imports our packages, and what a private step gives there."""
-    return lines_of(BEGIN, PACKAGES, STEP)
+    return [json.loads(line) for line in lines_of(BEGIN, PACKAGES, STEP)]
 
 
 LIGHT = ("health", "trainer.admin_client", "policy.approvals", "doctor", "daemon.launch")
