@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,13 @@ from typing import Any
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 # Two tests at a time share two cores; more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell without job control has what it starts with & ignore SIGINT, and the processes of tests
+# would inherit that.
+if (
+    threading.current_thread() is threading.main_thread()
+    and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np
 import pytest
