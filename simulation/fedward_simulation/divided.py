@@ -230,7 +230,8 @@ def divided_sites(plan: Plan, options: Options, crew: Preparers, note: Note) -> 
             note(f"{name}: {one}")
     if found.missed:
         note(summary(found.missed))
-    for one in hints(_spec(options.data or Path(), options, how), plan.task, dataset.left_out):
+    told = hints(_spec(options.data or Path(), options, how), plan.task, dataset.left_out)
+    for one in (*dataset.notes, *told):
         note(f"labels: {one}")
     return found
 

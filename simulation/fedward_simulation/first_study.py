@@ -88,7 +88,10 @@ def draft(found: Survey, name: str, folder: Path, *, private: bool) -> Draft:
         files,
         facts.sentence(found),
         tuple(_commands(found, folder, facts, private=private)),
-        tuple(_notes(found, facts, private=private)),
+        (
+            *dict.fromkeys(note for one in data.values() for note in one.notes),
+            *_notes(found, facts, private=private),
+        ),
     )
 
 

@@ -69,7 +69,7 @@ def usable(
     items = [able(sample) for sample in found.samples]
     kept = tuple(item for item in items if isinstance(item, Sample))
     left_out = tuple(item for item in items if isinstance(item, LeftOut))
-    return Dataset(kept, found.left_out + left_out)
+    return replace(found, samples=kept, left_out=found.left_out + left_out)
 
 
 def check_patients(dataset: DatasetSection, found: Dataset) -> None:

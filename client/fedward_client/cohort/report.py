@@ -261,7 +261,9 @@ class DatasetReport(BaseModel):
     left_out: Counts = Field(description="files and rows that cannot serve, by reason")
     risks: list[Risk]
     hints: list[str] = Field(
-        default=[], description="labels that do not fit: columns and words found, and sought"
+        default=[],
+        description="how masks are told from images; labels that do not fit: columns and words "
+        "found, and sought",
     )
 
 
@@ -323,13 +325,16 @@ def make_report(
         split=_split(found.samples),
         left_out=dict(sorted(left_out.items())),
         risks=risks,
-        hints=label_hints(
-            dataset.root,
-            extract.format,
-            dataset.as_task(),
-            dataset.label_options(),
-            left_out,
-        ),
+        hints=[
+            *found.notes,
+            *label_hints(
+                dataset.root,
+                extract.format,
+                dataset.as_task(),
+                dataset.label_options(),
+                left_out,
+            ),
+        ],
     )
 
 

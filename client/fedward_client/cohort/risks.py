@@ -88,7 +88,7 @@ def find_risks(
         *_of_people(index),
         *_of_parts(found),
         *_of_series(found, index),
-        *_of_labels(left_out),
+        *_of_labels(dataset, left_out),
     ]
     return [risk for risk in risks if risk.count]
 
@@ -113,7 +113,8 @@ def _of_key(dataset: DatasetSection, found: Dataset) -> Risk:
     )
 
 
-def _of_labels(left_out: Counter[str]) -> list[Risk]:
+def _of_labels(dataset: DatasetSection, left_out: Counter[str]) -> list[Risk]:
+    names = "masks.suffix" if dataset.as_task().has_masks else "labels.key"
     return [
         Risk(
             rule="every image has a label",
@@ -125,7 +126,9 @@ def _of_labels(left_out: Counter[str]) -> list[Risk]:
             rule="every label and every mask has an image",
             count=left_out[rule_codes.NO_IMAGE],
             severity="medium",
-            fix="Export the missing images",
+            fix="Its name may not be the image's: see the hints above, and set "
+            f"{names} in site.toml. Or its image is not here, or is left out itself: `data report "
+            "--files` names what fits nothing, and what to export",
         ),
         Risk(
             rule="the name of a mask means one image, and that of an image one mask",

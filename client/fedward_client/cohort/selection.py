@@ -7,6 +7,7 @@ headers when a study begins.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def only_selected(dataset: Dataset, plan: Plan, root: Path) -> Dataset:
     others = (sample for sample in dataset.samples if id(sample) not in chosen)
     names = (files_of(sample, root)[0].relative_to(root).as_posix() for sample in others)
     left_out = tuple(LeftOut(rule_codes.NOT_SELECTED, name) for name in names)
-    return Dataset(kept, dataset.left_out + left_out)
+    return replace(dataset, samples=kept, left_out=dataset.left_out + left_out)
 
 
 def deidentified(

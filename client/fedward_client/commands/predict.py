@@ -143,6 +143,7 @@ def _inputs(
         format or dataset.format,
         options,
         channels=dataset.channel_options(),
+        suffix=dataset.masks.suffix,
     )
     return dataset.root, found, dataset
 

@@ -137,13 +137,24 @@ def extractor(site: SiteConfig, name: str) -> Extractor:
     ConfigError
         It is not.
     """
-    from fedward_client.data.dataset import detect
+    from fedward_client.data.dataset import detect, masks_beside
     from fedward_client.index.extract import Extractor
     from fedward_client.secret import site_secret
 
     dataset = site.present(name)
     format = dataset.format or detect(dataset.root)
-    return Extractor(dataset.root, format, site_secret(site.site.state), dataset.patients.options())
+    beside = None
+    if dataset.as_task().has_masks:
+        beside = masks_beside(
+            dataset.root, format, dataset.masks.options().suffix, dataset.channel_options()
+        )
+    return Extractor(
+        dataset.root,
+        format,
+        site_secret(site.site.state),
+        dataset.patients.options(),
+        beside.suffix if beside else "",
+    )
 
 
 @contextmanager

@@ -221,7 +221,7 @@ def with_channels(dataset: Dataset, channels: Channels) -> Dataset:
             samples.append(replace(sample, load=ChannelImage(parts)))
         else:
             left_out.append(LeftOut(rule_codes.CHANNEL_MISSING, sample.patient))
-    return Dataset(tuple(samples), tuple(left_out))
+    return replace(dataset, samples=tuple(samples), left_out=tuple(left_out))
 
 
 def there(channels: Channels, cells: Sequence[Mapping[str, str]]) -> list[Channels]:

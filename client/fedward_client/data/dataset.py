@@ -13,8 +13,9 @@ from fedward.errors import DataError
 from fedward.plan.schema import Task
 from fedward.rule_codes import RuleCode
 from fedward_client.data.channels import Channels, with_channels
-from fedward_client.data.files import folders, walk
+from fedward_client.data.files import IMAGE_FOLDERS, MASK_FOLDERS, folder_of, folders, walk
 from fedward_client.data.hints import label_hints
+from fedward_client.data.one_folder import OneFolder, one_folder
 from fedward_client.data.options import LabelOptions, MaskOptions, PatientOptions
 from fedward_client.data.readers.dicom.headers import Listen, unheard
 from fedward_client.data.readers.dicom.kinds import ImageOptions
@@ -126,6 +127,7 @@ def _by_site(spec: DatasetSpec, task: Task) -> Dataset:
         )
     samples: list[Sample] = []
     left_out: list[LeftOut] = []
+    notes: list[str] = []
     for place, sub in enumerate(subs, start=1):
         try:
             part = _read(sub, task, spec)
@@ -134,8 +136,9 @@ def _by_site(spec: DatasetSpec, task: Task) -> Dataset:
             where = f"sub-folder {place} of {len(subs)} (by name)"
             raise DataError(error.rule, value=error.value, fix=error.fix, where=where) from None
         samples += [_of_site(sample, sub.name) for sample in part.samples]
+        notes += part.notes
         left_out += [replace(item, name=f"{sub.name}/{item.name}") for item in part.left_out]
-    return Dataset(tuple(samples), tuple(left_out))
+    return Dataset(tuple(samples), tuple(left_out), tuple(dict.fromkeys(notes)))
 
 
 def _of_site(sample: Sample, site: str) -> Sample:
@@ -155,8 +158,7 @@ def detect(root: Path) -> Format:
         archives = [name for name, spec in READERS.items() if spec.archive]
         kinds = {name for name in archives if readers[name].recognises(root)}
     else:
-        base = next((root / n for n in ("images", "imagesTr") if (root / n).is_dir()), root)
-        files = walk(base, without=("masks", "labels", "labelsTr"))
+        files = walk(folder_of(root, IMAGE_FOLDERS) or root, without=MASK_FOLDERS)
         looked = (
             next((name for name, one in readers.items() if one.recognises(file)), "")
             for file in islice(files, _LOOK_AT)
@@ -171,6 +173,22 @@ def detect(root: Path) -> Format:
         fix="Set format, or take the other files out",
         where="format",
     )
+
+
+def masks_beside(
+    root: Path, format: Format, suffix: str = "", channels: Channels | None = None
+) -> OneFolder | None:
+    """The masks that lie beside the images of a dataset; None where none do.
+
+    `suffix` is what the site says that their names end in, "" where it says nothing.
+    """
+    names = READERS[format].load().beside
+    if not names or not root.is_dir() or folder_of(root, MASK_FOLDERS):
+        return None
+    try:
+        return one_folder(root, names, suffix, channels)
+    except DataError:
+        return None
 
 
 def _nothing(left_out: tuple[LeftOut, ...], task: Task, spec: DatasetSpec) -> DataError:

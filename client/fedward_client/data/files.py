@@ -11,6 +11,8 @@ from typing import Final
 
 QUARANTINE: Final = ".quarantine"
 """Where the importer keeps what the PACS sends until it is checked; nobody reads images there."""
+IMAGE_FOLDERS: Final = ("images", "imagesTr")
+MASK_FOLDERS: Final = ("masks", "labels", "labelsTr")
 _DOUBLE = (".nii.gz",)
 
 
@@ -54,6 +56,11 @@ def _kind(entry: os.DirEntry[str]) -> str:
     except OSError:
         return "file"
     return ("link" if entry.is_symlink() else "folder") if folder else "file"
+
+
+def folder_of(root: Path, names: Sequence[str]) -> Path | None:
+    """The first of these sub-folders that is there."""
+    return next((root / name for name in names if (root / name).is_dir()), None)
 
 
 def folders(root: Path) -> list[Path]:

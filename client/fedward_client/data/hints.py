@@ -14,13 +14,20 @@ from fedward import rule_codes
 from fedward.errors import DataError
 from fedward.plan.schema import Task
 from fedward.suggest import nearest
-from fedward_client.data.files import folders, stem, walk
+from fedward_client.data.files import (
+    IMAGE_FOLDERS,
+    MASK_FOLDERS,
+    folder_of,
+    folders,
+    stem,
+    walk,
+)
 from fedward_client.data.label_tables import read_rows
 from fedward_client.data.mask_suffix import endings
 from fedward_client.data.options import LabelOptions, low
 from fedward_client.data.patient_columns import cell
 from fedward_client.data.readers.registry import Format
-from fedward_client.data.survey import IMAGES, MASKS, key_column, label_column
+from fedward_client.data.survey import key_column, label_column
 
 _MOST: Final = 12  # words that are told one by one
 _SUBFOLDERS: Final = 20  # beyond which they are no classes, and may be named after patients
@@ -67,12 +74,8 @@ def _of_masks(root: Path, format: Format, task: Task, left_out: Mapping[str, int
             "a mask whose name several images have is nobody's: lay masks/ out as the images are, "
             "or name each mask by the UID of its image"
         )
-    folders_of = [
-        next((root / name for name in names if (root / name).is_dir()), root)
-        for names in (MASKS, IMAGES)
-    ]
-    folder, base = folders_of
-    if folder == root or rule_codes.NO_IMAGE not in left_out:
+    folder, base = folder_of(root, MASK_FOLDERS), folder_of(root, IMAGE_FOLDERS) or root
+    if folder is None or rule_codes.NO_IMAGE not in left_out:
         return
     files = walk(base, without=(folder.name,))
     if format == "dicom" and task.dimensions == 3:

@@ -53,6 +53,11 @@ def _is_mark(suffix: str, masks: int) -> bool:
     return bool(_WORD.search(suffix)) or (masks > 1 and not suffix[0].isalnum())
 
 
+def has_word(place: Path, images: Collection[Path]) -> bool:
+    """Whether a name has a word for masks beyond that of an image in its folder."""
+    return any(_WORD.search(ending) for ending in _beyond({*images}, place))
+
+
 def image_suffix(images: Collection[Path], masks: Collection[Path]) -> str:
     """:data:`NNUNET`, where all images end so, no mask does, and each mask has an image's rest."""
     names = {one.name for one in images}

@@ -145,6 +145,8 @@ class Dataset:
 
     samples: tuple[Sample, ...]
     left_out: tuple[LeftOut, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What the reader found out for itself and used, for whoever has the data."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,14 @@ import numpy as np
 
 from fedward.errors import DataError
 from fedward.tasks.registry import TASKS
-from fedward_client.data.files import folders, table_keys, walk
+from fedward_client.data.files import (
+    IMAGE_FOLDERS,
+    MASK_FOLDERS,
+    folder_of,
+    folders,
+    table_keys,
+    walk,
+)
 from fedward_client.data.label_tables import SPLIT_NAMES, read_rows
 from fedward_client.data.options import SEPARATORS, TABLES, LabelOptions, low
 from fedward_client.data.patient_columns import PATIENT_COLUMNS, bare, cell
@@ -24,8 +31,6 @@ _LABELLED, _MASKED = (
     for target in ("labels", "masks")
 )
 _TABLE_SUFFIXES: Final = (".csv", ".tsv", ".xlsx", ".xlsm")
-MASKS: Final = ("masks", "labels", "labelsTr")
-IMAGES: Final = ("images", "imagesTr")
 _OTHER_TABLES: Final = ("patients.csv",)
 _LABEL_NAMES: Final = ("label", "class", "diagnosis", "dx", "finding", "findinglabels", "category")
 _NEGATIVE: Final = (
@@ -131,7 +136,7 @@ def survey(root: Path, format: Format | None = None, column: str = "") -> Survey
 def _hospitals(root: Path) -> tuple[str, ...]:
     """The sub-folders, where each is a dataset by itself and the folder is none."""
     subs = folders(root)
-    if len(subs) < 2 or _table(root) or any((root / name).is_dir() for name in IMAGES):
+    if len(subs) < 2 or _table(root) or folder_of(root, IMAGE_FOLDERS):
         return ()
     if {sub.name.lower() for sub in subs} <= set(SPLIT_NAMES):
         return ()
@@ -144,8 +149,7 @@ def _hospitals(root: Path) -> tuple[str, ...]:
 
 def _is_dataset(folder: Path) -> bool:
     """Whether a folder has labels of its own."""
-    masks = any((folder / name).is_dir() for name in MASKS)
-    return _table(folder) is not None or masks
+    return _table(folder) is not None or folder_of(folder, MASK_FOLDERS) is not None
 
 
 def _table(folder: Path) -> Path | None:
@@ -163,13 +167,16 @@ def _table(folder: Path) -> Path | None:
 
 def _one(found: Survey, column: str) -> Survey:
     """One dataset: with masks, with a table, or with a folder for each class."""
+    from fedward_client.data.dataset import masks_beside
+
     root = found.root
-    base = next((root / name for name in IMAGES if (root / name).is_dir()), None)
-    masks = next((root / name for name in MASKS if (root / name).is_dir()), None)
+    base, masks = folder_of(root, IMAGE_FOLDERS), folder_of(root, MASK_FOLDERS)
     found = replace(found, dimensions=_dimensions(base or root, found.format))
     table = _table(root)
     if masks is not None and (base is not None or found.format == "dicom"):
-        return replace(found, kind=_MASKED, classes=_mask_classes(masks))
+        return replace(found, kind=_MASKED, classes=_mask_classes(walk(masks)))
+    if table is None and (beside := masks_beside(root, found.format)):
+        return replace(found, kind=_MASKED, classes=_mask_classes(beside.masks))
     if table is not None:
         return _of_table(found, table, column)
     if found.format == "folders":
@@ -200,12 +207,12 @@ def _dimensions(base: Path, format: Format) -> int:
     return 3 if len(shape) >= 3 else 2
 
 
-def _mask_classes(masks: Path) -> tuple[str, ...]:
-    from fedward_client.data.readers.images import PictureMask, is_picture
+def _mask_classes(masks: Sequence[Path]) -> tuple[str, ...]:
+    from fedward_client.data.readers.images import PictureMask, is_mask
     from fedward_client.data.readers.nifti import NiftiMask, is_nifti
 
     values: set[int] = set()
-    files = [path for path in walk(masks) if is_picture(path) or is_nifti(path)]
+    files = [path for path in masks if is_mask(path) or is_nifti(path)]
     for path in files[:_LOOK_AT]:
         read = NiftiMask(path, 3) if is_nifti(path) else PictureMask(path)
         try:
@@ -282,7 +289,7 @@ def key_column(root: Path, format: Format, columns: Mapping[str, Sequence[str]])
     if format == "dicom":
         return next((name for name in _DICOM_KEYS if name in columns), "")
     files = walk(root)
-    base = next((root / n for n in IMAGES if (root / n).is_dir()), root)
+    base = folder_of(root, IMAGE_FOLDERS) or root
     known = {key for keys in table_keys(files, (root, base)).values() for key in keys}
     hits = Counter({name: sum(v in known for v in values) for name, values in columns.items()})
     best = hits.most_common(1)

@@ -24,7 +24,7 @@ from PIL import Image as Pillow
 
 from fedward import rule_codes
 from fedward.errors import DataError
-from fedward_client.data.files import is_hidden
+from fedward_client.data.files import MASK_FOLDERS, is_hidden, stem
 from fedward_client.data.options import PatientOptions
 from fedward_client.data.quiet import quiet
 from fedward_client.data.readers.dicom.mask_references import contours_of
@@ -295,8 +295,6 @@ def _bare(text: str) -> str:
 
 
 # How much each segment of a mask marks: the class balance of a segmentation task.
-
-MASK_FOLDERS: Final = ("masks", "labels", "labelsTr")
 
 
 def segments_of(path: Path) -> str:
@@ -582,12 +580,15 @@ class Extractor:
         The site's.
     patients : PatientOptions
         What missing and shared patient ids mean.
+    mask_suffix : str
+        What names of masks end in that lie beside their images; "" where none do.
     """
 
     root: Path
     format: Format
     secret: bytes = field(repr=False)
     patients: PatientOptions = field(default_factory=PatientOptions)
+    mask_suffix: str = ""
 
     def name(self, path: Path) -> str:
         """The stand-in of a file's path."""
@@ -596,7 +597,12 @@ class Extractor:
     @property
     def settings(self) -> str:
         """A keyed hash of what facts depend on beside the file; others mean: read again."""
-        parts = (str(_VERSION), self.format, *self.patients.parts)
+        parts = (
+            str(_VERSION),
+            self.format,
+            *self.patients.parts,
+            *([self.mask_suffix] if self.mask_suffix else []),
+        )
         return Pseudonyms(self.secret)("settings", *parts)
 
     def __call__(self, path: Path) -> FileFacts:
@@ -637,18 +643,22 @@ class Extractor:
             # Decoders raise nearly anything, and their texts quote the file.
             return replace(facts, reason=rule_codes.reason_of(error))
 
+    def _is_mask(self, path: Path) -> bool:
+        if self.mask_suffix:
+            return stem(path).endswith(self.mask_suffix)
+        return path.relative_to(self.root).parts[0] in MASK_FOLDERS
+
     def _other_format(self, path: Path, name: str) -> str:
         """Why the dataset's reader takes a file for no image; "" where it is one, or a mask."""
         named = next((kind for ends, kind in _KINDS.items() if name.endswith(ends)), "")
-        masks = path.relative_to(self.root).parts[0] in MASK_FOLDERS
         if self.format == "dicom":
-            return rule_codes.NOT_DICOM if named and not masks else ""
+            return rule_codes.NOT_DICOM if named and not self._is_mask(path) else ""
         other = is_dicom(path) if not named else named != self.format
         return rule_codes.OTHER_FORMAT if other else ""
 
     def _marked(self, path: Path, found: FileFacts, mask: Callable[[], Any]) -> FileFacts:
-        """With what a mask marks, where the file lies in a folder of masks."""
-        if found.reason or path.relative_to(self.root).parts[0] not in MASK_FOLDERS:
+        """With what a mask marks, where the file is one."""
+        if found.reason or not self._is_mask(path):
             return found
         with suppress(DataError):  # no label map, which its reader tells again
             return replace(found, marked=values_of(mask()))
@@ -660,8 +670,7 @@ class Extractor:
         if name.endswith((".nii", ".nii.gz")):
             found = nifti_facts(path, replace(facts, format="nifti"))
             return self._marked(path, found, NiftiMask(path, 3))
-        in_masks = path.relative_to(self.root).parts[0] in MASK_FOLDERS
-        if name.endswith(_PICTURES) or (in_masks and is_mask_picture(path)):
+        if name.endswith(_PICTURES) or (self._is_mask(path) and is_mask_picture(path)):
             found = picture_facts(path, replace(facts, format="picture"))
             return self._marked(path, found, PictureMask(path))
         if name.endswith(".npz"):

@@ -21,7 +21,15 @@ from fedward.errors import DataError
 from fedward.plan.schema import Task
 from fedward.rule_codes import RuleCode
 from fedward_client.data.channels import Cases, ChannelImage, Channels
-from fedward_client.data.files import file_identity, stem, walk
+from fedward_client.data.dataset import masks_beside
+from fedward_client.data.files import (
+    IMAGE_FOLDERS,
+    MASK_FOLDERS,
+    file_identity,
+    folder_of,
+    stem,
+    walk,
+)
 from fedward_client.data.options import TABLES, PatientOptions
 from fedward_client.data.readers.dicom.headers import Header, Listen, read_headers, unheard
 from fedward_client.data.readers.dicom.kinds import ImageOptions
@@ -46,8 +54,6 @@ from fedward_client.data.readers.nifti import (
 from fedward_client.data.sample import Image, LeftOut
 
 Mask = NDArray[np.uint8]
-_FOLDERS: Final = ("images", "imagesTr")
-_MASKS: Final = ("masks", "labels", "labelsTr")
 _TABLES: Final = (*TABLES, "patients.csv")
 # Whoever asks about one image wants its answer, whatever its file says of the patient.
 _ANYBODY: Final = PatientOptions(missing="series", shared="keep")
@@ -226,6 +232,7 @@ def find_inputs(
     images: ImageOptions | None = None,
     listen: Listen = unheard,
     channels: Channels | None = None,
+    suffix: str = "",
 ) -> Found:
     """The images of a file or a folder, of every modality; masks and tables are not among them.
 
@@ -243,6 +250,8 @@ def find_inputs(
         Hears how many DICOM headers are read, and of how many.
     channels : mapping, optional
         Of a dataset, where they have files of their own: the files of a case are one image.
+    suffix : str
+        Of a dataset, what the names of its masks end in.
 
     Raises
     ------
@@ -253,9 +262,13 @@ def find_inputs(
         raise DataError(RuleCode.DATASET, fix="Check the path and the mount", where=path.name)
     base = base_of(path)
     root = path if path.is_dir() else path.parent
-    inside = walk(base, without=_MASKS) if base.is_dir() else [path]
+    inside = walk(base, without=MASK_FOLDERS) if base.is_dir() else [path]
     files = [file for file in inside if file.name not in _TABLES]
     kinds = {file: format or _kind(file) for file in files}
+    if task.has_masks:
+        beside = (masks_beside(path, kind, suffix, channels) for kind in {*kinds.values()})
+        masks = {mask for one in beside if one for mask in one.masks}
+        files = [file for file in files if file not in masks]
     sources: list[Source] = []
     cases = Cases.of(
         [file for file in files if kinds[file] in ("folders", "nifti")], base, channels
@@ -282,7 +295,7 @@ def find_inputs(
 
 def base_of(path: Path) -> Path:
     """Where the images of a path lie: in its sub-folder ``images``, where it has one."""
-    return next((path / name for name in _FOLDERS if (path / name).is_dir()), path)
+    return folder_of(path, IMAGE_FOLDERS) or path
 
 
 def _kind(file: Path) -> str:

@@ -362,3 +362,21 @@ def test_a_broken_table_is_no_missing_one(people, reading):
     (people.parent / "export" / "labels.csv").write_text("no,columns\n1,2\n")
     with reading(people) as work, pytest.raises(DataError, match="needs a column"):
         make_report("chest", work.dataset, work.index, work.extract)
+
+
+def test_masks_beside_their_images_are_no_images(tmp_path: Path, reading: Any) -> None:
+    site = SITE.replace('"dicom"', '"folders"').replace('"classification"', '"segmentation"')
+    (tmp_path / "site.toml").write_text(site.replace('"well", "sick"', '"lesion"'))
+    (tmp_path / "export").mkdir()
+    for k in range(3):
+        mask = np.zeros((8, 9), np.uint8)
+        mask.flat[: 5 + k] = 255
+        Pillow.fromarray(grey(8, 9)).save(tmp_path / "export" / f"P{k}.png")
+        Pillow.fromarray(mask).save(tmp_path / "export" / f"P{k}_mask.gif")
+    (tmp_path / "export" / "P2.png").unlink()
+    with reading(tmp_path / "site.toml") as work:
+        found = make_report("chest", work.dataset, work.index, work.extract)
+    assert (found.instances, found.samples, found.pixels_by_class) == (2, 2, {"lesion": 11})
+    assert found.hints[0] == 'names of masks end in "_mask" (3); masks.suffix can say otherwise'
+    (risk,) = [one for one in found.risks if one.rule == "every label and every mask has an image"]
+    assert risk.count == 1 and "masks.suffix" in risk.fix and "left out itself" in risk.fix

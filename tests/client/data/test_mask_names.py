@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
+from fedward.errors import DataError
 from fedward.plan.schema import Task
 from fedward_client.data.dataset import DatasetSpec, hints, read_dataset
-from fedward_client.data.options import MaskOptions
+from fedward_client.data.options import ChannelOptions, MaskOptions
+from fedward_client.predict.inputs import find_inputs
 
 AMBIGUOUS, NO_MASK, NO_IMAGE = "ambiguous name of mask", "no mask", "no image"
 
@@ -279,3 +281,72 @@ def test_an_ending_that_is_told_counts_in_a_dicom_tree_too(tmp_path, make_dicom,
     assert "end in _m1 (2), _m2 (2)" in told and 'masks.suffix = "_m1"' in told
     found = read_dataset(replace(spec, masks=MaskOptions(suffix="_m2")), task)
     assert [int(sample.mask().sum()) for sample in found.samples] == [9, 9]
+
+
+def beside(root: Path, names: list[str], suffix: str = "", channels: Any = None) -> Any:
+    """Marked pixels by image, notes and what is left out, where all lie in one folder.
+
+    The k-th file has k pixels that are not 0.
+    """
+    for count, name in enumerate(names, start=1):
+        values = np.zeros((8, 8), np.uint8)
+        values.flat[:count] = 1
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".nii.gz"):
+            nib.save(nib.Nifti1Image(values[..., None], np.eye(4)), root / name)
+        else:
+            Pillow.fromarray(values).save(root / name)
+    spec = DatasetSpec(root, masks=MaskOptions(suffix=suffix), channels=channels or {})
+    found = read_dataset(spec, Task(kind="segmentation", classes=("lesion",)), empty=True)
+    marked = {one.patient.partition(".")[0]: int(one.mask().sum()) for one in found.samples}
+    return marked, found.notes, Counter(item.reason for item in found.left_out)
+
+
+@pytest.mark.parametrize("format", ["png", "nii.gz"])
+def test_masks_beside_their_images_are_told_by_their_ending(tmp_path, format):
+    def look(folder: str, *names: str, suffix: str = "") -> Any:
+        return beside(tmp_path / folder, [f"{name}.{format}" for name in names], suffix)
+
+    note = 'names of masks end in "_mask" ({}); masks.suffix can say otherwise'
+    names = ("P1", "P1_mask", "P12", "P12_mask")
+    assert look("flat", *names) == ({"P1": 2, "P12": 4}, (note.format(2),), {})
+    assert look("in/images", *names) == look("flat", *names)
+    assert read_dataset(
+        DatasetSpec(tmp_path / "in"), Task(kind="segmentation", classes=("lesion",))
+    )
+    # A folder for each patient, a mask whose image is gone, an image without a mask.
+    marked, notes, left_out = look("tree", "A/1", "A/1_mask", "B/1", "B/1_mask", "C/1", "D/1_mask")
+    assert marked == {"A/1": 2, "B/1": 4} and notes == (note.format(3),)
+    assert left_out == {NO_MASK: 1, NO_IMAGE: 1}
+    # A further image of the patient is no mask.
+    assert look("more", "P1", "P1_flair", "P1_seg")[0::2] == ({"P1": 3}, {NO_MASK: 1})
+
+
+@pytest.mark.parametrize("format", ["png", "nii.gz"])
+def test_masks_beside_their_images_are_not_guessed(tmp_path, format):
+    def look(folder: str, *names: str, suffix: str = "") -> Any:
+        return beside(tmp_path / folder, [f"{name}.{format}" for name in names], suffix)
+
+    several = ("P1", "P1_mask", "P1_mask_1", "P2", "P2_mask")
+    with pytest.raises(DataError, match=r"_mask \(2\), _mask_1 \(1\).*set masks.suffix"):
+        look("several", *several)
+    marked, notes, left_out = look("several", *several, suffix="_mask")
+    assert (marked, notes, left_out) == ({"P1": 2, "P2": 5}, (), {"not selected": 1})
+    with pytest.raises(DataError, match="end in _mask"):  # of P_L, or of P and its left?
+        look("either", "P", "P_L", "P_L_mask")
+    for names in (("P1", "P2"), ("P1", "P1_2"), ("a/P1", "b/P1_mask")):
+        with pytest.raises(DataError, match="P1_mask beside P1"):
+            look(f"none-{names[1][0]}", *names)
+
+
+def test_a_mask_beside_the_channels_of_its_image(tmp_path):
+    channels = {name: ChannelOptions(suffix=f"_{name}") for name in ("t1", "flair")}
+    names = [f"{p}/{p}_{kind}.nii.gz" for p in ("P1", "P2") for kind in ("t1", "flair", "seg")]
+    marked, _, left_out = beside(tmp_path, names, channels=channels)
+    assert marked == {"P1/P1": 3, "P2/P2": 6} and not left_out
+
+
+def test_a_mask_beside_its_image_is_not_predicted(tmp_path):
+    beside(tmp_path, ["P1.png", "P1_mask.png", "P2.png"])
+    task = Task(kind="segmentation", classes=("lesion",))
+    assert [one.name for one in find_inputs(tmp_path, task).sources] == ["P1.png", "P2.png"]

@@ -3,7 +3,7 @@
 * classification: ``CLASS/*.png`` (also ``train/CLASS/*.png`` and so on), or a table of labels with
   a column ``image`` or ``file``, a column ``label`` or one 0/1 column per class, optionally
   ``patient`` and ``split``;
-* segmentation: ``images/`` and ``masks/`` with the same stems.
+* segmentation: ``images/`` and ``masks/`` with the same stems, or masks beside the images.
 
 ``patients.csv`` (``image``, ``patient``) names the patients; without any such column each image
 counts as one (:mod:`fedward_client.data.patient_columns` has the usual names of the column).
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -28,10 +28,20 @@ from fedward.errors import DataError
 from fedward.plan.schema import Task
 from fedward_client.data import labels
 from fedward_client.data.channels import Cases, Channels
-from fedward_client.data.files import file_identity, folders, stem, table_keys, walk
+from fedward_client.data.files import (
+    IMAGE_FOLDERS,
+    MASK_FOLDERS,
+    file_identity,
+    folder_of,
+    folders,
+    stem,
+    table_keys,
+    walk,
+)
 from fedward_client.data.label_tables import SPLIT_NAMES, Entry, Table, read_table
 from fedward_client.data.mask_suffix import common_suffix, image_suffix, without
 from fedward_client.data.masks import label_map
+from fedward_client.data.one_folder import one_folder
 from fedward_client.data.options import TABLES, LabelOptions, MaskOptions, PatientOptions, low
 from fedward_client.data.quiet import quiet
 from fedward_client.data.sample import Dataset, Image, LeftOut, Sample, SplitName
@@ -152,6 +162,7 @@ def people_of(
 # PNG, JPEG, TIFF and BMP files: images and masks.
 
 SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"})
+MASK_SUFFIXES: Final = SUFFIXES | {".gif"}  # which loses nothing
 _DEEP: Final = ("I", "F")  # 16 bits and more: I;16, I;16B, I, F
 _DEEP_GREY: Final = "LA;16B"
 _DEEP_COLOURS: Final = {"RGB;16B": "RGB;16L", "RGBA;16B": "RGBA;16L"}  # raw modes of Pillow
@@ -168,8 +179,8 @@ def is_picture(path: Path) -> bool:
 
 
 def is_mask(path: Path) -> bool:
-    """Whether the suffix is that of a picture that holds a mask: GIF too, which loses nothing."""
-    return is_picture(path) or path.suffix.lower() == ".gif"
+    """Whether the suffix is that of a picture that holds a mask."""
+    return path.suffix.lower() in MASK_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -363,7 +374,16 @@ def read(
     people = people_of(root, patients, options)
     if task.has_masks:
         people.check()
-        return collect(root, _pairs(root, people, masks or MaskOptions(), channels))
+        masks = masks or MaskOptions()
+        resize = masks.resize
+        return pairs(
+            root,
+            (SUFFIXES, MASK_SUFFIXES),
+            lambda image, mask: (Picture(image), PictureMask(mask, image if resize else None)),
+            people,
+            channels,
+            masks.suffix,
+        )
     if options.table(root) is not None:
         return labelled(root, root, is_picture, Picture, people, task, options, channels)
     people.check()
@@ -437,51 +457,95 @@ def _labelled(
 
 
 def pairs(
-    images: Path,
-    masks: Path,
-    wanted: Callable[[Path], bool],
+    root: Path,
+    formats: tuple[Collection[str], Collection[str]],
     build: Callable[[Path, Path], tuple[Callable[[], Image], Callable[[], NDArray[np.uint8]]]],
     people: People,
-    mask_wanted: Callable[[Path], bool] | None = None,
     channels: Channels | None = None,
     suffix: str = "",
-) -> Iterator[Item]:
+    mask_folders: Sequence[str] = MASK_FOLDERS,
+) -> Dataset:
     """Images with the mask of the same place and stem, or of the stem and `suffix`.
 
     Where no mask has the stem of an image, masks may share an ending: ``IM1_mask`` is of ``IM1``.
+    They lie in a folder of their own, or beside their images.
+
+    Parameters
+    ----------
+    root : Path
+        The dataset.
+    formats : tuple
+        What names of images end in, and those of masks, in small letters.
+    build : callable
+        From an image's file and its mask's to what reads them.
+    people : People
+        Whose the images are.
+    channels : mapping, optional
+        Named channels, some of which may have files of their own.
+    suffix : str
+        What the names of masks end in, as the site says.
+    mask_folders : sequence of str
+        Where masks may lie, the first that is there.
+
+    Raises
+    ------
+    DataError
+        There are no masks, or they cannot be told from images.
     """
-    cases = Cases.of([f for f in walk(images) if wanted(f)], images, channels)
+    base = folder_of(root, IMAGE_FOLDERS) or root
+    told = suffix
+    if (folder := folder_of(root, mask_folders)) is not None:
+        if base == root:
+            raise DataError(
+                f"images whose masks are in {folder.name}/ must be in a folder images/",
+                fix="Move them there, or the masks beside them with an ending (P1_mask beside P1)",
+                where=rule_codes.NO_MASKS,
+            )
+        images, masks = _ending(walk(base), formats[0]), _ending(walk(folder), formats[1])
+    else:
+        found = one_folder(root, {*formats[0], *formats[1]}, suffix, channels)
+        images, masks = _ending(found.images, formats[0]), [*found.masks]
+        folder, suffix = base, found.suffix
+    cases = Cases.of(images, base, channels)
     files = list(cases.files)
-    places = {f: cases.places.get(f, _place(f, images)) for f in files}
-    found_masks = [mask for mask in walk(masks) if (mask_wanted or wanted)(mask)]
-    kept = [mask for mask in found_masks if stem(mask).endswith(suffix)]
-    yield from ((mask, rule_codes.NOT_SELECTED) for mask in sorted({*found_masks} - {*kept}))
-    marks = {mask: _place(mask, masks) for mask in kept}
+    places = {f: cases.places.get(f, _place(f, base)) for f in files}
+    kept = [mask for mask in masks if stem(mask).endswith(suffix)]
+    marks = {mask: _place(mask, folder) for mask in kept}
     if not suffix and (ending := image_suffix(places.values(), marks.values())):
         places = {file: without(place, ending) for file, place in places.items()}
         cases = replace(cases, places=places)
-    keys = cases.keys(table_keys(files, (images.parent, images)))
+    keys = cases.keys(table_keys(files, (base.parent, base) if base != root else (base,)))
     names = Counter(places.values())
     suffix = suffix or common_suffix(names, marks.values())
     by_name: dict[Path, list[Path]] = {}
     for mask, place in marks.items():
         by_name.setdefault(without(place, suffix), []).append(mask)
-    for file in files:
-        found = by_name.get(places[file], [])
-        if not found:
-            yield file, rule_codes.NO_MASK
-        elif len(found) > 1 or names[places[file]] > 1:
-            yield file, rule_codes.DUPLICATE
-        else:
-            made = _pair(file, keys[file], build(file, found[0]), people)
 
-            def load(one: Path, mask: Path = found[0]) -> Callable[[], Image]:
-                return build(one, mask)[0]
+    def items() -> Iterator[Item]:
+        yield from ((mask, rule_codes.NOT_SELECTED) for mask in sorted({*masks} - {*kept}))
+        for file in files:
+            of = by_name.get(places[file], [])
+            if not of:
+                yield file, rule_codes.NO_MASK
+            elif len(of) > 1 or names[places[file]] > 1:
+                yield file, rule_codes.DUPLICATE
+            else:
+                made = _pair(file, keys[file], build(file, of[0]), people)
 
-            yield file, cases.with_files(file, made, load)
-    yield from ((file, rule_codes.NOT_SELECTED) for file in cases.others)
-    for name in sorted(set(by_name) - set(names)):
-        yield by_name[name][0], rule_codes.NO_IMAGE
+                def load(one: Path, mask: Path = of[0]) -> Callable[[], Image]:
+                    return build(one, mask)[0]
+
+                yield file, cases.with_files(file, made, load)
+        yield from ((file, rule_codes.NOT_SELECTED) for file in cases.others)
+        for name in sorted(set(by_name) - set(names)):
+            yield by_name[name][0], rule_codes.NO_IMAGE
+
+    note = f'names of masks end in "{suffix}" ({len(kept)}); masks.suffix can say otherwise'
+    return replace(collect(root, items()), notes=(note,) if suffix != told else ())
+
+
+def _ending(files: Iterable[Path], formats: Collection[str]) -> list[Path]:
+    return [file for file in files if file.name.lower().endswith(tuple(formats))]
 
 
 def _place(file: Path, root: Path) -> Path:
@@ -503,27 +567,6 @@ def _pair(
     known = people.knows(patient)
     return Sample(
         patient, parts[0], mask=parts[1], split=split, columns=columns, patient_known=known
-    )
-
-
-def _pairs(
-    root: Path, people: People, options: MaskOptions, channels: Channels | None
-) -> Iterator[Item]:
-    if not ((root / "images").is_dir() and (root / "masks").is_dir()):
-        raise DataError(
-            "a segmentation folder must hold images/ and masks/",
-            fix="Put masks of the same stem into masks/",
-            where=rule_codes.NO_MASKS,
-        )
-    return pairs(
-        root / "images",
-        root / "masks",
-        is_picture,
-        lambda image, mask: (Picture(image), PictureMask(mask, image if options.resize else None)),
-        people,
-        is_mask,
-        channels,
-        options.suffix,
     )
 
 

@@ -22,7 +22,7 @@ from fedward import rule_codes
 from fedward.errors import DataError
 from fedward.plan.schema import Task
 from fedward_client.data.channels import Channels
-from fedward_client.data.files import file_identity
+from fedward_client.data.files import IMAGE_FOLDERS, file_identity, folder_of
 from fedward_client.data.masks import label_map
 from fedward_client.data.options import LabelOptions, PatientOptions
 from fedward_client.data.quiet import quiet
@@ -31,14 +31,16 @@ from fedward_client.data.readers.images import people_of
 from fedward_client.data.sample import Dataset, Image
 
 _MASKS: Final = ("labels", "labelsTr", "masks")
-_IMAGES: Final = ("images", "imagesTr")
 _UNITS: Final = {"meter": 1e3, "micron": 1e-3}
 _POSSIBLE: Final = (1e-5, 100.0)  # mm of a voxel
 
 
+SUFFIXES: Final = (".nii", ".nii.gz")
+
+
 def is_nifti(path: Path) -> bool:
     """Whether the suffix is ``.nii`` or ``.nii.gz``."""
-    return path.name.lower().endswith((".nii", ".nii.gz"))
+    return path.name.lower().endswith(SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -184,12 +186,22 @@ def read(
     """
     options = options or LabelOptions()
     people = people_of(root, patients, options)
-    images, masks = _folder(root, _IMAGES), _folder(root, _MASKS)
     d = task.dimensions
-    if not task.has_masks and options.table(root) is not None:
+    if task.has_masks:
+        people.check()
+        return folders.pairs(
+            root,
+            (SUFFIXES, SUFFIXES),
+            lambda i, m: (NiftiImage(i, d), NiftiMask(m, d, i)),
+            people,
+            channels,
+            suffix,
+            _MASKS,
+        )
+    if options.table(root) is not None:
         return folders.labelled(
             root,
-            images or root,
+            folder_of(root, IMAGE_FOLDERS) or root,
             is_nifti,
             lambda f: NiftiImage(f, d),
             people,
@@ -197,28 +209,11 @@ def read(
             options,
             channels,
         )
-    if not task.has_masks or images is None or masks is None:
-        needs = "images/ and labels/" if task.has_masks else "labels.csv"
-        raise DataError(
-            f"a NIfTI folder for {task.kind} must hold {needs}",
-            fix="See the data page for the layouts",
-            where=rule_codes.NO_MASKS if task.has_masks else rule_codes.NO_TABLE,
-        )
-    people.check()
-    items = folders.pairs(
-        images,
-        masks,
-        is_nifti,
-        lambda i, m: (NiftiImage(i, d), NiftiMask(m, d, i)),
-        people,
-        channels=channels,
-        suffix=suffix,
+    raise DataError(
+        f"a NIfTI folder for {task.kind} must hold labels.csv",
+        fix="See the data page for the layouts",
+        where=rule_codes.NO_TABLE,
     )
-    return folders.collect(root, items)
-
-
-def _folder(root: Path, names: tuple[str, ...]) -> Path | None:
-    return next((root / name for name in names if (root / name).is_dir()), None)
 
 
 def oriented_volume(

@@ -7,7 +7,7 @@ a process that only reads a configuration needs no image decoder.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -29,10 +29,13 @@ class Reader:
         Whether a file is one of the format's images.
     read : callable
         From the folder, the task and what the site says of its data to samples, decoded later.
+    beside : collection of str
+        What names of images and masks end in, where masks may lie beside their images.
     """
 
     recognises: Callable[[Path], bool]
     read: Callable[[Path, Task, DatasetSpec], Dataset]
+    beside: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ def _folders() -> Reader:
         lambda root, task, spec: images.read(
             root, task, spec.labels, spec.patients, spec.masks, spec.channels
         ),
+        images.MASK_SUFFIXES,
     )
 
 
@@ -91,6 +95,7 @@ def _nifti() -> Reader:
         lambda root, task, spec: nifti.read(
             root, task, spec.labels, spec.patients, spec.channels, spec.masks.suffix
         ),
+        nifti.SUFFIXES,
     )
 
 
