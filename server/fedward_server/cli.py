@@ -48,7 +48,7 @@ def _top(version: Version = False) -> None:
     """Run an aggregator: enrol hospitals, submit studies."""
 
 
-@app.command()
+@app.command(epilog="Example: fedward-server init agg --host agg.example.org")
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a new or empty folder")],
     host: Annotated[
@@ -133,7 +133,7 @@ def health(
     raise typer.Exit(0 if ready else 1)
 
 
-@app.command()
+@app.command(epilog="Example: fedward-server backup agg.tar --keys")
 def backup(
     target: Annotated[Path, typer.Argument(metavar="FILE", help="the archive to write")],
     keys: Annotated[bool, typer.Option("--keys", help="the keys and certificates too")] = False,
@@ -151,7 +151,7 @@ def backup(
         say(f"{target}: {size / 2**20:.1f} MiB{', with keys' if keys else ''}")
 
 
-@app.command()
+@app.command(epilog="Example: fedward-server restore agg.tar")
 def restore(
     source: Annotated[Path, typer.Argument(metavar="FILE", help="an archive of `backup`")],
     config: Config = SERVER,
@@ -168,7 +168,7 @@ def restore(
         say(f"Restored {', '.join(done.parts)}; what was there is in {done.aside}.")
 
 
-@token_app.command("create")
+@token_app.command("create", epilog="Example: fedward-server token create anna --role coordinator")
 def create_token(
     name: Annotated[str, typer.Argument(help="whose")],
     role: Annotated[str, typer.Option(help="viewer, coordinator or admin")] = "viewer",
@@ -204,7 +204,7 @@ def list_tokens(
         say(f"{one['name']}: {one['role']}, made {moment(one['created'])}{ended}")
 
 
-@token_app.command("revoke")
+@token_app.command("revoke", epilog="Example: fedward-server token revoke anna")
 def revoke_token(
     name: Annotated[str, typer.Argument(help="whose")],
     config: Config = SERVER,

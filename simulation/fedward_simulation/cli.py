@@ -219,7 +219,7 @@ def run(
     _run_studies([Study(loaded, options)], out, as_json)
 
 
-@app.command()
+@app.command(epilog="Example: fedward-simulate audit plan.toml --data data.npz --partition iid")
 def audit(
     plan: PlanFile,
     data: Annotated[
@@ -305,7 +305,7 @@ def demo(
     _run_studies(studies, out, as_json)
 
 
-@app.command()
+@app.command(epilog="Example: fedward-simulate cohort hospitals --hospitals 2 --patients 40")
 def cohort(
     folder: Annotated[Path, typer.Argument(help="A new or empty folder.")],
     kind: Annotated[
@@ -393,7 +393,7 @@ def init(
         say(f"  {command}")
 
 
-@plan_app.command("check")
+@plan_app.command("check", epilog="Example: fedward-simulate plan check plan.toml")
 def check(plan: PlanFile, as_json: AsJson = False) -> None:
     """Validate and explain a plan without data."""
     from fedward.plan import load_plan, plan_hash
@@ -423,7 +423,7 @@ def check(plan: PlanFile, as_json: AsJson = False) -> None:
         say(explain(loaded, parameters, moved))
 
 
-@app.command()
+@app.command(epilog="Example: fedward-simulate export runs/latest")
 def export(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)

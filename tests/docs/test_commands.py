@@ -73,6 +73,24 @@ def test_a_command_takes_what_a_page_gives_it(page: str, line: str) -> None:
         pytest.fail(f"{page}: {line}: {error.format_message()}")
 
 
+def leaves(command: Command, path: tuple[str, ...]) -> Iterator[tuple[str, Command]]:
+    """Each command that does something, with its words."""
+    if isinstance(command, Group):
+        for name, inner in command.commands.items():
+            yield from leaves(inner, (*path, name))
+    else:
+        yield " ".join(path), command
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_has_an_example_for_each_command_that_wants_words(program: str) -> None:
+    for words, command in leaves(PROGRAMS[program], (program,)):
+        example = (command.epilog or "").removeprefix("Example: ")
+        if example or any(one.required for one in command.params):
+            assert example.startswith(words), words
+            parse(PROGRAMS[program], shlex.split(example)[1:])
+
+
 @pytest.mark.parametrize(("page", "line"), [one for one in LINES if " study submit " in one[1]])
 def test_a_study_that_a_page_submits_can_start_and_suits_the_default_policy(
     page: str, line: str

@@ -189,3 +189,16 @@ def test_data_may_be_a_dataset_of_a_site(spreadsheet: Path, tmp_path: Path, comm
         SIMULATE, "run", "plan.toml", "--data", "export", "--partition", "iid", cwd=tmp_path
     )
     assert done.returncode == DataError.exit_code
+
+
+def test_folders_of_images_and_masks_are_no_classes(tmp_path: Path) -> None:
+    for place in range(3):
+        for folder in ("images", "1st_manual", "mask"):
+            picture(tmp_path / "drive" / folder / f"{place}.png", True, place)
+        for ending in ("", "_mask"):
+            picture(tmp_path / "one" / f"P{place}" / f"{place}{ending}.png", True, place)
+    assert survey(tmp_path / "drive").classes == ()
+    assert (survey(tmp_path / "one").kind, survey(tmp_path / "one").classes) == (
+        "segmentation",
+        ("foreground",),
+    )

@@ -9,7 +9,7 @@ import threading
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from rich.text import Text
@@ -203,7 +203,7 @@ def pending(config: Config = SITE, as_json: Json = False) -> None:
 plan_app = typer.Typer(help="The plans that studies sent here.", no_args_is_help=True)
 
 
-@plan_app.command("show")
+@plan_app.command("show", epilog="Example: fedward-client plan show demo-private-1a2b3c4d")
 def plan_show(
     study: Study, config: Config = SITE, plan: PlanHash = "", as_json: Json = False
 ) -> None:
@@ -287,6 +287,14 @@ def doctor(
     raise typer.Exit(1 if worst(lines) == "fail" else 0)
 
 
+_EXAMPLES: Final = {
+    "enrol": "enrol --name north --server agg.example.org:9443 --ca ca.crt --out north",
+    "health": "health trainer",
+    "approve": "approve demo-private-1a2b3c4d",
+    "deny": "deny demo-private-1a2b3c4d",
+}
+
+
 def add_to(app: typer.Typer) -> None:
     """Add the commands to the client's command line."""
     for command in (
@@ -305,7 +313,8 @@ def add_to(app: typer.Typer) -> None:
         resume,
         budget,
     ):
-        app.command()(command)
+        example = _EXAMPLES.get(command.__name__)
+        app.command(epilog=f"Example: fedward-client {example}" if example else None)(command)
     app.add_typer(plan_app, name="plan")
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 data_app = typer.Typer(
     help="Find out what a dataset holds and what it can be used for.", no_args_is_help=True
 )
-data_app.command("fetch")(fetch)
+data_app.command("fetch", epilog="Example: fedward-client data fetch chest --dry-run")(fetch)
 Name = Annotated[str, typer.Argument(help="The dataset.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Cohort = Annotated[
@@ -60,7 +60,7 @@ def index(
         raise typer.Exit(next(iter(failed.values())).exit_code)
 
 
-@data_app.command("report")
+@data_app.command("report", epilog="Example: fedward-client data report chest --config site.toml")
 def report(
     name: Name,
     config: Config = SITE,
@@ -85,7 +85,7 @@ def report(
         say(f"{one['reason']}: {one['name']}")
 
 
-@data_app.command("freeze")
+@data_app.command("freeze", epilog="Example: fedward-client data freeze chest")
 def freeze(name: Name, config: Config = SITE, as_json: AsJson = False) -> None:
     """Keep the dataset as it is now as a cohort with a content hash."""
     from fedward_client.cohort.changes import since_last
@@ -104,7 +104,7 @@ def freeze(name: Name, config: Config = SITE, as_json: AsJson = False) -> None:
         Console().print(cohort_table(made))
 
 
-@data_app.command("preview")
+@data_app.command("preview", epilog="Example: fedward-client data preview chest --out chest.html")
 def preview(
     name: Name,
     out: Annotated[Path, typer.Option("--out", help="The page (HTML).", show_default=False)],
@@ -143,7 +143,7 @@ def preview(
     say(f"{shown} of {len(samples)} samples are on the page. It stays at the site.")
 
 
-@data_app.command("check")
+@data_app.command("check", epilog="Example: fedward-client data check chest --plan plan.toml")
 def check(
     name: Name,
     plan: Annotated[Path, typer.Option("--plan", help="The study plan.", show_default=False)],

@@ -30,7 +30,7 @@ def list_models(config: Config = SITE, as_json: Json = False) -> None:
         say("No model is kept here. A study leaves its model when it is tested here.")
 
 
-@model_app.command("fetch")
+@model_app.command("fetch", epilog="Example: fedward-client model fetch model.safetensors")
 def fetch(
     model: Annotated[Path, typer.Argument(help="the file that the aggregator delivered")],
     config: Config = SITE,
@@ -48,7 +48,10 @@ def fetch(
     say(f"Kept the model of {kept.name} ({kept.study}), SHA-256 {kept.sha256}.")
 
 
-@model_app.command("export")
+@model_app.command(
+    "export",
+    epilog="Example: fedward-client model export demo-private-1a2b3c4d --out model.safetensors",
+)
 def export(
     study: Annotated[str, typer.Argument(help="id of the study")],
     out: Annotated[Path, typer.Option("--out", help="a new safetensors file")],
@@ -67,7 +70,7 @@ def export(
     say(f"Wrote the {which} model of {made.name}, SHA-256 {made.sha256}. Not for diagnosis.")
 
 
-@model_app.command("remove")
+@model_app.command("remove", epilog="Example: fedward-client model remove demo-private-1a2b3c4d")
 def remove(
     study: Annotated[str, typer.Argument(help="id of the study")],
     config: Config = SITE,

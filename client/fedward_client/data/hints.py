@@ -23,8 +23,9 @@ from fedward_client.data.files import (
     walk,
 )
 from fedward_client.data.label_tables import read_rows
+from fedward_client.data.labels import FLAGS
 from fedward_client.data.mask_suffix import endings
-from fedward_client.data.options import LabelOptions, low
+from fedward_client.data.options import LabelOptions, low, plain
 from fedward_client.data.patient_columns import cell
 from fedward_client.data.readers.registry import Format
 from fedward_client.data.survey import key_column, label_column
@@ -137,6 +138,8 @@ def _of_table(
         return
     if column in columns:
         yield from _of_words(columns[column], task, options)
+    else:
+        yield from _of_flags([word for name in classes for word in columns[name]], options)
 
 
 def _of_key(
@@ -176,6 +179,19 @@ def _of_words(values: list[str], task: Task, options: LabelOptions) -> Iterator[
         + ", or that it is no label in labels.unlabelled"
     )
     yield from _nearly(list(unknown), task)
+
+
+def _of_flags(values: list[str], options: LabelOptions) -> Iterator[str]:
+    """Words of the classes' own columns that mean neither 1 nor 0."""
+    known = {*map(plain, (*options.yes, *options.no, *options.unlabelled)), *FLAGS}
+    unknown = Counter(plain(word) for word in values if plain(word) not in known)
+    if unknown:
+        told = [f"{word or 'empty'} ({n})" for word, n in unknown.most_common(_MOST)]
+        yield (
+            f"words in the columns of classes that are neither 1 nor 0: {', '.join(told)}. Say "
+            'which mean 1 in labels.yes and which 0 in labels.no ("" is an empty cell), or that '
+            "they are no label in labels.unlabelled"
+        )
 
 
 def _nearly(words: list[str], task: Task) -> Iterator[str]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from fedward import rule_codes
 from fedward.plan.schema import Task
 
-_FLAGS = {"0": 0, "0.0": 0, "false": 0, "no": 0, "1": 1, "1.0": 1, "true": 1, "yes": 1}
+FLAGS = {"0": 0, "0.0": 0, "false": 0, "no": 0, "1": 1, "1.0": 1, "true": 1, "yes": 1}
 _INTEGER = re.compile(r"\d{1,4}(\.0+)?")
 
 
@@ -72,6 +72,6 @@ def flags(indices: set[int], task: Task) -> tuple[int, ...]:
 def _flag(text: str) -> int:
     if not text.strip():
         raise rule_codes.unusable(rule_codes.NO_LABEL)
-    if text.strip().lower() not in _FLAGS:
+    if text.strip().lower() not in FLAGS:
         raise rule_codes.unusable(rule_codes.UNKNOWN_CLASS)
-    return _FLAGS[text.strip().lower()]
+    return FLAGS[text.strip().lower()]

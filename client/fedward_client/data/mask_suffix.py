@@ -53,9 +53,10 @@ def _is_mark(suffix: str, masks: int) -> bool:
     return bool(_WORD.search(suffix)) or (masks > 1 and not suffix[0].isalnum())
 
 
-def has_word(place: Path, images: Collection[Path]) -> bool:
-    """Whether a name has a word for masks beyond that of an image in its folder."""
-    return any(_WORD.search(ending) for ending in _beyond({*images}, place))
+def with_word(names: Collection[Path], images: Collection[Path]) -> set[Path]:
+    """The names that have a word for masks beyond that of an image in their folder."""
+    known = {*images}
+    return {one for one in names if any(map(_WORD.search, _beyond(known, one)))}
 
 
 def image_suffix(images: Collection[Path], masks: Collection[Path]) -> str:

@@ -15,7 +15,7 @@ from fedward import rule_codes
 from fedward.errors import DataError
 from fedward_client.data.channels import Cases, Channels
 from fedward_client.data.files import IMAGE_FOLDERS, folder_of, stem, walk
-from fedward_client.data.mask_suffix import common_suffix, endings, has_word
+from fedward_client.data.mask_suffix import common_suffix, endings, with_word
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,15 @@ def one_folder(
     others = cases.others if cases.places else files
     places = {file: file.relative_to(base).with_name(stem(file)) for file in others}
     known = {*cases.places.values()} or {*places.values()}
-    masks = {file for file, place in places.items() if has_word(place, known)}
+    own = with_word(places.values(), known)
     if not suffix:
-        own = {places[file] for file in masks}
         suffix = common_suffix(known - own, own)
         if not suffix:
             raise _untold(endings(own, known - own))
-    ended = {file for file, place in places.items() if place.name.endswith(suffix)}
+    ended = {place for place in places.values() if place.name.endswith(suffix)}
     if not ended:
         raise _untold(Counter())
-    masks |= ended
+    masks = {file for file, place in places.items() if place in own | ended}
     return OneFolder(tuple(f for f in files if f not in masks), tuple(sorted(masks)), suffix)
 
 

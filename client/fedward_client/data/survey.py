@@ -188,7 +188,9 @@ def _class_folders(root: Path) -> list[str]:
     subs = folders(root)
     if subs and {sub.name.lower() for sub in subs} <= set(SPLIT_NAMES):
         subs = [inner for sub in subs for inner in folders(sub)]
-    return sorted({sub.name for sub in subs})
+    names = sorted({sub.name for sub in subs})
+    known = {low(name) for name in (*IMAGE_FOLDERS, *MASK_FOLDERS, "image", "mask", "label")}
+    return [] if known & {low(name) for name in names} else names
 
 
 def _dimensions(base: Path, format: Format) -> int:

@@ -23,7 +23,7 @@ MaxImages = Annotated[
 ]
 
 
-@site_app.command("add")
+@site_app.command("add", epilog="Example: fedward-server site add north site.pub")
 def add(
     name: Name,
     key: Key,
@@ -41,7 +41,7 @@ def add(
     _told(made, f"{name} is enrolled. Compare by telephone: {made['fingerprint']}", as_json=as_json)
 
 
-@site_app.command("limit")
+@site_app.command("limit", epilog="Example: fedward-server site limit north --max-patients 500")
 def limit(
     name: Name,
     max_patients: MaxPatients = None,
@@ -87,7 +87,7 @@ def list_sites(
     Console().print(table)
 
 
-@site_app.command("remove")
+@site_app.command("remove", epilog="Example: fedward-server site remove north")
 def remove(
     name: Name,
     config: Config = SERVER,
@@ -101,7 +101,7 @@ def remove(
     _told(made, f"{name} is cut off.", as_json=as_json)
 
 
-@site_app.command("rotate")
+@site_app.command("rotate", epilog="Example: fedward-server site rotate north new.pub")
 def rotate(
     name: Name,
     key: Key,
@@ -117,7 +117,9 @@ def rotate(
     _told(made, f"{name} has a new key: {made['fingerprint']}", as_json=as_json)
 
 
-@site_app.command("release")
+@site_app.command(
+    "release", epilog="Example: fedward-server site release north --study demo-private-1a2b3c4d"
+)
 def release(
     name: Name,
     study: Annotated[str, typer.Option(help="a study's id; none: all studies")] = "",

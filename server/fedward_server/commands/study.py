@@ -91,7 +91,7 @@ def list_studies(
     Console().print(table)
 
 
-@study_app.command("show")
+@study_app.command("show", epilog="Example: fedward-server study show demo-private-1a2b3c4d")
 def show(
     study: StudyId,
     config: Config = SERVER,
@@ -118,7 +118,7 @@ def show(
     console.print(table)
 
 
-@study_app.command("watch")
+@study_app.command("watch", epilog="Example: fedward-server study watch demo-private-1a2b3c4d")
 def watch(
     study: StudyId,
     config: Config = SERVER,
@@ -143,7 +143,7 @@ def watch(
         raise StudyError("the study must go on", value=study, fix="See `study show`")
 
 
-@study_app.command("pause")
+@study_app.command("pause", epilog="Example: fedward-server study pause demo-private-1a2b3c4d")
 def pause(
     study: StudyId,
     config: Config = SERVER,
@@ -156,7 +156,7 @@ def pause(
     _wish(api(config, url, token, ca), study, "pause", as_json=as_json)
 
 
-@study_app.command("resume")
+@study_app.command("resume", epilog="Example: fedward-server study resume demo-private-1a2b3c4d")
 def resume(
     study: StudyId,
     config: Config = SERVER,
@@ -169,7 +169,7 @@ def resume(
     _wish(api(config, url, token, ca), study, "resume", as_json=as_json)
 
 
-@study_app.command("stop")
+@study_app.command("stop", epilog="Example: fedward-server study stop demo-private-1a2b3c4d")
 def stop(
     study: StudyId,
     config: Config = SERVER,
@@ -182,7 +182,7 @@ def stop(
     _wish(api(config, url, token, ca), study, "stop", as_json=as_json)
 
 
-@study_app.command("report")
+@study_app.command("report", epilog="Example: fedward-server study report demo-private-1a2b3c4d")
 def report(
     study: StudyId,
     out: Out = Path("report.html"),
@@ -197,7 +197,7 @@ def report(
     _said({"report": out.name}, f"Report: {out}", as_json=as_json)
 
 
-@study_app.command("model")
+@study_app.command("model", epilog="Example: fedward-server study model demo-private-1a2b3c4d")
 def model(
     study: StudyId,
     out: Out = Path("model.safetensors"),
@@ -215,7 +215,7 @@ def model(
     _said({"model": out.name, "card": card.name}, f"Model: {out}, card: {card}", as_json=as_json)
 
 
-@study_app.command("export")
+@study_app.command("export", epilog="Example: fedward-server study export demo-private-1a2b3c4d")
 def export(
     study: StudyId,
     out: Annotated[

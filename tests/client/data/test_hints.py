@@ -157,3 +157,23 @@ def test_an_ending_that_is_not_everywhere_counts_for_nothing(tmp_path: Path) -> 
         old.rename(old.with_name(f"scan_{place}{ending}.png"))
     with pytest.raises(DataError, match="no mask: 3"):
         read_dataset(DatasetSpec(tmp_path), Task(kind="segmentation", classes=("lesion",)))
+
+
+def test_words_in_the_columns_of_classes_are_told(tmp_path: Path) -> None:
+    pictures(tmp_path)
+    table(tmp_path, "image,normal,opacity", "scan_{k}.png,,-1.0")
+    text = told(tmp_path)
+    assert "neither 1 nor 0: empty (12), -1.0 (12)" in text and "labels.no" in text
+
+
+def test_masks_among_the_images_of_a_class_are_no_images(tmp_path: Path) -> None:
+    for name in TASK.classes:
+        pictures(tmp_path / name, 2)
+        (tmp_path / name / "scan_1.png").rename(tmp_path / name / "scan_0_mask_1.png")
+    found = read_dataset(DatasetSpec(tmp_path), TASK)
+    assert [sample.patient for sample in found.samples] == [
+        "normal/scan_0.png",
+        "opacity/scan_0.png",
+    ]
+    assert [item.reason for item in found.left_out] == ["not selected"] * 2
+    assert found.notes == ("2 files are masks by their names (P1_mask beside P1), and no images",)

@@ -203,7 +203,7 @@ def test_tensors_that_do_not_fit_are_refused(
     [
         ("absent.pth", "must be readable (got No such file"),
         ("/etc/weights.pth", "relative to the plan"),
-        ("package:nothing_like_this/w.pth", "must be installed"),
+        ("package:nothing_like_this/w.pth", "Install it if you trust it"),
         ("../w.pth", "within its folder"),
         ("a/../../w.pth", "within its folder"),
         (".", "a regular file"),

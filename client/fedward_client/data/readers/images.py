@@ -39,7 +39,7 @@ from fedward_client.data.files import (
     walk,
 )
 from fedward_client.data.label_tables import SPLIT_NAMES, Entry, Table, read_table
-from fedward_client.data.mask_suffix import common_suffix, image_suffix, without
+from fedward_client.data.mask_suffix import common_suffix, image_suffix, with_word, without
 from fedward_client.data.masks import label_map
 from fedward_client.data.one_folder import one_folder
 from fedward_client.data.options import TABLES, LabelOptions, MaskOptions, PatientOptions, low
@@ -387,7 +387,7 @@ def read(
     if options.table(root) is not None:
         return labelled(root, root, is_picture, Picture, people, task, options, channels)
     people.check()
-    return collect(root, _classes(root, people, task, options))
+    return _classes(root, people, task, options)
 
 
 def collect(root: Path, items: Iterator[Item]) -> Dataset:
@@ -570,15 +570,26 @@ def _pair(
     )
 
 
-def _classes(root: Path, people: People, task: Task, options: LabelOptions) -> Iterator[Item]:
-    files = [f for f in walk(root) if is_picture(f)]
+def _classes(root: Path, people: People, task: Task, options: LabelOptions) -> Dataset:
+    places = {f: _place(f, root) for f in walk(root) if is_picture(f)}
+    masks = with_word(places.values(), places.values())
+    files = [file for file, place in places.items() if place not in masks]
     keys = table_keys(files, (root,))
     names = {folder.name.lower() for folder in folders(root)}
     divided = bool(names) and names <= set(SPLIT_NAMES)
-    for file in files:
-        parts = file.relative_to(root).parts[:-1]
-        split: SplitName | None = SPLIT_NAMES[parts[0].lower()] if divided and parts else None
-        yield file, _of_class(file, keys[file], parts[divided:], split, people, task, options)
+
+    def items() -> Iterator[Item]:
+        for file, place in places.items():
+            if place in masks:
+                yield file, rule_codes.NOT_SELECTED
+                continue
+            parts = file.relative_to(root).parts[:-1]
+            split: SplitName | None = SPLIT_NAMES[parts[0].lower()] if divided and parts else None
+            made = _of_class(file, keys[file], parts[divided:], split, people, task, options)
+            yield file, made
+
+    note = f"{len(masks)} files are masks by their names (P1_mask beside P1), and no images"
+    return replace(collect(root, items()), notes=(note,) if masks else ())
 
 
 def _of_class(
