@@ -122,16 +122,19 @@ def _cross_entropy(p: Floats, truth: Flags, multi_label: bool) -> Floats:
 # linear in the logit near p = 1/2 and logarithmic in it towards 0 and 1.
 
 BINS: Final = 2048
-SCORE_BINS: Final = 16  # even, so that a probability of 1/2 is the edge of a bin
-# The largest logit. The least float32 above 0 is exp(-87) or so: a softmax gives nothing further
-# out.
-_REACH: Final = {BINS: math.asinh(87.0), SCORE_BINS: math.asinh(8.0)}
+SCORE_BINS: Final = 24  # even, so that a probability of 1/2 is the edge of a bin
+# The logit where the scale turns from linear to logarithmic, and the largest one. The least float32
+# above 0 is exp(-87) or so: a softmax gives nothing further out. With few bins the scale is
+# logarithmic almost everywhere: logits may be a hundredth where a model is hardly trained, and
+# above 20 where it is sure of itself, and either way they must fall into many bins.
+_TURN: Final = {BINS: 1.0, SCORE_BINS: 0.3}
+_REACH: Final = {BINS: math.asinh(87.0), SCORE_BINS: math.asinh(30.0 / 0.3)}
 _SMALLEST: Final = 1e-38
 
 
 def bin_of(probability: NDArray[Any], bins: int = BINS) -> Ints:
     """The bin of each probability; same shape, 0 to ``bins - 1``, never falling as p rises."""
-    place = (np.arcsinh(logit(probability)) / _REACH[bins] + 1) / 2
+    place = (np.arcsinh(logit(probability) / _TURN[bins]) / _REACH[bins] + 1) / 2
     found: Ints = np.clip((place * bins).astype(np.int64), 0, bins - 1)
     return found
 
@@ -156,7 +159,7 @@ def lower_edges(bins: int = BINS) -> Floats:
 
 
 def _probability(place: Floats, bins: int) -> Floats:
-    p: Floats = 1 / (1 + np.exp(-np.sinh((2 * place - 1) * _REACH[bins])))
+    p: Floats = 1 / (1 + np.exp(-_TURN[bins] * np.sinh((2 * place - 1) * _REACH[bins])))
     return p
 
 
@@ -182,12 +185,14 @@ def histograms(probabilities: Floats, positive: NDArray[np.bool_]) -> Ints:
 
 
 def auc(negative: Ints, positive: Ints) -> float | None:
-    """Area under the ROC curve of binned scores, by the Mann-Whitney statistic.
+    """Area under the ROC curve of binned scores.
 
     Parameters
     ----------
     negative, positive : NDArray
-        ``(BINS,)`` counts. Pairs within a bin count one half.
+        ``(BINS,)`` counts: the Mann-Whitney statistic, where pairs within a bin count one half.
+        ``(SCORE_BINS,)``: bins are wide, and within one the positive scores tend to be the higher
+        ones, so the area is that under a smooth curve through the edges.
 
     Returns
     -------
@@ -198,8 +203,30 @@ def auc(negative: Ints, positive: Ints) -> float | None:
     pairs = float(negative.sum()) * float(positive.sum())
     if not pairs:
         return None
+    if len(negative) == SCORE_BINS:
+        return _smooth_area(negative, positive)
     below = np.cumsum(negative) - negative
     return float(np.dot(positive.astype(np.float64), below + negative / 2) / pairs)
+
+
+def _smooth_area(negative: NDArray[Any], positive: NDArray[Any]) -> float:
+    """Area under the monotone cubic curve (Fritsch and Carlson, 1980) through a ROC's points.
+
+    Both rates are interpolated over the way along the axes, so the curve rises everywhere and stays
+    within the unit square.
+    """
+    from scipy.interpolate import PchipInterpolator
+
+    points = np.cumsum([positive[::-1] / positive.sum(), negative[::-1] / negative.sum()], axis=1)
+    points = np.concatenate([[[0.0], [0.0]], points], axis=1)
+    way = points.sum(axis=0)
+    kept = np.concatenate([[True], np.diff(way) > 0])
+    way, curves = way[kept], [PchipInterpolator(way[kept], rate[kept]) for rate in points]
+    # Gauss and Legendre's three nodes are exact for the product of a cubic and a parabola.
+    nodes, weights = np.polynomial.legendre.leggauss(3)
+    half = np.diff(way)[:, None] / 2
+    places = way[:-1, None] + half * (1 + nodes)
+    return float((curves[0](places) * curves[1](places, 1) * half * weights).sum())
 
 
 @dataclass(frozen=True, eq=False)

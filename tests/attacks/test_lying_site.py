@@ -139,7 +139,7 @@ class FalseNoise(Trainer):
         self, arrays: Mapping[str, NDArray[Any]], order: RoundOrder, noise: Any = None
     ) -> tuple[Arrays, EvaluateOutcome]:
         _, outcome = super().evaluate(arrays, order)
-        table = np.zeros((1, 2, 16), np.int64)
+        table = np.zeros((1, 2, 24), np.int64)
         table[0, 0, 0] = table[0, 1, -1] = CLAIM // 2
         return {"scores": table}, outcome.model_copy(update={"unit": 1, **self.stated})
 

@@ -166,6 +166,22 @@ def test_figures_are_near_those_of_exact_counts() -> None:
     assert mean[2] < 0.01 and mean[3] < 0.01 and mean[4] < 0.03, mean
 
 
+@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
+@pytest.mark.parametrize("apart", [0.5, 2.0, 4.0])
+def test_few_bins_give_the_area_of_hardly_trained_and_of_sure_models(
+    scale: float, apart: float
+) -> None:
+    """A sure model's scores once fell into one bin, which took two points from its area."""
+    rng, n = np.random.default_rng(0), 20_000
+    truth = np.arange(n) >= n // 3
+    logit = scale * (rng.normal(0, 1, n) + apart * (truth - 0.5))
+    p = 1 / (1 + np.exp(-logit))
+    values, flags = np.stack([1 - p, p], axis=1), np.stack([~truth, truth], axis=1)
+    parts, unit, whole = tables(BINARY, values, flags, np.arange(n), 1, 0)
+    told = PrivateCounts(BINARY, whole, unit, 0.0).figures(["auc"])["auc"]
+    assert told == pytest.approx(roc_auc_score(truth, p), abs=0.006)
+
+
 @pytest.mark.parametrize("name", ["binary", "three", "several"])
 def test_without_noise_the_figures_are_those_of_exact_counts(name: str) -> None:
     task, rng = TASKS[name], np.random.default_rng(4)
@@ -246,14 +262,14 @@ def test_cells_below_zero_go_by_the_nearest_possible_table(row: list[int]) -> No
     [
         {"other": np.zeros(3, np.int64)},
         {"scores": np.zeros((1, 2, 15), np.int64)},
-        {"scores": np.zeros((1, 2, 16))},
-        {"scores": np.full((1, 2, 16), 1 << 60)},
+        {"scores": np.zeros((1, 2, 24))},
+        {"scores": np.full((1, 2, 24), 1 << 60)},
         {"dice": np.zeros((2, 2), np.int64)},
     ],
     ids=lambda one: next(iter(one)),
 )
 def test_tables_from_outside_are_checked(change: dict[str, Any]) -> None:
-    arrays = {"scores": np.zeros((1, 2, 16), np.int64)}
+    arrays = {"scores": np.zeros((1, 2, 24), np.int64)}
     assert PrivateCounts.from_arrays(BINARY, arrays, 1, 0.25).images == 0
     for unit, scale in ((0, 1.0), (1, 0.0), (1, math.nan)):
         with pytest.raises(ProtocolError):
