@@ -43,7 +43,7 @@ HASHES = {
     "ham10000-wan.toml": "9ad5244200f9f8296fa27ed2ddcd4034bfe55d56b7cbac14a7db05e824dfcc71",
     "hippocampus-wan.toml": "e81633225f9a7a830385df2a1b9f8e18a940fcac2ddf93b759c1f0211a83ffce",
     "hippocampus.toml": "6e3daf33ea7d0389d7993a8b6550d2ca8fe109d5be1d3a5a511837ef636016e4",
-    "lgg-mri-wan.toml": "6eb4f4c46346893c7a38a3374b3cd1216c60b79dcf696043b5403498001cb72b",
+    "lgg-mri-wan.toml": "2659103cd2cbf45c8bfe8d525d362f8cbaf9ae8358c9c8511e9c3d1bc4e01c88",
     "lungs-private.toml": "a6f442dcb05166668ccadcadb64dda89824cc67ab79ec4ca44fa7602909cf25e",
     "lungs-synthetic.toml": "0da60c20f19c8ec6a51b61223bc36e36feed4c890c99eb2ed097f5d2bb6b6cd2",
     "lungs-wan.toml": "d9dd3cefe5759c3af50f63ea057e5dbeacc0a0cec5fd7763333d0c0d79831d53",
