@@ -118,6 +118,7 @@ def run_case(case: Case, seed: int, data: Path, out: Path, *, fresh: bool = Fals
         seed=seed,
         plan_folder=path.parent,
         images_are_patients=True,  # some of these sets name no patients: their ε is per image
+        exact=True,
         fresh=fresh,
     )
     started = time.perf_counter()

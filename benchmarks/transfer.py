@@ -217,6 +217,7 @@ def _options(case: Case, seed: int, data: Path, folder: Path, out: Path) -> Opti
         seed=seed,
         plan_folder=REPOSITORY / "studies",
         images_are_patients=True,  # some of these sets name no patients: their ε is per image
+        exact=True,
     )
 
 

@@ -388,7 +388,7 @@ class ClassificationCounts(Counts):
             withheld |= _hide(arrays, small, self.multi_label)
         for name in withheld & set(arrays):
             arrays[name][...] = 0
-        arrays["scores"] = coarse_rows(arrays["scores"], least)
+        arrays["scores"] = coarse_scores(arrays["scores"], least)
         arrays["calibration"] = coarse_bins(arrays["calibration"], least)
         arrays["calibration"][1] = arrays["calibration"][1].round(digits)
         arrays["loss"][0] = arrays["loss"][0].round(digits)
@@ -440,13 +440,13 @@ def _none_or(totals: Ints, n: int) -> bool:
 # Merge neighbouring bins until each that is not empty holds enough.
 
 
-def coarse_rows(histograms: NDArray[np.int64], least: int) -> NDArray[np.int64]:
-    """Merge the bins of each histogram on its own.
+def coarse_scores(scores: Ints, least: int) -> Ints:
+    """Merge the bins of each histogram, and keep the area under each ROC curve.
 
     Parameters
     ----------
-    histograms : NDArray
-        ``(..., BINS)`` counts.
+    scores : NDArray
+        ``(2, K, BINS)`` counts, without and with each class.
     least : int
         What a bin must hold to stand alone.
 
@@ -455,16 +455,30 @@ def coarse_rows(histograms: NDArray[np.int64], least: int) -> NDArray[np.int64]:
     NDArray
         The same shape and sums; each bin holds 0 or at least `least`, if the row holds that many.
     """
-    rows = histograms.reshape(-1, histograms.shape[-1])
-    return np.stack([_row(row, least) for row in rows]).reshape(histograms.shape)
+    made = np.zeros_like(scores)
+    for k in range(scores.shape[1]):
+        made[0, k] = _merged(scores[0, k], scores[1, k], least)
+        made[1, k] = _merged(scores[1, k], made[0, k], least)
+    return made
 
 
-def _row(row: NDArray[np.int64], least: int) -> NDArray[np.int64]:
-    made = np.zeros_like(row)
+def _merged(row: Ints, other: Ints, least: int) -> Ints:
+    """Lay each group of bins where it ranks among the other kind as its scores do on average.
+
+    The middle of a group would draw the few scores that overlap with the other kind to the bulk of
+    their own, and the area would come out points too high.
+    """
+    made, below, left = np.zeros_like(row), np.cumsum(other) - other / 2, 0.0
     for bins in _groups(row, least):
-        # The median keeps the place of most of its scores.
-        below = np.cumsum(row[bins])
-        made[bins[np.searchsorted(below, (below[-1] + 1) // 2)]] = below[-1]
+        counts, places = row[bins], np.arange(bins[0], bins[-1] + 1)
+        pairs = float(counts @ below[bins]) + left
+        off = np.abs(below[places] * counts.sum() - pairs)
+        middle = bins[np.searchsorted(np.cumsum(counts), (counts.sum() + 1) // 2)]
+        nearest = places[off <= off.min()]
+        place = nearest[np.abs(nearest - middle).argmin()]
+        made[place] += counts.sum()
+        # What a place between two steps leaves over goes to the next group.
+        left = pairs - float(below[place] * counts.sum())
     return made
 
 

@@ -177,7 +177,7 @@ def test_few_bins_give_the_area_of_hardly_trained_and_of_sure_models(
     logit = scale * (rng.normal(0, 1, n) + apart * (truth - 0.5))
     p = 1 / (1 + np.exp(-logit))
     values, flags = np.stack([1 - p, p], axis=1), np.stack([~truth, truth], axis=1)
-    parts, unit, whole = tables(BINARY, values, flags, np.arange(n), 1, 0)
+    _, unit, whole = tables(BINARY, values, flags, np.arange(n), 1, 0)
     told = PrivateCounts(BINARY, whole, unit, 0.0).figures(["auc"])["auc"]
     assert told == pytest.approx(roc_auc_score(truth, p), abs=0.006)
 
