@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Final, Literal
 
 from fedward.errors import DataError
@@ -21,6 +22,7 @@ from fedward_client.data.files import folders
 from fedward_client.data.options import LabelOptions
 from fedward_client.data.prepare import Means, doubts, prepare
 from fedward_client.data.sample import Dataset, PreparedSite, Sample, unnamed
+from fedward_client.data.survey import table_of
 from fedward_simulation.classes import check_labels
 from fedward_simulation.left_out import Missed, by_site, summary, with_missed
 from fedward_simulation.options import Options
@@ -35,6 +37,7 @@ _NUMBERED = re.compile(r"sub-folder (\d+) of \d+ \(by name\)")
 _COLUMN = "labels.patient_column"
 _OPTIONS = {"format": "--format", _COLUMN: "--patient-column"}
 _SHOWN: Final = 6
+_FEW: Final = 5  # images, of which no hospital could be trained and tested
 _MADE = FORMS.removeprefix("folders, ")
 _OF_A_DATASET = frozenset(
     {
@@ -132,6 +135,8 @@ def _in_our_words(data: Path, how: Partition, task: Task) -> Iterator[None]:
         fix = _fix(error)
         if how.kind != "folders" and _of_hospitals(data, task):
             fix = f"{fix}. If each sub-folder is a hospital, give --partition folders"
+        if how.kind == "folders" and (table := table_of(data)):
+            fix = f"{fix}. If {table.name} is for all sub-folders, choose --partition {_MADE}"
         if _NUMBERED.fullmatch(error.where):
             fix = f"{fix}. If the sub-folder is no hospital, move it out of the data"
         raise DataError(
@@ -159,10 +164,7 @@ def _is_one(data: Path, task: Task) -> bool:
     parts = {"train", "val", "valid", "validation", "test"}
     classes = {name.lower() for name in task.classes}
     return bool(names) and (
-        names <= parts
-        or names <= classes
-        or names <= {"images", "masks", "labels"}
-        or names <= {"imagestr", "labelstr", "imagests"}
+        names <= parts or names <= classes or bool(names & {"images", "imagestr"})
     )
 
 
@@ -219,6 +221,11 @@ def divided_sites(plan: Plan, options: Options, crew: Preparers, note: Note) -> 
     count = options.sites or plan.participation.sites
     parts = partition(dataset.samples, options.partition, count, options.seed)
     _check_names(parts)
+    if how.kind == "folders" and median(map(len, parts.values())) < _FEW:
+        note(
+            f"the {len(parts)} hospitals, one for each sub-folder, have few images: if the "
+            "sub-folders are patients, give --partition iid"
+        )
     check_count(plan, len(parts))
     check_labels(plan, dataset.samples)
     plan = with_seed(plan, options.seed)

@@ -89,10 +89,8 @@ class StudyProgress:
         self._progress.update(self._bars[event.arm], completed=event.result.round, state=state)
         if not self.console.is_terminal:
             seconds = f"{event.result.seconds:.1f} s"
-            self.console.print(
-                f"{event.arm}: round {event.result.round} of {event.rounds}, {state}, {seconds}",
-                highlight=False,
-            )
+            told = ", ".join(filter(None, (f"round {event.result.round} of {event.rounds}", state)))
+            self.console.print(f"{event.arm}: {told}, {seconds}", highlight=False)
 
     def _state(self, event: RoundEnded) -> str:
         loss, value = event.result.train_loss, event.result.validation.get(self.primary)

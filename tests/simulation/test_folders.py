@@ -9,6 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedward.errors import DataError
+from fedward.plan import load_plan
+from fedward_simulation.divided import read
+from fedward_simulation.options import Options
+from fedward_simulation.partition import parse_partition
+
 PROGRAM = "fedward_simulation.cli"
 pytestmark = pytest.mark.integration
 
@@ -108,3 +114,18 @@ def test_a_seed_has_a_bound(seed: int, npz_data: Path, plan_file: Path, commands
     done = commands(PROGRAM, "run", plan_file, *words, cwd=plan_file.parent)
     assert done.returncode == (0 if seed < 2**63 else 2), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_table_above_the_sub_folders_and_a_folder_of_images_are_no_hospitals(
+    folder_data: Path, plan_file: Path, tmp_path: Path
+) -> None:
+    """What the command says: `folders` is what it takes by default."""
+    task, how = load_plan(plan_file).task, parse_partition("folders")
+    (folder_data / "findings.csv").write_text("image,finding\n", "utf-8")
+    for found in [*folder_data.glob("*/*")]:
+        found.rename(found.with_name(f"of {found.name}"))
+    with pytest.raises(DataError, match=r"findings.csv is for all sub-folders, choose --part"):
+        read(Options(folder_data, tmp_path), how, task)
+    (folder_data / "images").mkdir()
+    with pytest.raises(DataError, match="parts of one dataset"):
+        read(Options(folder_data, tmp_path), how, task)

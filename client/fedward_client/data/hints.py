@@ -28,7 +28,7 @@ from fedward_client.data.mask_suffix import endings
 from fedward_client.data.options import LabelOptions, low, plain
 from fedward_client.data.patient_columns import cell
 from fedward_client.data.readers.registry import Format
-from fedward_client.data.survey import key_column, label_column
+from fedward_client.data.survey import key_column, label_column, table_of
 
 _MOST: Final = 12  # words that are told one by one
 _SUBFOLDERS: Final = 20  # beyond which they are no classes, and may be named after patients
@@ -112,6 +112,11 @@ def _counted(words: list[tuple[str, int]]) -> str:
 
 
 def _of_folders(root: Path, task: Task) -> Iterator[str]:
+    if table := table_of(root):
+        yield (
+            f'the table of labels may be {table.name}: set labels.file = "{table.name}" and the '
+            "names of its columns (`fedward-simulate init` writes them), or call it labels.csv"
+        )
     names = [one.name for one in folders(root)]
     wrong = [name for name in names if low(name) not in map(low, task.classes)]
     if not names or not wrong or len(names) > _SUBFOLDERS:

@@ -136,7 +136,7 @@ def survey(root: Path, format: Format | None = None, column: str = "") -> Survey
 def _hospitals(root: Path) -> tuple[str, ...]:
     """The sub-folders, where each is a dataset by itself and the folder is none."""
     subs = folders(root)
-    if len(subs) < 2 or _table(root) or folder_of(root, IMAGE_FOLDERS):
+    if len(subs) < 2 or table_of(root) or folder_of(root, IMAGE_FOLDERS):
         return ()
     if {sub.name.lower() for sub in subs} <= set(SPLIT_NAMES):
         return ()
@@ -149,10 +149,10 @@ def _hospitals(root: Path) -> tuple[str, ...]:
 
 def _is_dataset(folder: Path) -> bool:
     """Whether a folder has labels of its own."""
-    return _table(folder) is not None or folder_of(folder, MASK_FOLDERS) is not None
+    return table_of(folder) is not None or folder_of(folder, MASK_FOLDERS) is not None
 
 
-def _table(folder: Path) -> Path | None:
+def table_of(folder: Path) -> Path | None:
     """The table of labels of a folder: one of the usual name, or the only one that is there."""
     usual = [folder / name for name in TABLES if (folder / name).is_file()]
     if usual or not folder.is_dir():
@@ -172,7 +172,7 @@ def _one(found: Survey, column: str) -> Survey:
     root = found.root
     base, masks = folder_of(root, IMAGE_FOLDERS), folder_of(root, MASK_FOLDERS)
     found = replace(found, dimensions=_dimensions(base or root, found.format))
-    table = _table(root)
+    table = table_of(root)
     if masks is not None and (base is not None or found.format == "dicom"):
         return replace(found, kind=_MASKED, classes=_mask_classes(walk(masks)))
     if table is None and (beside := masks_beside(root, found.format)):

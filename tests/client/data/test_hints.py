@@ -177,3 +177,10 @@ def test_masks_among_the_images_of_a_class_are_no_images(tmp_path: Path) -> None
     ]
     assert [item.reason for item in found.left_out] == ["not selected"] * 2
     assert found.notes == ("2 files are masks by their names (P1_mask beside P1), and no images",)
+
+
+def test_a_table_of_another_name_is_told(tmp_path: Path) -> None:
+    pictures(tmp_path / "png")
+    table(tmp_path, "image,label", "scan_{k}.png,{word}")
+    (tmp_path / "labels.csv").rename(tmp_path / "findings.csv")
+    assert 'set labels.file = "findings.csv"' in told(tmp_path)
