@@ -412,6 +412,14 @@ class TaskSpec(ABC):
         """
 
     @abstractmethod
+    def withhold(self, tables: Tables, least: int) -> Tables:
+        """Noisy tables without what is about fewer images than `least`, in their unit.
+
+        Setting single cells to 0 would drop a model's few errors, and the figures of what is left
+        would be too good: a class goes as a whole, and bins are merged.
+        """
+
+    @abstractmethod
     def tables_of(self, task: Task, counts: Any) -> Tables:
         """Exact counts as tables, to be added to noisy ones; an image weighs :attr:`unit`."""
 

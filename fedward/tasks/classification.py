@@ -1011,6 +1011,23 @@ class _Classification(TaskSpec):
         makers = {"scores": _scores, "decisions": _decisions}
         return {name: makers[name](task, answers, truth, weights) for name in parts}
 
+    def withhold(self, tables: Tables, least: int) -> Tables:
+        """The same without small classes, neighbouring scores merged; see the base class."""
+        made = dict(tables)
+        if "scores" in made:
+            # Rounded so that each row keeps its sum.
+            below = np.rint(np.cumsum(project(made["scores"]), axis=2)).astype(np.int64)
+            whole = np.diff(below, axis=2, prepend=0)
+            merged = coarse_scores(whole.transpose(1, 0, 2), least).transpose(1, 0, 2)
+            small = merged.sum(axis=2).min(axis=1) < least
+            made["scores"] = np.where(small[:, None, None], 0, merged)
+        if "decisions" in made:
+            table = made["decisions"]
+            sizes = table.sum(axis=(-2, -1))
+            small = (sizes.min(axis=1) if sizes.ndim == 2 else sizes) < least
+            made["decisions"] = np.where(np.expand_dims(small, (*range(1, table.ndim),)), 0, table)
+        return made
+
     def tables_of(self, task: Task, counts: ClassificationCounts) -> Tables:
         coarse = bin_of(middles(), SCORE_BINS)
         scores = np.zeros((counts.classes, 2, SCORE_BINS), np.int64)

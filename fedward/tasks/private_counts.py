@@ -48,7 +48,8 @@ class NoisyTables:
     by_patient : bool
         Whether a patient weighs one unit however many images there are.
     least : int
-        Noisy cells below so many units are set to 0.
+        What is about fewer units than this is withheld or merged; see
+        :meth:`fedward.tasks.base.TaskSpec.withhold`.
     """
 
     parts: tuple[str, ...]

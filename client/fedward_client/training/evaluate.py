@@ -64,10 +64,7 @@ class Answers:
         task = self.plan.task
         tables = task.spec.tables(task, self.values, self.targets, weights, how.parts)
         noisy = add_noise(tables, how.scale, randbelow)
-        return {
-            name: np.where(table < how.least, 0, table) if how.least else table
-            for name, table in noisy.items()
-        }
+        return task.spec.withhold(noisy, how.least) if how.least else noisy
 
 
 @torch.no_grad()
