@@ -120,7 +120,11 @@ def enrol(
     console.print("Send this public key to the coordinator:\n", highlight=False)
     say(made.public_key)
     say(f"Its fingerprint, to compare by telephone: {made.fingerprint}")
-    console.print(f"Next: edit {made.config.name}, freeze a dataset, then run the daemon.")
+    say(
+        f"Next: in {made.config.name} say where the images are, and write the coordinator's "
+        "fingerprint, as it is told to you by telephone, into policy.coordinators. Then freeze a "
+        "dataset and run the daemon."
+    )
 
 
 def fingerprint(config: Config = SITE, as_json: Json = False) -> None:

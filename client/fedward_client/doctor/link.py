@@ -170,8 +170,8 @@ def enrolment(server: ServerSection) -> Iterator[Line]:
         yield Line(
             "enrolment",
             "fail",
-            "the aggregator does not know this site's key any more",
-            "Send connector/site.pub to the coordinator",
+            "the aggregator does not know this site's key, not yet or not any more",
+            "Send connector/site.pub to the coordinator, who adds it",
         )
     except LinkDown as error:
         yield Line("enrolment", "fail", error.rule, "Mend what failed above")

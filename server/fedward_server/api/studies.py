@@ -79,8 +79,7 @@ def studies_router(config: ServerConfig, registry: Registry, access: Access) -> 
     def submit_study(new: NewStudy) -> Study:
         """Submit a plan to sites that are enrolled."""
         plan = plan_from(new.plan)
-        for name in (*new.sites, *new.evaluate_only):
-            registry.sites.get(name)
+        registry.sites.check((*new.sites, *new.evaluate_only))
         return studies.submit(
             plan,
             new.sites,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from cryptography.hazmat.primitives import serialization
@@ -62,6 +63,17 @@ class SiteStore:
         with reading(self._engine) as connection:
             row = connection.execute(select(sites).where(_present(name))).one_or_none()
         return None if row is None else _site(row)
+
+    def check(self, names: Iterable[str]) -> None:
+        """Hold names against the sites that are enrolled.
+
+        Raises
+        ------
+        ConfigError
+            Some are not; all of them are told.
+        """
+        if unknown := [name for name in names if self.find(name) is None]:
+            raise _unknown(", ".join(unknown))
 
     def get(self, name: str) -> Site:
         """The present site of a name.
@@ -229,5 +241,8 @@ def _facts(text: str) -> list[SiteFacts]:
 
 def _unknown(name: str) -> ConfigError:
     return ConfigError(
-        "the site must be enrolled", value=name, fix="See fedward-server site list", where="site"
+        "the site must be enrolled",
+        value=name,
+        fix="See fedward-server site list; fedward-server site add enrols one",
+        where="site",
     )

@@ -79,8 +79,9 @@ def test_a_study_names_sites_that_only_evaluate(
     api: Any, site_key: Key, make_plan: MakePlan
 ) -> None:
     enrol(api, site_key, "north", "south")
-    unknown = submit(api, make_plan(), evaluate_only=["east"])
+    unknown = submit(api, make_plan(), evaluate_only=["east", "west"])
     assert unknown.status_code == 409 and "must be enrolled" in unknown.text
+    assert unknown.json()["value"] == "east, west"
     enrol(api, site_key, "east")
     made = submit(api, make_plan(), evaluate_only=["east"]).json()
     assert made["sites"] == ["north", "south"] and made["evaluate_only"] == ["east"]
