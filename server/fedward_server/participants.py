@@ -370,4 +370,6 @@ class Participants:
 
 def named(missing: Mapping[str, InvalidReply]) -> str:
     """Sites and why each is missing, for people."""
-    return "; ".join(f"{site} ({bad.kind}): {bad.reason}" for site, bad in sorted(missing.items()))
+    return "; ".join(
+        f"{site} ({bad.kind}): {bad.reason.rstrip('.')}" for site, bad in sorted(missing.items())
+    )

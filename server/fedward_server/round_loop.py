@@ -240,7 +240,7 @@ class StudyRun:
         raise StudyError(
             "a round needs its quorum of updates",
             value=f"{len(gathered.updates)} of {needed} in round {round_}; "
-            + "; ".join(f"{failure.site}: {failure.reason}" for failure in result.failures[-5:]),
+            + "; ".join(f"{one.site}: {one.reason.rstrip('.')}" for one in result.failures[-5:]),
             fix="Bring the sites back, or lower participation.quorum",
             where="participation.quorum",
         )
@@ -445,7 +445,8 @@ class StudyRun:
         Counted over all sites of the study: one that answers alone does not end it.
         """
         if diverged and len(diverged) >= min(sites, max(2, sites / 2)):
-            told = "; ".join(f"{site}: {bad.reason}" for site, bad in sorted(diverged.items())[:3])
+            first = sorted(diverged.items())[:3]
+            told = "; ".join(f"{site}: {bad.reason.rstrip('.')}" for site, bad in first)
             raise self._divergence(f"{len(diverged)} of {sites} sites in round {round_}; {told}")
         for site, bad in diverged.items():
             self._members.note(site, bad)

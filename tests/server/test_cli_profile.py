@@ -188,7 +188,13 @@ def test_a_restart_of_the_service_ends_no_watch(monkeypatch: pytest.MonkeyPatch)
 def test_a_round_without_an_evaluation_shows_the_last_figure_with_its_round(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    figures: list[dict[str, float | None]] = [{}, {"accuracy": 0.5, "auc": 0.75}, {}, {"auc": None}]
+    figures: list[dict[str, float | None]] = [
+        {},
+        {"accuracy": 0.5, "auc": 0.75},
+        {},
+        {"auc": None},
+        {"accuracy": 0.5, "auc": None},
+    ]
 
     def told(round_: int, validation: dict[str, float | None]) -> bytes:
         rest = {
@@ -210,12 +216,13 @@ def test_a_round_without_an_evaluation_shows_the_last_figure_with_its_round(
 
     connect(monkeypatch, answer)
     lines = call("study", "watch", "tiny-1").output.splitlines()
-    shown = [one.partition("1.0 s: ")[2] for one in lines[:4]]
+    shown = [one.partition("1.0 s: ")[2] for one in lines[:5]]
     assert shown == [
         "loss 0.500; a",
         "auc 0.750, accuracy 0.500; a",
         "loss 0.500, auc 0.750 in round 2; a",
         "loss 0.500, auc 0.750 in round 2; a",
+        "auc not known, accuracy 0.500; a",
     ]
 
 

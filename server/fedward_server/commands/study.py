@@ -302,6 +302,8 @@ def _telling(event: dict[str, Any], primary: str, last: str = "") -> str:
         case "round":
             number, stage, seconds, loss, figures, sites, missing = _round_cells(told, primary)
             without = f", without {missing}" if missing else ""
+            if figures and primary and told["validation"].get(primary) is None:
+                figures = f"{primary} not known, {figures}"
             # In a round without an evaluation the last figure says more than the loss.
             shown = figures or ", ".join(filter(None, (loss, last)))
             return f"round {number} ({stage}) in {seconds}: {shown}; {sites}{without}"
