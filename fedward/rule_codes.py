@@ -58,6 +58,10 @@ CHANNEL_MISSING: Final = "channel missing"
 VALUE_MISSING: Final = "value missing in table"
 VALUE_RANGE: Final = "value outside the plan's range"
 VALUE_UNKNOWN: Final = "unknown value in table"
+BOX_OUTSIDE: Final = "box outside its image"
+BOX_AREA: Final = "box without area"
+BOX_NUMBERS: Final = "box is not numbers"
+MANY_BOXES: Final = "too many boxes"
 
 REASONS: Final = frozenset(
     {
@@ -107,6 +111,10 @@ REASONS: Final = frozenset(
         VALUE_MISSING,
         VALUE_RANGE,
         VALUE_UNKNOWN,
+        BOX_OUTSIDE,
+        BOX_AREA,
+        BOX_NUMBERS,
+        MANY_BOXES,
     }
 )
 

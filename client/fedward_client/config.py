@@ -20,6 +20,7 @@ from fedward.plan.schema import ColumnName, Task, TaskKind
 from fedward.protocol import SITE_NAME
 from fedward.tasks.registry import TASKS, kinds_of
 from fedward_client.data.options import (
+    BoxSection,
     ChannelOptions,
     ChannelSection,
     ColumnSection,
@@ -201,6 +202,7 @@ class DatasetSection(Section):
         "the plan's name for each; a frozen cohort keeps their values, which stay at the site",
     )
     masks: MaskSection = Field(default=MaskSection(), description="segments and regions")
+    boxes: BoxSection = Field(default=BoxSection(), description="boxes of a detection")
     channels: dict[ColumnName, ChannelSection] = Field(
         default={},
         max_length=16,
@@ -222,6 +224,12 @@ class DatasetSection(Section):
     def image_options(self) -> ImageOptions:
         """Which DICOM images are taken, for a reader."""
         return self.deidentification.options(self.images)
+
+    @property
+    def masks_mark(self) -> bool:
+        """Whether masks say what is in an image."""
+        target = TASKS[self.task].target
+        return target == "masks" or (target == "boxes" and self.boxes.source == "masks")
 
     def as_task(self) -> Task:
         """The dataset's labels, in the words of a plan."""
@@ -296,10 +304,9 @@ class SiteConfig(Section):
         dataset = self.dataset(name)
         for key, rule, there in (
             ("root", "the dataset must exist", dataset.root.exists()),
-            (
-                "labels.file",
-                "the table of labels must exist",
-                dataset.labels.file is None or dataset.labels.file.is_file(),
+            *(
+                (f"{key}.file", f"the table of {key} must exist", file is None or file.is_file())
+                for key, file in (("labels", dataset.labels.file), ("boxes", dataset.boxes.file))
             ),
         ):
             if not there:
@@ -314,7 +321,7 @@ def hidden_places(config: SiteConfig) -> list[Path]:
     And what the importer knows of the PACS.
     """
     sets = config.datasets.values()
-    tables = [one.labels.file for one in sets]
+    tables = [file for one in sets for file in (one.labels.file, one.boxes.file)]
     tables += [one.fetch.worklist for one in sets if one.fetch]
     tables += [file for one in config.pacs.values() for file in (one.token, one.key)]
     return [
@@ -465,7 +472,8 @@ def _wrong_importer(config: SiteConfig) -> Iterator[FedwardError]:
 def _placed(dataset: DatasetSection, folder: Path) -> DatasetSection:
     labels = dataset.labels.placed(folder)
     fetch = dataset.fetch and dataset.fetch.placed(folder)
-    own = {"root": folder / dataset.root, "labels": labels, "fetch": fetch}
+    boxes = dataset.boxes.placed(folder)
+    own = {"root": folder / dataset.root, "labels": labels, "boxes": boxes, "fetch": fetch}
     return dataset.model_copy(update=own)
 
 
@@ -486,8 +494,11 @@ def _broken(dataset: DatasetSection) -> Iterator[tuple[str, str, str]]:
     if len(set(dataset.classes)) != len(dataset.classes):
         yield "classes", "class names must differ", "Rename one"
     yield from spec.rules(dataset.classes, dataset.multi_label)
-    if spec.target != "masks" and dataset.masks != MaskSection():
+    if not dataset.masks_mark and dataset.masks != MaskSection():
         yield "masks", f"masks belong to {kinds_of('masks')}", "Remove the section"
+    if spec.target != "boxes" and dataset.boxes != BoxSection():
+        yield "boxes", f"boxes belong to {kinds_of('boxes')}", "Remove the section"
+    yield from dataset.boxes.broken(dataset.classes)
     named = LabelSection(patient_column=dataset.labels.patient_column)  # serves `patients.csv`
     if spec.target != "labels" and dataset.labels != named:
         yield "labels", f"labels belong to {kinds_of('labels')}", "Remove the section"

@@ -40,6 +40,7 @@ from fedward.dp.layers import (
     is_product,
     norm_samples,
     product_of,
+    reuses_layers,
     size_of,
     weight_samples,
     weighted_samples,
@@ -135,8 +136,11 @@ def keep_books(module: nn.Module) -> GradSampleModuleFastGradientClipping:
     Raises
     ------
     ModelError
-        A trainable layer has no such way to its gradients.
+        A trainable layer has no such way to its gradients, or is called more than once: the norm of
+        a sum is not told by the norms of its parts.
     """
+    if reuses_layers(module):
+        raise ModelError(RuleCode.BOOKKEEPING, value="a layer that is reused", fix="Choose hooks")
     for name, layer in module.named_modules():
         own = [p for p in layer.parameters(recurse=False) if p.requires_grad]
         if own and not isinstance(layer, (*SAMPLED_WEIGHTED, SampledGroupNorm)):

@@ -172,6 +172,11 @@ def sampled(model: nn.Module) -> nn.Module:
     return model
 
 
+def reuses_layers(model: nn.Module) -> bool:
+    """Whether a layer is called more than once in a forward pass, as a module says of itself."""
+    return any(getattr(module, "reuses_layers", False) for module in model.modules())
+
+
 def unknown_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Name and layer of whatever has parameters and no counterpart in :func:`sampled`."""
     for name, layer in model.named_modules():

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from fedward.dp.layers import unknown_layers
+from fedward.dp.layers import reuses_layers, unknown_layers
 from fedward.errors import PlanError
 from fedward.models.centering import with_centering
 from fedward.models.table_head import with_table
@@ -125,9 +125,12 @@ def best_mode(model: nn.Module) -> GradSampleMode:
 
     Returns
     -------
-    {"bookkeeping", "functorch"}
-        ``bookkeeping`` where it knows every layer that has parameters; call
+    {"bookkeeping", "hooks", "functorch"}
+        ``bookkeeping`` where it knows every layer that has parameters, ``hooks`` where a layer is
+        called more than once, so that its gradients must be summed before their norm; call
         :func:`fedward.dp.layers.sampled` on the model before wrapping then, and not for
         ``functorch``, Opacus' way for any layer.
     """
+    if reuses_layers(model):
+        return "hooks"
     return "bookkeeping" if next(unknown_layers(model), None) is None else "functorch"

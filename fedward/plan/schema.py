@@ -66,6 +66,8 @@ def _task_rules(plan: Plan) -> Iterator[tuple[str, str]]:
     if "depth" in plan.preprocessing.augmentation.flip and task.dimensions == 2:
         yield "preprocessing.augmentation.flip", "a 2D task has no depth axis; remove `depth`"
     yield from _patch_rules(plan)
+    if plan.privacy.audit and not spec.audited:
+        yield "privacy.audit", f"the audit does not attack {task.kind}; remove audit"
     kind = spec.name(task)
     if plan.training.loss not in spec.losses[kind]:
         yield (
@@ -150,7 +152,7 @@ def _centering_rules(plan: Plan) -> Iterator[tuple[str, str]]:
             )
         return
     spec = plan.strategy.spec
-    if plan.task.spec.dense:
+    if not plan.task.spec.pooled:
         yield (
             "model.feature_centering",
             f"feature_centering is for the one feature vector of an image, not for "
@@ -171,7 +173,7 @@ def _centering_rules(plan: Plan) -> Iterator[tuple[str, str]]:
 def _table_rules(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.table is None:
         return
-    if plan.task.spec.dense:
+    if not plan.task.spec.pooled:
         yield (
             "table",
             f"a table joins the one feature vector of an image, which {plan.task.kind} has not; "
@@ -362,7 +364,8 @@ class Task(Section):
         min_length=1,
         max_length=256,
         description="class names in label order. Classification: index 0 is label 0, the last of "
-        "two is the positive one. Segmentation: foreground classes, label 0 is background",
+        "two is the positive one. Segmentation: foreground classes, label 0 is background. "
+        "Detection: what boxes are around",
     )
     multi_label: bool = Field(
         default=False, description="classification: an image may carry several classes at once"
@@ -385,8 +388,18 @@ class Task(Section):
 
     @property
     def has_masks(self) -> bool:
-        """Whether the target of an image is a mask, not a label."""
+        """Whether the target of an image is a mask."""
         return self.spec.target == "masks"
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the target of an image is a label."""
+        return self.spec.target == "labels"
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether the targets of an image are boxes."""
+        return self.spec.target == "boxes"
 
 
 class Images(Section):
@@ -794,7 +807,7 @@ class Training(Section):
         default=None,
         description="without privacy: largest L2 norm of a step's gradient of the loss",
     )
-    loss: LossName = Field(
+    loss: Annotated[LossName, Since(2, "focal_giou")] = Field(
         description="; ".join(
             f"{', '.join(f'`{name}`' for name in names)} ({task})"
             for spec in TASKS.values()

@@ -22,11 +22,15 @@ from pydantic.fields import FieldInfo
 
 from fedward.networks import MODELS
 from fedward.strategies import STRATEGIES
+from fedward.tasks.registry import METRICS, TASKS
 
 # Words that come from a registry; each entry carries the version that added it.
 _REGISTRIES: Final[dict[str, Mapping[str, Any]]] = {
     "model.name": MODELS,
     "strategy.name": STRATEGIES,
+    "task.kind": TASKS,
+    "metrics.report": METRICS,
+    "metrics.primary": METRICS,
 }
 
 
@@ -105,8 +109,9 @@ def _used(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, int]]:
         if key == "strategy.settings":
             known = STRATEGIES[getattr(section, "name")].settings  # noqa: B009
             yield from ((f"{key}.{setting}", known[setting].since) for setting in value)
-        if key in _REGISTRIES:
-            yield f'{key} = "{value}"', _REGISTRIES[key][value].since
+        for word in value if isinstance(value, tuple) else (value,):
+            if key in _REGISTRIES:
+                yield f'{key} = "{word}"', _REGISTRIES[key][word].since
 
 
 def _key_version(field: FieldInfo) -> int:

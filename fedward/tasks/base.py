@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Tables = dict[str, Ints]
-Target = Literal["labels", "masks"]
+Boxes = tuple[Floats, Floats, Ints]
+Target = Literal["labels", "masks", "boxes"]
 Released = tuple[dict[str, NDArray[Any]], tuple[str, ...]]
 
 
@@ -59,6 +60,8 @@ class MetricSpec:
         allows it too. A metric that a release adds must not withhold what a site lets out today.
     by_class : bool
         Whether reports show a value for each class.
+    since : int
+        The plan schema version that added it (see :mod:`fedward.plan.versions`).
     """
 
     name: str
@@ -72,6 +75,7 @@ class MetricSpec:
     digits: int = 3
     implied: bool = False
     by_class: bool = False
+    since: int = 1
 
 
 def permissions(
@@ -229,11 +233,15 @@ class TaskSpec(ABC):
     kind : str
         As in a plan's ``task.kind``.
     target : str
-        What readers must give for each image: "labels" or "masks".
+        What readers must give for each image: "labels", "masks" or "boxes".
     background : bool
         Whether the model has an output, the first, for what is of no class.
     dense : bool
         Whether the model answers for each pixel.
+    pooled : bool
+        Whether the model ends in one vector of features of an image.
+    audited : bool
+        Whether a simulation's audit can attack it.
     losses : mapping
         By what a plan's task is called in messages, the losses that it takes.
     metrics : tuple of MetricSpec
@@ -244,20 +252,25 @@ class TaskSpec(ABC):
         The axis of images in the array of :meth:`answers`.
     unit : int
         What an image weighs in a noisy table.
-    bundle : BundleSpec
-        For exported models.
+    bundle : BundleSpec or None
+        For exported models; none: such a model cannot be exported.
+    since : int
+        The plan schema version that added it (see :mod:`fedward.plan.versions`).
     """
 
     kind: ClassVar[str]
     target: ClassVar[Target]
     background: ClassVar[bool]
     dense: ClassVar[bool]
+    pooled: ClassVar[bool] = False
+    audited: ClassVar[bool] = True
     losses: ClassVar[Mapping[str, tuple[str, ...]]]
     metrics: ClassVar[tuple[MetricSpec, ...]]
     counts: ClassVar[type[Counts]]
     answer_axis: ClassVar[int]
     unit: ClassVar[int]
-    bundle: ClassVar[BundleSpec]
+    bundle: ClassVar[BundleSpec | None]
+    since: ClassVar[int] = 1
 
     def metric(self, name: str) -> MetricSpec:
         """A metric of the task by its name; raises PlanError for one that it does not have."""
@@ -351,6 +364,22 @@ class TaskSpec(ABC):
         surface : bool
             Whether to measure distances between surfaces, which take most of the time.
         """
+
+    def boxes(self, task: Task, output: Tensor) -> list[Boxes]:
+        """What the model found on each image; of a task with boxes alone.
+
+        Parameters
+        ----------
+        output : Tensor
+            ``(n, *output_shape)``.
+
+        Returns
+        -------
+        list of tuple
+            For each image the corners ``(m, 2 D)``, lower ones first, in pixels of the prepared
+            image; the ``(m,)`` scores, falling; and the ``(m,)`` classes, from 0.
+        """
+        raise NotImplementedError(self.kind)
 
     def answers_of_masks(
         self,

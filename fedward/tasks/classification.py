@@ -872,6 +872,7 @@ class _Classification(TaskSpec):
     target = "labels"
     background = False
     dense = False
+    pooled = True
     losses: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "classification": ("cross_entropy", "focal"),
         "multi-label": ("bce",),

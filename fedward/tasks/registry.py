@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 
 from fedward.tasks.base import Counts, MetricSpec, TaskSpec
 from fedward.tasks.classification import CLASSIFICATION
+from fedward.tasks.detection import DETECTION
 from fedward.tasks.segmentation import SEGMENTATION
 
 if TYPE_CHECKING:
     from fedward.plan.schema import Task
 
 TASKS: Final[Mapping[str, TaskSpec]] = MappingProxyType(
-    {spec.kind: spec for spec in (CLASSIFICATION, SEGMENTATION)}
+    {spec.kind: spec for spec in (CLASSIFICATION, SEGMENTATION, DETECTION)}
 )
 """The kinds of task by name."""
 
@@ -42,7 +43,7 @@ LOSSES: Final = tuple(
 
 
 def kinds_of(target: str) -> str:
-    """The kinds of task whose images come with labels, or with masks; as in a sentence."""
+    """The kinds of task whose images come with labels, masks or boxes; as in a sentence."""
     return " or ".join(kind for kind, spec in TASKS.items() if spec.target == target)
 
 

@@ -20,7 +20,7 @@ def check_labels(plan: Plan, samples: Iterable[Sample]) -> None:
     DataError
         No image is of a class.
     """
-    if plan.task.has_masks:
+    if not plan.task.has_labels:
         return
     seen: set[int] = set()
     for sample in samples:

@@ -84,6 +84,7 @@ def _spec(data: Path, options: Options, how: Partition) -> DatasetSpec:
         masks=own.masks.options(),
         patients=own.patients.options(),
         labels=labels,
+        boxes=own.boxes.options(),
         images=own.image_options(),
         channels=own.channel_options(),
     )

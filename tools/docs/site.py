@@ -10,6 +10,7 @@ from fedward_client.config import (
     TrainerSection,
 )
 from fedward_client.data.options import (
+    BoxSection,
     ChannelSection,
     ColumnSection,
     DeidentificationSection,
@@ -61,6 +62,7 @@ def page() -> str:
         ("Label section", "[datasets.NAME.labels]", LabelSection),
         ("Column section", "[datasets.NAME.table.COLUMN]", ColumnSection),
         ("Mask section", "[datasets.NAME.masks]", MaskSection),
+        ("Box section", "[datasets.NAME.boxes]", BoxSection),
         ("Channel section", "[datasets.NAME.channels.CHANNEL]", ChannelSection),
         ("Fetch section", "[datasets.NAME.fetch]", FetchSection),
         ("Pacs section", "[pacs.NAME]", PacsSection),

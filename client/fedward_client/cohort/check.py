@@ -592,11 +592,11 @@ def _parts(plan: Plan, samples: Sequence[Sample]) -> dict[str, int]:
 
 
 def _by_class(plan: Plan, samples: Sequence[Sample]) -> dict[str, int]:
-    if plan.task.has_masks:
+    if any(sample.mask is not None for sample in samples):
         return {}
     pairs = set()
     for sample in samples:
-        label = sample.label or ()
+        label = sample.label or [int(row[-1]) - 1 for row in sample.boxes or ()]
         set_ = [k for k, flag in enumerate(label) if flag] if plan.task.multi_label else label
         pairs |= {(k, sample.patient) for k in set_}
     counts = Counter(k for k, _ in pairs)

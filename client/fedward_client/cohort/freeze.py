@@ -26,7 +26,7 @@ from fedward_client.data.readers.dicom.masks import SegmentedFrame, SegmentedSer
 from fedward_client.data.readers.dicom.reader import DicomVolume, label_table
 from fedward_client.data.readers.dicom.series import Frames
 from fedward_client.data.readers.registry import READERS, Format
-from fedward_client.data.sample import Dataset, LeftOut, Sample, SplitName, unnamed
+from fedward_client.data.sample import BoxRows, Dataset, LeftOut, Sample, SplitName, unnamed
 from fedward_client.index.extract import Extractor
 from fedward_client.index.store import Index
 from fedward_client.secret import Pseudonyms
@@ -200,7 +200,7 @@ def left_out_files(
 
 def _rows_without_image(dataset: DatasetSection, index: Index, extract: Extractor) -> int:
     """Rows of a DICOM label table whose key no indexed image has; other readers tell themselves."""
-    if extract.format != "dicom" or dataset.as_task().has_masks:
+    if extract.format != "dicom" or not dataset.as_task().has_labels:
         return 0
     rows = label_table(dataset.root, dataset.as_task(), dataset.label_options())
     if rows is None:
@@ -223,6 +223,7 @@ def _read(dataset: DatasetSection, listen: Listen) -> Dataset:
         masks=dataset.masks.options(),
         patients=dataset.patients.options(),
         labels=dataset.label_options(),
+        boxes=dataset.boxes.options(),
         images=dataset.image_options(),
         channels=dataset.channel_options(),
         listen=listen,
@@ -230,10 +231,12 @@ def _read(dataset: DatasetSection, listen: Listen) -> Dataset:
     return read_dataset(spec, dataset.as_task(), empty=True)  # an empty one is worth a report too
 
 
-def classes_of(dataset: DatasetSection, label: tuple[int, ...] | None) -> list[int]:
-    """The classes that a label sets; none for a segmentation."""
+def classes_of(
+    dataset: DatasetSection, label: tuple[int, ...] | None, boxes: BoxRows | None
+) -> list[int]:
+    """The classes that a label sets, or that boxes are of; none where masks mark them."""
     if label is None:
-        return []
+        return sorted({int(row[-1]) - 1 for row in boxes or ()})
     return [k for k, flag in enumerate(label) if flag] if dataset.multi_label else list(label)
 
 
@@ -286,6 +289,9 @@ class Item(Record):
     columns: dict[str, str] = Field(
         default={}, description="what the site lets studies read beside the image"
     )
+    boxes: BoxRows | None = Field(
+        default=None, description="of a detection: corners in pixels, and classes from 1"
+    )
     image: Source
     mask: Source | None
 
@@ -335,6 +341,8 @@ def content_hash(cohort: CohortFile) -> str:
         for name in ("tilted", "uneven", "columns"):
             if not item[name]:
                 del item[name]
+        if item["boxes"] is None:
+            del item["boxes"]
         for source in (item["image"], item["mask"]):
             if source is not None and not source["parts"]:
                 del source["parts"]
@@ -398,6 +406,7 @@ def _item(
     return Item(
         patient=recorder.hashed("patient", *parts),
         label=sample.label,
+        boxes=sample.boxes,
         split=sample.split,
         synthetic=sample.columns.get("synthetic", "").lower() in ("yes", "true", "1"),
         tilted=is_tilted(sample),
@@ -475,8 +484,10 @@ def load(path: Path) -> CohortFile:
 
 def counts(cohort: CohortFile, dataset: DatasetSection) -> dict[str, Any]:
     """What a cohort is made of, in numbers: safe to show."""
-    by_class = Counter(k for item in cohort.items for k in classes_of(dataset, item.label))
-    names = () if cohort.task.has_masks else cohort.task.classes
+    by_class = Counter(
+        k for item in cohort.items for k in classes_of(dataset, item.label, item.boxes)
+    )
+    names = () if dataset.masks_mark else cohort.task.classes
     return {
         "dataset": cohort.dataset,
         "cohort": cohort.name,

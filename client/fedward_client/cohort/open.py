@@ -361,6 +361,7 @@ def _sample(item: Item, restorer: Restorer, patient_known: bool) -> Sample:
         restorer.image(item.image),
         item.label,
         mask=restorer.mask(item.mask) if item.mask is not None else None,
+        boxes=item.boxes,
         split=item.split,
         columns=item.columns
         | {name: "yes" for name in ("synthetic", "tilted", "uneven") if getattr(item, name)},

@@ -135,7 +135,7 @@ def _tiles(
         for sample in samples:
             try:
                 mask = sample.mask() if sample.mask is not None else None
-                shown = prepare_image(sample.load(), mask, task, prep)
+                shown = prepare_image(sample.load(), mask, task, prep, sample.boxes)
             except Exception as error:
                 # One bad file must not stop the sheet, whatever its decoder raises.
                 left_out[rule_codes.reason_of(error)] += 1
@@ -144,7 +144,9 @@ def _tiles(
 
 
 def _caption(sample: Sample, shown: Prepared, task: Task) -> str:
-    if task.has_masks:
+    if shown.boxes is not None:
+        names = [task.classes[int(k) - 1] for k in np.unique(shown.boxes[:, -1]) if k > 0]
+    elif task.has_masks:
         labels = [] if shown.mask is None else np.unique(shown.mask).tolist()
         names = [task.classes[k - 1] for k in labels if k > 0]
     elif task.multi_label:
@@ -158,7 +160,8 @@ def _caption(sample: Sample, shown: Prepared, task: Task) -> str:
 def _pictures(shown: Prepared) -> tuple[tuple[str, str], ...]:
     grey = _bytes(shown.pixels)
     if grey.ndim == 3:
-        return (("", _png(_tinted(grey, shown.mask))),)
+        tinted = _tinted(grey, shown.mask)
+        return (("", _png(tinted if shown.boxes is None else _framed(tinted, shown.boxes))),)
     found = []
     for axis, plane in enumerate(_PLANES):
         middle = grey.shape[axis + 1] // 2
@@ -189,6 +192,17 @@ def _tinted(grey: NDArray[np.uint8], mask: NDArray[np.uint8] | None) -> NDArray[
     return np.asarray(np.round(picture), np.uint8)
 
 
+def _framed(picture: NDArray[np.uint8], boxes: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """A picture with a frame of one pixel for each box, in the colour of its class."""
+    framed = picture.copy()
+    for *ends, label in boxes[boxes[:, -1] > 0]:
+        low, high = np.floor(ends[:2]).astype(int), np.ceil(ends[2:]).astype(int)
+        inner = framed[low[0] : high[0], low[1] : high[1]]
+        for edge in (inner[0], inner[-1], inner[:, 0], inner[:, -1]):
+            edge[...] = _COLOURS[(int(label) - 1) % len(_COLOURS)]
+    return framed
+
+
 def _png(picture: NDArray[np.uint8]) -> str:
     stream = io.BytesIO()
     Pillow.fromarray(picture).save(stream, "PNG")
@@ -202,7 +216,7 @@ def _page(
         loader=PackageLoader("fedward_client.cohort"), autoescape=True, undefined=StrictUndefined
     )
     legend = []
-    if task.has_masks:
+    if not task.has_labels:
         legend = [
             (name, "#{:02x}{:02x}{:02x}".format(*_COLOURS[k % len(_COLOURS)]))
             for k, name in enumerate(task.classes)

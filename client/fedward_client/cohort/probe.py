@@ -119,7 +119,7 @@ def probe(samples: Sequence[Sample], plan: Plan, *, every: bool = False) -> Prob
 def _look(sample: Sample, plan: Plan, found: Probe, *, keep: bool) -> None:
     image = sample.load()
     mask = sample.mask() if sample.mask is not None else None
-    ready = prepare_image(image, mask, plan.task, plan.preprocessing)
+    ready = prepare_image(image, mask, plan.task, plan.preprocessing, sample.boxes)
     found.done += 1
     if keep:
         found.prepared.append(ready)
@@ -161,8 +161,9 @@ def as_site(found: Probe, plan: Plan) -> PreparedSite:
         sides = np.array([one.sides for one in wholes])
         truth = as_objects(one.truth for one in wholes)
         volumes = Volumes(truth, sides, np.stack([one.marked for one in wholes]))
-    elif plan.task.has_masks:
-        targets = np.stack([one.mask for one in found.prepared if one.mask is not None])
+    elif not plan.task.has_labels:
+        marked = [one.mask if plan.task.has_masks else one.boxes for one in found.prepared]
+        targets = np.stack([one for one in marked if one is not None])
     elif plan.task.multi_label:
         targets = np.array(labels, np.float32)
     else:

@@ -61,11 +61,11 @@ def balance(
     dataset: DatasetSection, samples: Sequence[Sample], index: Index, extract: Extractor
 ) -> Balance:
     """Count the classes of samples."""
-    marks, masks = _Marks(dataset, index, extract), dataset.as_task().has_masks
+    marks, masks = _Marks(dataset, index, extract), dataset.masks_mark
     images: Counter[int] = Counter()
     patients: dict[int, set[str]] = defaultdict(set)
     for sample in samples:
-        of = classes_of(dataset, sample.label)
+        of = classes_of(dataset, sample.label, sample.boxes)
         for k in set(marks.classes(sample) if masks else of):
             images[k] += 1
             patients[k].add(sample.patient)

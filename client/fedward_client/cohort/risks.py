@@ -167,11 +167,11 @@ def _of_patients(dataset: DatasetSection, found: Dataset) -> list[Risk]:
 
 
 def _of_classes(dataset: DatasetSection, found: Dataset) -> Iterator[Risk]:
-    if dataset.as_task().has_masks:
+    if dataset.masks_mark:
         return
     patients: dict[int, set[str]] = defaultdict(set)
     for sample in found.samples:
-        for k in classes_of(dataset, sample.label):
+        for k in classes_of(dataset, sample.label, sample.boxes):
             patients[k].add(sample.patient)
     few = [k for k in range(len(dataset.classes)) if len(patients[k]) < dataset.minimum_patients]
     empty = sum(not patients[k] for k in few)

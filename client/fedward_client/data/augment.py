@@ -10,28 +10,37 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedward.plan.schema import FLIP_AXES, Augmentation
+from fedward.tasks.base import Target
+from fedward_client.data.boxes import within
 
 
 def augment(
-    images: Tensor, masks: Tensor | None, augmentation: Augmentation, generator: torch.Generator
+    images: Tensor,
+    targets: Tensor | None,
+    augmentation: Augmentation,
+    generator: torch.Generator,
+    kind: Target = "masks",
 ) -> tuple[Tensor, Tensor | None]:
-    """Change each image at random, and its mask in the same way.
+    """Change each image at random, and its mask or its boxes in the same way.
 
     Parameters
     ----------
     images : Tensor
         ``(N, C, H, W)`` or ``(N, C, H, W, D)``, floating point, on any device.
-    masks : Tensor or None
-        ``(N, H, W)`` or ``(N, H, W, D)`` label maps; their dtype is kept.
+    targets : Tensor or None
+        ``(N, H, W)`` or ``(N, H, W, D)`` label maps, whose dtype is kept; or boxes (see
+        :func:`moved_boxes`); or labels, which nothing moves.
     augmentation : Augmentation
         Strengths; what is 0 is not done.
     generator : torch.Generator
         A CPU generator: the same state gives the same changes on every device.
+    kind : str
+        What `targets` are.
 
     Returns
     -------
     tuple
-        The changed images and masks; the very same tensors when nothing is active.
+        The changed images and targets; the very same tensors when nothing is active.
 
     Notes
     -----
@@ -40,17 +49,53 @@ def augment(
     linearly, masks by nearest neighbour. Angles and shapes are in pixels: a voxel counts as a cube.
     """
     if not augmentation.active or len(images) == 0:
-        return images, masks
+        return images, targets
     if _is_geometric(augmentation):
         size = tuple(images.shape[2:])
         theta = _matrices(len(images), size, augmentation, generator).to(images)
         grid = F.affine_grid(theta, [len(images), 1, *size], align_corners=False)
         images = F.grid_sample(images, grid, "bilinear", "border", align_corners=False)
-        if masks is not None:
-            layer = masks.unsqueeze(1).to(images.dtype)
+        if targets is not None and kind == "masks":
+            layer = targets.unsqueeze(1).to(images.dtype)
             moved = F.grid_sample(layer, grid, "nearest", "border", align_corners=False)
-            masks = moved.squeeze(1).to(masks.dtype)
-    return _intensity(images, augmentation, generator), masks
+            targets = moved.squeeze(1).to(targets.dtype)
+        elif targets is not None and kind == "boxes":
+            targets = moved_boxes(targets, theta, size)
+    return _intensity(images, augmentation, generator), targets
+
+
+def moved_boxes(boxes: Tensor, theta: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Boxes around where the corners of boxes go.
+
+    Parameters
+    ----------
+    boxes : Tensor
+        ``(N, M, 2 D + 1)``: lower and upper corners in pixels, and the class from 1; 0: no box.
+    theta : Tensor
+        ``(N, D, D + 1)`` maps from output to input, as `affine_grid` takes them.
+    size : tuple of int
+        Sides of the images.
+
+    Returns
+    -------
+    Tensor
+        The same shape, cut at the border. A box of which too little is left is gone
+        (:data:`fedward_client.data.boxes.VISIBLE`).
+        Of a turned box the upright one around its corners counts, which is larger than what it is
+        around.
+    """
+    d = len(size)
+    sides = boxes.new_tensor(size)
+    ends = boxes[..., : 2 * d].reshape(*boxes.shape[:-1], 2, d)
+    which = torch.cartesian_prod(*[torch.arange(2)] * d)
+    corners = torch.stack([ends[..., which[:, axis], axis] for axis in range(d)], dim=-1)
+    placed = (2 * corners / sides - 1).flip(-1) - theta[:, None, None, :, d]
+    placed = (placed @ torch.linalg.inv(theta[:, None, :, :d]).mT).flip(-1)
+    found = (placed + 1) * sides / 2
+    low, high, kept = within(found.amin(2), found.amax(2), sides)
+    there = (kept & (boxes[..., -1] > 0)).unsqueeze(-1)
+    moved: Tensor = torch.cat([low, high, boxes[..., -1:]], dim=-1) * there
+    return moved
 
 
 def with_channels_as_in(

@@ -16,7 +16,7 @@ from fedward_client.data.channels import Channels, with_channels
 from fedward_client.data.files import IMAGE_FOLDERS, MASK_FOLDERS, folder_of, folders, walk
 from fedward_client.data.hints import label_hints
 from fedward_client.data.one_folder import OneFolder, one_folder
-from fedward_client.data.options import LabelOptions, MaskOptions, PatientOptions
+from fedward_client.data.options import BoxOptions, LabelOptions, MaskOptions, PatientOptions
 from fedward_client.data.readers.dicom.headers import Listen, unheard
 from fedward_client.data.readers.dicom.kinds import ImageOptions
 from fedward_client.data.readers.registry import READERS, Format
@@ -43,6 +43,8 @@ class DatasetSpec:
         What missing and shared patient ids mean.
     labels : LabelOptions
         Where the table of labels lies, and what its words mean.
+    boxes : BoxOptions
+        Where boxes are.
     images : ImageOptions
         DICOM: which images are taken.
     channels : mapping
@@ -57,6 +59,7 @@ class DatasetSpec:
     masks: MaskOptions = field(default_factory=MaskOptions)
     patients: PatientOptions = field(default_factory=PatientOptions)
     labels: LabelOptions = field(default_factory=LabelOptions)
+    boxes: BoxOptions = field(default_factory=BoxOptions)
     images: ImageOptions = field(default_factory=ImageOptions)
     channels: Channels = field(default_factory=dict)
     listen: Listen = field(default=unheard, compare=False, repr=False)
@@ -107,6 +110,14 @@ def hints(spec: DatasetSpec, task: Task, left_out: Iterable[LeftOut]) -> list[st
 
 def _read(root: Path, task: Task, spec: DatasetSpec) -> Dataset:
     kind = spec.format or detect(root)
+    if task.spec.target not in READERS[kind].targets:
+        able = [name for name, one in READERS.items() if task.spec.target in one.targets]
+        raise DataError(
+            f"{task.spec.target} are read from {' and '.join(able)}",
+            value=kind,
+            fix="Export the images as one of these",
+            where="format",
+        )
     if READERS[kind].names_patients and spec.labels.patient_column:
         raise DataError(
             "a column of patients belongs to a table beside pictures or NIfTI images",

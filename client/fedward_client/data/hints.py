@@ -56,7 +56,7 @@ def label_hints(
     """
     reasons = {rule_codes.NO_LABEL, rule_codes.UNKNOWN_CLASS, rule_codes.NO_IMAGE}
     reasons |= {rule_codes.NO_MASK, rule_codes.AMBIGUOUS}
-    if not reasons & {*left_out} or not root.is_dir():
+    if not reasons & {*left_out} or not root.is_dir() or task.has_boxes:
         return []
     if task.has_masks:
         return list(_of_masks(root, format, task, left_out))

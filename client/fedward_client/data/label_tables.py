@@ -289,7 +289,7 @@ def _labels(task: Task | None, options: LabelOptions) -> set[str]:
 def _label(
     row: dict[str, str], task: Task | None, options: LabelOptions
 ) -> tuple[tuple[int, ...] | None, str]:
-    if task is None or task.has_masks:
+    if task is None or not task.has_labels:
         return None, ""
     try:
         return options.label_of_row(row, task), ""

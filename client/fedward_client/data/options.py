@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field
 
 from fedward import rule_codes
 from fedward.config_section import Place, Section, validate_config
-from fedward.errors import ConfigError
+from fedward.errors import ConfigError, DataError
 from fedward.plan.image_filter import HOW, Patterns
 from fedward.plan.schema import Task
 from fedward_client.data import labels
@@ -129,6 +129,51 @@ class ColumnOptions:
         return {plain(word): to for word, to in self.words.items()}.get(plain(text), text)
 
 
+@dataclass(frozen=True)
+class BoxOptions:
+    """Where boxes are.
+
+    Attributes
+    ----------
+    source : str
+        "table": a table or a COCO file; "yolo": a text file for each image, in ``labels/``;
+        "masks": around what masks mark.
+    file : Path or None
+        The table; None: the first of :data:`BOX_TABLES` in the dataset.
+    words : mapping
+        Word for a class (any case) to the name of a class; others are names or numbers of classes.
+    others : str
+        What becomes of boxes of no class: "leave-out" leaves their images out, "ignore" the boxes.
+    """
+
+    source: Literal["table", "yolo", "masks"] = "table"
+    file: Path | None = None
+    words: Mapping[str, str] = field(default_factory=dict)
+    others: Literal["leave-out", "ignore"] = "leave-out"
+
+    def class_of(self, word: str, task: Task) -> int | None:
+        """The class that a word of a table means, from 0; None: the box does not count.
+
+        Raises
+        ------
+        DataError
+            "unknown class".
+        """
+        known = {plain(one): to for one, to in self.words.items()}
+        try:
+            return labels.class_index(known.get(plain(word), word), task)
+        except DataError:
+            if self.others == "ignore":
+                return None
+            raise rule_codes.unusable(rule_codes.UNKNOWN_CLASS) from None
+
+    def table(self, root: Path) -> Path | None:
+        """Where the table lies; None when there is none."""
+        inside = (root / name for name in BOX_TABLES)
+        return self.file or next((path for path in inside if path.is_file()), None)
+
+
+BOX_TABLES: Final = ("boxes.csv", "boxes.xlsx", "boxes.json")
 TABLES: Final = ("labels.csv", "labels.xlsx")
 SEPARATORS: Final = re.compile(r"[|;]")
 
@@ -530,6 +575,49 @@ class LabelSection(Section):
             yield "labels.file", "the table must be CSV or XLSX", "Save it as one of these"
 
     def placed(self, folder: Path) -> LabelSection:
+        """With the table's path relative to no folder any more."""
+        return self.model_copy(update={"file": folder / self.file}) if self.file else self
+
+
+class BoxSection(Section):
+    """Where the boxes of a detection are."""
+
+    source: Literal["table", "yolo", "masks"] = Field(
+        default="table",
+        description="`table`: a table with a row for each box, or a COCO file; `yolo`: "
+        "`labels/`, with a text file for each image; `masks`: `masks/`, a box around each "
+        "connected part of what masks mark",
+    )
+    file: Place | None = Field(
+        default=None,
+        description="`table`: CSV, XLSX or COCO's JSON, inside the dataset or not; without it "
+        "`boxes.csv`, `boxes.xlsx` or `boxes.json` in the dataset's folder",
+    )
+    words: dict[Word, str] = Field(
+        default={},
+        description="word for a class (any case) to the name of a class; others count by name or "
+        "number",
+    )
+    others: Literal["leave-out", "ignore"] = Field(
+        default="leave-out",
+        description="boxes of none of the classes: `leave-out` leaves their images out and counts "
+        "them; `ignore`: they count as background",
+    )
+
+    def options(self) -> BoxOptions:
+        """The same for a reader."""
+        return BoxOptions(**dict(self))
+
+    def broken(self, classes: tuple[str, ...]) -> Broken:
+        """Key, rule and next step of what does not fit together."""
+        if {plain(name) for name in self.words.values()} - {plain(name) for name in classes}:
+            yield "boxes.words", "it must lead to one of `classes`", "Name one of them"
+        if len({plain(word) for word in self.words}) != len(self.words):
+            yield "boxes.words", "a word must be listed once, in whatever case", "Remove one"
+        if self.file is not None and self.source != "table":
+            yield "boxes.file", f"source `{self.source}` has no table", "Remove it"
+
+    def placed(self, folder: Path) -> BoxSection:
         """With the table's path relative to no folder any more."""
         return self.model_copy(update={"file": folder / self.file}) if self.file else self
 

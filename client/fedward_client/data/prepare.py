@@ -163,7 +163,7 @@ def _build(
     if not kept:
         raise _none_left(left_out)
     arrays = {
-        **({} if plan.task.has_masks else {"targets": _targets(kept, plan)}),
+        **({"targets": _targets(kept, plan)} if plan.task.has_labels else {}),
         **{name: own.finish() for name, own in rows.items()},
         **{name: np.stack([one[name] for one in small]) for name in small[0]},
         **({} if plan.table is None else {_TABLE: np.stack(beside)}),
@@ -180,8 +180,9 @@ def _large(item: Prepared) -> Iterator[tuple[str, NDArray[Any]]]:
         yield from (("voxels", item.pixels), ("labels", item.mask), ("truth", item.whole.truth))
         return
     yield "images", item.pixels
-    if item.mask is not None:
-        yield "targets", item.mask
+    for target in (item.mask, item.boxes):
+        if target is not None:
+            yield "targets", target
 
 
 def _small(item: Prepared) -> dict[str, NDArray[Any]]:
@@ -306,7 +307,7 @@ def _fill(place: Path, samples: Sequence[Sample], plan: Plan, means: Means) -> s
 def doubts(site: PreparedSite, plan: Plan) -> Iterator[str]:
     """What the plan's sizes do to a site's images that its authors hardly meant."""
     if site.cut:
-        yield f"{site.cut} masks lost all that they mark, as the plan cuts it off"
+        yield f"{site.cut} images lost all that is marked in them, as the plan cuts it off"
     size, volumes = plan.preprocessing.size, site.volumes
     if volumes is not None and bool((volumes.sides <= np.array(size)).all()):
         sides = " x ".join(map(str, size))
@@ -340,7 +341,15 @@ def _key(samples: Sequence[Sample], plan: Plan) -> str | None:
         if None in identities:
             return None
         synthetic = sample.columns.get("synthetic", "")
-        facts = (sample.patient, sample.label, sample.site, sample.split, synthetic, *identities)
+        facts: tuple[object, ...] = (
+            sample.patient,
+            sample.label,
+            sample.site,
+            sample.split,
+            synthetic,
+            *identities,
+        )
+        facts += () if sample.boxes is None else (sample.boxes,)
         digest.update(repr(facts).encode("utf-8", "surrogateescape"))
         digest.update(row.encode() if isinstance(row, str) else row.tobytes())
     return digest.hexdigest()

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fedward_client.data.volumes import Volumes
 
+BoxRows = tuple[tuple[float, ...], ...]
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 
@@ -96,7 +97,11 @@ class Sample:
     label : tuple of int or None
         Classification: one class index, or the 0/1 flags of a multi-label task.
     mask : callable or None
-        Segmentation: reads the label map, ``(H, W)`` or ``(H, W, D)`` uint8.
+        Segmentation: reads the label map, ``(H, W)`` or ``(H, W, D)`` uint8. Detection: the same,
+        where boxes are those around what it marks.
+    boxes : tuple or None
+        Detection: of each box its lower corner, its upper corner, both in pixels of the image, and
+        its class from 1; none where `mask` tells them.
     site : str
         The sub-folder (hospital) that it came from, or "".
     split : str or None
@@ -112,6 +117,7 @@ class Sample:
     load: Callable[[], Image]
     label: tuple[int, ...] | None = None
     mask: Callable[[], NDArray[np.uint8]] | None = None
+    boxes: BoxRows | None = None
     site: str = ""
     split: SplitName | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -163,7 +169,8 @@ class PreparedSite:
     targets : NDArray
         Classification: ``(N,)`` int64 class index, or ``(N, K)`` float32 flags when multi-label.
         Segmentation: ``(N, *size)`` uint8 label map, 0 being background; for patches ``(N,)``
-        objects ``(*S)``.
+        objects ``(*S)``. Detection: ``(N, M, 2 D + 1)`` float32, of each box its lower and its
+        upper corner in pixels of the prepared image, and its class from 1; 0: no box.
     patients : NDArray
         ``(N,)`` int64, a number per patient, without meaning outside this object.
     split : mapping

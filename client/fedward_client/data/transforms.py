@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from fedward import rule_codes
 from fedward.plan.schema import Preprocessing, Task
+from fedward_client.data.boxes import around, checked, on_grid
 from fedward_client.data.channels import lacks_too_much
 from fedward_client.data.quiet import quiet
-from fedward_client.data.sample import Image, Sample
+from fedward_client.data.sample import BoxRows, Image, Sample
 from fedward_client.data.volumes import marked_pixels
 
 # Resampling, cropping and padding to the plan's size; smoothed where it shrinks.
@@ -245,10 +246,13 @@ class Prepared:
         ``(C, *size)`` float32; for patches no side is shorter than in `size`.
     mask : NDArray or None
         ``(*size)`` uint8.
+    boxes : NDArray or None
+        See :func:`fedward_client.data.boxes.on_grid`.
     spacing : tuple of float
         mm per axis, of the grid on which figures are measured.
     lost : float
-        Share of the mask's foreground that lies outside the middle, and was cut off with it.
+        Share of the mask's foreground, or of the boxes, that lies outside the middle, and was cut
+        off with it.
     whole : Whole or None
         For patches.
     """
@@ -258,6 +262,7 @@ class Prepared:
     spacing: tuple[float, ...]
     lost: float = 0.0
     whole: Whole | None = None
+    boxes: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -280,9 +285,13 @@ class Whole:
 
 
 def prepare_image(
-    image: Image, mask: NDArray[np.uint8] | None, task: Task, prep: Preprocessing
+    image: Image,
+    mask: NDArray[np.uint8] | None,
+    task: Task,
+    prep: Preprocessing,
+    boxes: BoxRows | None = None,
 ) -> Prepared:
-    """Preprocess one decoded image and its mask.
+    """Preprocess one decoded image and its mask or its boxes.
 
     Raises
     ------
@@ -302,11 +311,19 @@ def prepare_image(
         image = replace(image, pixels=image.pixels[(slice(None), *image.region)], region=None)
         shape = image.pixels.shape[1:]
     labels = None if mask is None else _labels(mask, task)[None]
+    if task.has_boxes and labels is not None:
+        boxes, labels = around(labels[0]), None
+    marked_boxes = None if boxes is None else checked(boxes, shape)
     image = replace(image, pixels=finite(image.pixels))
     grid = grid_for(shape, image.spacing, prep)
     size = prep.size if prep.patch is None else tuple(map(max, grid.shape, prep.size))
     out = (_named if prep.channel else _on_grid)(image, grid, size, prep)
     lost = 0.0
+    if marked_boxes is not None:
+        new = on_grid(marked_boxes, _factors(shape, grid), grid.shape, size)
+        left = int(np.count_nonzero(new[:, -1]))
+        lost = 1 - left / len(marked_boxes) if len(marked_boxes) else 0.0
+        return Prepared(out, None, grid.spacing, lost, boxes=new)
     if labels is not None:
         truth, whole = labels[0], resample(labels, grid, nearest=True)
         labels = crop(whole, size)
@@ -317,6 +334,10 @@ def prepare_image(
             kept = Whole(truth, grid.shape, marked_pixels(labels, len(task.classes)))
             return Prepared(out, labels, image.spacing, lost, kept)
     return Prepared(out, labels, grid.spacing, lost)
+
+
+def _factors(shape: tuple[int, ...], grid: Grid) -> tuple[float, ...]:
+    return grid.scale or tuple(m / n for n, m in zip(shape, grid.shape, strict=True))
 
 
 def _on_grid(image: Image, grid: Grid, size: tuple[int, ...], prep: Preprocessing) -> Array:
@@ -378,12 +399,14 @@ def prepare_sample(job: Job) -> Outcome:
     try:
         if job.task.has_masks and sample.mask is None:
             return rule_codes.NO_MASK
-        if not job.task.has_masks and sample.label is None:
+        if job.task.has_labels and sample.label is None:
+            return rule_codes.NO_LABEL
+        if job.task.has_boxes and sample.boxes is None and sample.mask is None:
             return rule_codes.NO_LABEL
         with quiet():
             image = sample.load()
             mask = sample.mask() if sample.mask is not None else None
-            return prepare_image(image, mask, job.task, job.prep)
+            return prepare_image(image, mask, job.task, job.prep, sample.boxes)
     except Exception as error:
         # One bad file must not stop a site, whatever its decoder raises.
         return rule_codes.reason_of(error)

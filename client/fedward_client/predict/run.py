@@ -76,6 +76,12 @@ class Predictor:
     """
 
     def __init__(self, model: FinishedModel, runtime: Runtime) -> None:
+        if model.plan.task.has_boxes:
+            raise DataError(
+                "predict does not write boxes",
+                value=model.plan.task.kind,
+                fix="Use a model of another task",
+            )
         runtime.enter()
         self.plan = model.plan
         self._runtime, self._device = runtime, runtime.torch_device

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from typing import Final
 
 import torch
 from monai.losses import DiceLoss, FocalLoss
@@ -10,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedward.plan.schema import Plan
+from fedward.tasks.detection import anchors, levels
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -32,6 +35,8 @@ def build_loss(plan: Plan, device: torch.device) -> Loss:
         return _BinaryCrossEntropy(weight)
     if name == "focal":
         return _Focal(weight)
+    if name == "focal_giou":
+        return _Detection(weight, plan.preprocessing.size, device)
     return _Segmentation(weight, focal=name == "dice_focal")
 
 
@@ -90,3 +95,99 @@ class _Segmentation:
             values = values * self.weight.view(1, -1, *[1] * (values.ndim - 2))
         total: Tensor = values.sum(dim=1).flatten(1).mean(dim=1)
         return total
+
+
+_CANDIDATES: Final = 9  # nearest anchors of each level that a box may take
+_BOX_WEIGHT: Final = 2.0  # of the boxes' term beside that of the classes, as in ATSS
+# What an image's sums are divided by: about the anchors that a few boxes take. Were it the number
+# that this batch takes, an image's term would depend on the others.
+_NORMALISER: Final = 32.0
+
+
+class _Detection:
+    """Focal loss of the classes at each anchor, and GIoU loss of the boxes of those that take one.
+
+    Which anchors take a box is found by ATSS (Zhang et al. 2020, arXiv:1912.02424); a box that
+    would have none is taken by the anchor that it overlaps most.
+    """
+
+    def __init__(self, weight: Tensor | None, size: Sequence[int], device: torch.device) -> None:
+        self.weight = weight
+        self.anchors = torch.tensor(anchors(size), dtype=torch.float32, device=device)
+        self.level_sizes = [math.prod(one) for one in levels(size)]
+        self.focal = FocalLoss(gamma=2.0, alpha=0.25, reduction="none")
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        sides = self.anchors.shape[1]
+        logits, corners = outputs[..., :-sides], outputs[..., -sides:]
+        hot, boxes = torch.zeros_like(logits), []
+        for row, (found, truth) in enumerate(zip(corners, targets, strict=True)):
+            truth = truth[truth[:, -1] > 0]
+            taken = self.match(truth[:, :-1])
+            places = torch.nonzero(taken >= 0)[:, 0]
+            own = truth[taken[places]]
+            hot[row, places, own[:, -1].long() - 1] = 1.0
+            boxes.append((1 - paired_giou(found[places], own[:, :-1])).sum())
+        values = self.focal(logits.transpose(1, 2), hot.transpose(1, 2))
+        if self.weight is not None:
+            values = values * self.weight.view(1, -1, 1)
+        total: Tensor = values.sum(dim=(1, 2)) + _BOX_WEIGHT * torch.stack(boxes)
+        return total / _NORMALISER
+
+    @torch.no_grad()
+    def match(self, boxes: Tensor) -> Tensor:
+        """The box that each anchor takes, ``(A,)`` places of `boxes` ``(m, 2 D)``; -1: none."""
+        count = len(self.anchors)
+        if not len(boxes):
+            return torch.full((count,), -1, device=boxes.device)
+        shared = box_overlap(boxes, self.anchors)
+        near = torch.zeros_like(shared, dtype=torch.bool)
+        middles = [
+            (b[:, : b.shape[1] // 2] + b[:, b.shape[1] // 2 :]) / 2 for b in (boxes, self.anchors)
+        ]
+        away, start = torch.cdist(middles[0], middles[1]), 0
+        for size in self.level_sizes:
+            part = away[:, start : start + size]
+            places = part.topk(min(_CANDIDATES, size), dim=1, largest=False).indices + start
+            near.scatter_(1, places, value=True)
+            start += size
+        number = near.sum(dim=1, keepdim=True)
+        mean = (shared * near).sum(dim=1, keepdim=True) / number
+        spread = ((shared - mean).square() * near).sum(dim=1, keepdim=True) / (number - 1).clamp(
+            min=1
+        )
+        d = boxes.shape[1] // 2
+        inside = (middles[1] > boxes[:, None, :d]) & (middles[1] < boxes[:, None, d:])
+        may = near & (shared >= mean + spread.sqrt()) & inside.all(dim=2)
+        best, which = torch.where(may, shared, -1.0).max(dim=0)
+        taken = torch.where(best >= 0, which, -1)
+        lost = torch.nonzero(~torch.isin(torch.arange(len(boxes), device=taken.device), taken))[
+            :, 0
+        ]
+        taken[shared[lost].argmax(dim=1)] = lost
+        return taken
+
+
+def box_overlap(one: Tensor, other: Tensor) -> Tensor:
+    """Intersection over union of ``(n, 2 D)`` with ``(m, 2 D)`` boxes, ``(n, m)``."""
+    d = one.shape[1] // 2
+    low = torch.maximum(one[:, None, :d], other[None, :, :d])
+    high = torch.minimum(one[:, None, d:], other[None, :, d:])
+    both = (high - low).clamp(min=0).prod(dim=2)
+    sizes = [(boxes[:, d:] - boxes[:, :d]).prod(dim=1) for boxes in (one, other)]
+    return both / (sizes[0][:, None] + sizes[1][None, :] - both)
+
+
+def paired_giou(one: Tensor, other: Tensor) -> Tensor:
+    """Generalised intersection over union of pairs of boxes, ``(n,)`` in -1 to 1.
+
+    Source: Rezatofighi et al. 2019, arXiv:1902.09630. MONAI's raises an error for what is not
+    finite; here such a patient counts as nothing in the private step.
+    """
+    d = one.shape[1] // 2
+    low, high = one[:, :d].maximum(other[:, :d]), one[:, d:].minimum(other[:, d:])
+    both = (high - low).clamp(min=0).prod(dim=1)
+    sizes = [(boxes[:, d:] - boxes[:, :d]).prod(dim=1) for boxes in (one, other)]
+    union = sizes[0] + sizes[1] - both
+    hull = (one[:, d:].maximum(other[:, d:]) - one[:, :d].minimum(other[:, :d])).prod(dim=1)
+    return both / union - (hull - union) / hull

@@ -81,9 +81,8 @@ class Source:
             images, targets = self._images(indices), self._targets(indices)
         else:
             return self.plain(indices)
-        masks = targets if self.plan.task.has_masks else None
         named = images if self.plan.preprocessing.channel else None
-        images, changed = augment(images, masks, how, generator)
+        images, changed = augment(images, targets, how, generator, self.plan.task.spec.target)
         if named is not None:
             images = with_channels_as_in(named, images, how.drop_channel, generator)
         inputs = self._beside(self.through(images), indices)

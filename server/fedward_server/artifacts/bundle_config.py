@@ -5,8 +5,10 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any, Final
 
+from fedward.errors import ConfigError
 from fedward.plan.load import plan_hash
 from fedward.plan.schema import FLIP_AXES, Plan
+from fedward.tasks.base import BundleSpec
 
 Config = dict[str, Any]
 _IMAGE: Final = "image"
@@ -14,6 +16,22 @@ _OWN: Final = "scripts.preprocessing."
 _DICOM: Final = f"{_OWN}DicomReader"
 _MEAN, _DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 _UPRIGHT: Final = {"_target_": "PIL.ImageOps.exif_transpose", "_mode_": "callable"}
+
+
+def bundle_of(plan: Plan) -> BundleSpec:
+    """What a bundle says of the plan's task.
+
+    Raises
+    ------
+    ConfigError
+        Models of such a task are not exported.
+    """
+    if plan.task.spec.bundle is None:
+        raise ConfigError(
+            f"a bundle cannot say what the output of a {plan.task.kind} means",
+            fix="Deliver the safetensors file; fedward-client predict applies it",
+        )
+    return plan.task.spec.bundle
 
 
 def inference_config(plan: Plan) -> Config:
@@ -45,7 +63,7 @@ def inference_config(plan: Plan) -> Config:
         },
         "inferer": _inferer(plan),
         "postprocessing": {"_target_": "Compose", "transforms": _postprocessing(plan)},
-        "handlers": list(plan.task.spec.bundle.handlers),
+        "handlers": list(bundle_of(plan).handlers),
         "evaluator": {
             "_target_": "SupervisedEvaluator",
             "device": "@device",
@@ -139,7 +157,7 @@ def _own(name: str, **values: Any) -> Config:
 def _postprocessing(plan: Plan) -> list[Config]:
     kind = "sigmoid" if plan.task.multi_label else "softmax"
     likely = {"_target_": "Activationsd", "keys": "pred", kind: True}
-    return [likely, *plan.task.spec.bundle.postprocessing]
+    return [likely, *bundle_of(plan).postprocessing]
 
 
 # ``configs/metadata.json`` of a bundle, by MONAI's bundle specification.
@@ -210,8 +228,8 @@ def _input(plan: Plan) -> Metadata:
 def _output(plan: Plan) -> Metadata:
     spec = plan.task.spec
     return {
-        "type": spec.bundle.type,
-        "format": spec.bundle.format,
+        "type": bundle_of(plan).type,
+        "format": bundle_of(plan).format,
         "num_channels": plan.task.outputs,
         "spatial_shape": list(plan.preprocessing.size) if spec.dense else [1],
         "dtype": "float32",
@@ -327,6 +345,5 @@ def _files(plan: Plan) -> tuple[str, ...]:
         "python -m monai.bundle run --config_file configs/inference.json",
         "```",
         "",
-        f"writes {plan.task.spec.bundle.files}. It needs monai, pytorch-ignite and fire, "
-        "and no Fedward.",
+        f"writes {bundle_of(plan).files}. It needs monai, pytorch-ignite and fire, and no Fedward.",
     )

@@ -28,6 +28,7 @@ from fedward.plan.load import plan_hash
 from fedward.plan.schema import Plan
 from fedward_server.artifacts.bundle_config import (
     RESEARCH,
+    bundle_of,
     expected_input,
     how_to_use,
     inference_config,
@@ -213,7 +214,8 @@ def export_bundle(given: Delivered, target: Path) -> Exported:
     Raises
     ------
     ConfigError
-        A package that this needs is missing, or the model reads a table or named channels.
+        A package that this needs is missing, or the model reads a table or named channels, or is
+        of a task of which no bundle is made.
     ModelError
         The arrays do not fit the plan, or a file gives another output than the network.
     OutputError
@@ -229,6 +231,7 @@ def export_bundle(given: Delivered, target: Path) -> Exported:
             "an export reads one file, and this model takes channels that it names",
             fix="Deliver the safetensors file; fedward-client predict applies it",
         )
+    bundle_of(given.plan)
     if target.exists():
         raise OutputError(
             "the export's folder must be new",

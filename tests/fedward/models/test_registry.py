@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from networks import SEGMENTERS
+from networks import DETECTORS, SEGMENTERS
 from opacus.validators import ModuleValidator
 from torch import nn
 
@@ -34,7 +34,10 @@ def test_model_fits_its_plan_and_is_private(
     model, images = built(plan, seed=0), images_for(plan, count=2)
     out = model(images)
     outputs = 4 if name in SEGMENTERS else 3
-    assert out.shape == (2, outputs, *(images.shape[2:] if name in SEGMENTERS else ()))
+    shape = (outputs, *(images.shape[2:] if name in SEGMENTERS else ()))
+    if name in DETECTORS:  # 16 x 16: 4 places at stride 8, one at each of the other three
+        shape = (7, 3 + 2 * dimensions)
+    assert out.shape == (2, *shape)
     assert torch.isfinite(out).all()
     assert torch.equal(out, model(images)), "something is random although dropout is 0"
     ModuleValidator.validate(model, strict=True)

@@ -27,6 +27,13 @@ WEIGHTS = {"file": "w.pth", "sha256": "0" * 64}
 AGE = {"name": "age", "kind": "number", "range": [0, 100]}
 FIRST = "table.column.0"
 SEX = {"name": "sex", "kind": "category", "values": ["f", "m"]}
+BOXES: dict[str, Any] = {
+    "task.kind": "detection",
+    "model": {"name": "retinanet"},
+    "training.loss": "focal_giou",
+    "metrics": {"report": ["map50"], "primary": "map50"},
+}
+THREE: dict[str, Any] = {"preprocessing.size": [32, 32, 32]}
 BROKEN: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("c", {"task.classes": ["a", "a"]}, "task.classes", "must differ", "rename"),
     ("c", {"task.classes": ["a"]}, "task.classes", "at least two classes", "name the other"),
@@ -73,6 +80,11 @@ BROKEN: list[tuple[str, dict[str, Any], str, str, str]] = [
         "remove",
     ),
     ("c", {"preprocessing.patch": {}}, "preprocessing.patch", "need not show", "remove"),
+    ("c", {**BOXES, "preprocessing.patch": {}}, "preprocessing.patch", "need not show", "remove"),
+    ("c", {**BOXES, "privacy.audit": True}, "privacy.audit", "does not attack", "remove audit"),
+    ("c", {**BOXES, "table": {"column": [AGE]}}, "table", "one feature vector", "remove it"),
+    ("c", {**BOXES, "task.multi_label": True}, "task.multi_label", "classification", "remove"),
+    ("c", {**BOXES, "task.dimensions": 3, **THREE}, "model.name", "2D only", "another"),
     (
         "s",
         {"preprocessing.patch": {"flips": ["depth"]}},

@@ -42,7 +42,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"version": 2}, "version", "must be 1"),
     ({"task.classes": []}, "task.classes", "at least 1 entries"),
     ({"task.classes": "a"}, "task.classes", "must be a list"),
-    ({"task.kind": "detection"}, "task.kind", "'classification' or 'segmentation'"),
+    ({"task.kind": "registration"}, "task.kind", "'segmentation' or 'detection'"),
     ({"study.name": "No Spaces"}, "study.name", "must match the pattern"),
     ({"study.name": 3}, "study.name", "must be text"),
     ({"study.title": "x" * 201}, "study.title", "at most 200 characters"),

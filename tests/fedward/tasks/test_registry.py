@@ -55,13 +55,15 @@ def test_plan_policy_report_and_page_know_every_metric(name: str) -> None:
 
 
 def test_the_names_that_plans_were_written_with_are_still_there() -> None:
-    assert tuple(TASKS) == ("classification", "segmentation")
-    assert set(LOSSES) == {"cross_entropy", "bce", "focal", "dice_ce", "dice_focal"}
+    assert tuple(TASKS) == ("classification", "segmentation", "detection")
+    assert set(LOSSES) == {"cross_entropy", "bce", "focal", "dice_ce", "dice_focal", "focal_giou"}
     assert {*METRICS} >= {
         *("auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity", "f1", "ece"),
         *("dice", "iou", "hd95", "loss"),
+        *("map50", "map50_95", "map10", "froc", "box_f1"),
     }
     assert (kinds_of("labels"), kinds_of("masks")) == ("classification", "segmentation")
+    assert kinds_of("boxes") == "detection"
 
 
 def test_every_figure_lies_within_its_bounds_and_its_interval() -> None:

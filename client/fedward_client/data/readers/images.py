@@ -4,6 +4,8 @@
   a column ``image`` or ``file``, a column ``label`` or one 0/1 column per class, optionally
   ``patient`` and ``split``;
 * segmentation: ``images/`` and ``masks/`` with the same stems, or masks beside the images.
+* detection: a table of boxes (:mod:`fedward_client.data.box_tables`), text files as YOLO has them,
+  or images and masks. An image without boxes has none.
 
 ``patients.csv`` (``image``, ``patient``) names the patients; without any such column each image
 counts as one (:mod:`fedward_client.data.patient_columns` has the usual names of the column).
@@ -27,6 +29,8 @@ from fedward import rule_codes
 from fedward.errors import DataError
 from fedward.plan.schema import Task
 from fedward_client.data import labels
+from fedward_client.data.box_tables import read_boxes, yolo_boxes
+from fedward_client.data.boxes import checked
 from fedward_client.data.channels import Cases, Channels
 from fedward_client.data.files import (
     IMAGE_FOLDERS,
@@ -42,9 +46,16 @@ from fedward_client.data.label_tables import SPLIT_NAMES, Entry, Table, read_tab
 from fedward_client.data.mask_suffix import common_suffix, image_suffix, with_word, without
 from fedward_client.data.masks import label_map
 from fedward_client.data.one_folder import one_folder
-from fedward_client.data.options import TABLES, LabelOptions, MaskOptions, PatientOptions, low
+from fedward_client.data.options import (
+    TABLES,
+    BoxOptions,
+    LabelOptions,
+    MaskOptions,
+    PatientOptions,
+    low,
+)
 from fedward_client.data.quiet import quiet
-from fedward_client.data.sample import Dataset, Image, LeftOut, Sample, SplitName
+from fedward_client.data.sample import BoxRows, Dataset, Image, LeftOut, Sample, SplitName
 
 # Whose the images of a folder are: a table's word, under the site's rules for odd ones.
 
@@ -347,6 +358,7 @@ def read(
     patients: PatientOptions | None = None,
     masks: MaskOptions | None = None,
     channels: Channels | None = None,
+    boxes: BoxOptions | None = None,
 ) -> Dataset:
     """Read a picture folder.
 
@@ -364,6 +376,8 @@ def read(
         What their names end in, and whether those of another size are resized.
     channels : mapping, optional
         Named channels, some of which may have files of their own.
+    boxes : BoxOptions, optional
+        Where boxes are.
 
     Raises
     ------
@@ -372,7 +386,11 @@ def read(
     """
     options = options or LabelOptions()
     people = people_of(root, patients, options)
-    if task.has_masks:
+    boxes = boxes or BoxOptions()
+    if task.has_boxes and boxes.source != "masks":
+        people.check()
+        return _boxed(root, people, task, boxes, channels)
+    if task.has_masks or task.has_boxes:
         people.check()
         masks = masks or MaskOptions()
         resize = masks.resize
@@ -567,6 +585,58 @@ def _pair(
     known = people.knows(patient)
     return Sample(
         patient, parts[0], mask=parts[1], split=split, columns=columns, patient_known=known
+    )
+
+
+def _boxed(
+    root: Path, people: People, task: Task, options: BoxOptions, channels: Channels | None
+) -> Dataset:
+    base = folder_of(root, IMAGE_FOLDERS) or root
+    pictures = [file for file in walk(base, without=MASK_FOLDERS) if is_picture(file)]
+    cases = Cases.of(pictures, base, channels)
+    files = list(cases.files)
+    keys = cases.keys(table_keys(files, (root, base)))
+    listed = None if options.source == "yolo" else read_boxes(root, task, options)
+
+    def rows(file: Path) -> BoxRows:
+        """The boxes of an image, held against its size."""
+        found: BoxRows = ()
+        if listed is None:
+            found = yolo_boxes(root, file.relative_to(base), task, options, _shape_of(file))
+        for key in keys[file]:
+            own = (listed or {}).get(key, ())
+            if isinstance(own, str):
+                raise rule_codes.unusable(own)
+            found += own
+        if found:
+            checked(found, _shape_of(file))
+        return found
+
+    def items() -> Iterator[Item]:
+        for file in files:
+            made = _with_boxes(file, keys[file], rows, people)
+            yield file, cases.with_files(file, made, Picture)
+
+    taken = collect(root, items())
+    idle = {*(listed or ())}.difference(*keys.values())
+    left_out = (*taken.left_out, *cases.left_out(root))
+    return Dataset(
+        taken.samples, left_out + tuple(LeftOut(rule_codes.NO_IMAGE, key) for key in sorted(idle))
+    )
+
+
+def _with_boxes(
+    file: Path, keys: tuple[str, ...], rows: Callable[[Path], BoxRows], people: People
+) -> Sample | str:
+    try:
+        patient, boxes = people.of(keys), rows(file)
+    except DataError as error:
+        return rule_codes.reason_of(error)
+    entry = people.find(keys)
+    split, columns = (entry.split, entry.columns) if entry else (None, {})
+    known = people.knows(patient)
+    return Sample(
+        patient, Picture(file), boxes=boxes, split=split, columns=columns, patient_known=known
     )
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 if TYPE_CHECKING:
     from fedward.plan.schema import Task
+    from fedward.tasks.base import Target
     from fedward_client.data.dataset import DatasetSpec
     from fedward_client.data.sample import Dataset
 
@@ -52,6 +53,8 @@ class ReaderSpec:
         Imports the reader.
     packages : tuple of str
         Distributions that the reader needs; the trainer's container installs them.
+    targets : frozenset of str
+        What can be read of an image beside it: ``target`` of a task.
     names_patients : bool
         Whether the data themselves name patients, so that no column of a table does.
     issuers : bool
@@ -64,6 +67,7 @@ class ReaderSpec:
     summary: str
     load: Callable[[], Reader]
     packages: tuple[str, ...] = ()
+    targets: frozenset[Target] = frozenset({"labels", "masks"})
     names_patients: bool = False
     issuers: bool = False
     archive: bool = False
@@ -81,7 +85,7 @@ def _folders() -> Reader:
     return Reader(
         images.is_picture,
         lambda root, task, spec: images.read(
-            root, task, spec.labels, spec.patients, spec.masks, spec.channels
+            root, task, spec.labels, spec.patients, spec.masks, spec.channels, spec.boxes
         ),
         images.MASK_SUFFIXES,
     )
@@ -121,7 +125,13 @@ READERS: Final[Mapping[str, ReaderSpec]] = MappingProxyType(
                 names_patients=True,
                 archive=True,
             ),
-            ReaderSpec("folders", "PNG, JPEG, TIFF or BMP pictures", _folders, ("pillow",)),
+            ReaderSpec(
+                "folders",
+                "PNG, JPEG, TIFF or BMP pictures",
+                _folders,
+                ("pillow",),
+                frozenset({"labels", "masks", "boxes"}),
+            ),
             ReaderSpec("nifti", "NIfTI-1 or NIfTI-2 images", _nifti, ("nibabel",)),
             ReaderSpec(
                 "dicom",

@@ -1,0 +1,46 @@
+"""RetinaNet: a detector on a feature pyramid."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedward.networks.spec import ModelSpec, Widths
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fedward.plan.schema import Plan
+
+
+def build(plan: Plan) -> nn.Module:
+    """A small residual network, a pyramid of four levels, and heads that all levels share."""
+    from fedward.dp.compat import make_private
+    from fedward.models.pyramid import RetinaNet
+
+    model = RetinaNet(
+        plan.task.dimensions,
+        plan.preprocessing.channels,
+        plan.task.outputs,
+        plan.preprocessing.size,
+        RETINANET.channels(plan),
+    )
+    return make_private(model)
+
+
+RETINANET = ModelSpec(
+    name="retinanet",
+    summary="RetinaNet on a small residual network, one anchor at a place (Lin et al. 2017, "
+    "arXiv:1708.02002; Zhang et al. 2020, arXiv:1912.02424)",
+    tasks=("detection",),
+    build=build,
+    head="classes.*",
+    dimensions=(2,),
+    widths=Widths(
+        "six widths, for strides 2 to 64",
+        default=(16, 32, 64, 96, 128, 128),
+        least=(4, 8, 8, 8, 8, 8),
+        fits=lambda widths: len(widths) == 6,
+    ),
+    dropout=False,
+    since=2,
+)
