@@ -188,7 +188,7 @@ def enrolling(job: Job, grid: Replies, monkeypatch: pytest.MonkeyPatch) -> Parti
 @pytest.mark.parametrize(
     ("members", "left_out", "online", "told"),
     [
-        ({1: "north", 2: "south"}, {}, (1, 2), f"south (budget): {RuleCode.BUDGET.text}."),
+        ({1: "north", 2: "south"}, {}, (1, 2), f"south (budget): {RuleCode.BUDGET.text}"),
         ({1: "north", 2: "south"}, {}, (1,), "south (silent): not connected"),
         (
             {1: "north"},
@@ -350,7 +350,7 @@ def test_a_plan_that_is_newer_than_a_site_does_not_start_and_names_site_and_key(
     assert error.value.value == (
         "1 of 2; south (schema): it supports plan schema 1 (release 0.1.0), this plan needs 2 "
         "because of strategy.settings.server_momentum. Upgrade the site, or leave out "
-        "strategy.settings.server_momentum."
+        "strategy.settings.server_momentum"
     )
     assert "south" not in job.facts
     (told,) = [event for event in heard if isinstance(event, SiteRefused)]
@@ -373,6 +373,6 @@ def test_a_refusal_that_is_not_about_the_version_keeps_its_own_words(
     ours = enrolling(job, Replies(facts("north"), odd), monkeypatch)
     with pytest.raises(
         StudyError,
-        match=r"south \(schema\): the plan must be one that the site.s release can read\.",
+        match=r"south \(schema\): the plan must be one that the site.s release can read\)",
     ):
         ours.enrol()

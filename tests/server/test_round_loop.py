@@ -453,7 +453,7 @@ def test_a_study_that_no_site_lets_measure_ends_with_its_model(
     with grid_of(SecretiveSites(sites, SEEDED)) as grid:
         StudyRun(job, grid).run()
     assert job.complete
-    told = f"({kind}): what the site counts must be enough, and allowed, to leave it."
+    told = f"({kind}): what the site counts must be enough, and allowed, to leave it"
     sentence = "; ".join(f"site-{i} {told}" for i in (1, 2, 3))
     assert job.arm.unmeasured == f"no site could be measured: {sentence}"
     assert job.arm.test is not None and job.arm.test.per_site == {}
@@ -522,7 +522,7 @@ def test_a_study_between_hospitals_waits_until_it_may_start(
         StudyRun(job, grid).run()
     (paused,) = [event for event in heard if isinstance(event, StudyPaused)]
     told = "a study must stay within its privacy budget (got policy.max_epsilon_per_study)"
-    assert f"(got 1 of 2; site-2 (budget): {told}.)" in paused.reason
+    assert f"(got 1 of 2; site-2 (budget): {told})" in paused.reason
     (started,) = [event for event in heard if isinstance(event, StudyStarted)]
     assert started.sites == ("site-1", "site-2")
     assert [list(one.sites) for one in job.arm.rounds] == [["site-1", "site-2"]]
