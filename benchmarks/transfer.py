@@ -304,7 +304,8 @@ def page_of(done: dict[str, dict[str, list[float]]], before: str) -> str:
 
 def _rows(case: Case, found: dict[str, list[float]] | None, before: str) -> Iterator[str]:
     if found is None:
-        yield from (line for line in before.splitlines() if line.startswith(f"| {case.name} |"))
+        results = before.partition("<!-- notes -->")[0].splitlines()
+        yield from (line for line in results if line.startswith(f"| {case.name} |"))
         return
     for arm in ARMS:
         centred = found.get(f"{arm} centred", [])
