@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from fedward.networks import MODELS
 from fedward.plan import schema
+from fedward.ready_studies import shipped_study
 from fedward.strategies import STRATEGIES, Setting
 from fedward.tasks.registry import TASKS
 from tools.docs.schema_tables import anchor, fields_table, summary
@@ -55,6 +56,15 @@ a plan and explains it in words.
 
 This page is generated from the schema (`python -m tools.docs.plan > docs/plan.md`) and a
 test holds it.
+
+## An example
+
+`fedward-simulate init --data FOLDER` writes a plan for your images, with comments; `studies/` has
+ready ones, whose names the commands take. This one, `studies/demo/private.toml`, is private and
+suits a hospital's default policy:
+
+```toml
+EXAMPLE```
 """
 
 _RULES = """\
@@ -151,7 +161,7 @@ def plan_reference() -> str:
 
 
 def _lines() -> Iterator[str]:
-    yield _HEAD
+    yield _HEAD.replace("EXAMPLE", shipped_study("demo/private").read_text("utf-8"))
     yield from ("## Top level", "", summary(schema.Plan), "", *fields_table(schema.Plan), "")
     for title, model in _SECTIONS:
         yield from (f"## `{title}`", "", f'<a id="{anchor(model.__name__)}"></a>', "")
