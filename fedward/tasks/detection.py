@@ -53,11 +53,12 @@ MOST_BOXES: Final = 256
 BINS: Final = 100
 OVERLAPS: Final = (0.1, *(round(0.5 + 0.05 * k, 2) for k in range(10)))
 """Overlaps at which a detection may be right."""
+SURE: Final = 0.3
+"""Score from which on a detection counts in ``box_f1``, and is told where a model is used."""
 _PARTS: Final = {"at10": slice(0, 1), "at50": slice(1, 2), "above": slice(2, 11)}
 _FALSE: Final = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # wrong detections an image: LUNA16's FROC
 _RECALLS: Final = np.linspace(0.0, 1.0, 101)  # COCO's
 _LEAST_SCORE: Final = 0.01
-_SURE: Final = 0.3  # a score from which on a detection counts in `box_f1`
 _CANDIDATES: Final = 300  # boxes of an image and class before the suppression of those that overlap
 _SAME: Final = 0.5  # overlap at which two boxes of a class are of one thing
 _FOUND: Final = 100  # detections of an image and class that count, as COCO has it
@@ -523,7 +524,7 @@ def _marked(targets: NDArray[Any], classes: int) -> Ints:
 
 def f1_of(answers: Floats, targets: NDArray[Any]) -> Floats:
     """F1 of each image and class, ``(N, K)``; NaN where a class is neither marked nor found."""
-    sure = np.nan_to_num(answers[..., 0], nan=0.0) >= _SURE
+    sure = np.nan_to_num(answers[..., 0], nan=0.0) >= SURE
     bits = np.nan_to_num(answers[..., 1], nan=0.0).astype(np.int64)
     right = sure & (bits >> OVERLAPS.index(0.5) & 1 == 1)
     total = sure.sum(axis=2) + _marked(targets, answers.shape[1])

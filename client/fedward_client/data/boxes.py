@@ -84,15 +84,31 @@ def on_grid(
         ``(MOST_BOXES, 2 D + 1)`` with zeros where there is no box.
     """
     d, out = len(size), np.zeros((MOST_BOXES, 2 * len(size) + 1), np.float32)
-    moved = boxes.copy()
-    # As `crop` and `pad` count: each rounds its own half down.
-    start = [(t - n) // 2 if t > n else -((n - t) // 2) for n, t in zip(shape, size, strict=True)]
+    moved, start = boxes.copy(), _start(shape, size)
     for ends in (moved[:, :d], moved[:, d : 2 * d]):
-        ends[...] = ends * np.array(factors, np.float32) + np.array(start, np.float32)
+        ends[...] = ends * np.array(factors, np.float32) + start
     low, high, kept = within(moved[:, :d], moved[:, d : 2 * d], np.array(size, np.float32))
     left = np.concatenate([low, high, moved[:, 2 * d :]], axis=1)[kept]
     out[: len(left)] = left
     return out
+
+
+def off_grid(
+    corners: NDArray[np.float64],
+    factors: tuple[float, ...],
+    shape: tuple[int, ...],
+    size: tuple[int, ...],
+) -> NDArray[np.float64]:
+    """Corners ``(m, 2 D)`` on a prepared image where they are in the image; see :func:`on_grid`."""
+    ends = corners.reshape(len(corners), 2, len(size))
+    return np.asarray((ends - _start(shape, size)) / np.array(factors)).reshape(corners.shape)
+
+
+def _start(shape: tuple[int, ...], size: tuple[int, ...]) -> NDArray[np.float32]:
+    """Where a resampled image begins once its middle is cropped or padded."""
+    # As `crop` and `pad` count: each rounds its own half down.
+    start = [(t - n) // 2 if t > n else -((n - t) // 2) for n, t in zip(shape, size, strict=True)]
+    return np.array(start, np.float32)
 
 
 def within(low: Any, high: Any, sides: Any) -> tuple[Any, Any, Any]:

@@ -320,7 +320,7 @@ def prepare_image(
     out = (_named if prep.channel else _on_grid)(image, grid, size, prep)
     lost = 0.0
     if marked_boxes is not None:
-        new = on_grid(marked_boxes, _factors(shape, grid), grid.shape, size)
+        new = on_grid(marked_boxes, factors(shape, grid), grid.shape, size)
         left = int(np.count_nonzero(new[:, -1]))
         lost = 1 - left / len(marked_boxes) if len(marked_boxes) else 0.0
         return Prepared(out, None, grid.spacing, lost, boxes=new)
@@ -336,7 +336,8 @@ def prepare_image(
     return Prepared(out, labels, grid.spacing, lost)
 
 
-def _factors(shape: tuple[int, ...], grid: Grid) -> tuple[float, ...]:
+def factors(shape: tuple[int, ...], grid: Grid) -> tuple[float, ...]:
+    """By which each axis of an image of `shape` grows."""
     return grid.scale or tuple(m / n for n, m in zip(shape, grid.shape, strict=True))
 
 

@@ -30,7 +30,7 @@ from fedward_client.data.files import (
     stem,
     walk,
 )
-from fedward_client.data.options import TABLES, PatientOptions
+from fedward_client.data.options import BOX_TABLES, TABLES, PatientOptions
 from fedward_client.data.readers.dicom.headers import Header, Listen, read_headers, unheard
 from fedward_client.data.readers.dicom.kinds import ImageOptions
 from fedward_client.data.readers.dicom.pixels import read_frame, read_place
@@ -54,7 +54,7 @@ from fedward_client.data.readers.nifti import (
 from fedward_client.data.sample import Image, LeftOut
 
 Mask = NDArray[np.uint8]
-_TABLES: Final = (*TABLES, "patients.csv")
+_TABLES: Final = (*TABLES, *BOX_TABLES, "patients.csv")
 # Whoever asks about one image wants its answer, whatever its file says of the patient.
 _ANYBODY: Final = PatientOptions(missing="series", shared="keep")
 

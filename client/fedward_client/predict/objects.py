@@ -87,6 +87,8 @@ def make_objects(
     """
     made: list[Made] = []
     wrong: list[str] = []
+    if model.plan.task.has_boxes:
+        return [], ["no DICOM object is made of boxes"]
     author = _Author(model, source, marks)
     segmentation = None
     if model.plan.task.spec.dense and source.header.frames > 1 and not author.placed:

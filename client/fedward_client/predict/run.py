@@ -22,12 +22,15 @@ from fedward.errors import DataError, OutputError
 from fedward.files import write_private
 from fedward.models.finished import FinishedModel
 from fedward.plan.schema import Plan, Preprocessing
+from fedward.tasks.base import Boxes
+from fedward.tasks.detection import SURE
+from fedward_client.data.boxes import off_grid
 from fedward_client.data.channels import Channels, planes_of
 from fedward_client.data.quiet import quiet
 from fedward_client.data.restore import restore
 from fedward_client.data.sample import Image
 from fedward_client.data.table_rows import Row
-from fedward_client.data.transforms import one_torch_thread, prepare_image
+from fedward_client.data.transforms import factors, grid_for, one_torch_thread, prepare_image
 from fedward_client.predict.doubts import by_header, by_image
 from fedward_client.predict.inputs import DicomSource, Found, Source
 from fedward_client.training.device import autocast, place, place_batch
@@ -37,6 +40,7 @@ from fedward_client.training.runtime import Runtime
 NOT_FOR_DIAGNOSIS: Final = "Not for diagnosis."
 _JOURNAL: Final = "progress.jsonl"
 _NOT_FINITE: Final = "the model gives no finite number"
+_CORNERS: Final = ("xmin", "ymin", "xmax", "ymax")
 State = str  # "predicted", "marked" or "refused"
 
 
@@ -47,19 +51,24 @@ class Answer:
     Attributes
     ----------
     probabilities : NDArray
-        ``(K,)`` float64 of the classes; of a model that answers for each pixel empty.
+        ``(K,)`` float64 of the classes; of a model that answers for each pixel, or with boxes,
+        empty.
     labels : NDArray or None
         The label map on the decoded grid, uint8, where the model answers for each pixel.
     voxels : tuple of int
         Pixels of each class in it.
     size : float or None
         mm² of a pixel, mm³ of a voxel; None where the file does not state it.
+    boxes : tuple or None
+        Of a model that finds boxes: corners, falling scores and classes (see
+        :meth:`fedward.tasks.base.TaskSpec.boxes`), in pixels of the decoded image.
     """
 
     probabilities: NDArray[np.float64]
     labels: NDArray[np.uint8] | None = None
     voxels: tuple[int, ...] = ()
     size: float | None = None
+    boxes: Boxes | None = None
 
 
 class Predictor:
@@ -76,12 +85,6 @@ class Predictor:
     """
 
     def __init__(self, model: FinishedModel, runtime: Runtime) -> None:
-        if model.plan.task.has_boxes:
-            raise DataError(
-                "predict does not write boxes",
-                value=model.plan.task.kind,
-                fix="Use a model of another task",
-            )
         runtime.enter()
         self.plan = model.plan
         self._runtime, self._device = runtime, runtime.torch_device
@@ -99,6 +102,8 @@ class Predictor:
         task = self.plan.task
         with one_torch_thread():
             prepared = prepare_image(image, None, task, prep)
+        if task.has_boxes:
+            return Answer(np.empty(0), boxes=self._boxes(prepared.pixels, image, prep))
         beside = () if row is None else (torch.from_numpy(row[None]).to(self._device),)
         probabilities = self._probabilities(torch.from_numpy(prepared.pixels[None]), *beside)
         del prepared  # as large as the image, where the plan has patches
@@ -110,6 +115,25 @@ class Predictor:
         counts = np.bincount(labels.ravel(), minlength=task.outputs)[1:]
         size = float(np.prod(image.spacing)) if image.measured else None
         return Answer(np.empty(0), labels, tuple(int(n) for n in counts), size)
+
+    def _boxes(self, pixels: NDArray[np.float32], image: Image, prep: Preprocessing) -> Boxes:
+        """What the network finds on a prepared image, where it is in the decoded one."""
+        with autocast(self._device, private=False):
+            inputs = place_batch(torch.from_numpy(pixels[None]), self._device)
+            output = self._network(inputs).float()
+        if not output.isfinite().all():
+            raise DataError(_NOT_FINITE, fix="Do not use the model on such images")
+        task, shape = self.plan.task, image.pixels.shape[1:]
+        start = np.zeros(task.dimensions)
+        if image.region is not None:
+            start = np.array([part.start or 0 for part in image.region])
+            shape = image.pixels[(slice(None), *image.region)].shape[1:]
+        corners, scores, classes = task.spec.boxes(task, output)[0]
+        sure = scores >= SURE
+        grid = grid_for(shape, image.spacing, prep)
+        own = off_grid(corners[sure], factors(shape, grid), grid.shape, prep.size)
+        own = own.reshape(-1, 2, task.dimensions).clip(0, shape) + start
+        return own.reshape(-1, 2 * task.dimensions), scores[sure], classes[sure]
 
     def _probabilities(self, images: torch.Tensor, *beside: torch.Tensor) -> NDArray[Any]:
         """Of one prepared image, as an evaluation computes them; NaN where the network fails."""
@@ -328,6 +352,14 @@ def _weigh(doubts: Iterator[tuple[str, bool]], force: bool, marks: dict[str, Non
 def _figures(plan: Plan, answer: Answer) -> dict[str, Any]:
     """An answer in numbers, by class."""
     classes = plan.task.classes
+    if answer.boxes is not None:
+        found = [
+            {"class": classes[k], "score": float(score)}
+            | dict(zip(_CORNERS, map(float, corners[[1, 0, 3, 2]]), strict=True))
+            for corners, score, k in zip(*answer.boxes, strict=True)
+        ]
+        each = np.bincount(answer.boxes[2], minlength=len(classes)).tolist()
+        return {"found": dict(zip(classes, each, strict=True)), "boxes": found}
     if answer.labels is None:
         return {"probabilities": dict(zip(classes, answer.probabilities.tolist(), strict=True))}
     made: dict[str, Any] = {"voxels": dict(zip(classes, answer.voxels, strict=True))}
@@ -427,6 +459,8 @@ class _Journal:
 def _write_tables(wish: Wish, outcome: Outcome) -> None:
     write_private(wish.out / "predictions.csv", _table(wish.model.plan, outcome.records).encode())
     model = wish.model
+    if model.plan.task.has_boxes:
+        write_private(wish.out / "boxes.csv", _box_table(outcome.records).encode())
     told = {
         "use": NOT_FOR_DIAGNOSIS,
         "intended_use": model.plan.study.intended_use,
@@ -448,7 +482,9 @@ def _write_tables(wish: Wish, outcome: Outcome) -> None:
 
 def _table(plan: Plan, records: Sequence[Mapping[str, Any]]) -> str:
     """A row for each image; a refused input has one without numbers."""
-    figures = ("voxels", measure(plan)[0]) if plan.task.spec.dense else ("probabilities",)
+    figures: tuple[str, ...] = ("found",) if plan.task.has_boxes else ("probabilities",)
+    if plan.task.spec.dense:
+        figures = ("voxels", measure(plan)[0])
     cells = [(figure, name) for figure in figures for name in plan.task.classes]
     file = io.StringIO()
     rows = csv.writer(file, lineterminator="\n")
@@ -463,6 +499,20 @@ def _table(plan: Plan, records: Sequence[Mapping[str, Any]]) -> str:
             rows.writerow(
                 [one["name"], which, one["patient"], one["state"], *numbers, remarks, files]
             )
+    return file.getvalue()
+
+
+def _box_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each box, as a dataset's ``boxes.csv`` has them, with its score."""
+    file = io.StringIO()
+    rows = csv.writer(file, lineterminator="\n")
+    rows.writerow(["image", "frame", "class", *_CORNERS, "score"])
+    for one in records:
+        for frame, image in enumerate(one["images"], start=1):
+            which = frame if len(one["images"]) > 1 else ""
+            for box in image["boxes"]:
+                numbers = [f"{box[name]:.2f}" for name in _CORNERS]
+                rows.writerow([one["name"], which, box["class"], *numbers, f"{box['score']:.4f}"])
     return file.getvalue()
 
 
