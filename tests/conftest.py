@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ if (
 import numpy as np
 import pytest
 import torch
+import warm_start
 from control_variates import SPEC
 
 from fedward.plan import Plan, canonical, plan_from, plan_hash
@@ -210,41 +210,8 @@ def shared_data() -> Path:
     return path
 
 
-# Starting a program costs seconds of imports, so the tests' commands share one start. Each is a
-# process all the same, with its own arguments, folder, environment, output and exit code.
-FORKING = """
-import json, os, sys
-from fedward.startup import prepare
-prepare()
-import fedward_client.cohort.training, fedward.models, fedward_server.report
-import fedward_simulation.output, fedward_simulation.study
-import fedward_client.cli, fedward_server.cli, fedward_simulation.cli
-# What a private plan, the outline of a network and a report need late, and each command anew.
-import fedward_client.training.private, opacus.accountants, torch.fx.experimental.symbolic_shapes
-import fedward_simulation.audit.study, fedward_simulation.progress
-from fedward_server.report import charts, page
-page._template(), charts.draw(lambda axes: None, name="first", words="")
-for line in sys.stdin:
-    if (child := os.fork()) == 0:
-        module, words, folder, environment, out, err = json.loads(line)
-        sys.argv = [module, *words]
-        os.chdir(folder)
-        os.environ.clear()
-        os.environ.update(environment)
-        for stream, path in ((0, os.devnull), (1, out), (2, err)):
-            os.dup2(os.open(path, os.O_CREAT | os.O_RDWR), stream)
-        sys.modules[module].main()
-        raise SystemExit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
 class Commands:
-    """Runs ``fedward-client``, ``fedward-server`` and ``fedward-simulate``, one at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        self._out, self._err = folder / "out", folder / "err"
-        self._parent: subprocess.Popen[str] | None = None
+    """Runs ``fedward-client``, ``fedward-server`` and ``fedward-simulate``."""
 
     def __call__(
         self,
@@ -255,45 +222,17 @@ class Commands:
         env: Mapping[str, str] = os.environ,
     ) -> subprocess.CompletedProcess[str]:
         """Run ``python -m module arguments`` in a folder; what it printed and its exit code."""
-        parent = self._start()
-        assert parent.stdin and parent.stdout
-        for path in (self._out, self._err):
-            path.unlink(missing_ok=True)
-        words = [str(argument) for argument in arguments]
-        order = [module, words, str(cwd), dict(env), str(self._out), str(self._err)]
-        parent.stdin.write(json.dumps(order) + "\n")
-        parent.stdin.flush()
-        if not select.select([parent.stdout], [], [], timeout)[0]:
-            self.close()
-            raise subprocess.TimeoutExpired([module, *words], timeout)
-        code = int(parent.stdout.readline())
-        return subprocess.CompletedProcess(
-            [module, *words], code, self._out.read_text("utf-8"), self._err.read_text("utf-8")
-        )
-
-    def close(self) -> None:
-        """End the parent, and a command that hangs."""
-        if self._parent is not None:
-            os.killpg(self._parent.pid, signal.SIGKILL)
-            self._parent.communicate()
-            self._parent = None
-
-    def _start(self) -> subprocess.Popen[str]:
-        if self._parent is None:
-            self._parent = subprocess.Popen(
-                [sys.executable, "-c", FORKING],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-                env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-            )
-        return self._parent
+        # Files, since what it started may have a pipe open for longer.
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            command = [sys.executable, "-m", module, *arguments]
+            done = warm_start.run(command, timeout, cwd=cwd, env=env, stdout=out, stderr=err)
+            for file in (out, err):
+                file.seek(0)
+            told = [file.read().decode() for file in (out, err)]
+        return subprocess.CompletedProcess(done.args, done.returncode, *told)
 
 
 @pytest.fixture(scope="session")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+def commands() -> Commands:
     """The three programs' commands."""
-    made = Commands(tmp_path_factory.mktemp("commands"))
-    yield made
-    made.close()
+    return Commands()

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import warm_start
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from live_federation import write_certificates
@@ -56,7 +57,7 @@ class Hospital:
     def start(self) -> None:
         command = [sys.executable, "-c", TRAINER, str(self.daemon.config)]
         with (self.daemon.folder / "trainer.log").open("ab") as log:
-            self.process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
+            self.process = warm_start.popen(command, env=self.environment, stdout=log, stderr=log)
         self.until(self._attached)
 
     def kill(self) -> None:
@@ -231,7 +232,8 @@ def command(hospital: Hospital, *arguments: str) -> subprocess.CompletedProcess[
     """A command of the hospital's people."""
     call = [sys.executable, "-m", "fedward_client.cli", *arguments]
     call += ["--config", str(hospital.daemon.config)]
-    return subprocess.run(call, capture_output=True, text=True, env=hospital.environment)
+    pipe = subprocess.PIPE
+    return warm_start.run(call, stdout=pipe, stderr=pipe, text=True, env=hospital.environment)
 
 
 @pytest.mark.parametrize(

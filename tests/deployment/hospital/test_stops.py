@@ -154,7 +154,7 @@ def test_a_stop_is_prompt_and_clean_at_every_moment(
         text, address = stopping.daemon.config.read_text(), coordinator.superlink.address
         stopping.daemon.config.write_text(text.replace(address, nobody_listens()))
     (stopping.daemon.folder / "daemon.log").write_text("")
-    stopping.start()
+    stopping.start("run" if phase == "starting" else "")
     if phase == "starting":
         until(lambda: len(stopping.daemon.children()) == 2)
     else:
