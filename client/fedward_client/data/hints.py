@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -26,9 +27,9 @@ from fedward_client.data.label_tables import read_rows
 from fedward_client.data.labels import FLAGS
 from fedward_client.data.mask_suffix import endings
 from fedward_client.data.options import LabelOptions, low, plain
-from fedward_client.data.patient_columns import cell
-from fedward_client.data.readers.registry import Format
-from fedward_client.data.survey import key_column, label_column, table_of
+from fedward_client.data.patient_columns import cell, patient_column
+from fedward_client.data.readers.registry import READERS, Format
+from fedward_client.data.survey import image_keys, key_column, label_column, table_of
 
 _MOST: Final = 12  # words that are told one by one
 _SUBFOLDERS: Final = 20  # beyond which they are no classes, and may be named after patients
@@ -56,16 +57,42 @@ def label_hints(
     """
     reasons = {rule_codes.NO_LABEL, rule_codes.UNKNOWN_CLASS, rule_codes.NO_IMAGE}
     reasons |= {rule_codes.NO_MASK, rule_codes.AMBIGUOUS}
-    if not reasons & {*left_out} or not root.is_dir() or task.has_boxes:
+    if not root.is_dir():
         return []
-    if task.has_masks:
-        return list(_of_masks(root, format, task, left_out))
-    table = options.table(root)
-    try:
-        found = _of_table(table, root, format, task, options) if table else _of_folders(root, task)
-        return list(found)
-    except DataError:
-        return []  # it has been told what is wrong with the table
+    found: list[str] = []
+    with suppress(DataError):  # it has been told what is wrong with a table
+        if rule_codes.NO_PATIENT in left_out and not READERS[format].names_patients:
+            found += _of_patients(root, options)
+        if not reasons & {*left_out} or task.has_boxes:
+            return found
+        if task.has_masks:
+            found += _of_masks(root, format, task, left_out)
+        elif table := options.table(root):
+            found += _of_table(table, root, format, task, options)
+        else:
+            found += _of_folders(root, task)
+    return found
+
+
+def _of_patients(root: Path, options: LabelOptions) -> Iterator[str]:
+    """What ``patients.csv`` lacks, where images have no patient."""
+    if not (table := root / "patients.csv").is_file():
+        return
+    header, rows = read_rows(table, LabelOptions())
+    columns = {low(name): [cell(row, k) for row in rows] for k, name in enumerate(header) if name}
+    key = next((name for name in ("image", "file") if name in columns), "")
+    place = patient_column([*columns], rows, {key}, options.patient_column, table.name)
+    if place is None:
+        yield (
+            f"{table.name} has the columns {', '.join(filter(None, header))}, and none is called "
+            "patient: set labels.patient_column"
+        )
+    known = {name for names in image_keys(root).values() for name in names}
+    if count := sum(name not in known for name in columns[key]):
+        yield (
+            f"{count} of {len(rows)} rows of {table.name} name no image: its column `{key}` must "
+            "have paths within the dataset, or names of files that are there once"
+        )
 
 
 def _of_masks(root: Path, format: Format, task: Task, left_out: Mapping[str, int]) -> Iterator[str]:

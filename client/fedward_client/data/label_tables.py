@@ -122,7 +122,7 @@ def read_table(
     options = options or LabelOptions()
     header, rows = read_rows(path, options)
     lower = [low(name) for name in header]
-    column, means = _key(path, lower, columns, options)
+    column, means = _key(path, lower, columns, options, alone=task is None)
     _check_columns(path, lower, options)
     taken = {column, *_labels(task, options)}
     place = lower.index("patient") if "patient" in lower else None
@@ -138,17 +138,17 @@ def read_table(
 
 
 def _key(
-    path: Path, lower: Sequence[str], columns: Sequence[str], options: LabelOptions
+    path: Path, lower: Sequence[str], columns: Sequence[str], options: LabelOptions, *, alone: bool
 ) -> tuple[str, str]:
-    """The column of the keys, and what they are."""
+    """The column of the keys, and what they are; the site says nothing of a table of patients."""
     key = low(options.key) or next((name for name in columns if name in lower), "")
     if not key or key not in lower:
         wanted = options.key or " or ".join(columns)
         raise DataError(
             f"needs a column {wanted}",
             where=path.name,
-            fix="Name its key column so, or see "
-            "labels.key, labels.sheet and labels.header in site.toml",
+            fix="Name its key column so"
+            + ("" if alone else ", or see labels.key, labels.sheet and labels.header in site.toml"),
         )
     means = low(options.means) or (key if key in columns else "file")
     return key, means

@@ -290,12 +290,16 @@ def key_column(root: Path, format: Format, columns: Mapping[str, Sequence[str]])
     """The column (lower case) that names the images of a folder; "" without one."""
     if format == "dicom":
         return next((name for name in _DICOM_KEYS if name in columns), "")
-    files = walk(root)
-    base = folder_of(root, IMAGE_FOLDERS) or root
-    known = {key for keys in table_keys(files, (root, base)).values() for key in keys}
+    known = {key for keys in image_keys(root).values() for key in keys}
     hits = Counter({name: sum(v in known for v in values) for name, values in columns.items()})
     best = hits.most_common(1)
     return best[0][0] if best and best[0][1] else ""
+
+
+def image_keys(root: Path) -> dict[Path, tuple[str, ...]]:
+    """What a table may call each file of a folder."""
+    base = folder_of(root, IMAGE_FOLDERS) or root
+    return table_keys(walk(root), (root, base))
 
 
 def label_column(rest: Mapping[str, Sequence[str]]) -> str:

@@ -184,3 +184,19 @@ def test_a_table_of_another_name_is_told(tmp_path: Path) -> None:
     table(tmp_path, "image,label", "scan_{k}.png,{word}")
     (tmp_path / "labels.csv").rename(tmp_path / "findings.csv")
     assert 'set labels.file = "findings.csv"' in told(tmp_path)
+
+
+def test_rows_of_patients_that_name_no_image_are_told(tmp_path: Path) -> None:
+    for name in TASK.classes:
+        pictures(tmp_path / name, 2)
+    patients = tmp_path / "patients.csv"
+    patients.write_text("image,patient\nscan 0,anna\nnormal/scan_1.png,berta\n", "utf-8")
+    found = read_dataset(DatasetSpec(tmp_path), TASK)
+    (hint,) = hints(DatasetSpec(tmp_path), TASK, found.left_out)
+    assert "1 of 2 rows of patients.csv name no image" in hint and "anna" not in hint
+    patients.write_text("image,MRN\nnormal/scan_1.png,berta\n", "utf-8")
+    assert "columns image, MRN, and none is called patient: set labels.patient_column" in told(
+        tmp_path
+    )
+    patients.write_text("name,patient\nnormal/scan_1.png,berta\n", "utf-8")
+    assert told(tmp_path).endswith("needs a column image or file. Name its key column so.")
