@@ -96,6 +96,7 @@ def freeze(name: Name, config: Config = SITE, as_json: AsJson = False) -> None:
             found = usable(work.dataset, work.index, work.extract, listen)
             cohort = make_cohort(name, work.dataset, found, work.index, work.extract)
         made = counts(cohort, work.dataset)
+        made["notes"] = list(found.notes)
         made["changes"] = since_last(cohort, work.site, work.extract.secret)
         save(cohort, work.site.site.state)
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,8 @@ def test_masks_may_be_gif_and_share_an_ending(tmp_path: Path, commands: Any) -> 
     )
     done = commands("fedward_client.cli", "data", "freeze", "chest", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    (note,) = json.loads(done.stdout)["notes"]
+    assert note.startswith('names of masks end in "_mask" (6)')
     task = Task(kind="segmentation", classes=("lesion",))
     found = read_dataset(DatasetSpec(tmp_path / "data"), task)
     assert len(found.samples) == 6 and not found.left_out
