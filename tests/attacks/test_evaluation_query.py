@@ -7,7 +7,6 @@ often enough, that gives every patient's feature to as many digits as one likes.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import warm_start
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedward.errors import FedwardError
@@ -140,7 +140,7 @@ def connector(
     daemon = make_daemon(3, "127.0.0.1:1", coordinator.superlink.ca, mark)
     command = [sys.executable, "-m", "fedward_client.daemon.launch", "trainer", str(daemon.config)]
     with (daemon.folder / "trainer.log").open("ab") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        process = warm_start.popen(command, env=environment, stdout=log, stderr=log)
     made: list[TrainerClient] = []
 
     def attached() -> bool:

@@ -12,7 +12,6 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +27,6 @@ from fedward_client.egress.gate import Gate
 from fedward_client.policy.settings import Limits
 
 Make = Callable[..., Any]
-ROOT = Path(__file__).resolve().parents[2]
 
 # Each "a a a" can be read as one, two or three words of the plan; "!" ends no reading.
 WORDS = ("a", "a a", "a a a")
@@ -36,23 +34,21 @@ TEXT = "a " * 90 + "!"
 FREEZING = (TEXT + "x" * 40, *WORDS)
 
 # A library that hangs within native code, as far as this machine has one: Python's own matcher. It
-# is put into the trainer by the test, through the environment; an order alone cannot reach it.
+# is put into the trainer by the test; an order alone cannot reach it.
 HANGS = """
+import re
 import sys
 
-if "trainer" in sys.orig_argv:
-    import re
+import fedward.protocol as protocol
 
-    import fedward.plan.load as load
+read = protocol.from_canonical
 
-    read = load.from_canonical
+def hang(text):
+    if "trainer" in sys.argv and '"hang"' in text:
+        re.fullmatch(r"(a+)+b", "a" * 99)
+    return read(text)
 
-    def hang(text):
-        if '"hang"' in text:
-            re.fullmatch(r"(a+)+b", "a" * 99)
-        return read(text)
-
-    load.from_canonical = hang
+protocol.from_canonical = hang
 """
 
 
@@ -170,12 +166,10 @@ def test_an_order_that_hangs_within_native_code_stops_no_command(
     refusal_of: Make,
     plan: Plan,
     until: Make,
-    tmp_path: Path,
 ) -> None:
     """The watchdog ends the trainer, and the study that asks again is refused."""
     site = make_hospital(2, trainer="watchdog_seconds = 3.0")
-    (tmp_path / "sitecustomize.py").write_text(HANGS)
-    site.daemon.within = ["env", f"PYTHONPATH={tmp_path}:{ROOT}"]
+    site.daemon.before = HANGS
     site.start()
     until(lambda: site.online)
     hang = make_plan(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import warm_start
 
 from fedward.plan.schema import Plan
 from fedward.rule_codes import RuleCode
@@ -41,7 +42,7 @@ def test_no_order_comes_through_a_connector_that_can_read_images(
             str(site.daemon.config),
         ]
         with (site.daemon.folder / "daemon.log").open("ab") as log:
-            running[which] = subprocess.Popen(arguments, env=environment, stdout=log, stderr=log)
+            running[which] = warm_start.popen(arguments, env=environment, stdout=log, stderr=log)
 
     def stop(which: str) -> None:
         running[which].terminate()

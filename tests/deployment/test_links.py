@@ -9,8 +9,6 @@ import signal
 import socket
 import ssl
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -22,6 +20,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import warm_start
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -676,11 +675,9 @@ class Process:
         self.end = serve(self.desk, folder / "run" / "t.sock", 1 << 24)
 
     def start(self) -> None:
-        self.process = subprocess.Popen(
+        self.process = warm_start.popen(
             [
-                sys.executable,
-                "-m",
-                "fedward_client.cli",
+                *warm_start.program("fedward_client.cli", SHORTER),
                 "connector",
                 "--config",
                 str(self.folder / "site.toml"),
@@ -700,15 +697,27 @@ class Process:
         self.end(0.1)
 
 
+# The lease is two of a site's heartbeats, of which Flower takes none that comes more often than
+# every 10 s.
+ANY_LEASE = "import flwr.superlink.servicer.fleet.fleet_handlers as fleet\n"
+ANY_LEASE += "fleet.HEARTBEAT_MIN_INTERVAL = 0"
+SHORTER = """
+import fedward.flower.fleet_client, fedward_client.connector.connector
+for module in (fedward.flower.fleet_client, fedward_client.connector.connector):
+    module.HEARTBEAT_SECONDS = 2.0
+"""
+
+
 def test_a_laptop_that_slept_and_a_site_that_forgot_its_number_come_back(
-    server: Any,
-    control: ControlClient,
-    session: Any,
+    make_superlink: Make,
     tmp_path: Path,
     until: Make,
     environment: dict[str, str],
 ) -> None:
-    """Both are away for longer than the aggregator's lease, which is 20 s."""
+    """Both are away for longer than the aggregator's lease."""
+    server = make_superlink(before=ANY_LEASE)
+    control = ControlClient(server.address, server.ca, server.control_secret)
+    session = RunSession(control, server.runtime_secret, tmp_path / "lock")
     sleeper, forgetful = (
         Process(tmp_path / name, server, control, environment) for name in ("sleeper", "forgetful")
     )
@@ -730,3 +739,5 @@ def test_a_laptop_that_slept_and_a_site_that_forgot_its_number_come_back(
     until(lambda: states()[sleeper.node] == states()[forgetful.node] == "online")
     for one in (sleeper, forgetful):
         one.close()
+    session.close(complete=True)
+    control.close()

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+import warm_start
 from wheel import NEXT, NEXT_SCHEMA
 
 from fedward.plan import SCHEMA_VERSION, load_plan
@@ -100,3 +101,7 @@ def test_a_running_study_survives_an_upgrade_and_a_newer_plan_waits_for_it(
         told = (facts["release"], facts["plan_schema"], facts["cores"])
         assert told == (NEXT, NEXT_SCHEMA, 2)
     assert service.stop() == 0
+    for daemon in (one, two):
+        assert daemon.stop() == 0
+    for release in (installed, next_release):
+        warm_start.template(release).close()

@@ -18,6 +18,7 @@ import numpy as np
 import pydicom
 import pytest
 import torch
+import warm_start
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from PIL import Image as Pillow
 
@@ -428,7 +429,8 @@ def test_ctrl_c_keeps_what_is_done_and_the_next_call_goes_on(
     out = tmp_path / "out"
     command = [sys.executable, "-m", "fedward_client.cli", "predict", str(chest), str(folder)]
     command += ["--out", str(out)]
-    working = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    working = warm_start.popen(command, stdout=pipe, stderr=pipe, text=True)
     journal = out / "progress.jsonl"
     end = time.monotonic() + 240
     while not (journal.exists() and len(journal.read_bytes().splitlines()) > 4):
