@@ -44,6 +44,6 @@ def test_a_ready_study_is_found_by_its_name_in_an_empty_folder(
     assert "pneumonia" in done.stdout
     missing = simulate("plan", "check", "pneumonja")
     assert missing.returncode == 10, missing.stdout
-    assert "ready studies are brain-tumour" in missing.stderr
+    assert "ready studies are blood-cells" in missing.stderr
     assert "Traceback" not in missing.stderr
     assert (installed / "fedward" / "studies" / "pneumonia.toml").is_file()  # an aggregator's too

@@ -13,19 +13,74 @@ from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 
 from fedward.dp.compat import PlainBasicBlock, group_norm
-from fedward.tasks.detection import anchors
+from fedward.tasks.detection import STRIDES, anchors
 
 _PRIOR = 0.01  # of a class at a place, before any training
 _SPREAD = 0.01
+_STAGES = (2, 4, 6)  # of EfficientNet-B0 and -Lite0, that end at strides 8, 16 and 32
+_WIDTH = 64  # of the pyramid on them
 _LARGEST = 4.0  # log of how many times larger than its anchor a box may be
 
 
-class RetinaNet(nn.Module):
-    """One anchor at each place, as ATSS has it (Zhang et al. 2020, arXiv:1912.02424).
+class Detector(nn.Module):
+    """A feature pyramid with one anchor at each place, as ATSS has it (arXiv:1912.02424).
 
     Two small heads, for classes and for boxes, read every level of the pyramid: their layers are
     called once for each. So a patient's gradient of their weights is a sum over the calls, which
     book-keeping of single calls does not give (:func:`fedward.models.registry.best_mode`).
+
+    Parameters
+    ----------
+    dimensions, classes : int
+        Of the task.
+    size : sequence of int
+        Of the network's input.
+    widths : sequence of int
+        Channels of the maps at strides 8, 16, 32 and 64; without the last one it makes that itself.
+    width : int
+        Of the pyramid.
+    """
+
+    reuses_layers = True
+    middles: Tensor
+    sides: Tensor
+
+    def __init__(
+        self,
+        dimensions: int,
+        classes: int,
+        size: Sequence[int],
+        widths: Sequence[int],
+        width: int,
+    ) -> None:
+        super().__init__()
+        if len(widths) < len(STRIDES):
+            conv = Conv[Conv.CONV, dimensions]
+            self.coarsest = conv(widths[-1], width, 3, stride=2, padding=1)
+            widths = (*widths, width)
+        self.pyramid = FeaturePyramidNetwork(dimensions, list(widths), width)
+        self.classes = _head(dimensions, width, classes)
+        self.corners = _head(dimensions, width, 2 * dimensions)
+        nn.init.constant_(self.classes[-1].bias, -math.log((1 - _PRIOR) / _PRIOR))  # type: ignore[arg-type]
+        start = torch.tensor(anchors(size).tolist(), dtype=torch.float32)
+        low, high = start.chunk(2, dim=1)
+        self.register_buffer("middles", (low + high) / 2, persistent=False)
+        self.register_buffer("sides", high - low, persistent=False)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps ``(N, C, *S)`` to ``(N, A, K + 2 D)``: logits, and corners in the input's pixels."""
+        if hasattr(self, "coarsest"):
+            maps = [*maps, self.coarsest(maps[-1])]
+        levels = self.pyramid(OrderedDict((str(k), one) for k, one in enumerate(maps))).values()
+        logits = _places([self.classes(one) for one in levels])
+        shift, growth = _places([self.corners(one) for one in levels]).chunk(2, dim=2)
+        middle = self.middles + shift * self.sides
+        half = self.sides * growth.clamp(max=_LARGEST).exp() / 2
+        return torch.cat([logits, middle - half, middle + half], dim=2)
+
+
+class RetinaNet(nn.Module):
+    """A small residual network and a detector.
 
     Parameters
     ----------
@@ -37,10 +92,6 @@ class RetinaNet(nn.Module):
         Of the levels at strides 2, 4, 8, 16, 32 and 64; the third is the pyramid's too.
     """
 
-    reuses_layers = True
-    middles: Tensor
-    sides: Tensor
-
     def __init__(
         self,
         dimensions: int,
@@ -50,7 +101,7 @@ class RetinaNet(nn.Module):
         widths: Sequence[int],
     ) -> None:
         super().__init__()
-        conv, width = Conv[Conv.CONV, dimensions], widths[2]
+        conv = Conv[Conv.CONV, dimensions]
         self.stem = nn.Sequential(
             conv(channels, widths[0], 3, stride=2, padding=1, bias=False),
             group_norm(widths[0]),
@@ -59,30 +110,50 @@ class RetinaNet(nn.Module):
         self.levels = nn.ModuleList(
             _level(dimensions, before, after) for before, after in pairwise(widths)
         )
-        self.pyramid = FeaturePyramidNetwork(dimensions, list(widths[2:]), width)
-        self.classes = _head(dimensions, width, classes)
-        self.corners = _head(dimensions, width, 2 * dimensions)
-        nn.init.constant_(self.classes[-1].bias, -math.log((1 - _PRIOR) / _PRIOR))  # type: ignore[arg-type]
-        start = torch.tensor(anchors(size).tolist(), dtype=torch.float32)
-        middle = (start[:, dimensions:] + start[:, :dimensions]) / 2
-        self.register_buffer("middles", middle, persistent=False)
-        self.register_buffer(
-            "sides", start[:, dimensions:] - start[:, :dimensions], persistent=False
-        )
+        self.detector = Detector(dimensions, classes, size, widths[2:], widths[2])
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, C, *size)`` to ``(N, A, K + 2 D)``: logits, and corners in pixels of the input."""
-        x, found = self.stem(x), OrderedDict[str, Tensor]()
-        for number, level in enumerate(self.levels):
+        """``(N, C, *size)`` to what the detector gives."""
+        x, maps = self.stem(x), []
+        for level in self.levels:
             x = level(x)
-            if number:
-                found[str(number)] = x
-        maps = list(self.pyramid(found).values())
-        logits = _places([self.classes(one) for one in maps])
-        shift, growth = _places([self.corners(one) for one in maps]).chunk(2, dim=2)
-        middle = self.middles + shift * self.sides
-        half = self.sides * growth.clamp(max=_LARGEST).exp() / 2
-        return torch.cat([logits, middle - half, middle + half], dim=2)
+            maps.append(x)
+        found: Tensor = self.detector(maps[1:])
+        return found
+
+
+class LiteRetinaNet(nn.Module):
+    """A detector on an EfficientNet, whose blocks keep their names.
+
+    Parameters
+    ----------
+    backbone : nn.Module
+        An EfficientNet of MONAI; its blocks are used, not copied.
+    classes : int
+        Of the task.
+    size : sequence of int
+        Of the input.
+    """
+
+    def __init__(self, backbone: nn.Module, classes: int, size: Sequence[int]) -> None:
+        super().__init__()
+        for name in ("_conv_stem_padding", "_conv_stem", "_bn0", "_swish", "_blocks"):
+            self.add_module(name, backbone.get_submodule(name))
+        stages = list(self.get_submodule("_blocks").children())
+        widths = [stages[k][-1]._project_conv.out_channels for k in _STAGES]  # type: ignore[index]
+        self.detector = Detector(2, classes, size, widths, _WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, 3, *size)`` to what the detector gives."""
+        for name in ("_conv_stem_padding", "_conv_stem", "_bn0", "_swish"):
+            x = self.get_submodule(name)(x)
+        maps = []
+        for number, stage in enumerate(self.get_submodule("_blocks").children()):
+            x = stage(x)
+            if number in _STAGES:
+                maps.append(x)
+        found: Tensor = self.detector(maps)
+        return found
 
 
 def _level(dimensions: int, before: int, after: int) -> nn.Sequential:

@@ -43,8 +43,8 @@ def _build_b0(plan: Plan) -> nn.Module:
     return make_private(padded_for_any_size(model))
 
 
-def _build_lite0(plan: Plan) -> nn.Module:
-    """With ImageNet's statistics frozen; 2D, 3 channels."""
+def lite0(plan: Plan) -> nn.Module:
+    """EfficientNet-Lite0 with ImageNet's statistics frozen; 2D, 3 channels."""
     from monai.networks.nets import EfficientNet
     from torch import nn
 
@@ -53,7 +53,6 @@ def _build_lite0(plan: Plan) -> nn.Module:
         lite_input,
         lite_layer,
         padded_for_any_size,
-        with_taps,
     )
 
     model = EfficientNet(
@@ -67,11 +66,19 @@ def _build_lite0(plan: Plan) -> nn.Module:
     same_pad = padded.get_submodule("_conv_stem_padding")
     shifted = nn.Sequential(lite_input(plan.preprocessing.intensity), same_pad)
     padded.add_module("_conv_stem_padding", shifted)
+    return padded
+
+
+def _build_lite0(plan: Plan) -> nn.Module:
+    """The whole network, or its beginning with a head that reads some blocks."""
+    from fedward.models.efficientnet_layers import with_taps
+
+    padded = lite0(plan)
     taps = plan.model.taps
     return padded if taps is None else with_taps(padded, taps, plan.task.outputs)
 
 
-def _public_keys(names: Iterable[str]) -> KeyMap:
+def public_keys(names: Iterable[str]) -> KeyMap:
     # The public files number the blocks through; MONAI keeps them in stages as well.
     found = (re.match(r"_blocks\.\d+\.(\d+)\.", name) for name in names)
     stages = {match[1]: match[0] for match in found if match}
@@ -84,7 +91,7 @@ EFFICIENTNET_B0 = ModelSpec(
     tasks=("classification",),
     build=_build_b0,
     head="_fc.*",
-    public_keys=_public_keys,
+    public_keys=public_keys,
 )
 EFFICIENTNET_LITE0 = ModelSpec(
     name="efficientnet-lite0",
@@ -97,5 +104,5 @@ EFFICIENTNET_LITE0 = ModelSpec(
     dropout=False,
     taps=True,
     frozen_statistics=True,
-    public_keys=_public_keys,
+    public_keys=public_keys,
 )

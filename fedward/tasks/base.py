@@ -457,8 +457,8 @@ class TaskSpec(ABC):
         """What noisy tables measure, in their unit; negative cells are removed here."""
 
     def tables_give(self, task: Task, tables: Collection[str], name: str) -> bool:
-        """Whether these tables give a metric."""
-        return self.metric(name).table in tables
+        """Whether these tables give a metric; one of another task they do not."""
+        return name in self.metric_names and self.metric(name).table in tables
 
 
 # Above this a float64 no longer tells neighbouring whole numbers apart.

@@ -142,7 +142,7 @@ def test_a_ready_study_is_submitted_by_its_name(monkeypatch: pytest.MonkeyPatch)
     assert body["plan"] == tomllib.loads((STUDIES / "pneumonia.toml").read_text("utf-8"))
     assert (body["sites"], body["evaluate_only"]) == (["a", "b"], ["c"])
     error = call("study", "submit", "pneumonja", "--sites", "a").exception
-    assert isinstance(error, PlanError) and "ready studies are brain-tumour" in str(error)
+    assert isinstance(error, PlanError) and "ready studies are blood-cells" in str(error)
     assert len(sent) == 1
 
 

@@ -104,6 +104,23 @@ def test_a_policy_that_lets_nothing_out_leaves_no_figure(plan: Plan) -> None:
     assert (test.per_site, test.pooled, test.answers) == ({}, {}, None)
 
 
+def test_noisy_boxes_of_hospitals_add_up_to_their_figure(make_plan: Callable[..., Plan]) -> None:
+    names = ["map50", "box_f1"]
+    plan = make_plan(
+        task={"kind": "detection", "classes": ["dot"]},
+        model={"name": "retinanet", "channels": None},
+        training={"loss": "focal_giou"},
+        metrics={"report": names, "primary": "map50"},
+    )
+    counts: dict[str, AnyCounts] = {
+        site: PrivateCounts(plan.task, {"box_f1": np.array([cells])}, 10, 1.0, 1.0)
+        for site, cells in (("north", (100, 300)), ("south", (100, 500)))
+    }
+    found = metrics_summary.test_figures(plan, counts, dict.fromkeys(counts, (40, 40)))
+    assert found.answers is None
+    assert found.pooled["box_f1"] == pytest.approx(0.8) and found.pooled["map50"] is None
+
+
 def test_images_of_patients_with_many_weigh_as_patients() -> None:
     assert metrics_summary.patients_per_image([(40, 40)]) == 1.0
     assert metrics_summary.patients_per_image([(40, 10)]) == 0.25

@@ -49,8 +49,9 @@ def plan_of(**preprocessing: Any) -> Plan:
 def model_of(path: Path, plan: Plan, bias: float) -> tuple[Path, dict[str, Any]]:
     """A network with random weights that is sure of much."""
     arrays = to_arrays(build_model(plan, 1))
-    arrays["classes.6.bias"] = np.array([bias, bias - 1], np.float32)
-    arrays["classes.6.weight"] = 30 * arrays["classes.6.weight"]
+    arrays["detector.classes.6.bias"] = np.array([bias, bias - 1], np.float32)
+    weight = arrays["detector.classes.6.weight"]
+    arrays["detector.classes.6.weight"] = 30 * weight
     save_model(path, arrays, about_model("study-1", plan, "shared"))
     return path, arrays
 

@@ -47,6 +47,7 @@ HASHES = {
     "lungs-private.toml": "a6f442dcb05166668ccadcadb64dda89824cc67ab79ec4ca44fa7602909cf25e",
     "lungs-synthetic.toml": "0da60c20f19c8ec6a51b61223bc36e36feed4c890c99eb2ed097f5d2bb6b6cd2",
     "lungs-wan.toml": "d9dd3cefe5759c3af50f63ea057e5dbeacc0a0cec5fd7763333d0c0d79831d53",
+    "blood-cells.toml": "abe199c85dcee9b935d48fe2417f359ffa60ac29412eb5776c6afc7499f17b97",
     "brain-tumour.toml": "3988744c02ab58f0f267f1e43702da2241e5632dac05a3aae0d5d034d2d6e545",
     "skin.toml": "a4954d40253851827b4ca1157e696390f9253f67895c26ff4d1f97613aa253da",
     "lungs.toml": "18dfe63b6bbc33b72904c9a0c72d38dc9dba369c2695a5b6e9c8c4df4cba862c",
