@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import gc
 import getpass
 import os
 import sys
@@ -25,10 +27,13 @@ def prepare() -> None:
     Flower sends telemetry unless the environment says otherwise. MONAI asks for the user's name at
     its import and fails in a container whose user has none. torch loads its compiler for the first
     optimiser step, to exclude that step from compilation; ``docs/decisions.md`` has what this
-    costs. Code that compiles still gets the compiler.
+    costs. Code that compiles still gets the compiler. At the end Python looks at every object once
+    more for what nobody can reach, which takes a second where torch and MONAI are loaded, and all
+    memory goes back then anyway.
     """
     if not sys.platform.startswith("linux"):
         sys.exit(NOT_LINUX.format(sys.platform))
+    atexit.register(gc.freeze)
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     try:
         getpass.getuser()

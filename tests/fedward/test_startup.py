@@ -182,6 +182,11 @@ model(torch.randn(4, 1, 8, 8)).square().mean().backward()
 optimizer.step()
 print(json.dumps([one.tolist() for one in model.parameters()]))
 """
+EXIT = """
+import atexit, gc
+atexit._run_exitfuncs()
+say(gc.get_freeze_count() > 100_000)
+"""
 
 
 NAMED = ("LOGNAME", "USER", "LNAME", "USERNAME", "FLWR_TELEMETRY_ENABLED")
@@ -275,6 +280,10 @@ def test_plots_metrics_and_sharding_are_whole_in_a_prepared_process(prepared: As
 def test_another_thread_imports_the_real_sympy_while_a_model_is_built(prepared: Ask) -> None:
     module = "torch.fx.experimental.symbolic_shapes"
     assert prepared(THREAD) == [["sympy.core.basic", False, module]]
+
+
+def test_the_end_looks_at_no_object_once_more(prepared: Ask) -> None:
+    assert prepared(EXIT) == [True]
 
 
 def test_opacus_steps_as_it_does_alone(prepared: Ask, plain: list[Any]) -> None:
