@@ -240,8 +240,9 @@ class TaskSpec(ABC):
         Whether the model answers for each pixel.
     pooled : bool
         Whether the model ends in one vector of features of an image.
-    audited : bool
-        Whether a simulation's audit can attack it.
+    audited, drafted : bool
+        Whether a simulation's audit can attack it; whether a simulation writes synthetic patients
+        and first plans for it.
     losses : mapping
         By what a plan's task is called in messages, the losses that it takes.
     metrics : tuple of MetricSpec
@@ -264,6 +265,7 @@ class TaskSpec(ABC):
     dense: ClassVar[bool]
     pooled: ClassVar[bool] = False
     audited: ClassVar[bool] = True
+    drafted: ClassVar[bool] = True
     losses: ClassVar[Mapping[str, tuple[str, ...]]]
     metrics: ClassVar[tuple[MetricSpec, ...]]
     counts: ClassVar[type[Counts]]

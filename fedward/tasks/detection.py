@@ -565,6 +565,7 @@ class _Detection(TaskSpec):
     background = False
     dense = False
     audited = False
+    drafted = False
     losses: ClassVar[Mapping[str, tuple[str, ...]]] = {"detection": ("focal_giou",)}
     metrics = _METRICS
     counts = DetectionCounts

@@ -21,6 +21,9 @@ TASKS: Final[Mapping[str, TaskSpec]] = MappingProxyType(
 )
 """The kinds of task by name."""
 
+DRAFTED: Final = tuple(kind for kind, spec in TASKS.items() if spec.drafted)
+"""Kinds of task for which a simulation writes synthetic patients and first plans."""
+
 
 def _metrics() -> dict[str, MetricSpec]:
     found: dict[str, MetricSpec] = {}

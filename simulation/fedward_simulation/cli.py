@@ -14,7 +14,7 @@ import typer
 from fedward.console import Console, Version, interruptible, print_json, run_command, say
 from fedward.ready_studies import plan_file
 from fedward.startup import prepare
-from fedward.tasks.registry import TASKS
+from fedward.tasks.registry import DRAFTED
 from fedward_client.data.readers.registry import READERS
 
 app = typer.Typer(
@@ -310,8 +310,10 @@ def cohort(
     folder: Annotated[Path, typer.Argument(help="A new or empty folder.")],
     kind: Annotated[
         str,
-        typer.Option("--kind", click_type=click.Choice([*TASKS]), help="What the images are for."),
-    ] = next(iter(TASKS)),
+        typer.Option(
+            "--kind", click_type=click.Choice([*DRAFTED]), help="What the images are for."
+        ),
+    ] = DRAFTED[0],
     hospitals: Annotated[int, typer.Option("--hospitals", min=1, help="How many to make.")] = 2,
     patients: Annotated[int, typer.Option("--patients", min=2, help="Patients per hospital.")] = 40,
     seed: Seed = 0,
@@ -338,7 +340,7 @@ def init(
         str,
         typer.Option(
             "--task",
-            click_type=click.Choice(["", *TASKS]),
+            click_type=click.Choice(["", *DRAFTED]),
             help="What is to be learnt; none: what the data seem to be for.",
         ),
     ] = "",

@@ -11,13 +11,13 @@ from fedward.errors import OutputError
 from fedward.plan.load import parse_plan
 from fedward.plan.schema import TaskKind
 from fedward.ready_studies import shipped_study
-from fedward.tasks.registry import TASKS
+from fedward.tasks.registry import DRAFTED
 from fedward_simulation.cohort import write_cohort
 from fedward_simulation.cohort.write import MARKER
 from fedward_simulation.study import Options, Study
 
 _HOSPITALS = 4
-KINDS: tuple[TaskKind, ...] = tuple(TASKS)
+KINDS: tuple[TaskKind, ...] = DRAFTED
 
 
 def demo_studies(

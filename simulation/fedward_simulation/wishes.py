@@ -13,7 +13,7 @@ import typer
 
 from fedward.console import say
 from fedward.errors import DataError
-from fedward.tasks.registry import TASKS
+from fedward.tasks.registry import DRAFTED
 from fedward_client.data.readers.registry import Format
 from fedward_client.data.survey import Survey, survey
 
@@ -67,7 +67,7 @@ def _ask(known: _Answer | None, option: str, ask: Callable[[], _Answer], hint: s
 
 
 def _choose(what: str, known: str) -> str:
-    kinds = click.Choice([*TASKS])
+    kinds = click.Choice([*DRAFTED])
     return str(typer.prompt(what, default=known or None, type=kinds))
 
 

@@ -7,10 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from fedward.console import Console
+from fedward.errors import PlanError
 from fedward.models import shared_names, to_arrays
 from fedward.plan import load_plan
-from fedward.plan.load import plan_from
+from fedward.plan.load import parse_plan, plan_from
+from fedward.tasks.registry import DRAFTED
+from fedward_simulation.audit.progress import AuditProgress
+from fedward_simulation.audit.study import GATE, audit_study
 from fedward_simulation.cohort import write_cohort
+from fedward_simulation.demo import KINDS, plan_text
 from fedward_simulation.feasible import check_privacy, start_model
 from fedward_simulation.study import Options, Study
 
@@ -25,6 +31,18 @@ def test_every_shipped_plan_can_start(path: Path) -> None:
     _, report = start_model(plan, 0, STUDIES)
     if path.stem == "lungs-private":
         assert report.matched and not (report.missing + report.reshaped_head + report.unused)
+
+
+def test_the_demonstration_has_a_plan_for_each_kind_of_its_patients() -> None:
+    assert KINDS == DRAFTED == ("classification", "segmentation")
+    assert all(parse_plan(plan_text(kind)).task.kind == kind for kind in KINDS)
+
+
+def test_an_audit_of_boxes_is_refused(tmp_path: Path) -> None:
+    plan, options = load_plan(STUDIES / "blood-cells.toml"), Options(data=tmp_path, out=tmp_path)
+    study = Study(plan, options, note=lambda text: None)
+    with pytest.raises(PlanError, match="not boxes"), AuditProgress(Console()) as progress:
+        audit_study(study, GATE, progress, fresh=False)
 
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*-wan.toml")), ids=lambda path: path.stem)
