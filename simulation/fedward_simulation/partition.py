@@ -85,7 +85,7 @@ def _split(images: Sequence[Sample]) -> str | None:
 
 def _check(patients: Sequence[Patient], rule: Partition, sites: int) -> None:
     if rule.kind in ("dirichlet", "shards") and any(p.label is None for p in patients):
-        fix = "Segmentation has no labels: choose iid, quantity:ALPHA, folders or column:NAME"
+        fix = "Masks and boxes are no labels: choose iid, quantity:ALPHA, folders or column:NAME"
         raise partition_error(f"{rule.kind} divides by label, so every patient needs one", fix=fix)
     if rule.shards is not None and sites * rule.shards > len(patients):
         fix = f"Lower K to {len(patients) // sites} or less"

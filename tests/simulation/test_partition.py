@@ -172,7 +172,7 @@ def test_natural_sites_need_every_patient_in_just_one() -> None:
 @pytest.mark.parametrize("how", ["dirichlet:1", "shards:2"])
 def test_segmentation_cannot_be_divided_by_label(how: str) -> None:
     with pytest.raises(
-        DataError, match=r"divides by label.*Segmentation has no labels: choose iid"
+        DataError, match=r"divides by label.*Masks and boxes are no labels: choose iid"
     ):
         partition(dataset(50, labels=False), how, 3, 0)
 

@@ -67,6 +67,8 @@ def _target(item: Item, cohort: CohortFile, restorer: Restorer) -> tuple[object,
     classes = cohort.task.classes
     if item.mask is not None:
         return classes, restorer.content(item.mask)
+    if item.boxes is not None:
+        return tuple((classes[int(row[-1]) - 1], *row[:-1]) for row in item.boxes)
     if item.label is None:
         return ()
     if cohort.task.multi_label:

@@ -13,7 +13,7 @@ from fedward.rule_codes import FIX, RuleCode, Values
 from fedward_client.policy.settings import Approval, Limits, PolicySection
 
 if TYPE_CHECKING:
-    from fedward_client.cohort.freeze import CohortFile
+    from fedward_client.cohort.freeze import CohortFile, Item
 
 _BYTES: Final = 4  # of a float32
 _MIB: Final = 1 << 20
@@ -155,18 +155,19 @@ def facts_of(cohort: CohortFile, images_are_patients: bool = False) -> DatasetFa
     """What a frozen cohort's record says of it, beside what its dataset's section says."""
     classes, people = cohort.task.classes, dict[str, set[str]]()
     for item in cohort.items:
-        for index in _labels(item.label, cohort.task.multi_label):
+        for index in _classes(item, cohort.task.multi_label):
             people.setdefault(classes[index], set()).add(item.patient)
-    labelled = any(item.label is not None for item in cohort.items)
+    labelled = any(not (item.label is None and item.boxes is None) for item in cohort.items)
     per_class = {name: len(people.get(name, ())) for name in classes} if labelled else {}
     return DatasetFacts(
         cohort.patients, len(cohort.items), per_class, cohort.per_image, images_are_patients
     )
 
 
-def _labels(label: tuple[int, ...] | None, multi_label: bool) -> Iterator[int]:
-    if label is not None:
-        yield from (i for i, flag in enumerate(label) if flag) if multi_label else label
+def _classes(item: Item, multi_label: bool) -> Iterator[int]:
+    yield from {int(row[-1]) - 1 for row in item.boxes or ()}
+    if item.label is not None:
+        yield from (i for i, flag in enumerate(item.label) if flag) if multi_label else item.label
 
 
 def decide(policy: PolicySection, request: StudyRequest) -> Decision:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image as Pillow
 
 from fedward.errors import ConfigError
+from fedward_client.cohort.changes import since_last
 from fedward_client.cohort.check import Room, check_plan
 from fedward_client.cohort.freeze import counts, make_cohort, save, usable
 from fedward_client.cohort.open import open_cohort
@@ -20,6 +21,7 @@ from fedward_client.cohort.preview import write_preview
 from fedward_client.cohort.report import make_report
 from fedward_client.config import load_config
 from fedward_client.data.prepare import prepare
+from fedward_client.policy.decide import facts_of
 from fedward_client.secret import site_secret
 
 SITE = """
@@ -81,6 +83,7 @@ def test_boxes_are_counted_frozen_and_opened_again(
     assert report.samples == 11 and report.images_by_class == {"dot": 8, "bar": 4}
     assert told["images_by_class"] == {"dot": 8, "bar": 4}
     assert [one.boxes for one in opened.dataset.samples] == [one.boxes for one in found.samples]
+    assert facts_of(cohort).per_class == {"dot": 8, "bar": 4}
     assert opened.dataset.samples[0].boxes == () and "DOE" not in path.read_text()
     plan = plan_of(make_plan)
     site_data = prepare("here", opened.dataset.samples, plan, tmp_path / "cache")
@@ -88,6 +91,20 @@ def test_boxes_are_counted_frozen_and_opened_again(
     np.testing.assert_array_equal(site_data.targets, again.targets)
     assert (site_data.targets[..., 4] > 0).sum() == 12
     assert len(list((tmp_path / "cache").glob("[0-9a-f]*"))) == 1
+
+
+def test_another_box_is_another_label(site: Path, reading: Any) -> None:
+    changes = []
+    for old, new in (("DOE1.png,dot,10,5,30,15", "DOE1.png,dot,11,5,30,15"), ("", "")):
+        with reading(site) as work:
+            found = usable(work.dataset, work.index, work.extract)
+            cohort = make_cohort("chest", work.dataset, found, work.index, work.extract)
+            changes.append(since_last(cohort, work.site, work.extract.secret))
+            save(cohort, work.site.site.state)
+        table = site.parent / "data-doe" / "boxes.csv"
+        table.write_text(table.read_text().replace(old, new))
+    assert changes[0] is None and changes[1] is not None
+    assert [changes[1][key] for key in ("added", "gone", "relabelled")] == [0, 0, 1]
 
 
 def test_check_and_preview_show_boxes(
