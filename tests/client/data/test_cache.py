@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import warm_start
 
 from fedward.errors import OutputError
 from fedward.plan.load import canonical
@@ -85,20 +85,20 @@ def work(tmp_path, monkeypatch):
 
 @pytest.fixture
 def start(tmp_path, work, make_plan):
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
+    path = tmp_path / "modules"
     running = []
 
-    def start(how="", prefix=(), cache=None, **options):
-        command = [*prefix, sys.executable, str(program), str(cache or tmp_path / "cache")]
+    def start(how="", prefix=(), cache=None, before=""):
+        program = f"import sys; sys.path.insert(0, {str(path)!r})\n{before}\n{PROGRAM}"
+        command = [*prefix, sys.executable, "-c", program, str(cache or tmp_path / "cache")]
+        popen = subprocess.Popen if prefix else warm_start.popen
         running.append(
-            subprocess.Popen(
+            popen(
                 [*command, canonical(make_plan()), how, str(tmp_path)],
                 text=True,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env={**os.environ, "PYTHONPATH": f"{ROOT}:{program.parent / 'modules'}"},
-                **options,
+                env={**os.environ, "PYTHONPATH": ROOT},
             )
         )
         return running[-1]
@@ -270,10 +270,8 @@ def test_a_full_disk_is_an_output_error_and_leaves_nothing(tmp_path, start):
 
 @pytest.mark.integration
 def test_a_file_that_may_not_grow_is_an_output_error(tmp_path, start):
-    def bound():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
-
-    process = start(preexec_fn=bound)
+    bound = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))"
+    process = start(before=bound)
     out, err = process.communicate(timeout=60)
     assert process.returncode == OutputError.exit_code, out + err
     assert "OutputError" in out and "Traceback" not in out + err

@@ -192,7 +192,7 @@ def test_an_index_that_is_none_is_refused(tmp_path):
 
 @pytest.mark.integration
 def test_a_file_that_was_slow_once_is_read_by_the_next_scan(tmp_path, dx):
-    slow = dx(tmp_path / "export" / "slow.dcm", np.arange(80_000 * 64).reshape(-1, 8, 8) % 999)
+    slow = dx(tmp_path / "export" / "slow.dcm", np.arange(10_000 * 64).reshape(-1, 8, 8) % 999)
     state, root = tmp_path / "state", slow.parent
     extract = extractor(state, root)
     with open_index(state, "chest") as index:

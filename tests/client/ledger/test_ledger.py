@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
 import signal
 import sqlite3
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_start
 from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
@@ -371,7 +370,7 @@ if {committed}:
     ledger.commit(charge, "d" * 64)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ}, check=False)
+    done = warm_start.run([sys.executable, "-c", code])
     assert done.returncode == -signal.SIGKILL
     ledger = Ledger(tmp_path)
     if committed:

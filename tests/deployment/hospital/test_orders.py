@@ -136,7 +136,7 @@ def test_the_officer_rules_over_the_running_daemon(
     assert hospital.daemon.call("status")["trainer"]["paused"] is True  # a restart does not undo it
     assert hospital.daemon.call("resume") == {"paused": False}
     running = coordinator.send(
-        hospital.node, coordinator.order(make_private(5_000), 1, "officer-2")
+        hospital.node, coordinator.order(make_private(1_000), 1, "officer-2")
     )
     until(lambda: hospital.step("officer-2") > 0)
     status = hospital.daemon.call("status")
@@ -150,7 +150,7 @@ def test_the_officer_rules_over_the_running_daemon(
     # Within the policy it needed no approval; a denial ends it all the same, at its next step.
     assert hospital.daemon.call("deny", "officer-2")["approval"]["state"] == "denied"
     assert refusal_of(coordinator.reply(running)) == ("policy", RuleCode.DENIED.text)
-    again = coordinator.ask(hospital.node, coordinator.order(make_private(5_000), 2, "officer-2"))
+    again = coordinator.ask(hospital.node, coordinator.order(make_private(1_000), 2, "officer-2"))
     assert refusal_of(again) == (
         "policy",
         "the study must be approved at the site; it was denied",

@@ -161,7 +161,7 @@ def test_a_stop_is_prompt_and_clean_at_every_moment(
         wanted = "down" if phase == "no link" else "online"
         until(lambda: stopping.link.get("state") == wanted)
     if phase in ("preparing", "training"):
-        long = make_private(5_000)
+        long = make_private(1_000)
         coordinator.send(stopping.node, coordinator.order(long, 1, f"stop-{phase}"), ttl=20.0)
         until(lambda: stopping.step(f"stop-{phase}") >= int(phase == "training"))
     if phase == "evaluating":
@@ -177,7 +177,7 @@ def test_a_stop_is_prompt_and_clean_at_every_moment(
     with ExitStack() as stack:
         if phase == "sending":
             before = len(stopping.told("sent"))
-            some = coordinator.order(make_private(400), 1, "stop-sending")
+            some = coordinator.order(make_private(150), 1, "stop-sending")
             coordinator.send(stopping.node, some)
             until(lambda: stopping.step("stop-sending") > 0)
             stack.enter_context(frozen(coordinator.superlink.process))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import warm_start
 
 from fedward.plan.schema import Plan
 from fedward.rule_codes import RuleCode
@@ -50,7 +51,8 @@ def run(environment: dict[str, str]) -> Iterator[Callable[..., subprocess.Popen[
             str(site.daemon.config),
         ]
         with (site.daemon.folder / "daemon.log").open("ab") as log:
-            made.append(subprocess.Popen(words, env=environment, stdout=log, stderr=log, **how))
+            popen = subprocess.Popen if how else warm_start.popen
+            made.append(popen(words, env=environment, stdout=log, stderr=log, **how))
         return made[-1]
 
     yield start
