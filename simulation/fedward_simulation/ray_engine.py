@@ -18,6 +18,7 @@ from numpy.lib.npyio import NpzFile
 
 from fedward.errors import DeviceError, ProtocolError
 from fedward.flower import identity
+from fedward.startup import prepare
 from fedward_client.app import client_app
 from fedward_client.data.sample import SPLITS, PreparedSite
 from fedward_client.data.volumes import Volumes, load, save
@@ -27,7 +28,9 @@ from fedward_client.training.runtime import Runtime
 from fedward_simulation.pool import cores
 from fedward_simulation.sites import SimulatedSites
 
-_QUIET = {
+_SETTINGS = {
+    # Ray's 15 leaves its workers next to nothing of a machine that does other things.
+    "RAY_worker_niceness": "0",
     "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -150,7 +153,10 @@ def start_ray() -> None:
     # Ray would end this process at SIGTERM with nothing written.
     on_sigterm = signal.getsignal(signal.SIGTERM)
     # What the actors import lies where this process found it.
-    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
+    environment = {
+        "env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)},
+        "worker_process_setup_hook": f"{prepare.__module__}.{prepare.__name__}",
+    }
     for last in (False, True):
         try:
             ray.init(
@@ -183,7 +189,7 @@ def run_ray(
     policy: PolicySection | None = None,
 ) -> None:
     """Run a server application on Ray: as many actors side by side as cores or GPUs allow."""
-    os.environ.update({key: os.environ.get(key, value) for key, value in _QUIET.items()})
+    os.environ.update({key: os.environ.get(key, value) for key, value in _SETTINGS.items()})
     identity.disable_telemetry()
     from flwr.simulation import run_simulation
 

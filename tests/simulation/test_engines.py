@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from flwr.serverapp import ServerApp
 from fedward.errors import DeviceError
 from fedward.models import build_model, to_arrays
 from fedward.plan import Plan
+from fedward.startup import prepare
 from fedward_client.data.sample import PreparedSite
 from fedward_client.training.runtime import Runtime
 from fedward_server.app import server_app
@@ -134,6 +136,8 @@ def test_a_ray_that_is_slow_is_started_again_and_one_that_never_starts_is_an_err
     monkeypatch.setattr("ray.init", init)
     start_ray()
     assert len(tries) == 2
+    hooks = {one["runtime_env"]["worker_process_setup_hook"] for one in tries}
+    assert hooks == {f"{prepare.__module__}.{prepare.__name__}"}  # as each program does
     tries.clear()
     slow[:] = [True, True]
     with pytest.raises(DeviceError, match="Ray must start on this machine"):
@@ -165,3 +169,4 @@ def test_a_script_on_ray_sends_flower_no_telemetry_unless_it_asks(
     )
     run_ray(ServerApp(), sites, Runtime(), tmp_path, threading.Event())
     assert seen == [sends]
+    assert os.environ["RAY_worker_niceness"] == "0"  # noqa: SIM112
