@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fedward.startup import prepare
+
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 # Two tests at a time share two cores; more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,6 +25,9 @@ if (
     and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 ):
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+if "torch" not in sys.modules:
+    prepare()  # as each program does
 
 import numpy as np
 import pytest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import signal
 import threading
@@ -32,6 +33,7 @@ from fedward.tasks.registry import counts_from_arrays
 from fedward_client.data.sample import PreparedSite, SplitName
 from fedward_client.training.runtime import Runtime
 from fedward_client.training.trainer import Trainer
+from fedward_server import round_loop
 from fedward_server.events import (
     Event,
     RoundEnded,
@@ -285,6 +287,16 @@ def test_the_model_is_the_mean_of_the_good_updates(
     expected = by_hand(plan, [sites[0], sites[2]], start, 1, make_order)
     for name, value in job.arrays.items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_who_collects_garbage_need_not_look_at_what_was_imported(
+    make_plan: Make, sites: list[PreparedSite]
+) -> None:
+    """As Flower's Bulyan does after each array of each update."""
+    round_loop._set_imports_apart.cache_clear()
+    gc.unfreeze()
+    study(three_rounds(make_plan, training={"rounds": 1}), SimulatedSites(sites, SEEDED))
+    assert gc.get_freeze_count() > 10 * len(gc.get_objects())
 
 
 def test_patients_weigh_where_the_plan_says_so(

@@ -36,7 +36,7 @@ Make = Callable[..., Any]
 @pytest.fixture(params=["plain", "private"])
 def plan(request: Any, plan_file: Path) -> Path:
     """A plan with memory at the server; without and with privacy."""
-    text = plan_file.read_text("utf-8").replace("rounds = 2", "rounds = 4")
+    text = plan_file.read_text("utf-8").replace("rounds = 2", "rounds = 3")
     text = text.replace("[participation]", ADAM)
     if request.param == "private":
         text = text.replace('mechanism = "none"', PRIVATE)
@@ -112,7 +112,7 @@ def test_a_run_killed_at_random_rounds_ends_as_one_that_was_not(
     while True:
         seldom = () if kills == 2 else ("--checkpoint-seconds", "0")
         command = ForkedCommand(tmp_path, *run, "--out", "out", *seldom)
-        wait_for_new(command, out, chance.randint(2, 6) if kills < 2 else 1000)
+        wait_for_new(command, out, chance.randint(2, 4) if kills < 2 else 1000)
         if not command.runs():
             assert command.end() == 0, command.err.read_text()
             break
@@ -153,7 +153,7 @@ def test_a_signal_ends_a_run_with_all_complete_rounds_kept(
     group: bool,
     ignored: signal.Signals | None,
 ) -> None:
-    text = plan.read_text("utf-8").replace("rounds = 4", "rounds = 500")
+    text = plan.read_text("utf-8").replace("rounds = 3", "rounds = 500")
     plan.write_text(text, "utf-8")
     run = ("run", plan, "--data", npz_data, *WORDS, "--out", "out", "--checkpoint-seconds", "3600")
     command, out = ForkedCommand(tmp_path, *run, ignore=ignored), tmp_path / "out"
