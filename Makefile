@@ -54,7 +54,7 @@ check: $(DONE)
 	$(BIN)/lint-imports
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 journeys: $(DONE)
 	FEDWARD_JOURNEYS=1 $(BIN)/python -m pytest tests/journeys

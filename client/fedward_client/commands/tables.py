@@ -100,7 +100,7 @@ def cohort_table(counts: dict[str, Any]) -> Table:
         rows["volumes of uneven slices"] = f"{counts['uneven']}; resampled to even ones"
     if counts["images_are_patients"]:
         rows["high risk"] = "the data do not name the patient of every image; see the report"
-    rows |= {f"note {k}": text for k, text in enumerate(counts["notes"], start=1)}
+    rows |= {f"note {k}": text for k, text in enumerate(counts.get("notes", ()), start=1)}
     if empty := [name for name, n in counts["images_by_class"].items() if not n]:
         rows["warning"] = (
             f"no image of {', '.join(empty)}: check the words of the labels, or take the class out"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from networks import SEGMENTERS, least, sections
+from networks import CLASSIFIERS, least, sections
 from torch import Tensor
 
 from fedward.dp.accounting import Mechanism, calibrate
@@ -20,7 +20,6 @@ from fedward.errors import PrivacyError
 from fedward.models import build_model, from_arrays, to_arrays
 from fedward.models.centering import FEATURE_LENGTH, with_centering
 from fedward.models.prefix import steps_of
-from fedward.networks import MODELS
 from fedward.plan import Plan, plan_from
 from fedward.plan.schema import FEATURE_MEAN
 from fedward_client.egress.gate import Gate, expected_arrays
@@ -178,7 +177,7 @@ def test_the_images_pass_the_frozen_layers_once(
     assert made == [1]
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in SEGMENTERS])
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_every_classifier_reads_centred_features_under_its_own_names(
     name: str,
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import NAMES, SEGMENTERS, least, sections
+from networks import CLASSIFIERS, least, sections
 from torch import nn
 
 from fedward.dp.accounting import Mechanism
@@ -36,7 +36,6 @@ from fedward_simulation.sites import pool_sites
 
 Make = Callable[..., Any]
 SEEDED = Runtime(randomness="seeded")
-CLASSIFIERS = [name for name in NAMES if name not in SEGMENTERS]
 TABLE: dict[str, Any] = {
     "column": [
         {"name": "age", "kind": "number", "range": [0, 100], "missing": True},

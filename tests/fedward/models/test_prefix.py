@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
-from networks import SEGMENTERS, least
+from networks import CLASSIFIERS, DETECTORS, SEGMENTERS, least
 from opacus.grad_sample import GradSampleModule
 from torch import nn
 
@@ -15,11 +15,9 @@ from fedward.models.prefix import Chain, split_at_trainable
 from fedward.networks import MODELS
 from fedward.plan.schema import ModelName
 
-DIVISIBLE = [name for name in get_args(ModelName) if name not in SEGMENTERS]
-
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("name", DIVISIBLE)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_suffix_of_prefix_is_the_model(
     plan_for: Any, built: Any, images_for: Any, name: ModelName, share: float
 ) -> None:
@@ -54,7 +52,7 @@ def test_dropout_ends_the_prefix(plan_for: Any, built: Any) -> None:
     assert prefix.order == ("features.conv0", "features.norm0", "features.relu0", "features.pool0")
 
 
-@pytest.mark.parametrize("name", sorted(SEGMENTERS))
+@pytest.mark.parametrize("name", sorted(SEGMENTERS | DETECTORS))
 def test_a_unet_stays_whole(plan_for: Any, built: Any, name: ModelName) -> None:
     model = built(plan_for(name, **least(name)), 0)
     prefix, suffix = split_at_trainable(model, trainable_names(model, [MODELS[name].head]))
