@@ -7,12 +7,12 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_start
 from live_federation import ENVIRONMENT, free_port, wait_until
 
 from fedward_server.results import StudyResults
@@ -145,7 +145,7 @@ class Started:
         command = [sys.executable, "-m", PROGRAMS[program], *arguments]
         self.log = folder / f"{len(list(folder.glob('*.log')))}.log"
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
+            self.process = warm_start.popen(
                 command, cwd=folder, env=ENVIRONMENT, stdout=log, stderr=log
             )
 

@@ -37,7 +37,7 @@ import os, torch, fedward.models
 for line in sys.stdin:
     if (child := os.fork()) == 0:
         exec(json.loads(line))
-        raise SystemExit(0)
+        sys.stdout.flush(), os._exit(0)
     if os.waitpid(child, 0)[1]:
         raise SystemExit("the code failed")
     print(flush=True)
@@ -69,13 +69,14 @@ from fedward.plan.schema import Plan
 from fedward.networks import MODELS
 from fedward_client.training.optimizers import build_optimizer
 def train(name, dimensions):
-    seg = "segmentation" in MODELS[name].tasks
+    seg, widths = "segmentation" in MODELS[name].tasks, MODELS[name].widths
     size = [32] * dimensions
+    least = {} if widths is None else {"channels": widths.least}
     plan = Plan.model_validate({
         "version": 1, "study": {"name": "lean"},
         "task": {"kind": "segmentation" if seg else "classification", "dimensions": dimensions,
                  "classes": ["a", "b"]},
-        "preprocessing": {"size": size}, "model": {"name": name},
+        "preprocessing": {"size": size}, "model": {"name": name, **least},
         "training": {"rounds": 1, "learning_rate": 0.1, "local_epochs": 1, "optimizer": "adam",
                      "loss": "dice_ce" if seg else "cross_entropy"},
         "privacy": {"mechanism": "none"}, "metrics": {"report": ["loss"], "primary": "loss"},

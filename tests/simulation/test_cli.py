@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_command import ForkedCommand
 from safetensors import safe_open
 
 from fedward.models.finished import open_finished
@@ -267,41 +268,18 @@ def _signals() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def _interrupt_after(words: str, *arguments: object, folder: Path) -> tuple[int, str]:
-    """Start the command, press Ctrl-C once it said the words; its exit code and errors.
-
-    A terminal sends the signal to the whole group, workers included.
-    """
-    process = subprocess.Popen(
-        [*COMMAND, *map(str, arguments)],
-        cwd=folder,
-        env=ENVIRONMENT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    try:
-        assert process.stdout is not None
-        assert any(words in line for line in process.stdout), f"never said: {words}"
-        os.killpg(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-        assert _group_is_gone(process.pid), "a worker outlived the command"
-        return process.returncode, errors
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+# A terminal sends Ctrl-C to the whole group, workers included.
 
 
-@pytest.mark.usefixtures("_signals")
 def test_ctrl_c_keeps_finished_rounds_and_leaves_no_process(
     npz_data: Path, plan_file: Path, tmp_path: Path
 ) -> None:
     change(plan_file, "rounds = 2", "rounds = 5000")
-    code, errors = _interrupt_after(
-        "round 1 of 5000", "run", plan_file, "--data", npz_data, *DIVIDED, folder=tmp_path
-    )
+    command = ForkedCommand(tmp_path, "run", plan_file, "--data", npz_data, *DIVIDED)
+    command.wait_for("round 1 of 5000")
+    code = command.end(signal.SIGINT, group=True)
+    errors = command.err.read_text("utf-8")
+    assert _group_is_gone(command.pid), "a worker outlived the command"
     assert code == 130, errors
     assert "interrupted" in errors and "Traceback" not in errors
     out = tmp_path / "runs" / "latest"
@@ -316,8 +294,25 @@ def test_ctrl_c_keeps_finished_rounds_and_leaves_no_process(
 def test_ctrl_c_before_the_first_round_ends_cleanly(
     npz_data: Path, plan_file: Path, tmp_path: Path
 ) -> None:
-    code, errors = _interrupt_after(
-        "reading the data", "run", plan_file, "--data", npz_data, *DIVIDED, folder=tmp_path
+    """Also in the middle of an import, so this is a program that starts."""
+    process = subprocess.Popen(
+        [*COMMAND, "run", plan_file, "--data", npz_data, *DIVIDED],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     )
-    assert code == 130, errors
-    assert "Traceback" not in errors
+    try:
+        assert process.stdout is not None
+        assert any("reading the data" in line for line in process.stdout)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert _group_is_gone(process.pid), "a worker outlived the command"
+        assert process.returncode == 130, errors
+        assert "Traceback" not in errors
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
