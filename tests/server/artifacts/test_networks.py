@@ -45,8 +45,9 @@ def plan_for(plan_of: Make, name: str, dimensions: int, size: int | None, change
 def _few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """One or two where a network has dozens of a kind: each takes a quarter of a second."""
     monkeypatch.setattr(vit, "_LAYERS", 2)
-    shallow = functools.partial(nets.DenseNet121, block_config=(2, 2, 2, 2))
-    monkeypatch.setattr(nets, "DenseNet121", shallow)
+    fewer = {"DenseNet121": {"block_config": (2, 2, 2, 2)}, "SwinUNETR": {"depths": (2, 1, 1, 1)}}
+    for name, blocks in fewer.items():
+        monkeypatch.setattr(nets, name, functools.partial(getattr(nets, name), **blocks))
     read = efficientnet.BlockArgs.from_string
 
     def seldom(text: str) -> efficientnet.BlockArgs:
