@@ -141,6 +141,10 @@ def make_hospital(tmp_path: Path, data: Path) -> Iterator[Callable[..., Hospital
             key = Ed25519PrivateKey.generate()
             if not (tmp_path / "data").exists():
                 (tmp_path / "data").symlink_to(data)
+                # The secret divides the patients, of whom few are validated: the same each time.
+                (tmp_path / "state").mkdir(mode=0o700)
+                (tmp_path / "state" / "site.secret").write_bytes(bytes(range(32)))
+                (tmp_path / "state" / "site.secret").chmod(0o600)
             text = SITE.format(coordinator=fingerprint(public_bytes(key)), policy=policy, rule=rule)
             (tmp_path / "site.toml").write_text(text)
             done = CliRunner().invoke(
