@@ -37,7 +37,7 @@ def memory_for(images: int) -> Iterator[list[int]]:
     seen: list[int] = []
 
     def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if isinstance(module, torch.nn.Conv2d):
+        if isinstance(module, torch.nn.Conv2d) and not inputs[0].is_meta:
             seen.append(len(inputs[0]))
             if len(inputs[0]) > images:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
