@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,13 +43,7 @@ def same(one: TrainerMessage, other: TrainerMessage) -> None:
 
 
 @pytest.mark.integration
-def test_a_simulated_hospital_answers_as_a_real_one(
-    make_hospital: Make, plan: Plan, tmp_path: Path
-) -> None:
-    # Patients are divided by the secret; one division in six leaves too few of a class to count.
-    (tmp_path / "state").mkdir(mode=0o700)
-    (tmp_path / "state" / "site.secret").write_bytes(bytes(32))
-    (tmp_path / "state" / "site.secret").chmod(0o600)
+def test_a_simulated_hospital_answers_as_a_real_one(make_hospital: Make, plan: Plan) -> None:
     policy = 'counts = "minimum-cells"\ncount_noise = 0.0\nminimum_count = 3\nrounding = 2'
     hospital = make_hospital("", policy)
     real = hospital.desk
