@@ -442,13 +442,16 @@ class TaskSpec(ABC):
             The tables to fill.
         """
 
-    @abstractmethod
     def withhold(self, tables: Tables, least: int) -> Tables:
         """Noisy tables without what is about fewer images than `least`, in their unit.
 
         Setting single cells to 0 would drop a model's few errors, and the figures of what is left
-        would be too good: a class goes as a whole, and bins are merged.
+        would be too good: a class, a row of ``(K, cells)``, goes as a whole.
         """
+        return {
+            name: np.where(table.sum(axis=1, keepdims=True) < least, 0, table)
+            for name, table in tables.items()
+        }
 
     @abstractmethod
     def tables_of(self, task: Task, counts: Any) -> Tables:

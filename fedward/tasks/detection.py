@@ -669,13 +669,6 @@ class _Detection(TaskSpec):
         table = np.stack([(full - share).sum(axis=0), share.sum(axis=0)], axis=1)
         return dict.fromkeys(parts, table)
 
-    def withhold(self, tables: Tables, least: int) -> Tables:
-        """The same without the classes that are in too few images; see the base class."""
-        return {
-            name: np.where(table.sum(axis=1, keepdims=True) < least, 0, table)
-            for name, table in tables.items()
-        }
-
     def tables_of(self, task: Task, counts: DetectionCounts) -> Tables:
         n = counts.f1[0].astype(np.int64) * _F1_STEPS
         there = np.minimum(np.rint(counts.f1[1] * _F1_STEPS).astype(np.int64), n)

@@ -615,13 +615,6 @@ class _Segmentation(TaskSpec):
             tables[name] = np.stack([(full - share).sum(axis=0), share.sum(axis=0)], axis=1)
         return tables
 
-    def withhold(self, tables: Tables, least: int) -> Tables:
-        """The same without the classes that are in too few images; see the base class."""
-        return {
-            name: np.where(table.sum(axis=1, keepdims=True) < least, 0, table)
-            for name, table in tables.items()
-        }
-
     def tables_of(self, task: Task, counts: SegmentationCounts) -> Tables:
         n, steps = counts.counts * DICE_STEPS, float(DICE_STEPS)
         sums = counts.sums * steps / np.array([[_scale(name)] for name in _ROWS])
