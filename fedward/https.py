@@ -79,6 +79,20 @@ def why_untrusted(error: BaseException | None) -> tuple[str, str] | None:
     return f"it {found} by this machine's clock, {clock}", fix
 
 
+def reason_of(error: BaseException) -> str:
+    """Why a connection failed, in the words of the operating system or of TLS; they name no place.
+
+    httpx gives one name, such as ``ConnectError``, to a refused connection, an unknown host and a
+    broken handshake.
+    """
+    words, cause = type(error).__name__, error.__cause__ or error.__context__
+    while cause is not None:
+        if isinstance(cause, OSError):
+            words = (cause.reason if isinstance(cause, ssl.SSLError) else cause.strerror) or words
+        cause = cause.__cause__ or cause.__context__
+    return words
+
+
 def read_ca(server: Endpoint) -> bytes:
     """The authority's certificates.
 

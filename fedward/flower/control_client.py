@@ -22,6 +22,7 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
 from fedward.errors import StudyError
 from fedward.flower.batch_middleware import CONTROL_HEADER
+from fedward.https import reason_of
 
 # A run needs a bundle; this one holds no code, and nobody fetches it.
 _BUNDLE: Final = {
@@ -152,7 +153,7 @@ class ControlClient:
         except httpx.HTTPError as error:
             raise StudyError(
                 "the SuperLink must be reachable",
-                value=type(error).__name__,
+                value=reason_of(error),
                 fix="Start the service; see its log",
             ) from None
 

@@ -61,7 +61,7 @@ from fedward.flower.framing import (
     object_frame,
     read_object,
 )
-from fedward.https import restrict_responses, tls_context, why_untrusted
+from fedward.https import reason_of, restrict_responses, tls_context, why_untrusted
 
 HEARTBEAT_SECONDS: Final = 10.0
 _ACTIVATION_FAILED: Final = 2004
@@ -481,7 +481,7 @@ def _translated() -> Iterator[None]:
             ) from None
         raise LinkDown(
             "the aggregator must be reachable",
-            value=type(error).__name__,
+            value=reason_of(error),
             fix="Check network, proxy and certificate with `fedward-client doctor`",
         ) from None
 

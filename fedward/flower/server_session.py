@@ -33,6 +33,7 @@ from fedward.files import locked
 from fedward.flower.control_client import ControlClient
 from fedward.flower.grid import PackedGrid
 from fedward.flower.runtime_client import RuntimeClient
+from fedward.https import reason_of
 
 _ACQUIRE: Final = "/flwr.proto.Runtime/AcquireTask"
 _HEARTBEAT_SECONDS: Final = 15.0
@@ -103,7 +104,7 @@ class RunSession:
             answer = client.AcquireTask(request)
         except httpx.HTTPError as error:
             raise StudyError(
-                "the SuperLink must be reachable", value=type(error).__name__, fix="See its log"
+                "the SuperLink must be reachable", value=reason_of(error), fix="See its log"
             ) from None
         return (int(answer.task.run_id), str(answer.token)) if answer.token else None
 
