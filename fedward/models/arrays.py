@@ -176,7 +176,7 @@ def trainable_names(model: nn.Module, patterns: Sequence[str]) -> tuple[str, ...
 def site_names(model: nn.Module, plan: Plan) -> frozenset[str]:
     """Names of the parameters that the plan keeps at each site: they train and are never sent."""
     personal = plan.personal
-    if personal is None or personal.method not in ("fedbn", "fedper", "fedrep"):
+    if personal is None or not personal.keeps_layers:
         return frozenset()
     every = [name for name, _ in model.named_parameters()]
     if personal.method == "fedbn":

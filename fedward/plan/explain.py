@@ -92,6 +92,7 @@ def _parts(
     if plan.model.feature_centering:
         yield "Centres", _centering(plan)
     yield from _schedule(plan)
+    yield from _delivered(plan)
     yield "Each site", _site_work(plan)
     yield "Server", _server(plan)
     yield from _own_models(plan)
@@ -260,6 +261,17 @@ def _schedule(plan: Plan) -> Iterator[tuple[str, str]]:
             "all parameters train" if stage.train == ("*",) else f"trains {', '.join(stage.train)}"
         )
         yield "", f"{stage.name}: {count(stage.rounds, 'round')}, {_rate(plan, stage)}; {what}"
+
+
+def _delivered(plan: Plan) -> Iterator[tuple[str, str]]:
+    train, primary = plan.training, plan.metrics.primary
+    if train.patience is not None:
+        after = count(train.patience, "evaluation")
+        yield "", f"ends after {after} without a better {primary} on validation patients"
+    if train.keep == "best":
+        yield "", f"delivers the model of the round with the best {primary} on validation patients"
+    elif train.averaged_rounds is not None:
+        yield "", f"delivers the mean of the models of the last {train.averaged_rounds} rounds"
 
 
 def _centering(plan: Plan) -> str:

@@ -34,6 +34,7 @@ def _broken(plan: Plan) -> Iterator[tuple[str, str]]:
     yield from _task_rules(plan)
     yield from _model_rules(plan)
     yield from _stage_rules(plan)
+    yield from _keep_rules(plan)
     yield from _centering_rules(plan)
     yield from _table_rules(plan)
     yield from _strategy_rules(plan)
@@ -137,6 +138,30 @@ def _stage_rules(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "stages", "stage names must differ; rename one"
 
 
+def _keep_rules(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Of which model the study delivers, and of when it ends."""
+    training, rounds = plan.training, _stage_rounds(plan)
+    if training.averaged_rounds is not None and rounds and training.averaged_rounds > rounds[-1]:
+        yield (
+            "training.averaged_rounds",
+            f"the last stage has {rounds[-1]} rounds; lower averaged_rounds",
+        )
+    if training.keep == "averaged" and plan.strategy.averaging:
+        yield (
+            "strategy.averaging",
+            "keep = averaged and averaging both average the rounds' models; keep one of them",
+        )
+    if training.keep != "last" and plan.personal is not None and plan.personal.keeps_layers:
+        yield (
+            "training.keep",
+            f"with {plan.personal.method} a site's own layers are those of the last round; remove "
+            "keep",
+        )
+    if training.keep == "best" or training.patience is not None:
+        what = "keep = best" if training.keep == "best" else "patience"
+        yield from _figure_rules(plan, f"{what} compares rounds")
+
+
 def _stage_rounds(plan: Plan) -> list[int]:
     if plan.stages:
         return [stage.rounds for stage in plan.stages]
@@ -201,7 +226,7 @@ def _strategy_rules(plan: Plan) -> Iterator[tuple[str, str]]:
             f"{spec.name} needs SGD without momentum; set momentum to 0",
         )
     if spec.by_figures:
-        yield from _figure_rules(plan)
+        yield from _figure_rules(plan, f"{spec.name} weighs sites")
     if plan.participation.sites < spec.minimum_sites:
         yield (
             "participation.sites",
@@ -209,20 +234,18 @@ def _strategy_rules(plan: Plan) -> Iterator[tuple[str, str]]:
         )
 
 
-def _figure_rules(plan: Plan) -> Iterator[tuple[str, str]]:
-    """Of a strategy that weighs sites by the plan's primary figure."""
-    name, primary = plan.strategy.name, plan.metrics.primary
+def _figure_rules(plan: Plan, what: str) -> Iterator[tuple[str, str]]:
+    """Of what goes by the plan's primary figure, in words: who does what."""
+    primary, spec = plan.metrics.primary, plan.task.spec
     if not (plan.split.validation or plan.split.given):
         yield (
             "split.validation",
-            f"{name} weighs sites by their figures on validation patients; raise validation",
+            f"{what} by their figures on validation patients; raise validation",
         )
-    spec = plan.task.spec
     if plan.privacy.on and primary in spec.metric_names and spec.metric(primary).table is None:
         yield (
             "metrics.primary",
-            f"{name} weighs sites by {primary}, which no counts with noise give; choose another "
-            "primary figure",
+            f"{what} by {primary}, which no counts with noise give; choose another primary figure",
         )
 
 
@@ -803,6 +826,25 @@ class Training(Section):
         le=1000,
         description="rounds at the beginning of a stage in which the learning rate rises linearly",
     )
+    keep: Annotated[Literal["last", "best", "averaged"], Since(2)] = Field(
+        default="last",
+        description="the model that the study delivers: that of the `last` round; of the round "
+        "with the `best` primary figure on all validation patients together, the earliest of "
+        "equals; or the mean of those of the last `averaged_rounds` rounds (Izmailov et al., 2018, "
+        "arXiv:1803.05407). It goes by figures that sites release anyway, and needs no further "
+        "budget",
+    )
+    averaged_rounds: Annotated[int | None, Since(2)] = Field(
+        default=None, ge=2, le=10000, description="keep `averaged`: how many rounds"
+    )
+    patience: Annotated[int | None, Since(2)] = Field(
+        default=None,
+        ge=1,
+        le=10000,
+        description="end the study after so many evaluations on validation patients in a row, in "
+        "the last stage, whose primary figure is no better than the best before; sites are charged "
+        "for the rounds that they trained. None: all rounds are trained",
+    )
     gradient_clipping: Annotated[Positive | None, Since(2)] = Field(
         default=None,
         description="without privacy: largest L2 norm of a step's gradient of the loss",
@@ -831,6 +873,17 @@ class Training(Section):
             yield (
                 "training.rounds",
                 "rounds and learning_rate go together; give both, or use [[stages]]",
+            )
+        if (self.keep == "averaged") != (self.averaged_rounds is not None):
+            yield (
+                "training.averaged_rounds",
+                "keep = averaged and averaged_rounds go together; give both, or neither",
+            )
+        if self.keep == "averaged" and self.patience is not None:
+            yield (
+                "training.patience",
+                "with patience nobody knows which rounds are the last ones; remove it, or keep the "
+                "best",
             )
         if self.momentum and self.optimizer != "sgd":
             yield (
@@ -975,6 +1028,11 @@ class Personal(Section):
         "better than its own on its validation patients; with privacy it always takes its own, "
         "because no ε covers the choice",
     )
+
+    @property
+    def keeps_layers(self) -> bool:
+        """Whether layers of the shared model stay at each site."""
+        return self.method in ("fedbn", "fedper", "fedrep")
 
     def _broken(self) -> Iterator[tuple[str, str]]:
         if self.method is None and not self.alone:

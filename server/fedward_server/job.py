@@ -52,6 +52,8 @@ class Job:
         Ends the study at the next occasion.
     average : dict
         The model that is delivered: the moving average, or the same as ``arrays``.
+    best : dict
+        With ``keep = "best"``, the one of these models with the best figures so far; empty before.
     facts : dict
         What the sites said of themselves.
     members : mapping or None
@@ -98,6 +100,7 @@ class Job:
     listen: Listener = ignore
     stop: threading.Event = field(default_factory=threading.Event)
     average: Arrays = field(default_factory=dict)
+    best: Arrays = field(default_factory=dict)
     facts: dict[str, SiteFacts] = field(default_factory=dict)
     members: Mapping[int, str] | None = None
     left_out: Mapping[str, InvalidReply] = field(default_factory=dict)

@@ -217,6 +217,15 @@ class Arm(Strict):
     epsilon: float | None = Field(default=None, description="the plan's target ε; none: no privacy")
     delta: float | None = None
     rounds: list[Round] = Field(default_factory=list)
+    best_round: int | None = Field(
+        default=None,
+        description="plans that keep the best: the round whose shared model is delivered; none: "
+        "the last one, as no validation figure was released",
+    )
+    ended_early: bool = Field(
+        default=False,
+        description="plans with a patience: whether it ended the arm before the plan's last round",
+    )
     test: TestFigures | None = Field(
         default=None, description="none while unfinished, and where nothing could be measured"
     )

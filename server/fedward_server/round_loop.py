@@ -31,6 +31,7 @@ from fedward.strategies import STRATEGIES, StrategySpec, array_names
 from fedward.tasks.private_counts import AnyCounts
 from fedward.tensors import FROZEN, digest
 from fedward_server.aggregation import Aggregation, free_arrays, record_of, size_of
+from fedward_server.delivered import average_decay, best_round, out_of_patience
 from fedward_server.events import (
     RoundEnded,
     SiteAnswered,
@@ -53,7 +54,7 @@ from fedward_server.reply_validation import (
     read_update,
 )
 from fedward_server.results import Failure, Round, SiteRound, TestFigures
-from fedward_strategies.averaging import blend, decay_at
+from fedward_strategies.averaging import blend
 from fedward_strategies.contribution import Sketch
 from fedward_strategies.memory import memory_of, remember
 from fedward_strategies.registry import build_strategy
@@ -144,7 +145,7 @@ class StudyRun:
         _set_imports_apart()
         try:
             self._patiently(self._members.enrol, start=True)
-            while self.job.round <= self.plan.rounds:
+            while self.job.round <= self.plan.rounds and not self._out_of_patience():
                 self._patiently(self._round)
                 if self.job.stop.is_set():
                     return
@@ -152,6 +153,9 @@ class StudyRun:
         finally:
             settle(self.job.arm)
             self._note_time()
+
+    def _out_of_patience(self) -> bool:
+        return out_of_patience(self.plan, self.job.arm.rounds)
 
     def _note_time(self) -> None:
         self.job.arm.seconds = time.perf_counter() - self._started
@@ -232,6 +236,8 @@ class StudyRun:
             self._validate(round_, result)
         result.seconds = time.perf_counter() - started
         self.job.arm.rounds.append(result)
+        if self.plan.training.keep == "best" and self._best() == round_:
+            self.job.best = dict(self.job.average)
         self._note_time()
         self.job.save(self.job)
         self.job.listen(RoundEnded(self.job.arm.name, result, self.plan.rounds))
@@ -553,7 +559,7 @@ class StudyRun:
         self.job.arrays = new
         memory = memory_of(strategy, self._spec_of(stage), tuple(received))
         self.job.memory, self.job.memory_stage = memory, stage.name
-        decay = decay_at(self.job.round, self.plan.strategy.averaging)
+        decay = average_decay(self.plan, self.job.round)
         self.job.average = blend(self.job.average, new, decay)
 
     def _strategy_of(self, stage: Stage) -> Strategy:
@@ -587,6 +593,9 @@ class StudyRun:
             if site in result.sites:
                 result.sites[site].validation = values
 
+    def _best(self) -> int | None:
+        return best_round(self.plan, self.job.arm.rounds)
+
     def _finish(self) -> None:
         """Measure the model on the test patients; then the study is complete, measured or not.
 
@@ -595,6 +604,9 @@ class StudyRun:
         only evaluates.
         """
         facts, arm, plan = self.job.facts, self.job.arm, self.plan
+        arm.ended_early = len(arm.rounds) < plan.rounds
+        if plan.training.keep == "best" and self.job.best:
+            self.job.average, arm.best_round = dict(self.job.best), self._best()
         sizes = {site: (one.test_images, one.test_patients) for site, one in facts.items()}
         unseen = {site: sizes.pop(site) for site in self.job.evaluate_only if site in sizes}
         own = [one for one in plan.tests if one]

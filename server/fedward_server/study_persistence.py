@@ -29,7 +29,7 @@ from fedward_server.job import Job
 from fedward_server.registry import Registry
 from fedward_server.registry.records import State, Study
 from fedward_server.report import write_metrics, write_report
-from fedward_server.report.summary import few_sites, unmeasured
+from fedward_server.report.summary import delivered, few_sites, unmeasured
 from fedward_server.results import Arm, StudyResults
 
 # A study's state on disk after each round: whole or not there, and never half.
@@ -165,13 +165,13 @@ class Checkpoints:
         if state.plan_hash != self._hash:
             raise ValueError("another plan")
         kinds: dict[str, dict[str, NDArray[Any]]] = {
-            kind: {} for kind in ("model", "average", "memory", "site")
+            kind: {} for kind in ("model", "average", "best", "memory", "site")
         }
         for name, value in load(tensors).items():
             kind, _, rest = name.partition("/")
             kinds[kind][rest] = value
         job.arrays, job.memory = kinds["model"], kinds["memory"]
-        job.average = kinds["average"] or dict(job.arrays)
+        job.average, job.best = kinds["average"] or dict(job.arrays), kinds["best"]
         job.site_states = {}
         for name, value in kinds["site"].items():
             site, _, inner = name.partition("/")
@@ -184,6 +184,7 @@ class Checkpoints:
 def _arrays(job: Job) -> dict[str, NDArray[Any]]:
     same = all(job.average[name] is value for name, value in job.arrays.items())
     parts = {"model": job.arrays, "average": {} if same else job.average, "memory": job.memory}
+    parts["best"] = job.best
     parts["site"] = {
         f"{n}/{name}": v for n, kept in job.site_states.items() for name, v in kept.items()
     }
@@ -267,7 +268,8 @@ class StudyPersistence:
     def _finish(self, job: Job) -> None:
         self._registry.studies.save_results(self._study.id, self._results)
         told = [unmeasured(job.arm)] if job.arm.unmeasured else []
-        told += [one for one in (few_sites(job.arm, self._plan), self._unwritten) if one]
+        chosen = delivered(job.arm, self._plan.metrics.primary)
+        told += [one for one in (chosen, few_sites(job.arm, self._plan), self._unwritten) if one]
         self._registry.studies.set_state(self._study.id, "finished", " ".join(told))
 
     def _catch_up(self, job: Job) -> None:

@@ -282,6 +282,7 @@ def _copy(job: Job) -> Job:
         arm=arm,
         arrays=dict(job.arrays),
         average=dict(job.average),
+        best=dict(job.best),
         memory=dict(job.memory),
         site_states=dict(job.site_states),
         facts=dict(job.facts),

@@ -48,20 +48,28 @@ def run(job: Job, sites: list[PreparedSite]) -> None:
 
 
 @pytest.mark.parametrize(
-    "strategy",
+    ("strategy", "training"),
     [
-        {"name": "fedavg", "averaging": 0.9},
-        {"name": "fedavgm", "settings": {"server_learning_rate": 1.0, "server_momentum": 0.9}},
-        {"name": "fedadam", "settings": {"eta": 0.01}},
-        {"name": "fedmedian"},
+        ({"name": "fedavg", "averaging": 0.9}, {}),
+        ({"name": "fedavg"}, {"keep": "averaged", "averaged_rounds": 2}),
+        (
+            {"name": "fedavgm", "settings": {"server_learning_rate": 1.0, "server_momentum": 0.9}},
+            {"keep": "best", "patience": 2, "learning_rate": 0.1},
+        ),
+        ({"name": "fedadam", "settings": {"eta": 0.01}}, {}),
+        ({"name": "fedmedian"}, {}),
     ],
-    ids=lambda strategy: strategy["name"],
+    ids=lambda one: one.get("name") or one.get("keep") or "last",
 )
 def test_a_study_broken_off_after_each_round_ends_as_one_that_was_not(
-    make_plan: Make, make_site: Make, tmp_path: Path, strategy: dict[str, Any]
+    make_plan: Make,
+    make_site: Make,
+    tmp_path: Path,
+    strategy: dict[str, Any],
+    training: dict[str, Any],
 ) -> None:
     sites = [make_site(f"site-{i}", seed=i) for i in (1, 2)]
-    plan = make_plan(training={"rounds": 3}, strategy=strategy)
+    plan = make_plan(training={"rounds": 3, **training}, strategy=strategy)
     whole = job_of(plan, seed=5)
     run(whole, sites)
 
@@ -143,7 +151,7 @@ number = 0
 while True:
     number += 1
     job.arrays = {{"w": np.full(300_000, number, np.float32)}}
-    job.average = job.arrays
+    job.average, job.best = job.arrays, {{}}
     job.arm.rounds.append(Round(round=number, stage="all", seconds=0.0))
     kept.save(job)
     print(number, flush=True)

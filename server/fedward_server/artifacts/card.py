@@ -13,7 +13,7 @@ from fedward.plan.schema import Plan
 from fedward.printable import printable
 from fedward_server.report.coverage import contributing, missing_words, whom
 from fedward_server.report.stats import Estimate, site_estimate, together_estimate
-from fedward_server.report.summary import dominance, patient_risk, per_image, unmeasured
+from fedward_server.report.summary import delivered, dominance, patient_risk, per_image, unmeasured
 from fedward_server.results import Arm, StudyResults
 
 
@@ -48,6 +48,8 @@ def _head(study: str, plan: Plan, results: StudyResults) -> Iterator[str]:
         yield "**Trained on synthetic images: of no use for patients.**"
         yield ""
     yield f"- Study: `{study}` ({state}), {len(results.arms[0].rounds)} of {plan.rounds} rounds"
+    if told := delivered(results.arms[0], results.primary):
+        yield f"- {told}"
     yield f"- Plan: SHA-256 `{results.plan_sha256}`"
     yield f"- Task: {plan.task.kind}, {plan.task.dimensions}D, {', '.join(plan.task.classes)}"
     if plan.preprocessing.channel:

@@ -58,6 +58,7 @@ def headline(results: StudyResults) -> str:
         _at_home(results, lead),
         _better_off(results, lead),
         _left_out(results, lead),
+        delivered(lead, results.primary),
         _private(results, lead, federated),
     ]
     return " ".join(sentence for sentence in sentences if sentence)
@@ -175,6 +176,25 @@ def _without_primary(results: StudyResults, lead: Arm, found: list[str]) -> Iter
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
+
+
+def delivered(arm: Arm, metric: str) -> str:
+    """Which round's model it is, where the plan chose, and why it ended; empty otherwise."""
+    told = []
+    name, done = metric_name(metric), len(arm.rounds)
+    if arm.ended_early:
+        told.append(
+            f"Training ended after round {done}, because {name} on the validation patients had "
+            "not become better for the plan's patience."
+        )
+    if arm.best_round is not None:
+        value = arm.rounds[arm.best_round - 1].validation.get(metric)
+        found = "" if value is None else f" ({figure(value, metric)})"
+        told.append(
+            f"The model is that of round {arm.best_round} of {done}, which has the best {name} on "
+            f"the validation patients{found}."
+        )
+    return " ".join(told)
 
 
 def unmeasured(arm: Arm) -> str:

@@ -145,10 +145,16 @@ class Federation:
 
 
 def unmeasured(plan: Plan) -> Plan:
-    """The same training, also of few patients, without evaluations, which no attack reads."""
+    """The same training, also of few patients, without evaluations, which no attack reads.
+
+    Nothing is chosen by them either: all rounds are trained, and the last model is attacked.
+    """
     metrics = plan.metrics.model_copy(update={"evaluate_every": plan.rounds})
     part = plan.participation.model_copy(update={"minimum_patients": 1})
-    return plan.model_copy(update={"metrics": metrics, "participation": part})
+    training = plan.training.model_copy(update={"patience": None})
+    if training.keep == "best":
+        training = training.model_copy(update={"keep": "last"})
+    return plan.model_copy(update={"metrics": metrics, "participation": part, "training": training})
 
 
 def _train_only(site: PreparedSite) -> dict[Any, NDArray[np.int64]]:
