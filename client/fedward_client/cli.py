@@ -11,6 +11,7 @@ from fedward_client.commands.daemon import add_to
 from fedward_client.commands.data import data_app
 from fedward_client.commands.model import model_app
 from fedward_client.commands.predict import predict
+from fedward_client.commands.store import store
 
 app = typer.Typer(
     help="A hospital's images and its part in studies, at the hospital.",
@@ -27,6 +28,9 @@ app.command(
     "predict",
     epilog="Example: fedward-client predict model.safetensors scans --out answers",
 )(predict)
+app.command("store", epilog="Example: fedward-client store answers --pacs main --config site.toml")(
+    store
+)
 
 
 @app.callback()

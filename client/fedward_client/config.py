@@ -264,7 +264,9 @@ class SiteConfig(Section):
         default=PolicySection(), description="what studies may do here; without it: nothing"
     )
     pacs: dict[DatasetName, PacsSection] = Field(
-        default={}, description="one table per PACS that images are fetched from, `[pacs.NAME]`"
+        default={},
+        description="one table per PACS that images are fetched from or results stored in, "
+        "`[pacs.NAME]`",
     )
     importer: ImporterSection = Field(
         default=ImporterSection(), description="the process that talks to the PACS"
@@ -286,6 +288,34 @@ class SiteConfig(Section):
                 where="datasets",
             )
         return self.datasets[name]
+
+    def pacs_for(self, name: str | None, dataset: DatasetSection | None = None) -> str:
+        """Name of the PACS that results go to.
+
+        Parameters
+        ----------
+        name : str or None
+            As the command line has it; None: the dataset's, else the only one.
+        dataset : DatasetSection, optional
+            Whose images the results are about.
+
+        Raises
+        ------
+        ConfigError
+            There is none of that name, or none is named where there is not one alone.
+        """
+        if name is None and dataset is not None and dataset.fetch is not None:
+            name = dataset.fetch.pacs
+        if name is None and len(self.pacs) == 1:
+            (name,) = self.pacs
+        if name not in self.pacs:
+            raise ConfigError(
+                f"the PACS must be one of {', '.join(sorted(self.pacs)) or 'those in site.toml'}",
+                value=name or "none",
+                fix="Name one with --pacs" if self.pacs else "Add [pacs.NAME]",
+                where="pacs",
+            )
+        return name
 
     def present(self, name: str) -> DatasetSection:
         """A dataset that is to be read now.

@@ -37,6 +37,8 @@ BEGIN = {
     "importer": (
         "client/fedward_client/importer",
         "client/fedward_client/commands/fetch.py",
+        "client/fedward_client/commands/store.py",
+        "client/fedward_client/commands/walls.py",
         "client/fedward_client/commands/data.py",
         "client/fedward_client/doctor/pacs.py",
         "client/fedward_client/cli.py",

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import click
 import typer
@@ -14,6 +14,7 @@ import typer
 from fedward.console import interruptible, print_json, say
 from fedward.errors import DataError, Interrupted
 from fedward_client.commands.options import SITE, Config, Json
+from fedward_client.commands.store import store_apart, tell_stored
 from fedward_client.commands.work import busy
 from fedward_client.data.readers.registry import READERS
 
@@ -63,13 +64,21 @@ def predict(
             show_default=False,
         ),
     ] = None,
+    store: Annotated[
+        bool, typer.Option("--store", help="send the DICOM objects to the PACS afterwards")
+    ] = False,
+    pacs: Annotated[
+        str | None,
+        typer.Option("--pacs", help="which; none: the dataset's, or the only one of site.toml"),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:INDEX")] = "auto",
     config: Config = SITE,
     as_json: Json = False,
 ) -> None:
     """Apply a finished model to images; the results stay at the hospital.
 
-    Ends with code 11 when it could not predict every image; the others are done.
+    Ends with code 11 when it could not predict every image; the others are done. Ends with code 29
+    when the PACS did not take an object.
     """
     from fedward_client.data.options import LabelOptions
     from fedward_client.predict.beside import channels_beside
@@ -84,6 +93,7 @@ def predict(
         tell("reading headers")
         kind = None if format == _AUTO else format
         path, found, dataset = _inputs(images, opened, kind, config)
+        archive = _archive(pacs, dataset, config) if store else None
         options = dataset.label_options() if dataset else LabelOptions()
         rows = _rows(opened, found, path, table, options)
         channels = dataset.channel_options() if dataset else {}
@@ -95,7 +105,13 @@ def predict(
             runtime,
             lambda done, of, name: tell(f"{done} of {of} predicted, next {name}"),
         )
-    refused = _told(outcome, opened, out, as_json=as_json)
+    code, stored = 0, None
+    if archive is not None:
+        with _kept_on_ctrl_c(out), interruptible():
+            code, stored = store_apart(out, archive, config)
+    refused = _told(outcome, opened, out, stored, as_json=as_json)
+    if code:
+        raise typer.Exit(code)
     if refused:
         raise typer.Exit(DataError.exit_code)
 
@@ -148,6 +164,13 @@ def _inputs(
     return dataset.root, found, dataset
 
 
+def _archive(pacs: str | None, dataset: DatasetSection | None, config: Path) -> str:
+    """Name of the PACS that the objects go to."""
+    from fedward_client.config import load_config
+
+    return load_config(config, datasets_here=False).pacs_for(pacs, dataset)
+
+
 def _rows(
     model: FinishedModel, found: Found, path: Path, table: Path | None, options: LabelOptions
 ) -> Mapping[str, Row | str]:
@@ -168,7 +191,14 @@ def _rows(
     return rows_beside(model.plan.table, found, path, options)
 
 
-def _told(outcome: Outcome, model: FinishedModel, out: Path, *, as_json: bool) -> int:
+def _told(
+    outcome: Outcome,
+    model: FinishedModel,
+    out: Path,
+    stored: dict[str, Any] | None,
+    *,
+    as_json: bool,
+) -> int:
     """Print what became of the inputs; how many were refused."""
     counts = {state: outcome.count(state) for state in ("predicted", "marked", "refused")}
     if as_json:
@@ -183,6 +213,7 @@ def _told(outcome: Outcome, model: FinishedModel, out: Path, *, as_json: bool) -
                     for one in outcome.records
                     if one["state"] == "refused"
                 },
+                **({} if stored is None else {"store": stored}),
             }
         )
         return counts["refused"]
@@ -195,6 +226,8 @@ def _told(outcome: Outcome, model: FinishedModel, out: Path, *, as_json: bool) -
         f"{counts['predicted']} predicted, {counts['marked']} marked, {counts['refused']} refused: "
         f"{out / 'predictions.csv'}. Not for diagnosis."
     )
+    if stored:
+        tell_stored(stored)
     if model.synthetic:
         say("The model was trained on synthetic images: of no use for patients.")
     return counts["refused"]

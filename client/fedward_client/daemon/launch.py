@@ -52,8 +52,11 @@ def main(arguments: Sequence[str]) -> None:
         else:
             from fedward_client.config import load_config
 
-            wall_off = _wall_off_importer if which == "importer" else _wall_off
-            wall_off(load_config(config_path, datasets_here=False))
+            config = load_config(config_path, datasets_here=False)
+            if which == "importer":
+                _wall_off_importer(config, fetches=list(arguments[2:4]) == ["data", "fetch"])
+            else:
+                _wall_off(config)
     except OSError as error:
         os.environ[NO_WALLS] = os.strerror(error.errno or 0)
     drop_privileges(frozenset() if which == "connector" else READ_OTHERS)
@@ -76,12 +79,14 @@ def _wall_off(config: SiteConfig) -> None:
     _become(server.user if server else "")
 
 
-def _wall_off_importer(config: SiteConfig) -> None:
-    """Hide all but the datasets, and let it change what it fetches into and its own folder."""
+def _wall_off_importer(config: SiteConfig, *, fetches: bool) -> None:
+    """Hide all but the datasets, and let it change its own folder, and what it fetches into."""
     from fedward_client.config import importer_hidden_places
 
     cover(importer_hidden_places(config))
-    places = [config.importer.state, *(one.root for one in config.datasets.values() if one.fetch)]
+    places = [config.importer.state]
+    if fetches:
+        places += [one.root for one in config.datasets.values() if one.fetch]
     with suppress(OSError):  # an older kernel
         for place in places:
             place.mkdir(mode=0o750, parents=True, exist_ok=True)

@@ -35,6 +35,11 @@ _SAY: Final = {
     401: ("it does not accept the token or the certificate", "Look at pacs.token"),
     403: ("it does not allow this", "Ask who runs it for read access"),
     404: ("there is no such service or object", "Compare pacs.url with its DICOMweb address"),
+    405: ("it does not offer this", "Ask who runs it for STOW-RS, or use DIMSE"),
+    413: ("the object is too large for it", "Ask who runs it for a higher limit"),
+    429: ("it is asked too often", "Try again later"),
+    503: ("it is busy", "Try again later"),
+    507: ("its disk is full", "Ask who runs it, and try again later"),
 }
 
 
@@ -72,32 +77,49 @@ class _Bounded:
         return getattr(self._raw, name)
 
 
+def open_http(pacs: PacsSection, throttle: Throttle, most: int) -> requests.Session:
+    """HTTP as the site says it.
+
+    Parameters
+    ----------
+    pacs : PacsSection
+        With whom.
+    throttle : Throttle
+        Of all connections.
+    most : int
+        Bytes of one answer; 0: any number.
+    """
+    http = requests.Session()
+    http.trust_env = False  # a PACS is in the house: no proxy, no password of the environment
+    http.max_redirects = 0
+    http.headers["Accept-Encoding"] = "identity"  # what is small may be any size unpacked
+    if pacs.token is not None:
+        http.headers["Authorization"] = f"Bearer {read_token(pacs.token)}"
+    if pacs.url.startswith("https:"):
+        http.mount("https://", _Tls(tls(pacs)))
+
+    def bound(answer: requests.Response, **_: Any) -> None:
+        answer.raw = _Bounded(answer.raw, throttle, most)
+
+    http.hooks["response"].append(bound)
+    return http
+
+
+def open_client(pacs: PacsSection, throttle: Throttle) -> DICOMwebClient:
+    """What speaks QIDO-RS and STOW-RS, and tries nothing twice by itself."""
+    session = open_http(pacs, throttle, _ANSWER)
+    client = DICOMwebClient(pacs.url, session=session, timeout=pacs.timeout_seconds)
+    client.set_http_retry_params(retry=False)
+    return client
+
+
 class DicomwebSource:
     """See :class:`fedward_client.importer.source.Source`."""
 
     def __init__(self, pacs: PacsSection, folder: Path, keep: Keep, throttle: Throttle) -> None:
         self._pacs, self._folder, self._keep, self._throttle = pacs, folder, keep, throttle
         self._sessions: list[DicomwebSession] = []
-        self._client = DICOMwebClient(
-            pacs.url, session=self._http(_ANSWER), timeout=pacs.timeout_seconds
-        )
-        self._client.set_http_retry_params(retry=False)
-
-    def _http(self, most: int) -> requests.Session:
-        http = requests.Session()
-        http.trust_env = False  # a PACS is in the house: no proxy, no password of the environment
-        http.max_redirects = 0
-        http.headers["Accept-Encoding"] = "identity"  # what is small may be any size unpacked
-        if self._pacs.token is not None:
-            http.headers["Authorization"] = f"Bearer {read_token(self._pacs.token)}"
-        if self._pacs.url.startswith("https:"):
-            http.mount("https://", _Tls(tls(self._pacs)))
-
-        def bound(answer: requests.Response, **_: Any) -> None:
-            answer.raw = _Bounded(answer.raw, self._throttle, most)
-
-        http.hooks["response"].append(bound)
-        return http
+        self._client = open_client(pacs, throttle)
 
     @contextmanager
     def find(
@@ -119,7 +141,7 @@ class DicomwebSource:
                 "limit": _PAGE,
                 "offset": offset,
             }
-            with _told():
+            with told():
                 if level == "STUDY":
                     page = self._client.search_for_studies(**asked)
                 elif level == "SERIES":
@@ -136,7 +158,8 @@ class DicomwebSource:
 
     def session(self) -> DicomwebSession:
         """A connection for WADO-RS."""
-        made = DicomwebSession(self._pacs, self._folder, self._keep, self._http(0))
+        http = open_http(self._pacs, self._throttle, 0)
+        made = DicomwebSession(self._pacs, self._folder, self._keep, http)
         self._sessions.append(made)
         return made
 
@@ -157,7 +180,7 @@ class DicomwebSession:
         place = f"{self._pacs.url.rstrip('/')}/studies/{study}/series/{series}"
         for url in [place] if whole else [f"{place}/instances/{uid}" for uid in instances]:
             with (
-                _told(),
+                told(),
                 self._http.get(
                     url,
                     headers={"Accept": _ACCEPT},
@@ -245,8 +268,17 @@ def _boundary(kind: str) -> bytes:
     return boundary.encode("ascii", "replace")
 
 
+def say_http(code: int) -> tuple[str, str]:
+    """What an HTTP status of the PACS means, and what to do."""
+    other = ("its server failed", "Look at its log, and try again later")
+    if code < 500:
+        other = ("it does not take this", "Look at its log")
+    found, fix = _SAY.get(code, other)
+    return f"HTTP {code}: {found}", fix
+
+
 @contextmanager
-def _told() -> Iterator[None]:
+def told() -> Iterator[None]:
     """Errors of requests as ours, without their texts, which quote addresses and identifiers."""
     try:
         yield
@@ -254,8 +286,7 @@ def _told() -> Iterator[None]:
         raise
     except requests.HTTPError as error:
         code = error.response.status_code
-        found, fix = _SAY.get(code, ("its server failed", "Look at its log, and try again later"))
-        raise lost(f"HTTP {code}: {found}", fix) from None
+        raise lost(*say_http(code)) from None
     except requests.exceptions.SSLError:
         raise lost(
             "a certificate that is not of pacs.ca for this name", "fedward-client doctor says why"

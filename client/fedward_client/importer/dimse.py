@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import tempfile
 import threading
 import time
@@ -68,6 +69,61 @@ _OUT_OF_RESOURCES, _NOT_WANTED = 0xA700, 0xC000  # answers to C-STORE (PS3.4, B.
 _config.LOG_HANDLER_LEVEL = "none"
 _config.LOG_REQUEST_IDENTIFIERS = False
 _config.LOG_RESPONSE_IDENTIFIERS = False
+
+
+def associate(
+    pacs: PacsSection,
+    context: ssl.SSLContext | None,
+    contexts: Sequence[Any],
+    roles: Sequence[Any] = (),
+    handlers: Sequence[Any] = (),
+) -> Association:
+    """A connection, negotiated.
+
+    Parameters
+    ----------
+    pacs : PacsSection
+        With whom.
+    context : ssl.SSLContext, optional
+        Of TLS.
+    contexts : sequence
+        Presentation contexts to ask for.
+    roles, handlers : sequence
+        As pynetdicom takes them.
+
+    Raises
+    ------
+    PacsError
+        There is none: nobody answers, or the PACS refuses it; the message says which.
+    """
+    entity = AE(pacs.calling_ae_title)
+    entity.maximum_pdu_size = _PDU
+    entity.acse_timeout = entity.dimse_timeout = pacs.timeout_seconds
+    entity.network_timeout = entity.connection_timeout = pacs.timeout_seconds
+    try:
+        made = entity.associate(
+            pacs.host,
+            pacs.port,
+            list(contexts),
+            ae_title=pacs.ae_title,
+            max_pdu=_PDU,
+            ext_neg=list(roles),
+            tls_args=None if context is None else (context, pacs.host),
+            evt_handlers=list(handlers),
+        )
+    except (OSError, RuntimeError):
+        raise lost("no connection", "fedward-client doctor says which step fails") from None
+    if made.is_established:
+        return made
+    if made.is_rejected:
+        answer = made.acceptor.primitive
+        reason = (int(answer.result_source or 0), int(answer.diagnostic or 0))
+        found, fix = _REJECTED.get(reason, ("it gives no reason", "Ask who runs the PACS"))
+        raise lost(f"association refused: {found}", fix)
+    if made.acceptor.primitive is not None and not made.accepted_contexts:
+        fix = "Ask who runs the PACS for C-FIND, and for C-GET, C-MOVE or C-STORE"
+        raise lost("association without what was asked for", fix)
+    raise lost("no association", "fedward-client doctor says which step fails")
 
 
 @dataclass
@@ -143,42 +199,8 @@ class DimseSource:
     def associate(
         self, contexts: Sequence[Any], roles: Sequence[Any] = (), handlers: Sequence[Any] = ()
     ) -> Association:
-        """A connection, negotiated.
-
-        Raises
-        ------
-        PacsError
-            There is none: nobody answers, or the PACS refuses it; the message says which.
-        """
-        pacs = self.pacs
-        entity = AE(pacs.calling_ae_title)
-        entity.maximum_pdu_size = _PDU
-        entity.acse_timeout = entity.dimse_timeout = pacs.timeout_seconds
-        entity.network_timeout = entity.connection_timeout = pacs.timeout_seconds
-        secured = None if self._context is None else (self._context, pacs.host)
-        try:
-            made = entity.associate(
-                pacs.host,
-                pacs.port,
-                list(contexts),
-                ae_title=pacs.ae_title,
-                max_pdu=_PDU,
-                ext_neg=list(roles),
-                tls_args=secured,
-                evt_handlers=list(handlers),
-            )
-        except (OSError, RuntimeError):
-            raise lost("no connection", "fedward-client doctor says which step fails") from None
-        if made.is_established:
-            return made
-        if made.is_rejected:
-            answer = made.acceptor.primitive
-            reason = (int(answer.result_source or 0), int(answer.diagnostic or 0))
-            found, fix = _REJECTED.get(reason, ("it gives no reason", "Ask who runs the PACS"))
-            raise lost(f"association refused: {found}", fix)
-        if made.acceptor.primitive is not None and not made.accepted_contexts:
-            raise lost("association without what was asked for", "Ask for C-FIND and C-GET")
-        raise lost("no association", "fedward-client doctor says which step fails")
+        """A connection; see :func:`associate`."""
+        return associate(self.pacs, self._context, contexts, roles, handlers)
 
     def session(self) -> DimseSession:
         """A connection for C-GET or C-MOVE."""

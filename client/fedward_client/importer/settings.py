@@ -20,10 +20,11 @@ Broken = Iterator[tuple[str, str, str]]  # key, rule and next step of what does 
 
 
 class PacsSection(Section):
-    """A PACS that images are fetched from."""
+    """A PACS that images are fetched from, and results stored in."""
 
     source: Literal["dicomweb", "dimse"] = Field(
-        description="`dicomweb`: QIDO-RS and WADO-RS; `dimse`: C-FIND with C-GET or C-MOVE"
+        description="`dicomweb`: QIDO-RS, WADO-RS and STOW-RS; `dimse`: C-FIND with C-GET or "
+        "C-MOVE, and C-STORE"
     )
     url: str = Field(
         default="",
@@ -117,8 +118,8 @@ class ImporterSection(Section):
 
     state: Place = Field(
         default=Path("importer"),
-        description="the importer's own folder: which objects it has fetched; it must lie outside "
-        "datasets, the site's state and the connector's",
+        description="the importer's own folder: which objects it has fetched and stored; it must "
+        "lie outside datasets, the site's state and the connector's",
     )
     reserve_gib: float = Field(
         default=1.0,
