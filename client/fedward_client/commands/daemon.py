@@ -169,7 +169,7 @@ def status(config: Config = SITE, as_json: Json = False) -> None:
         ("trainer's network", now["network"]),
         ("connector and images", now["connector"]),
         ("last refusal", _dated(now, "last_refusal") or "none"),
-        ("last error", _dated(now, "last_error") or _dated(link, "last_error") or "none"),
+        ("last error", _last_error(now, link)),
     ):
         table.add_row(name, str(value))
     console = Console()
@@ -365,8 +365,21 @@ def _dated(found: dict[str, Any], name: str) -> str:
     """What went wrong last, and when; "" without anything."""
     if not found.get(name):
         return ""
-    at = datetime.fromtimestamp(found.get(f"{name}_at", 0.0)).astimezone()
-    return f"{found[name]} ({at.isoformat(sep=' ', timespec='seconds')})"
+    return f"{found[name]} ({_moment(found.get(f'{name}_at', 0.0))})"
+
+
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(sep=" ", timespec="seconds")
+
+
+def _last_error(*parts: dict[str, Any]) -> str:
+    """The last error of trainer and link, and since when it is over; one that is not comes first."""
+    told = [one for one in parts if one.get("last_error")]
+    if not told:
+        return "none"
+    last = max(told, key=lambda one: (not one.get("recovered_at"), one.get("last_error_at", 0.0)))
+    over = last.get("recovered_at")
+    return (f"over since {_moment(over)}; it was: " if over else "") + _dated(last, "last_error")
 
 
 def _doing(now: dict[str, Any]) -> str:

@@ -103,6 +103,9 @@ class TrainerSession:
         if error:
             self.state.last_error = str(error)[:MOST_TEXT]
             self.state.last_error_at = time.time()
+            self.state.recovered_at = 0.0
+        elif state == "online" and self.state.last_error and not self.state.recovered_at:
+            self.state.recovered_at = time.time()
         write_state(self.file, self.state)
         if self._caller and not self._caller.gone.is_set():
             with suppress(TrainerGone):

@@ -31,6 +31,8 @@ class LinkState(BaseModel):
         Seconds since the epoch at which that began.
     last_error, last_error_at : str, float
         What broke the link last, and when (seconds since the epoch).
+    recovered_at : float
+        When the link was online again after it; 0 while it is not.
     node_id, messages, bytes_up : str, int, int
         Which node the site is, and what passed.
     trainer : str
@@ -49,6 +51,7 @@ class LinkState(BaseModel):
     since: float = Field(default=0.0, allow_inf_nan=False)
     last_error: Text = ""
     last_error_at: float = Field(default=0.0, allow_inf_nan=False)
+    recovered_at: float = Field(default=0.0, allow_inf_nan=False)
     node_id: Text = ""
     trainer: Text = "starting"
     isolation: Text = ""

@@ -373,7 +373,7 @@ class TrainerService(OrderService):
         try:
             going(done=True)
             answer = self._executor.do(what, order, case, packet, going)
-            self._board.add(done=1)
+            self._board.carried_out()
             return answer
         finally:
             self._board.set(doing="idle", waiting=self._turns.waiting())

@@ -32,6 +32,8 @@ class Activity:
         Whether the trainer proved that it has no network.
     last_error, last_error_at : str, float
         The last refusal that was no policy's, and when.
+    recovered_at : float
+        When an order was carried out after it; 0 while none was.
     last_refusal, last_refusal_at : str, float
         The last one that was, with its study, and when.
     warnings : list of str
@@ -52,6 +54,7 @@ class Activity:
     walls: bool = False
     last_error: str = ""
     last_error_at: float = 0.0
+    recovered_at: float = 0.0
     last_refusal: str = ""
     last_refusal_at: float = 0.0
     done: int = 0
@@ -73,13 +76,16 @@ class StatusBoard:
                 setattr(self._now, name, value)
                 if name in ("last_error", "last_refusal"):
                     setattr(self._now, f"{name}_at", time.time())
+                if name == "last_error":
+                    self._now.recovered_at = 0.0
             self._news.notify_all()
 
-    def add(self, **counts: int) -> None:
-        """Add to some of its numbers."""
+    def carried_out(self) -> None:
+        """Count an order that was carried out; an error before it is over."""
         with self._news:
-            for name, value in counts.items():
-                setattr(self._now, name, getattr(self._now, name) + value)
+            self._now.done += 1
+            if self._now.last_error and not self._now.recovered_at:
+                self._now.recovered_at = time.time()
             self._news.notify_all()
 
     def get(self) -> dict[str, Any]:

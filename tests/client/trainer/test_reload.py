@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -14,10 +14,12 @@ from fedward.plan.schema import Plan
 from fedward.signing import fingerprint, public_bytes
 from fedward_client.audit.log import audit_folder
 from fedward_client.audit.verify import entries
+from fedward_client.commands.daemon import _last_error
 from fedward_client.connector.trainer_session import TrainerSession
 from fedward_client.link.client import TrainerGone
 from fedward_client.trainer.admin import Admin
 from fedward_client.trainer.process import UNUSABLE, _follow_policy
+from fedward_client.trainer.status import Activity, StatusBoard
 
 Make = Callable[..., Any]
 
@@ -94,6 +96,20 @@ def test_a_trainer_that_is_not_there_yet_is_no_error(tmp_path: Any) -> None:
     assert session.state.state == "waiting for the trainer" and session.state.last_error == ""
     session.tell("down", TrainerGone("it does not come", fix="Start it"))
     assert session.state.last_error and session.state.last_error_at > time.time() - 60
+    down = session.state.model_dump()
+    session.tell("online")
+    over = session.state.model_dump()
+    assert "over since" not in _last_error(asdict(Activity("north")), down)
+    assert _last_error({}, over).startswith("over since 2")
+    # What is still wrong is told, whatever came after it.
+    board = StatusBoard("north")
+    board.set(last_error="no space is left")
+    assert _last_error(board.get(), over).startswith("no space is left (2")
+    board.carried_out()
+    assert _last_error(board.get(), down).startswith("it does not come")
+    assert "over since" in _last_error(board.get(), over)
+    session.tell("down", TrainerGone("it does not come", fix="Start it"))
+    assert session.state.recovered_at == 0.0
 
 
 def test_a_trainer_that_is_warm_follows_an_edited_policy(make_hospital: Make, plan: Plan) -> None:
