@@ -530,6 +530,8 @@ def _broken(dataset: DatasetSection) -> Iterator[tuple[str, str, str]]:
         yield "boxes", f"boxes belong to {kinds_of('boxes')}", "Remove the section"
     yield from dataset.boxes.broken(dataset.classes)
     named = LabelSection(patient_column=dataset.labels.patient_column)  # serves `patients.csv`
+    if dataset.patients.folder and dataset.labels.patient_column:
+        yield "patients.folder", "one thing must name the patients", "Remove labels.patient_column"
     if spec.target != "labels" and dataset.labels != named:
         yield "labels", f"labels belong to {kinds_of('labels')}", "Remove the section"
     if spec.target != "labels" and dataset.table:

@@ -48,6 +48,16 @@ PatientColumn = Annotated[
         help="Column of the tables that names the patients; none: patient, patient_id, subject, …",
     ),
 ]
+PatientFolder = Annotated[
+    int,
+    typer.Option(
+        "--patient-folder",
+        min=0,
+        max=16,
+        metavar="N",
+        help="Which folder on an image's path is its patient, from 1; 0: none.",
+    ),
+]
 ImagesArePatients = Annotated[
     bool,
     typer.Option(
@@ -111,6 +121,7 @@ def run(
         ),
     ] = "folders",
     patient_column: PatientColumn = "",
+    patient_folder: PatientFolder = 0,
     images_are_patients: ImagesArePatients = False,
     engine: Annotated[
         EngineName, typer.Option("--engine", help="local, or Flower's ray.")
@@ -210,6 +221,7 @@ def run(
         policy=policy,
         exact=exact,
         patient_column=patient_column,
+        patient_folder=patient_folder,
         images_are_patients=images_are_patients or bool(own and own.images_are_patients),
         fresh=fresh,
         checkpoint_seconds=checkpoint_seconds,
@@ -233,6 +245,7 @@ def audit(
         str, typer.Option("--partition", help="Who has which patient, as in `run`.")
     ] = "folders",
     patient_column: PatientColumn = "",
+    patient_folder: PatientFolder = 0,
     images_are_patients: ImagesArePatients = False,
     shadows: Annotated[
         int, typer.Option("--shadows", min=0, max=256, help="Federations on random halves.")
@@ -267,6 +280,7 @@ def audit(
         seed=seed,
         plan_folder=plan.parent,
         patient_column=patient_column,
+        patient_folder=patient_folder,
         images_are_patients=images_are_patients,
     )
     check_out(out, data)
@@ -353,6 +367,7 @@ def init(
         typer.Option("--label-column", help="The table's column of labels; none: found by name."),
     ] = "",
     patient_column: PatientColumn = "",
+    patient_folder: PatientFolder = 0,
     format: FormatName = _AUTO,
     private: Annotated[
         bool, typer.Option("--private", help="Make updates differentially private.")
@@ -373,6 +388,7 @@ def init(
         classes=tuple(part.strip() for part in classes.split(",") if part.strip()),
         label_column=label_column,
         patient_column=patient_column,
+        patient_folder=patient_folder,
         format=None if format == _AUTO else format,
     )
     made = draft(wanted, slug(wanted.root.resolve().stem), out, private=private)
@@ -463,6 +479,7 @@ def evaluate(
         bool, typer.Option("--folders", help="Each sub-folder of the data is a hospital.")
     ] = False,
     patient_column: PatientColumn = "",
+    patient_folder: PatientFolder = 0,
     by: Annotated[
         list[str] | None,
         typer.Option(
@@ -493,6 +510,7 @@ def evaluate(
         partition="folders" if folders else "iid",
         device=str(choose_device(device)),
         patient_column=patient_column,
+        patient_folder=patient_folder,
     )
     check_out(out, data)
     opened, console = open_finished(model), _console(as_json)
@@ -580,6 +598,7 @@ def _one_source(context: typer.Context) -> None:
         "partition",
         "cache_gib",
         "patient_column",
+        "patient_folder",
         "images_are_patients",
     }
     others = sorted(given & of_data)

@@ -19,7 +19,7 @@ from fedward_client.cohort.training import Preparers
 from fedward_client.data.channels import drops
 from fedward_client.data.dataset import DatasetSpec, hints, read_dataset
 from fedward_client.data.files import folders
-from fedward_client.data.options import LabelOptions
+from fedward_client.data.options import LabelOptions, PatientOptions
 from fedward_client.data.prepare import Means, doubts, prepare
 from fedward_client.data.sample import Dataset, PreparedSite, Sample, unnamed
 from fedward_client.data.survey import table_of
@@ -34,8 +34,8 @@ from fedward_simulation.watch import WatchedCrew, unprepared
 # Read the dataset that is to be divided; what is wrong is said in the command line's words.
 
 _NUMBERED = re.compile(r"sub-folder (\d+) of \d+ \(by name\)")
-_COLUMN = "labels.patient_column"
-_OPTIONS = {"format": "--format", _COLUMN: "--patient-column"}
+_COLUMN, _FOLDER = "labels.patient_column", "patients.folder"
+_OPTIONS = {"format": "--format", _COLUMN: "--patient-column", _FOLDER: "--patient-folder"}
 _SHOWN: Final = 6
 _FEW: Final = 5  # images, of which no hospital could be trained and tested
 _MADE = FORMS.removeprefix("folders, ")
@@ -75,14 +75,17 @@ def _spec(data: Path, options: Options, how: Partition) -> DatasetSpec:
     labels = own.label_options() if own else LabelOptions()
     if options.patient_column:
         labels = replace(labels, patient_column=options.patient_column)
+    patients = own.patients.options() if own else PatientOptions()
+    if options.patient_folder or options.patient_column:
+        patients = replace(patients, folder=options.patient_folder)
     if own is None:
-        return DatasetSpec(data, options.format, sites, labels=labels)
+        return DatasetSpec(data, options.format, sites, patients=patients, labels=labels)
     return DatasetSpec(
         data,
         options.format or own.format,
         sites,
         masks=own.masks.options(),
-        patients=own.patients.options(),
+        patients=patients,
         labels=labels,
         boxes=own.boxes.options(),
         images=own.image_options(),
@@ -97,6 +100,13 @@ def _check(data: Path, options: Options, how: Partition, task: Task) -> None:
             value=data.name,
             fix="Check the path and the mount",
             where="--data",
+        )
+    if options.patient_column and options.patient_folder:
+        raise DataError(
+            "one thing must name the patients",
+            value=f"--patient-column and {_OPTIONS[_FOLDER]}",
+            fix="Leave one of the two out",
+            where=_OPTIONS[_FOLDER],
         )
     natural = how.kind in ("folders", "column")
     if natural and options.sites is not None:
@@ -150,7 +160,9 @@ def _fix(error: DataError) -> str:
         return error.fix.replace("Set format", "Give --format")
     # Of a table: what site.toml could set, a simulation takes as it is by default.
     fix = re.sub(r", or see [^;]* in site\.toml", ", or give another --format", error.fix)
-    return fix.replace(_COLUMN, _OPTIONS[_COLUMN])
+    for key in (_COLUMN, _FOLDER):
+        fix = fix.replace(key, _OPTIONS[key])
+    return fix
 
 
 def _where(where: str, data: Path) -> str:
@@ -180,8 +192,8 @@ def _of_hospitals(data: Path, task: Task) -> bool:
 Note = Callable[[str], None]
 _FIX: Final = (
     "Name the patients (a column patient in the table of labels or in patients.csv, or "
-    "--patient-column; npz: an array of patients), or give --images-are-patients: privacy then "
-    "holds per image"
+    "--patient-column; a folder for each patient: --patient-folder; npz: an array of patients), or "
+    "give --images-are-patients: privacy then holds per image"
 )
 
 
@@ -225,7 +237,7 @@ def divided_sites(plan: Plan, options: Options, crew: Preparers, note: Note) -> 
     if how.kind == "folders" and median(map(len, parts.values())) < _FEW:
         note(
             f"the {len(parts)} hospitals, one for each sub-folder, have few images: if the "
-            "sub-folders are patients, give --partition iid"
+            "sub-folders are patients, give --partition iid --patient-folder 1"
         )
     check_count(plan, len(parts))
     check_labels(plan, dataset.samples)
@@ -239,8 +251,8 @@ def divided_sites(plan: Plan, options: Options, crew: Preparers, note: Note) -> 
     if found.missed:
         note(summary(found.missed))
     told = hints(_spec(options.data or Path(), options, how), plan.task, dataset.left_out)
-    for one in (*dataset.notes, *told):
-        note(f"labels: {one}")
+    for one in (*dataset.notes, *(f"labels: {one}" for one in told)):
+        note(one)
     return found
 
 

@@ -22,6 +22,7 @@ from fedward.plan import parse_plan
 from fedward.plan.schema import Task
 from fedward_client.config import config_from
 from fedward_client.data.dataset import DatasetSpec, read_dataset
+from fedward_client.data.options import PatientOptions
 from fedward_client.data.sample import Dataset, Image, Sample
 from fedward_client.data.survey import Survey
 
@@ -193,7 +194,10 @@ def _task(found: Survey) -> Task:
 
 
 def _spec(found: Survey, hospital: str) -> DatasetSpec:
-    return DatasetSpec(found.in_hospital(hospital), found.format, labels=found.labels)
+    patients = PatientOptions(folder=found.patient_folder)
+    return DatasetSpec(
+        found.in_hospital(hospital), found.format, patients=patients, labels=found.labels
+    )
 
 
 def _check(files: Mapping[str, str], folder: Path) -> None:
@@ -433,8 +437,16 @@ def _site(found: Survey, hospital: str, folder: Path, *, per_image: bool) -> str
     if per_image:
         lines += [
             "# The data name no patients: set this if each image is of another person, or name the",
-            "# patients in a column of the table or in patients.csv.",
+            "# patients in a column of the table or in patients.csv, or by patients.folder.",
             "# images_are_patients = true",
+        ]
+    if found.patient_folder:
+        lines += [
+            "",
+            "[datasets.images.patients]",
+            "# Which folder on the way to an image is its patient. Remove this if it means another",
+            "# thing, and name the patients in patients.csv.",
+            f"folder = {found.patient_folder}",
         ]
     lines += _labels(found, folder)
     lines += [
@@ -477,6 +489,8 @@ def _commands(found: Survey, folder: Path, facts: _Facts, *, private: bool) -> l
     run: list[Any] = ["fedward-simulate", "run", plan, "--data"]
     if found.hospitals:
         run += [found.root]
+        if found.patient_folder:
+            run += ["--patient-folder", found.patient_folder]
     else:
         run += [site, "--partition", "iid"]
     if private and not facts.named:
@@ -494,8 +508,8 @@ def _notes(found: Survey, facts: _Facts, *, private: bool) -> list[str]:
     if not facts.named:
         notes.append(
             "The data name no patients: each image counts as one. If a person has several images, "
-            "name the patients in patients.csv (image, patient)"
-            + (f" or give --patient-column, one of {', '.join(found.seen)}" if found.seen else "")
+            "name the patients in patients.csv (image, patient) or give --patient-folder"
+            + (f" or --patient-column, one of {', '.join(found.seen)}" if found.seen else "")
             + "; otherwise the figures are too good"
             + (" and privacy holds per image." if private else ".")
         )

@@ -84,6 +84,8 @@ class Options:
         GiB that prepared images of `data` may take; None for no bound.
     patient_column : str
         The column of the tables of `data` that names the patients; "": found by name.
+    patient_folder : int
+        Which folder on the path of an image of `data` is its patient, from 1; 0: none.
     images_are_patients : bool
         Whether each image of `data` is of another person, where the data name no patients.
     dataset : DatasetSection or None
@@ -115,6 +117,7 @@ class Options:
     policy: Path | None = None
     exact: bool = False
     patient_column: str = ""
+    patient_folder: int = 0
     images_are_patients: bool = False
     dataset: DatasetSection | None = None
     fresh: bool = False

@@ -188,6 +188,7 @@ class Study:
             "epsilons": list(options.epsilons),
             "policy": hashlib.sha256(self.policy.model_dump_json().encode()).hexdigest(),
             "patient_column": options.patient_column,
+            "patient_folder": options.patient_folder,
             "images_are_patients": options.images_are_patients,
             "versions": results.versions,
         }

@@ -27,6 +27,7 @@ def settle(
     classes: tuple[str, ...],
     label_column: str,
     patient_column: str,
+    patient_folder: int,
     format: Format | None,
 ) -> Survey:
     """What the data are for, by flags, else as asked on a terminal, else as they seem.
@@ -49,7 +50,8 @@ def settle(
     labels = replace(found.labels, words=words)
     if patient_column:
         labels = replace(labels, patient_column=patient_column)
-    return replace(found, classes=classes, labels=labels)
+    folder = patient_folder or (0 if patient_column else found.patient_folder)
+    return replace(found, classes=classes, labels=labels, patient_folder=folder)
 
 
 def _ask(known: _Answer | None, option: str, ask: Callable[[], _Answer], hint: str = "") -> _Answer:

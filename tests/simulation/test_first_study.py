@@ -20,6 +20,8 @@ from fedward.errors import DataError, OutputError
 from fedward.plan import load_plan
 from fedward_client.config import load_config
 from fedward_client.data.survey import survey
+from fedward_simulation.options import Options
+from fedward_simulation.study import Study
 
 SIMULATE = "fedward_simulation.cli"
 PROGRAMS = {"fedward-simulate": SIMULATE, "fedward-client": "fedward_client.cli"}
@@ -96,6 +98,31 @@ def test_folders_of_hospitals_with_masks(tmp_path: Path, commands: Any) -> None:
     for site in ("north", "south"):
         config = load_config(tmp_path / "s" / f"site-{site}.toml")
         assert config.site.name == site and config.datasets["images"].root.name == site
+
+
+def test_a_folder_for_each_patient_is_proposed_and_used(tmp_path: Path, commands: Any) -> None:
+    """Below a folder for each class; two hospitals, then one, whose site file says it."""
+    for place in range(24):
+        part = ("north", "south")[place // 12], ("normal", "tumour")[place % 2]
+        for name in ("left", "right"):
+            picture(tmp_path.joinpath("all", *part, f"P{place}", f"{name}.png"), True, place)
+    found = survey(tmp_path / "all" / "north")
+    assert found.classes == ("normal", "tumour") and found.patient_folder == 2
+    one = commands(SIMULATE, "init", "--data", "all/north", "--out", "one", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    assert "24 images of 12 patients" in one.stdout and "folder 2 of its path" in one.stdout
+    assert load_config(tmp_path / "one" / "site.toml").datasets["images"].patients.folder == 2
+    (tmp_path / "all" / "north" / "patients.csv").write_text("image,patient\nx,y", "utf-8")
+    assert survey(tmp_path / "all" / "north").patient_folder == 0
+    options = Options(
+        data=tmp_path / "all", out=tmp_path / "out", partition="folders", patient_folder=2
+    )
+    plan = load_plan(tmp_path / "one" / "plan.toml")
+    small = plan.participation.model_copy(update={"sites": 2, "quorum": 1})
+    plan = plan.model_copy(update={"participation": small})
+    sites = Study(plan, options, note=lambda text: None).prepare()
+    assert [len(np.unique(site.patients)) for site in sites] == [12, 12]
+    assert not any(site.images_are_patients for site in sites)
 
 
 def test_class_folders_with_parts_and_a_negative_class_first(tmp_path: Path) -> None:

@@ -780,7 +780,9 @@ def check_plan(
     cost: Cost | None = None
     budget: Budget | None = None
     if taken:
-        findings.append(patient_key_finding(taken, plan, dataset.images_are_patients))
+        folder = dataset.patients.folder
+        by = f"folder {folder} of its path" if folder and not cohort else ""  # a frozen one may not
+        findings.append(patient_key_finding(taken, plan, dataset.images_are_patients, by))
     if fits and taken:
         people, parts, classes = patient_findings(dataset, plan, taken)
         findings += people

@@ -14,8 +14,8 @@ from fedward_client.data.sample import Sample, unnamed
 FIX: Final = (
     "Each image counts as a patient: one person may be in training and test, and a private study "
     "is refused. Name the patients (a column patient in the table of labels or in patients.csv, or "
-    "labels.patient_column; npz: an array of patients). Only where each image is of another "
-    "person, set images_are_patients = true"
+    "labels.patient_column; a folder for each patient: patients.folder; npz: an array of "
+    "patients). Only where each image is of another person, set images_are_patients = true"
 )
 PER_IMAGE: Final = (
     "images_are_patients is set: each image counts as a patient, and privacy holds per image. Be "
@@ -52,11 +52,15 @@ def check_patient_key(
         )
 
 
-def patient_key_finding(samples: Sequence[Sample], plan: Plan, allowed: bool) -> Finding:
-    """The same as an answer of ``fedward-client data check``."""
+def patient_key_finding(
+    samples: Sequence[Sample], plan: Plan, allowed: bool, by: str = ""
+) -> Finding:
+    """The same as an answer of ``fedward-client data check``; `by` says what names the patients."""
     count = unnamed(samples)
     if not count:
-        return finding("patient key", "pass", "every image names its patient", "")
+        people = f"{len({sample.patient for sample in samples})} patients"
+        found = f"every image names its patient{by and f' ({by})'}: {people}"
+        return finding("patient key", "pass", found, "")
     found = f"high risk: {count} of {len(samples)} images name no patient, each counts as one"
     if not allowed:
         return finding("patient key", "fail" if plan.privacy.on else "warn", found, FIX)

@@ -21,7 +21,7 @@ from fedward.files import write_private
 from fedward.plan.schema import Preprocessing, Task
 from fedward_client.cohort.probe import spread
 from fedward_client.data.quiet import quiet
-from fedward_client.data.sample import Sample
+from fedward_client.data.sample import Sample, unnamed
 from fedward_client.data.transforms import Prepared, prepare_image
 
 _SIZES: Final = {2: (256, 256), 3: (96, 96, 96)}
@@ -104,9 +104,16 @@ def write_preview(
             value=", ".join(f"{reason}: {n}" for reason, n in sorted(left_out.items())) or "none",
             fix="See the report for what was left out and why",
         )
-    page = _page(title, tiles, task, prep, len(samples), left_out)
+    page = _page(title, tiles, task, prep, whose(samples), left_out)
     write_private(out, page.encode())
     return len(tiles), left_out
+
+
+def whose(samples: Sequence[Sample]) -> str:
+    """How many samples of how many patients, or that they name none."""
+    if unnamed(samples):
+        return f"{len(samples)} samples, which name no patients"
+    return f"{len(samples)} samples of {len({one.patient for one in samples})} patients"
 
 
 def check_place(out: Path, root: Path) -> None:
@@ -210,7 +217,7 @@ def _png(picture: NDArray[np.uint8]) -> str:
 
 
 def _page(
-    title: str, tiles: list[Tile], task: Task, prep: Preprocessing, of: int, left_out: Counter[str]
+    title: str, tiles: list[Tile], task: Task, prep: Preprocessing, of: str, left_out: Counter[str]
 ) -> str:
     environment = Environment(
         loader=PackageLoader("fedward_client.cohort"), autoescape=True, undefined=StrictUndefined

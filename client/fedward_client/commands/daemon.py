@@ -373,7 +373,7 @@ def _moment(seconds: float) -> str:
 
 
 def _last_error(*parts: dict[str, Any]) -> str:
-    """The last error of trainer and link, and since when it is over; one that is not comes first."""
+    """The last error of trainer and link, and since when it is over; what is not comes first."""
     told = [one for one in parts if one.get("last_error")]
     if not told:
         return "none"

@@ -119,7 +119,7 @@ def preview(
 ) -> None:
     """Write a contact sheet after preprocessing, masks overlaid, for the hospital's own eyes."""
     from fedward.plan import load_plan
-    from fedward_client.cohort.preview import check_place, write_preview
+    from fedward_client.cohort.preview import check_place, whose, write_preview
 
     site, loaded = load_site(config), load_plan(plan) if plan else None
     check_place(out, site.dataset(name).root)  # before the work
@@ -141,7 +141,7 @@ def preview(
     if as_json:
         print_json({"dataset": name, "shown": shown, "left_out": dict(left_out)})
         return
-    say(f"{shown} of {len(samples)} samples are on the page. It stays at the site.")
+    say(f"{shown} of {whose(samples)} are on the page. It stays at the site.")
 
 
 @data_app.command("check", epilog="Example: fedward-client data check chest --plan plan.toml")

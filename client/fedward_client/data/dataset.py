@@ -118,15 +118,25 @@ def _read(root: Path, task: Task, spec: DatasetSpec) -> Dataset:
             fix="Export the images as one of these",
             where="format",
         )
-    if READERS[kind].names_patients and spec.labels.patient_column:
-        raise DataError(
-            "a column of patients belongs to a table beside pictures or NIfTI images",
-            value=spec.labels.patient_column,
-            where="labels.patient_column",
-            fix="Remove labels.patient_column: DICOM files name their patients themselves, "
-            "an npz archive has an array of them",
-        )
+    if READERS[kind].names_patients:
+        _check_own_patients(spec)
     return READERS[kind].load().read(root, task, spec)
+
+
+def _check_own_patients(spec: DatasetSpec) -> None:
+    told = {
+        "labels.patient_column": spec.labels.patient_column,
+        "patients.folder": spec.patients.folder,
+    }
+    for key, value in told.items():
+        if value:
+            raise DataError(
+                "a column or a folder of patients belongs to pictures or NIfTI images",
+                value=value,
+                where=key,
+                fix=f"Remove {key}: DICOM files name their patients themselves, an npz archive "
+                "has an array of them",
+            )
 
 
 def _by_site(spec: DatasetSpec, task: Task) -> Dataset:

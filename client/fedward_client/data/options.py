@@ -351,11 +351,14 @@ class PatientOptions:
         them; "refuse" does too, and no study may use the dataset; "study" and "series" take each
         study or series (in folders of pictures and NIfTI: each image) for a patient of its own;
         "keep" takes all with one id for one patient.
+    folder : int
+        Which folder on an image's path is its patient, from 1; 0: none. Pictures and NIfTI.
     """
 
     shared_ids: frozenset[str] = frozenset()
     missing: Rule = "leave-out"
     shared: SharedRule = "keep"
+    folder: int = 0
 
     def nobody(self, patient_id: str) -> Literal["missing", "shared", ""]:
         """Whether an id stands for nobody, and why."""
@@ -395,7 +398,7 @@ class PatientOptions:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """All of it as text, to be hashed."""
+        """What DICOM files are read by, as text, to be hashed."""
         return (*sorted(self.shared_ids), self.missing, self.shared)
 
     @property
@@ -439,11 +442,18 @@ class PatientSection(Section):
         description="images with one of `shared_ids`: the same; `keep`: all with one id count "
         "as one patient",
     )
+    folder: Annotated[int, BeforeValidator(validate_config)] = Field(
+        default=0,
+        ge=0,
+        le=16,
+        description="pictures and NIfTI: which folder on the way to an image is its patient, from "
+        "1, below the dataset's folder or its `images/`; 0: none, a table names them",
+    )
 
     def options(self) -> PatientOptions:
         """The same for a reader."""
         ids = frozenset(one.strip().casefold() for one in self.shared_ids)
-        return PatientOptions(ids, self.missing, self.shared)
+        return PatientOptions(ids, self.missing, self.shared, self.folder)
 
 
 class ImageSection(Section):

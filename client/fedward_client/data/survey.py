@@ -55,6 +55,7 @@ _DICOM_KEYS: Final = (
 )
 _MOST_CLASSES: Final = 30  # values of a column beyond which it is no label
 _LOOK_AT: Final = 20  # masks whose values are looked at
+_FEWEST: Final = 5  # folders that may be patients
 _CLASS: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _+/-]{0,63}")
 
 
@@ -83,6 +84,8 @@ class Survey:
         Sub-folders that are a hospital's dataset each.
     seen : tuple of str
         Columns of the table, for messages.
+    patient_folder : int
+        Which folder on an image's path seems to be its patient, from 1; 0: none.
     """
 
     root: Path
@@ -94,6 +97,7 @@ class Survey:
     labels: LabelOptions = field(default_factory=LabelOptions)
     hospitals: tuple[str, ...] = ()
     seen: tuple[str, ...] = ()
+    patient_folder: int = 0
 
     def in_hospital(self, name: str) -> Path:
         """The folder of a hospital; the whole where there are none."""
@@ -127,10 +131,43 @@ def survey(root: Path, format: Format | None = None, column: str = "") -> Survey
     places = [root / name for name in hospitals] or [root]
     found = [_one(Survey(one, format or detect(one)), column) for one in places]
     first = next((one for one in found if one.classes), found[0])
+    levels = {patient_folder(one) for one in found}
     names = sorted({name for one in found for name in one.classes}, key=_order)
     if first.kind == _MASKED:
         names = max((list(one.classes) for one in found), key=len)
-    return replace(first, root=root, classes=tuple(names), hospitals=hospitals)
+    return replace(
+        first,
+        root=root,
+        classes=tuple(names),
+        hospitals=hospitals,
+        patient_folder=levels.pop() if len(levels) == 1 else 0,
+    )
+
+
+def patient_folder(found: Survey) -> int:
+    """Which folder on the way to an image may be its patient, from 1; 0 where nothing says so.
+
+    It is the first one that all images have and that is neither the same for all, nor a part, nor a
+    class. Where the table has a column of patients, or there are few such folders, none is.
+    """
+    root, named = found.root, {bare(name) for name in found.seen}
+    if found.format not in ("folders", "nifti") or (root / _OTHER_TABLES[0]).is_file():
+        return 0
+    if named & set(PATIENT_COLUMNS):
+        return 0
+    from fedward_client.data.readers.images import is_picture
+    from fedward_client.data.readers.nifti import is_nifti
+
+    base = folder_of(root, IMAGE_FOLDERS) or root
+    wanted = is_nifti if found.format == "nifti" else is_picture
+    files = [file.relative_to(base).parts[:-1] for file in walk(base) if wanted(file)]
+    other = {*SPLIT_NAMES, *map(low, found.classes), *map(low, found.labels.words)}
+    for level in range(min(map(len, files), default=0)):
+        names = {parts[: level + 1] for parts in files}
+        words = {low(parts[-1]) for parts in names}
+        if len(words) > 1 and not words <= other:
+            return level + 1 if len(names) >= _FEWEST else 0
+    return 0
 
 
 def _hospitals(root: Path) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image as Pillow
 from rich.console import Console as Rich
 
-from fedward.errors import DataError
+from fedward.errors import ConfigError, DataError
 from fedward.rule_codes import RuleCode
 from fedward_client.cohort.check import Room, check_plan
 from fedward_client.cohort.freeze import (
@@ -24,6 +24,7 @@ from fedward_client.cohort.freeze import (
     usable,
 )
 from fedward_client.cohort.patient_key import FIX, PER_IMAGE
+from fedward_client.cohort.preview import whose
 from fedward_client.cohort.report import make_report
 from fedward_client.cohort.training import cache_folder, prepare_cohort
 from fedward_client.commands.tables import cohort_table, report_tables
@@ -149,6 +150,30 @@ def test_a_check_fails_for_a_private_plan_until_the_site_allows_it(site, reading
     made, found = checked(reading, site, private)
     assert made.can_serve and found["patient key"].status == "pass"
     assert "per image" not in found["privacy"].found and not made.privacy.per_image
+
+
+def test_folders_name_the_patients_and_every_command_says_so(site, reading, make_plan):
+    for k in range(40):
+        path = site.parent / "pictures" / ("no", "yes")[k % 2] / f"{k}.png"
+        target = path.parent / f"p{k // 4}" / path.name
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
+    site.write_text(SITE + "[datasets.chest.patients]\nfolder = 2\n")
+    with reading(site) as work:
+        found = usable(work.dataset, work.index, work.extract)
+        made = make_report("chest", work.dataset, work.index, work.extract)
+    assert {one.patient for one in found.samples} == {f"p{k}" for k in range(10)}
+    assert not made.images_are_patients and made.sample_patients == 10
+    assert "the patient of an image is folder 2 of its path" in made.hints
+    assert whose(found.samples) == "40 samples of 10 patients"
+    checks, told = checked(reading, site, make_plan(privacy=PRIVATE))
+    assert checks.can_serve and told["patient key"].found.endswith(
+        "(folder 2 of its path): 10 patients"
+    )
+    assert not facts_of(freeze(reading, site)).per_image
+    site.write_text(site.read_text() + '[datasets.chest.labels]\npatient_column = "x"\n')
+    with pytest.raises(ConfigError, match="one thing must name the patients"):
+        load_config(site)
 
 
 def test_a_frozen_cohort_is_held_to_it(site, reading, make_plan):

@@ -165,3 +165,28 @@ def test_the_column_that_the_site_names_in_a_table_of_patients(tmp_path, make_pl
     (tmp_path / "patients.csv").unlink()
     with pytest.raises(DataError, match="lesion"):
         read_dataset(spec, make_plan(kind).task)
+
+
+@pytest.mark.parametrize("build", [pairs, volumes])
+def test_a_folder_for_each_patient_below_that_of_the_images(tmp_path, make_plan, build):
+    """An image outside of them has no patient, and the site's folder leads a table's word."""
+    kind = build(tmp_path)
+    for folder in [one for one in tmp_path.iterdir() if one.is_dir()]:
+        for k, file in enumerate(sorted(folder.iterdir())):
+            if k:
+                (folder / f"p{k // 3}").mkdir(exist_ok=True)
+                file.rename(folder / f"p{k // 3}" / file.name)
+    task = make_plan(kind).task
+    found = read_dataset(DatasetSpec(tmp_path, patients=PatientOptions(folder=1)), task)
+    assert Counter(one.patient for one in found.samples) == {"p0": 2, "p1": 3, "p2": 1}
+    assert all(one.patient_known for one in found.samples)
+    assert [one.reason for one in found.left_out] == ["no patient id"]
+    assert found.notes == ("the patient of an image is folder 1 below images/",)
+    found = read_dataset(DatasetSpec(tmp_path), task)
+    assert found.notes == ('the patient of an image is in the column "patient"',)
+
+
+def test_files_that_name_their_patients_have_no_folder_of_patients(npz_data, make_plan):
+    spec = DatasetSpec(npz_data, patients=PatientOptions(folder=1))
+    with pytest.raises(DataError, match="belongs to pictures or NIfTI"):
+        read_dataset(spec, make_plan().task)

@@ -7,8 +7,9 @@
 * detection: a table of boxes (:mod:`fedward_client.data.box_tables`), text files as YOLO has them,
   or images and masks. An image without boxes has none.
 
-``patients.csv`` (``image``, ``patient``) names the patients; without any such column each image
-counts as one (:mod:`fedward_client.data.patient_columns` has the usual names of the column).
+``patients.csv`` (``image``, ``patient``) names the patients, or a folder on each image's path that
+the site tells; without any such column or folder each image counts as one
+(:mod:`fedward_client.data.patient_columns` has the usual names of the column).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import numpy as np
@@ -70,20 +71,33 @@ class People:
     Attributes
     ----------
     table : Table or None
-        ``patients.csv``; without it, and without a column of patients beside the labels, each
-        image counts as a patient.
+        ``patients.csv``; without it, a column of patients beside the labels or a folder for each
+        patient, each image counts as a patient.
     options : PatientOptions
         What missing and shared ids mean; a rule for studies or series is one for images here.
-    named : bool
-        Whether the table of labels names patients too.
+    named : str
+        The column of the table of labels that names patients too; "" where none does.
     column : str
         The column of patients that the site names; "" where it names none.
+    images : str
+        The folder of images, below which folders are counted; "" where there is none.
     """
 
     table: Table | None = None
     options: PatientOptions = field(default_factory=PatientOptions)
-    named: bool = False
+    named: str = ""
     column: str = ""
+    images: str = ""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What tells the patients, in words."""
+        if self.options.folder:
+            way = f"below {self.images}/" if self.images else "of its path"
+            return (f"the patient of an image is folder {self.options.folder} {way}",)
+        if column := self.named or (self.table.patients if self.table else ""):
+            return (f'the patient of an image is in the column "{column}"',)
+        return ()
 
     def beside(self, labels: Table) -> People:
         """The same beside a table of labels, in whose column of patients no cell may be empty.
@@ -94,7 +108,8 @@ class People:
             No table has the column that the site names.
         """
         self.check(labels)
-        return replace(self, named=any(entry.patient for entry in labels.entries.values()))
+        named = any(entry.patient for entry in labels.entries.values())
+        return replace(self, named=labels.patients if named else "")
 
     def check(self, *labels: Table) -> None:
         """Hold the tables against the column that the site names.
@@ -115,14 +130,16 @@ class People:
 
     def knows(self, patient: str) -> bool:
         """Whether :meth:`of` gave a patient's id, and not the image in place of a patient."""
-        return bool(self.table or self.named) and not patient.startswith(_IMAGE)
+        tells = self.table or self.named or self.options.folder
+        return bool(tells) and not patient.startswith(_IMAGE)
 
     def find(self, keys: tuple[str, ...]) -> Entry | None:
         """What ``patients.csv`` says of an image."""
         return self.table.find(keys) if self.table else None
 
     def of(self, keys: tuple[str, ...], own: str = "") -> str:
-        """The patient of an image: the label table's word, then ``patients.csv``, then the file.
+        """The patient of an image: the folder that the site tells, else the label table's word,
+        ``patients.csv``, the file.
 
         Parameters
         ----------
@@ -136,9 +153,13 @@ class People:
         DataError
             "no patient id" or "shared patient id": by the rule the image is left out.
         """
-        if not (own or self.table or self.named):
+        if self.options.folder:
+            own = self._folder(keys[0])
+        elif not (own or self.table or self.named):
             return keys[0]
-        word = unicodedata.normalize("NFC", own or self._listed(keys)).strip()
+        else:
+            own = own or self._listed(keys)
+        word = unicodedata.normalize("NFC", own).strip()
         nobody = self.options.nobody(word)
         rule = {"": "keep", "missing": self.options.missing, "shared": self.options.shared}[nobody]
         if rule == "keep":
@@ -148,6 +169,12 @@ class People:
         raise rule_codes.unusable(
             rule_codes.NO_PATIENT if nobody == "missing" else rule_codes.SHARED_PATIENT
         )
+
+    def _folder(self, name: str) -> str:
+        folders = PurePosixPath(name).parts[:-1]
+        if self.images and folders[:1] == (self.images,):
+            folders = folders[1:]
+        return "".join(folders[self.options.folder - 1 : self.options.folder])
 
     def _listed(self, keys: tuple[str, ...]) -> str:
         entry = self.find(keys)
@@ -167,7 +194,13 @@ def people_of(
     path = root / "patients.csv"
     named = LabelOptions(patient_column=labels.patient_column if labels else "")
     table = read_table(path, KEYS, None, named) if path.is_file() else None
-    return People(table, options or PatientOptions(), column=named.patient_column)
+    images = folder_of(root, IMAGE_FOLDERS)
+    return People(
+        table,
+        options or PatientOptions(),
+        column=named.patient_column,
+        images=images.name if images else "",
+    )
 
 
 # PNG, JPEG, TIFF and BMP files: images and masks.
@@ -448,7 +481,7 @@ def labelled(
     taken = collect(root, items())
     taken = replace(taken, left_out=taken.left_out + cases.left_out(root))
     idle = tuple(LeftOut(rule_codes.NO_IMAGE, key) for key in table.entries if key not in used)
-    return Dataset(taken.samples, taken.left_out + idle)
+    return Dataset(taken.samples, taken.left_out + idle, people.notes)
 
 
 def _labelled(
@@ -559,7 +592,8 @@ def pairs(
             yield by_name[name][0], rule_codes.NO_IMAGE
 
     note = f'names of masks end in "{suffix}" ({len(kept)}); masks.suffix can say otherwise'
-    return replace(collect(root, items()), notes=(note,) if suffix != told else ())
+    notes = (note,) if suffix != told else ()
+    return replace(collect(root, items()), notes=(*notes, *people.notes))
 
 
 def _ending(files: Iterable[Path], formats: Collection[str]) -> list[Path]:
@@ -620,9 +654,8 @@ def _boxed(
     taken = collect(root, items())
     idle = {*(listed or ())}.difference(*keys.values())
     left_out = (*taken.left_out, *cases.left_out(root))
-    return Dataset(
-        taken.samples, left_out + tuple(LeftOut(rule_codes.NO_IMAGE, key) for key in sorted(idle))
-    )
+    left_out += tuple(LeftOut(rule_codes.NO_IMAGE, key) for key in sorted(idle))
+    return Dataset(taken.samples, left_out, people.notes)
 
 
 def _with_boxes(
@@ -659,7 +692,7 @@ def _classes(root: Path, people: People, task: Task, options: LabelOptions) -> D
             yield file, made
 
     note = f"{len(masks)} files are masks by their names (P1_mask beside P1), and no images"
-    return replace(collect(root, items()), notes=(note,) if masks else ())
+    return replace(collect(root, items()), notes=(*[note] * bool(masks), *people.notes))
 
 
 def _of_class(
