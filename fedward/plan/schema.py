@@ -67,8 +67,6 @@ def _task_rules(plan: Plan) -> Iterator[tuple[str, str]]:
     if "depth" in plan.preprocessing.augmentation.flip and task.dimensions == 2:
         yield "preprocessing.augmentation.flip", "a 2D task has no depth axis; remove `depth`"
     yield from _patch_rules(plan)
-    if plan.privacy.audit and not spec.audited:
-        yield "privacy.audit", f"the audit does not attack {task.kind}; remove audit"
     kind = spec.name(task)
     if plan.training.loss not in spec.losses[kind]:
         yield (

@@ -216,6 +216,17 @@ class BundleSpec:
         Transforms after the activation.
     handlers : tuple of dict
         Handlers of the evaluator.
+    activated : bool
+        Whether logits become probabilities before these transforms; else they do it themselves.
+    channels_last : bool
+        Whether the network's last axis holds the channels, which MONAI wants second.
+    scripts : tuple of str
+        Files of ``artifacts/scripts`` that the transforms are in, besides the preprocessing.
+    besides : tuple of str
+        Channels of the output after those of the classes.
+    output : str
+        What the output is, where it is not logits of each class; ``{rest}`` stands for its sides
+        after the channels.
     """
 
     type: str
@@ -223,6 +234,11 @@ class BundleSpec:
     files: str
     postprocessing: tuple[dict[str, Any], ...] = ()
     handlers: tuple[dict[str, Any], ...] = ()
+    activated: bool = True
+    channels_last: bool = False
+    scripts: tuple[str, ...] = ()
+    besides: tuple[str, ...] = ()
+    output: str = ""
 
 
 class TaskSpec(ABC):
@@ -240,9 +256,8 @@ class TaskSpec(ABC):
         Whether the model answers for each pixel.
     pooled : bool
         Whether the model ends in one vector of features of an image.
-    audited, drafted : bool
-        Whether a simulation's audit can attack it; whether a simulation writes synthetic patients
-        and first plans for it.
+    drafted : bool
+        Whether a simulation writes synthetic patients and first plans for it.
     losses : mapping
         By what a plan's task is called in messages, the losses that it takes.
     metrics : tuple of MetricSpec
@@ -253,8 +268,8 @@ class TaskSpec(ABC):
         The axis of images in the array of :meth:`answers`.
     unit : int
         What an image weighs in a noisy table.
-    bundle : BundleSpec or None
-        For exported models; none: such a model cannot be exported.
+    bundle : BundleSpec
+        For exported models.
     since : int
         The plan schema version that added it (see :mod:`fedward.plan.versions`).
     """
@@ -264,14 +279,13 @@ class TaskSpec(ABC):
     background: ClassVar[bool]
     dense: ClassVar[bool]
     pooled: ClassVar[bool] = False
-    audited: ClassVar[bool] = True
     drafted: ClassVar[bool] = True
     losses: ClassVar[Mapping[str, tuple[str, ...]]]
     metrics: ClassVar[tuple[MetricSpec, ...]]
     counts: ClassVar[type[Counts]]
     answer_axis: ClassVar[int]
     unit: ClassVar[int]
-    bundle: ClassVar[BundleSpec | None]
+    bundle: ClassVar[BundleSpec]
     since: ClassVar[int] = 1
 
     def metric(self, name: str) -> MetricSpec:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from fedward.tasks.base import (
     Boxes,
+    BundleSpec,
     Counts,
     Floats,
     Ints,
@@ -564,14 +565,39 @@ class _Detection(TaskSpec):
     target = "boxes"
     background = False
     dense = False
-    audited = False
     drafted = False
     losses: ClassVar[Mapping[str, tuple[str, ...]]] = {"detection": ("focal_giou",)}
     metrics = _METRICS
     counts = DetectionCounts
     answer_axis = 0
     unit = _F1_STEPS
-    bundle = None
+    bundle = BundleSpec(
+        type="tuples",
+        format="raw",
+        files="the boxes of each image as `output/NAME_boxes.json`, in the image's own pixels",
+        postprocessing=(
+            {
+                "_target_": "scripts.boxes.Boxesd",
+                "keys": "pred",
+                "image_key": "image",
+                "least": SURE,
+            },
+            {
+                "_target_": "scripts.boxes.SaveBoxesd",
+                "keys": "pred",
+                "image_key": "image",
+                "output_dir": "@output_dir",
+                "classes": "@class_names",
+            },
+        ),
+        activated=False,
+        channels_last=True,
+        scripts=("boxes.py",),
+        besides=("lower row", "lower column", "upper row", "upper column"),
+        output="for each of {rest} anchors the logits of the classes, whose sigmoid is a score, "
+        "and the corners of a box in pixels of the input. `scripts/boxes.py` takes the surest of "
+        "those of a class that overlap by more than half, and says where they are in the image",
+    )
     since = 2
 
     def rules(self, classes: Sequence[str], multi_label: bool) -> Iterator[tuple[str, str, str]]:

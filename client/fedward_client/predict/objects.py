@@ -2,7 +2,8 @@
 
 Both belong to the patient and the study of the images, in series of their own. Their UIDs are
 digests of model, release and images: the same prediction has the same UIDs, so that an archive
-that gets it twice keeps it once. The report is of template TID 1500 (PS3.16).
+that gets it twice keeps it once. The report is of template TID 1500 (PS3.16); boxes stand in it as
+coordinates on their image (SCOORD).
 """
 
 from __future__ import annotations
@@ -87,8 +88,6 @@ def make_objects(
     """
     made: list[Made] = []
     wrong: list[str] = []
-    if model.plan.task.has_boxes:
-        return [], ["no DICOM object is made of boxes"]
     author = _Author(model, source, marks)
     segmentation = None
     if model.plan.task.spec.dense and source.header.frames > 1 and not author.placed:
@@ -338,9 +337,49 @@ def _groups(
             continue
         images = _references(author, source, number)
         yield hd.sr.MeasurementsAndQualitativeEvaluations(**shared, source_images=images)
+        for count, (region, score) in enumerate(_regions(author, source, number, answer, place)):
+            uid = author.uid("box", *_instances(author, source, number), name, str(count))
+            told = hd.sr.Measurement(codes.DCM.Probability, score, codes.UCUM.NoUnits)
+            own = {
+                "tracking_identifier": hd.sr.TrackingIdentifier(uid=uid, identifier=name),
+                "measurements": [told],
+            }
+            yield hd.sr.PlanarROIMeasurementsAndQualitativeEvaluations(
+                **{**shared, **own}, referenced_region=region
+            )
+
+
+def _regions(
+    author: _Author, source: DicomSource, number: int, answer: Answer, place: int
+) -> Iterator[tuple[hd.sr.ImageRegion, float]]:
+    """Each box of a class as a closed line, with its score.
+
+    Coordinates are (column, row), and 0 is the outer border of the first pixel (PS3.3,
+    C.18.6.1.2), as of the corners of boxes.
+    """
+    if answer.boxes is None:
+        return
+    path, frame = source.used[number]
+    image = hd.sr.SourceImageForRegion(
+        referenced_sop_class_uid=author.images[path].SOPClassUID,
+        referenced_sop_instance_uid=author.images[path].SOPInstanceUID,
+        referenced_frame_numbers=[frame + 1] if source.header.frames > 1 else None,
+    )
+    for corners, score, kind in zip(*answer.boxes, strict=True):
+        if kind == place:
+            top, left, bottom, right = map(float, corners)
+            line = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
+            region = hd.sr.ImageRegion(
+                hd.sr.GraphicTypeValues.POLYLINE, np.array(line), source_image=image
+            )
+            yield region, float(score)
 
 
 def _measurement(plan: Plan, answer: Answer, place: int) -> hd.sr.Measurement:
+    if answer.boxes is not None:
+        count = CodedConcept("COUNT", _SCHEME, "Number of boxes")
+        boxes = CodedConcept("{boxes}", "UCUM", "boxes")
+        return hd.sr.Measurement(count, int((answer.boxes[2] == place).sum()), boxes)
     if answer.labels is None:
         value = float(answer.probabilities[place])
         return hd.sr.Measurement(codes.DCM.Probability, value, codes.UCUM.NoUnits)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any, Final
 
-from fedward.errors import ConfigError
 from fedward.plan.load import plan_hash
 from fedward.plan.schema import FLIP_AXES, Plan
-from fedward.tasks.base import BundleSpec
 
 Config = dict[str, Any]
 _IMAGE: Final = "image"
@@ -16,22 +14,6 @@ _OWN: Final = "scripts.preprocessing."
 _DICOM: Final = f"{_OWN}DicomReader"
 _MEAN, _DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 _UPRIGHT: Final = {"_target_": "PIL.ImageOps.exif_transpose", "_mode_": "callable"}
-
-
-def bundle_of(plan: Plan) -> BundleSpec:
-    """What a bundle says of the plan's task.
-
-    Raises
-    ------
-    ConfigError
-        Models of such a task are not exported.
-    """
-    if plan.task.spec.bundle is None:
-        raise ConfigError(
-            f"a bundle cannot say what the output of a {plan.task.kind} means",
-            fix="Deliver the safetensors file; fedward-client predict applies it",
-        )
-    return plan.task.spec.bundle
 
 
 def inference_config(plan: Plan) -> Config:
@@ -42,6 +24,7 @@ def inference_config(plan: Plan) -> Config:
         "device": "$torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')",
         "dataset_dir": "$@bundle_root + '/images'",
         "output_dir": "$@bundle_root + '/output'",
+        "class_names": list(plan.task.classes),
         "datalist": "$sorted(glob.glob(@dataset_dir + '/*'))",
         "network_def": {
             "_target_": "torch.jit.load",
@@ -63,7 +46,7 @@ def inference_config(plan: Plan) -> Config:
         },
         "inferer": _inferer(plan),
         "postprocessing": {"_target_": "Compose", "transforms": _postprocessing(plan)},
-        "handlers": list(bundle_of(plan).handlers),
+        "handlers": list(plan.task.spec.bundle.handlers),
         "evaluator": {
             "_target_": "SupervisedEvaluator",
             "device": "@device",
@@ -157,7 +140,8 @@ def _own(name: str, **values: Any) -> Config:
 def _postprocessing(plan: Plan) -> list[Config]:
     kind = "sigmoid" if plan.task.multi_label else "softmax"
     likely = {"_target_": "Activationsd", "keys": "pred", kind: True}
-    return [likely, *bundle_of(plan).postprocessing]
+    bundle = plan.task.spec.bundle
+    return [*([likely] if bundle.activated else []), *bundle.postprocessing]
 
 
 # ``configs/metadata.json`` of a bundle, by MONAI's bundle specification.
@@ -226,12 +210,12 @@ def _input(plan: Plan) -> Metadata:
 
 
 def _output(plan: Plan) -> Metadata:
-    spec = plan.task.spec
+    bundle, (channels, *rest) = plan.task.spec.bundle, _output_shape(plan)
     return {
-        "type": bundle_of(plan).type,
-        "format": bundle_of(plan).format,
-        "num_channels": plan.task.outputs,
-        "spatial_shape": list(plan.preprocessing.size) if spec.dense else [1],
+        "type": bundle.type,
+        "format": bundle.format,
+        "num_channels": channels,
+        "spatial_shape": rest or [1],
         "dtype": "float32",
         "value_range": [],
         "is_patch_data": plan.preprocessing.patch is not None,
@@ -239,8 +223,17 @@ def _output(plan: Plan) -> Metadata:
     }
 
 
+def _output_shape(plan: Plan) -> tuple[int, ...]:
+    """Of one image, the channels first."""
+    spec = plan.task.spec
+    shape = spec.output_shape(plan.task, plan.preprocessing.size)
+    return (shape[-1], *shape[:-1]) if spec.bundle.channels_last else shape
+
+
 def _channels(plan: Plan) -> list[str]:
-    return [*(["background"] if plan.task.spec.background else []), *plan.task.classes]
+    spec = plan.task.spec
+    first = ["background"] if spec.background else []
+    return [*first, *plan.task.classes, *spec.bundle.besides]
 
 
 def _public(number: str) -> str:
@@ -321,13 +314,17 @@ def _intensity(plan: Plan) -> str:
 
 
 def _readme_output(plan: Plan) -> tuple[str, ...]:
-    shape = f"(N, {plan.task.outputs}{', *size' if plan.task.spec.dense else ''})"
+    sides = _output_shape(plan)
+    shape = f"(N, {', '.join(map(str, sides))})"
     meaning = "sigmoid of each" if plan.task.multi_label else "softmax over channels"
+    told = f"logits; {meaning} gives probabilities"
+    if spoken := plan.task.spec.bundle.output:
+        told = spoken.format(rest=" × ".join(map(str, sides[1:])))
     listed = ", ".join(f"{place} = {name}" for place, name in enumerate(_channels(plan)))
     return (
         "## Output",
         "",
-        f"- `pred`: float32 `{shape}` logits; {meaning} gives probabilities.",
+        f"- `pred`: float32 `{shape}`: {told}.",
         f"- Channels: {listed}.",
         "",
     )
@@ -345,5 +342,6 @@ def _files(plan: Plan) -> tuple[str, ...]:
         "python -m monai.bundle run --config_file configs/inference.json",
         "```",
         "",
-        f"writes {bundle_of(plan).files}. It needs monai, pytorch-ignite and fire, and no Fedward.",
+        f"writes {plan.task.spec.bundle.files}. It needs monai, pytorch-ignite and fire, and no "
+        "Fedward.",
     )

@@ -28,7 +28,6 @@ from fedward.plan.load import plan_hash
 from fedward.plan.schema import Plan
 from fedward_server.artifacts.bundle_config import (
     RESEARCH,
-    bundle_of,
     expected_input,
     how_to_use,
     inference_config,
@@ -214,8 +213,7 @@ def export_bundle(given: Delivered, target: Path) -> Exported:
     Raises
     ------
     ConfigError
-        A package that this needs is missing, or the model reads a table or named channels, or is
-        of a task of which no bundle is made.
+        A package that this needs is missing, or the model reads a table or named channels.
     ModelError
         The arrays do not fit the plan, or a file gives another output than the network.
     OutputError
@@ -231,7 +229,6 @@ def export_bundle(given: Delivered, target: Path) -> Exported:
             "an export reads one file, and this model takes channels that it names",
             fix="Deliver the safetensors file; fedward-client predict applies it",
         )
-    bundle_of(given.plan)
     if target.exists():
         raise OutputError(
             "the export's folder must be new",
@@ -244,9 +241,27 @@ def export_bundle(given: Delivered, target: Path) -> Exported:
     model.eval()
     example = _images(given.plan, 2)
     content = _content(given, model, example)
-    difference = _check(model, content, _images(given.plan, 3))
+    difference = _check(exported_network(given.plan, model), content, _images(given.plan, 3))
     _write(target, content)
     return Exported(tuple(sorted(content)), difference)
+
+
+class _ChannelsFirst(nn.Module):
+    """A network whose last axis becomes the one after the images."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, *size)`` to the network's ``(N, *S, K)`` as ``(N, K, *S)``."""
+        found: Tensor = self.network(x).movedim(-1, 1)
+        return found
+
+
+def exported_network(plan: Plan, model: nn.Module) -> nn.Module:
+    """What the files hold: the network, with its channels where MONAI expects them."""
+    return _ChannelsFirst(model).eval() if plan.task.spec.bundle.channels_last else model
 
 
 def _content(given: Delivered, model: nn.Module, example: Tensor) -> dict[str, bytes]:
@@ -261,15 +276,19 @@ def _content(given: Delivered, model: nn.Module, example: Tensor) -> dict[str, b
     }
     weights = io.BytesIO()
     torch.save({name: value.clone() for name, value in model.state_dict().items()}, weights)
+    network, bundle = exported_network(plan, model), plan.task.spec.bundle
     script, facts = files("fedward_server.artifacts.scripts"), _json(metadata(plan))
     content = {
-        "models/model.onnx": onnx_model(model, example, about),
-        "models/model.ts": torchscript(model, example, {"metadata.json": facts}),
+        "models/model.onnx": onnx_model(network, example, about),
+        "models/model.ts": torchscript(network, example, {"metadata.json": facts}),
         "models/model.pt": weights.getvalue(),
         "configs/metadata.json": facts,
         "configs/inference.json": _json(inference_config(plan)),
         "scripts/__init__.py": b"",
-        "scripts/preprocessing.py": (script / "preprocessing.py").read_bytes(),
+        **{
+            f"scripts/{name}": (script / name).read_bytes()
+            for name in ("preprocessing.py", *bundle.scripts)
+        },
         "docs/README.md": (given.card + how_to_use(plan)).encode(),
         "LICENSE": _LICENSE.encode(),
         "docs/license.txt": _LICENSE.encode(),

@@ -104,6 +104,16 @@ def _labels(
     plan: Plan, site: PreparedSite, textures: NDArray[np.float64], rng: np.random.Generator
 ) -> NDArray[np.generic]:
     classes = len(plan.task.classes)
+    if plan.task.has_boxes:
+        # As many as real images have, anywhere.
+        real = (site.targets[site.split["train"]][..., -1] > 0).sum(axis=1)
+        made = np.zeros((len(textures), *site.targets.shape[1:]), site.targets.dtype)
+        for boxes, count in zip(made, rng.choice(real, len(made)), strict=True):
+            ends = np.sort(rng.random((max(1, int(count)), 2, plan.task.dimensions)), axis=1)
+            low, high = np.moveaxis(ends * (np.array(site.images.shape[2:]) - 1), 1, 0)
+            kinds = rng.integers(1, classes + 1, len(ends))[:, None]
+            boxes[: len(ends)] = np.concatenate([low, np.maximum(high, low + 1), kinds], axis=1)
+        return made
     if plan.task.has_masks:
         # Blobs that have nothing to do with the image, background included.
         smooth = [_texture(one.shape[1:], rng) for one in textures[:, :1]]

@@ -44,15 +44,8 @@ def audit_study(study: Study, sizes: Sizes, progress: AuditProgress, *, fresh: b
     Interrupted
         KeyboardInterrupt (see :func:`fedward.console.interruptible`); finished parts are kept.
     PlanError
-        The plan trains on patches, or is of a task that no attack knows.
+        The plan trains on patches.
     """
-    if not study.plan.task.spec.audited:
-        raise PlanError(
-            "an audit attacks answers of whole images, not boxes",
-            value=study.plan.task.kind,
-            fix="Audit a plan of another task",
-            where="task.kind",
-        )
     if study.plan.preprocessing.patch is not None:
         raise PlanError(
             "an audit attacks whole images, not patches",

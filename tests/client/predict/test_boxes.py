@@ -7,9 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import highdicom as hd
 import numpy as np
+import pydicom
 import pytest
 import torch
+from debian import dciodvfy
 from PIL import Image as Pillow
 
 from fedward.integrity import about_model
@@ -59,6 +62,15 @@ def model_of(path: Path, plan: Plan, bias: float) -> tuple[Path, dict[str, Any]]
 def picture(path: Path, seed: int = 0) -> None:
     values = np.random.default_rng(seed).integers(0, 255, SHAPE, np.uint8)
     Pillow.fromarray(values).save(path)
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    """A folder with one picture, `a.png`."""
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    picture(folder / "a.png")
+    return folder
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -114,14 +126,9 @@ def forward(boxes: Any, plan: Plan, spacing: Any) -> Any:
     return (ends + (np.array(plan.preprocessing.size) - sides) // 2).reshape(-1, 4)
 
 
-def test_the_table_of_boxes_serves_as_a_dataset_s(tmp_path: Path) -> None:
+def test_the_table_of_boxes_serves_as_a_dataset_s(tmp_path: Path, scans: Path) -> None:
     plan = plan_of()
     file, _ = model_of(tmp_path / "model.safetensors", plan, -1.0)
-    scans = tmp_path / "scans"
-    scans.mkdir()
-    Pillow.fromarray(np.random.default_rng(0).integers(0, 255, SHAPE, np.uint8)).save(
-        scans / "a.png"
-    )
     opened, out = open_finished(file), tmp_path / "out"
     predict(Wish(opened, scans, out), find_inputs(scans, plan.task), Runtime())
     (scans / "boxes.csv").write_bytes((out / "boxes.csv").read_bytes())
@@ -135,16 +142,48 @@ def test_the_table_of_boxes_serves_as_a_dataset_s(tmp_path: Path) -> None:
     assert int(line["found dot"]) + int(line["found bar"]) == len(rows)
 
 
-def test_a_model_that_finds_nothing_says_so(tmp_path: Path) -> None:
+def test_a_model_that_finds_nothing_says_so(tmp_path: Path, scans: Path) -> None:
     plan = plan_of()
     file, _ = model_of(tmp_path / "model.safetensors", plan, -30.0)
-    scans = tmp_path / "scans"
-    scans.mkdir()
-    Pillow.fromarray(np.random.default_rng(0).integers(0, 255, SHAPE, np.uint8)).save(
-        scans / "a.png"
-    )
     opened, out = open_finished(file), tmp_path / "out"
     outcome = predict(Wish(opened, scans, out), find_inputs(scans, plan.task), Runtime())
     assert outcome.count("predicted") == 1
     assert (out / "boxes.csv").read_text() == "image,frame,class,xmin,ymin,xmax,ymax,score\n"
     assert outcome.records[0]["images"] == [{"found": {"dot": 0, "bar": 0}, "boxes": []}]
+
+
+def test_boxes_of_a_dicom_image_are_coordinates_in_its_report(tmp_path: Path, dx: Any) -> None:
+    plan = plan_of(resize="fit")
+    file, _ = model_of(tmp_path / "model.safetensors", plan, 0.0)
+    pixels = np.random.default_rng(0).integers(0, 4096, SHAPE)
+    image = pydicom.dcmread(dx(tmp_path / "in" / "a.dcm", pixels))
+    out = tmp_path / "out"
+    predict(
+        Wish(open_finished(file), tmp_path / "in", out), find_inputs(tmp_path / "in", plan.task),
+        Runtime(),
+    )  # fmt: skip
+    (told,) = json.loads((out / "predictions.json").read_text("utf-8"))["inputs"]
+    path = out / told["files"]["sr"]
+    content = hd.sr.MeasurementReport.from_sequence([pydicom.dcmread(path)])
+    found = []
+    for group in content.get_planar_roi_measurement_groups():
+        (score,) = group.get_measurements()
+        (source,) = group.roi.ContentSequence[0].ReferencedSOPSequence
+        assert source.ReferencedSOPInstanceUID == image.SOPInstanceUID
+        line = group.roi.value
+        assert line.shape == (5, 2) and (line[0] == line[-1]).all()
+        found.append((group.finding_type.meaning, *line[0], *line[2], score.value))
+    boxes = [
+        (b["class"], b["xmin"], b["ymin"], b["xmax"], b["ymax"], b["score"])
+        for b in told["images"][0]["boxes"]
+    ]
+    assert sorted(one[0] for one in found) == sorted(one[0] for one in boxes)
+    rows = [sorted(one[1:] for one in side) for side in (found, boxes)]
+    np.testing.assert_allclose(rows[0], rows[1], rtol=1e-5)
+    counts = {
+        group.finding_type.meaning: group.get_measurements()[0].value
+        for group in content.get_image_measurement_groups()
+    }
+    assert counts == told["images"][0]["found"] and len(boxes) == sum(counts.values()) > 10
+    said = dciodvfy(path)
+    assert "Error" not in said and "Abort" not in said, said

@@ -14,7 +14,7 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 import torch
-from debian import need
+from debian import dciodvfy, need
 
 from fedward.models.finished import open_finished
 from fedward.plan.schema import Plan
@@ -201,12 +201,6 @@ def test_a_mask_of_uneven_slices_lies_on_even_ones_and_in_the_slices_as_they_wer
                 place = [-20 + 0.9 * column, 15 + 0.7 * row, 40 + 2.5 * k]
                 places[tuple(np.round(place, 2) + 0.0)] += 1
         assert places and near(marked_places(seg, number), places)
-
-
-def dciodvfy(path: Path) -> str:
-    program = need("dciodvfy", "dicom3tools")
-    done = subprocess.run([program, str(path)], capture_output=True, text=True, timeout=60)
-    return done.stderr + done.stdout
 
 
 @pytest.mark.parametrize("case", ["axial", "gantry tilt", "multi-frame"])

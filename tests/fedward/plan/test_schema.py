@@ -81,7 +81,6 @@ BROKEN: list[tuple[str, dict[str, Any], str, str, str]] = [
     ),
     ("c", {"preprocessing.patch": {}}, "preprocessing.patch", "need not show", "remove"),
     ("c", {**BOXES, "preprocessing.patch": {}}, "preprocessing.patch", "need not show", "remove"),
-    ("c", {**BOXES, "privacy.audit": True}, "privacy.audit", "does not attack", "remove audit"),
     ("c", {**BOXES, "table": {"column": [AGE]}}, "table", "one feature vector", "remove it"),
     ("c", {**BOXES, "task.multi_label": True}, "task.multi_label", "classification", "remove"),
     ("c", {**BOXES, "task.dimensions": 3, **THREE}, "model.name", "2D only", "another"),

@@ -20,10 +20,12 @@ import torch
 from PIL import Image as Pillow
 
 from fedward.errors import ConfigError, ModelError, OutputError
-from fedward.models import build_model
+from fedward.models import build_model, to_arrays
+from fedward.models.finished import FinishedModel
 from fedward.plan import plan_from
+from fedward_client.training.runtime import Runtime
 from fedward_server.artifacts import export as exporting
-from fedward_server.artifacts.export import export_bundle
+from fedward_server.artifacts.export import export_bundle, exported_network
 
 pytest.importorskip("onnxruntime")
 pytestmark = [
@@ -118,9 +120,11 @@ SCHEMA = {
         },
     },
 }
-KINDS = {
-    "classification": ("cnn", 2, {"size": [24, 32], "intensity": "unit"}),
-    "segmentation": ("unet", 3, {"size": [16, 16, 16], "spacing": [2.0, 2.0, 2.0]}),
+KINDS: dict[str, tuple[str, int, dict[str, Any], list[int]]] = {
+    "classification": ("cnn", 2, {"size": [24, 32], "intensity": "unit"}, [4, 8]),
+    "segmentation": ("unet", 3, {"size": [16, 16, 16], "spacing": [2.0, 2.0, 2.0]}, [4, 8]),
+    # Part of each image is padding.
+    "detection": ("retinanet", 2, {"size": [48, 64], "resize": "fit"}, [4, 8, 8, 8, 8, 8]),
 }
 
 
@@ -156,9 +160,14 @@ def made(
     trained: Make,
     delivered: Make,
 ) -> tuple[Any, Any, Path]:
-    name, dimensions, prep = KINDS[request.param]
-    plan = plan_of(name, dimensions, preprocessing=prep, model={"channels": [4, 8]})
+    name, dimensions, prep, widths = KINDS[request.param]
+    plan = plan_of(name, dimensions, preprocessing=prep, model={"channels": widths})
     model, folder = trained(plan), tmp_path_factory.mktemp("bundle") / "b"
+    if plan.task.has_boxes:  # sure of much
+        last = model.get_submodule("detector.classes.6")
+        with torch.no_grad():
+            last.weight.mul_(30)
+            last.bias.zero_()
     assert export_bundle(delivered(plan, model), folder).difference < 1e-4
     return plan, model, folder
 
@@ -195,7 +204,7 @@ def test_monai_loads_the_network(
     given = images(plan, 2)
     with torch.no_grad():
         for network in (loaded, script):
-            assert torch.equal(network.eval()(given), model(given))
+            assert torch.equal(network.eval()(given), exported_network(plan, model)(given))
     assert told["name"] == "exported"
 
 
@@ -205,7 +214,7 @@ def test_the_bundle_runs_over_a_folder_of_images(
     plan, model, folder = made
     (folder / "images").mkdir()
     rng = np.random.default_rng(0)
-    if plan.task.kind == "classification":
+    if plan.task.dimensions == 2:
         from fedward_client.data.readers.images import Picture as Reader
 
         path = folder / "images" / "one.png"
@@ -222,8 +231,21 @@ def test_the_bundle_runs_over_a_folder_of_images(
 
     given = prepare_image(image, None, plan.task, plan.preprocessing).pixels
     with torch.no_grad():
-        likely = torch.softmax(model(torch.from_numpy(given)[None]), 1)[0].numpy()
+        output = model(torch.from_numpy(given)[None])
     by_runner(folder, "from monai.bundle import run; run(config_file='configs/inference.json')")
+    if plan.task.kind == "detection":
+        from fedward_client.predict.run import Predictor
+
+        finished = FinishedModel("s", "shared", plan, "", "", to_arrays(model), {})
+        wanted = Predictor(finished, Runtime())(image, plan.preprocessing).boxes
+        assert wanted is not None
+        told = json.loads((folder / "output" / "one.png_boxes.json").read_text())
+        assert len(told["box"]) == len(wanted[0]) > 10
+        np.testing.assert_allclose(told["box"], wanted[0][:, [1, 0, 3, 2]], atol=0.02)
+        np.testing.assert_allclose(told["label_scores"], wanted[1], atol=1e-4)
+        assert told["label"] == [plan.task.classes[k] for k in wanted[2]]
+        return
+    likely = torch.softmax(output, 1)[0].numpy()
     if plan.task.kind == "classification":
         (row,) = csv.reader((folder / "output" / "predictions.csv").read_text().splitlines())
         assert Path(row[0]).name == "one.png"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -100,3 +101,37 @@ def test_a_centring_plan_is_watched_from_its_first_training_round(
     assert np.isfinite(seen.score).all() and seen.score.any()
     drawn = invert(plan, make_site(), 0, arrays, Runtime(), seed=0, steps=3)
     assert np.isfinite(drawn.mse)
+
+
+def test_a_detector_s_canaries_are_images_with_boxes_that_an_attacker_reads(
+    make_plan: Callable[..., Plan], make_site: Callable[..., PreparedSite]
+) -> None:
+    plan = make_plan(
+        task={"kind": "detection", "classes": ["a", "b"]},
+        preprocessing={"size": [32, 32]},
+        model={"name": "retinanet", "channels": [4, 8, 8, 8, 8, 8]},
+        training={"loss": "focal_giou"},
+        metrics={"report": ["map50"], "primary": "map50"},
+        privacy={"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-3, "clipping_norm": 1.0},
+    )
+    site = make_site(size=32)
+    boxes = np.zeros((len(site.images), 5, 5), np.float32)
+    boxes[:, :2] = [[2, 3, 12, 20, 1], [16, 8, 30, 30, 2]]
+    site = dataclasses.replace(site, targets=boxes)
+    arrays = to_arrays(build_model(plan, 0))
+    made, images = with_canaries(plan, site, 4, arrays, Runtime(), seed=3)
+    planted = made.targets[images]
+    there = planted[..., -1] > 0
+    assert (there.sum(axis=1) == 2).all() and set(planted[there][:, -1]) <= {1, 2}
+    low, high = planted[there][:, :2], planted[there][:, 2:4]
+    assert (low >= 0).all() and (high > low).all() and (high <= 32).all()
+    view = SiteView(plan, made, Runtime())
+    view.load(arrays, 1)
+    gradients = view.gradients([images[:1], images[1:2]])
+    assert np.isfinite(gradients).all()
+    cosine = gradients[0] @ gradients[1] / np.prod(np.linalg.norm(gradients, axis=1))
+    assert abs(cosine) < 0.99  # an update tells of each by itself
+    losses, confidences = view.signals(images)
+    assert losses == pytest.approx(-confidences)
+    drawn = invert(plan, site, 0, arrays, Runtime(randomness="seeded"), seed=1, steps=3)
+    assert drawn.image.shape == (1, 32, 32) and np.isfinite([drawn.mse, drawn.ssim]).all()
