@@ -28,7 +28,7 @@ from fedward_client.importer.source import (
 
 _CHUNK: Final = 1 << 18
 _PAGE: Final = 500  # answers that are asked for at once
-_ANSWER: Final = 64 << 20  # bytes of one page of answers
+ANSWER: Final = 64 << 20  # bytes of one page of answers
 _HEADERS: Final = 1 << 14  # bytes of the headers of one part
 _ACCEPT: Final = 'multipart/related; type="application/dicom"; transfer-syntax=*'
 _SAY: Final = {
@@ -105,10 +105,9 @@ def open_http(pacs: PacsSection, throttle: Throttle, most: int) -> requests.Sess
     return http
 
 
-def open_client(pacs: PacsSection, throttle: Throttle) -> DICOMwebClient:
+def open_client(pacs: PacsSection, http: requests.Session) -> DICOMwebClient:
     """What speaks QIDO-RS and STOW-RS, and tries nothing twice by itself."""
-    session = open_http(pacs, throttle, _ANSWER)
-    client = DICOMwebClient(pacs.url, session=session, timeout=pacs.timeout_seconds)
+    client = DICOMwebClient(pacs.url, session=http, timeout=pacs.timeout_seconds)
     client.set_http_retry_params(retry=False)
     return client
 
@@ -119,7 +118,8 @@ class DicomwebSource:
     def __init__(self, pacs: PacsSection, folder: Path, keep: Keep, throttle: Throttle) -> None:
         self._pacs, self._folder, self._keep, self._throttle = pacs, folder, keep, throttle
         self._sessions: list[DicomwebSession] = []
-        self._client = open_client(pacs, throttle)
+        self._http = open_http(pacs, throttle, ANSWER)
+        self._client = open_client(pacs, self._http)
 
     @contextmanager
     def find(
@@ -165,6 +165,7 @@ class DicomwebSource:
 
     def close(self) -> None:
         """End every connection."""
+        self._http.close()
         for one in self._sessions:
             one.close()
 

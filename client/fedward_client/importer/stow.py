@@ -10,7 +10,7 @@ import pydicom
 import requests
 
 from fedward.errors import PacsError
-from fedward_client.importer.dicomweb import open_client, say_http, told
+from fedward_client.importer.dicomweb import ANSWER, open_client, open_http, say_http, told
 from fedward_client.importer.sender import Item, Refusal, refusal
 from fedward_client.importer.settings import PacsSection
 from fedward_client.importer.source import Throttle
@@ -24,7 +24,8 @@ class StowSender:
 
     def __init__(self, pacs: PacsSection, throttle: Throttle) -> None:
         self._throttle = throttle
-        self._client = open_client(pacs, throttle)
+        self._http = open_http(pacs, throttle, ANSWER)
+        self._client = open_client(pacs, self._http)
 
     def has(self, item: Item) -> bool:
         """Ask by QIDO-RS."""
@@ -60,7 +61,8 @@ class StowSender:
             return Refusal(*say_http(code), every=code not in _ITS_OWN)
 
     def close(self) -> None:
-        """End the connection; requests opens another by itself."""
+        """End the connection; the session opens another by itself."""
+        self._http.close()
 
 
 def _failed(answer: Any) -> Refusal | None:
