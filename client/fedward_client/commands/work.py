@@ -146,7 +146,11 @@ def extractor(site: SiteConfig, name: str) -> Extractor:
     beside = None
     if dataset.as_task().has_masks:
         beside = masks_beside(
-            dataset.root, format, dataset.masks.options().suffix, dataset.channel_options()
+            dataset.root,
+            format,
+            dataset.masks.options().suffix,
+            dataset.channel_options(),
+            dataset.dimensions,
         )
     return Extractor(
         dataset.root,

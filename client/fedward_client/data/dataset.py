@@ -13,10 +13,19 @@ from fedward.errors import DataError
 from fedward.plan.schema import Task
 from fedward.rule_codes import RuleCode
 from fedward_client.data.channels import Channels, with_channels
-from fedward_client.data.files import IMAGE_FOLDERS, MASK_FOLDERS, folder_of, folders, walk
+from fedward_client.data.files import (
+    IMAGE_FOLDERS,
+    MASK_FOLDERS,
+    folder_of,
+    folders,
+    stem,
+    walk,
+)
 from fedward_client.data.hints import label_hints
+from fedward_client.data.mask_suffix import has_word
 from fedward_client.data.one_folder import OneFolder, one_folder
 from fedward_client.data.options import BoxOptions, LabelOptions, MaskOptions, PatientOptions
+from fedward_client.data.readers.dicom import masks_beside as dicom_masks
 from fedward_client.data.readers.dicom.headers import Listen, unheard
 from fedward_client.data.readers.dicom.kinds import ImageOptions
 from fedward_client.data.readers.registry import READERS, Format
@@ -180,11 +189,14 @@ def detect(root: Path) -> Format:
         kinds = {name for name in archives if readers[name].recognises(root)}
     else:
         files = walk(folder_of(root, IMAGE_FOLDERS) or root, without=MASK_FOLDERS)
-        looked = (
-            next((name for name, one in readers.items() if one.recognises(file)), "")
+        looked = [
+            (next((name for name, one in readers.items() if one.recognises(file)), ""), file)
             for file in islice(files, _LOOK_AT)
-        )
-        kinds = {name for name in looked if name}
+        ]
+        kinds = {name for name, _ in looked if name}
+        if "dicom" in kinds:  # masks of DICOM images are no DICOM files
+            others = {name for name, file in looked if not has_word(stem(file))}
+            kinds &= {*others, "dicom"}
     known = [name for name in READERS if name in kinds]
     if len(known) == 1:
         return known[0]
@@ -197,17 +209,24 @@ def detect(root: Path) -> Format:
 
 
 def masks_beside(
-    root: Path, format: Format, suffix: str = "", channels: Channels | None = None
+    root: Path,
+    format: Format,
+    suffix: str = "",
+    channels: Channels | None = None,
+    dimensions: int = 2,
 ) -> OneFolder | None:
     """The masks that lie beside the images of a dataset; None where none do.
 
     `suffix` is what the site says that their names end in, "" where it says nothing.
     """
     names = READERS[format].load().beside
-    if not names or not root.is_dir() or folder_of(root, MASK_FOLDERS):
+    if not root.is_dir() or folder_of(root, MASK_FOLDERS):
         return None
     try:
-        return one_folder(root, names, suffix, channels)
+        if format == "dicom":
+            base = folder_of(root, IMAGE_FOLDERS[:1]) or root
+            return dicom_masks.masks_beside(walk(base), base, dimensions, suffix)
+        return one_folder(root, names, suffix, channels) if names else None
     except DataError:
         return None
 

@@ -53,6 +53,21 @@ def _is_mark(suffix: str, masks: int) -> bool:
     return bool(_WORD.search(suffix)) or (masks > 1 and not suffix[0].isalnum())
 
 
+def in_words(suffix: str, masks: int) -> str:
+    """How masks were told from images, where the site did not say it."""
+    return f'names of masks end in "{suffix}" ({masks}); masks.suffix can say otherwise'
+
+
+def has_word(name: str) -> bool:
+    """Whether a name has a word for masks."""
+    return bool(_WORD.search(name))
+
+
+def is_word(suffix: str) -> bool:
+    """Whether an ending without digits is, or has, a word for masks."""
+    return bool(_MARK.fullmatch(suffix) and _WORD.search(suffix))
+
+
 def with_word(names: Collection[Path], images: Collection[Path]) -> set[Path]:
     """The names that have a word for masks beyond that of an image in their folder."""
     known = {*images}

@@ -71,15 +71,16 @@ def one_folder(
     if not suffix:
         suffix = common_suffix(known - own, own)
         if not suffix:
-            raise _untold(endings(own, known - own))
+            raise untold(endings(own, known - own))
     ended = {place for place in places.values() if place.name.endswith(suffix)}
     if not ended:
-        raise _untold(Counter())
+        raise untold(Counter())
     masks = {file for file, place in places.items() if place in own | ended}
     return OneFolder(tuple(f for f in files if f not in masks), tuple(sorted(masks)), suffix)
 
 
-def _untold(found: Counter[str]) -> DataError:
+def untold(found: Counter[str]) -> DataError:
+    """That masks cannot be told from images, with the endings that names have."""
     told = ", ".join(f"{word} ({count})" for word, count in found.most_common(3))
     beside = "name each mask as its image with an ending (P1_mask beside P1) and set masks.suffix"
     return DataError(

@@ -212,8 +212,10 @@ def _one(found: Survey, column: str) -> Survey:
     table = table_of(root)
     if masks is not None and (base is not None or found.format == "dicom"):
         return replace(found, kind=_MASKED, classes=_mask_classes(walk(masks)))
-    if table is None and (beside := masks_beside(root, found.format)):
-        return replace(found, kind=_MASKED, classes=_mask_classes(beside.masks))
+    for dimensions in (2, 3) if found.format == "dicom" else (found.dimensions,):
+        if table is None and (beside := masks_beside(root, found.format, dimensions=dimensions)):
+            classes = _mask_classes(beside.masks)
+            return replace(found, kind=_MASKED, classes=classes, dimensions=dimensions)
     if table is not None:
         return _of_table(found, table, column)
     if found.format == "folders":

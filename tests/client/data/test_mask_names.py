@@ -16,6 +16,7 @@ from fedward.errors import DataError
 from fedward.plan.schema import Task
 from fedward_client.data.dataset import DatasetSpec, hints, read_dataset
 from fedward_client.data.options import ChannelOptions, MaskOptions
+from fedward_client.data.survey import survey
 from fedward_client.predict.inputs import find_inputs
 
 AMBIGUOUS, NO_MASK, NO_IMAGE = "ambiguous name of mask", "no mask", "no image"
@@ -34,6 +35,8 @@ def tree(tmp_path: Path, make_dicom: Any, make_plan: Any) -> Any:
         base: str = "images",
         bad: str = "",
         uids: dict[str, str] | None = None,
+        folder: str = "masks",
+        suffix: str = "",
     ) -> Any:
         for k, path in enumerate(images):
             tags = {"SOPInstanceUID": uids[path]} if uids and path in uids else {}
@@ -44,13 +47,14 @@ def tree(tmp_path: Path, make_dicom: Any, make_plan: Any) -> Any:
         for path, count in masks.items():
             mask = np.zeros((8, 8), np.uint8)
             mask.flat[:count] = 1
-            (tmp_path / "masks" / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / path).parent.mkdir(parents=True, exist_ok=True)
             if path.endswith(".png"):
-                Pillow.fromarray(mask).save(tmp_path / "masks" / path)
+                Pillow.fromarray(mask).save(tmp_path / folder / path)
             else:
-                nib.save(nib.Nifti1Image(mask[..., None], np.eye(4)), tmp_path / "masks" / path)
+                nib.save(nib.Nifti1Image(mask[..., None], np.eye(4)), tmp_path / folder / path)
         task = make_plan("segmentation").task
-        found = read_dataset(DatasetSpec(tmp_path, "dicom"), task, empty=True)
+        spec = DatasetSpec(tmp_path, "dicom", masks=MaskOptions(suffix=suffix))
+        found = read_dataset(spec, task, empty=True)
         marked = {sample.patient.strip("\\"): int(sample.mask().sum()) for sample in found.samples}
         return marked, Counter(item.reason for item in found.left_out)
 
@@ -350,3 +354,56 @@ def test_a_mask_beside_its_image_is_not_predicted(tmp_path):
     beside(tmp_path, ["P1.png", "P1_mask.png", "P2.png"])
     task = Task(kind="segmentation", classes=("lesion",))
     assert [one.name for one in find_inputs(tmp_path, task).sources] == ["P1.png", "P2.png"]
+
+
+@pytest.mark.parametrize("base", ["images", "."])
+@pytest.mark.parametrize(
+    ("masks", "suffix", "marked", "left_out"),
+    [
+        ({"A/IM0001_mask.png": 4, "B/IM0001_mask.png": 9}, "", {"A": 4, "B": 9}, {}),
+        # A preview has no word for masks, a mask of no image is told, and no name is guessed.
+        (
+            {"A/IM0001_seg.nii.gz": 4, "A/IM0001.png": 9, "B/IM0002_seg.png": 1},
+            "",
+            {"A": 4},
+            {NO_MASK: 1, "not DICOM": 1, NO_IMAGE: 1},
+        ),
+        ({"A/IM0001m1.png": 4, "B/IM0001m1.png": 9}, "m1", {"A": 4, "B": 9}, {}),
+        ({"IM0001_mask.png": 4, "A/IM0001_mask.png": 9}, "", {"A": 9}, {AMBIGUOUS: 1}),
+    ],
+)
+def test_masks_among_dicom_files(tree, base, masks, suffix, marked, left_out):
+    assert tree(TWO, masks, base=base, folder=base, suffix=suffix) == (marked, left_out)
+
+
+def test_masks_among_dicom_files_are_not_guessed(tree):
+    with pytest.raises(DataError, match="DICOM files for segmentation need masks"):
+        tree(TWO, {"A/IM0001_2.png": 4, "B/IM0001.png": 4}, folder="images")
+    with pytest.raises(DataError, match=r"_mask \(1\), _gt \(1\).*set masks.suffix"):
+        tree(TWO, {"A/IM0001_mask.png": 4, "B/IM0001_gt.png": 9}, folder="images")
+
+
+@pytest.mark.parametrize(
+    "name", ["{}/T1_seg.nii.gz", "{}/T1/T1_seg.nii.gz", "{}/T1/seg.nii.gz", "labels/{}/T1.nii.gz"]
+)
+def test_masks_of_volumes_beside_their_series_or_in_it(tmp_path, make_ct, read_masked, name):
+    place = np.diag([-0.9, -0.7, 2.5, 1.0])
+    place[:3, 3] = [20, -15, 40]
+    for k, patient in enumerate("AB"):
+        uids = {"SeriesInstanceUID": f"1.2.{k}", "StudyInstanceUID": f"1.3.{k}"}
+        (slice_, *_) = make_ct(tmp_path / patient / "T1", PatientID=patient, **uids)
+        mask = np.zeros((slice_.Columns, slice_.Rows, 5), np.uint8)
+        mask.flat[: k + 3] = 1
+        file = tmp_path / name.format(patient)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(mask, place), file)
+    found = read_masked(tmp_path, ("x",))
+    assert {one.patient.strip("\\"): int(one.mask().sum()) for one in found.samples} == {
+        "A": 3,
+        "B": 4,
+    }
+    assert not found.left_out
+    assert survey(tmp_path).kind == "segmentation"
+    beside = "labels" not in name
+    assert len(found.notes) == beside
+    assert not beside or survey(tmp_path).dimensions == 3

@@ -44,7 +44,13 @@ from fedward_client.data.files import (
     walk,
 )
 from fedward_client.data.label_tables import SPLIT_NAMES, Entry, Table, read_table
-from fedward_client.data.mask_suffix import common_suffix, image_suffix, with_word, without
+from fedward_client.data.mask_suffix import (
+    common_suffix,
+    image_suffix,
+    in_words,
+    with_word,
+    without,
+)
 from fedward_client.data.masks import label_map
 from fedward_client.data.one_folder import one_folder
 from fedward_client.data.options import (
@@ -591,8 +597,7 @@ def pairs(
         for name in sorted(set(by_name) - set(names)):
             yield by_name[name][0], rule_codes.NO_IMAGE
 
-    note = f'names of masks end in "{suffix}" ({len(kept)}); masks.suffix can say otherwise'
-    notes = (note,) if suffix != told else ()
+    notes = (in_words(suffix, len(kept)),) if suffix != told else ()
     return replace(collect(root, items()), notes=(*notes, *people.notes))
 
 

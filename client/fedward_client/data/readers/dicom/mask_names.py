@@ -138,8 +138,9 @@ class _Names:
     ) -> None:
         whole = {mask: _place(mask, folder, 2) for mask in masks}
         places = {mask: (*of[:-1], of[-1].removesuffix(suffix)) for mask, of in whole.items()}
-        self._masks = _Tree({mask: [place] for mask, place in places.items()})
         self._images = _Tree({image: image.places for image in images})
+        places = {mask: self._of_volume(place) for mask, place in places.items()}
+        self._masks = _Tree({mask: [place] for mask, place in places.items()})
         self._place = places
         self._stems: dict[str, list[Path]] = defaultdict(list)
         for mask, place in places.items():
@@ -147,6 +148,11 @@ class _Names:
         self._uids: dict[str, set[_Image]] = defaultdict(set)
         for image in images:
             self._uids[image.uid].add(image)
+
+    def _of_volume(self, place: Parts) -> Parts:
+        """The folder of a series, for a mask in it that has its name, or none but the suffix."""
+        inside = len(place) > 1 and place[-1] in ("", place[-2])
+        return place[:-1] if inside and self._images.at([place[:-1]]) else place
 
     def of(self, image: _Image) -> list[Path]:
         """The masks that may be an image's, by the most exact of its names that any mask has."""

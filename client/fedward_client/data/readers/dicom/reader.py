@@ -3,9 +3,9 @@
 Files are found by what they are, not by suffix. Labels come from ``labels.csv``, keyed by one of
 SOPInstanceUID, SeriesInstanceUID, StudyInstanceUID, AccessionNumber, PatientID or file (or from
 ``labels.xlsx``); masks from ``masks/`` (PNG or NIfTI; see
-:mod:`fedward_client.data.readers.dicom.mask_names`) or from DICOM segmentations and structure sets
-anywhere in the tree. In a 2D task each frame is an image; in a 3D task each stack of slices is a
-volume.
+:mod:`fedward_client.data.readers.dicom.mask_names`), from such files beside their images or from
+DICOM segmentations and structure sets anywhere in the tree. In a 2D task each frame is an image; in
+a 3D task each stack of slices is a volume.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from typing import Final
 from fedward import rule_codes
 from fedward.errors import DataError
 from fedward.plan.schema import Task
-from fedward_client.data.files import file_identity, table_keys, walk
+from fedward_client.data.files import MASK_FOLDERS, file_identity, folder_of, table_keys, walk
 from fedward_client.data.label_tables import Entry, Table, as_number, read_table
+from fedward_client.data.mask_suffix import in_words
+from fedward_client.data.one_folder import OneFolder
 from fedward_client.data.options import TABLES, LabelOptions, MaskOptions, PatientOptions, low
 from fedward_client.data.readers.dicom.headers import KEYS, Header, Listen, read_headers, unheard
 from fedward_client.data.readers.dicom.kinds import ImageOptions
@@ -32,6 +34,7 @@ from fedward_client.data.readers.dicom.mask_references import (
     read_mask_file,
 )
 from fedward_client.data.readers.dicom.masks import SegmentedFrame, SegmentedSeries, SegmentedVolume
+from fedward_client.data.readers.dicom.masks_beside import masks_beside
 from fedward_client.data.readers.dicom.nifti_masks import PlacedNiftiMask
 from fedward_client.data.readers.dicom.pixels import read_frame
 from fedward_client.data.readers.dicom.series import Frames, Stack, layout, single, stack, stacks
@@ -120,7 +123,8 @@ def read(
     """
     base = root / "images" if (root / "images").is_dir() else root
     table = label_table(root, task, labels or LabelOptions())
-    files = [f for f in walk(base, without=("masks",)) if f.name not in _TABLES]
+    apart = MASK_FOLDERS if task.has_masks else ("masks",)
+    files = [f for f in walk(base, without=apart) if f.name not in _TABLES]
     if labels is not None and labels.file is not None:
         name, place = labels.file.name, labels.file
         files = [f for f in files if f.name != name or not f.samefile(place)]
@@ -133,7 +137,7 @@ def read(
             samples.append(item)
         else:
             left_out.append(LeftOut(item, name))
-    return Dataset(tuple(samples), tuple(left_out))
+    return Dataset(tuple(samples), tuple(left_out), masks.notes)
 
 
 @dataclass(frozen=True)
@@ -147,12 +151,14 @@ class Options:
 @dataclass(frozen=True)
 class _Masks:
     """Masks by image file (or why a name tells none), segmentations by their series, series of
-    which several readers drew one class, and whether pictures are resized to their image."""
+    which several readers drew one class, whether pictures are resized to their image, and what is
+    told of how masks were found."""
 
     named: Mapping[Path, Path | str]
     segmented: dict[str, tuple[MaskFile, ...]]
     several: frozenset[str] = frozenset()
     resize: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def _items(
@@ -227,9 +233,16 @@ def _masks(
 ) -> _Masks:
     if not task.has_masks:
         return _Masks({}, {})
-    inside = walk(root / "masks") if (root / "masks").is_dir() else []
+    folder, suffix = folder_of(root, MASK_FOLDERS), options.masks.suffix
+    notes: tuple[str, ...] = ()
+    inside = walk(folder) if folder else []
     named = [f for f in inside if is_picture(f) or is_nifti(f)]
     objects = [*found, *(f for f in sorted({*inside} - {*named}) if is_dicom(f))]
+    if folder is None and (beside := _beside(base, task, suffix, needed=not objects)):
+        folder, named, suffix = base, [*beside.masks], beside.suffix
+        left_out[:] = [one for one in left_out if root / one.name not in {*named}]
+        if suffix != options.masks.suffix:
+            notes = (in_words(suffix, len(named)),)
     if not named and not objects:
         raise DataError(
             "DICOM files for segmentation need masks",
@@ -238,9 +251,7 @@ def _masks(
             where=rule_codes.NO_MASKS,
         )
     others = [root / one.name for one in left_out if one.reason not in _NAMELESS]
-    matched = by_name(
-        named, root / "masks", headers, others, base, task.dimensions, options.masks.suffix
-    )
+    matched = by_name(named, folder or base, headers, others, base, task.dimensions, suffix)
     left_out += [LeftOut(why, path.relative_to(root).as_posix()) for path, why in matched.idle]
     read = []
     for path in objects:
@@ -252,7 +263,17 @@ def _masks(
     left_out += [LeftOut(rule_codes.NO_IMAGE, f.path.relative_to(root).as_posix()) for f in idle]
     merge = options.masks.several == "merge"
     several = frozenset() if merge else of_several_readers(read, segmented)
-    return _Masks(matched.of, segmented, several, options.masks.resize)
+    return _Masks(matched.of, segmented, several, options.masks.resize, notes)
+
+
+def _beside(base: Path, task: Task, suffix: str, *, needed: bool) -> OneFolder | None:
+    """Masks among the images; None where names tell none and others are there."""
+    try:
+        return masks_beside(walk(base), base, task.dimensions, suffix)
+    except DataError:
+        if needed:
+            raise
+        return None
 
 
 def _loads(group: Stack, task: Task) -> Iterator[DicomFrame | DicomVolume]:
