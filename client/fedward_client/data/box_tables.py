@@ -8,19 +8,21 @@ numbers says that its image has no box.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from fedward import rule_codes
 from fedward.errors import DataError
 from fedward.plan.schema import Task
+from fedward_client.data.boxes import checked
 from fedward_client.data.label_tables import read_rows
 from fedward_client.data.options import BOX_TABLES, BoxOptions, LabelOptions, low
-from fedward_client.data.sample import BoxRows
+from fedward_client.data.sample import BoxRows, LeftOut
 
-_KEYS: Final = ("image", "file", "filename", "file_name", "image_id", "path")
+_KEYS: Final = ("image", "file", "filename", "file_name", "image_id", "path", "sopinstanceuid")
 _CLASSES: Final = ("class", "label", "category", "name", "class_name")
 _CORNERS: Final = (
     ("xmin", "ymin", "xmax", "ymax"),
@@ -29,7 +31,72 @@ _CORNERS: Final = (
 )
 _SIDES: Final = (("x", "y", "width", "height"), ("x", "y", "w", "h"))
 
+Shape = tuple[int, ...]
 Row = tuple[str, str, tuple[float, ...] | None]  # image, class, corners; None: is not numbers
+
+
+@dataclass(frozen=True)
+class BoxSource:
+    """The boxes of a dataset's images.
+
+    Attributes
+    ----------
+    root, base : Path
+        The dataset, and the folder in it in which the images lie.
+    task : Task
+        Whose classes boxes are of.
+    options : BoxOptions
+        Where they are told, but not by masks.
+    listed : mapping or None
+        What a table says, by its names for images; None: there are text files.
+    """
+
+    root: Path
+    base: Path
+    task: Task
+    options: BoxOptions
+    listed: Mapping[str, BoxRows | str] | None
+
+    @classmethod
+    def of(cls, root: Path, base: Path, task: Task, options: BoxOptions) -> BoxSource:
+        """Read the table, if there is one; raises DataError as :func:`read_boxes`."""
+        listed = None if options.source == "yolo" else read_boxes(root, task, options)
+        return cls(root, base, task, options, listed)
+
+    def rows(self, file: Path, keys: Iterable[str], shape: Callable[[], Shape]) -> BoxRows:
+        """The boxes of an image, held against its size.
+
+        Parameters
+        ----------
+        file : Path
+            The image.
+        keys : iterable of str
+            What a table may call it.
+        shape : callable
+            Gives its rows and columns.
+
+        Raises
+        ------
+        DataError
+            The reason why the image is left out.
+        """
+        found: BoxRows = ()
+        if self.listed is None:
+            place = file.relative_to(self.base)
+            found = yolo_boxes(self.root, place, self.task, self.options, shape())
+        for key in keys:
+            own = (self.listed or {}).get(key, ())
+            if isinstance(own, str):
+                raise rule_codes.unusable(own)
+            found += own
+        if found:
+            checked(found, shape())
+        return found
+
+    def idle(self, keys: Iterable[Iterable[str]]) -> tuple[LeftOut, ...]:
+        """Names in the table that no image has, of images known by these names."""
+        names = {*(self.listed or ())}.difference(*keys)
+        return tuple(LeftOut(rule_codes.NO_IMAGE, name) for name in sorted(names))
 
 
 def read_boxes(root: Path, task: Task, options: BoxOptions) -> dict[str, BoxRows | str]:
@@ -135,9 +202,7 @@ def _of_coco(path: Path) -> Iterator[Row]:
     return iter(rows)
 
 
-def yolo_boxes(
-    root: Path, image: Path, task: Task, options: BoxOptions, shape: tuple[int, int]
-) -> BoxRows:
+def yolo_boxes(root: Path, image: Path, task: Task, options: BoxOptions, shape: Shape) -> BoxRows:
     """Boxes of one image from its text file; none where there is no file.
 
     Parameters

@@ -62,6 +62,19 @@ def around(mask: NDArray[np.uint8]) -> BoxRows:
     return tuple(found)
 
 
+def in_region(boxes: Boxes, region: tuple[slice, ...]) -> Boxes:
+    """Boxes ``(m, 2 D + 1)`` of an image where only a region of it is looked at, cut at its border.
+
+    Those of which too little is left within it are gone, as what a mask marks there is.
+    """
+    d = len(region)
+    start = np.array([part.start or 0 for part in region], np.float32)
+    sides = np.array([part.stop for part in region], np.float32) - start
+    low, high, kept = within(boxes[:, :d] - start, boxes[:, d : 2 * d] - start, sides)
+    moved = np.concatenate([low, high, boxes[:, 2 * d :]], axis=1)
+    return np.asarray(moved[kept], np.float32)
+
+
 def on_grid(
     boxes: Boxes, factors: tuple[float, ...], shape: tuple[int, ...], size: tuple[int, ...]
 ) -> Boxes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -411,6 +411,16 @@ class PatientOptions:
 # What ``site.toml`` says of a dataset's patients, labels and masks.
 
 Broken = Iterator[tuple[str, str, str]]  # key, rule and next step of what does not fit together
+
+
+def _broken_words(key: str, words: Mapping[str, str], classes: Iterable[str]) -> Broken:
+    """Of words that each lead to a class."""
+    if {plain(name) for name in words.values()} - {plain(name) for name in classes}:
+        yield key, "it must lead to one of `classes`", "Name one of them"
+    if len({plain(word) for word in words}) != len(words):
+        yield key, "a word must be listed once, in whatever case", "Remove one"
+
+
 Word = Annotated[str, Field(min_length=1, max_length=64, pattern=r"\S")]
 MaybeWord = Annotated[str, Field(max_length=64)]
 Key = Literal[
@@ -556,12 +566,8 @@ class LabelSection(Section):
 
     def broken(self, classes: tuple[str, ...], multi_label: bool) -> Broken:
         """Key, rule and next step of what does not fit together."""
-        names = {plain(name) for name in classes}
         for key, given in (("words", self.words), ("columns", self.columns)):
-            if {plain(name) for name in given.values()} - names:
-                yield f"labels.{key}", "it must lead to one of `classes`", "Name one of them"
-            if len({plain(word) for word in given}) != len(given):
-                yield f"labels.{key}", "a word must be listed once, in whatever case", "Remove one"
+            yield from _broken_words(f"labels.{key}", given, classes)
         for pair in (
             (self.words, self.unlabelled),
             (self.yes, self.no),
@@ -620,10 +626,7 @@ class BoxSection(Section):
 
     def broken(self, classes: tuple[str, ...]) -> Broken:
         """Key, rule and next step of what does not fit together."""
-        if {plain(name) for name in self.words.values()} - {plain(name) for name in classes}:
-            yield "boxes.words", "it must lead to one of `classes`", "Name one of them"
-        if len({plain(word) for word in self.words}) != len(self.words):
-            yield "boxes.words", "a word must be listed once, in whatever case", "Remove one"
+        yield from _broken_words("boxes.words", self.words, classes)
         if self.file is not None and self.source != "table":
             yield "boxes.file", f"source `{self.source}` has no table", "Remove it"
 
@@ -729,11 +732,7 @@ class MaskSection(Section):
 
     def broken(self, classes: tuple[str, ...]) -> Broken:
         """Key, rule and next step of what does not fit together."""
-        words = [plain(word) for word in self.segments]
-        if len(set(words)) != len(words):
-            yield "masks.segments", "a segment must be listed once, in whatever case", "Remove one"
-        if {plain(name) for name in self.segments.values()} - {plain(name) for name in classes}:
-            yield "masks.segments", "a segment must be given one of `classes`", "Name one of them"
-        if set(words) & {plain(word) for word in self.background}:
+        yield from _broken_words("masks.segments", self.segments, classes)
+        if {plain(word) for word in self.segments} & {plain(word) for word in self.background}:
             rule = "a segment must not be background and a class at once"
             yield "masks.segments", rule, "Remove it from one of them"

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from fedward import rule_codes
 from fedward.plan.schema import Preprocessing, Task
-from fedward_client.data.boxes import around, checked, on_grid
+from fedward_client.data.boxes import around, checked, in_region, on_grid
 from fedward_client.data.channels import lacks_too_much
 from fedward_client.data.quiet import quiet
 from fedward_client.data.sample import BoxRows, Image, Sample
@@ -306,14 +306,15 @@ def prepare_image(
         raise rule_codes.unusable(rule_codes.MASK_SHAPE)
     if image.tilt and prep.gantry_tilt == "refuse":
         raise rule_codes.unusable(rule_codes.TILTED)
+    marked_boxes = None if boxes is None else checked(boxes, shape)
     if image.region is not None:
         mask = None if mask is None else mask[image.region]
+        marked_boxes = None if marked_boxes is None else in_region(marked_boxes, image.region)
         image = replace(image, pixels=image.pixels[(slice(None), *image.region)], region=None)
         shape = image.pixels.shape[1:]
     labels = None if mask is None else _labels(mask, task)[None]
     if task.has_boxes and labels is not None:
-        boxes, labels = around(labels[0]), None
-    marked_boxes = None if boxes is None else checked(boxes, shape)
+        marked_boxes, labels = checked(around(labels[0]), shape), None
     image = replace(image, pixels=finite(image.pixels))
     grid = grid_for(shape, image.spacing, prep)
     size = prep.size if prep.patch is None else tuple(map(max, grid.shape, prep.size))

@@ -69,9 +69,24 @@ def site_fixture(tmp_path: Path) -> Path:
     return path
 
 
+def as_dicom(site: Path, dx: Any) -> None:
+    """Make DICOM files of the pictures; the table names them by stem."""
+    for path in sorted((site.parent / "data-doe" / "images").glob("*.png")):
+        pixels = np.asarray(Pillow.open(path))
+        own = {"PatientID": path.stem, "StudyInstanceUID": f"1.2.{path.stem[3:]}"}
+        dx(path.with_suffix(".dcm"), pixels, **own)
+        path.unlink()
+    table = site.parent / "data-doe" / "boxes.csv"
+    table.write_text(table.read_text().replace(".png", ""))
+    site.write_text(SITE.replace("folders", "dicom"))
+
+
+@pytest.mark.parametrize("form", ["folders", "dicom"])
 def test_boxes_are_counted_frozen_and_opened_again(
-    tmp_path: Path, site: Path, reading: Any, make_plan: Any
+    tmp_path: Path, site: Path, reading: Any, make_plan: Any, dx: Any, form: str
 ) -> None:
+    if form == "dicom":
+        as_dicom(site, dx)
     with reading(site) as work:
         report = make_report("chest", work.dataset, work.index, work.extract)
         found = usable(work.dataset, work.index, work.extract)

@@ -127,6 +127,78 @@ def test_boxes_are_around_the_parts_of_masks(tmp_path: Path) -> None:
     np.testing.assert_array_equal(site.targets[1][:3], third)
 
 
+@pytest.mark.parametrize("source", ["file", "SOPInstanceUID", "coco", "yolo"])
+def test_boxes_of_dicom_images_are_told_by_the_same_tables(
+    tmp_path: Path, make_dicom: Any, source: str
+) -> None:
+    values = np.random.default_rng(0).integers(0, 4096, (40, 60), np.uint16)
+    for k in range(4):
+        make_dicom(
+            tmp_path / "images" / f"p{k}.dcm", values, PatientID=f"P{k}", SOPInstanceUID=f"1.2.{k}"
+        )
+    make_dicom(tmp_path / "images" / "clip.dcm", np.stack([values] * 2), frames=2, PatientID="P9")
+    if source == "yolo":
+        as_yolo(tmp_path)
+    elif source == "coco":
+        as_coco(tmp_path)
+        text = (tmp_path / "boxes.json").read_text().replace(".png", ".dcm")
+        (tmp_path / "boxes.json").write_text(text)
+    else:
+        as_table(tmp_path)
+        text = (tmp_path / "boxes.csv").read_text().replace("image,", f"{source},")
+        name = "1.2.0" if source == "SOPInstanceUID" else "p0.dcm"
+        text = text.replace("images/p0.png", name).replace("p0.png", name)
+        (tmp_path / "boxes.csv").write_text(text)
+    options = BoxOptions(source="yolo" if source == "yolo" else "table")
+    task = plan_of().task
+    found = read_dataset(DatasetSpec(tmp_path, "dicom", boxes=options), task)
+    assert reasons(found)["shape does not fit the task"] == 1
+    ours = [one for one in found.samples if one.boxes]
+    assert len(found.samples) == 4 and len(ours) == 1 and ours[0].patient.endswith("P0")
+    np.testing.assert_allclose(ours[0].boxes, ROWS, atol=1e-4)
+    site = prepare("here", found.samples, plan_of((40, 60)))
+    place = found.samples.index(ours[0])
+    np.testing.assert_allclose(site.targets[place][: len(ROWS)], ROWS, atol=1e-4)
+
+
+def test_a_segmentation_is_boxes_of_its_images_and_no_image_without_a_box(
+    tmp_path: Path, make_ct: Any, make_seg: Any
+) -> None:
+    images = make_ct(tmp_path / "ct", 3)
+    rows, columns = images[0].Rows, images[0].Columns
+    masks = np.zeros((3, rows, columns), np.uint8)
+    masks[1, 2:5, 4:9] = 1
+    make_seg(tmp_path / "seg.dcm", images, masks, ["dot"])
+    spec = DatasetSpec(tmp_path, "dicom", boxes=BoxOptions(source="masks"))
+    found = read_dataset(spec, plan_of().task)
+    plan = plan_of((rows, columns))
+    boxes = [
+        prepare_image(one.load(), one.mask and one.mask(), plan.task, plan.preprocessing).boxes
+        for one in found.samples
+    ]
+    marked = [one[0] for one in boxes if one is not None and one[0, -1]]
+    assert len(boxes) == 3
+    np.testing.assert_array_equal(marked, [[2, 4, 5, 9, 1]])
+    (tmp_path / "boxes.csv").write_text(HEAD)
+    table = read_dataset(DatasetSpec(tmp_path, "dicom"), plan_of().task)
+    assert len(table.samples) == 3 and reasons(table) == {"not selected": 1}
+
+
+def test_boxes_of_an_image_of_which_a_region_is_seen_move_with_it() -> None:
+    values = np.random.default_rng(0).integers(0, 255, (1, 40, 60)).astype(np.float32)
+    image = Image(values, (1.0, 1.0), region=(slice(10, 30), slice(20, 60)))
+    boxes = (
+        (12.0, 25.0, 20.0, 35.0, 1.0),
+        (25.0, 50.0, 35.0, 60.0, 2.0),
+        (0.0, 0.0, 9.0, 9.0, 1.0),
+    )
+    plan = plan_of((20, 40))
+    made = prepare_image(image, None, plan.task, plan.preprocessing, boxes)
+    assert made.boxes is not None
+    expected = [[2, 5, 10, 15, 1], [15, 30, 20, 40, 2], [0] * 5]
+    np.testing.assert_array_equal(made.boxes[:3], expected)
+
+
 BAD = {
     "p0.png,dot,10,5,30,45": "box outside its image",
     "p0.png,dot,-4,5,30,15": "box outside its image",
@@ -188,7 +260,7 @@ def test_a_table_that_says_nothing_is_refused(tmp_path: Path, text: str | None, 
 
 def test_formats_that_hold_no_boxes_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "all.npz", images=np.zeros((2, 8, 8), np.uint8))
-    with pytest.raises(DataError, match="boxes are read from folders"):
+    with pytest.raises(DataError, match="boxes are read from folders and dicom"):
         read_dataset(DatasetSpec(tmp_path / "all.npz", "npz"), plan_of().task)
 
 

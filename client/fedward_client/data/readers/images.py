@@ -18,6 +18,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -30,8 +31,7 @@ from fedward import rule_codes
 from fedward.errors import DataError
 from fedward.plan.schema import Task
 from fedward_client.data import labels
-from fedward_client.data.box_tables import read_boxes, yolo_boxes
-from fedward_client.data.boxes import checked
+from fedward_client.data.box_tables import BoxSource
 from fedward_client.data.channels import Cases, Channels
 from fedward_client.data.files import (
     IMAGE_FOLDERS,
@@ -587,7 +587,7 @@ def pairs(
             elif len(of) > 1 or names[places[file]] > 1:
                 yield file, rule_codes.DUPLICATE
             else:
-                made = _pair(file, keys[file], build(file, of[0]), people)
+                made = _marked(keys[file], people, *build(file, of[0]))
 
                 def load(one: Path, mask: Path = of[0]) -> Callable[[], Image]:
                     return build(one, mask)[0]
@@ -609,21 +609,23 @@ def _place(file: Path, root: Path) -> Path:
     return file.relative_to(root).with_name(stem(file))
 
 
-def _pair(
-    file: Path,
+def _marked(
     keys: tuple[str, ...],
-    parts: tuple[Callable[[], Image], Callable[[], NDArray[np.uint8]]],
     people: People,
+    load: Callable[[], Image],
+    mask: Callable[[], NDArray[np.uint8]] | None = None,
+    boxes: Callable[[], BoxRows | None] = lambda: None,
 ) -> Sample | str:
+    """An image whose target is a mask or boxes, or the reason why it is left out."""
     try:
-        patient = people.of(keys)
+        patient, rows = people.of(keys), boxes()
     except DataError as error:
         return rule_codes.reason_of(error)
     entry = people.find(keys)
     split, columns = (entry.split, entry.columns) if entry else (None, {})
     known = people.knows(patient)
     return Sample(
-        patient, parts[0], mask=parts[1], split=split, columns=columns, patient_known=known
+        patient, load, mask=mask, boxes=rows, split=split, columns=columns, patient_known=known
     )
 
 
@@ -635,47 +637,17 @@ def _boxed(
     cases = Cases.of(pictures, base, channels)
     files = list(cases.files)
     keys = cases.keys(table_keys(files, (root, base)))
-    listed = None if options.source == "yolo" else read_boxes(root, task, options)
-
-    def rows(file: Path) -> BoxRows:
-        """The boxes of an image, held against its size."""
-        found: BoxRows = ()
-        if listed is None:
-            found = yolo_boxes(root, file.relative_to(base), task, options, _shape_of(file))
-        for key in keys[file]:
-            own = (listed or {}).get(key, ())
-            if isinstance(own, str):
-                raise rule_codes.unusable(own)
-            found += own
-        if found:
-            checked(found, _shape_of(file))
-        return found
+    source = BoxSource.of(root, base, task, options)
 
     def items() -> Iterator[Item]:
         for file in files:
-            made = _with_boxes(file, keys[file], rows, people)
+            rows = partial(source.rows, file, keys[file], partial(_shape_of, file))
+            made = _marked(keys[file], people, Picture(file), boxes=rows)
             yield file, cases.with_files(file, made, Picture)
 
     taken = collect(root, items())
-    idle = {*(listed or ())}.difference(*keys.values())
-    left_out = (*taken.left_out, *cases.left_out(root))
-    left_out += tuple(LeftOut(rule_codes.NO_IMAGE, key) for key in sorted(idle))
-    return Dataset(taken.samples, left_out, people.notes)
-
-
-def _with_boxes(
-    file: Path, keys: tuple[str, ...], rows: Callable[[Path], BoxRows], people: People
-) -> Sample | str:
-    try:
-        patient, boxes = people.of(keys), rows(file)
-    except DataError as error:
-        return rule_codes.reason_of(error)
-    entry = people.find(keys)
-    split, columns = (entry.split, entry.columns) if entry else (None, {})
-    known = people.knows(patient)
-    return Sample(
-        patient, Picture(file), boxes=boxes, split=split, columns=columns, patient_known=known
-    )
+    left_out = (*taken.left_out, *cases.left_out(root), *source.idle(keys.values()))
+    return Dataset(taken.samples, left_out)
 
 
 def _classes(root: Path, people: People, task: Task, options: LabelOptions) -> Dataset:

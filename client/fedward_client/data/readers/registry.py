@@ -109,7 +109,14 @@ def _dicom() -> Reader:
     return Reader(
         sniff.is_dicom,
         lambda root, task, spec: reader.read(
-            root, task, spec.masks, spec.patients, spec.labels, spec.listen, spec.images
+            root,
+            task,
+            spec.masks,
+            spec.patients,
+            spec.labels,
+            spec.listen,
+            spec.images,
+            spec.boxes,
         ),
     )
 
@@ -138,6 +145,7 @@ READERS: Final[Mapping[str, ReaderSpec]] = MappingProxyType(
                 "DICOM files",
                 _dicom,
                 ("pydicom", "pylibjpeg[all]"),
+                frozenset({"labels", "masks", "boxes"}),
                 names_patients=True,
                 issuers=True,
             ),

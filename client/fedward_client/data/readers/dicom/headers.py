@@ -232,6 +232,8 @@ def _header(
         raise rule_codes.unusable(rule_codes.reason_of(error)) from None
     if words["sopclassuid"] in MASKS and task.has_masks:
         return MaskObject(path)
+    if words["sopclassuid"] in MASKS and task.has_boxes:
+        raise rule_codes.unusable(rule_codes.NOT_SELECTED)  # not an image without a box
     if not (words["rows"] and words["columns"] and pixels_next):
         raise rule_codes.unusable(rule_codes.NO_PIXELS)
     if "any" not in task.modality and words["modality"] not in task.modality:

@@ -4,8 +4,9 @@ Files are found by what they are, not by suffix. Labels come from ``labels.csv``
 SOPInstanceUID, SeriesInstanceUID, StudyInstanceUID, AccessionNumber, PatientID or file (or from
 ``labels.xlsx``); masks from ``masks/`` (PNG or NIfTI; see
 :mod:`fedward_client.data.readers.dicom.mask_names`), from such files beside their images or from
-DICOM segmentations and structure sets anywhere in the tree. In a 2D task each frame is an image; in
-a 3D task each stack of slices is a volume.
+DICOM segmentations and structure sets anywhere in the tree; boxes from a table, keyed by
+SOPInstanceUID or file, from text files, or around what masks mark. In a 2D task each frame is an
+image; in a 3D task each stack of slices is a volume.
 """
 
 from __future__ import annotations
@@ -13,17 +14,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from fedward import rule_codes
 from fedward.errors import DataError
 from fedward.plan.schema import Task
+from fedward.tasks.registry import TASKS
+from fedward_client.data.box_tables import BoxSource
 from fedward_client.data.files import MASK_FOLDERS, file_identity, folder_of, table_keys, walk
 from fedward_client.data.label_tables import Entry, Table, as_number, read_table
 from fedward_client.data.mask_suffix import in_words
 from fedward_client.data.one_folder import OneFolder
-from fedward_client.data.options import TABLES, LabelOptions, MaskOptions, PatientOptions, low
+from fedward_client.data.options import (
+    BOX_TABLES,
+    TABLES,
+    BoxOptions,
+    LabelOptions,
+    MaskOptions,
+    PatientOptions,
+    low,
+)
 from fedward_client.data.readers.dicom.headers import KEYS, Header, Listen, read_headers, unheard
 from fedward_client.data.readers.dicom.kinds import ImageOptions
 from fedward_client.data.readers.dicom.mask_names import by_name
@@ -43,7 +55,7 @@ from fedward_client.data.readers.images import PictureMask, is_picture
 from fedward_client.data.readers.nifti import is_nifti
 from fedward_client.data.sample import Dataset, Image, LeftOut, Sample
 
-_TABLES: Final = (*TABLES, "patients.csv")
+_TABLES: Final = (*TABLES, *BOX_TABLES, "patients.csv")
 _NAMELESS: Final = (
     rule_codes.NOT_DICOM,
     rule_codes.DUPLICATE,
@@ -96,6 +108,7 @@ def read(
     labels: LabelOptions | None = None,
     listen: Listen = unheard,
     images: ImageOptions | None = None,
+    boxes: BoxOptions | None = None,
 ) -> Dataset:
     """Read a DICOM tree.
 
@@ -115,24 +128,36 @@ def read(
         Hears how many headers are read, and of how many.
     images : ImageOptions, optional
         Which images are taken.
+    boxes : BoxOptions, optional
+        Where boxes are.
 
     Raises
     ------
     DataError
-        A classification task finds no table of labels, a segmentation task no masks of any kind.
+        A classification task finds no table of labels, a segmentation task no masks of any kind,
+        a detection neither.
     """
+    boxes = boxes or BoxOptions()
+    if task.has_boxes and boxes.source == "masks":  # read as masks are; boxes are put around later
+        kind = next(name for name, spec in TASKS.items() if spec.target == "masks")
+        task = task.model_copy(update={"kind": kind})
     base = root / "images" if (root / "images").is_dir() else root
     table = label_table(root, task, labels or LabelOptions())
-    apart = MASK_FOLDERS if task.has_masks else ("masks",)
+    apart = ("masks",) if task.has_labels else MASK_FOLDERS
     files = [f for f in walk(base, without=apart) if f.name not in _TABLES]
-    if labels is not None and labels.file is not None:
-        name, place = labels.file.name, labels.file
-        files = [f for f in files if f.name != name or not f.samefile(place)]
+    for place in (labels.file if labels else None, boxes.file):
+        if place is not None:
+            files = [f for f in files if f.name != place.name or not f.samefile(place)]
     headers, found, left_out = read_headers(files, root, task, patients, listen, images)
     words = Options(options or MaskOptions(), patients or PatientOptions())
-    masks = _masks(root, base, task, found, headers, words, left_out)
     samples: list[Sample] = []
-    for name, item in _items(root, base, headers, masks, task, table):
+    if task.has_boxes:
+        source = BoxSource.of(root, base, task, boxes)
+        items = _boxed(root, headers, source, left_out)
+    else:
+        masks = _masks(root, base, task, found, headers, words, left_out)
+        items = _items(root, base, headers, masks, task, table)
+    for name, item in items:
         if isinstance(item, Sample):
             samples.append(item)
         else:
@@ -193,15 +218,39 @@ def _laid_out(items: Iterator[Sample | str], group: Stack, task: Task) -> Iterat
         yield found.reason or replace(item, load=load, columns={**item.columns, **more})
 
 
+def _boxed(
+    root: Path,
+    headers: list[Header],
+    source: BoxSource,
+    left_out: list[LeftOut],
+) -> Iterator[tuple[str, Sample | str]]:
+    """Each image with its boxes; a file of several frames is left out."""
+    names = table_keys([one.path for one in headers], (root, source.base))
+    keys = {one.path: (*names[one.path], one.keys["sopinstanceuid"]) for one in headers}
+    left_out += source.idle(keys.values())
+    for header in headers:
+        name, group = header.path.relative_to(root).as_posix(), single(header)
+        if header.frames > 1:
+            yield name, rule_codes.WRONG_SHAPE
+            continue
+        try:
+            rows = source.rows(header.path, keys[header.path], partial(tuple, header.shape))
+        except DataError as error:
+            yield name, rule_codes.reason_of(error)
+            continue
+        (load,) = _loads(group, source.task)
+        yield name, Sample(header.patient, load, boxes=rows, columns=_columns(group))
+
+
 def label_table(root: Path, task: Task, options: LabelOptions) -> Table | None:
-    """The table of labels of a DICOM tree; None for a segmentation task.
+    """The table of labels of a DICOM tree; None for a task of masks or boxes.
 
     Raises
     ------
     DataError
         There is none, or it cannot be read.
     """
-    if task.has_masks:
+    if not task.has_labels:
         return None
     table = options.table(root)
     if table is None:
