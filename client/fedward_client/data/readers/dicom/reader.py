@@ -150,13 +150,11 @@ def read(
             files = [f for f in files if f.name != place.name or not f.samefile(place)]
     headers, found, left_out = read_headers(files, root, task, patients, listen, images)
     words = Options(options or MaskOptions(), patients or PatientOptions())
+    masks = _masks(root, base, task, found, headers, words, left_out)
     samples: list[Sample] = []
+    items = _items(root, base, headers, masks, task, table)
     if task.has_boxes:
-        source = BoxSource.of(root, base, task, boxes)
-        items = _boxed(root, headers, source, left_out)
-    else:
-        masks = _masks(root, base, task, found, headers, words, left_out)
-        items = _items(root, base, headers, masks, task, table)
+        items = _boxed(root, headers, BoxSource.of(root, base, task, boxes), left_out)
     for name, item in items:
         if isinstance(item, Sample):
             samples.append(item)
