@@ -5,7 +5,9 @@ the image took and whose intersection over union with it is at least that (COCO'
 2014, arXiv:1405.0312). Sites count right and wrong detections by score, in hundredths; precision
 and recall of all sites together follow from the sums. Within a bin the order of detections of
 different images is lost: :func:`average_precision` gives the value for an even mixture, and the
-least and the largest that any order could give.
+least and the largest that any order could give. How boxes of one image hang together is lost too: a
+site draws its images again and again (Efron, 1979, doi:10.1214/aos/1176344552), and sends how far
+each figure then moves, from which the intervals follow.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from fedward.tasks.base import (
     same_names,
     whole,
 )
-from fedward.tasks.intervals import Interval, mean_of, wilson
+from fedward.tasks.intervals import Interval, mean_of, spread_interval, wilson
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +68,13 @@ _FOUND: Final = 100  # detections of an image and class that count, as COCO has 
 _F1_STEPS: Final = 1000  # an F1 is counted in thousandths
 _FAR: Final = 1e5
 _SLACK: Final = 1 + 1e-9
+_RANKED: Final[Mapping[str, tuple[str, ...]]] = {
+    "map50": ("at50",),
+    "map50_95": ("at50", "above"),
+    "map10": ("at10",),
+    "froc": ("at10",),
+}  # figures of detections in the order of their scores, and the arrays that each needs
+_DRAWN: Final = 100  # times that a site's images are drawn again
 
 Order = Literal["mixed", "best", "worst"]
 _SHARE: Final[Mapping[Order, float]] = {"mixed": 0.5, "best": 0.0, "worst": 1.0}
@@ -207,15 +216,9 @@ def _mean_over_classes(counts: Measured, name: str) -> float | None:
     return mean(counts.per_class(name))
 
 
-def _no_interval(counts: Measured, per_image: float) -> Interval | None:
-    return None  # how figures of one image's boxes hang together, the sums do not tell
-
-
-def _f1_interval(counts: Measured, per_image: float) -> Interval | None:
+def _interval_over_classes(counts: Measured, per_image: float, name: str) -> Interval | None:
     # The classes are of the same images: their distances to the limits are averaged.
-    pairs = zip(
-        counts.per_class("box_f1"), counts.class_intervals("box_f1", per_image), strict=True
-    )
+    pairs = zip(counts.per_class(name), counts.class_intervals(name, per_image), strict=True)
     there = [(value, own) for value, own in pairs if value is not None and own is not None]
     return mean_of(there, independent=False)[1] if there else None
 
@@ -225,9 +228,9 @@ def _metric(
     label: str,
     array: str,
     table: str | None = None,
-    interval: Callable[[Measured, float], Interval | None] = _no_interval,
 ) -> MetricSpec:
     figure = partial(_mean_over_classes, name=name)
+    interval = partial(_interval_over_classes, name=name)
     return MetricSpec(name, label, figure, interval, (array,), table, by_class=True, since=2)
 
 
@@ -236,7 +239,7 @@ _METRICS: Final = (
     _metric("map50_95", "mAP at IoU .5 to .95", "above"),
     _metric("map10", "mAP at IoU .1", "at10"),
     _metric("froc", "FROC at IoU .1", "at10"),
-    _metric("box_f1", "F1 of boxes", "f1", "box_f1", _f1_interval),
+    _metric("box_f1", "F1 of boxes", "f1", "box_f1"),
 )
 _PERMISSIONS: Final = permissions(_METRICS, lambda metric: metric.arrays)
 
@@ -258,12 +261,17 @@ class DetectionCounts(Counts):
         IoU .5 of detections whose score is 0.3 or more.
     number : int
         Images.
+    spread : NDArray
+        ``(4, K)`` float64, of mAP at .5, at .5 to .95 and at .1, and of FROC: the variance of the
+        figure of a site, times the square of its marked boxes. Over sites that weigh as much as
+        they have boxes it adds up.
     """
 
     scores: Mapping[str, Ints]
     boxes: Ints
     f1: Floats
     number: int
+    spread: Floats
 
     @classmethod
     def from_answers(cls, answers: Floats, targets: NDArray[Any]) -> DetectionCounts:
@@ -293,6 +301,7 @@ class DetectionCounts(Counts):
             frozen(np.stack([marked.sum(axis=0), (marked > 0).sum(axis=0)]).astype(np.int64)),
             frozen(np.stack([there.sum(axis=0), np.where(there, f1, 0.0).sum(axis=0)])),
             len(answers),
+            frozen(_spread(images, kinds, bins, bits, marked)),
         )
 
     @classmethod
@@ -304,10 +313,11 @@ class DetectionCounts(Counts):
         ProtocolError
             A name, a shape or a value is not that of any possible counts.
         """
-        same_names(arrays, (*_PARTS, "boxes", "f1", "images"))
+        same_names(arrays, (*_PARTS, "boxes", "f1", "images", "spread"))
         boxes = whole("boxes", arrays["boxes"], (2, None))
         k, (number,) = boxes.shape[1], whole("images", arrays["images"], (1,))
-        f1 = numbers("f1", arrays["f1"], (2, k))
+        f1, spread = numbers("f1", arrays["f1"], (2, k)), arrays["spread"]
+        spread = numbers("spread", spread, (len(_RANKED), k))
         scores = {
             name: whole(name, arrays[name], (3, 2, part.stop - part.start, k, BINS))
             for name, part in _PARTS.items()
@@ -316,6 +326,7 @@ class DetectionCounts(Counts):
         agree(bool((boxes[1] <= number).all()), "no more images than there are can have boxes")
         agree(bool((f1[1] <= f1[0] * _SLACK).all()), "no F1 can pass 1")
         agree(bool((f1[0] <= number).all()), "no more images than there are can have an F1")
+        agree(bool((spread <= boxes[0] ** 2 / 4 * _SLACK).all()), "no share can vary by more")
         for one in scores.values():
             right = one[0, 0].sum(axis=2)
             agree(bool((right <= boxes[0]).all()), "a box must be found once")
@@ -327,12 +338,14 @@ class DetectionCounts(Counts):
             frozen(boxes),
             frozen(f1),
             int(number),
+            frozen(spread),
         )
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """The counts as named arrays, ready to be sent."""
         images = np.array([self.number], np.int64)
-        return {**self.scores, "boxes": self.boxes, "f1": self.f1, "images": images}
+        rest = {"boxes": self.boxes, "f1": self.f1, "images": images, "spread": self.spread}
+        return {**self.scores, **rest}
 
     @property
     def classes(self) -> int:
@@ -358,6 +371,7 @@ class DetectionCounts(Counts):
             frozen(self.boxes + other.boxes),
             frozen(self.f1 + other.f1),
             self.number + other.number,
+            frozen(self.spread + other.spread),
         )
 
     def per_class(self, name: str) -> list[float | None]:
@@ -371,7 +385,7 @@ class DetectionCounts(Counts):
 
         What no bins would give lies between "worst" and "best".
         """
-        rows = {"map50": ("at50",), "map50_95": ("at50", "above")}.get(name, ("at10",))
+        rows = _RANKED[name]
         if not all(self._there(row) for row in rows):
             return [None] * self.classes
         found: list[float | None] = []
@@ -391,11 +405,17 @@ class DetectionCounts(Counts):
         return found
 
     def class_intervals(self, name: str, per_image: float = 1.0) -> list[Interval | None]:
-        """Intervals of 95 % of the mean F1; of the other figures none."""
-        if name != "box_f1":
-            return [None] * self.classes
-        rows = zip(self.per_class(name), self.f1[0], strict=True)
-        return [None if value is None else wilson(value, n * per_image) for value, n in rows]
+        """Intervals of 95 %; None of a class without a figure."""
+        values = self.per_class(name)
+        if name == "box_f1":
+            rows = zip(values, self.f1[0], strict=True)
+            return [None if value is None else wilson(value, n * per_image) for value, n in rows]
+        boxes = np.maximum(self.boxes[0], 1)
+        variances = self.spread[list(_RANKED).index(name)] / boxes**2 / per_image
+        return [
+            None if value is None else spread_interval(value, float(variance), n * per_image)
+            for value, variance, n in zip(values, variances, self.boxes[1], strict=True)
+        ]
 
     def gives(self, name: str) -> bool:
         """Whether the part that gives a figure is here, so was not withheld."""
@@ -439,6 +459,9 @@ class DetectionCounts(Counts):
         arrays["f1"][1] = np.minimum(arrays["f1"][1].round(digits), arrays["f1"][0])
         for name in withheld & arrays.keys():
             arrays[name][...] = 0
+        spread, limit = arrays["spread"], arrays["boxes"][0] ** 2 / 4
+        for row, needed in zip(spread, _RANKED.values(), strict=True):
+            row[:] = 0 if withheld & {*needed} else np.minimum(row.round(digits), limit)
         return arrays, tuple(sorted(withheld))
 
 
@@ -492,7 +515,45 @@ def _laid(counts: Ints, least: int, area: float, with_: Callable[[Ints], Floats]
     return now
 
 
-def _area(right: Ints, wrong: Ints) -> Floats:
+def _spread(images: Ints, kinds: Ints, bins: Ints, bits: Ints, marked: Ints) -> Floats:
+    """:attr:`DetectionCounts.spread` of detections, each of an image and a class.
+
+    The same images are drawn for the same number of them, so that counting again gives the same.
+    """
+    found = np.zeros((len(_RANKED), marked.shape[1]))
+    count = len(marked)
+    if count < 2:
+        return found
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), _DRAWN)
+    drawn = drawn.astype(np.float64)
+    for k in range(marked.shape[1]):
+        own, boxes = kinds == k, drawn @ marked[:, k]
+        there, areas, froc_ = boxes > 0, [], np.zeros(_DRAWN)
+        for t in range(len(OVERLAPS)):
+            each = np.zeros((2, count, BINS))
+            np.add.at(each, (1 - (bits[own] >> t & 1), images[own], bins[own]), 1)
+            right, wrong = drawn @ each[0], drawn @ each[1]
+            areas.append(_area(right, wrong) / np.maximum(boxes, 1))
+            if t == 0:
+                froc_ = _seen(right, wrong, count) / np.maximum(boxes, 1)
+        at10, *rest = areas
+        values = np.stack([rest[0], np.mean(rest, axis=0), at10, froc_])[:, there]
+        if there.sum() > 1:
+            variance = values.var(axis=1) * count / (count - 1)
+            found[:, k] = np.minimum(variance, 0.25) * marked[:, k].sum() ** 2
+    return found
+
+
+def _seen(right: Floats, wrong: Floats, images: int) -> Floats:
+    """Mean of the boxes found at the rates of FROC; of rows of bins."""
+    hits, misses = right[..., ::-1], wrong[..., ::-1]
+    before = np.cumsum(misses, axis=-1) - misses / 2
+    seen = np.cumsum(hits, axis=-1)
+    each = [np.where(before <= rate * images, seen, 0.0).max(axis=-1) for rate in _FALSE]
+    return np.asarray(np.mean(each, axis=0))
+
+
+def _area(right: NDArray[Any], wrong: NDArray[Any]) -> Floats:
     """Sum over right detections of the best precision from there on; of rows of bins."""
     hits, misses = np.broadcast_arrays(right[..., ::-1], wrong[..., ::-1])
     found = np.cumsum(hits, axis=-1) - hits / 2

@@ -121,12 +121,26 @@ def auc_interval(
     fewest = min(negative.sum(), positive.sum()) * per_count
     variance = delong_variance(negative, positive, per_count)
     if variance and 0 < area < 1 and fewest >= _FEW:
-        from scipy.special import expit, logit
-
-        half = Z * math.sqrt(variance) / (area * (1 - area))
-        low, high = expit(logit(area) - half), expit(logit(area) + half)
-        return float(low), float(high)
+        return _on_logit(area, variance)
     return _newcombe(area, negative.sum() * per_count, positive.sum() * per_count)
+
+
+def _on_logit(value: float, variance: float) -> Interval:
+    """Normal interval of a figure in 0 to 1 on the logit scale, which it cannot leave."""
+    from scipy.special import expit, logit
+
+    half = Z * math.sqrt(variance) / (value * (1 - value))
+    return float(expit(logit(value) - half)), float(expit(logit(value) + half))
+
+
+def spread_interval(value: float, variance: float, n: float) -> Interval | None:
+    """Interval of a figure in 0 to 1 whose own variance is known, of ``n`` patients.
+
+    Of a figure of 0 or 1, and where no variance shows, Wilson's.
+    """
+    if variance > 1e-12 and 0 < value < 1:
+        return _on_logit(value, variance)
+    return wilson(min(1.0, max(0.0, value)), n)
 
 
 def _newcombe(area: float, negative: float, positive: float) -> Interval | None:

@@ -145,9 +145,25 @@ def test_sites_add_up_to_all_images() -> None:
     whole, added = DETECTION.count(answers, both[1]), counted(5) + counted(6)
     assert whole.figures(NAMES) == pytest.approx(added.figures(NAMES), rel=1e-12)
     for name, array in added.to_arrays().items():
-        np.testing.assert_allclose(array, whole.to_arrays()[name], rtol=1e-12)
+        if name != "spread":
+            np.testing.assert_allclose(array, whole.to_arrays()[name], rtol=1e-12)
     assert all(value is not None for value in added.figures(NAMES).values())
-    assert set(added.intervals(NAMES)) == {"box_f1"}
+    assert set(added.intervals(NAMES)) == {*NAMES}
+
+
+def test_intervals_are_as_wide_as_figures_of_other_images_differ() -> None:
+    sites = [counted(seed) for seed in range(24)]
+    for place, name in enumerate(("map50", "map50_95", "map10", "froc")):
+        values = np.array([one.per_class(name) for one in sites], np.float64)
+        told = np.array([np.sqrt(one.spread[place]) / one.boxes[0] for one in sites])
+        np.testing.assert_allclose(told.mean(axis=0), values.std(axis=0), rtol=0.35)
+        # Of two hospitals together they are narrower by about the root of two, and images that
+        # are of half as many patients tell half as much.
+        one, two = (each.class_intervals(name)[0] for each in (sites[0], sites[0] + sites[1]))
+        half = sites[0].class_intervals(name, 0.5)[0]
+        assert one is not None and two is not None and half is not None
+        assert 0.5 < (two[1] - two[0]) / (one[1] - one[0]) < 0.95
+        assert 1.2 < (half[1] - half[0]) / (one[1] - one[0]) < 1.6
 
 
 def test_a_perfect_model_has_full_figures_and_a_blind_one_none() -> None:
@@ -238,6 +254,7 @@ def test_a_class_of_few_images_and_figures_that_are_not_allowed_stay() -> None:
     made = DetectionCounts.from_arrays(arrays)
     assert made.gives("map50") and not any(made.gives(name) for name in NAMES if name != "map50")
     assert made.figures(("froc", "map50_95")) == {"froc": None, "map50_95": None}
+    assert made.spread[0].all() and not made.spread[1:].any()
     arrays, _ = counts.release(NAMES, 31, 3)
     assert not any(array.any() for name, array in arrays.items() if name != "images")
 
@@ -251,6 +268,7 @@ def test_a_class_of_few_images_and_figures_that_are_not_allowed_stay() -> None:
         lambda a: a["at10"].__setitem__((2, 1, 0, 0, 7), 1 + a["at10"][1, 1, 0, 0, 7]),
         lambda a: a["boxes"].__setitem__((1, 0), 31),
         lambda a: a["f1"].__setitem__((1, 0), 40.0),
+        lambda a: a["spread"].__setitem__((0, 0), a["boxes"][0, 0] ** 2),
         lambda a: a.update(at50=a["at50"][..., :-1]),
         lambda a: a.update(boxes=a["boxes"] + 0.5),
     ],
