@@ -6,7 +6,7 @@ import json
 import logging
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import click
 import typer
@@ -16,6 +16,9 @@ from fedward.ready_studies import plan_file
 from fedward.startup import prepare
 from fedward.tasks.registry import DRAFTED
 from fedward_client.data.readers.registry import READERS
+
+if TYPE_CHECKING:
+    from fedward_simulation.first_study import Draft
 
 app = typer.Typer(
     help="Run a federated study on this machine.",
@@ -65,6 +68,23 @@ ImagesArePatients = Annotated[
         help="Let a private study run on data that name no patients: privacy holds per image.",
     ),
 ]
+TaskKind = Annotated[
+    str,
+    typer.Option(
+        "--task",
+        click_type=click.Choice(["", *DRAFTED]),
+        help="What is to be learnt; none: what the data seem to be for.",
+    ),
+]
+ClassNames = Annotated[
+    str,
+    typer.Option("--classes", help="Classes in label order, commas between; none: as found."),
+]
+LabelColumn = Annotated[
+    str,
+    typer.Option("--label-column", help="The table's column of labels; none: found by name."),
+]
+Private = Annotated[bool, typer.Option("--private", help="Make updates differentially private.")]
 PlanFile = Annotated[
     Path,
     typer.Argument(
@@ -350,28 +370,13 @@ def init(
         Path | None,
         typer.Option("--data", help="Folder or file of images; none: asked.", show_default=False),
     ] = None,
-    task: Annotated[
-        str,
-        typer.Option(
-            "--task",
-            click_type=click.Choice(["", *DRAFTED]),
-            help="What is to be learnt; none: what the data seem to be for.",
-        ),
-    ] = "",
-    classes: Annotated[
-        str,
-        typer.Option("--classes", help="Classes in label order, commas between; none: as found."),
-    ] = "",
-    label_column: Annotated[
-        str,
-        typer.Option("--label-column", help="The table's column of labels; none: found by name."),
-    ] = "",
+    task: TaskKind = "",
+    classes: ClassNames = "",
+    label_column: LabelColumn = "",
     patient_column: PatientColumn = "",
     patient_folder: PatientFolder = 0,
     format: FormatName = _AUTO,
-    private: Annotated[
-        bool, typer.Option("--private", help="Make updates differentially private.")
-    ] = False,
+    private: Private = False,
     out: Annotated[Path, typer.Option("--out", help="Folder for the files.")] = Path(),
     as_json: AsJson = False,
 ) -> None:
@@ -385,7 +390,7 @@ def init(
     wanted = settle(
         data,
         task=task,
-        classes=tuple(part.strip() for part in classes.split(",") if part.strip()),
+        classes=classes,
         label_column=label_column,
         patient_column=patient_column,
         patient_folder=patient_folder,
@@ -393,6 +398,10 @@ def init(
     )
     made = draft(wanted, slug(wanted.root.resolve().stem), out, private=private)
     write(made, out)
+    _tell_draft(made, out, as_json)
+
+
+def _tell_draft(made: Draft, out: Path, as_json: bool) -> None:
     if as_json:
         print_json(
             {
@@ -409,6 +418,59 @@ def init(
     say(f"Written: {', '.join(str(out / name) for name in made.files)}. Next:")
     for command in made.commands:
         say(f"  {command}")
+
+
+@plan_app.command(
+    "suggest",
+    epilog="Example: fedward-simulate plan suggest --data hospitals --memory 8 --out study",
+)
+def suggest(
+    data: Annotated[
+        Path, typer.Option("--data", help="Folder or file of images.", show_default=False)
+    ],
+    memory: Annotated[
+        float,
+        typer.Option("--memory", min=0.01, help="GiB of the smallest device that trains."),
+    ] = 8.0,
+    minimum_count: Annotated[
+        int,
+        typer.Option("--minimum-count", min=1, help="Patients below which a site counts nothing."),
+    ] = 5,
+    task: TaskKind = "",
+    classes: ClassNames = "",
+    label_column: LabelColumn = "",
+    patient_column: PatientColumn = "",
+    patient_folder: PatientFolder = 0,
+    format: FormatName = _AUTO,
+    private: Private = False,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the files.")] = Path(),
+    as_json: AsJson = False,
+) -> None:
+    """Write a plan by nnU-Net's rules from what the images are like, and site files.
+
+    Each hospital's images are counted by themselves, as its policy would let them be; the plan
+    follows from the sums.
+    """
+    from functools import partial
+
+    from fedward_simulation.first_study import draft, slug, write
+    from fedward_simulation.suggest import choose
+    from fedward_simulation.wishes import settle
+
+    wanted = settle(
+        data,
+        task=task,
+        classes=classes,
+        label_column=label_column,
+        patient_column=patient_column,
+        patient_folder=patient_folder,
+        format=None if format == _AUTO else format,
+    )
+    rules = partial(choose, memory=memory, least=minimum_count, private=private)
+    name = slug(wanted.root.resolve().stem)
+    made = draft(wanted, name, out, private=private, choose=rules)
+    write(made, out)
+    _tell_draft(made, out, as_json)
 
 
 @plan_app.command("check", epilog="Example: fedward-simulate plan check plan.toml")

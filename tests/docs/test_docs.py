@@ -64,6 +64,7 @@ def test_the_commands_are_found() -> None:
         "evaluate",
         "export",
         "plan check",
+        "plan suggest",
     }
 
 
