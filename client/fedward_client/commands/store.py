@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fedward.child_process import end_with_parent
 from fedward.console import interruptible, print_json, say
 from fedward.errors import PacsError
 from fedward_client.commands.options import SITE, Config, Json
-from fedward_client.commands.walls import build_walls, check_walls, kept_on_ctrl_c
+from fedward_client.commands.walls import build_walls, check_walls, kept_on_ctrl_c, run_apart
 from fedward_client.commands.work import busy, load_site
 
 
@@ -26,6 +21,9 @@ def store(
     pacs: Annotated[
         str | None, typer.Option("--pacs", help="name of the PACS; none: the only one of site.toml")
     ] = None,
+    retry_refused: Annotated[
+        bool, typer.Option("--retry-refused", help="send again what the PACS did not take before")
+    ] = False,
     config: Config = SITE,
     as_json: Json = False,
 ) -> None:
@@ -44,25 +42,29 @@ def store(
         interruptible(),
         busy("reading the objects") as tell,
     ):
-        outcome = store_results(site, name, out, listen=tell)
+        outcome = store_results(site, name, out, retry_refused=retry_refused, listen=tell)
+    made: dict[str, Any] = {"pacs": name, **vars(outcome)}
     if as_json:
-        print_json({"pacs": name, **outcome.plain()})
+        print_json(made)
     else:
-        tell_stored({"pacs": name, **outcome.plain()})
+        tell_stored(made)
     if not outcome.whole:
         raise typer.Exit(PacsError.exit_code)
 
 
 def tell_stored(made: dict[str, Any]) -> None:
     """Print what became of the objects."""
-    for reason, count in made["refused"].items():
-        say(f"not stored: {count}: {reason}", err=True, fg="red")
+    for name, reason in made["refused"].items():
+        say(f"not stored: {name}: {reason}", err=True, fg="red")
     had = made["before"] + made["there"]
     say(f"{made['stored']} of {made['objects']} objects stored in {made['pacs']}, {had} were there")
+    if made["refused_before"]:
+        count = made["refused_before"]
+        say(f"{count} refused before; --retry-refused sends them again", err=True, fg="yellow")
 
 
 def store_apart(out: Path, pacs: str, config: Path) -> tuple[int, dict[str, Any]]:
-    """Store in a process of its own, within the importer's walls.
+    """Store in a process of its own; see :func:`fedward_client.commands.walls.run_apart`.
 
     Parameters
     ----------
@@ -72,28 +74,5 @@ def store_apart(out: Path, pacs: str, config: Path) -> tuple[int, dict[str, Any]
         Name of the PACS.
     config : Path
         The site's configuration.
-
-    Returns
-    -------
-    int
-        Its exit code; it has said on standard error why it is not 0.
-    dict
-        What it says of the objects; empty where it could not begin.
     """
-    words = ["-m", "fedward_client.cli", "store", str(out.absolute()), "--pacs", pacs]
-    process = subprocess.Popen(
-        [sys.executable, *words, "--config", str(config.absolute()), "--json"],
-        stdout=subprocess.PIPE,
-        preexec_fn=end_with_parent(signal.SIGTERM),
-    )
-    try:
-        said, _ = process.communicate()
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
-    try:
-        told: dict[str, Any] = json.loads(said)
-    except ValueError:
-        told = {}
-    return process.returncode, told if "error" not in told else {}
+    return run_apart(["store", str(out.absolute()), "--pacs", pacs], config)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from fedward.child_process import end_with_parent
 from fedward.console import say
 from fedward.errors import ConfigError, Interrupted
 from fedward_client.daemon.isolation import find_readable
@@ -56,3 +60,39 @@ def kept_on_ctrl_c(rule: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise Interrupted(rule, fix="Give the command again to go on") from None
+
+
+def run_apart(words: Sequence[str], config: Path) -> tuple[int, dict[str, Any]]:
+    """Run a command that talks to the PACS in a process of its own, within the walls.
+
+    Parameters
+    ----------
+    words : sequence of str
+        The command; its paths are absolute.
+    config : Path
+        The site's configuration.
+
+    Returns
+    -------
+    int
+        Its exit code; it has said on standard error why it is not 0.
+    dict
+        The object that it prints; empty where it failed.
+    """
+    command = [sys.executable, "-m", "fedward_client.cli", *words]
+    process = subprocess.Popen(
+        [*command, "--config", str(config.absolute()), "--json"],
+        stdout=subprocess.PIPE,
+        preexec_fn=end_with_parent(signal.SIGTERM),
+    )
+    try:
+        said, _ = process.communicate()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    try:
+        told: dict[str, Any] = json.loads(said)
+    except ValueError:
+        told = {}
+    return process.returncode, {} if "error" in told else told

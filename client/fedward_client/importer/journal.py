@@ -1,4 +1,4 @@
-"""Which objects were fetched: a SQLite file that a kill at any moment leaves true."""
+"""Which objects were fetched, or stored: a SQLite file that a kill at any moment leaves true."""
 
 from __future__ import annotations
 
@@ -107,9 +107,9 @@ class Journal:
                 ) from None
             self._waiting, self._written = {}, time.monotonic()
 
-    def forget_refused(self) -> int:
-        """Have objects that were refused asked for again; how many."""
-        return self._sql.execute("DELETE FROM objects WHERE reason != ''").rowcount
+    def forget_refused(self, but: str = "") -> int:
+        """Have objects that were refused, but for one reason, asked for again; how many."""
+        return self._sql.execute("DELETE FROM objects WHERE reason NOT IN ('', ?)", [but]).rowcount
 
     def close(self) -> None:
         """Write what waits, and close the file."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pydicom
 
@@ -44,24 +43,23 @@ class Outcome:
         Those that the PACS took now.
     there : int
         Those that it had, though the call that sent them was ended before it knew.
-    refused : Counter
-        Those that it does not take, by reason.
+    refused_before : int
+        Those that it did not take from an earlier call.
+    refused : mapping
+        Names of the files that it does not take, to the reason.
     """
 
     objects: int = 0
     before: int = 0
     stored: int = 0
     there: int = 0
-    refused: Counter[str] = field(default_factory=Counter)
+    refused_before: int = 0
+    refused: dict[str, str] = field(default_factory=dict)
 
     @property
     def whole(self) -> bool:
-        """Whether the PACS has them all."""
+        """Whether it took all that was sent now."""
         return not self.refused
-
-    def plain(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**vars(self), "refused": dict(self.refused)}
 
 
 def store_results(
@@ -69,6 +67,7 @@ def store_results(
     pacs: str,
     out: Path,
     *,
+    retry_refused: bool = False,
     pause: float = 0.5,
     listen: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
@@ -86,6 +85,8 @@ def store_results(
         Name of the PACS.
     out : Path
         Folder of ``fedward-client predict``.
+    retry_refused : bool
+        Send again what the PACS did not take before.
     pause : float
         Seconds before the second try; each later one waits twice as long.
     listen : callable
@@ -123,6 +124,8 @@ def store_results(
         closing(Journal(state / f"{pacs}.sqlite", state)) as journal,
         closing(open_sender(section, throttle)) as sender,
     ):
+        if retry_refused:
+            journal.forget_refused(but=_SENDING)
         return _Store(sender, journal, throttle.stop, pause).run(out / FOLDER, listen)
 
 
@@ -137,14 +140,16 @@ class _Store:
         outcome = self._outcome
         items = sorted(self._items(folder), key=lambda one: ("SR" in _name(one), one.path))
         known = self._journal.known(one.uid for one in items)
-        outcome.objects = len(items) + sum(outcome.refused.values())
+        outcome.objects = len(items) + len(outcome.refused)
         for number, item in enumerate(items):
             listen(f"{number} of {len(items)} objects stored")
             reason = known[item.uid][0] if item.uid in known else None
-            if reason == "":
-                outcome.before += 1
-            else:
+            if reason in (None, _SENDING):
                 self._one(item, sent=reason == _SENDING)
+            elif reason:
+                outcome.refused_before += 1
+            else:
+                outcome.before += 1
         return outcome
 
     def _items(self, folder: Path) -> Iterator[Item]:
@@ -152,7 +157,7 @@ class _Store:
             try:
                 yield _item(path)
             except Exception:  # pydicom raises nearly anything on a broken file
-                self._outcome.refused[_NOT_WHOLE] += 1
+                self._outcome.refused[path.name] = _NOT_WHOLE
 
     def _one(self, item: Item, *, sent: bool) -> None:
         for turn in range(_TRIES):
@@ -171,7 +176,8 @@ class _Store:
             if not found.passing:
                 if found.every:
                     break
-                self._outcome.refused[found.why] += 1
+                self._outcome.refused[item.path.name] = found.why
+                self._note(item, found.why)
                 return
         raise ended
 

@@ -197,10 +197,15 @@ def test_an_object_that_it_does_not_take(way: str, make_site: Any, tmp_path: Pat
     (tmp_path / "out" / "dicom" / "z.dcm").write_bytes(b"half")
     with SERVERS[way](pacs) as table:
         outcome = store_results(make_site(table), "main", tmp_path / "out", pause=0.001)
-    assert (outcome.objects, outcome.stored, outcome.whole) == (4, 2, False)
-    why = "status 0xC123: it cannot read the object"
-    assert outcome.refused == {why: 1, "no whole DICOM object": 1}
-    assert set(pacs.received.values()) == {1}
+        assert (outcome.objects, outcome.stored, outcome.whole) == (4, 2, False)
+        why = "status 0xC123: it cannot read the object"
+        assert outcome.refused == {"1.seg.dcm": why, "z.dcm": "no whole DICOM object"}
+        again = store_results(make_site(table), "main", tmp_path / "out")
+        assert (again.before, again.refused_before, again.stored) == (2, 1, 0)
+        assert set(pacs.received.values()) == {1}  # it is not asked to take it each time
+        statuses.clear()
+        outcome = store_results(make_site(table), "main", tmp_path / "out", retry_refused=True)
+    assert (outcome.before, outcome.stored) == (2, 1)
 
 
 def test_a_kind_that_it_does_not_take(make_site: Any, tmp_path: Path) -> None:
@@ -210,7 +215,7 @@ def test_a_kind_that_it_does_not_take(make_site: Any, tmp_path: Path) -> None:
     path.write_bytes(encode(made))
     with dimse(Pacs([])) as table:
         outcome = store_results(make_site(table), "main", tmp_path / "out")
-    assert outcome.refused == {"status 0x0122: it takes no objects of this kind": 1}
+    assert outcome.refused == {"0.sr.dcm": "status 0x0122: it takes no objects of this kind"}
 
 
 def test_http_errors(make_site: Any, tmp_path: Path) -> None:
@@ -237,10 +242,10 @@ def test_http_errors(make_site: Any, tmp_path: Path) -> None:
             assert len(calls) == tries
         pacs.http = answer(413)
         outcome = store_results(config, "main", tmp_path / "out", pause=0.001)
-        assert outcome.refused == {"HTTP 413: the object is too large for it": 3}
+        assert [*outcome.refused.values()] == ["HTTP 413: the object is too large for it"] * 3
         pacs.http = answer(503, 503, 0)
-        outcome = store_results(config, "main", tmp_path / "out", pause=0.001)
-        assert outcome == Outcome(objects=3, stored=3)
+        again = store_results(config, "main", tmp_path / "out", retry_refused=True, pause=0.001)
+        assert again == Outcome(objects=3, stored=3)
 
 
 @both

@@ -47,6 +47,7 @@ def test_answers_lie_in_the_study_of_the_images(
         "before": 0,
         "stored": 2,
         "there": 0,
+        "refused_before": 0,
         "refused": {},
     }
     (study,) = httpx.get(f"{orthanc.url}/studies?expand").json()
