@@ -12,6 +12,7 @@ from fedward_client.commands.data import data_app
 from fedward_client.commands.model import model_app
 from fedward_client.commands.predict import predict
 from fedward_client.commands.store import store
+from fedward_client.commands.watch import watch
 
 app = typer.Typer(
     help="A hospital's images and its part in studies, at the hospital.",
@@ -31,6 +32,10 @@ app.command(
 app.command("store", epilog="Example: fedward-client store answers --pacs main --config site.toml")(
     store
 )
+app.command(
+    "watch",
+    epilog="Example: fedward-client watch model.safetensors chest --out answers --store",
+)(watch)
 
 
 @app.callback()

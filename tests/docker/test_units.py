@@ -14,7 +14,8 @@ from fedward_client.config import load_config
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = ROOT / "docker" / "systemd"
 ROLES = ("trainer", "connector", "importer@", "server")
-role = pytest.mark.parametrize("role", ROLES)
+# The watch is an importer with a model: its user, and its walls.
+role = pytest.mark.parametrize("role", (*ROLES, "watch@"))
 HARD = (
     "NoNewPrivileges=yes",
     "CapabilityBoundingSet=",
@@ -69,6 +70,10 @@ def test_the_trainer_has_no_network_and_the_connector_no_image() -> None:
         "SocketBindDeny=any",
         "MemoryDenyWriteExecute=yes",
     } <= set(lines("importer@"))
+    walls = ("User=", "InaccessiblePaths=", "IPAddress", "SocketBind", "RestrictAddressFamilies=")
+    both = ("importer@", "watch@")
+    own, other = ([one for one in lines(which) if one.startswith(walls)] for which in both)
+    assert own == other
     users = [[one for one in lines(which) if one.startswith("User=")] for which in ROLES]
     assert len({user for (user,) in users}) == len(ROLES)
 

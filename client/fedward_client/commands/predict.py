@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from fedward_client.predict.inputs import Found
     from fedward_client.predict.run import Outcome
 
-_AUTO = "auto"
-_FORMATS = [_AUTO, *(name for name, reader in READERS.items() if not reader.archive)]
+AUTO = "auto"
+FORMATS = [AUTO, *(name for name, reader in READERS.items() if not reader.archive)]
 
 
 def predict(
@@ -46,8 +46,8 @@ def predict(
     ] = None,
     format: Annotated[
         str,
-        typer.Option("--format", click_type=click.Choice(_FORMATS), help="what the files are"),
-    ] = _AUTO,
+        typer.Option("--format", click_type=click.Choice(FORMATS), help="what the files are"),
+    ] = AUTO,
     force: Annotated[
         bool,
         typer.Option("--force", help="predict what the model was not trained for, and mark it"),
@@ -89,13 +89,13 @@ def predict(
 
     chosen = str(choose_device(device))
     with _kept_on_ctrl_c(out), interruptible(), busy("reading the model") as tell:
-        opened = _open(model, which, config)
+        opened = open_model(model, which, config)
         tell("reading headers")
-        kind = None if format == _AUTO else format
-        path, found, dataset = _inputs(images, opened, kind, config)
+        kind = None if format == AUTO else format
+        path, found, dataset = find_images(images, opened, kind, config)
         archive = _archive(pacs, dataset, config) if store else None
         options = dataset.label_options() if dataset else LabelOptions()
-        rows = _rows(opened, found, path, table, options)
+        rows = rows_of(opened, found, path, table, options)
         channels = dataset.channel_options() if dataset else {}
         beside = channels_beside(channels, found, path, options) if channels else {}
         runtime = Runtime(device=chosen, threads=os.cpu_count() or 1)
@@ -128,7 +128,7 @@ def _kept_on_ctrl_c(out: Path) -> Iterator[None]:
         ) from None
 
 
-def _open(model: str, which: Literal["shared", "own"] | None, config: Path) -> FinishedModel:
+def open_model(model: str, which: Literal["shared", "own"] | None, config: Path) -> FinishedModel:
     from fedward.models.finished import open_finished
 
     path = Path(model)
@@ -141,7 +141,7 @@ def _open(model: str, which: Literal["shared", "own"] | None, config: Path) -> F
     return open_finished(kept.path(model, which))
 
 
-def _inputs(
+def find_images(
     images: str, model: FinishedModel, format: str | None, config: Path
 ) -> tuple[Path, Found, DatasetSection | None]:
     from fedward_client.predict.inputs import find_inputs
@@ -171,7 +171,7 @@ def _archive(pacs: str | None, dataset: DatasetSection | None, config: Path) -> 
     return load_config(config, datasets_here=False).pacs_for(pacs, dataset)
 
 
-def _rows(
+def rows_of(
     model: FinishedModel, found: Found, path: Path, table: Path | None, options: LabelOptions
 ) -> Mapping[str, Row | str]:
     """What the table says that the model reads; nothing where it reads none."""

@@ -94,9 +94,7 @@ class Source(ABC):
     @property
     def stem(self) -> str:
         """What files about it are called: its name and a part of its digest."""
-        digest = hashlib.sha256(self.name.encode("utf-8", "surrogateescape")).hexdigest()
-        plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in stem(Path(self.name)))
-        return f"{plain[:60]}-{digest[:8]}"
+        return stem_of(self.name)
 
 
 @dataclass(frozen=True)
@@ -291,6 +289,13 @@ def find_inputs(
             where=path.name,
         )
     return Found(tuple(names), tuple(left_out))
+
+
+def stem_of(name: str) -> str:
+    """What files about an input of that name are called: its name and a part of its digest."""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
+    plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in stem(Path(name)))
+    return f"{plain[:60]}-{digest[:8]}"
 
 
 def base_of(path: Path) -> Path:

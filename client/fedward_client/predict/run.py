@@ -258,23 +258,55 @@ def predict(
     OutputError
         The folder cannot be written, or holds predictions of something else.
     """
-    journal = _Journal(wish)
+    results = Results(wish, runtime)
     outcome = Outcome()
-    predictor: Predictor | None = None
     try:
         for number, source in enumerate(found.sources):
             tell(number, len(found.sources), source.name)
-            key = wish.identity(source)
-            record = journal.known(source.name, key)
-            if record is None:
-                predictor = predictor or Predictor(wish.model, runtime)
-                record = _predicted(wish, predictor, source)
-                journal.add(record | {"key": key})
-            outcome.records.append(record)
+            outcome.records.append(results.of(source))
     finally:
         outcome.records += [_refused(one.name, one.reason) for one in found.left_out]
-        _write_tables(wish, outcome)
+        write_tables(wish, outcome.records)
     return outcome
+
+
+class Results:
+    """A folder of results, to which inputs are added.
+
+    Parameters
+    ----------
+    wish : Wish
+        Model, folder and choices; what tables say of inputs may be replaced.
+    runtime : Runtime
+        The machine.
+
+    Raises
+    ------
+    OutputError
+        The folder cannot be written, or holds predictions of something else.
+    """
+
+    def __init__(self, wish: Wish, runtime: Runtime) -> None:
+        self.wish, self._runtime = wish, runtime
+        self._journal = _Journal(wish)
+        self._predictor: Predictor | None = None
+
+    def known(self, source: Source) -> dict[str, Any] | None:
+        """What came of an input that is done and has not changed; refused ones are not done."""
+        return self._journal.known(source.name, self.wish.identity(source))
+
+    def of(self, source: Source) -> dict[str, Any]:
+        """What came of an input, which is predicted where that is not known."""
+        if (record := self.known(source)) is None:
+            key = self.wish.identity(source)
+            self._predictor = self._predictor or Predictor(self.wish.model, self._runtime)
+            record = _predicted(self.wish, self._predictor, source)
+            self._journal.add(record | {"key": key})
+        return record
+
+    def records(self) -> list[dict[str, Any]]:
+        """What came of all inputs that there ever were."""
+        return self._journal.records()
 
 
 def _predicted(wish: Wish, predictor: Predictor, source: Source) -> dict[str, Any]:
@@ -443,11 +475,17 @@ class _Journal:
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Remember that an input is done."""
+        self._records[record["name"]] = dict(record)
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise _unwritable(error.strerror) from None
+
+    def records(self) -> list[dict[str, Any]]:
+        """All of them, without their keys."""
+        known = sorted(self._records.items())
+        return [{k: v for k, v in one.items() if k != "key"} for _, one in known]
 
     def _lines(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
@@ -456,11 +494,12 @@ class _Journal:
         return found
 
 
-def _write_tables(wish: Wish, outcome: Outcome) -> None:
-    write_private(wish.out / "predictions.csv", _table(wish.model.plan, outcome.records).encode())
+def write_tables(wish: Wish, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write ``predictions.csv`` and ``predictions.json``, and ``boxes.csv`` of a detection."""
+    write_private(wish.out / "predictions.csv", _table(wish.model.plan, records).encode())
     model = wish.model
     if model.plan.task.has_boxes:
-        write_private(wish.out / "boxes.csv", _box_table(outcome.records).encode())
+        write_private(wish.out / "boxes.csv", _box_table(records).encode())
     told = {
         "use": NOT_FOR_DIAGNOSIS,
         "intended_use": model.plan.study.intended_use,
@@ -474,7 +513,7 @@ def _write_tables(wish: Wish, outcome: Outcome) -> None:
         "fedward": version("fedward"),
         "task": model.plan.task.kind,
         "classes": list(model.plan.task.classes),
-        "inputs": outcome.records,
+        "inputs": records,
     }
     text = json.dumps(told, indent=1, ensure_ascii=False) + "\n"
     write_private(wish.out / "predictions.json", text.encode("utf-8", "surrogateescape"))
