@@ -140,7 +140,10 @@ def _validate(model: Any, sites: list[Any]) -> float:
 
 
 def engine(data: Path, rounds: int, name: str) -> dict[str, Any]:
-    """Fedward's own engines."""
+    """Fedward's own engines, set up as the command sets up its process."""
+    from fedward.startup import prepare
+
+    prepare()
     from fedward.flower import identity
     from fedward_simulation.study import Options, Study
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 CHOSEN = {
     "fedward_server.round_loop": ("StudyRun._round", "StudyRun._aggregate", "StudyRun._validate"),
-    "fedward_server.study_persistence": ("StudyPersistence.keep", "Checkpoints.save"),
+    "fedward_server.study_persistence": ("StudyPersistence.keep",),
+    "fedward_server.checkpoints": ("Checkpoints.save",),
     "fedward.flower.runtime_client": ("RuntimeClient.deliver", "RuntimeClient.collect"),
     "fedward_client.trainer.service": ("TrainerService.answer",),
     "fedward_client.training.trainer": ("Trainer.train", "Trainer.evaluate"),

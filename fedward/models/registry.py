@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from fedward.dp.layers import reuses_layers, unknown_layers
 from fedward.errors import PlanError
@@ -16,6 +19,12 @@ from fedward.networks import MODELS
 from fedward.plan.schema import Plan
 from fedward.rule_codes import RuleCode
 
+_INITIALISERS: Final = frozenset(
+    ("normal_", "uniform_", "fill_", "zero_", "erfinv_", "mul_", "add_", "clamp_")
+)
+_SMALL: Final = 1 << 17  # numbers in two images
+_MOST_SHAPES: Final = 64
+_shapes: dict[str, tuple[int, ...] | None] = {}
 GradSampleMode = Literal["hooks", "functorch", "bookkeeping"]
 
 
@@ -43,7 +52,7 @@ def build_model(plan: Plan, seed: int) -> nn.Module:
         # Not torch.manual_seed: that one would reseed the caller's GPUs as well.
         torch.default_generator.manual_seed(seed)
         model = _built(plan)
-    _check_size(plan)
+    _check_size(plan, model)
     return model.train()
 
 
@@ -58,8 +67,27 @@ def outline(plan: Plan) -> nn.Module:
 @lru_cache(maxsize=16)
 def _outline(plan_json: str) -> nn.Module:
     plan = Plan.model_validate_json(plan_json)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), _NoInitialWeights():
         return _built(plan)
+
+
+class _NoInitialWeights(TorchFunctionMode):
+    """Leaves out the arithmetic of initial weights, which tensors without storage do not keep.
+
+    Some of it is written in Python for the ``meta`` device, and imports ``sympy`` for a second.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call a function of torch, unless it gives values to a tensor that has none."""
+        if getattr(func, "__name__", "") in _INITIALISERS and args and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def example_inputs(plan: Plan, count: int, device: str = "cpu") -> tuple[torch.Tensor, ...]:
@@ -83,9 +111,19 @@ def _built(plan: Plan) -> nn.Module:
     return with_table(model, plan.table) if plan.table is not None else model
 
 
-def _check_size(plan: Plan) -> None:
-    expected = (2, *plan.task.spec.output_shape(plan.task, plan.preprocessing.size))
-    if _output_shape(plan.model_dump_json()) == expected:
+def _check_size(plan: Plan, model: nn.Module) -> None:
+    key, prep = plan.model_dump_json(), plan.preprocessing
+    if key not in _shapes:  # a simulation builds one plan's model for every site
+        if len(_shapes) >= _MOST_SHAPES:
+            _shapes.clear()
+        # The outline answers the same, but the first use of the meta device imports sympy for a
+        # second: longer than two small images take.
+        if 2 * prep.channels * math.prod(prep.size) > _SMALL:
+            _shapes[key] = _output_shape(plan, outline(plan), "meta")
+        else:  # in evaluation mode: no statistics of a batch are kept, no random numbers drawn
+            _shapes[key] = _output_shape(plan, model.eval(), "cpu")
+    expected = (2, *plan.task.spec.output_shape(plan.task, prep.size))
+    if _shapes[key] == expected:
         return
     raise PlanError(
         RuleCode.MODEL_SIZE,
@@ -96,11 +134,10 @@ def _check_size(plan: Plan) -> None:
     )
 
 
-@lru_cache(maxsize=64)  # a simulation builds one plan's model for every site
-def _output_shape(plan_json: str) -> tuple[int, ...] | None:
-    plan = Plan.model_validate_json(plan_json)
+def _output_shape(plan: Plan, model: nn.Module, device: str) -> tuple[int, ...] | None:
     try:
-        return tuple(outline(plan)(*example_inputs(plan, 2, "meta")).shape)
+        with torch.no_grad():
+            return tuple(model(*example_inputs(plan, 2, device)).shape)
     except (RuntimeError, ValueError):
         return None
 

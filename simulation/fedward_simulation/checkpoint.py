@@ -1,7 +1,7 @@
 """The state of a run that has not ended, so that the same command goes on where it stopped.
 
 One folder holds what the run is (plan, options, images) and, for each arm, the aggregator's own
-checkpoints (:mod:`fedward_server.study_persistence`). Writing is bounded: a round's state is
+checkpoints (:mod:`fedward_server.checkpoints`). Writing is bounded: a round's state is
 written when some seconds have passed since the last write, and at the end of the arm.
 """
 
@@ -21,9 +21,9 @@ from typing import IO, Any, Final
 
 from fedward.errors import OutputError
 from fedward.files import write_text
+from fedward_server.checkpoints import Checkpoints
 from fedward_server.job import Job
 from fedward_server.privacy_spent import settle
-from fedward_server.study_persistence import Checkpoints
 
 FOLDER: Final = "checkpoints"
 _RUN: Final = "run.json"

@@ -28,10 +28,10 @@ from fedward.plan.load import plan_hash
 from fedward.printable import printable
 from fedward.protocol import Refusal, SiteFacts
 from fedward_client.enrol import enrol
+from fedward_server.checkpoints import Checkpoints
 from fedward_server.cli import app as server_cli
 from fedward_server.job import Job
 from fedward_server.results import Arm, Round, StudyResults
-from fedward_server.study_persistence import Checkpoints
 
 Make = Callable[..., Any]
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,11 +21,11 @@ from fedward.plan.load import plan_hash
 from fedward.plan.schema import Plan
 from fedward_client.data.sample import PreparedSite
 from fedward_client.training.runtime import Runtime
+from fedward_server.checkpoints import Checkpoints
 from fedward_server.events import Event, RoundEnded
 from fedward_server.job import Job
 from fedward_server.results import Arm
 from fedward_server.round_loop import StudyRun
-from fedward_server.study_persistence import Checkpoints
 from fedward_simulation.local import LocalGrid, State
 from fedward_simulation.pool import Pool
 from fedward_simulation.sites import SimulatedSites
@@ -137,7 +137,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     code = f"""
 import numpy as np
 from pathlib import Path
-from fedward_server.study_persistence import Checkpoints
+from fedward_server.checkpoints import Checkpoints
 from fedward_server.job import Job
 from fedward_server.results import Arm, Round
 from fedward.plan.load import load_plan

@@ -23,11 +23,11 @@ from fedward.strategies import STRATEGIES
 from fedward_client.data.sample import PreparedSite
 from fedward_client.training.runtime import Runtime
 from fedward_client.training.trainer import Trainer
+from fedward_server.checkpoints import Checkpoints
 from fedward_server.events import Event, RoundEnded
 from fedward_server.job import Job
 from fedward_server.results import Arm
 from fedward_server.round_loop import StudyRun
-from fedward_server.study_persistence import Checkpoints
 from fedward_simulation.local import LocalGrid, State
 from fedward_simulation.pool import Pool
 from fedward_simulation.sites import SimulatedSites

@@ -19,6 +19,7 @@ from fedward.plan.load import plan_hash
 from fedward.protocol import Refusal, SiteFacts
 from fedward.rule_codes import GENERAL, RuleCode
 from fedward.strategies import STRATEGIES
+from fedward_server.checkpoints import Checkpoints
 from fedward_server.config import ServerConfig
 from fedward_server.events import Event, SiteQuarantined, SiteRefused, SiteWarned, StudyStarted
 from fedward_server.job import Job, SizeLimit
@@ -27,7 +28,6 @@ from fedward_server.registry import Registry
 from fedward_server.reply_validation import InvalidReply
 from fedward_server.results import Arm, Round
 from fedward_server.runner import Runner
-from fedward_server.study_persistence import Checkpoints
 
 Make = Callable[..., Any]
 PRIVATE = {"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-3, "clipping_norm": 1.0}

@@ -14,12 +14,12 @@ from fedward.models import build_model, to_arrays
 from fedward.plan.load import plan_hash
 from fedward.protocol import SiteFacts
 from fedward_server import events
+from fedward_server.checkpoints import Checkpoints
 from fedward_server.config import ServerConfig
 from fedward_server.job import Job
 from fedward_server.registry import Registry
 from fedward_server.results import Arm
 from fedward_server.runner import Runner
-from fedward_server.study_persistence import Checkpoints
 
 Make = Callable[..., Any]
 

@@ -14,11 +14,12 @@ from fedward.models import build_model, load_model, to_arrays
 from fedward.plan.schema import Plan
 from fedward.signing import verify_model
 from fedward_server.artifacts.card import model_card
+from fedward_server.checkpoints import Checkpoints
 from fedward_server.job import Job
 from fedward_server.registry import Registry
 from fedward_server.registry.records import Study
 from fedward_server.results import Arm, Round, SiteRound, StudyResults
-from fedward_server.study_persistence import Checkpoints, StudyPersistence
+from fedward_server.study_persistence import StudyPersistence
 
 Make = Callable[..., Any]
 

@@ -16,6 +16,7 @@ from fedward.plan.explain import explain
 from fedward_client.data.sample import PreparedSite
 from fedward_client.training.runtime import Runtime
 from fedward_client.training.trainer import Trainer
+from fedward_server.checkpoints import Checkpoints
 from fedward_server.events import Event, RoundEnded
 from fedward_server.job import Job
 from fedward_server.pasts import pasts
@@ -24,7 +25,6 @@ from fedward_server.report.stats import contributed
 from fedward_server.report.tables import contribution_table
 from fedward_server.results import Arm, Round, SiteRound, StudyResults
 from fedward_server.round_loop import StudyRun
-from fedward_server.study_persistence import Checkpoints
 from fedward_simulation.local import LocalGrid, State
 from fedward_simulation.pool import Pool
 from fedward_simulation.site_service import open_policy

@@ -19,10 +19,10 @@ from fedward_client.egress.gate import expected_arrays
 from fedward_client.site_state import SiteStates
 from fedward_client.training.runtime import Runtime
 from fedward_client.training.trainer import Trainer
+from fedward_server.checkpoints import Checkpoints
 from fedward_server.job import Job
 from fedward_server.results import Arm
 from fedward_server.round_loop import StudyRun
-from fedward_server.study_persistence import Checkpoints
 from fedward_simulation.local import LocalGrid, State
 from fedward_simulation.pool import Pool
 from fedward_simulation.sites import SimulatedSites
