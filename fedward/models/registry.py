@@ -68,7 +68,7 @@ def outline(plan: Plan) -> nn.Module:
 def _outline(plan_json: str) -> nn.Module:
     plan = Plan.model_validate_json(plan_json)
     with torch.random.fork_rng(devices=[]), torch.device("meta"), _NoInitialWeights():
-        return _built(plan)
+        return _built(plan).eval()  # whose levels may answer in training
 
 
 class _NoInitialWeights(TorchFunctionMode):

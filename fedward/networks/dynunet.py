@@ -17,10 +17,12 @@ def build(plan: Plan) -> nn.Module:
     from monai.networks.nets import DynUNet
 
     from fedward.dp.compat import make_private
+    from fedward.models.supervised import SupervisedDynUNet
 
     channels = DYNUNET.channels(plan)
     halves = (2,) * (len(channels) - 1)
-    model = DynUNet(
+    supervised = plan.model.deep_supervision
+    model = (SupervisedDynUNet if supervised else DynUNet)(
         spatial_dims=plan.task.dimensions,
         in_channels=plan.preprocessing.channels,
         out_channels=plan.task.outputs,
@@ -29,10 +31,14 @@ def build(plan: Plan) -> nn.Module:
         upsample_kernel_size=halves,
         filters=channels,
         dropout=plan.model.dropout or None,
+        deep_supervision=supervised,
+        deep_supr_num=max(1, len(channels) - 3),
     )
     # MONAI registers each block here as well as in `skip_layers`, which alone are called: every
     # array would have two names, and would be sent twice.
     del model.input_block, model.downsamples, model.bottleneck, model.upsamples
+    if supervised:
+        del model.deep_supervision_heads
     return make_private(model)
 
 
@@ -49,5 +55,6 @@ DYNUNET = ModelSpec(
         fits=lambda widths: len(widths) >= 3,
     ),
     sides=halved("between levels", lambda channels: len(channels) - 1),
+    supervised=True,
     since=2,
 )

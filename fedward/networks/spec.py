@@ -76,8 +76,9 @@ class ModelSpec:
         Its choice of widths; none: fixed.
     sides : Sides or None
         The image sizes that it takes; none: :func:`fedward.models.registry.build_model` finds out.
-    dropout, taps : bool
-        Whether it has dropout; whether its head can read blocks in the middle.
+    dropout, taps, supervised : bool
+        Whether it has dropout; whether its head can read blocks in the middle; whether its levels
+        can answer in training.
     frozen_statistics : bool
         Whether it keeps the statistics of public weights, and so cannot start without them.
     public_keys : callable or None
@@ -97,6 +98,7 @@ class ModelSpec:
     sides: Sides | None = None
     dropout: bool = True
     taps: bool = False
+    supervised: bool = False
     frozen_statistics: bool = False
     public_keys: Callable[[Iterable[str]], KeyMap] | None = None
     since: int = 1
@@ -126,6 +128,11 @@ class ModelSpec:
             yield "preprocessing.channels", f"{name} takes {only} channels; set channels = {only}"
         if model.taps is not None and not self.taps:
             yield "model.taps", f"{name} has no taps; remove them"
+        if model.deep_supervision and not self.supervised:
+            yield (
+                "model.deep_supervision",
+                f"the levels of {name} do not answer by themselves; remove deep_supervision",
+            )
         if model.dropout and not self.dropout:
             yield "model.dropout", f"{name} has no dropout; remove dropout, or choose another model"
         if model.channels is not None and self.widths is None:

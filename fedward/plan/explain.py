@@ -242,6 +242,8 @@ def _model(plan: Plan, parameters: int | None) -> str:
         text += f", {count(parameters, 'parameter')}"
     if model.dropout:
         text += f", dropout {model.dropout:g}"
+    if model.deep_supervision:
+        text += ", whose levels learn to answer by themselves as well"
     if model.feature_centering:
         text += ", whose last layer reads features without their mean, brought to one length"
     if model.initial_weights is None:

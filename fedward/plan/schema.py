@@ -780,6 +780,12 @@ class Model(Section):
         "reads; the network ends after the last of them; none: the usual head",
     )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout, where it has some")
+    deep_supervision: Annotated[bool, Since(2)] = Field(
+        default=False,
+        description="dynunet: in training the levels but the lowest two answer as well, and their "
+        "losses count, each half as much as that of the level above (Lee et al., 2015, "
+        "arXiv:1409.5185, as nnU-Net has it)",
+    )
     feature_centering: Annotated[bool, Since(2)] = Field(
         default=False,
         description="classification: a first round measures the mean of the features that the last "

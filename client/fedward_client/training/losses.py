@@ -26,6 +26,11 @@ def build_loss(plan: Plan, device: torch.device) -> Loss:
         Maps logits ``(N, K, *S)`` and targets (see :class:`PreparedSite`) to
         ``(N,)`` losses. No image's value depends on another image, weights included.
     """
+    loss = _loss(plan, device)
+    return _DeepSupervision(loss) if plan.model.deep_supervision else loss
+
+
+def _loss(plan: Plan, device: torch.device) -> Loss:
     weights = plan.training.class_weights
     weight = None if weights is None else torch.tensor(weights, device=device)
     name = plan.training.loss
@@ -38,6 +43,25 @@ def build_loss(plan: Plan, device: torch.device) -> Loss:
     if name == "focal_giou":
         return _Detection(weight, plan.preprocessing.size, device)
     return _Segmentation(weight, focal=name == "dice_focal")
+
+
+class _DeepSupervision:
+    """A loss over the answers of several levels ``(N, L, K, *S)``, the finest first.
+
+    Each counts half as much as the one before; together they count 1. In evaluation the network
+    gives the first alone.
+    """
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if logits.ndim == targets.ndim + 1:
+            return self.loss(logits, targets)
+        weights = [0.5**level for level in range(logits.shape[1])]
+        levels = zip(weights, logits.unbind(dim=1), strict=True)
+        parts = [weight * self.loss(one, targets) for weight, one in levels]
+        return torch.stack(parts).sum(dim=0) / sum(weights)
 
 
 class _CrossEntropy:

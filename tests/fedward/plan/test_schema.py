@@ -246,6 +246,13 @@ BROKEN: list[tuple[str, dict[str, Any], str, str, str]] = [
         "set momentum to 0",
     ),
     (
+        "s",
+        {"model.deep_supervision": True},
+        "model.deep_supervision",
+        "do not answer by themselves",
+        "remove deep_supervision",
+    ),
+    (
         "c",
         {"training.keep": "best", "split.validation": 0.0},
         "split.validation",
