@@ -9,6 +9,7 @@ from fedward.startup import prepare
 from fedward_client.commands.audit import audit_app
 from fedward_client.commands.daemon import add_to
 from fedward_client.commands.data import data_app
+from fedward_client.commands.explain import explain
 from fedward_client.commands.model import model_app
 from fedward_client.commands.predict import predict
 from fedward_client.commands.store import store
@@ -36,6 +37,10 @@ app.command(
     "watch",
     epilog="Example: fedward-client watch model.safetensors chest --out answers --store",
 )(watch)
+app.command(
+    "explain",
+    epilog="Example: fedward-client explain model.safetensors scans --out reasons",
+)(explain)
 
 
 @app.callback()

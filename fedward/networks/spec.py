@@ -79,6 +79,8 @@ class ModelSpec:
     dropout, taps, supervised : bool
         Whether it has dropout; whether its head can read blocks in the middle; whether its levels
         can answer in training.
+    feature_map : bool
+        Whether a classifier's head reads a feature map, which Grad-CAM weighs.
     frozen_statistics : bool
         Whether it keeps the statistics of public weights, and so cannot start without them.
     public_keys : callable or None
@@ -99,6 +101,7 @@ class ModelSpec:
     dropout: bool = True
     taps: bool = False
     supervised: bool = False
+    feature_map: bool = True
     frozen_statistics: bool = False
     public_keys: Callable[[Iterable[str]], KeyMap] | None = None
     since: int = 1

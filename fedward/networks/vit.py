@@ -63,6 +63,7 @@ VIT = ModelSpec(
     tasks=("classification",),
     build=build,
     head="classification_head.*",
+    feature_map=False,
     widths=Widths(
         "two widths: of the tokens (below 64, or a multiple of 64, a head for each 64) and of the "
         "MLP",

@@ -217,7 +217,13 @@ def _rows_without_image(dataset: DatasetSection, index: Index, extract: Extracto
 
 
 def _read(dataset: DatasetSection, listen: Listen) -> Dataset:
-    spec = DatasetSpec(
+    # An empty one is worth a report too.
+    return read_dataset(spec_of(dataset, listen), dataset.as_task(), empty=True)
+
+
+def spec_of(dataset: DatasetSection, listen: Listen = unheard) -> DatasetSpec:
+    """A dataset of ``site.toml``, for a reader."""
+    return DatasetSpec(
         dataset.root,
         dataset.format,
         masks=dataset.masks.options(),
@@ -228,7 +234,6 @@ def _read(dataset: DatasetSection, listen: Listen) -> Dataset:
         channels=dataset.channel_options(),
         listen=listen,
     )
-    return read_dataset(spec, dataset.as_task(), empty=True)  # an empty one is worth a report too
 
 
 def classes_of(

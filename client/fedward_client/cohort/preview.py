@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
-from PIL import Image as Pillow
 
 from fedward import rule_codes
 from fedward.errors import DataError, OutputError
 from fedward.files import write_private
 from fedward.plan.schema import Preprocessing, Task
 from fedward_client.cohort.probe import spread
+from fedward_client.data.pictures import COLOURS, PLANES, as_bytes, png, tinted, upright
 from fedward_client.data.quiet import quiet
 from fedward_client.data.sample import Sample, unnamed
 from fedward_client.data.transforms import Prepared, prepare_image
 
 _SIZES: Final = {2: (256, 256), 3: (96, 96, 96)}
-# Told apart by people who see no red or no green (Okabe and Ito, 2008); cycled when they run out.
-_COLOURS: Final = (
-    (230, 159, 0),
-    (86, 180, 233),
-    (0, 158, 115),
-    (240, 228, 66),
-    (0, 114, 178),
-    (213, 94, 0),
-    (204, 121, 167),
-)
-_PLANES: Final = ("sagittal", "coronal", "axial")
-_TINT: Final = 0.45  # share of the mask's colour in a pixel that it covers
 
 
 @dataclass(frozen=True)
@@ -165,38 +151,16 @@ def _caption(sample: Sample, shown: Prepared, task: Task) -> str:
 
 
 def _pictures(shown: Prepared) -> tuple[tuple[str, str], ...]:
-    grey = _bytes(shown.pixels)
+    grey = as_bytes(shown.pixels)
     if grey.ndim == 3:
-        tinted = _tinted(grey, shown.mask)
-        return (("", _png(tinted if shown.boxes is None else _framed(tinted, shown.boxes))),)
+        picture = tinted(grey, shown.mask)
+        return (("", png(picture if shown.boxes is None else _framed(picture, shown.boxes))),)
     found = []
-    for axis, plane in enumerate(_PLANES):
+    for axis, plane in enumerate(PLANES):
         middle = grey.shape[axis + 1] // 2
-        mask = None if shown.mask is None else _upright(shown.mask.take(middle, axis))
-        found.append((plane, _png(_tinted(_upright(grey.take(middle, axis + 1)), mask))))
+        mask = None if shown.mask is None else upright(shown.mask.take(middle, axis))
+        found.append((plane, png(tinted(upright(grey.take(middle, axis + 1)), mask))))
     return tuple(found)
-
-
-def _upright(plane: NDArray[Any]) -> NDArray[Any]:
-    # Volumes run to the right, to the front and upwards; pictures run down.
-    return np.flip(np.swapaxes(plane, -1, -2), -2)
-
-
-def _bytes(pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
-    low, high = float(pixels.min()), float(pixels.max())
-    scaled = (pixels - low) / (high - low) if high > low else np.zeros_like(pixels)
-    return np.asarray(np.round(scaled * 255), np.uint8)
-
-
-def _tinted(grey: NDArray[np.uint8], mask: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
-    """``(C, H, W)`` to ``(H, W, 3)``, with the classes of a mask in their colours."""
-    picture = np.moveaxis(np.broadcast_to(grey, (3, *grey.shape[1:])), 0, -1).astype(np.float32)
-    if mask is not None:
-        for label in np.unique(mask[mask > 0]):
-            colour = np.array(_COLOURS[(int(label) - 1) % len(_COLOURS)], np.float32)
-            where = mask == label
-            picture[where] = (1 - _TINT) * picture[where] + _TINT * colour
-    return np.asarray(np.round(picture), np.uint8)
 
 
 def _framed(picture: NDArray[np.uint8], boxes: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -206,14 +170,8 @@ def _framed(picture: NDArray[np.uint8], boxes: NDArray[np.float32]) -> NDArray[n
         low, high = np.floor(ends[:2]).astype(int), np.ceil(ends[2:]).astype(int)
         inner = framed[low[0] : high[0], low[1] : high[1]]
         for edge in (inner[0], inner[-1], inner[:, 0], inner[:, -1]):
-            edge[...] = _COLOURS[(int(label) - 1) % len(_COLOURS)]
+            edge[...] = COLOURS[(int(label) - 1) % len(COLOURS)]
     return framed
-
-
-def _png(picture: NDArray[np.uint8]) -> str:
-    stream = io.BytesIO()
-    Pillow.fromarray(picture).save(stream, "PNG")
-    return base64.b64encode(stream.getvalue()).decode("ascii")
 
 
 def _page(
@@ -225,7 +183,7 @@ def _page(
     legend = []
     if not task.has_labels:
         legend = [
-            (name, "#{:02x}{:02x}{:02x}".format(*_COLOURS[k % len(_COLOURS)]))
+            (name, "#{:02x}{:02x}{:02x}".format(*COLOURS[k % len(COLOURS)]))
             for k, name in enumerate(task.classes)
         ]
     return environment.get_template("preview.html.jinja").render(

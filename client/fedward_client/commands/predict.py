@@ -88,7 +88,7 @@ def predict(
     from fedward_client.training.runtime import Runtime
 
     chosen = str(choose_device(device))
-    with _kept_on_ctrl_c(out), interruptible(), busy("reading the model") as tell:
+    with kept_on_ctrl_c(out), interruptible(), busy("reading the model") as tell:
         opened = open_model(model, which, config)
         tell("reading headers")
         kind = None if format == AUTO else format
@@ -107,7 +107,7 @@ def predict(
         )
     code, stored = 0, None
     if archive is not None:
-        with _kept_on_ctrl_c(out), interruptible():
+        with kept_on_ctrl_c(out), interruptible():
             code, stored = store_apart(out, archive, config)
     refused = _told(outcome, opened, out, stored, as_json=as_json)
     if code:
@@ -117,14 +117,15 @@ def predict(
 
 
 @contextmanager
-def _kept_on_ctrl_c(out: Path) -> Iterator[None]:
+def kept_on_ctrl_c(out: Path, fix: str = "Give it again to go on") -> Iterator[None]:
+    """Say that what was done is kept, when the command is interrupted."""
     try:
         yield
     except KeyboardInterrupt:
         raise Interrupted(
             "the command was interrupted; what was done is kept",
             value=str(out),
-            fix="Give it again to go on",
+            fix=fix,
         ) from None
 
 
@@ -144,6 +145,7 @@ def open_model(model: str, which: Literal["shared", "own"] | None, config: Path)
 def find_images(
     images: str, model: FinishedModel, format: str | None, config: Path
 ) -> tuple[Path, Found, DatasetSection | None]:
+    """The images of a path, or of a dataset in ``site.toml``, which comes third."""
     from fedward_client.predict.inputs import find_inputs
 
     path, task = Path(images), model.plan.task

@@ -37,14 +37,9 @@ def restore(
     NDArray
         ``(*shape)`` uint8 label map.
     """
-    grid = grid_for(shape, spacing, prep)
-    content = crop(probabilities, grid.shape)  # without the border that padded it
     best, labels = np.empty(0), np.zeros(shape, np.uint8)
-    for number in range(len(content)):  # one after another: a layer may have the size of a volume
-        layer = pad(content[number : number + 1], grid.shape, np.full(1, float(number == 0)))
-        if grid.shape != shape:  # on one grid nothing is rounded
-            layer = layer.astype(np.float32)
-        layer = restored(layer, grid, shape)[0]
+    for number, one in enumerate(probabilities):  # a layer may have the size of a volume
+        layer = restore_layer(one, shape, spacing, prep, outside=float(number == 0))
         if number == 0:
             best = layer
             continue
@@ -52,6 +47,25 @@ def restore(
         labels[better] = number
         best = np.where(better, layer, best)
     return labels
+
+
+def restore_layer(
+    layer: NDArray[Any],
+    shape: tuple[int, ...],
+    spacing: tuple[float, ...],
+    prep: Preprocessing,
+    outside: float = 0.0,
+) -> NDArray[Any]:
+    """One layer ``(*S)`` of a prepared image on the grid of the image of `shape`.
+
+    What the plan's crop of the middle took away is `outside`.
+    """
+    grid = grid_for(shape, spacing, prep)
+    content = crop(layer[None], grid.shape)  # without the border that padded it
+    whole = pad(content, grid.shape, np.full(1, outside))
+    if grid.shape != shape:  # on one grid nothing is rounded
+        whole = whole.astype(np.float32)
+    return np.asarray(restored(whole, grid, shape)[0])
 
 
 def seen(shape: tuple[int, ...], spacing: tuple[float, ...], prep: Preprocessing) -> float:

@@ -87,8 +87,8 @@ class Predictor:
     def __init__(self, model: FinishedModel, runtime: Runtime) -> None:
         runtime.enter()
         self.plan = model.plan
-        self._runtime, self._device = runtime, runtime.torch_device
-        self._network = place(model.build(), self._device)
+        self._runtime, self.device = runtime, runtime.torch_device
+        self.network = place(model.build(), self.device)
 
     @torch.no_grad()
     def __call__(self, image: Image, prep: Preprocessing, row: Row | None = None) -> Answer:
@@ -104,8 +104,8 @@ class Predictor:
             prepared = prepare_image(image, None, task, prep)
         if task.has_boxes:
             return Answer(np.empty(0), boxes=self._boxes(prepared.pixels, image, prep))
-        beside = () if row is None else (torch.from_numpy(row[None]).to(self._device),)
-        probabilities = self._probabilities(torch.from_numpy(prepared.pixels[None]), *beside)
+        beside = () if row is None else (torch.from_numpy(row[None]).to(self.device),)
+        probabilities = self.probabilities(torch.from_numpy(prepared.pixels[None]), *beside)
         del prepared  # as large as the image, where the plan has patches
         if not np.isfinite(probabilities).all():
             raise DataError(_NOT_FINITE, fix="Do not use the model on such images")
@@ -118,9 +118,9 @@ class Predictor:
 
     def _boxes(self, pixels: NDArray[np.float32], image: Image, prep: Preprocessing) -> Boxes:
         """What the network finds on a prepared image, where it is in the decoded one."""
-        with autocast(self._device, private=False):
-            inputs = place_batch(torch.from_numpy(pixels[None]), self._device)
-            output = self._network(inputs).float()
+        with autocast(self.device, private=False):
+            inputs = place_batch(torch.from_numpy(pixels[None]), self.device)
+            output = self.network(inputs).float()
         if not output.isfinite().all():
             raise DataError(_NOT_FINITE, fix="Do not use the model on such images")
         task, shape = self.plan.task, image.pixels.shape[1:]
@@ -135,13 +135,13 @@ class Predictor:
         own = own.reshape(-1, 2, task.dimensions).clip(0, shape) + start
         return own.reshape(-1, 2 * task.dimensions), scores[sure], classes[sure]
 
-    def _probabilities(self, images: torch.Tensor, *beside: torch.Tensor) -> NDArray[Any]:
+    def probabilities(self, images: torch.Tensor, *beside: torch.Tensor) -> NDArray[Any]:
         """Of one prepared image, as an evaluation computes them; NaN where the network fails."""
         task = self.plan.task
         if self.plan.preprocessing.patch is not None:
-            return over_windows(self.plan, self._network, images, self._runtime)
-        with autocast(self._device, private=False):
-            logits = self._network(place_batch(images, self._device), *beside).float()
+            return over_windows(self.plan, self.network, images, self._runtime)
+        with autocast(self.device, private=False):
+            logits = self.network(place_batch(images, self.device), *beside).float()
         if not logits.isfinite().all():
             return np.full(1, np.nan)
         return np.asarray(task.spec.probabilities(task, logits)[0].cpu().numpy())
@@ -265,7 +265,7 @@ def predict(
             tell(number, len(found.sources), source.name)
             outcome.records.append(results.of(source))
     finally:
-        outcome.records += [_refused(one.name, one.reason) for one in found.left_out]
+        outcome.records += [refused(one.name, one.reason) for one in found.left_out]
         write_tables(wish, outcome.records)
     return outcome
 
@@ -320,17 +320,18 @@ def _predicted(wish: Wish, predictor: Predictor, source: Source) -> dict[str, An
         raise
     except Exception as error:  # whatever a decoder raises on a broken file
         reason = rule_codes.reason_of(error)
-    return _refused(source.name, reason, source.patient)
+    return refused(source.name, reason, source.patient)
 
 
-def _refused(name: str, reason: str, patient: str = "") -> dict[str, Any]:
+def refused(name: str, reason: str, patient: str = "") -> dict[str, Any]:
+    """The record of an input that was refused."""
     return {"name": name, "patient": patient, "state": "refused", "reason": reason, "images": []}
 
 
 def _results(wish: Wish, predictor: Predictor, source: Source) -> dict[str, Any]:
     plan = wish.model.plan
     marks: dict[str, None] = {}
-    _weigh(by_header(source, plan), wish.force, marks)
+    weigh(by_header(source, plan), wish.force, marks)
     prep = plan.preprocessing
     if wish.force:
         prep = prep.model_copy(update={"gantry_tilt": "correct"})
@@ -338,13 +339,13 @@ def _results(wish: Wish, predictor: Predictor, source: Source) -> dict[str, Any]
     for image in source.images():
         if plan.preprocessing.channel and source.name in wish.channels:
             image = planes_of(image, wish.channels[source.name])
-        _weigh(by_image(image, plan), wish.force, marks)
+        weigh(by_image(image, plan), wish.force, marks)
         answers.append(predictor(image, prep, row))
         del image  # a volume: its pixels make room for what comes of it
     files: dict[str, str] = {}
     if plan.task.spec.dense:
         content = source.mask([one.labels for one in answers if one.labels is not None])
-        files["mask"] = _write(wish.out, "masks", source.stem + source.mask_suffix, content)
+        files["mask"] = write_into(wish.out, "masks", source.stem + source.mask_suffix, content)
     more: dict[str, str] = {}
     if isinstance(source, DicomSource):
         more["study_instance_uid"] = source.header.keys.get("studyinstanceuid", "")
@@ -355,19 +356,19 @@ def _results(wish: Wish, predictor: Predictor, source: Source) -> dict[str, Any]
             marks |= dict.fromkeys(wrong)
             for one in made:
                 name = f"{source.stem}.{one.kind}.dcm"
-                files[one.kind] = _write(wish.out, "dicom", name, one.file)
+                files[one.kind] = write_into(wish.out, "dicom", name, one.file)
     return {
         "name": source.name,
         "patient": source.patient,
         "state": "marked" if marks else "predicted",
         "marks": list(marks),
-        "images": [_figures(plan, one) for one in answers],
+        "images": [figures_of(plan, one) for one in answers],
         "files": files,
         **more,
     }
 
 
-def _weigh(doubts: Iterator[tuple[str, bool]], force: bool, marks: dict[str, None]) -> None:
+def weigh(doubts: Iterator[tuple[str, bool]], force: bool, marks: dict[str, None]) -> None:
     """Keep doubts as marks, or refuse the input for one.
 
     Raises
@@ -381,7 +382,7 @@ def _weigh(doubts: Iterator[tuple[str, bool]], force: bool, marks: dict[str, Non
         marks[doubt] = None
 
 
-def _figures(plan: Plan, answer: Answer) -> dict[str, Any]:
+def figures_of(plan: Plan, answer: Answer) -> dict[str, Any]:
     """An answer in numbers, by class."""
     classes = plan.task.classes
     if answer.boxes is not None:
@@ -407,17 +408,19 @@ def measure(plan: Plan) -> tuple[str, float]:
     return ("ml", 1e-3) if plan.task.dimensions == 3 else ("mm2", 1.0)
 
 
-def _write(out: Path, folder: str, name: str, content: bytes) -> str:
+def write_into(out: Path, folder: str, name: str, content: bytes) -> str:
+    """Write a result into a folder of `out`; its name relative to `out`."""
     place_ = out / folder
     try:
         place_.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
-        raise _unwritable(error.strerror) from None
+        raise unwritable(error.strerror) from None
     write_private(place_ / name, content)
     return f"{folder}/{name}"
 
 
-def _unwritable(value: object) -> OutputError:
+def unwritable(value: object) -> OutputError:
+    """The error of a folder that cannot be written."""
     return OutputError(
         "the folder of the predictions must be writable",
         value=value,
@@ -462,7 +465,7 @@ class _Journal:
             text = "".join(json.dumps(one) + "\n" for one in (head, *lines))
             write_private(self._path, text.encode())
         except OSError as error:
-            raise _unwritable(error.strerror) from None
+            raise unwritable(error.strerror) from None
 
     def known(self, name: str, key: str) -> dict[str, Any] | None:
         """The record of an input that is done and has not changed; refused ones are tried again."""
@@ -480,7 +483,7 @@ class _Journal:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
-            raise _unwritable(error.strerror) from None
+            raise unwritable(error.strerror) from None
 
     def records(self) -> list[dict[str, Any]]:
         """All of them, without their keys."""

@@ -1,0 +1,1 @@
+"""Why a finished study's model answered as it did, for the people at the hospital."""
