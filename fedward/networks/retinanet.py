@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fedward.networks.efficientnet import lite0, public_keys
+from fedward.networks.efficientnet import EFFICIENTNET_LITE0, lite0
 from fedward.networks.spec import ModelSpec, Widths
 
 if TYPE_CHECKING:
@@ -54,17 +55,14 @@ RETINANET = ModelSpec(
     dropout=False,
     since=2,
 )
-RETINANET_LITE0 = ModelSpec(
+RETINANET_LITE0 = replace(
+    EFFICIENTNET_LITE0,
     name="retinanet-lite0",
     summary="the same on EfficientNet-Lite0 (TensorFlow 2020) with the statistics of its weights "
     "frozen",
     tasks=("detection",),
     build=_build_lite0,
     head="detector.*",
-    dimensions=(2,),
-    colours=(3,),
-    dropout=False,
-    frozen_statistics=True,
-    public_keys=public_keys,
+    taps=False,
     since=2,
 )
