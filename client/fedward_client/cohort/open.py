@@ -20,6 +20,7 @@ from fedward_client.config import SiteConfig
 from fedward_client.data.channels import ChannelImage, Part
 from fedward_client.data.dataset import DatasetSpec, read_dataset
 from fedward_client.data.files import find
+from fedward_client.data.options import BoxOptions
 from fedward_client.data.readers.dicom.mask_references import MaskFile
 from fedward_client.data.readers.dicom.masks import SegmentedFrame, SegmentedSeries, SegmentedVolume
 from fedward_client.data.readers.dicom.nifti_masks import PlacedNiftiMask
@@ -352,7 +353,8 @@ def _remember(cohort: CohortFile, now: dict[str, FileRecord], state: Path) -> No
 def _archive(cohort: CohortFile, root: Path) -> tuple[Sample, ...]:
     if not READERS[cohort.format].archive:
         return ()
-    return read_dataset(DatasetSpec(root, cohort.format), cohort.task).samples
+    boxes = BoxOptions(source="masks")  # all that an archive can tell of boxes
+    return read_dataset(DatasetSpec(root, cohort.format, boxes=boxes), cohort.task).samples
 
 
 def _sample(item: Item, restorer: Restorer, patient_known: bool) -> Sample:

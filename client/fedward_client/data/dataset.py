@@ -12,6 +12,7 @@ from typing import Literal
 from fedward.errors import DataError
 from fedward.plan.schema import Task
 from fedward.rule_codes import RuleCode
+from fedward.tasks.registry import TASKS
 from fedward_client.data.channels import Channels, with_channels
 from fedward_client.data.files import (
     IMAGE_FOLDERS,
@@ -119,6 +120,10 @@ def hints(spec: DatasetSpec, task: Task, left_out: Iterable[LeftOut]) -> list[st
 
 def _read(root: Path, task: Task, spec: DatasetSpec) -> Dataset:
     kind = spec.format or detect(root)
+    if task.has_boxes and spec.boxes.source == "masks":
+        # Read as masks are: the boxes are put around what they mark when an image is prepared.
+        masks = next(name for name, one in TASKS.items() if one.target == "masks")
+        task = task.model_copy(update={"kind": masks})
     if task.spec.target not in READERS[kind].targets:
         able = [name for name, one in READERS.items() if task.spec.target in one.targets]
         raise DataError(

@@ -169,3 +169,22 @@ def test_boxes_belong_to_detection(site: Path) -> None:
     site.write_text(f'{changed}\n[datasets.chest.boxes]\nsource = "masks"\n')
     with pytest.raises(ConfigError, match="boxes belong to detection"):
         load_config(site)
+
+
+def test_boxes_around_an_archive_s_masks_are_frozen_as_masks(
+    tmp_path: Path, reading: Any, make_plan: Any
+) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (12, *SIZE), np.uint8)
+    masks = np.zeros((12, *SIZE), np.uint8)
+    masks[:, 5:15, 10:30] = 2
+    (tmp_path / "data-doe").mkdir()
+    np.savez(tmp_path / "data-doe" / "all.npz", images=images, masks=masks, patients=np.arange(12))
+    site = tmp_path / "site.toml"
+    site.write_text(SITE.replace("folders", "npz") + '[datasets.chest.boxes]\nsource = "masks"\n')
+    with reading(site) as work:
+        found = usable(work.dataset, work.index, work.extract)
+        cohort = make_cohort("chest", work.dataset, found, work.index, work.extract)
+        save(cohort, work.site.site.state)
+        opened = open_cohort(work.site, "chest", secret=site_secret(work.site.site.state))
+    made = prepare("here", opened.dataset.samples, plan_of(make_plan))
+    np.testing.assert_array_equal(made.targets[:, 0], [[5, 10, 15, 30, 2]] * 12)

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -197,6 +198,27 @@ def test_boxes_of_an_image_of_which_a_region_is_seen_move_with_it() -> None:
     assert made.boxes is not None
     expected = [[2, 5, 10, 15, 1], [15, 30, 20, 40, 2], [0] * 5]
     np.testing.assert_array_equal(made.boxes[:3], expected)
+
+
+@pytest.mark.parametrize("form", ["npz", "nifti"])
+def test_masks_of_other_formats_give_boxes_too(tmp_path: Path, form: str) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (4, 40, 60), np.uint8)
+    masks = np.zeros((4, 40, 60), np.uint8)
+    masks[:, 5:15, 10:30] = 1
+    root = tmp_path / "all.npz"
+    if form == "npz":
+        np.savez(root, images=images, masks=masks)
+    else:
+        root = tmp_path
+        for folder, arrays in (("images", images), ("masks", masks)):
+            (root / folder).mkdir()
+            for k, array in enumerate(arrays):
+                values = array.T[..., None].astype(np.int16)
+                turned = np.diag([-1.0, -1.0, 1.0, 1.0])  # columns to the left, rows to the back
+                nib.save(nib.Nifti1Image(values, turned), root / folder / f"p{k}.nii.gz")
+    spec = DatasetSpec(root, form, boxes=BoxOptions(source="masks"))
+    site = prepare("here", read_dataset(spec, plan_of().task).samples, plan_of((40, 60)))
+    np.testing.assert_array_equal(site.targets[:, 0], [[5, 10, 15, 30, 1]] * 4)
 
 
 BAD = {

@@ -426,10 +426,10 @@ def read(
     options = options or LabelOptions()
     people = people_of(root, patients, options)
     boxes = boxes or BoxOptions()
-    if task.has_boxes and boxes.source != "masks":
+    if task.has_boxes:
         people.check()
         return _boxed(root, people, task, boxes, channels)
-    if task.has_masks or task.has_boxes:
+    if task.has_masks:
         people.check()
         masks = masks or MaskOptions()
         resize = masks.resize

@@ -21,7 +21,6 @@ from typing import Final
 from fedward import rule_codes
 from fedward.errors import DataError
 from fedward.plan.schema import Task
-from fedward.tasks.registry import TASKS
 from fedward_client.data.box_tables import BoxSource
 from fedward_client.data.files import MASK_FOLDERS, file_identity, folder_of, table_keys, walk
 from fedward_client.data.label_tables import Entry, Table, as_number, read_table
@@ -138,9 +137,6 @@ def read(
         a detection neither.
     """
     boxes = boxes or BoxOptions()
-    if task.has_boxes and boxes.source == "masks":  # read as masks are; boxes are put around later
-        kind = next(name for name, spec in TASKS.items() if spec.target == "masks")
-        task = task.model_copy(update={"kind": kind})
     base = root / "images" if (root / "images").is_dir() else root
     table = label_table(root, task, labels or LabelOptions())
     apart = ("masks",) if task.has_labels else MASK_FOLDERS
