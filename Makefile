@@ -19,10 +19,11 @@ FLOWER_TESTS := tests/deployment/test_flower_link.py tests/deployment/test_links
 	tests/fedward/test_tensors.py tests/strategies tests/simulation/test_engines.py \
 	tests/attacks/test_stranger_on_the_port.py
 
-.PHONY: help install demo test journeys faults check bench docs flower-next clean
+.PHONY: help install demo demo-clinic test journeys faults check bench docs flower-next clean
 
 help:
 	@echo "make demo   four synthetic hospitals, two studies, one report (a minute, and the first time the install)"
+	@echo "make demo-clinic  from PACS to PACS with no patient: Orthanc, fetch, study, predict, SEG and SR (two minutes)"
 	@echo "make test   all checks and tests"
 	@echo "make journeys  the pages for newcomers, followed step by step with whole studies (minutes)"
 	@echo "make faults five hospitals in networks of their own, killed and cut off in each phase (a quarter of an hour)"
@@ -46,6 +47,10 @@ $(DONE): pyproject.toml constraints.txt
 
 demo: $(DONE)
 	$(BIN)/fedward-simulate demo --out demo
+
+# Installs Orthanc on Debian where root runs it, as the tests do; says so and ends where it cannot.
+demo-clinic: $(DONE)
+	PYTHONPATH=tests/fixtures $(BIN)/python tests/journeys/demo_clinic.py --out demo-clinic
 
 check: $(DONE)
 	$(BIN)/ruff check .
@@ -90,4 +95,4 @@ docs: $(DONE)
 	$(BIN)/python -m tools.docs.api > docs/api.md
 
 clean:
-	rm -rf $(VENV) $(NEXT) demo runs
+	rm -rf $(VENV) $(NEXT) demo demo-clinic runs
