@@ -38,10 +38,12 @@ def test_the_demonstration_has_a_plan_for_each_kind_of_its_patients() -> None:
     assert all(parse_plan(plan_text(kind)).task.kind == kind for kind in KINDS)
 
 
-def test_an_audit_of_boxes_is_refused(tmp_path: Path) -> None:
-    plan, options = load_plan(STUDIES / "blood-cells.toml"), Options(data=tmp_path, out=tmp_path)
-    study = Study(plan, options, note=lambda text: None)
-    with pytest.raises(PlanError, match="not boxes"), AuditProgress(Console()) as progress:
+def test_an_audit_of_patches_is_refused(tmp_path: Path) -> None:
+    content = load_plan(STUDIES / "lungs.toml").model_dump(mode="python")
+    content["preprocessing"]["patch"] = {}
+    options = Options(data=tmp_path, out=tmp_path)
+    study = Study(plan_from(content), options, note=lambda text: None)
+    with pytest.raises(PlanError, match="not patches"), AuditProgress(Console()) as progress:
         audit_study(study, GATE, progress, fresh=False)
 
 
