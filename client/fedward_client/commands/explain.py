@@ -65,6 +65,10 @@ def explain(
         bool,
         typer.Option("--force", help="explain what the model was not trained for, and mark it"),
     ] = False,
+    dicom: Annotated[
+        bool,
+        typer.Option("--dicom/--no-dicom", help="write the map and its report for DICOM images"),
+    ] = True,
     table: Annotated[
         Path | None,
         typer.Option(
@@ -111,7 +115,7 @@ def explain(
         spec = spec_of(dataset) if dataset else DatasetSpec(path, kind)
         known = truths(spec, opened.plan.task)
         told = run(
-            Wish(opened, path, out, force=force, rows=rows, channels=beside),
+            Wish(opened, path, out, force=force, dicom=dicom, rows=rows, channels=beside),
             found,
             Runtime(device=chosen, threads=os.cpu_count() or 1),
             How(method, number, trust, known),

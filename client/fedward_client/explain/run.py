@@ -20,13 +20,14 @@ from fedward.files import write_private
 from fedward.models.finished import FinishedModel
 from fedward.plan.schema import Preprocessing, Task
 from fedward_client.data.channels import planes_of
+from fedward_client.data.pictures import as_bytes
 from fedward_client.data.quiet import quiet
 from fedward_client.data.restore import restore_layer
 from fedward_client.data.sample import Image
 from fedward_client.data.table_rows import Row
-from fedward_client.data.transforms import one_torch_thread, prepare_image
+from fedward_client.data.transforms import one_torch_thread, prepare_image, to_unit
 from fedward_client.explain.maps import Explained, Method, entropy, mirrored, scaled
-from fedward_client.explain.pictures import pictures
+from fedward_client.explain.pictures import overlaid, pictures
 from fedward_client.explain.trust import (
     deletion_and_insertion,
     likeness,
@@ -36,7 +37,7 @@ from fedward_client.explain.trust import (
 )
 from fedward_client.explain.truth import UNKNOWN, Truth, keys_of
 from fedward_client.predict.doubts import by_header, by_image
-from fedward_client.predict.inputs import Found, Source
+from fedward_client.predict.inputs import DicomSource, Found, Source
 from fedward_client.predict.run import (
     NOT_FOR_DIAGNOSIS,
     Answer,
@@ -89,16 +90,29 @@ class Case:
         Which of its file's images, from 0.
     figures : dict
         As ``explain.json`` has them.
-    map : NDArray
-        0 to 255 on the decoded image, ``(*S)`` uint8.
     pictures : tuple
         What the page shows (see :func:`fedward_client.explain.pictures.pictures`).
     """
 
     number: int
     figures: dict[str, Any]
-    map: NDArray[np.uint8]
     pictures: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True)
+class Laid:
+    """The map of one image, on its own grid.
+
+    Attributes
+    ----------
+    values : NDArray
+        ``(*S)`` uint8, 0 to 255.
+    picture : NDArray or None
+        Of a single image, what it looks like with the map over it, ``(H, W, 3)`` uint8.
+    """
+
+    values: NDArray[np.uint8]
+    picture: NDArray[np.uint8] | None
 
 
 @dataclass
@@ -144,7 +158,7 @@ class Explainer(Predictor):
 
     def explain(
         self, number: int, image: Image, prep: Preprocessing, row: Row | None, truth: Truth
-    ) -> tuple[Answer, Case]:
+    ) -> tuple[Answer, Case, Laid]:
         """Answer for one decoded image, its file's `number`, and show why.
 
         Raises
@@ -170,7 +184,12 @@ class Explainer(Predictor):
             )
             shown = pictures(prepared.pixels, found, None)
         on_image = _on_image(found, image, prep)
-        return answer, Case(number, figures, np.asarray(np.rint(on_image * 255), np.uint8), shown)
+        picture = None
+        if task.dimensions == 2:
+            grey = as_bytes(to_unit(image, prep)[0])
+            picture = overlaid(grey[: 3 if len(grey) == 3 else 1], on_image)
+        laid = Laid(np.asarray(np.rint(on_image * 255), np.uint8), picture)
+        return answer, Case(number, figures, shown), laid
 
     def _why(
         self,
@@ -399,16 +418,34 @@ def _results(
         prep = prep.model_copy(update={"gantry_tilt": "correct"})
     answers: list[Answer] = []
     cases: list[Case] = []
+    laid: list[Laid] = []
     row, keys = wish.row(source), keys_of(source)
     for number, (key, image) in enumerate(zip(keys, source.images(), strict=True)):
         if plan.preprocessing.channel and source.name in wish.channels:
             image = planes_of(image, wish.channels[source.name])
         weigh(by_image(image, plan), wish.force, marks)
-        answer, case = explainer.explain(number, image, prep, row, how.truths.get(key, UNKNOWN))
+        answer, case, over = explainer.explain(
+            number, image, prep, row, how.truths.get(key, UNKNOWN)
+        )
         answers.append(answer)
         cases.append(case)
-    content = source.mask([case.map for case in cases])
+        laid.append(over)
+    content = source.mask([one.values for one in laid])
     files = {"map": write_into(wish.out, "maps", source.stem + source.mask_suffix, content)}
+    if isinstance(source, DicomSource) and wish.dicom:
+        from fedward_client.predict.objects import Shown, make_objects
+
+        shown = Shown(
+            shown_by(wish.model, how),
+            tuple(case.figures.get("explained") for case in cases),
+            tuple(one.values for one in laid),
+            tuple(one.picture for one in laid if one.picture is not None),
+        )
+        made, wrong = make_objects(wish.model, source, answers, tuple(marks), shown)
+        marks |= dict.fromkeys(wrong)
+        for one in made:
+            name = f"{source.stem}.{one.kind}.dcm"
+            files[one.kind] = write_into(wish.out, "dicom", name, one.file)
     record = {
         "name": source.name,
         "patient": source.patient,

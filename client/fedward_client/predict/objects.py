@@ -1,5 +1,8 @@
 """Predictions as DICOM objects: masks as a segmentation (SEG), figures as a structured report.
 
+Maps that explain them are secondary captures (SC), of volumes a parametric map; the report names
+them as its visual explanation.
+
 Both belong to the patient and the study of the images, in series of their own. Their UIDs are
 digests of model, release and images: the same prediction has the same UIDs, so that an archive
 that gets it twice keeps it once. The report is of template TID 1500 (PS3.16); boxes stand in it as
@@ -21,8 +24,12 @@ import numpy as np
 import pydicom
 from highdicom.coding_schemes import CodingSchemeIdentificationItem
 from highdicom.sr.coding import CodedConcept
+from numpy.typing import NDArray
+from PIL import Image as Pillow
+from PIL import ImageDraw
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
+from pydicom.uid import ExplicitVRLittleEndian
 from pydicom.valuerep import DA, TM
 
 from fedward.models.finished import FinishedModel
@@ -32,7 +39,7 @@ from fedward_client.predict.inputs import DicomSource
 from fedward_client.predict.run import NOT_FOR_DIAGNOSIS, Answer, measure
 
 _SCHEME: Final = "99FEDWARD"
-_NUMBERS: Final = {"seg": 9001, "sr": 9002}  # of the series
+_NUMBERS: Final = {"seg": 9001, "sr": 9002, "sc": 9003, "pm": 9004}  # of the series
 _LONG: Final = 64  # characters of LO
 # Attributes that an image must have, if empty (type 2), for an object about it to have them.
 _NEEDED: Final = (
@@ -61,7 +68,7 @@ class Made:
     Attributes
     ----------
     kind : str
-        "seg" or "sr".
+        "seg", "sr", "sc" or "pm"; of further images of one file "sc2" and so on.
     file : bytes
         The whole file.
     """
@@ -70,8 +77,34 @@ class Made:
     file: bytes
 
 
+@dataclass(frozen=True)
+class Shown:
+    """Maps that explain the answers of one input.
+
+    Attributes
+    ----------
+    name : str
+        What they are: a method, or "uncertainty".
+    classes : tuple
+        For each answer the class that is explained; None: all.
+    maps : tuple of NDArray
+        Of each answer, 0 to 255 on the decoded image, uint8.
+    pictures : tuple of NDArray
+        Of single images each with its map over it, ``(H, W, 3)`` uint8.
+    """
+
+    name: str
+    classes: tuple[str | None, ...]
+    maps: tuple[NDArray[np.uint8], ...]
+    pictures: tuple[NDArray[np.uint8], ...]
+
+
 def make_objects(
-    model: FinishedModel, source: DicomSource, answers: Sequence[Answer], marks: tuple[str, ...]
+    model: FinishedModel,
+    source: DicomSource,
+    answers: Sequence[Answer],
+    marks: tuple[str, ...],
+    shown: Shown | None = None,
 ) -> tuple[list[Made], list[str]]:
     """The objects of one input, and in words which one the image does not allow.
 
@@ -85,10 +118,12 @@ def make_objects(
         Of each image.
     marks : tuple of str
         Why the prediction is doubtful.
+    shown : Shown, optional
+        Maps that explain it.
     """
     made: list[Made] = []
     wrong: list[str] = []
-    author = _Author(model, source, marks)
+    author = _Author(model, source, marks, shown)
     segmentation = None
     if model.plan.task.spec.dense and source.header.frames > 1 and not author.placed:
         wrong.append("no SEG can be made of the image: its frames do not say where they lie")
@@ -96,8 +131,17 @@ def make_objects(
         with _tried("SEG", wrong):
             segmentation = _segmentation(author, source, answers)
             made.append(Made("seg", _bytes(segmentation)))
+    views: list[Dataset] = []
+    if shown is not None and source.volume and not author.placed:
+        wrong.append("no parametric map can be made of the image: it does not say where it lies")
+    elif shown is not None:
+        with _tried("map", wrong):
+            views = _views(author, source, shown)
+            kind = "pm" if source.volume else "sc"
+            names = [kind if k == 1 else f"{kind}{k}" for k in range(1, len(views) + 1)]
+            made += [Made(k, _bytes(one)) for k, one in zip(names, views, strict=True)]
     with _tried("SR", wrong):
-        made.append(Made("sr", _bytes(_report(author, source, answers, segmentation))))
+        made.append(Made("sr", _bytes(_report(author, source, answers, segmentation, views))))
     return made, wrong
 
 
@@ -113,14 +157,22 @@ def _tried(kind: str, wrong: list[str]) -> Iterator[None]:
 class _Author:
     """What all objects of one input say of the model, and their UIDs."""
 
-    def __init__(self, model: FinishedModel, source: DicomSource, marks: tuple[str, ...]) -> None:
-        self.model, self.plan, self.marks = model, model.plan, marks
+    def __init__(
+        self,
+        model: FinishedModel,
+        source: DicomSource,
+        marks: tuple[str, ...],
+        shown: Shown | None,
+    ) -> None:
+        self.model, self.plan, self.marks, self.shown = model, model.plan, marks, shown
         self.images = _headers(source)
         self.first = next(iter(self.images.values()))
         told = "PerFrameFunctionalGroupsSequence" in self.first or source.header.frames == 1
         self.placed = told and "FrameOfReferenceUID" in self.first  # the images say where they lie
         self.release = version("fedward")
         self._of = [model.sha256, self.release, *marks]
+        if shown is not None:
+            self._of += [shown.name, *(one or "" for one in shown.classes)]
 
     def uid(self, *parts: str) -> str:
         """A UID that follows from the model, the release, the marks and these parts."""
@@ -258,6 +310,95 @@ def _segmentation(
     return made
 
 
+# Maps that explain an answer.
+
+
+def _views(author: _Author, source: DicomSource, shown: Shown) -> list[Dataset]:
+    if source.volume:
+        made = [_parametric_map(author, source, shown)]
+    else:
+        numbers = range(len(shown.pictures))
+        made = [_capture(author, source, shown, number) for number in numbers]
+    for one in made:  # a series must have it, if empty, whatever part of the body it shows
+        one.Laterality = author.first.get("Laterality") or None
+    return made
+
+
+def _capture(author: _Author, source: DicomSource, shown: Shown, number: int) -> hd.sc.SCImage:
+    """The image with its map over it, as any viewer shows it, and says what it is."""
+    facts = author.facts("sc")
+    del facts["content_qualification"]  # a secondary capture has none
+    facts["sop_instance_uid"] = author.uid("sc", *_instances(author, source, number))
+    facts["instance_number"] = number + 1
+    path, frame = source.used[number]
+    image = author.images[path]
+    made = hd.sc.SCImage.from_ref_dataset(
+        image,
+        _labelled(shown.pictures[number]),
+        hd.PhotometricInterpretationValues.RGB,
+        8,
+        hd.CoordinateSystemNames.PATIENT,
+        patient_orientation=_orientation(image),
+        transfer_syntax_uid=ExplicitVRLittleEndian,
+        **facts,
+    )
+    what = shown.classes[number]
+    told = f"{NOT_FOR_DIAGNOSIS} {shown.name}" + (f" of {what}" if what else "")
+    made.DerivationDescription = told[:1024]
+    made.ImageComments = "; ".join(f"{k}: {v}" for k, v in author.parameters().items())
+    made.BurnedInAnnotation = "YES"
+    origin = Dataset()
+    origin.ReferencedSOPClassUID = image.SOPClassUID
+    origin.ReferencedSOPInstanceUID = image.SOPInstanceUID
+    if source.header.frames > 1:
+        origin.ReferencedFrameNumber = frame + 1
+    purpose = codes.DCM.SourceImageForImageProcessingOperation
+    origin.PurposeOfReferenceCodeSequence = [CodedConcept.from_code(purpose)]
+    made.SourceImageSequence = [origin]
+    return made
+
+
+def _orientation(image: Dataset) -> tuple[str, str]:
+    """Where rows and columns run, as the image says; else as frontal radiographs are shown."""
+    told = tuple(image.get("PatientOrientation") or ())
+    return told if len(told) == 2 else ("L", "F")
+
+
+def _labelled(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    drawn = Pillow.fromarray(picture)
+    ImageDraw.Draw(drawn).text((2, 2), NOT_FOR_DIAGNOSIS, fill=(255, 255, 255))
+    return np.asarray(drawn)
+
+
+def _parametric_map(author: _Author, source: DicomSource, shown: Shown) -> hd.pm.ParametricMap:
+    images, planes = list(author.images.values()), source.planes(shown.maps)
+    if source.header.frames > 1:
+        whole = np.zeros((source.header.frames, *planes.shape[1:]), np.uint8)
+        whole[[frame for _, frame in source.used]] = planes
+        planes = whole
+    name = CodedConcept("MAP", _SCHEME, shown.name[:_LONG])
+    scale = hd.pm.RealWorldValueMapping(
+        lut_label="MAP",
+        lut_explanation=shown.name[:_LONG],
+        unit=codes.UCUM.NoUnits,
+        value_range=(0, 255),
+        slope=1 / 255,
+        intercept=0.0,
+        quantity_definition=name,
+    )
+    return hd.pm.ParametricMap(
+        source_images=images,
+        pixel_array=planes.astype(np.uint16),  # integers have 16 bits there
+        contains_recognizable_visual_features=False,
+        real_world_value_mappings=[scale],
+        window_center=127.5,
+        window_width=256,
+        content_label="NOT_DIAGNOSTIC",
+        content_description=f"{NOT_FOR_DIAGNOSIS} {shown.name}"[:_LONG],
+        **author.facts("pm"),
+    )
+
+
 # Structured report.
 
 
@@ -266,6 +407,7 @@ def _report(
     source: DicomSource,
     answers: Sequence[Answer],
     segmentation: hd.seg.Segmentation | None,
+    views: Sequence[Dataset],
 ) -> hd.sr.EnhancedSR:
     facts = author.facts("sr")
     device = hd.sr.DeviceObserverIdentifyingAttributes(
@@ -281,14 +423,14 @@ def _report(
     groups = [
         group
         for number, answer in enumerate(answers)
-        for group in _groups(author, source, number, answer, segmentation)
+        for group in _groups(author, source, number, answer, segmentation, views)
     ]
     content = hd.sr.MeasurementReport(
         observation_context=context,
         procedure_reported=CodedConcept("363679005", "SCT", "Imaging"),
         imaging_measurements=groups,
     )
-    evidence = [*author.images.values(), *([segmentation] if segmentation else [])]
+    evidence = [*author.images.values(), *([segmentation] if segmentation else []), *views]
     return hd.sr.EnhancedSR(
         evidence=evidence,
         content=content[0],
@@ -305,6 +447,7 @@ def _groups(
     number: int,
     answer: Answer,
     segmentation: hd.seg.Segmentation | None,
+    views: Sequence[Dataset],
 ) -> Iterator[Any]:
     """A measurement group (TID 1501, or 1411 with a segment) for each class of an image."""
     plan = author.plan
@@ -331,12 +474,14 @@ def _groups(
         }
         if segmentation is not None and source.volume and answer.voxels[place]:
             segment = hd.sr.ReferencedSegment.from_segmentation(segmentation, place + 1)
-            yield hd.sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
+            group = hd.sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
                 **shared, referenced_segment=segment
             )
+            yield _with_view(author, group, number, name, views)
             continue
         images = _references(author, source, number)
-        yield hd.sr.MeasurementsAndQualitativeEvaluations(**shared, source_images=images)
+        group = hd.sr.MeasurementsAndQualitativeEvaluations(**shared, source_images=images)
+        yield _with_view(author, group, number, name, views)
         for count, (region, score) in enumerate(_regions(author, source, number, answer, place)):
             uid = author.uid("box", *_instances(author, source, number), name, str(count))
             told = hd.sr.Measurement(codes.DCM.Probability, score, codes.UCUM.NoUnits)
@@ -347,6 +492,23 @@ def _groups(
             yield hd.sr.PlanarROIMeasurementsAndQualitativeEvaluations(
                 **{**shared, **own}, referenced_region=region
             )
+
+
+def _with_view(
+    author: _Author, group: Any, number: int, name: str, views: Sequence[Dataset]
+) -> Any:
+    """A group of a class that names the map of its image, where that explains the class."""
+    if author.shown is not None and views and author.shown.classes[number] in (None, name):
+        view = views[number]
+        group[0].ContentSequence.append(
+            hd.sr.ImageContentItem(
+                name=codes.DCM.VisualExplanation,
+                referenced_sop_class_uid=view.SOPClassUID,
+                referenced_sop_instance_uid=view.SOPInstanceUID,
+                relationship_type=hd.sr.RelationshipTypeValues.CONTAINS,
+            )
+        )
+    return group
 
 
 def _regions(

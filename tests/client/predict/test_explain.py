@@ -10,9 +10,12 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
+import SimpleITK as sitk
 import torch
 from browser import browser
+from debian import dciodvfy
 from PIL import Image as Pillow
 
 from fedward.errors import PlanError
@@ -144,6 +147,9 @@ def test_a_bad_file_is_named_and_all_files_are_their_owner_s(
     assert [one["state"] for one in told["inputs"]] == ["predicted", "predicted", "refused"]
     shown = nib.load(tmp_path / "out" / told["inputs"][0]["files"]["map"])
     assert shown.shape == (20, 24, 1)
+    for kind in ("sc", "sr"):
+        said = dciodvfy(tmp_path / "out" / told["inputs"][0]["files"][kind])
+        assert "Error" not in said and "Abort" not in said, said
     page = (tmp_path / "out" / "explain.html").read_text()
     assert "letter.txt: not DICOM" in page and "stays at the hospital" in page
     for path in (tmp_path / "out").rglob("*"):
@@ -193,6 +199,97 @@ def test_an_uncertain_mask_is_shown_on_its_volume(
         assert image["dice"][name] == pytest.approx(dice)
     assert image["error"] == pytest.approx(1 - np.mean(list(image["dice"].values())))
     assert 0 < image["tells_wrong"] < 1
+
+
+def explained(report: pydicom.Dataset) -> list[tuple[str, list[str]]]:
+    """Of each group the finding, and the instances that it names as its visual explanation."""
+    (whole,) = [item for item in report.ContentSequence if item.ValueType == "CONTAINER"]
+    found: list[tuple[str, list[str]]] = []
+    for group in whole.ContentSequence:
+        finding, named = "", []
+        for item in group.ContentSequence:
+            code = item.ConceptNameCodeSequence[0].CodeValue
+            if code == "121071":
+                finding = item.ConceptCodeSequence[0].CodeMeaning
+            if (code, item.ValueType) == ("130401", "IMAGE"):
+                named.append(item.ReferencedSOPSequence[0].ReferencedSOPInstanceUID)
+        found.append((finding, named))
+    return found
+
+
+def test_the_map_of_an_image_is_a_picture_that_its_report_names(
+    tmp_path: Path, trained: Path, dx: Any
+) -> None:
+    """One file with two frames, the second sick; read back by pydicom, and by a verifier."""
+    pixels = np.rint(planted(2, 1)[0] * 4000).astype(int)
+    clip = {"SOPClassUID": pydicom.uid.UltrasoundMultiFrameImageStorage, "Modality": "US"}
+    place = dx(tmp_path / "in" / "a.dcm", pixels, **clip)
+    (one,) = run(trained, tmp_path / "in", tmp_path / "out")["inputs"]
+    assert set(one["files"]) == {"map", "sc", "sc2", "sr"} and one["state"] == "predicted"
+    image, report, *shown = (
+        pydicom.dcmread(path)
+        for path in (place, *(tmp_path / "out" / one["files"][k] for k in ("sr", "sc", "sc2")))
+    )
+    assert [told["explained"] for told in one["images"]] == ["well", "sick"]
+    assert explained(report) == [
+        ("well", [shown[0].SOPInstanceUID]),
+        ("sick", []),
+        ("well", []),
+        ("sick", [shown[1].SOPInstanceUID]),
+    ]
+    for number, picture in enumerate(shown, start=1):
+        assert picture.PatientID == image.PatientID
+        assert picture.StudyInstanceUID == image.StudyInstanceUID
+        assert picture.SeriesInstanceUID != image.SeriesInstanceUID
+        origin = picture.SourceImageSequence[0]
+        assert origin.ReferencedSOPInstanceUID == image.SOPInstanceUID
+        assert origin.ReferencedFrameNumber == number
+        assert picture.DerivationDescription.startswith("Not for diagnosis. grad-cam of ")
+        assert picture.pixel_array.shape == (SIDE, SIDE, 3)
+    # Below the words the picture has a colour where the map is strong.
+    values = np.asarray(nib.load(tmp_path / "out" / one["files"]["map"]).dataobj)
+    rows = values[..., 1].astype(float)
+    colours = shown[1].pixel_array.astype(float)
+    tint = colours[..., 0] - colours[..., 2]
+    assert np.corrcoef(rows[16:].ravel(), tint[16:].ravel())[0, 1] > 0.9
+    for kind in ("sc", "sc2", "sr"):
+        said = dciodvfy(tmp_path / "out" / one["files"][kind])
+        assert "Error" not in said and "Abort" not in said, said
+
+
+@pytest.mark.parametrize("frames", [False, True])
+def test_the_map_of_a_volume_lies_in_its_slices(
+    tmp_path: Path, make_plan: Any, make_model: Any, ct: Any, frames: bool
+) -> None:
+    """A parametric map, place by place against the NIfTI map as SimpleITK reads it."""
+    turn = {"along": (0.8, 0.6, 0), "down": (-0.6, 0.8, 0)}
+    folder = ct(tmp_path / "in", RNG(0).integers(0, 2000, (8, 16, 24)), frames=frames, **turn)
+    plan = make_plan("segmentation", (24, 16, 8), "CT", intensity="unit")
+    model = make_model(tmp_path / "m.safetensors", plan)
+    (one,) = run(model, folder, tmp_path / "out")["inputs"]
+    found = pydicom.dcmread(tmp_path / "out" / one["files"]["pm"])
+    shown = sitk.ReadImage(str(tmp_path / "out" / one["files"]["map"]))
+    values = sitk.GetArrayFromImage(shown)
+    assert values.std() > 1
+    assert found.NumberOfFrames == 8
+    shared = found.SharedFunctionalGroupsSequence[0]
+    scale = shared.RealWorldValueMappingSequence[0]
+    assert (scale.RealWorldValueSlope, scale.RealWorldValueIntercept) == (1 / 255, 0)
+    plane = shared.PlaneOrientationSequence[0].ImageOrientationPatient
+    along, down = np.array(plane[:3], float), np.array(plane[3:], float)
+    per_row, per_column = map(float, shared.PixelMeasuresSequence[0].PixelSpacing)
+    groups = found.PerFrameFunctionalGroupsSequence
+    for frame, group in zip(found.pixel_array, groups, strict=True):
+        corner = np.array(group.PlanePositionSequence[0].ImagePositionPatient, float)
+        for row, column in ((0, 0), (3, 17), (15, 2), (9, 23)):
+            place = corner + along * per_column * column + down * per_row * row
+            x, y, z = shown.TransformPhysicalPointToIndex(place.tolist())
+            assert frame[row, column] == values[z, y, x]
+    report = pydicom.dcmread(tmp_path / "out" / one["files"]["sr"])
+    assert explained(report) == [(name, [found.SOPInstanceUID]) for name in plan.task.classes]
+    for kind in ("pm", "sr", "seg"):
+        said = dciodvfy(tmp_path / "out" / one["files"][kind])
+        assert "Error" not in said and "Abort" not in said, said
 
 
 def test_boxes_and_unknown_classes_are_refused(
