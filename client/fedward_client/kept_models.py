@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from fedward.errors import OutputError, PolicyError, StudyError
+from fedward.errors import ModelError, OutputError, PolicyError, StudyError
 from fedward.files import write_private
 from fedward.integrity import about_model, check_model
 from fedward.plan.schema import Plan
@@ -80,7 +80,7 @@ class KeptModels:
         whole = {name: np.asarray(value, order="C") for name, value in arrays.items()}
         self._write(study, which, save(whole, about))
 
-    def add(self, model: Path, policy: PolicySection) -> KeptModel:
+    def add(self, model: Path, policy: PolicySection, study: str | None = None) -> KeptModel:
         """Keep a model that somebody brought, after it was verified as one of a study.
 
         Parameters
@@ -89,11 +89,13 @@ class KeptModels:
             The file that the aggregator delivered.
         policy : PolicySection
             Knows which coordinators the site accepts.
+        study : str, optional
+            Id of the study that it must be of.
 
         Raises
         ------
         ModelError
-            It is not signed, or is none of the plan's network.
+            It is not signed, or is none of the plan's network, or of another study.
         PolicyError
             The site does not accept its coordinator.
         StudyError
@@ -104,6 +106,13 @@ class KeptModels:
         from fedward.models.finished import open_finished  # brings torch
 
         opened = open_finished(model)
+        if study not in (None, opened.study):
+            raise ModelError(
+                "a model must be of the study that was asked for",
+                value=opened.study,
+                fix="Ask the coordinator for the other file, or name this study",
+                where="--from",
+            )
         coordinator = verify_model(opened.about, opened.arrays)
         if not policy.accepts(coordinator):
             raise PolicyError(

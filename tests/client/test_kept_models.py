@@ -86,6 +86,9 @@ def test_a_delivered_model_is_kept_if_an_accepted_coordinator_signed_it(
     assert (found.study, found.which) == ("study-7", "shared")
     assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert kept.add(path, policy) == found  # again changes nothing
+    assert kept.add(path, policy, study="study-7") == found
+    with pytest.raises(ModelError, match=r"of the study that was asked for \(got study-7"):
+        kept.add(path, policy, study="study-8")
     other = delivered(key, 1)
     with pytest.raises(StudyError, match="a study has one shared model"):
         kept.add(other, policy)

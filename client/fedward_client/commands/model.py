@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from fedward.console import print_json, say
+from fedward.errors import StudyError
 from fedward_client.commands.options import SITE, Config, Json
 
 if TYPE_CHECKING:
-    from fedward_client.kept_models import KeptModels
+    from fedward_client.kept_models import KeptModel, KeptModels
 
 model_app = typer.Typer(help="Models of finished studies.", no_args_is_help=True)
 
@@ -30,22 +31,56 @@ def list_models(config: Config = SITE, as_json: Json = False) -> None:
         say("No model is kept here. A study leaves its model when it is tested here.")
 
 
-@model_app.command("fetch", epilog="Example: fedward-client model fetch model.safetensors")
+@model_app.command(
+    "fetch",
+    epilog="Example: fedward-client model fetch demo-private-1a2b3c4d --from model.safetensors",
+)
 def fetch(
-    model: Annotated[Path, typer.Argument(help="the file that the aggregator delivered")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="STUDY|FILE", help="id of the study, or the file that the aggregator delivered"
+        ),
+    ],
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", help="the file that the aggregator delivered", show_default=False),
+    ] = None,
     config: Config = SITE,
     as_json: Json = False,
 ) -> None:
-    """Keep a delivered model here, if a coordinator that this hospital accepts signed it."""
+    """Have a study's model here: the one that was tested here, or a delivered file.
+
+    A file is kept if a coordinator that this hospital accepts signed it, and if it is of STUDY.
+    """
     from fedward_client.config import load_config
     from fedward_client.kept_models import KeptModels
 
     site = load_config(config, datasets_here=False)
-    kept = KeptModels(site.site.state).add(model, site.policy)
+    models = KeptModels(site.site.state)
+    if source is not None:
+        kept = models.add(source, site.policy, study=model)
+    elif Path(model).is_file():
+        kept = models.add(Path(model), site.policy)
+    else:
+        kept = _came_with_its_study(models, model)
     if as_json:
         print_json(asdict(kept))
         return
     say(f"Kept the model of {kept.name} ({kept.study}), SHA-256 {kept.sha256}.")
+
+
+def _came_with_its_study(models: KeptModels, study: str) -> KeptModel:
+    """The shared model that was tested here, which its aggregator sent then."""
+    try:
+        return models.find(study, "shared")
+    except StudyError as error:
+        raise StudyError(
+            error.rule,
+            value=error.value,
+            fix="A study sends its model when it is tested here; else ask the coordinator for the "
+            "file of fedward-server study model, and give it with --from",
+        ) from None
 
 
 @model_app.command(

@@ -399,6 +399,11 @@ def test_the_command_on_a_dataset_with_a_kept_model(
     site.write_text(text + "[policy]\nany_coordinator = true\n")
     done = commands("fedward_client.cli", "model", "fetch", delivered, cwd=tmp_path)
     assert done.stdout.startswith("Kept the model of lungs (study-1)"), done.stderr
+    for words in (("study-1",), ("study-1", "--from", delivered)):
+        again = commands("fedward_client.cli", "model", "fetch", *words, cwd=tmp_path)
+        assert again.stdout == done.stdout, again.stderr
+    done = commands("fedward_client.cli", "model", "fetch", "study-9", cwd=tmp_path)
+    assert done.returncode == StudyError.exit_code and "give it with --from" in done.stderr
     words = ("predict", "study-1", "chest", "--out", "out", "--json")
     done = commands("fedward_client.cli", *words, cwd=tmp_path)
     assert done.returncode == 11, done.stderr
