@@ -147,7 +147,10 @@ def _in_our_words(data: Path, how: Partition, task: Task) -> Iterator[None]:
         if how.kind != "folders" and _of_hospitals(data, task):
             fix = f"{fix}. If each sub-folder is a hospital, give --partition folders"
         if how.kind == "folders" and (table := table_of(data)):
-            fix = f"{fix}. If {table.name} is for all sub-folders, choose --partition {_MADE}"
+            fix = (
+                f"If {table.name} is for all sub-folders, choose --partition {_MADE}; else give "
+                f"each sub-folder its own. In the sub-folder: {fix}"
+            )
         if _NUMBERED.fullmatch(error.where):
             fix = f"{fix}. If the sub-folder is no hospital, move it out of the data"
         raise DataError(
