@@ -33,6 +33,8 @@ STUDIES = Path(__file__).parents[3] / "studies"
 KNOWN = Path(__file__).with_name("schema_versions.json")
 # Hospitals have signed these off. A change here changes the studies.
 HASHES = {
+    "blood-cells.toml": "abe199c85dcee9b935d48fe2417f359ffa60ac29412eb5776c6afc7499f17b97",
+    "brain-tumour.toml": "3988744c02ab58f0f267f1e43702da2241e5632dac05a3aae0d5d034d2d6e545",
     "covid-ct-transfer.toml": "39dcc977c9ffe2c9c409dfe6ef45aedfbb07205c21a9ec54ddec82911373e33b",
     "covid-ct-wan.toml": "78aae1391bdf164cf2a87116e337642a4f2f6af1ee1f17eb0bbd88b51bd147a3",
     "covid-ct.toml": "b1d744ea7d37a8cc51b8b66459b2e020d8f45990b0b3675bf57492bc04b813f0",
@@ -43,16 +45,16 @@ HASHES = {
     "ham10000-wan.toml": "9ad5244200f9f8296fa27ed2ddcd4034bfe55d56b7cbac14a7db05e824dfcc71",
     "hippocampus-wan.toml": "e81633225f9a7a830385df2a1b9f8e18a940fcac2ddf93b759c1f0211a83ffce",
     "hippocampus.toml": "6e3daf33ea7d0389d7993a8b6550d2ca8fe109d5be1d3a5a511837ef636016e4",
+    "histology.toml": "09192cff5d751346f4145af9f0666de7bb5e260d3b3cd4270b712adb0b9ab819",
     "lgg-mri-wan.toml": "2659103cd2cbf45c8bfe8d525d362f8cbaf9ae8358c9c8511e9c3d1bc4e01c88",
     "lungs-private.toml": "a6f442dcb05166668ccadcadb64dda89824cc67ab79ec4ca44fa7602909cf25e",
     "lungs-synthetic.toml": "0da60c20f19c8ec6a51b61223bc36e36feed4c890c99eb2ed097f5d2bb6b6cd2",
     "lungs-wan.toml": "d9dd3cefe5759c3af50f63ea057e5dbeacc0a0cec5fd7763333d0c0d79831d53",
-    "blood-cells.toml": "abe199c85dcee9b935d48fe2417f359ffa60ac29412eb5776c6afc7499f17b97",
-    "brain-tumour.toml": "3988744c02ab58f0f267f1e43702da2241e5632dac05a3aae0d5d034d2d6e545",
-    "skin.toml": "a4954d40253851827b4ca1157e696390f9253f67895c26ff4d1f97613aa253da",
     "lungs.toml": "18dfe63b6bbc33b72904c9a0c72d38dc9dba369c2695a5b6e9c8c4df4cba862c",
     "pneumonia-transfer.toml": "decc016c586b946014362a157df8cb736cc2a411dc50767996a8b7fed66499f2",
     "pneumonia.toml": "bc6354f77eb99ff5568d4fd78ea7cffad3372c316cb484cbb0d08e4db3450ea2",
+    "retina.toml": "ae108450ebdce03c0b70fc4d0223d06ab55a7b0960cd7978161a5fea6fe7716c",
+    "skin.toml": "a4954d40253851827b4ca1157e696390f9253f67895c26ff4d1f97613aa253da",
 }
 
 
