@@ -15,6 +15,7 @@ import torch
 from debian import dciodvfy
 from PIL import Image as Pillow
 
+from fedward.errors import PlanError
 from fedward.integrity import about_model
 from fedward.models import build_model, from_arrays, save_model, to_arrays
 from fedward.models.finished import open_finished
@@ -22,6 +23,7 @@ from fedward.plan import Plan, plan_from
 from fedward_client.data.dataset import DatasetSpec, read_dataset
 from fedward_client.data.readers.images import Picture
 from fedward_client.data.transforms import prepare_image
+from fedward_client.explain.run import How, explain
 from fedward_client.predict.inputs import find_inputs
 from fedward_client.predict.run import Wish, predict
 from fedward_client.training.runtime import Runtime
@@ -150,6 +152,15 @@ def test_a_model_that_finds_nothing_says_so(tmp_path: Path, scans: Path) -> None
     assert outcome.count("predicted") == 1
     assert (out / "boxes.csv").read_text() == "image,frame,class,xmin,ymin,xmax,ymax,score\n"
     assert outcome.records[0]["images"] == [{"found": {"dot": 0, "bar": 0}, "boxes": []}]
+
+
+def test_no_map_is_made_of_boxes(tmp_path: Path, scans: Path) -> None:
+    plan, out = plan_of(), tmp_path / "out"
+    file, _ = model_of(tmp_path / "model.safetensors", plan, 0.0)
+    wish = Wish(open_finished(file), scans, out)
+    with pytest.raises(PlanError, match="maps are made for classifications and segmentations"):
+        explain(wish, find_inputs(scans, plan.task), Runtime(), How())
+    assert not out.exists()
 
 
 def test_boxes_of_a_dicom_image_are_coordinates_in_its_report(tmp_path: Path, dx: Any) -> None:

@@ -292,7 +292,7 @@ def test_the_map_of_a_volume_lies_in_its_slices(
         assert "Error" not in said and "Abort" not in said, said
 
 
-def test_boxes_and_unknown_classes_are_refused(
+def test_an_unknown_class_is_refused(
     tmp_path: Path, trained: Path, scans: Path, commands: Any
 ) -> None:
     words = ("explain", trained, scans, "--out", tmp_path / "out", "--class", "tired")
