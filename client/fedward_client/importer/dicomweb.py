@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
 import ssl
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -196,8 +196,8 @@ class DicomwebSession:
         boundary = _boundary(answer.headers.get("content-type", ""))
         parts = _Parts(answer.iter_content(_CHUNK), boundary, self._pacs.max_object_mib << 20)
         while True:
-            with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
-                path = Path(file.name)
+            path = self._folder / secrets.token_hex(16)
+            with path.open("xb", buffering=0) as file:
                 try:
                     more = parts.next(file)
                 except BaseException:

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,15 @@ from pydicom.uid import (
 )
 
 from fedward.errors import ConfigError, DataError, OutputError
-from fedward_client.importer.check import COMPRESSED, OTHER, PASSING, SYNTAXES, Expected, examine
+from fedward_client.importer.check import (
+    COMPRESSED,
+    OTHER,
+    PASSING,
+    PATIENT,
+    SYNTAXES,
+    Expected,
+    examine,
+)
 from fedward_client.importer.fetch import fetch_dataset, place_of
 from fedward_client.importer.journal import Journal
 from fedward_client.importer.query import read_worklist
@@ -138,6 +147,36 @@ def test_a_frame_that_is_missing_is_seen(tmp_path: Path) -> None:
         made.PixelData = encapsulate(some)
         made.save_as(path)
         assert examine(path, expected(path))[1] == reason
+
+
+@pytest.mark.parametrize("deep", [1, 31])
+def test_only_what_stands_outside_of_sequences_is_compared(deep: int, tmp_path: Path) -> None:
+    """An object of another patient with the right one in an item, however deep."""
+    path, made = tmp_path / "x.dcm", build_slice("OTHER", "1.2.3", "1.2.3.4", 1)
+    inner = pydicom.Dataset()
+    inner.PatientID, inner.Modality = "P", "MR"
+    for _ in range(deep):
+        outer = pydicom.Dataset()
+        outer.ReferencedPatientSequence = [inner]
+        outer["ReferencedPatientSequence"].is_undefined_length = True
+        inner.is_undefined_length_sequence_item = True
+        inner = outer
+    made.update(inner)  # before and behind what counts, by its tag
+    path.write_bytes(encode(made))
+    said = Expected("1.2.3", "1.2.3.4", "P", "CT")
+    assert examine(path, {"1.2.3.4.1": said})[1] == PATIENT
+    assert examine(path, {"1.2.3.4.1": replace(said, patient="OTHER")})[1] == ""
+
+
+@pytest.mark.parametrize("charset", ["ISO_IR 100", "ISO 2022 IR 87", "ISO_IR 192"])
+def test_a_patient_of_another_character_set(charset: str, tmp_path: Path) -> None:
+    name = "Jos\u00e9" if charset == "ISO_IR 100" else "\u5c71\u7530"
+    path, made = tmp_path / "x.dcm", build_slice(name, "1.2.3", "1.2.3.4", 1)
+    made.SpecificCharacterSet = ["", charset] if "2022" in charset else charset
+    path.write_bytes(encode(made))
+    said = Expected("1.2.3", "1.2.3.4", name, "CT")
+    assert examine(path, {"1.2.3.4.1": said})[1] == ""
+    assert examine(path, {"1.2.3.4.1": replace(said, patient="other")})[1] == PATIENT
 
 
 def test_every_file_of_pydicom_is_answered() -> None:
