@@ -1,14 +1,16 @@
 """Objects per second from a PACS: ``data fetch`` beside dcmtk's movescu and getscu, and curl.
 
 Synthetic CT slices in Orthanc on this machine, fetched in turn by each way and by the plain program
-for it. ``data fetch`` also checks every object, hashes it, and writes it down; its rate is given
-with and without the time of the query, which the plain programs are spared. Needs root on Debian,
-or Orthanc and dcmtk. Writes ``benchmarks/pacs.md``.
+for it. Then by each way once more, killed at a quarter, at half and at three quarters. ``data
+fetch`` also checks every object, hashes it, and writes it down; its rate is given with and without
+the time of the query, which the plain programs are spared. Needs root on Debian, or Orthanc and
+dcmtk. Writes ``benchmarks/pacs.md``.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import platform
 import statistics
@@ -26,11 +28,12 @@ sys.path.append(str(HERE.parent / "tests" / "fixtures"))
 
 import httpx
 import numpy as np
+import pydicom
 from debian import need
 from hostile_pacs import SITE, build_slice, encode
 from orthanc import Orthanc, start_orthanc
 
-from fedward_client.config import load_config
+from fedward_client.config import SiteConfig, load_config
 from fedward_client.importer.fetch import fetch_dataset
 
 PAGE = HERE / "pacs.md"
@@ -54,17 +57,44 @@ def fill(pacs: Orthanc, objects: int, path: Path) -> None:
         pacs.store(path)
 
 
-def ours(way: str, pacs: Orthanc, folder: Path, objects: int) -> tuple[float, float]:
-    """Seconds of the fetching, and with the query."""
+def site(way: str, pacs: Orthanc, folder: Path) -> SiteConfig:
     source, more = WAYS[way]
     table = pacs.site(source, **more)
     (folder / "site.toml").write_text(SITE.format(pacs=table, query="since = 2024-01-01"))
-    config = load_config(folder / "site.toml", datasets_here=False)
+    return load_config(folder / "site.toml", datasets_here=False)
+
+
+def ours(way: str, pacs: Orthanc, folder: Path, objects: int) -> tuple[float, float]:
+    """Seconds of the fetching, and with the query."""
+    config = site(way, pacs, folder)
     began = time.monotonic()
     outcome = fetch_dataset(config, "chest")
     whole = time.monotonic() - began
     assert outcome.fetched == objects and outcome.whole, outcome
     return outcome.seconds, whole
+
+
+def killed(way: str, pacs: Orthanc, folder: Path, objects: int) -> list[int]:
+    """Objects that were in the dataset at each kill, and those that the last call fetched."""
+    config = site(way, pacs, folder)
+    root, found = config.dataset("chest").root, []
+    for quarter in (1, 2, 3):
+        process = multiprocessing.get_context("fork").Process(
+            target=fetch_dataset, args=(config, "chest")
+        )
+        process.start()
+        while len(list(root.glob("*/*/*.dcm"))) < quarter * objects // 4:
+            assert process.is_alive(), "it ended before it was killed"
+            time.sleep(0.01)
+        process.kill()
+        process.join()
+        found.append(len(list(root.glob("*/*/*.dcm"))))
+    last = fetch_dataset(config, "chest")
+    uids = {pydicom.dcmread(path).SOPInstanceUID for path in root.glob("*/*/*.dcm")}
+    assert last.whole and last.here + last.fetched == len(uids) == objects, last
+    # What was received before a kill is never asked for again.
+    assert last.here >= found[-1] and not last.again, (last, found)
+    return [*found, last.fetched]
 
 
 def plain(way: str, pacs: Orthanc, folder: Path, objects: int) -> float:
@@ -105,7 +135,8 @@ def main() -> None:
     parser.add_argument("--objects", type=int, default=2000)
     parser.add_argument("--turns", type=int, default=3)
     asked = parser.parse_args()
-    rows = []
+    rows, kills = [], []
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         (work / "orthanc").mkdir()
@@ -122,11 +153,13 @@ def main() -> None:
                         )
                         times[name].append(found)
                 rows.append(_row(way, times, asked.objects))
-                print(rows[-1], flush=True)
+                with tempfile.TemporaryDirectory(dir=work) as folder:
+                    kills.append(killed(way, pacs, Path(folder), asked.objects))
+                print(rows[-1], kills[-1], flush=True)
         finally:
             process.kill()
             process.wait()
-    PAGE.write_text(_page(rows, asked.objects, asked.turns))
+    PAGE.write_text(_page(rows, kills, load, asked.objects, asked.turns))
 
 
 def _row(way: str, times: dict[str, list[list[float]]], objects: int) -> str:
@@ -139,9 +172,10 @@ def _row(way: str, times: dict[str, list[list[float]]], objects: int) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _page(rows: list[str], objects: int, turns: int) -> str:
-    load = os.getloadavg()[0]
+def _page(rows: list[str], kills: list[list[int]], load: float, objects: int, turns: int) -> str:
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    ended = os.getloadavg()[0]
+    killed_rows = [[way, *map(str, some)] for way, some in zip(WAYS, kills, strict=True)]
     return "\n".join(
         [
             "# From the PACS",
@@ -149,13 +183,22 @@ def _page(rows: list[str], objects: int, turns: int) -> str:
             f"Written by `python benchmarks/pacs.py`: {objects} CT slices of {SIDE}×{SIDE} in "
             f"{SERIES} series, from Orthanc on the same machine; median of {turns} turns.",
             "",
-            f"Machine: {machine}; load {load:.1f} at the end.",
+            f"Machine: {machine}; load {load:.1f} at the beginning, {ended:.1f} at the end, this "
+            "benchmark included.",
             "",
             "Objects per second, and the share of the plain program's rate that `data fetch` has:",
             "",
             "| way | plain | plain, /s | fetch, /s | with the query, /s | share | with the query |",
             "|---|---|---|---|---|---|---|",
             *rows,
+            "",
+            "Killed by SIGKILL at a quarter, at half and at three quarters, and called once more: "
+            "objects in the dataset at each kill, and those that the last call fetched. In the end "
+            "each object was there, and none that had been received was asked for again.",
+            "",
+            "| way | first kill | second | third | last call fetched |",
+            "|---|---|---|---|---|",
+            *("| " + " | ".join(cells) + " |" for cells in killed_rows),
             "",
         ]
     )
