@@ -59,6 +59,8 @@ RUN_BY = {
 NOT_RUN = {
     r"install\.md": "root, systemd or containers; docker/check runs them",
     r"pacs\.md|predict\.md .* (predict .* --store|store) ": "a PACS; tests/client/importer has one",
+    r"predict\.md .* watch ": "a PACS, and no end; tests/client/predict/test_watch.py",
+    r"explain\.md": "a class of its own; tests/client/predict/test_explain.py",
     r"production\.md": "folders of root, PostgreSQL; tests/server/test_backup.py, test_setup.py",
     r"ledger\.md": "a lost ledger; tests/client/ledger/test_trust.py",
 }

@@ -69,7 +69,7 @@ def test_the_commands_of_the_page_work(folder: Path, commands: Any) -> None:
         if LONG.search(line) and not WHOLE:
             continue
         program, *words = shlex.split(line)
-        done = commands(PROGRAMS[program], *words, cwd=folder)
+        done = commands(PROGRAMS[program], *words, cwd=folder, timeout=3600)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         out = re.search(r"--out (\S+)", line)
         if " run " in line:

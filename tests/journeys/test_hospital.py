@@ -205,7 +205,10 @@ def test_from_a_model_to_answers_for_new_images(coordinator: Day) -> None:
     config = north.folder / "site.toml"  # three images will do
     config.write_text(config.read_text("utf-8").replace("../export/hospital-1", "scans"), "utf-8")
     for step in steps("predict.md"):
-        north.follow(step)
+        if not any(
+            " --store" in line for line in step.commands
+        ):  # tests/client/importer has a PACS
+            north.follow(step)
     for name, count in (("", 3), ("-ct", 1), ("-chest", 3)):
         out = north.folder / f"predictions{name}" / "predictions.json"
         assert len(json.loads(out.read_text("utf-8"))["inputs"]) == count
