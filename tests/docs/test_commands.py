@@ -52,6 +52,7 @@ RUN_BY = {
     "joining.md": "tests/journeys/test_hospital.py",
     "aggregator.md": "tests/journeys/test_hospital.py",
     "predict.md": "tests/journeys/test_hospital.py",
+    "explain.md": "tests/journeys/test_hospital.py",
     "simulate.md": "tests/journeys/test_command_line.py",
     "hospital-data.md": "tests/client/test_hospital_data_page.py",
 }
@@ -60,7 +61,6 @@ NOT_RUN = {
     r"install\.md": "root, systemd or containers; docker/check runs them",
     r"pacs\.md|predict\.md .* (predict .* --store|store) ": "a PACS; tests/client/importer has one",
     r"predict\.md .* watch ": "a PACS, and no end; tests/client/predict/test_watch.py",
-    r"explain\.md": "a class of its own; tests/client/predict/test_explain.py",
     r"production\.md": "folders of root, PostgreSQL; tests/server/test_backup.py, test_setup.py",
     r"ledger\.md": "a lost ledger; tests/client/ledger/test_trust.py",
 }

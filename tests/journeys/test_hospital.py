@@ -212,3 +212,10 @@ def test_from_a_model_to_answers_for_new_images(coordinator: Day) -> None:
     for name, count in (("", 3), ("-ct", 1), ("-chest", 3)):
         out = north.folder / f"predictions{name}" / "predictions.json"
         assert len(json.loads(out.read_text("utf-8"))["inputs"]) == count
+    for step in steps("explain.md"):
+        north.follow(step)
+    for name in ("", "-today", "-opacity"):
+        told = json.loads((north.folder / f"reasons{name}" / "explain.json").read_text("utf-8"))
+        assert len(told["inputs"]) == 3 and all(
+            "explained" in one["images"][0] for one in told["inputs"]
+        )
