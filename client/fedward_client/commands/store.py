@@ -16,7 +16,7 @@ from fedward_client.commands.work import busy, load_site
 
 def store(
     out: Annotated[
-        Path, typer.Argument(help="folder of fedward-client predict", show_default=False)
+        Path, typer.Argument(help="folder of fedward-client predict or explain", show_default=False)
     ],
     pacs: Annotated[
         str | None, typer.Option("--pacs", help="name of the PACS; none: the only one of site.toml")
@@ -27,7 +27,7 @@ def store(
     config: Config = SITE,
     as_json: Json = False,
 ) -> None:
-    """Send the DICOM objects of predictions to the PACS, each once.
+    """Send the DICOM objects of predictions or explanations to the PACS, each once.
 
     Ends with code 29 when the PACS does not take one; the others are there.
     """

@@ -22,7 +22,8 @@ from fedward_client.importer.sender import Item, Refusal, Sender, open_sender
 from fedward_client.importer.source import Throttle, lost
 
 FOLDER: Final = "dicom"
-"""Where ``predict`` writes objects, in the folder of its results."""
+"""Where ``predict`` and ``explain`` write objects, in the folder of their results."""
+_TOLD: Final = ("predictions.json", "explain.json")
 _TAGS: Final = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
 _SENDING: Final = "sending"  # in the journal: it may have arrived
 _TRIES: Final = 4
@@ -84,7 +85,7 @@ def store_results(
     pacs : str
         Name of the PACS.
     out : Path
-        Folder of ``fedward-client predict``.
+        Folder of ``fedward-client predict`` or ``explain``.
     retry_refused : bool
         Send again what the PACS did not take before.
     pause : float
@@ -95,17 +96,17 @@ def store_results(
     Raises
     ------
     DataError
-        The folder holds no predictions.
+        The folder holds neither predictions nor explanations.
     PacsError
         The PACS cannot be reached, ends the connection, or takes no object at all.
     OutputError
         The journal cannot be written.
     """
     section = config.pacs[pacs]
-    if not (out / "predictions.json").is_file():
+    if not any((out / name).is_file() for name in _TOLD):
         raise DataError(
-            "what is stored must be a folder of predictions",
-            fix="Name the --out of fedward-client predict",
+            "what is stored must be a folder of predictions or explanations",
+            fix="Name the --out of fedward-client predict or explain",
             where="OUT",
         )
     state = config.importer.state / "stored"

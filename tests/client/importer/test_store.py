@@ -33,10 +33,10 @@ def test_each_row_of_the_page_names_a_test_that_is_here() -> None:
     assert len(named) >= 8 and set(named) <= set(globals())
 
 
-def results(folder: Path, count: int = 3) -> list[str]:
+def results(folder: Path, count: int = 3, told: str = "predictions.json") -> list[str]:
     """A folder of predictions; the UIDs of what is in it, the report among them."""
     (folder / "dicom").mkdir(parents=True)
-    (folder / "predictions.json").write_text("{}")
+    (folder / told).write_text("{}")
     uids = []
     for k in range(count):
         kind, name = (SegmentationStorage, "seg") if k else (EnhancedSRStorage, "sr")
@@ -48,12 +48,14 @@ def results(folder: Path, count: int = 3) -> list[str]:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("way", ["dicomweb", "dimse"])
+@pytest.mark.parametrize(
+    ("way", "told"), [("dicomweb", "predictions.json"), ("dimse", "explain.json")]
+)
 def test_orthanc_has_each_object_once(
-    way: str, orthanc: Orthanc, make_site: Any, tmp_path: Path
+    way: str, told: str, orthanc: Orthanc, make_site: Any, tmp_path: Path
 ) -> None:
     orthanc.clear()
-    results(tmp_path / "out")
+    results(tmp_path / "out", told=told)
     config = make_site(orthanc.site(way))
     said: list[str] = []
     first = store_results(config, "main", tmp_path / "out", listen=said.append)
