@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import click
 import typer
 
 from fedward.console import interruptible, print_json, say
@@ -14,11 +13,18 @@ from fedward.errors import DataError, PlanError
 from fedward_client.commands.options import SITE, Config, Json
 from fedward_client.commands.predict import (
     AUTO,
-    FORMATS,
+    Device,
+    Force,
+    Format,
+    Images,
+    Model,
+    Out,
+    Table,
+    Which,
     find_images,
     kept_on_ctrl_c,
     open_model,
-    rows_of,
+    with_tables,
 )
 from fedward_client.commands.work import busy
 
@@ -28,13 +34,9 @@ if TYPE_CHECKING:
 
 
 def explain(
-    model: Annotated[
-        str, typer.Argument(help="a model's file, or the id of a study whose model is kept here")
-    ],
-    images: Annotated[
-        str, typer.Argument(metavar="PATH", help="a file or folder of images, or a dataset's name")
-    ],
-    out: Annotated[Path, typer.Option("--out", help="folder for the results", show_default=False)],
+    model: Model,
+    images: Images,
+    out: Out,
     method: Annotated[
         Literal["grad-cam", "grad-cam++", "integrated-gradients", "occlusion"],
         typer.Option(
@@ -52,32 +54,15 @@ def explain(
         bool,
         typer.Option("--trust/--no-trust", help="also measure what the maps are worth"),
     ] = True,
-    which: Annotated[
-        Literal["shared", "own"] | None,
-        typer.Option(
-            "--which", help="of a kept study; none: the hospital's own model where there is one"
-        ),
-    ] = None,
-    format: Annotated[
-        str, typer.Option("--format", click_type=click.Choice(FORMATS), help="what the files are")
-    ] = AUTO,
-    force: Annotated[
-        bool,
-        typer.Option("--force", help="explain what the model was not trained for, and mark it"),
-    ] = False,
+    which: Which = None,
+    format: Format = AUTO,
+    force: Force = False,
     dicom: Annotated[
         bool,
         typer.Option("--dicom/--no-dicom", help="write the map and its report for DICOM images"),
     ] = True,
-    table: Annotated[
-        Path | None,
-        typer.Option(
-            "--table",
-            help="CSV or XLSX of what is known beside each image, for a model that reads it",
-            show_default=False,
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:INDEX")] = "auto",
+    table: Table = None,
+    device: Device = "auto",
     config: Config = SITE,
     as_json: Json = False,
 ) -> None:
@@ -87,11 +72,9 @@ def explain(
     """
     from fedward_client.cohort.freeze import spec_of
     from fedward_client.data.dataset import DatasetSpec
-    from fedward_client.data.options import LabelOptions
     from fedward_client.explain.run import How
     from fedward_client.explain.run import explain as run
     from fedward_client.explain.truth import truths
-    from fedward_client.predict.beside import channels_beside
     from fedward_client.predict.run import Wish
     from fedward_client.training.device import choose_device
     from fedward_client.training.runtime import Runtime
@@ -105,17 +88,16 @@ def explain(
         opened = open_model(model, which, config)
         number = _number(opened, shown)
         tell("reading headers")
-        kind = None if format == AUTO else format
-        path, found, dataset = find_images(images, opened, kind, config)
-        options = dataset.label_options() if dataset else LabelOptions()
-        rows = rows_of(opened, found, path, table, options)
-        channels = dataset.channel_options() if dataset else {}
-        beside = channels_beside(channels, found, path, options) if channels else {}
+        path, found, dataset = find_images(images, opened, format, config)
+        wish = Wish(opened, path, out, force=force, dicom=dicom)
+        wish = with_tables(wish, found, dataset, table)
         tell("reading labels")
-        spec = spec_of(dataset) if dataset else DatasetSpec(path, kind)
+        spec = (
+            spec_of(dataset) if dataset else DatasetSpec(path, None if format == AUTO else format)
+        )
         known = truths(spec, opened.plan.task)
         told = run(
-            Wish(opened, path, out, force=force, dicom=dicom, rows=rows, channels=beside),
+            wish,
             found,
             Runtime(device=chosen, threads=os.cpu_count() or 1),
             How(method, number, trust, known),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,54 +25,64 @@ if TYPE_CHECKING:
     from fedward_client.data.options import LabelOptions
     from fedward_client.data.table_rows import Row
     from fedward_client.predict.inputs import Found
-    from fedward_client.predict.run import Outcome
+    from fedward_client.predict.run import Outcome, Wish
 
 AUTO = "auto"
 FORMATS = [AUTO, *(name for name, reader in READERS.items() if not reader.archive)]
 
+# What predict, explain and watch have in common.
+Model = Annotated[
+    str, typer.Argument(help="a model's file, or the id of a study whose model is kept here")
+]
+Images = Annotated[
+    str, typer.Argument(metavar="PATH", help="a file or folder of images, or a dataset's name")
+]
+Out = Annotated[Path, typer.Option("--out", help="folder for the results", show_default=False)]
+Which = Annotated[
+    Literal["shared", "own"] | None,
+    typer.Option(
+        "--which", help="of a kept study; none: the hospital's own model where there is one"
+    ),
+]
+Format = Annotated[
+    str, typer.Option("--format", click_type=click.Choice(FORMATS), help="what the files are")
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="also do what the model was not trained for, and mark it")
+]
+Table = Annotated[
+    Path | None,
+    typer.Option(
+        "--table",
+        help="CSV or XLSX of what is known beside each image, for a model that reads it; none: "
+        "the dataset's table of labels, or labels.csv beside the images",
+        show_default=False,
+    ),
+]
+Store = Annotated[
+    bool, typer.Option("--store", help="send the DICOM objects to the PACS afterwards")
+]
+Pacs = Annotated[
+    str | None,
+    typer.Option("--pacs", help="which; none: the dataset's, or the only one of site.toml"),
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:INDEX")]
+
 
 def predict(
-    model: Annotated[
-        str, typer.Argument(help="a model's file, or the id of a study whose model is kept here")
-    ],
-    images: Annotated[
-        str, typer.Argument(metavar="PATH", help="a file or folder of images, or a dataset's name")
-    ],
-    out: Annotated[Path, typer.Option("--out", help="folder for the results", show_default=False)],
-    which: Annotated[
-        Literal["shared", "own"] | None,
-        typer.Option(
-            "--which", help="of a kept study; none: the hospital's own model where there is one"
-        ),
-    ] = None,
-    format: Annotated[
-        str,
-        typer.Option("--format", click_type=click.Choice(FORMATS), help="what the files are"),
-    ] = AUTO,
-    force: Annotated[
-        bool,
-        typer.Option("--force", help="predict what the model was not trained for, and mark it"),
-    ] = False,
+    model: Model,
+    images: Images,
+    out: Out,
+    which: Which = None,
+    format: Format = AUTO,
+    force: Force = False,
     dicom: Annotated[
         bool, typer.Option("--dicom/--no-dicom", help="write SEG and SR for DICOM images")
     ] = True,
-    table: Annotated[
-        Path | None,
-        typer.Option(
-            "--table",
-            help="CSV or XLSX of what is known beside each image, for a model that reads it; none: "
-            "the dataset's table of labels, or labels.csv beside the images",
-            show_default=False,
-        ),
-    ] = None,
-    store: Annotated[
-        bool, typer.Option("--store", help="send the DICOM objects to the PACS afterwards")
-    ] = False,
-    pacs: Annotated[
-        str | None,
-        typer.Option("--pacs", help="which; none: the dataset's, or the only one of site.toml"),
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:INDEX")] = "auto",
+    table: Table = None,
+    store: Store = False,
+    pacs: Pacs = None,
+    device: Device = "auto",
     config: Config = SITE,
     as_json: Json = False,
 ) -> None:
@@ -80,8 +91,6 @@ def predict(
     Ends with code 11 when it could not predict every image; the others are done. Ends with code 29
     when the PACS did not take an object.
     """
-    from fedward_client.data.options import LabelOptions
-    from fedward_client.predict.beside import channels_beside
     from fedward_client.predict.run import Wish
     from fedward_client.predict.run import predict as run
     from fedward_client.training.device import choose_device
@@ -91,16 +100,13 @@ def predict(
     with kept_on_ctrl_c(out), interruptible(), busy("reading the model") as tell:
         opened = open_model(model, which, config)
         tell("reading headers")
-        kind = None if format == AUTO else format
-        path, found, dataset = find_images(images, opened, kind, config)
+        path, found, dataset = find_images(images, opened, format, config)
         archive = _archive(pacs, dataset, config) if store else None
-        options = dataset.label_options() if dataset else LabelOptions()
-        rows = rows_of(opened, found, path, table, options)
-        channels = dataset.channel_options() if dataset else {}
-        beside = channels_beside(channels, found, path, options) if channels else {}
+        wish = Wish(opened, path, out, force=force, dicom=dicom)
+        wish = with_tables(wish, found, dataset, table)
         runtime = Runtime(device=chosen, threads=os.cpu_count() or 1)
         outcome = run(
-            Wish(opened, path, out, force=force, dicom=dicom, rows=rows, channels=beside),
+            wish,
             found,
             runtime,
             lambda done, of, name: tell(f"{done} of {of} predicted, next {name}"),
@@ -143,14 +149,15 @@ def open_model(model: str, which: Literal["shared", "own"] | None, config: Path)
 
 
 def find_images(
-    images: str, model: FinishedModel, format: str | None, config: Path
+    images: str, model: FinishedModel, format: str, config: Path
 ) -> tuple[Path, Found, DatasetSection | None]:
     """The images of a path, or of a dataset in ``site.toml``, which comes third."""
     from fedward_client.predict.inputs import find_inputs
 
     path, task = Path(images), model.plan.task
+    kind = None if format == AUTO else format
     if path.exists() or not config.is_file():
-        return path, find_inputs(path, task, format), None
+        return path, find_inputs(path, task, kind), None
     from fedward_client.config import load_config
 
     dataset = load_config(config, datasets_here=False).present(images)
@@ -158,7 +165,7 @@ def find_images(
     found = find_inputs(
         dataset.root,
         task,
-        format or dataset.format,
+        kind or dataset.format,
         options,
         channels=dataset.channel_options(),
         suffix=dataset.masks.suffix,
@@ -173,7 +180,21 @@ def _archive(pacs: str | None, dataset: DatasetSection | None, config: Path) -> 
     return load_config(config, datasets_here=False).pacs_for(pacs, dataset)
 
 
-def rows_of(
+def with_tables(
+    wish: Wish, found: Found, dataset: DatasetSection | None, table: Path | None
+) -> Wish:
+    """The wish with what tables say of the images: what the model reads, and their channels."""
+    from fedward_client.data.options import LabelOptions
+    from fedward_client.predict.beside import channels_beside
+
+    options = dataset.label_options() if dataset else LabelOptions()
+    rows = _rows(wish.model, found, wish.path, table, options)
+    channels = dataset.channel_options() if dataset else {}
+    beside = channels_beside(channels, found, wish.path, options) if channels else {}
+    return replace(wish, rows=rows, channels=beside)
+
+
+def _rows(
     model: FinishedModel, found: Found, path: Path, table: Path | None, options: LabelOptions
 ) -> Mapping[str, Row | str]:
     """What the table says that the model reads; nothing where it reads none."""

@@ -5,15 +5,28 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
-import click
 import typer
 
 from fedward.console import interruptible, say
 from fedward.errors import DataError, PacsError
 from fedward_client.commands.options import SITE, Config
-from fedward_client.commands.predict import AUTO, FORMATS, find_images, open_model, rows_of
+from fedward_client.commands.predict import (
+    AUTO,
+    Device,
+    Force,
+    Format,
+    Model,
+    Out,
+    Pacs,
+    Store,
+    Table,
+    Which,
+    find_images,
+    open_model,
+    with_tables,
+)
 from fedward_client.commands.store import store_apart
 from fedward_client.commands.walls import run_apart
 
@@ -24,24 +37,17 @@ if TYPE_CHECKING:
 
 
 def watch(
-    model: Annotated[
-        str, typer.Argument(help="a model's file, or the id of a study whose model is kept here")
-    ],
+    model: Model,
     images: Annotated[
         str, typer.Argument(metavar="PATH", help="a folder that images come into, or a dataset")
     ],
-    out: Annotated[Path, typer.Option("--out", help="folder for the results", show_default=False)],
+    out: Out,
     fetch: Annotated[
         bool,
         typer.Option("--fetch/--no-fetch", help="fetch what is new, for a dataset with a query"),
     ] = True,
-    store: Annotated[
-        bool, typer.Option("--store", help="send the DICOM objects to the PACS")
-    ] = False,
-    pacs: Annotated[
-        str | None,
-        typer.Option("--pacs", help="which; none: the dataset's, or the only one of site.toml"),
-    ] = None,
+    store: Store = False,
+    pacs: Pacs = None,
     every: Annotated[
         float,
         typer.Option(
@@ -55,29 +61,11 @@ def watch(
     once: Annotated[
         bool, typer.Option("--once", help="end when nothing is left to do, for a timer")
     ] = False,
-    which: Annotated[
-        Literal["shared", "own"] | None,
-        typer.Option(
-            "--which", help="of a kept study; none: the hospital's own model where there is one"
-        ),
-    ] = None,
-    format: Annotated[
-        str,
-        typer.Option("--format", click_type=click.Choice(FORMATS), help="what the files are"),
-    ] = AUTO,
-    force: Annotated[
-        bool,
-        typer.Option("--force", help="predict what the model was not trained for, and mark it"),
-    ] = False,
-    table: Annotated[
-        Path | None,
-        typer.Option(
-            "--table",
-            help="CSV or XLSX of what is known beside each image, for a model that reads it",
-            show_default=False,
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:INDEX")] = "auto",
+    which: Which = None,
+    format: Format = AUTO,
+    force: Force = False,
+    table: Table = None,
+    device: Device = "auto",
     config: Config = SITE,
 ) -> None:
     """Predict images as they come into a folder or a dataset, until SIGTERM or Ctrl-C.
@@ -85,8 +73,6 @@ def watch(
     With --once it ends with code 11 when an image cannot be predicted, and with code 29 when the
     PACS failed.
     """
-    from fedward_client.data.options import LabelOptions
-    from fedward_client.predict.beside import channels_beside
     from fedward_client.predict.run import Wish
     from fedward_client.predict.watch import Watch
     from fedward_client.training.device import choose_device
@@ -94,17 +80,12 @@ def watch(
 
     chosen = str(choose_device(device))
     opened = open_model(model, which, config)
-    kind = None if format == AUTO else format
     folder, fetching, storing = _steps(images, out, pacs, config, fetch=fetch, store=store)
     wish = Wish(opened, folder, out, force=force)
 
     def look() -> tuple[Found, Wish]:
-        path, found, dataset = find_images(images, opened, kind, config)
-        options = dataset.label_options() if dataset else LabelOptions()
-        rows = rows_of(opened, found, path, table, options)
-        channels = dataset.channel_options() if dataset else {}
-        beside = channels_beside(channels, found, path, options) if channels else {}
-        return found, replace(wish, rows=rows, channels=beside)
+        path, found, dataset = find_images(images, opened, format, config)
+        return found, with_tables(replace(wish, path=path), found, dataset, table)
 
     runtime = Runtime(device=chosen, threads=os.cpu_count() or 1)
     watching = Watch(

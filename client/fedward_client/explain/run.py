@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from statistics import mean, median
 from typing import Any, Final
 
@@ -39,16 +37,17 @@ from fedward_client.explain.truth import UNKNOWN, Truth, keys_of
 from fedward_client.predict.doubts import by_header, by_image
 from fedward_client.predict.inputs import DicomSource, Found, Source
 from fedward_client.predict.run import (
-    NOT_FOR_DIAGNOSIS,
     Answer,
     Outcome,
     Predictor,
     Wish,
+    about,
     figures_of,
     refused,
     unwritable,
     weigh,
     write_into,
+    write_json,
 )
 from fedward_client.training.runtime import Runtime
 
@@ -387,7 +386,14 @@ def explain(
     finally:
         told.records += [refused(one.name, one.reason) for one in found.left_out]
         told.trust = summary([case.figures for _, case in told.cases], explainer.sanity())
-        write_private(wish.out / "explain.json", _json(wish, how, told))
+        content = {
+            "stays": "of patients; stays at the hospital",
+            **about(wish.model),
+            "map": shown_by(wish.model, how),
+            "trust": told.trust,
+            "inputs": told.records,
+        }
+        write_json(wish.out / "explain.json", content)
         write_private(wish.out / "explain.html", page_of(wish.model, how, told).encode())
     return told
 
@@ -479,28 +485,3 @@ def summary(figures: Sequence[Mapping[str, Any]], sanity: Mapping[str, Any]) -> 
 def shown_by(model: FinishedModel, how: How) -> str:
     """What the maps of a model are, in a word."""
     return UNCERTAINTY if model.plan.task.spec.dense else how.method
-
-
-def _json(wish: Wish, how: How, told: Told) -> bytes:
-    model = wish.model
-    content = {
-        "use": NOT_FOR_DIAGNOSIS,
-        "stays": "of patients; stays at the hospital",
-        "intended_use": model.plan.study.intended_use,
-        "model": {
-            "study": model.study,
-            "which": model.which,
-            "sha256": model.sha256,
-            "plan_sha256": model.plan_sha256,
-            "synthetic": model.synthetic,
-        },
-        "fedward": version("fedward"),
-        "task": model.plan.task.kind,
-        "classes": list(model.plan.task.classes),
-        "map": shown_by(model, how),
-        "trust": told.trust,
-        "inputs": told.records,
-    }
-    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode(
-        "utf-8", "surrogateescape"
-    )

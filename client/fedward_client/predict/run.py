@@ -500,10 +500,14 @@ class _Journal:
 def write_tables(wish: Wish, records: Sequence[Mapping[str, Any]]) -> None:
     """Write ``predictions.csv`` and ``predictions.json``, and ``boxes.csv`` of a detection."""
     write_private(wish.out / "predictions.csv", _table(wish.model.plan, records).encode())
-    model = wish.model
-    if model.plan.task.has_boxes:
+    if wish.model.plan.task.has_boxes:
         write_private(wish.out / "boxes.csv", _box_table(records).encode())
-    told = {
+    write_json(wish.out / "predictions.json", {**about(wish.model), "inputs": records})
+
+
+def about(model: FinishedModel) -> dict[str, Any]:
+    """What results say of the model that they are of."""
+    return {
         "use": NOT_FOR_DIAGNOSIS,
         "intended_use": model.plan.study.intended_use,
         "model": {
@@ -516,10 +520,13 @@ def write_tables(wish: Wish, records: Sequence[Mapping[str, Any]]) -> None:
         "fedward": version("fedward"),
         "task": model.plan.task.kind,
         "classes": list(model.plan.task.classes),
-        "inputs": records,
     }
-    text = json.dumps(told, indent=1, ensure_ascii=False) + "\n"
-    write_private(wish.out / "predictions.json", text.encode("utf-8", "surrogateescape"))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write results for their owner alone; names of files may be no Unicode."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_private(path, text.encode("utf-8", "surrogateescape"))
 
 
 def _table(plan: Plan, records: Sequence[Mapping[str, Any]]) -> str:
